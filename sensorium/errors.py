@@ -1,0 +1,128 @@
+"""The exception tree: every error that a user can meet, with the HTTP status a server answers it with.
+
+Owns no state; importable from every room. Each class also derives from the builtin exception that callers of the
+extension API have learnt to catch, so `except ValueError` written for another engine keeps working.
+
+    SensoriumError                     500
+    ├── ConfigError                    500   (ValueError)    a setting is wrong; raised at load
+    ├── ModelError                     500   (TypeError)     a model class can't be served as written
+    ├── WeightsError                   500   (ValueError)    checkpoint and model don't match
+    ├── EngineDeadError                503   (RuntimeError)  the engine core is gone
+    ├── RequestAbortedError            499   (RuntimeError)  the caller or a shutdown ended the request
+    └── RequestError                   400   one request is at fault; others never notice
+        ├── InvalidRequestError        400   (ValueError)    a value is out of bounds
+        ├── InvalidTypeError           400   (TypeError)     an argument has the wrong type
+        ├── UnknownModalityError       400   (NotImplementedError)
+        ├── UnregisteredModalityError  400   (KeyError)
+        ├── UnsupportedFeatureError    400   (NotImplementedError)
+        ├── ProcessorError             400   (RuntimeError)  the model's processor or mapper failed on this input
+        ├── MediaError                 400   (ValueError)    media can't be fetched or decoded
+        │   ├── MediaForbiddenError    403
+        │   ├── MediaTooLargeError     413
+        │   ├── MediaTypeError         415
+        │   └── MediaUnavailableError  424
+        └── OverloadedError            429   (RuntimeError)  the waiting line is full; try again later
+"""
+
+from __future__ import annotations
+
+
+class SensoriumError(Exception):
+    """Base of all errors that Sensorium raises on purpose. `status` is the HTTP status of the answer."""
+
+    status: int = 500
+
+
+class ConfigError(SensoriumError, ValueError):
+    """A setting, alone or with others, can't be used."""
+
+
+class ModelError(SensoriumError, TypeError):
+    """A model class lacks something, or has something, that keeps it from being served."""
+
+
+class WeightsError(SensoriumError, ValueError):
+    """A checkpoint's tensors and a model's parameters don't match."""
+
+
+class EngineDeadError(SensoriumError, RuntimeError):
+    """The engine core has ended; no request can be served any more."""
+
+    status = 503
+
+
+class RequestAbortedError(SensoriumError, RuntimeError):
+    """The request was ended before it finished, by its caller or by a shutdown."""
+
+    status = 499
+
+
+class RequestError(SensoriumError):
+    """Something about one request is wrong. The message goes to that caller as it stands."""
+
+    status = 400
+
+
+class InvalidRequestError(RequestError, ValueError):
+    """A value of a request is outside its bounds."""
+
+
+class InvalidTypeError(RequestError, TypeError):
+    """A part of a request has a type that is not accepted."""
+
+
+class UnknownModalityError(RequestError, NotImplementedError):
+    """A modality that no plugin is registered for."""
+
+
+class UnregisteredModalityError(RequestError, KeyError):
+    """A known modality for which the model has no input mapper."""
+
+    def __str__(self) -> str:  # KeyError would show the message's repr
+        return str(self.args[0]) if self.args else ""
+
+
+class UnsupportedFeatureError(RequestError, NotImplementedError):
+    """A feature that exists in the interface but not for this model or build."""
+
+
+class ProcessorError(RequestError, RuntimeError):
+    """The model's input processor, mapper or encoder failed on this request's input."""
+
+
+class MediaError(RequestError, ValueError):
+    """Media can't be fetched or decoded."""
+
+
+class MediaForbiddenError(MediaError):
+    """The address, file or scheme is not allowed."""
+
+    status = 403
+
+
+class MediaTooLargeError(MediaError):
+    """Media exceeds a budget of bytes, pixels, frames or seconds."""
+
+    status = 413
+
+
+class MediaTypeError(MediaError):
+    """The container or encoding is not one that is decoded here."""
+
+    status = 415
+
+
+class MediaUnavailableError(MediaError):
+    """A remote source did not deliver: refused, not found, or too slow."""
+
+    status = 424
+
+
+class OverloadedError(RequestError, RuntimeError):
+    """The bound on waiting work is reached. `retry_after_s` tells when another try makes sense."""
+
+    status = 429
+
+    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
