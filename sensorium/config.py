@@ -1,0 +1,253 @@
+"""The resolved configuration: what every room reads and none changes.
+
+`EngineArgs` (flat, user-facing, in `sensorium.engine.args`) is resolved once into a frozen `EngineConfig`: every "auto" is
+made concrete there. Nothing here imports torch or transformers; `ModelConfig` holds a Hugging Face config as an
+opaque object and a dtype by name.
+
+The attribute names of `ModelConfig` and `EngineConfig` are those that model classes read through `InputContext` and
+`vllm_config`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
+
+from sensorium.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+@dataclass(frozen=True, slots=True)
+class MultiModalConfig:
+    """Limits of media. `limit_per_prompt`: most items of a modality in one prompt; a modality not named has 1."""
+
+    limit_per_prompt: Mapping[str, int] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class PoolerConfig:
+    """How a model that pools turns hidden states into one vector: "last", "mean" or "cls"."""
+
+    pooling_type: str = "last"
+    normalize: bool = True
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """One model: where it lies, its Hugging Face config, its class, and the limits chosen for it."""
+
+    model: str
+    """A directory with a Hugging Face checkpoint (hub names are resolved to one before this is built)."""
+    tokenizer: str
+    hf_config: PretrainedConfig
+    dtype_name: str
+    """One of `DTYPES`: the type of weights, activations and KV cache."""
+    max_model_len: int
+    """Most tokens of prompt and output together."""
+    model_class: type | None = field(default=None, repr=False)
+    """The registered class that serves the checkpoint; registrations of the extension API are looked up by it."""
+    architecture: str = ""
+    tokenizer_mode: str = "auto"
+    trust_remote_code: bool = False
+    revision: str | None = None
+    code_revision: str | None = None
+    seed: int = 0
+    rope_scaling: Mapping[str, Any] | None = None
+    hf_image_processor_config: Mapping[str, Any] = field(default_factory=dict)
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    multimodal_config: MultiModalConfig | None = None
+    """None for a model that takes text only."""
+    pooler_config: PoolerConfig | None = None
+    generation_config: Mapping[str, Any] = field(default_factory=dict)
+    """The checkpoint's `generation_config.json`: its end-of-sequence ids and sampling defaults."""
+    mm_split: str = "auto"
+    """"auto", "on" or "off": whether media of a forward-only model is split from its text (tier 0)."""
+
+    def __post_init__(self) -> None:
+        if self.dtype_name not in DTYPES:
+            raise ConfigError(f"dtype: got {self.dtype_name!r}, expected one of {DTYPES}. Set dtype.")
+        if self.max_model_len < 1:
+            raise ConfigError(f"max_model_len: got {self.max_model_len}, expected at least 1.")
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The torch type that `dtype_name` names. Loads torch."""
+        import torch
+
+        dtype = getattr(torch, self.dtype_name)
+        assert isinstance(dtype, torch.dtype)
+        return dtype
+
+    @property
+    def hf_text_config(self) -> PretrainedConfig:
+        """The part of the Hugging Face config that describes the decoder; the whole for a text model."""
+        return self.hf_config.get_text_config()
+
+    @property
+    def is_multimodal_model(self) -> bool:
+        """Whether the model takes media."""
+        return self.multimodal_config is not None
+
+    @property
+    def uses_mrope(self) -> bool:
+        """Whether positions have three rows: time, height and width (Qwen2-VL's M-RoPE)."""
+        return "mrope_section" in rope_parameters(self.hf_text_config)
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of rows of the output head."""
+        return int(self.hf_text_config.vocab_size)
+
+    def get_multimodal_config(self) -> MultiModalConfig:
+        """The media limits. Raises `RuntimeError` for a text model."""
+        if self.multimodal_config is None:
+            raise RuntimeError("Not a multimodal model: the model class does not implement SupportsMultiModal.")
+        return self.multimodal_config
+
+
+def rope_parameters(text_config: PretrainedConfig) -> Mapping[str, Any]:
+    """Rotary settings of a text config, under the name of either generation of Hugging Face configs."""
+    for name in ("rope_parameters", "rope_scaling"):
+        parameters = getattr(text_config, name, None)
+        if isinstance(parameters, Mapping):
+            return parameters
+    return {}
+
+
+@dataclass(frozen=True, slots=True)
+class CacheConfig:
+    """Sizes of the caches. A size in bytes or blocks of None is decided at load from the memory that is left."""
+
+    block_size: int = 16
+    """Tokens in one KV block."""
+    num_blocks: int | None = None
+    """KV blocks; overrides `kv_cache_bytes`."""
+    kv_cache_bytes: int | None = None
+    memory_fraction: float = 0.9
+    """Share of the device's memory that the engine may use in all."""
+    enable_prefix_caching: bool = True
+    mm_processor_cache_bytes: int = 1 << 30
+    """Bound on mapped media kept in the front process; 0 turns the cache off."""
+    encoder_cache_rows: int | None = None
+    """Bound on encoder output rows kept by the worker; None: four times the encoder budget."""
+
+    def __post_init__(self) -> None:
+        if self.block_size < 1:
+            raise ConfigError(f"block_size: got {self.block_size}, expected at least 1.")
+        if not 0 < self.memory_fraction <= 1:
+            raise ConfigError(f"memory_fraction: got {self.memory_fraction}, expected a value in (0, 1].")
+
+
+@dataclass(frozen=True, slots=True)
+class SchedulerConfig:
+    """Budgets of one step, and the order in which requests get them."""
+
+    max_num_batched_tokens: int = 2048
+    """Decoder rows in one step."""
+    max_num_seqs: int = 64
+    """Requests that run at once."""
+    max_num_encoder_rows: int = 4096
+    """Encoder output rows computed in one step; an item larger than this runs alone."""
+    enable_chunked_prefill: bool = True
+    policy: str = "fcfs"
+    """"fcfs" or "priority" (lower value first, then arrival)."""
+    max_token_gap_s: float = 0.25
+    """While requests stream, a step's encoding and prefill are sized to keep tokens at most this far apart."""
+    max_waiting_requests: int | None = None
+    """Bound on the waiting line; None: no bound."""
+
+    def __post_init__(self) -> None:
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_num_encoder_rows"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1.")
+        if self.policy not in ("fcfs", "priority"):
+            raise ConfigError(f"scheduling policy: got {self.policy!r}, expected 'fcfs' or 'priority'.")
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceConfig:
+    """Where tensors live: "cpu", or "cuda" with an index."""
+
+    device: str = "cpu"
+    attention_backend: str = "auto"
+    num_threads: int | None = None
+    """Threads of CPU kernels; None: torch's default."""
+
+    @property
+    def device_type(self) -> str:
+        """The device without its index."""
+        return self.device.partition(":")[0]
+
+
+@dataclass(frozen=True, slots=True)
+class LoadConfig:
+    """How weights are read. `load_format`: "safetensors", or "dummy" for seeded random values."""
+
+    load_format: str = "safetensors"
+
+    def __post_init__(self) -> None:
+        if self.load_format not in ("safetensors", "dummy"):
+            raise ConfigError(f"load_format: got {self.load_format!r}, expected 'safetensors' or 'dummy'.")
+
+
+@dataclass(frozen=True, slots=True)
+class ParallelConfig:
+    """Number of devices that share one model."""
+
+    tensor_parallel_size: int = 1
+
+    def __post_init__(self) -> None:
+        if self.tensor_parallel_size != 1:
+            raise ConfigError(
+                f"tensor_parallel_size: got {self.tensor_parallel_size}, expected 1. This build runs on one device."
+            )
+
+
+@dataclass(frozen=True)
+class EngineConfig:
+    """Everything, resolved. Model constructors get it as `config` (or, written for V0, as `vllm_config`)."""
+
+    model_config: ModelConfig
+    cache_config: CacheConfig = field(default_factory=CacheConfig)
+    scheduler_config: SchedulerConfig = field(default_factory=SchedulerConfig)
+    device_config: DeviceConfig = field(default_factory=DeviceConfig)
+    load_config: LoadConfig = field(default_factory=LoadConfig)
+    parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
+    quant_config: None = None
+    lora_config: None = None
+
+    def with_hf_config(self, hf_config: PretrainedConfig, architectures: list[str] | None = None) -> EngineConfig:
+        """The same configuration for a sub-model, whose own Hugging Face config takes the place of the whole's."""
+        architecture = (architectures or getattr(hf_config, "architectures", None) or [""])[0]
+        model_config = replace(self.model_config, hf_config=hf_config, architecture=architecture)
+        return replace(self, model_config=model_config)
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFeatures:
+    """What was found out about a model at load; decides which engine features are on for it.
+
+    Every feature that is off has its reason in `notes`, which the load report prints.
+    """
+
+    tier: str = "text"
+    """"text", "0 auto-split", "0 atomic", "1", "2" or "X"."""
+    splits_media: bool = True
+    """Media rows are computed apart from the decoder and fed chunk by chunk. False: atomic mode."""
+    atomic_items: bool = False
+    """A chunk may not end inside an item (bidirectional attention within it, or atomic mode)."""
+    shares_items: bool = True
+    """An item's rows depend on the item alone, so requests may share them. False: identity covers the whole prompt."""
+    maps_items_alone: bool = True
+    """Mapping items one by one equals mapping them together. False: a request's items form one group."""
+    placeholder_token_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)
+    """Per modality: the token ids that stand where its rows go, as observed on dummy data or declared."""
+    max_item_rows: Mapping[str, int] = field(default_factory=dict)
+    """Per modality: the largest number of decoder rows of one item."""
+    notes: tuple[str, ...] = ()
