@@ -1,0 +1,145 @@
+"""What one step's attention needs to know about its batch: lengths, block tables, slots.
+
+The worker builds one `AttentionMetadata` per step and every attention layer of the model reads it. It owns no
+memory: on the CPU its tensors are views of the arrays it was built from.
+
+Worked example, block size 4. Sequence A decodes its 6th token from blocks (7, 2); sequence B is new and runs the
+first 3 tokens of its prompt in block 5:
+
+    query_lens_host  (1, 3)          seq_lens_host  (6, 3)
+    cu_seqlens_q     [0, 1, 4]       seq_lens       [6, 3]
+    block_table      [[7, 2],        slot_mapping   [2*4 + 1,  5*4 + 0, 5*4 + 1, 5*4 + 2]
+                      [5, 0]]
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+IntArray = npt.NDArray[np.integer[Any]]
+NO_SLOT = -1
+"""Slot of a token whose key and value are not to be written."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionMetadata:
+    """One step's batch as attention sees it. Sequences stand in any order; prefill chunks and decodes mix freely.
+
+    Invariants: sequence `i` owns the rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]` of the flat batch, which are its
+    last positions, so `seq_lens[i] >= query_lens[i]`; its first `seq_lens[i]` positions stand, in order, in the
+    blocks `block_table[i]`. Rows of `block_table` are padded with any valid block id.
+    """
+
+    num_tokens: int
+    num_seqs: int
+    cu_seqlens_q: torch.Tensor
+    """`(num_seqs + 1,)` int32: where each sequence's rows begin; the last entry is `num_tokens`."""
+    seq_lens: torch.Tensor
+    """`(num_seqs,)` int32: KV length of each sequence after this step."""
+    block_table: torch.Tensor
+    """`(num_seqs, max_blocks)` int32 block ids; zero columns when nothing is cached."""
+    slot_mapping: torch.Tensor
+    """`(num_tokens,)` int64: `block id * block_size + offset`, or `NO_SLOT`."""
+    max_seqlen_q: int
+    max_seq_len: int
+    num_prefill_tokens: int
+    """Tokens of sequences that run more than one token in this step."""
+    num_decode_tokens: int
+    """Tokens of sequences that run exactly one."""
+    query_lens_host: tuple[int, ...]
+    seq_lens_host: tuple[int, ...]
+    multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None
+    """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
+
+    @property
+    def query_start_loc(self) -> torch.Tensor:
+        """The same as `cu_seqlens_q`, under the name that some models know."""
+        return self.cu_seqlens_q
+
+    @classmethod
+    def from_numpy(
+        cls,
+        query_lens: IntArray,
+        seq_lens: IntArray,
+        block_table: IntArray,
+        slot_mapping: IntArray,
+        *,
+        device: torch.device | str = "cpu",
+        multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
+    ) -> AttentionMetadata:
+        """Build from host arrays: `(num_seqs,)`, `(num_seqs,)`, `(num_seqs, max_blocks)`, `(num_tokens,)`.
+
+        On the CPU arrays of the right dtype (int32; int64 for slots) are used in place: leave them unchanged until
+        the step has ended. On other devices they are copied without waiting.
+        """
+        num_seqs = len(query_lens)
+        starts = np.empty(num_seqs + 1, dtype=np.int32)
+        starts[0] = 0
+        np.cumsum(query_lens, out=starts[1:])
+        query_lens_host = tuple(query_lens.tolist())
+        seq_lens_host = tuple(seq_lens.tolist())
+        num_tokens = int(starts[-1])
+        num_decode_tokens = query_lens_host.count(1)
+        return cls(
+            num_tokens=num_tokens,
+            num_seqs=num_seqs,
+            cu_seqlens_q=_to_tensor(starts, np.int32, device),
+            seq_lens=_to_tensor(seq_lens, np.int32, device),
+            block_table=_to_tensor(block_table, np.int32, device),
+            slot_mapping=_to_tensor(slot_mapping, np.int64, device),
+            max_seqlen_q=max(query_lens_host, default=0),
+            max_seq_len=max(seq_lens_host, default=0),
+            num_prefill_tokens=num_tokens - num_decode_tokens,
+            num_decode_tokens=num_decode_tokens,
+            query_lens_host=query_lens_host,
+            seq_lens_host=seq_lens_host,
+            multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
+        )
+
+    @classmethod
+    def without_cache(
+        cls, query_lens: Sequence[int], *, device: torch.device | str = "cpu"
+    ) -> AttentionMetadata:
+        """A batch of whole sequences that nothing is cached of: profiling, pooling, whole-prompt passes."""
+        lens = np.asarray(query_lens, dtype=np.int32)
+        return cls.from_numpy(
+            lens,
+            lens,
+            np.zeros((len(lens), 0), dtype=np.int32),
+            np.full(int(lens.sum()), NO_SLOT, dtype=np.int64),
+            device=device,
+        )
+
+
+def _to_tensor(array: IntArray, dtype: type[np.integer[Any]], device: torch.device | str) -> torch.Tensor:
+    tensor = torch.from_numpy(np.ascontiguousarray(array, dtype=dtype))
+    if device == "cpu" or (isinstance(device, torch.device) and device.type == "cpu"):
+        return tensor
+    # From pinned memory, so that the host does not wait for the copy.
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
+def compute_slot_mapping(
+    block_table: IntArray, query_lens: IntArray, seq_lens: IntArray, block_size: int
+) -> npt.NDArray[np.int64]:
+    """Slots `(num_tokens,)` int64 of the last `query_lens[i]` positions of each sequence.
+
+    Args:
+        block_table: `(num_seqs, max_blocks)` block ids.
+        query_lens: `(num_seqs,)` tokens that run in this step.
+        seq_lens: `(num_seqs,)` KV lengths after this step.
+        block_size: Tokens per block.
+    """
+    ends = np.cumsum(query_lens)
+    rows = np.repeat(np.arange(len(query_lens)), query_lens)
+    within = np.arange(int(ends[-1]) if len(ends) else 0) - np.repeat(ends - query_lens, query_lens)
+    positions = within + np.repeat(seq_lens - query_lens, query_lens)
+    blocks = block_table[rows, positions // block_size].astype(np.int64)
+    slots: npt.NDArray[np.int64] = blocks * block_size + positions % block_size
+    return slots

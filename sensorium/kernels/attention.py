@@ -1,0 +1,165 @@
+"""Attention over paged and over flat keys and values, and the writing of the paged cache.
+
+Each `*_reference` is the plain-torch twin: documentation, oracle and fallback. Scores, soft cap, softmax and the
+weighted sum are computed in float32 whatever the storage type, and rounded once at the end.
+
+Conventions: `H` query heads share `Hkv` key/value heads (`H % Hkv == 0`, query head `h` reads key/value head
+`h // (H // Hkv)`); a cache is one layer's `(2, num_blocks, block_size, Hkv, D)`, keys first; a token's slot is
+`block id * block_size + offset`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def write_kv_reference(
+    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
+    """Store `key` and `value`, `(T, Hkv, D)` or `(T, Hkv * D)`, at `slot_mapping` `(T,)`; negative slots are skipped.
+
+    The one kernel that changes an argument: `kv_cache`.
+    """
+    num_kv_heads, head_size = kv_cache.shape[3:]
+    slots = kv_cache.view(2, -1, num_kv_heads, head_size)
+    rows = (slot_mapping >= 0).nonzero().squeeze(1)
+    targets = slot_mapping[rows]
+    for which, source in enumerate((key, value)):
+        slots[which][targets] = source.reshape(-1, num_kv_heads, head_size)[rows].to(kv_cache.dtype)
+
+
+def attend_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """One sequence: the last `Q` of `K` positions attend to all `K`. Returns `(Q, H, D)` in the query's dtype.
+
+    Args:
+        query: `(Q, H, D)`.
+        key: `(K, Hkv, D)`.
+        value: `(K, Hkv, D)`.
+        scale: Factor on the scores.
+        causal: Whether a position sees only itself and earlier ones.
+        window: How many positions back a position sees, itself included (`None`: all); if not causal, also forward.
+        softcap: `c` in `c * tanh(score / c)`, `None` for none.
+    """
+    num_queries, num_keys = query.shape[0], key.shape[0]
+    group = query.shape[1] // key.shape[1]
+    q = query.float().transpose(0, 1)
+    k = key.float().repeat_interleave(group, dim=1).transpose(0, 1)
+    v = value.float().repeat_interleave(group, dim=1).transpose(0, 1)
+    scores = q @ k.transpose(1, 2) * scale
+    if softcap is not None:
+        scores = softcap * torch.tanh(scores / softcap)
+    distance = (
+        torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
+        - torch.arange(num_keys, device=query.device)[None, :]
+    )
+    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
+    if window is not None:
+        hidden = hidden | (distance.abs() >= window)
+    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+    return (weights @ v).transpose(0, 1).to(query.dtype)
+
+
+def paged_attention_reference(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Causal attention of `query` `(T, H, D)` over each sequence's cached positions, its own rows included.
+
+    Args:
+        query: `(T, H, D)`; sequence `i` owns rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]`, its last positions.
+        kv_cache: `(2, num_blocks, block_size, Hkv, D)`, already holding this step's keys and values.
+        block_table: `(num_seqs, max_blocks)` int32.
+        cu_seqlens_q: `(num_seqs + 1,)` int32.
+        seq_lens: `(num_seqs,)` int32, cached positions including this step's.
+        scale: Factor on the scores.
+        window: Positions that a position sees, itself included; `None` for all.
+        softcap: See `attend_reference`.
+
+    Returns:
+        `(T, H, D)` in the query's dtype.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    starts = cu_seqlens_q.tolist()
+    for i, seq_len in enumerate(seq_lens.tolist()):
+        begin, end = starts[i], starts[i + 1]
+        if begin == end:
+            continue
+        blocks = block_table[i, : -(-seq_len // block_size)].long()
+        key, value = kv_cache[:, blocks].view(2, -1, num_kv_heads, head_size)[:, :seq_len].unbind()
+        out[begin:end] = attend_reference(
+            query[begin:end], key, value, scale=scale, causal=True, window=window, softcap=softcap
+        )
+    return out
+
+
+def varlen_attention_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_lens: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """Attention within each sequence of a flat batch: rows `cu_seqlens[i]:cu_seqlens[i + 1]` see only one another.
+
+    Args:
+        query: `(T, H, D)`.
+        key: `(T, Hkv, D)`.
+        value: `(T, Hkv, D)`.
+        cu_seqlens: `(num_seqs + 1,)` int32.
+        scale: Factor on the scores.
+        causal: Whether a row sees only itself and earlier rows of its sequence.
+        key_lens: `(num_seqs,)` int32, how many leading rows of each sequence hold real keys (the rest is padding);
+            `None` for all. Not with `causal`. Where it is 0 the output is 0.
+        window: See `attend_reference`.
+        softcap: See `attend_reference`.
+
+    Returns:
+        `(T, H, D)` in the query's dtype.
+    """
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    starts = cu_seqlens.tolist()
+    lens = None if key_lens is None else key_lens.tolist()
+    for i, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+        if begin == end:
+            continue
+        key_end = end if lens is None else begin + lens[i]
+        if key_end == begin:
+            out[begin:end] = 0
+            continue
+        out[begin:end] = attend_reference(
+            query[begin:end],
+            key[begin:key_end],
+            value[begin:key_end],
+            scale=scale,
+            causal=causal,
+            window=window,
+            softcap=softcap,
+        )
+    return out
+
+
+write_kv = write_kv_reference
+paged_attention = paged_attention_reference
+varlen_attention = varlen_attention_reference

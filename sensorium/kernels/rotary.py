@@ -1,0 +1,50 @@
+"""Rotary position embedding of queries and keys.
+
+Source: Su et al. 2021, section 3.4.2; the "neox" layout rotates channel `i` with channel `i + rotary_dim / 2`
+(`transformers` `apply_rotary_pos_emb`), the other layout (GPT-J) rotates neighbours `2 i` and `2 i + 1`.
+"""
+
+from __future__ import annotations
+
+import torch
+
+
+def rotary_embedding_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    is_neox_style: bool = True,
+    rotary_dim: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate the first `rotary_dim` channels of every head; the others pass through.
+
+    Args:
+        query: `(T, H, D)`.
+        key: `(T, Hkv, D)`.
+        cos: `(T, rotary_dim / 2)`, one row per token, float32 or the query's dtype.
+        sin: As `cos`.
+        is_neox_style: Whether halves are rotated against each other, rather than neighbours.
+        rotary_dim: Rotated channels; `None` for all `D`.
+
+    Returns:
+        New tensors like `query` and `key`, computed in float32 and rounded once.
+    """
+    dim = query.shape[-1] if rotary_dim is None else rotary_dim
+    c, s = cos.float()[:, None], sin.float()[:, None]
+    return _rotate(query, c, s, dim, is_neox_style), _rotate(key, c, s, dim, is_neox_style)
+
+
+def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, neox: bool) -> torch.Tensor:
+    turned = x[..., :dim].float()
+    if neox:
+        first, second = turned.chunk(2, dim=-1)
+        pair = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+    else:
+        first, second = turned[..., ::2], turned[..., 1::2]
+        pair = torch.stack((first * cos - second * sin, second * cos + first * sin), dim=-1).flatten(-2)
+    return torch.cat((pair.to(x.dtype), x[..., dim:]), dim=-1)
+
+
+rotary_embedding = rotary_embedding_reference

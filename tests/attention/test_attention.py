@@ -1,0 +1,255 @@
+"""The attention layers: every backend against the oracle, whole against chunked, batched against alone."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+
+from sensorium.attention import (
+    NO_SLOT,
+    Attention,
+    AttentionMetadata,
+    AttentionType,
+    MultiHeadAttention,
+    compute_slot_mapping,
+)
+from sensorium.attention.backend import AttentionBackend, AttentionSpec, select_backend
+from sensorium.attention.sdpa import SdpaBackend
+from sensorium.attention.torch_reference import TorchReferenceBackend
+from sensorium.errors import ModelError
+
+
+class Batch:
+    """A random step over a random cache: `(query_len, seq_len)` pairs, blocks dealt out in random order."""
+
+    def __init__(
+        self,
+        lens: list[tuple[int, int]],
+        *,
+        block_size: int = 4,
+        heads: int = 4,
+        kv_heads: int = 2,
+        head_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+        seed: int = 0,
+    ) -> None:
+        rng = np.random.default_rng(seed)
+        torch.manual_seed(seed)
+        self.query_lens = np.array([q for q, _ in lens], dtype=np.int32)
+        self.seq_lens = np.array([s for _, s in lens], dtype=np.int32)
+        counts = -(-self.seq_lens // block_size)
+        num_blocks = int(counts.sum()) + 3
+        free = rng.permutation(num_blocks)
+        self.block_table = np.zeros((len(lens), max(int(counts.max(initial=0)), 1)), dtype=np.int32)
+        for i, count in enumerate(counts):
+            self.block_table[i, :count], free = free[:count], free[count:]
+        slots = compute_slot_mapping(self.block_table, self.query_lens, self.seq_lens, block_size)
+        self.metadata = AttentionMetadata.from_numpy(self.query_lens, self.seq_lens, self.block_table, slots)
+        tokens = int(self.query_lens.sum())
+        self.cache = torch.randn(2, num_blocks, block_size, kv_heads, head_size).to(dtype)
+        self.q = torch.randn(tokens, heads * head_size).to(dtype)
+        self.k = torch.randn(tokens, kv_heads * head_size).to(dtype)
+        self.v = torch.randn(tokens, kv_heads * head_size).to(dtype)
+        self.layer = Attention(heads, head_size, head_size**-0.5, kv_heads)
+
+
+MIXES = [
+    [(1, 1)],
+    [(1, 9), (1, 4), (1, 5)],
+    [(7, 7)],
+    [(3, 3), (1, 12), (5, 9), (1, 1), (8, 8)],
+    [(4, 100), (1, 257), (2, 2)],
+]
+
+
+def _use(layer: Attention | MultiHeadAttention, backend: AttentionBackend, q: torch.Tensor) -> None:
+    layer._backend, layer._backend_key = backend, (q.device.type, q.dtype)
+
+
+@pytest.mark.parametrize("lens", MIXES)
+@pytest.mark.parametrize("window", [None, 1, 3, 64])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sdpa_equals_oracle(lens: list[tuple[int, int]], window: int | None, dtype: torch.dtype) -> None:
+    batch = Batch(lens, dtype=dtype)
+    layer = Attention(4, 16, 0.25, 2, per_layer_sliding_window=window)
+    outs, caches = [], []
+    for backend in (TorchReferenceBackend(), SdpaBackend()):
+        _use(layer, backend, batch.q)
+        cache = batch.cache.clone()
+        outs.append(layer(batch.q, batch.k, batch.v, cache, batch.metadata))
+        caches.append(cache)
+    assert torch.equal(caches[0], caches[1])
+    tolerance = 1e-5 if dtype == torch.float32 else 2e-2
+    torch.testing.assert_close(outs[0], outs[1], atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("softcap", [None, 5.0])
+def test_oracle_equals_a_loop_over_rows(softcap: float | None) -> None:
+    """The oracle against scalar arithmetic that shares no code with it."""
+    batch = Batch([(3, 6), (1, 5)], head_size=8)
+    layer = Attention(4, 8, 0.3, 2, logits_soft_cap=softcap, per_layer_sliding_window=4)
+    _use(layer, TorchReferenceBackend(), batch.q)
+    out = layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata).view(-1, 4, 8)
+    row = 0
+    for i, (query_len, seq_len) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
+        for position in range(seq_len - query_len, seq_len):
+            for head in range(4):
+                seen = range(max(0, position - 3), position + 1)
+                cells = [(batch.block_table[i, p // 4], p % 4, head // 2) for p in seen]
+                scores = torch.stack(
+                    [0.3 * batch.q[row].view(4, 8)[head] @ batch.cache[0][cell] for cell in cells]
+                )
+                if softcap is not None:
+                    scores = softcap * torch.tanh(scores / softcap)
+                weights = torch.softmax(scores, 0)
+                want = sum(w * batch.cache[1][cell] for w, cell in zip(weights, cells, strict=True))
+                torch.testing.assert_close(out[row, head], want, atol=1e-5, rtol=1e-5)
+            row += 1
+
+
+def test_slots_marked_as_none_are_not_written() -> None:
+    batch = Batch([(3, 3), (2, 6)])
+    slots = batch.metadata.slot_mapping.clone()
+    slots[1], slots[4] = NO_SLOT, NO_SLOT
+    before = batch.cache.clone()
+    batch.layer(batch.q, batch.k, batch.v, batch.cache, replace(batch.metadata, slot_mapping=slots))
+    flat, old = batch.cache.view(2, -1, 2, 16), before.view(2, -1, 2, 16)
+    written = set(batch.metadata.slot_mapping[[0, 2, 3]].tolist())
+    for slot in range(flat.shape[1]):
+        assert torch.equal(flat[:, slot], old[:, slot]) == (slot not in written)
+    token, slot = 2, int(batch.metadata.slot_mapping[2])
+    assert torch.equal(flat[0, slot].flatten(), batch.k[token])
+    assert torch.equal(flat[1, slot].flatten(), batch.v[token])
+
+
+@pytest.mark.parametrize("empty", [None, torch.empty(0)])
+def test_without_a_cache_rows_see_their_own_sequence(empty: torch.Tensor | None) -> None:
+    """Profiling: the same result as a cached run of whole sequences, and nothing to write to."""
+    batch = Batch([(5, 5), (1, 1), (9, 9)])
+    want = batch.layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata)
+    profiling = AttentionMetadata.without_cache([5, 1, 9])
+    assert profiling.slot_mapping.tolist() == [NO_SLOT] * 15
+    got = batch.layer(batch.q, batch.k, batch.v, empty, profiling)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_chunks_equal_the_whole() -> None:
+    whole = Batch([(40, 40)])
+    want = whole.layer(whole.q, whole.k, whole.v, whole.cache.clone(), whole.metadata)
+    cache, parts = whole.cache.clone(), []
+    for begin, end in ((0, 1), (1, 7), (7, 8), (8, 33), (33, 40)):
+        query_lens, seq_lens = np.array([end - begin]), np.array([end])
+        slots = compute_slot_mapping(whole.block_table, query_lens, seq_lens, 4)
+        step = AttentionMetadata.from_numpy(query_lens, seq_lens, whole.block_table, slots)
+        q, k, v = (x[begin:end] for x in (whole.q, whole.k, whole.v))
+        parts.append(whole.layer(q, k, v, cache, step))
+    torch.testing.assert_close(torch.cat(parts), want, atol=1e-5, rtol=1e-5)
+
+
+def test_another_sequences_nan_stays_there() -> None:
+    """Padded block-table entries show foreign blocks; a NaN in one must not leak through a weight of zero."""
+    batch = Batch([(1, 3), (1, 30), (4, 6)])
+    want = batch.layer(batch.q, batch.k, batch.v, batch.cache.clone(), batch.metadata)
+    foreign = sorted(
+        set(range(batch.cache.shape[1])) - set(batch.block_table[0, :1]) - set(batch.block_table[2, :2])
+    )
+    poisoned = batch.cache.clone()
+    poisoned[:, foreign] = float("nan")
+    got = batch.layer(batch.q, batch.k, batch.v, poisoned, batch.metadata)
+    rows = [0, 2, 3, 4, 5]
+    assert torch.isfinite(got[rows]).all()
+    torch.testing.assert_close(got[rows], want[rows], atol=1e-5, rtol=1e-5)
+
+
+def test_rows_of_a_fused_projection_are_accepted() -> None:
+    batch = Batch([(2, 5), (1, 4)])
+    fused = torch.cat((batch.q, batch.k, batch.v), dim=1)
+    q, k, v = fused.split([64, 32, 32], dim=1)
+    assert not q.is_contiguous()
+    want = batch.layer(batch.q, batch.k, batch.v, batch.cache.clone(), batch.metadata)
+    assert torch.equal(batch.layer(q, k, v, batch.cache.clone(), batch.metadata), want)
+
+
+def test_encoder_type_sees_both_ways() -> None:
+    batch = Batch([(3, 3), (4, 4)])
+    got = batch.layer(batch.q, batch.k, batch.v, None, batch.metadata, AttentionType.ENCODER_ONLY)
+    encoder = MultiHeadAttention(4, 16, 16**-0.5, 2)
+    torch.testing.assert_close(got, encoder(batch.q, batch.k, batch.v, cu_seqlens=[0, 3, 7]))
+
+
+def test_empty_batch() -> None:
+    batch = Batch([(1, 1)])
+    none = AttentionMetadata.without_cache([])
+    rows = (batch.q[:0], batch.k[:0], batch.v[:0])
+    assert batch.layer(*rows, None, none).shape == (0, 64)
+    assert batch.layer(*rows, batch.cache, none).shape == (0, 64)
+    assert MultiHeadAttention(4, 16, 0.25, 2)(*rows, cu_seqlens=[0]).shape == (0, 64)
+
+
+@pytest.mark.parametrize("kv_heads", [1, 2, 4])
+@pytest.mark.parametrize("backend", [None, SdpaBackend(), TorchReferenceBackend()])
+def test_encoder_forms_agree(kv_heads: int, backend: AttentionBackend | None) -> None:
+    """Padded with `key_lens`, block-diagonal with `cu_seqlens`, and one by one: the same rows."""
+    torch.manual_seed(1)
+    layer = MultiHeadAttention(4, 24, 24**-0.5, kv_heads)
+    lens = [5, 9, 1]
+    if backend is not None:
+        _use(layer, backend, torch.empty(0))
+    q = torch.randn(3, 9, 96)
+    k, v = torch.randn(2, 3, 9, 24 * kv_heads).unbind()
+    padded = layer(q, k, v, key_lens=lens)
+    flat = layer(
+        *(torch.cat([x[i, :n] for i, n in enumerate(lens)]) for x in (q, k, v)), cu_seqlens=[0, 5, 14, 15]
+    )
+    begin = 0
+    for i, n in enumerate(lens):
+        alone = layer(q[i : i + 1, :n], k[i : i + 1, :n], v[i : i + 1, :n])[0]
+        torch.testing.assert_close(padded[i, :n], alone, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(flat[begin : begin + n], alone, atol=1e-5, rtol=1e-5)
+        begin += n
+    assert not layer(q, k, v, key_lens=[0, 9, 9])[0].any()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"alibi_slopes": [0.5] * 4}, "alibi_slopes"),
+        ({"blocksparse_params": {}}, "blocksparse_params"),
+        ({"per_layer_sliding_window": 0}, "per_layer_sliding_window"),
+        ({"num_kv_heads": 3}, "num_kv_heads"),
+    ],
+)
+def test_unsupported_options_are_refused(options: dict[str, object], words: str) -> None:
+    with pytest.raises(ModelError, match=words):
+        Attention(4, 16, 0.25, **options)  # type: ignore[arg-type]
+
+
+def test_cross_attention_is_refused() -> None:
+    batch = Batch([(1, 1)])
+    with pytest.raises(ModelError, match="encoder_decoder"):
+        batch.layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata, "encoder_decoder")
+
+
+def test_softcap_finds_a_backend_that_has_it() -> None:
+    spec = AttentionSpec(4, 2, 16, 0.25, softcap=30.0)
+    assert select_backend(spec, "cuda", torch.float32).name == TorchReferenceBackend.name
+
+
+def test_metadata_from_numpy() -> None:
+    """The example in the module's docstring."""
+    table = np.array([[7, 2], [5, 0]], dtype=np.int32)
+    query_lens, seq_lens = np.array([1, 3], dtype=np.int32), np.array([6, 3], dtype=np.int32)
+    slots = compute_slot_mapping(table, query_lens, seq_lens, 4)
+    assert slots.tolist() == [9, 20, 21, 22]
+    metadata = AttentionMetadata.from_numpy(query_lens, seq_lens, table, slots)
+    assert metadata.cu_seqlens_q.tolist() == [0, 1, 4]
+    assert (metadata.num_tokens, metadata.num_seqs) == (4, 2)
+    assert (metadata.num_prefill_tokens, metadata.num_decode_tokens) == (3, 1)
+    assert (metadata.max_seqlen_q, metadata.max_seq_len) == (3, 6)
+    assert metadata.block_table.data_ptr() == table.ctypes.data
+    assert [t.dtype for t in (metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_table)] == [
+        torch.int32
+    ] * 3
