@@ -1,0 +1,180 @@
+"""What the rooms around the scheduler say to each other: immutable values, complete at construction.
+
+    front  --EngineRequest-->  scheduler  --SchedulerOutput-->  worker
+    front  <--EngineOutput---  scheduler  <--ModelRunnerOutput--  worker
+
+No torch here: tensors inside `MediaItem.kwargs` and `media_rows` are opaque to whoever runs without torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sensorium.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaItem:
+    """One media item of a request, as the engine core sees it.
+
+    Positions count in the expanded prompt. The span `[offset, offset + length)` may contain tokens that are not media
+    (separators, or text between the parts of a group); `is_media` marks the rows that are.
+    """
+
+    modality: str
+    key: str
+    """Identity of the item's rows: hex digest of at least 128 bits over content, processing and model."""
+    offset: int
+    length: int
+    is_media: np.ndarray[Any, np.dtype[np.bool_]] | None = None
+    """`(length,)`, or None where every row of the span is media."""
+    kwargs: Mapping[str, Any] | None = None
+    """The mapped keyword arguments of this item, leaves without batch axes; only the worker looks inside."""
+    index: int = 0
+    """The item's position among the request's items of its modality."""
+
+    @property
+    def end(self) -> int:
+        """First position behind the span."""
+        return self.offset + self.length
+
+    @property
+    def num_rows(self) -> int:
+        """Number of decoder rows that come from media."""
+        return self.length if self.is_media is None else int(self.is_media.sum())
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineRequest:
+    """An admitted request: everything about it is known to be within limits."""
+
+    request_id: str
+    prompt_token_ids: Sequence[int]
+    """The expanded prompt; ids at media rows may be negative or beyond the vocabulary."""
+    sampling_params: SamplingParams
+    eos_token_ids: frozenset[int] = frozenset()
+    """Ids that end the output unless `ignore_eos`."""
+    media: tuple[MediaItem, ...] = ()
+    """In order of offset; spans don't overlap."""
+    mrope_positions: np.ndarray[Any, np.dtype[np.int64]] | None = None
+    """`(3, prompt length)` for models with M-RoPE."""
+    mrope_delta: int = 0
+    """An output token's position is its index in the sequence plus this."""
+    priority: int = 0
+    """Lower is served first under the priority policy."""
+    arrival_time_s: float = 0.0
+    cache_salt: str | None = None
+    """Requests share cached blocks and rows only with the same salt."""
+    pooling: bool = False
+    """The result is a pooled vector instead of tokens."""
+
+
+class FinishReason(enum.StrEnum):
+    """Why a request ended."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class NewRequest:
+    """A request that gets a slot in this step: for the first time, or again after a preemption."""
+
+    request: EngineRequest
+    output_token_ids: tuple[int, ...] = ()
+    """What it had generated before it was preempted."""
+
+
+@dataclass(frozen=True, slots=True)
+class ScheduledChunk:
+    """A request's share of one step: tokens `[num_computed_tokens, num_computed_tokens + num_scheduled_tokens)`."""
+
+    request_id: str
+    num_computed_tokens: int
+    num_scheduled_tokens: int
+    new_block_ids: tuple[int, ...]
+    """Blocks appended to its block table; for a new request, the whole table, cached prefix included."""
+    is_last: bool
+    """The chunk reaches the end of the known tokens, so that a token is sampled after it."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncoderInput:
+    """One media item to encode in this step: `request.media[item]`."""
+
+    request_id: str
+    item: int
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SchedulerOutput:
+    """One step. Decode chunks come first. Nothing in it changes once it is made."""
+
+    step: int
+    new_requests: tuple[NewRequest, ...]
+    chunks: tuple[ScheduledChunk, ...]
+    encoder_inputs: tuple[EncoderInput, ...]
+    free_encoder_keys: tuple[str, ...]
+    """Encoder outputs to drop before anything is encoded."""
+    freed_request_ids: tuple[str, ...]
+    """Requests that finished, were aborted or preempted since the last step: their slots are free."""
+    num_scheduled_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """Log probabilities at one position: the chosen token's, its rank (1 is the best), and the best others'."""
+
+    token_id: int
+    logprob: float
+    rank: int
+    top_token_ids: tuple[int, ...] = ()
+    top_logprobs: tuple[float, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestFailure:
+    """The worker could not go on with one request. `message` is fit for the caller."""
+
+    message: str
+    status: int = 500
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ModelRunnerOutput:
+    """What a step brought. Requests without an entry sampled nothing (their chunk was not the last)."""
+
+    sampled_token_ids: Mapping[str, Sequence[int]]
+    logprobs: Mapping[str, Sequence[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: Mapping[str, Sequence[TokenLogprobs]] = field(default_factory=dict)
+    """For this step's chunk: the log probabilities of the prompt tokens that follow its rows."""
+    pooled: Mapping[str, Any] = field(default_factory=dict)
+    """`(hidden_size,)` float32 arrays of pooling requests."""
+    failures: Mapping[str, RequestFailure] = field(default_factory=dict)
+    """These requests took no part in the step from where they failed on."""
+    encode_s: float = 0.0
+    forward_s: float = 0.0
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EngineOutput:
+    """News of one request for the front: tokens since the last message, and how it ended if it did."""
+
+    request_id: str
+    new_token_ids: Sequence[int] = ()
+    logprobs: Sequence[TokenLogprobs] = ()
+    prompt_logprobs: Sequence[TokenLogprobs] = ()
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it; None for end-of-sequence and other reasons."""
+    failure: RequestFailure | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens whose KV came from the prefix cache."""
+    pooled: Any = None

@@ -1,0 +1,213 @@
+"""Fixed slots for running requests, and the arrays of one step gathered from them.
+
+Owns token ids, block tables and positions of the requests that hold a slot. A request keeps its slot from the step
+that brings it until it finishes or is preempted; a step gathers rows by slot index, so nothing moves when requests
+come and go. Called by the model runner only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+import numpy.typing as npt
+
+from sensorium.messages import EngineRequest, MediaItem, NewRequest, ScheduledChunk
+
+Int64Array = npt.NDArray[np.int64]
+
+
+@dataclass(slots=True, eq=False)
+class SlotState:
+    """What the runner remembers of one request beside its rows in the arrays."""
+
+    request: EngineRequest
+    slot: int
+    num_tokens: int
+    """Known tokens: prompt and output."""
+    num_blocks: int = 0
+    media_end: int = 0
+    """First position behind the last media span."""
+    media_rows_before: list[Int64Array | None] = field(default_factory=list)
+    """Per item: `(length + 1,)` number of media rows before each position of its span; None where all are media."""
+
+    @classmethod
+    def create(cls, request: EngineRequest, slot: int, num_tokens: int) -> SlotState:
+        """State of a request that was just given `slot`."""
+        return cls(
+            request,
+            slot,
+            num_tokens,
+            media_end=max((item.end for item in request.media), default=0),
+            media_rows_before=[_rows_before(item) for item in request.media],
+        )
+
+
+def _rows_before(item: MediaItem) -> Int64Array | None:
+    if item.is_media is None:
+        return None
+    return np.concatenate([[0], np.cumsum(item.is_media)]).astype(np.int64)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepArrays:
+    """One step's flat batch on the host: rows of chunk `i` are `[starts[i], starts[i + 1])`."""
+
+    token_ids: Int64Array
+    """`(num_tokens,)`"""
+    positions: Int64Array
+    """`(num_tokens,)` index of each row in its sequence, or `(3, num_tokens)` with M-RoPE."""
+    slot_mapping: Int64Array
+    """`(num_tokens,)` index of each row's place in the KV cache."""
+    query_lens: npt.NDArray[np.int32]
+    seq_lens: npt.NDArray[np.int32]
+    block_table: npt.NDArray[np.int32]
+    """`(num_chunks, max_blocks)`, trimmed to the longest sequence."""
+    starts: Int64Array
+    """`(num_chunks + 1,)`"""
+    slots: Int64Array
+    """`(num_chunks,)`"""
+
+
+class InputBatch:
+    """Invariant: `slot_of` and `_free_slots` partition the slots; rows of a free slot mean nothing."""
+
+    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, *, uses_mrope: bool) -> None:
+        self.block_size = block_size
+        self.uses_mrope = uses_mrope
+        max_blocks = -(-max_model_len // block_size)
+        # Zero pages are not touched until a request is long enough to need them.
+        self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
+        self._block_table = np.zeros((max_num_seqs, max_blocks + 1), dtype=np.int32)
+        self._mrope_delta = np.zeros(max_num_seqs, dtype=np.int64)
+        self._states: dict[str, SlotState] = {}
+        self._free_slots = list(range(max_num_seqs - 1, -1, -1))
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    def __getitem__(self, request_id: str) -> SlotState:
+        return self._states[request_id]
+
+    def __contains__(self, request_id: str) -> bool:
+        return request_id in self._states
+
+    def add(self, new: NewRequest) -> SlotState:
+        """Give a request a slot, with all its known tokens."""
+        request = new.request
+        assert request.request_id not in self._states, f"{request.request_id} already has a slot"
+        slot = self._free_slots.pop()
+        num_prompt = len(request.prompt_token_ids)
+        num_tokens = num_prompt + len(new.output_token_ids)
+        self._token_ids[slot, :num_prompt] = request.prompt_token_ids
+        self._token_ids[slot, num_prompt:num_tokens] = new.output_token_ids
+        self._mrope_delta[slot] = request.mrope_delta
+        state = SlotState.create(request, slot, num_tokens)
+        self._states[request.request_id] = state
+        return state
+
+    def remove(self, request_id: str) -> SlotState | None:
+        """Free a request's slot; None if it had none (it never ran)."""
+        state = self._states.pop(request_id, None)
+        if state is not None:
+            self._free_slots.append(state.slot)
+        return state
+
+    def append_blocks(self, chunk: ScheduledChunk) -> None:
+        """Add a chunk's new blocks to its request's table."""
+        if chunk.new_block_ids:
+            state = self._states[chunk.request_id]
+            end = state.num_blocks + len(chunk.new_block_ids)
+            self._block_table[state.slot, state.num_blocks : end] = chunk.new_block_ids
+            state.num_blocks = end
+
+    def append_tokens(self, request_id: str, token_ids: Sequence[int]) -> None:
+        """Record sampled tokens."""
+        state = self._states[request_id]
+        end = state.num_tokens + len(token_ids)
+        self._token_ids[state.slot, state.num_tokens : end] = token_ids
+        state.num_tokens = end
+
+    def token_ids(self, request_id: str, start: int, end: int) -> Int64Array:
+        """Known tokens `[start, end)` of a request; a view."""
+        return self._token_ids[self._states[request_id].slot, start:end]
+
+    def gather(self, chunks: Sequence[ScheduledChunk]) -> StepArrays:
+        """The flat batch of these chunks.
+
+        Worked example: chunks of 1 and 3 rows starting at positions 5 and 0 give `starts [0, 1, 4]` and
+        `positions [5, 0, 1, 2]`.
+        """
+        num_chunks = len(chunks)
+        slots = np.fromiter((self._states[c.request_id].slot for c in chunks), np.int64, num_chunks)
+        computed = np.fromiter((c.num_computed_tokens for c in chunks), np.int64, num_chunks)
+        lens = np.fromiter((c.num_scheduled_tokens for c in chunks), np.int64, num_chunks)
+        starts = np.zeros(num_chunks + 1, dtype=np.int64)
+        np.cumsum(lens, out=starts[1:])
+        num_tokens = int(starts[-1])
+        if num_tokens == num_chunks:  # every chunk is one row: nothing to repeat
+            row_slots, positions = slots, computed
+        else:
+            row_slots = np.repeat(slots, lens)
+            positions = np.arange(num_tokens) + np.repeat(computed - starts[:-1], lens)
+        block_index, block_offset = np.divmod(positions, self.block_size)
+        seq_lens = (computed + lens).astype(np.int32)
+        max_blocks = -(-int(seq_lens.max(initial=0)) // self.block_size)
+        return StepArrays(
+            token_ids=self._token_ids[row_slots, positions],
+            positions=self._mrope_positions(chunks, positions, row_slots, starts) if self.uses_mrope else positions,
+            slot_mapping=self._block_table[row_slots, block_index].astype(np.int64) * self.block_size + block_offset,
+            query_lens=lens.astype(np.int32),
+            seq_lens=seq_lens,
+            block_table=self._block_table[slots, :max_blocks],
+            starts=starts,
+            slots=slots,
+        )
+
+    def _mrope_positions(
+        self, chunks: Sequence[ScheduledChunk], positions: Int64Array, row_slots: Int64Array, starts: Int64Array
+    ) -> Int64Array:
+        """`(3, num_tokens)`: the request's own positions in the prompt, index plus delta behind it."""
+        result = np.tile(positions + self._mrope_delta[row_slots], (3, 1))
+        for i, chunk in enumerate(chunks):
+            request = self._states[chunk.request_id].request
+            start = chunk.num_computed_tokens
+            if start >= len(request.prompt_token_ids) or request.mrope_positions is None:
+                continue
+            end = min(start + chunk.num_scheduled_tokens, len(request.prompt_token_ids))
+            row = int(starts[i])
+            result[:, row : row + end - start] = request.mrope_positions[:, start:end]
+        return result
+
+    def media_rows(self, chunk: ScheduledChunk) -> list[MediaSlice]:
+        """The media rows that fall into a chunk, item by item."""
+        state = self._states[chunk.request_id]
+        start, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        if start >= state.media_end:
+            return []
+        slices = []
+        for item, before in zip(state.request.media, state.media_rows_before, strict=True):
+            first, last = max(start, item.offset), min(end, item.end)
+            if first >= last:
+                continue
+            first_in, last_in = first - item.offset, last - item.offset
+            if before is None:
+                slices.append(MediaSlice(item, np.arange(first - start, last - start), first_in, last_in))
+            elif before[first_in] < before[last_in]:
+                assert item.is_media is not None
+                rows = np.flatnonzero(item.is_media[first_in:last_in]) + (first - start)
+                slices.append(MediaSlice(item, rows, int(before[first_in]), int(before[last_in])))
+        return slices
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaSlice:
+    """Rows `[first, last)` of an item's encoder output stand at rows `chunk_rows` of a chunk."""
+
+    item: MediaItem
+    chunk_rows: npt.NDArray[np.intp]
+    first: int
+    last: int
+
+
