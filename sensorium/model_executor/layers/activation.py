@@ -1,0 +1,111 @@
+"""Activation functions as layers, by the names that Hugging Face configs use."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sensorium.errors import ModelError
+from sensorium.kernels import gelu_and_mul, quick_gelu, silu_and_mul
+from sensorium.model_executor.layers.linear import refuse_quantization
+
+Activation = Callable[[torch.Tensor], torch.Tensor]
+
+
+class SiluAndMul(nn.Module):
+    """`silu(gate) * up` for `x = [gate, up]`: `(..., 2 * d)` to `(..., d)`."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return silu_and_mul(x)
+
+
+class GeluAndMul(nn.Module):
+    """`gelu(gate) * up` for `x = [gate, up]`: `(..., 2 * d)` to `(..., d)`.
+
+    Args:
+        approximate: "none" (with erf) or "tanh".
+    """
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        if approximate not in ("none", "tanh"):
+            raise ModelError(f"approximate of GeluAndMul: got {approximate!r}, expected 'none' or 'tanh'.")
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class."""
+        return gelu_and_mul(x, self.approximate)
+
+
+class QuickGELU(nn.Module):
+    """`x * sigmoid(1.702 x)`, CLIP's approximation of GELU."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape as `x`."""
+        return quick_gelu(x)
+
+
+class ReLUSquared(nn.Module):
+    """`relu(x)^2`. Source: So et al. 2021."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape as `x`."""
+        return F.relu(x).square()
+
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": nn.GELU,
+    # Three spellings of one formula, with tanh in the place of erf.
+    "gelu_fast": lambda: nn.GELU(approximate="tanh"),
+    "gelu_new": lambda: nn.GELU(approximate="tanh"),
+    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
+    "linear": nn.Identity,
+    "quick_gelu": QuickGELU,
+    "relu": nn.ReLU,
+    "relu2": ReLUSquared,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "swish": nn.SiLU,
+    "tanh": nn.Tanh,
+}
+
+_GATED_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "gelu": GeluAndMul,
+    "gelu_pytorch_tanh": lambda: GeluAndMul(approximate="tanh"),
+    "silu": SiluAndMul,
+    "swish": SiluAndMul,
+}
+
+
+def get_act_fn(act_fn_name: str, quant_config: Any = None) -> nn.Module:
+    """The activation that a config names, such as "gelu_pytorch_tanh".
+
+    Raises:
+        ModelError: Nothing here has that name.
+    """
+    refuse_quantization(quant_config, f"activation {act_fn_name}")
+    return _lookup(_ACTIVATIONS, act_fn_name)
+
+
+def get_act_and_mul_fn(act_fn_name: str) -> nn.Module:
+    """The gated form of an activation: `act(gate) * up` for `x = [gate, up]`.
+
+    Raises:
+        ModelError: There is no gated form of that name.
+    """
+    return _lookup(_GATED_ACTIVATIONS, act_fn_name)
+
+
+def _lookup(table: dict[str, Callable[[], nn.Module]], name: str) -> nn.Module:
+    factory = table.get(name.lower())
+    if factory is None:
+        raise ModelError(
+            f"activation function: got {name!r}, expected one of {sorted(table)}. "
+            "Pass the model's own nn.Module instead."
+        )
+    return factory()

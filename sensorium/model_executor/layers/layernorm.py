@@ -1,0 +1,35 @@
+"""Root-mean-square normalisation as a layer."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from sensorium.kernels import add_rms_norm, rms_norm
+from sensorium.model_executor.layers.linear import new_parameter
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`, alone or fused with the residual addition before it.
+
+    With a residual it returns `(norm(x + residual), x + residual)`, so that a decoder carries the sum along.
+    Neither argument is changed. Source: Zhang and Sennrich 2019; rounding as in `transformers`
+    `LlamaRMSNorm`.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        self.variance_epsilon = eps
+        self.weight = new_parameter(hidden_size, dtype=dtype)
+
+    def forward(
+        self, x: torch.Tensor, residual: torch.Tensor | None = None
+    ) -> torch.Tensor | tuple[torch.Tensor, torch.Tensor]:
+        """`(..., hidden_size)` to the same shape; see the class."""
+        if residual is None:
+            return rms_norm(x, self.weight, self.variance_epsilon)
+        return add_rms_norm(x, residual, self.weight, self.variance_epsilon)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"

@@ -1,0 +1,153 @@
+"""From an engine configuration to a loaded model: build, read, check both ways, lay out for the kernels."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import nn
+
+from sensorium.config import EngineConfig
+from sensorium.errors import ModelError, WeightsError
+from sensorium.logger import get_logger
+from sensorium.model_executor.model_loader.initialize import build_empty, fill_with_random
+from sensorium.model_executor.model_loader.tracking import LoadTracker
+from sensorium.model_executor.model_loader.weight_utils import checkpoint_files, safetensors_weights
+
+logger = get_logger(__name__)
+
+DERIVED_WEIGHTS = (
+    "*rotary_emb.inv_freq",
+    "*rotary_pos_emb.inv_freq",
+    "*.position_ids",
+    "*.masked_bias",
+    "*.num_batches_tracked",
+)
+"""Keys that older checkpoints hold and that every model computes by itself."""
+MAX_NAMES_IN_MESSAGE = 10
+
+
+@runtime_checkable
+class ProcessesWeights(Protocol):
+    """A layer that lays its weights out once they are loaded."""
+
+    def process_weights_after_loading(self) -> None:
+        """Called once, after every parameter has its value."""
+
+
+def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Module:
+    """Build the model that `config` describes and fill it from its checkpoint.
+
+    Args:
+        config: The resolved configuration; `model_config.model_class` is built unless `model_class` is given.
+        model_class: Another class to build.
+
+    Returns:
+        The model in evaluation mode, on its device, in its dtype, without gradients.
+
+    Raises:
+        ModelError: The class can't be constructed or has no `load_weights`.
+        WeightsError: The files are missing or damaged; a key was neither used nor ignored; a parameter was
+            left empty.
+    """
+    model_config = config.model_config
+    model_class = model_class or model_config.model_class
+    if model_class is None:
+        raise ModelError(
+            "model class: got none, expected a registered class. Set architectures in config.json."
+        )
+    start = time.perf_counter()
+    device = torch.device(config.device_config.device)
+    model = build_empty(lambda: _construct(model_class, config), dtype=model_config.dtype, device=device)
+    if config.load_config.load_format == "dummy":
+        fill_with_random(model, model_config.seed)
+    else:
+        read_checkpoint(model, Path(model_config.model))
+    finish_loading(model)
+    logger.info("Loaded %s in %.2f s", model_class.__name__, time.perf_counter() - start)
+    return model
+
+
+def _construct(model_class: type, config: EngineConfig) -> nn.Module:
+    from sensorium.model_executor.adapter import construct_model
+
+    return construct_model(model_class, config)
+
+
+def read_checkpoint(model: nn.Module, directory: Path) -> None:
+    """Fill a model from a directory's safetensors files, and check that nothing is left over on either side.
+
+    Raises:
+        WeightsError: See `load_model`.
+    """
+    fill_model(model, safetensors_weights(checkpoint_files(directory)))
+
+
+def fill_model(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+    """Run the model's `load_weights` over checkpoint tensors and check both ways.
+
+    A model lists keys that it doesn't want in a class attribute `ignored_weights`, as shell patterns.
+
+    Raises:
+        WeightsError: See `load_model`.
+        ModelError: The model has no `load_weights`.
+    """
+    load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], Any] | None = getattr(
+        model, "load_weights", None
+    )
+    if load_weights is None:
+        raise ModelError(
+            f"{type(model).__name__}: got no load_weights method, expected load_weights(self, weights). "
+            "Add one that fills the parameters from (name, tensor) pairs."
+        )
+    ignored = (*DERIVED_WEIGHTS, *getattr(model, "ignored_weights", ()))
+    tracker = LoadTracker(dict(model.named_parameters()))
+    wanted = ((name, tensor) for name, tensor in weights if not _matches(name, ignored))
+    try:
+        with torch.no_grad(), tracker:
+            reported = load_weights(tracker.watch(wanted))
+    except WeightsError:
+        raise
+    except (KeyError, ValueError, AssertionError, RuntimeError) as error:
+        raise WeightsError(
+            f"loading checkpoint key {tracker.current_key!r} into {type(model).__name__}: got {error!r}, "
+            "expected it to "
+            "fit. Check that config.json belongs to these weights and that load_weights knows their names."
+        ) from error
+    if unused := tracker.unused_keys():
+        raise WeightsError(
+            f"checkpoint keys that {type(model).__name__} didn't use: got {_listing(unused)}, expected none. "
+            "Load them in load_weights, or list them (patterns allowed) in the class attribute "
+            "ignored_weights."
+        )
+    if unfilled := tracker.unfilled_parameters(reported if isinstance(reported, (set, frozenset)) else ()):
+        raise WeightsError(
+            f"parameters of {type(model).__name__} without a (complete) value in the checkpoint: got "
+            f"{_listing(unfilled)}, expected none. Check that config.json belongs to these weights."
+        )
+
+
+def finish_loading(model: nn.Module) -> None:
+    """Lay the weights out for the kernels, and put the model into evaluation mode without gradients."""
+    with torch.no_grad():
+        for module in model.modules():
+            if isinstance(module, ProcessesWeights):
+                module.process_weights_after_loading()
+    model.eval().requires_grad_(False)
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
+    return (
+        shown
+        if len(names) <= MAX_NAMES_IN_MESSAGE
+        else f"{shown} and {len(names) - MAX_NAMES_IN_MESSAGE} more"
+    )

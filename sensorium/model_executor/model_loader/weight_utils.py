@@ -1,0 +1,160 @@
+"""Reading checkpoints and putting tensors into parameters: what `load_weights` methods are written with."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import nn
+
+from sensorium.errors import WeightsError
+
+INDEX_NAME = "model.safetensors.index.json"
+SINGLE_NAME = "model.safetensors"
+PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+
+
+def default_weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
+    """Copy a checkpoint's tensor into a parameter of the same shape, converting its dtype; a scalar fills."""
+    if param.numel() == 1 and loaded_weight.numel() == 1:
+        param.data.fill_(loaded_weight.item())
+        return
+    assert param.shape == loaded_weight.shape, (
+        f"Attempted to load weight ({tuple(loaded_weight.shape)}) into parameter ({tuple(param.shape)})"
+    )
+    param.data.copy_(loaded_weight)
+
+
+def load_parameter(param: torch.Tensor, loaded_weight: torch.Tensor, *shard_id: Any) -> None:
+    """Fill a parameter through its own `weight_loader` if it carries one."""
+    loader: Callable[..., None] = getattr(param, "weight_loader", default_weight_loader)
+    loader(param, loaded_weight, *shard_id)
+
+
+def load_fused_weights(
+    module: nn.Module,
+    weights: Iterable[tuple[str, torch.Tensor]],
+    fused: Mapping[str, tuple[str, int | str]],
+) -> set[str]:
+    """Fill a module from a checkpoint that stores the parts of its fused layers separately.
+
+    Args:
+        module: Whose parameters (and persistent buffers) are filled.
+        weights: Names relative to `module`, and tensors.
+        fused: Part name to (fused layer's name, shard id), such as `{"q_proj": ("qkv_proj", "q")}`. It
+            applies where the module has the fused layer, so that a checkpoint with fused tensors loads as
+            well.
+
+    Returns:
+        The names of the parameters that were (at least partly) filled.
+
+    Raises:
+        WeightsError: A name or shape fits nothing in the module.
+    """
+    targets: dict[str, torch.Tensor] = dict(module.named_parameters(remove_duplicate=False))
+    targets.update(persistent_buffers(module))
+    filled = set()
+    for name, tensor in weights:
+        target_name, shard_id = fused_target(name, fused)
+        if target_name not in targets:
+            target_name, shard_id = name, ()
+        if target_name not in targets:
+            raise WeightsError(
+                f"checkpoint key: got {name!r}, expected a parameter of {type(module).__name__}. "
+                "Map or ignore it in the model's load_weights."
+            )
+        load_parameter(targets[target_name], tensor, *shard_id)
+        filled.add(target_name)
+    return filled
+
+
+def fused_target(
+    name: str, fused: Mapping[str, tuple[str, int | str]]
+) -> tuple[str, tuple[()] | tuple[int | str]]:
+    """The fused parameter's name and the shard id for the name of a part; the name itself for any other."""
+    parts = name.split(".")
+    for position, part in enumerate(parts):
+        if part in fused:
+            layer, shard_id = fused[part]
+            return ".".join([*parts[:position], layer, *parts[position + 1 :]]), (shard_id,)
+    return name, ()
+
+
+def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
+    """Buffers that checkpoints contain, such as running means, by name."""
+    return {
+        f"{prefix}.{name}" if prefix else name: buffer
+        for prefix, child in module.named_modules()
+        for name, buffer in child.named_buffers(recurse=False)
+        if name not in child._non_persistent_buffers_set
+    }
+
+
+def checkpoint_files(directory: Path) -> list[Path]:
+    """The safetensors files of a checkpoint, in reading order.
+
+    Raises:
+        WeightsError: There are none, or the index names a file that isn't there.
+    """
+    index = directory / INDEX_NAME
+    if index.is_file():
+        files = [
+            directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        ]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise WeightsError(
+                f"checkpoint files in {directory}: got no {', '.join(missing)}, which {INDEX_NAME} names, "
+                "expected "
+                "all of them. Download the checkpoint again."
+            )
+        return files
+    if (directory / SINGLE_NAME).is_file():
+        return [directory / SINGLE_NAME]
+    if files := sorted(directory.glob("*.safetensors")):
+        return files
+    raise WeightsError(_no_weights_message(directory))
+
+
+def _no_weights_message(directory: Path) -> str:
+    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
+    if not pickles:
+        return (
+            f"weights in {directory}: got no *.safetensors file, expected at least one. Check the model path."
+        )
+    return (
+        f"weights in {directory}: got {pickles[0]}, expected *.safetensors. Pickled files can run code and "
+        "are never "
+        "opened here; convert them on a machine you trust with transformers' "
+        "`AutoModel.from_pretrained(...).save_pretrained(...)`."
+    )
+
+
+def safetensors_weights(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """Names and tensors of safetensors files. The tensors are views of the mapped files, not copies.
+
+    Raises:
+        WeightsError: A file is damaged, or a key stands in two files.
+    """
+    file_of: dict[str, str] = {}
+    for file in files:
+        try:
+            with safe_open(file, framework="pt") as reader:
+                for name in reader.keys():  # noqa: SIM118 -- the reader can't be iterated
+                    if name in file_of:
+                        raise WeightsError(
+                            f"checkpoint key {name!r}: got it in {file_of[name]} and in {file.name}, "
+                            "expected "
+                            "it once. "
+                            f"Remove the file that doesn't belong, or add {INDEX_NAME}."
+                        )
+                    file_of[name] = file.name
+                    yield name, reader.get_tensor(name)
+        except SafetensorError as error:
+            raise WeightsError(
+                f"checkpoint file {file.name}: got {error}, expected a complete safetensors file. Download "
+                "it again."
+            ) from error
