@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from sensorium.config import ModelFeatures
 from sensorium.sampling_params import SamplingParams
 
 
@@ -178,3 +179,31 @@ class EngineOutput:
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
     pooled: Any = None
+
+
+@dataclass(frozen=True, slots=True)
+class LoadReport:
+    """What loading a model found out, and where memory went."""
+
+    features: ModelFeatures
+    num_blocks: int
+    block_size: int
+    memory_bytes: dict[str, int]
+    """By use, such as "weights" and "KV cache"."""
+    seconds: dict[str, float]
+    """By stage, such as "load weights"."""
+    model: str = ""
+
+    def lines(self) -> list[str]:
+        """The report for people, a line each."""
+        mib = {name: f"{name} {size / 2**20:,.0f} MiB" for name, size in self.memory_bytes.items()}
+        stages = ", ".join(f"{name} {seconds:.2f} s" for name, seconds in self.seconds.items())
+        features = self.features
+        lines = [
+            f"{self.model}: tier {features.tier}",
+            f"KV cache: {self.num_blocks:,} blocks of {self.block_size} tokens "
+            f"= {self.num_blocks * self.block_size:,} tokens",
+            f"memory: {', '.join(mib.values())}",
+            f"start-up: {stages}",
+        ]
+        return lines + [f"note: {note}" for note in features.notes]

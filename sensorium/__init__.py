@@ -1,0 +1,53 @@
+"""Sensorium: a multimodal LLM inference and serving engine.
+
+    from sensorium import LLM, SamplingParams
+
+    llm = LLM(model="path/to/checkpoint")
+    [output] = llm.generate({"prompt": "USER: <image>\\nWhat is this? ASSISTANT:", "multi_modal_data": {"image": image}})
+
+Importing this package loads neither torch nor transformers; the names below load what they need when first used.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from sensorium.engine.args import EngineArgs
+    from sensorium.engine.llm_engine import LLMEngine
+    from sensorium.entrypoints.llm import LLM
+    from sensorium.model_executor.models.registry import ModelRegistry
+    from sensorium.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
+    from sensorium.sampling_params import SamplingParams
+
+__version__ = "0.1.0"
+
+_HOMES = {
+    "LLM": "sensorium.entrypoints.llm",
+    "LLMEngine": "sensorium.engine.llm_engine",
+    "EngineArgs": "sensorium.engine.args",
+    "ModelRegistry": "sensorium.model_executor.models.registry",
+    "SamplingParams": "sensorium.sampling_params",
+    "RequestOutput": "sensorium.outputs",
+    "CompletionOutput": "sensorium.outputs",
+    "PoolingRequestOutput": "sensorium.outputs",
+}
+
+__all__ = [
+    "LLM",
+    "CompletionOutput",
+    "EngineArgs",
+    "LLMEngine",
+    "ModelRegistry",
+    "PoolingRequestOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "__version__",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'sensorium' has no attribute {name!r}")

@@ -1,0 +1,1 @@
+"""The engine: arguments, the core loop, and the faces that callers drive it by."""

@@ -1,0 +1,276 @@
+"""Flat settings that people give, and how they become an `EngineConfig`.
+
+Every "auto" is decided here or at load, and logged. Fields are typed and documented one by one, so that command-line
+flags are generated from them.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from sensorium.config import (
+    DTYPES,
+    CacheConfig,
+    DeviceConfig,
+    EngineConfig,
+    LoadConfig,
+    ModelConfig,
+    MultiModalConfig,
+    ParallelConfig,
+    PoolerConfig,
+    SchedulerConfig,
+)
+from sensorium.errors import ConfigError, ModelError
+from sensorium.logger import get_logger
+
+logger = get_logger(__name__)
+
+DEMO_MODEL = "demo"
+"""The name of the model that comes with the package."""
+
+
+@dataclass(frozen=True)
+class EngineArgs:
+    """Settings of an engine. Only `model` is needed."""
+
+    model: str
+    """A directory with a Hugging Face checkpoint, a name on the model hub, or "demo" for the bundled model."""
+    tokenizer: str | None = None
+    """Directory or hub name of the tokenizer, if it isn't the model's."""
+    tokenizer_mode: str = "auto"
+    """"auto", or "slow" for the tokenizer written in Python."""
+    skip_tokenizer_init: bool = False
+    """Take and return token ids only."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with a checkpoint. Off: such a checkpoint is refused."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub."""
+    code_revision: str | None = None
+    """The same for the code that comes with a checkpoint."""
+    dtype: str = "auto"
+    """"auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
+    max_model_len: int | None = None
+    """Most tokens of prompt and output together; the model's own limit by default."""
+    seed: int = 0
+    """Seed of requests that bring none."""
+    load_format: str = "safetensors"
+    """"safetensors", or "dummy" for seeded random weights."""
+    hf_overrides: Mapping[str, Any] = field(default_factory=dict)
+    """Values that replace those of the checkpoint's config."""
+
+    device: str = "auto"
+    """"auto" (a GPU if there is one), "cpu", or "cuda" with an optional index."""
+    num_threads: int | None = None
+    """Threads of CPU kernels; torch's default if not given."""
+    tensor_parallel_size: int = 1
+
+    block_size: int | None = None
+    """Tokens in a KV block."""
+    num_blocks: int | None = None
+    """KV blocks, instead of a size in bytes."""
+    kv_cache_bytes: int | None = None
+    """Memory for the KV cache; decided from what is free by default."""
+    memory_fraction: float = 0.9
+    """Share of the device's memory that the engine may use."""
+    enable_prefix_caching: bool = True
+    """Reuse the KV of equal prompt starts, media included."""
+    mm_processor_cache_bytes: int = 1 << 30
+    """Memory for mapped media that may come again; 0 turns the cache off."""
+    encoder_cache_rows: int | None = None
+    """Encoder output rows kept; four times `max_num_encoder_rows` by default; 0 keeps only what is in use."""
+
+    max_num_seqs: int = 64
+    """Requests that run at once."""
+    max_num_batched_tokens: int | None = None
+    """Decoder rows in one step."""
+    max_num_encoder_rows: int = 4096
+    """Encoder output rows computed in one step."""
+    enable_chunked_prefill: bool = True
+    """Spread long prompts over steps."""
+    scheduling_policy: str = "fcfs"
+    """"fcfs" (first come, first served) or "priority"."""
+    max_token_gap_s: float = 0.25
+    """While requests stream, keep their tokens at most about this far apart, in seconds."""
+    max_waiting_requests: int | None = None
+    """Refuse requests while so many wait."""
+
+    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
+    """Most items of each modality in one prompt; 1 for a modality not named."""
+    mm_processor_kwargs: Mapping[str, Any] | None = None
+    """Arguments for the model's input processor and mappers, unless a request brings its own."""
+    mm_split: str = "auto"
+    """"auto", or "off": never split media of a forward-only model from its text."""
+    preprocess_threads: int = 2
+    """Threads that decode and map media beside the engine's own."""
+    allowed_local_media_path: str | None = None
+    """Folder from which requests may name files."""
+
+    pooling_type: str | None = None
+    """"last", "mean" or "cls" for `encode`; the model's own, or "last"."""
+    chat_template: str | None = None
+    """A chat template, or the path of a file with one, instead of the checkpoint's."""
+
+    def create_engine_config(self) -> EngineConfig:
+        """Resolve everything that can be known before the weights are read.
+
+        Raises:
+            ConfigError: A setting can't be used.
+            ModelError: The architecture is unknown, or its class can't be served.
+        """
+        from sensorium.plugins import load_general_plugins
+
+        load_general_plugins()
+        device = resolve_device(self.device)
+        cache = CacheConfig(
+            block_size=self.block_size or 16,
+            num_blocks=self.num_blocks,
+            kv_cache_bytes=self.kv_cache_bytes,
+            memory_fraction=self.memory_fraction,
+            enable_prefix_caching=self.enable_prefix_caching,
+            mm_processor_cache_bytes=self.mm_processor_cache_bytes,
+            encoder_cache_rows=(
+                4 * self.max_num_encoder_rows if self.encoder_cache_rows is None else self.encoder_cache_rows
+            ),
+        )
+        scheduler = SchedulerConfig(
+            max_num_batched_tokens=self.max_num_batched_tokens or (2048 if device == "cpu" else 8192),
+            max_num_seqs=self.max_num_seqs,
+            max_num_encoder_rows=self.max_num_encoder_rows,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+            policy=self.scheduling_policy,
+            max_token_gap_s=self.max_token_gap_s,
+            max_waiting_requests=self.max_waiting_requests,
+        )
+        return EngineConfig(
+            model_config=self._model_config(),
+            cache_config=cache,
+            scheduler_config=scheduler,
+            device_config=DeviceConfig(device=device, num_threads=self.num_threads),
+            load_config=LoadConfig(load_format=self.load_format),
+            parallel_config=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
+        )
+
+    def _model_config(self) -> ModelConfig:
+        from sensorium.model_executor.models.interfaces import check_supports_multimodal, supports_multimodal
+        from sensorium.model_executor.models.registry import ModelRegistry
+
+        path = resolve_model_path(self.model, self.revision)
+        hf_config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
+        model_class, architecture = ModelRegistry.resolve(list(getattr(hf_config, "architectures", None) or []))
+        check_supports_multimodal(model_class)
+        is_multimodal = supports_multimodal(model_class)
+        if self.limit_mm_per_prompt and not is_multimodal:
+            raise ConfigError(
+                f"limit_mm_per_prompt: got limits for {architecture}, which takes text only, expected none. "
+                "limit_mm_per_prompt is only supported for multimodal models."
+            )
+        return ModelConfig(
+            model=str(path),
+            tokenizer=str(path) if self.tokenizer is None else str(resolve_model_path(self.tokenizer, None)),
+            hf_config=hf_config,
+            dtype_name=resolve_dtype(self.dtype, hf_config),
+            max_model_len=resolve_max_model_len(self.max_model_len, hf_config),
+            model_class=model_class,
+            architecture=architecture,
+            tokenizer_mode=self.tokenizer_mode,
+            trust_remote_code=self.trust_remote_code,
+            revision=self.revision,
+            code_revision=self.code_revision,
+            seed=self.seed,
+            rope_scaling=getattr(hf_config.get_text_config(), "rope_scaling", None),
+            hf_image_processor_config=_read_json(path / "preprocessor_config.json"),
+            mm_processor_kwargs=self.mm_processor_kwargs,
+            multimodal_config=MultiModalConfig(dict(self.limit_mm_per_prompt)) if is_multimodal else None,
+            pooler_config=PoolerConfig(pooling_type=self.pooling_type) if self.pooling_type else None,
+            generation_config=_read_json(path / "generation_config.json"),
+            mm_split=self.mm_split,
+        )
+
+
+def resolve_device(device: str) -> str:
+    """The device to run on; "auto" is a GPU if torch sees one."""
+    import torch
+
+    if device != "auto":
+        if device != "cpu" and not torch.cuda.is_available():
+            raise ConfigError(f"device: got {device!r}, expected one that torch can use here. Set device to 'cpu'.")
+        return device
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def resolve_model_path(model: str, revision: str | None) -> Path:
+    """The directory of a checkpoint; a hub name is downloaded first."""
+    if model == DEMO_MODEL and not Path(model).is_dir():
+        bundled = Path(__file__).parent.parent / "demo_model"
+        if not (bundled / "config.json").is_file():
+            raise ConfigError("model: got 'demo', but this build has no bundled model. Give a checkpoint's directory.")
+        return bundled
+    path = Path(model).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"model: got {model!r}, a directory without config.json. Give a checkpoint's directory.")
+        return path
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+    patterns = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model", "*.py"]
+    try:
+        return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
+    except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
+        raise ConfigError(
+            f"model: got {model!r}, expected a directory or a name on the model hub ({type(error).__name__}). "
+            "Check the spelling, the network, and that the directory exists."
+        ) from error
+
+
+def load_hf_config(
+    path: Path, trust_remote_code: bool, code_revision: str | None, overrides: Mapping[str, Any]
+) -> Any:
+    """The checkpoint's Hugging Face config, with `overrides` in place."""
+    from transformers import AutoConfig
+
+    try:
+        hf_config = AutoConfig.from_pretrained(
+            path, trust_remote_code=trust_remote_code, code_revision=code_revision
+        )
+    except ValueError as error:
+        raise ModelError(f"config of {path}: transformers can't read it: {error}") from error
+    hf_config.update(dict(overrides))
+    return hf_config
+
+
+def resolve_dtype(dtype: str, hf_config: Any) -> str:
+    """A dtype's name; "auto" is the checkpoint's own, which keeps outputs equal to the reference."""
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype: got {dtype!r}, expected 'auto' or one of {DTYPES}.")
+        return dtype
+    for config in (hf_config, hf_config.get_text_config()):
+        found = str(getattr(config, "dtype", None)).removeprefix("torch.")
+        if found in DTYPES:
+            return found
+    return "float32"
+
+
+def resolve_max_model_len(asked: int | None, hf_config: Any) -> int:
+    """The context length: as asked, at most the model's own."""
+    own = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    if asked is None:
+        return int(own) if own else 4096
+    if own and asked > own:
+        raise ConfigError(
+            f"max_model_len: got {asked}, expected at most {own}, the model's max_position_embeddings. "
+            "Lower max_model_len, or raise the limit in hf_overrides if you know that the model can do more."
+        )
+    return asked
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        return {}
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return content if isinstance(content, dict) else {}

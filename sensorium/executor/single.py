@@ -1,0 +1,31 @@
+"""One worker in this process."""
+
+from __future__ import annotations
+
+from sensorium.config import EngineConfig
+from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
+from sensorium.worker.worker import Worker
+
+
+class SingleProcessExecutor:
+    """Calls the worker directly."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._worker = Worker(config)
+
+    @property
+    def worker(self) -> Worker:
+        """The worker, for tests and tools that look at the model."""
+        return self._worker
+
+    def load(self) -> LoadReport:
+        """See `Executor.load`."""
+        return self._worker.load()
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """See `Executor.execute`."""
+        return self._worker.execute(step)
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+        self._worker.shutdown()

@@ -1,0 +1,24 @@
+"""How the worker runs a model: one driver per tier of the extension API, behind one interface.
+
+`base` has the interface, `text` the driver of models without media, `embeddings` tier 1 and 2, `auto_split` and
+`atomic` tier 0. `encoder_outputs` brings what encoders return into one shape. Which driver a model gets is found
+out at load by the worker's probe.
+"""
+
+from sensorium.model_executor.drivers.atomic import AtomicDriver
+from sensorium.model_executor.drivers.auto_split import AutoSplitDriver
+from sensorium.model_executor.drivers.base import EncodeJob, EncodeResult, MediaRows, ModelDriver, StepInputs
+from sensorium.model_executor.drivers.embeddings import EmbeddingsDriver
+from sensorium.model_executor.drivers.text import TextDriver
+
+__all__ = [
+    "AtomicDriver",
+    "AutoSplitDriver",
+    "EmbeddingsDriver",
+    "EncodeJob",
+    "EncodeResult",
+    "MediaRows",
+    "ModelDriver",
+    "StepInputs",
+    "TextDriver",
+]

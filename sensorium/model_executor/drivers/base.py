@@ -1,0 +1,86 @@
+"""The interface between the worker and a model of any tier."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+
+from sensorium.attention import AttentionMetadata
+from sensorium.errors import ProcessorError
+from sensorium.logger import get_logger
+from sensorium.messages import EngineRequest, MediaItem
+
+logger = get_logger(__name__)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaRows:
+    """Encoder rows for one step: `rows[i]` stands at row `index[i]` of the batch."""
+
+    index: torch.Tensor
+    """`(num_media_rows,)` int64"""
+    rows: torch.Tensor
+    """`(num_media_rows, hidden_size)` in the model's dtype"""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class StepInputs:
+    """What a forward pass gets, whatever mix of prefill chunks and decodes it is."""
+
+    input_ids: torch.Tensor
+    """`(num_tokens,)` int64. Media rows may hold negative ids, or ids beyond the vocabulary."""
+    positions: torch.Tensor
+    """`(num_tokens,)` int64, or `(3, num_tokens)` with M-RoPE."""
+    kv_caches: list[torch.Tensor]
+    """Per attention layer `(2, num_blocks, block_size, num_kv_heads, head_size)`."""
+    attn_metadata: AttentionMetadata
+    media: MediaRows | None = None
+    media_kwargs: Mapping[str, Any] | None = None
+    """Atomic mode only: the mapped media that lie within this batch, as the model's `forward` takes them."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EncodeJob:
+    """One media item to encode, with the request it stands in."""
+
+    request: EngineRequest
+    item: MediaItem
+
+
+EncodeResult = torch.Tensor | ProcessorError
+"""Rows `(item.num_rows, hidden_size)` of one item, or why there are none."""
+
+
+class ModelDriver(Protocol):
+    """Runs a model of one tier. Stateless between calls; used by one thread."""
+
+    def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
+        """Encode media items. One item's failure leaves the others' results untouched."""
+
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states `(num_tokens, hidden_size)` of a step."""
+
+
+def without_media_ids(input_ids: torch.Tensor, media: MediaRows | None, vocab_size: int) -> torch.Tensor:
+    """`input_ids` with 0 at media rows and every id inside the vocabulary, fit for an embedding lookup.
+
+    Ids outside the vocabulary stand only at media rows of an admitted request; they are clamped all the same,
+    because a lookup out of bounds would end the process.
+    """
+    if media is None:
+        return input_ids
+    return input_ids.index_fill(0, media.index, 0).clamp_(0, vocab_size - 1)
+
+
+def encoding_error(job: EncodeJob, error: BaseException) -> ProcessorError:
+    """The caller's view of an encoder failure; the details go to the log, not to the caller."""
+    logger.warning("encoding %s of request %s failed", job.item.modality, job.request.request_id, exc_info=error)
+    if isinstance(error, ProcessorError):
+        return error
+    return ProcessorError(
+        f"{job.item.modality} item {job.item.index} could not be encoded by the model ({type(error).__name__}). "
+        "Check that the item is valid for this model."
+    )

@@ -1,0 +1,33 @@
+"""Models without media."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import nn
+
+from sensorium.errors import ModelError
+from sensorium.model_executor.adapter import ForwardAdapter
+from sensorium.model_executor.drivers.base import EncodeJob, EncodeResult, StepInputs
+
+
+class TextDriver:
+    """Calls `forward` with ids."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._forward = ForwardAdapter(model)
+
+    def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
+        """Never asked for: admission refuses media."""
+        raise ModelError("a text model has nothing to encode media with")
+
+    def forward(self, inputs: StepInputs) -> torch.Tensor:
+        """See `ModelDriver.forward`."""
+        hidden: torch.Tensor = self._forward(
+            input_ids=inputs.input_ids,
+            positions=inputs.positions,
+            kv_caches=inputs.kv_caches,
+            attn_metadata=inputs.attn_metadata,
+        )
+        return hidden

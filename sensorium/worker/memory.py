@@ -1,0 +1,76 @@
+"""How much memory a device has left for the KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensorium.attention import AttentionMetadata
+from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.model_executor.drivers import ModelDriver, StepInputs
+from sensorium.worker.kv_cache import DEFAULT_CPU_BYTES
+
+
+def available_bytes(
+    device: torch.device, config: EngineConfig, driver: ModelDriver, features: ModelFeatures
+) -> int:
+    """Bytes that the KV cache may take on this device.
+
+    On a CPU: a share of what is free, at most `DEFAULT_CPU_BYTES`. On CUDA: the engine's share of the device, less the
+    weights and the peak of a step at its full token budget, which is run here once.
+    """
+    if device.type == "cpu":
+        return min(int(free_cpu_bytes() * config.cache_config.memory_fraction) // 2, DEFAULT_CPU_BYTES)
+    peak = _peak_of_full_step(device, config, driver)
+    free, total = torch.cuda.mem_get_info(device)
+    used_by_others = total - free - torch.cuda.memory_reserved(device)
+    budget = int(total * config.cache_config.memory_fraction)
+    return max(budget - peak - used_by_others, 0)
+
+
+def free_cpu_bytes() -> int:
+    """Memory that can be had without swapping."""
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        for line in meminfo.read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    return 8 << 30  # no such file outside Linux: assume a small machine
+
+
+def _peak_of_full_step(device: torch.device, config: EngineConfig, driver: ModelDriver) -> int:
+    """Peak bytes of one step of `max_num_batched_tokens` text rows in one sequence, without a cache."""
+    num_tokens = min(
+        config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len
+    )
+    positions = np.arange(num_tokens, dtype=np.int64)
+    if config.model_config.uses_mrope:
+        positions = np.tile(positions, (3, 1))
+    num_layers = int(config.model_config.hf_text_config.num_hidden_layers)
+    torch.cuda.reset_peak_memory_stats(device)
+    driver.forward(
+        StepInputs(
+            input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
+            positions=torch.from_numpy(positions).to(device),
+            kv_caches=[torch.empty(0, dtype=config.model_config.dtype, device=device)] * num_layers,
+            attn_metadata=AttentionMetadata.without_cache([num_tokens], device=device),
+        )
+    )
+    torch.cuda.synchronize(device)
+    peak = int(torch.cuda.max_memory_allocated(device))
+    torch.cuda.empty_cache()
+    return peak
+
+
+def tensor_bytes(model: nn.Module) -> int:
+    """Bytes of a model's parameters and buffers; a shared tensor counts once."""
+    return sum(storage.nbytes() for storage in _storages(model))
+
+
+def _storages(model: nn.Module) -> Iterable[torch.UntypedStorage]:
+    tensors = [*model.parameters(), *model.buffers()]
+    return {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in tensors}.values()

@@ -1,0 +1,290 @@
+"""Runs one step: encode media, gather rows, forward, sample.
+
+Owns the KV cache tensors and, through `InputBatch`, `SamplingState` and `EncoderRunner`, everything that is kept per request
+between steps. What it does is decided by the scheduler; which of a model's methods it calls, by the driver.
+
+A failure has an owner: an item that can't be encoded fails the requests that use it; a forward pass that raises is
+repeated request by request, which is safe because writing the same KV twice changes nothing.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensorium.attention import AttentionMetadata
+from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.errors import ProcessorError
+from sensorium.logger import get_logger
+from sensorium.messages import (
+    MediaItem,
+    ModelRunnerOutput,
+    RequestFailure,
+    ScheduledChunk,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
+from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.drivers.placeholder_maps import index_maps
+from sensorium.model_executor.layers.sampler import Sampler, SamplerOutput, SamplingState, prompt_logprobs
+from sensorium.model_executor.sampling_metadata import SamplingMetadata
+from sensorium.worker.encoder_runner import EncoderRunner
+from sensorium.worker.input_batch import InputBatch, MediaSlice, StepArrays
+from sensorium.worker.pooling import Pooler
+
+logger = get_logger(__name__)
+
+
+@dataclass(slots=True, eq=False)
+class _StepResult:
+    """Collects what the passes of one step bring."""
+
+    sampled: dict[str, list[int]] = field(default_factory=dict)
+    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
+    pooled: dict[str, Any] = field(default_factory=dict)
+    failures: dict[str, RequestFailure] = field(default_factory=dict)
+
+
+class ModelRunner:
+    """Invariant: between steps, slot holders are exactly the requests that the scheduler counts as running."""
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: nn.Module,
+        driver: ModelDriver,
+        features: ModelFeatures,
+        kv_caches: list[torch.Tensor],
+        device: torch.device,
+    ) -> None:
+        model_config, max_num_seqs = config.model_config, config.scheduler_config.max_num_seqs
+        self._model: Any = model
+        self._driver = driver
+        self._kv_caches = kv_caches
+        self._device = device
+        self._dtype = model_config.dtype
+        self._isolates_media = not features.splits_media or getattr(driver, "merges_itself", False)
+        self._splits_media = features.splits_media
+        self._batch = InputBatch(
+            max_num_seqs,
+            model_config.max_model_len,
+            config.cache_config.block_size,
+            uses_mrope=model_config.uses_mrope,
+        )
+        self.encoder = EncoderRunner(driver)
+        self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, device, seed=model_config.seed)
+        self._sampler = Sampler()
+        self._pooler = Pooler(model_config.pooler_config)
+
+    @torch.inference_mode()
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Run a step. Every chunk ends with a sampled token, with nothing (not its last chunk), or in `failures`."""
+        self._take_in(step)
+        result = _StepResult()
+        errors = self.encoder.run(step.encoder_inputs, self._batch)
+        chunks = self._without_failed_media(step.chunks, errors, result)
+        begin = time.perf_counter()
+        for group in self._passes(chunks):
+            self._run(group, result)
+        return ModelRunnerOutput(
+            sampled_token_ids=result.sampled,
+            logprobs=result.logprobs,
+            prompt_logprobs=result.prompt_logprobs,
+            pooled=result.pooled,
+            failures=result.failures,
+            encode_s=self.encoder.encode_s,
+            forward_s=time.perf_counter() - begin,
+        )
+
+    def _take_in(self, step: SchedulerOutput) -> None:
+        for request_id in step.freed_request_ids:
+            state = self._batch.remove(request_id)
+            if state is not None:
+                self._sampling.remove(state.slot)
+                self._pooler.remove(request_id)
+        for new in step.new_requests:
+            state = self._batch.add(new)
+            request = new.request
+            self._sampling.add(
+                state.slot, request.sampling_params, request.prompt_token_ids, new.output_token_ids
+            )
+        for chunk in step.chunks:
+            self._batch.append_blocks(chunk)
+        self.encoder.free(step.free_encoder_keys)
+
+    def _without_failed_media(
+        self, chunks: Sequence[ScheduledChunk], errors: dict[str, ProcessorError], result: _StepResult
+    ) -> list[ScheduledChunk]:
+        """The chunks whose media were encoded; the others' requests fail."""
+        if not errors:
+            return list(chunks)
+        remaining = []
+        for chunk in chunks:
+            keys = [item.key for item in self._batch[chunk.request_id].request.media]
+            error = next((errors[key] for key in keys if key in errors), None)
+            if error is None:
+                remaining.append(chunk)
+            else:
+                result.failures[chunk.request_id] = RequestFailure(str(error), error.status)
+        return remaining
+
+    def _passes(self, chunks: Sequence[ScheduledChunk]) -> list[list[ScheduledChunk]]:
+        """Chunks that share a forward pass. Where the model merges media itself, each chunk with media runs alone."""
+        if not self._isolates_media:
+            return [list(chunks)] if chunks else []
+        shared, alone = [], []
+        for chunk in chunks:
+            if self._batch.media_rows(chunk):
+                alone.append([chunk])
+            else:
+                shared.append(chunk)
+        return [shared, *alone] if shared else alone
+
+    def _run(self, chunks: list[ScheduledChunk], result: _StepResult) -> None:
+        """One pass; where it raises, one per request, so that only the request at fault ends."""
+        try:
+            self._run_pass(chunks, result)
+            return
+        except Exception as error:
+            if self._device.type != "cpu" and _is_device_fault(error):
+                raise
+            if len(chunks) == 1:
+                logger.exception("the forward pass of request %s failed", chunks[0].request_id)
+                result.failures[chunks[0].request_id] = RequestFailure(
+                    f"The model failed on this request ({type(error).__name__}). Other requests go on."
+                )
+                return
+            logger.warning(
+                "a forward pass of %d requests failed; repeating it one by one", len(chunks), exc_info=error
+            )
+        for chunk in chunks:
+            self._run([chunk], result)
+
+    def _run_pass(self, chunks: list[ScheduledChunk], result: _StepResult) -> None:
+        arrays = self._batch.gather(chunks)
+        hidden = self._driver.forward(self._step_inputs(chunks, arrays))
+        self._report_prompt(chunks, arrays, hidden, result)
+        last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
+        sampling = []
+        for i in last:
+            if self._batch[chunks[i].request_id].request.pooling:
+                result.pooled[chunks[i].request_id] = self._pooler.finish(chunks[i].request_id)
+            else:
+                sampling.append(i)
+        if sampling:
+            self._sample(chunks, arrays, hidden, sampling, result)
+
+    def _step_inputs(self, chunks: list[ScheduledChunk], arrays: StepArrays) -> StepInputs:
+        pieces = [
+            (row, piece)
+            for chunk, row in zip(chunks, arrays.starts.tolist(), strict=False)
+            for piece in self._batch.media_rows(chunk)
+        ]
+        maps = None
+        kwargs = None
+        if pieces and not self._splits_media:
+            items = [piece.item for _, piece in pieces]
+            maps = index_maps(items, chunks[0].num_computed_tokens)
+            kwargs = self._media_kwargs(items)
+        return StepInputs(
+            input_ids=self._to_device(arrays.token_ids),
+            positions=self._to_device(arrays.positions),
+            kv_caches=self._kv_caches,
+            attn_metadata=AttentionMetadata.from_numpy(
+                arrays.query_lens,
+                arrays.seq_lens,
+                arrays.block_table,
+                arrays.slot_mapping,
+                device=self._device,
+                multi_modal_placeholder_index_maps=maps,
+            ),
+            media=self._gather_media(pieces) if pieces and self._splits_media else None,
+            media_kwargs=kwargs,
+        )
+
+    def _media_kwargs(self, items: Sequence[MediaItem]) -> dict[str, Any]:
+        """The arguments of whole items, per modality in prompt order."""
+        by_modality: dict[str, list[Any]] = {}
+        for item in items:
+            by_modality.setdefault(item.modality, []).append(item.kwargs or {})
+        kwargs: dict[str, Any] = {}
+        for group in by_modality.values():
+            kwargs |= batch_kwargs(group, self._device, self._dtype)
+        return kwargs
+
+    def _gather_media(self, pieces: Sequence[tuple[int, MediaSlice]]) -> MediaRows:
+        index, rows = [], []
+        for start, piece in pieces:
+            encoded = self.encoder.rows(piece)
+            assert encoded is not None, f"rows of {piece.item.key} are scheduled but were not encoded"
+            index.append(piece.chunk_rows + start)
+            rows.append(encoded)
+        flat_index = torch.from_numpy(np.concatenate(index).astype(np.int64, copy=False)).to(self._device)
+        return MediaRows(flat_index, rows[0] if len(rows) == 1 else torch.cat(rows))
+
+    def _to_device(self, array: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self._device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self._device, non_blocking=True)
+
+    def _sample(
+        self,
+        chunks: list[ScheduledChunk],
+        arrays: StepArrays,
+        hidden: torch.Tensor,
+        sampling: list[int],
+        result: _StepResult,
+    ) -> None:
+        """Sample a token for each of these chunks from the row of its last position."""
+        rows = arrays.starts[1:][sampling] - 1
+        if len(rows) != len(hidden):
+            hidden = hidden[torch.from_numpy(rows).to(self._device)]
+        logits = self._model.compute_logits(hidden, SamplingMetadata(num_rows=len(rows)))
+        output: SamplerOutput = self._sampler.sample(logits, self._sampling, arrays.slots[sampling])
+        token_ids = output.sampled_token_ids.tolist()
+        for row, i in enumerate(sampling):
+            request_id = chunks[i].request_id
+            if output.failed_rows and row in output.failed_rows:
+                result.failures[request_id] = RequestFailure(
+                    "The model produced no valid logits for this request (NaN or infinity). Other requests go on."
+                )
+                continue
+            token_id = token_ids[row]
+            self._batch.append_tokens(request_id, (token_id,))
+            self._sampling.append(int(arrays.slots[i]), (token_id,))
+            result.sampled[request_id] = [token_id]
+            if output.logprobs is not None and output.logprobs[row] is not None:
+                result.logprobs[request_id] = [output.logprobs[row]]
+
+    def _report_prompt(
+        self, chunks: list[ScheduledChunk], arrays: StepArrays, hidden: torch.Tensor, result: _StepResult
+    ) -> None:
+        """Prompt log probabilities and pooling, for the chunks that asked for them."""
+        for i, chunk in enumerate(chunks):
+            request = self._batch[chunk.request_id].request
+            rows = slice(int(arrays.starts[i]), int(arrays.starts[i + 1]))
+            if request.pooling:
+                self._pooler.add(chunk.request_id, hidden[rows])
+            top = request.sampling_params.prompt_logprobs
+            start = chunk.num_computed_tokens
+            if top is None or start + 1 >= len(request.prompt_token_ids):
+                continue
+            targets = list(request.prompt_token_ids[start + 1 : start + 1 + chunk.num_scheduled_tokens])
+            followed = hidden[rows][: len(targets)]
+            logits = self._model.compute_logits(followed, SamplingMetadata(num_rows=len(targets)))
+            result.prompt_logprobs[chunk.request_id] = prompt_logprobs(logits, targets, top)
+
+
+def _is_device_fault(error: Exception) -> bool:
+    """A fault that leaves the device unusable, as opposed to one of the pass. Running out of memory is not one."""
+    accelerator_error = getattr(torch, "AcceleratorError", None)
+    return accelerator_error is not None and isinstance(error, accelerator_error)

@@ -1,0 +1,126 @@
+"""One device: loads the model, finds out what it can do, allocates the KV cache, runs steps."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+
+from sensorium.attention import Attention
+from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.errors import ModelError
+from sensorium.logger import get_logger
+from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
+from sensorium.model_executor.drivers import ModelDriver
+from sensorium.model_executor.model_loader import load_model
+from sensorium.worker import kv_cache
+from sensorium.worker.memory import available_bytes, tensor_bytes
+from sensorium.worker.model_runner import ModelRunner
+from sensorium.worker.probe import probe_model
+
+logger = get_logger(__name__)
+
+
+class Worker:
+    """Owns every tensor of one device. `load` once, then `execute` step by step."""
+
+    def __init__(self, config: EngineConfig) -> None:
+        self._config = config
+        self._device = torch.device(config.device_config.device)
+        self._seconds: dict[str, float] = {}
+        self._model: nn.Module | None = None
+        self._driver: ModelDriver | None = None
+        self._runner: ModelRunner | None = None
+
+    @property
+    def model(self) -> nn.Module:
+        """The loaded model."""
+        assert self._model is not None, "load() was not called"
+        return self._model
+
+    @property
+    def runner(self) -> ModelRunner:
+        """Runs the steps."""
+        assert self._runner is not None, "load() was not called"
+        return self._runner
+
+    @torch.inference_mode()
+    def load(self) -> LoadReport:
+        """Load and probe the model, allocate its cache.
+
+        Raises:
+            WeightsError: Checkpoint and model don't match.
+            ModelError: The class can't be served as written.
+            ConfigError: Not even one KV block fits.
+        """
+        config = self._config
+        if config.device_config.num_threads is not None:
+            torch.set_num_threads(config.device_config.num_threads)
+        with self._stage("load weights"):
+            self._model = load_model(config).eval()
+        layers = [module for module in self._model.modules() if isinstance(module, Attention)]
+        if not layers:
+            raise ModelError(
+                f"{type(self._model).__name__}: got no attention layer, expected at least one "
+                "sensorium.attention.Attention. The engine keeps the KV cache; the model's own attention can't be served."
+            )
+        if not hasattr(self._model, "compute_logits"):
+            raise ModelError(
+                f"{type(self._model).__name__}: no method compute_logits(hidden_states, sampling_metadata). "
+                "Add it; it returns logits (num_rows, vocab_size)."
+            )
+        shapes = kv_cache.layer_shapes(layers)
+        dtype = config.model_config.dtype
+        with self._stage("probe"):
+            self._driver, features = probe_model(self._model, config, shapes, self._device)
+        with self._stage("allocate"):
+            num_blocks = kv_cache.decide_num_blocks(
+                shapes,
+                dtype,
+                config.cache_config,
+                config.scheduler_config,
+                config.model_config.max_model_len,
+                available_bytes(self._device, config, self._driver, features),
+            )
+            block_size = config.cache_config.block_size
+            caches = kv_cache.allocate(shapes, num_blocks, block_size, dtype, self._device)
+        self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device)
+        return self._report(features, num_blocks, caches)
+
+    def _report(
+        self, features: ModelFeatures, num_blocks: int, caches: list[torch.Tensor]
+    ) -> LoadReport:
+        model_config = self._config.model_config
+        hidden_size = int(getattr(model_config.hf_text_config, "hidden_size", 0))
+        memory = {
+            "weights": tensor_bytes(self.model),
+            "KV cache": sum(cache.nbytes for cache in caches),
+        }
+        if model_config.is_multimodal_model and features.splits_media:
+            rows = self._config.cache_config.encoder_cache_rows or 0
+            memory["encoder cache (at most)"] = rows * hidden_size * model_config.dtype.itemsize
+        return LoadReport(
+            features=features,
+            num_blocks=num_blocks,
+            block_size=self._config.cache_config.block_size,
+            memory_bytes=memory,
+            seconds=dict(self._seconds),
+            model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
+        )
+
+    @contextmanager
+    def _stage(self, name: str) -> Iterator[None]:
+        begin = time.perf_counter()
+        yield
+        self._seconds[name] = time.perf_counter() - begin
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        """Run one step."""
+        return self.runner.execute(step)
+
+    def shutdown(self) -> None:
+        """Drop the model and the caches."""
+        self._model = self._driver = self._runner = None

@@ -1,0 +1,85 @@
+"""Imports go one way between rooms, and importing the package is cheap."""
+
+from __future__ import annotations
+
+import ast
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+import sensorium
+
+PACKAGE = Path(sensorium.__file__).parent
+
+ROOMS = (
+    "entrypoints",
+    "engine",
+    "scheduler",
+    "executor",
+    "worker",
+    "model_executor",
+    "attention",
+    "kernels",
+)
+"""From left to right: a room may import rooms to its right, and leaves."""
+
+LEAVES = ("inputs", "multimodal")
+"""Importable by all; they import no room."""
+
+WITHOUT_TORCH = ("sensorium", "sensorium.scheduler", "sensorium.config", "sensorium.messages", "sensorium.outputs")
+
+
+def imports(path: Path) -> Iterator[str]:
+    """Names of `sensorium` modules that a file imports at run time, wherever in the file."""
+    tree = ast.parse(path.read_text())
+    typing_only = {
+        id(node)
+        for block in ast.walk(tree)
+        if isinstance(block, ast.If) and ast.unparse(block.test).endswith("TYPE_CHECKING")
+        for child in block.body
+        for node in ast.walk(child)
+    }
+    for node in ast.walk(tree):
+        if id(node) in typing_only:
+            continue
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            assert node.level == 0, f"{path}: relative import"
+            yield node.module
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def room_of(module: str) -> str | None:
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 and parts[0] == "sensorium" else None
+
+
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path.parent != PACKAGE)
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_a_room_imports_only_rooms_to_its_right(path: Path) -> None:
+    room = path.relative_to(PACKAGE).parts[0]
+    if room in LEAVES:
+        allowed: set[str] = set()
+    elif room in ROOMS:
+        allowed = set(ROOMS[ROOMS.index(room) :])
+    else:
+        pytest.fail(f"{path} is in a room that this test does not know")
+    wrong = {
+        name
+        for name in imports(path)
+        if (target := room_of(name)) in ROOMS and target not in allowed and target != room
+    }
+    assert not wrong, f"{room} must not import {sorted(wrong)}"
+
+
+@pytest.mark.parametrize("module", WITHOUT_TORCH)
+def test_these_modules_load_neither_torch_nor_transformers(module: str) -> None:
+    code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'torchvision'}} & set(sys.modules)))"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "[]"

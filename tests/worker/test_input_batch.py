@@ -1,0 +1,102 @@
+"""Slots keep requests' tokens; a step's arrays are gathered from them."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from sensorium.messages import EngineRequest, MediaItem, NewRequest, ScheduledChunk
+from sensorium.sampling_params import SamplingParams
+from sensorium.worker.input_batch import InputBatch
+
+
+def request(request_id: str, prompt: list[int], **fields: object) -> EngineRequest:
+    return EngineRequest(request_id, prompt, SamplingParams(max_tokens=4), **fields)  # type: ignore[arg-type]
+
+
+def chunk(request_id: str, start: int, count: int, blocks: tuple[int, ...] = (), *, last: bool = False) -> ScheduledChunk:
+    return ScheduledChunk(request_id, start, count, blocks, is_last=last)
+
+
+def make_batch(**options: bool) -> InputBatch:
+    return InputBatch(4, 64, 4, uses_mrope=options.get("uses_mrope", False))
+
+
+def test_gathers_a_decode_and_a_prefill_chunk_into_one_flat_batch() -> None:
+    batch = make_batch()
+    batch.add(NewRequest(request("a", [10, 11, 12, 13]), output_token_ids=(14, 15)))
+    batch.add(NewRequest(request("b", [20, 21, 22, 23, 24])))
+    chunks = [chunk("a", 5, 1, (7, 2), last=True), chunk("b", 1, 3, (5,))]
+    for each in chunks:
+        batch.append_blocks(each)
+
+    arrays = batch.gather(chunks)
+
+    assert arrays.token_ids.tolist() == [15, 21, 22, 23]
+    assert arrays.positions.tolist() == [5, 1, 2, 3]
+    assert arrays.slot_mapping.tolist() == [2 * 4 + 1, 5 * 4 + 1, 5 * 4 + 2, 5 * 4 + 3]
+    assert arrays.starts.tolist() == [0, 1, 4]
+    assert arrays.query_lens.tolist() == [1, 3]
+    assert arrays.seq_lens.tolist() == [6, 4]
+    assert arrays.block_table[0].tolist() == [7, 2]
+
+
+def test_a_freed_slot_is_given_to_the_next_request_without_its_past() -> None:
+    batch = make_batch()
+    batch.add(NewRequest(request("a", [1, 2, 3])))
+    batch.append_blocks(chunk("a", 0, 3, (9,)))
+    freed = batch.remove("a")
+    assert freed is not None
+    assert batch.remove("a") is None
+
+    state = batch.add(NewRequest(request("b", [4])))
+    assert state.slot == freed.slot
+    assert state.num_blocks == 0
+    assert batch.token_ids("b", 0, 1).tolist() == [4]
+
+
+def test_mrope_positions_come_from_the_request_in_the_prompt_and_from_the_delta_behind_it() -> None:
+    batch = make_batch(uses_mrope=True)
+    own = np.array([[0, 1, 1, 3], [0, 1, 2, 3], [0, 2, 1, 3]])
+    batch.add(NewRequest(request("a", [1, 2, 3, 4], mrope_positions=own, mrope_delta=-2), (5,)))
+    chunks = [chunk("a", 2, 3, (0, 1))]
+    batch.append_blocks(chunks[0])
+
+    positions = batch.gather(chunks).positions
+
+    assert positions.tolist() == [[1, 3, 2], [2, 3, 2], [1, 3, 2]]
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_chunks_together_take_every_media_row_exactly_once(data: st.DataObject) -> None:
+    """Wherever a prompt is cut, the slices of its items add up to the items, at the right rows."""
+    length = data.draw(st.integers(8, 40))
+    offset = data.draw(st.integers(0, length - 2))
+    span = data.draw(st.integers(1, length - offset))
+    mask = data.draw(st.none() | st.lists(st.booleans(), min_size=span, max_size=span).filter(any))
+    is_media = None if mask is None else np.array(mask)
+    item = MediaItem("image", "k", offset, span, is_media)
+    batch = make_batch()
+    batch.add(NewRequest(request("a", list(range(length)), media=(item,))))
+    cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)) | {0, length})
+
+    rows: list[int] = []
+    places: list[int] = []
+    for start, end in zip(cuts, cuts[1:], strict=False):
+        for piece in batch.media_rows(chunk("a", start, end - start)):
+            rows.extend(range(piece.first, piece.last))
+            places.extend((piece.chunk_rows + start).tolist())
+
+    expected = offset + (np.arange(span) if is_media is None else np.flatnonzero(is_media))
+    assert rows == list(range(item.num_rows))
+    assert places == expected.tolist()
+
+
+def test_a_request_can_not_hold_two_slots() -> None:
+    batch = make_batch()
+    batch.add(NewRequest(request("a", [1])))
+    with pytest.raises(AssertionError, match="already has a slot"):
+        batch.add(NewRequest(request("a", [1])))
