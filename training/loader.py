@@ -1,0 +1,123 @@
+"""Batches from the generator, made by worker processes and the same for any number of them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils.data import DataLoader, Dataset
+
+from training.blueprint import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, TOKEN_ID
+from training.dialogue import Item
+from training.encoding import IGNORE, encode_item
+from training.network import Batch
+from training.speech import SpeechBank
+from training.worlds import Layout, Source, sample_item, sample_layout
+
+# Whole chunks of two seconds that hold the longest sound.
+MAX_SAMPLES = 96_000
+_LENGTH_MULTIPLE = 16
+_MAX_TURNS = {"scene": 4, "chart": 3, "clip": 3, "pair": 2, "page": 2, "sound": 2, "both": 2, "none": 2}
+_MEDIA_IDS = tuple(TOKEN_ID[name] for name in ("<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>"))
+
+
+@dataclass(frozen=True)
+class Batches(Dataset[Batch]):
+    """Batch number ``index`` is a function of ``(seed, index)`` alone.
+
+    ``tokens`` sets the size of a batch: about so many rows of the language model. ``ramp`` is the number of batches
+    over which the difficulty grows to its full value.
+    """
+
+    seed: int
+    bank: Path
+    tokens: int
+    ramp: int
+
+    def __getitem__(self, index: int) -> Batch:
+        rng = random.Random(f"{self.seed} {index}")
+        layout = sample_layout(rng)
+        difficulty = min(1.0, 0.25 + 0.75 * index / max(self.ramp, 1))
+        source = Source("train", _load_bank(self.bank), difficulty)
+        size = max(self.tokens // _expected_length(layout), 1)
+        items = [sample_item(rng, layout, source, rng.randint(1, _MAX_TURNS[layout.world])) for _ in range(size)]
+        return collate(items)
+
+
+@cache
+def _load_bank(path: Path) -> SpeechBank:
+    return SpeechBank.load(path)
+
+
+def _expected_length(layout: Layout) -> int:
+    """Rows of an item in the language model, by rule of thumb."""
+    side = PATCH_SIZE * MERGE_SIZE
+    pictures = 2 if layout.world == "pair" else max(layout.num_frames // TEMPORAL_PATCH_SIZE, 1)
+    visual = pictures * (layout.height // side) * (layout.width // side)
+    audio = 125 if layout.world in ("sound", "both") else 0
+    return visual + audio + 30 * (_MAX_TURNS[layout.world] + 1)
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stack items of one layout, padded on the right."""
+    encoded = [encode_item(item) for item in items]
+    length = max(len(item.input_ids) for item in encoded)
+    length += -length % _LENGTH_MULTIPLE
+    ids = np.full((len(items), length), TOKEN_ID["<|endoftext|>"], np.int64)
+    labels = np.full((len(items), length), IGNORE, np.int64)
+    positions = np.zeros((3, len(items), length), np.int64)
+    for row, item in enumerate(encoded):
+        count = len(item.input_ids)
+        ids[row, :count], labels[row, :count], positions[:, row, :count] = item.input_ids, item.labels, item.positions
+    pictures = [media.data for item in items for media in item.media if media.modality != "audio"]
+    waveforms = [media.data for item in items for media in item.media if media.modality == "audio"]
+    frames = torch.from_numpy(np.stack(pictures)) if pictures else None
+    if frames is not None and frames.ndim == 4:
+        frames = frames[:, None]
+    audio = np.zeros((len(waveforms), MAX_SAMPLES), np.float32)
+    for row, waveform in enumerate(waveforms):
+        audio[row, : len(waveform)] = waveform
+    return Batch(
+        input_ids=torch.from_numpy(ids),
+        labels=torch.from_numpy(labels),
+        positions=torch.from_numpy(positions),
+        media_index=torch.from_numpy(_media_index(ids)),
+        frames=frames,
+        waveforms=torch.from_numpy(audio) if waveforms else None,
+        num_samples=torch.tensor([len(waveform) for waveform in waveforms]) if waveforms else None,
+    )
+
+
+def _media_index(ids: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
+    """Rows of the features: pictures first, row after row, then sounds, each of which owns equally many rows."""
+    index = np.full_like(ids, -1)
+    seen = (ids == _MEDIA_IDS[0]) | (ids == _MEDIA_IDS[1])
+    heard = ids == _MEDIA_IDS[2]
+    index[seen] = np.arange(seen.sum())
+    rows_per_sound = MAX_SAMPLES // 640
+    place = np.cumsum(heard, axis=1) - 1 + np.arange(len(ids))[:, None] * rows_per_sound
+    index[heard] = place[heard] + seen.sum()
+    return index
+
+
+def batches(dataset: Batches, start: int, stop: int, num_workers: int) -> Iterator[Batch]:
+    """Batches ``start`` to ``stop`` in order."""
+    loader = DataLoader(
+        dataset,
+        batch_size=None,
+        sampler=range(start, stop),
+        num_workers=num_workers,
+        prefetch_factor=6 if num_workers else None,
+        worker_init_fn=_limit_threads,
+        pin_memory=torch.cuda.is_available(),
+    )
+    return iter(loader)
+
+
+def _limit_threads(worker: int) -> None:
+    torch.set_num_threads(1)
