@@ -6,7 +6,10 @@ extension API have learnt to catch, so `except ValueError` written for another e
     SensoriumError                     500
     ├── ConfigError                    500   (ValueError)    a setting is wrong; raised at load
     ├── ModelError                     500   (TypeError)     a model class can't be served as written
+    │   ├── DummyDataError             500   (AssertionError) its dummy data is not the worst legal input
+    │   └── ModelLookupError           500   (KeyError)      something was asked for that was never set up
     ├── WeightsError                   500   (ValueError)    checkpoint and model don't match
+    │   └── WeightShapeError           500   (AssertionError) one tensor doesn't fit its parameter
     ├── EngineDeadError                503   (RuntimeError)  the engine core is gone
     ├── RequestAbortedError            499   (RuntimeError)  the caller or a shutdown ended the request
     └── RequestError                   400   one request is at fault; others never notice
@@ -41,8 +44,23 @@ class ModelError(SensoriumError, TypeError):
     """A model class lacks something, or has something, that keeps it from being served."""
 
 
+class DummyDataError(ModelError, AssertionError):
+    """What a dummy-data factory made is smaller than the largest legal input."""
+
+
+class ModelLookupError(ModelError, KeyError):
+    """A name or a model that a registry of the extension API was never told about."""
+
+    def __str__(self) -> str:  # KeyError would show the message's repr
+        return str(self.args[0]) if self.args else ""
+
+
 class WeightsError(SensoriumError, ValueError):
     """A checkpoint's tensors and a model's parameters don't match."""
+
+
+class WeightShapeError(WeightsError, AssertionError):
+    """A tensor of the checkpoint has another shape than the parameter of its name."""
 
 
 class EngineDeadError(SensoriumError, RuntimeError):

@@ -1,0 +1,1 @@
+"""Models: their layers, their weights, and the adapter that calls each by its own signature."""

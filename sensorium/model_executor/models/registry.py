@@ -1,0 +1,104 @@
+"""`ModelRegistry`: which class serves which architecture.
+
+An architecture is the name that a checkpoint's config lists under `architectures`. Classes are named by a string
+`"module:Class"` and imported when they are asked for, so that knowing many models costs nothing, and no device is
+touched before a worker process has started.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from sensorium.errors import ConfigError, ModelError
+from sensorium.logger import get_logger
+
+if TYPE_CHECKING:
+    from torch import nn
+
+logger = get_logger(__name__)
+
+_MODELS = "sensorium.model_executor.models"
+
+IN_TREE: dict[str, str] = {
+    # Text
+    "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
+    "MistralForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
+    "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
+    # Images, videos, sounds
+    "LlavaForConditionalGeneration": f"{_MODELS}.llava:LlavaForConditionalGeneration",
+    "Qwen2AudioForConditionalGeneration": f"{_MODELS}.qwen2_audio:Qwen2AudioForConditionalGeneration",
+    "Qwen2VLForConditionalGeneration": f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration",
+    "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+}
+"""Architectures with a model file here."""
+
+
+class _ModelRegistry:
+    """Classes by architecture. Use the one instance, `ModelRegistry`."""
+
+    def __init__(self, models: dict[str, str | type]) -> None:
+        self._models = models
+
+    def get_supported_archs(self) -> list[str]:
+        """Names of all architectures, sorted."""
+        return sorted(self._models)
+
+    def register_model(self, model_arch: str, model_cls: type[nn.Module] | str) -> None:
+        """Serve an architecture with a class, or with one named `"module:Class"` that is imported when needed.
+
+        A class that is given as an object must be importable in every process of the engine; the string always is. A
+        second registration wins, with a warning. Raises `ConfigError` (a `ValueError`) for another string, and
+        `ModelError` (a `TypeError`) for another type.
+        """
+        if isinstance(model_cls, str):
+            module, separator, name = model_cls.partition(":")
+            if not (module and separator and name) or ":" in name:
+                raise ConfigError(
+                    f"Model class of {model_arch}: got {model_cls!r}, expected a string in the format "
+                    f"'<module>:<class>'. For example 'my_package.my_model:MyModel'."
+                )
+        elif not isinstance(model_cls, type):
+            raise ModelError(
+                f"Model class of {model_arch}: got {type(model_cls).__name__}, expected a class or a string "
+                f"'<module>:<class>'."
+            )
+        if model_arch in self._models:
+            logger.warning(
+                "Model architecture %s is already registered, and will be overwritten by the new model class %s.",
+                model_arch,
+                model_cls if isinstance(model_cls, str) else model_cls.__name__,
+            )
+        self._models[model_arch] = model_cls
+
+    def resolve(self, architectures: str | Sequence[str]) -> tuple[type[nn.Module], str]:
+        """The class of the first architecture that is known, and that architecture's name.
+
+        Raises `ConfigError` (a `ValueError`) if none is, `ModelError` (a `TypeError`) if its class can't be imported.
+        """
+        names = [architectures] if isinstance(architectures, str) else list(architectures)
+        for name in names:
+            if name in self._models:
+                return self._load(name), name
+        raise ConfigError(
+            f"Model architectures {names} are not supported for now. Supported architectures: "
+            f"{self.get_supported_archs()}. Add one with ModelRegistry.register_model(architecture, model_class)."
+        )
+
+    def _load(self, architecture: str) -> Any:
+        target = self._models[architecture]
+        if isinstance(target, type):
+            return target
+        module, _, name = target.partition(":")
+        try:
+            return getattr(importlib.import_module(module), name)
+        except (ImportError, AttributeError) as exc:
+            raise ModelError(
+                f"Model class of {architecture}: can't import {target!r} ({exc}). Correct the string that it was "
+                f"registered with, or install the package."
+            ) from exc
+
+
+ModelRegistry = _ModelRegistry(dict(IN_TREE))
+"""The one registry of model classes."""

@@ -1,0 +1,107 @@
+"""Whole Hugging Face processors, put together from parts that need no torchvision.
+
+`AutoProcessor` refuses checkpoints whose processor has a video part where torchvision is absent, even for text and
+pictures. Here the processor's class is found by name, each part is loaded by the cached functions of `hf_processors` and
+`video_processor`, and the class is called with them, so that its own logic of placeholders is used as it stands.
+"""
+
+from __future__ import annotations
+
+import copy
+import importlib
+from collections.abc import Mapping
+from functools import lru_cache
+from typing import Any
+
+from sensorium.errors import ProcessorError
+from sensorium.multimodal.hf_processors import (
+    cached_get_image_processor,
+    cached_get_tokenizer,
+    hide_torchvision,
+    read_config_file,
+)
+from sensorium.multimodal.video_processor import cached_get_video_processor
+
+_PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
+_FILES_NAMING_THE_CLASS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
+
+
+def load_processor(
+    name: str, trust_remote_code: bool, revision: str | None, tokenizer: Any, backend: str, settings: Mapping[str, Any]
+) -> Any:
+    """The processor of a checkpoint, with another tokenizer and settings for its parts where given.
+
+    Raises `ProcessorError` (a `RuntimeError`) if the checkpoint has none.
+    """
+    base = _load(name, trust_remote_code, revision, backend)
+    if tokenizer is None and not settings:
+        return base
+    processor = copy.copy(base)
+    if tokenizer is not None and hasattr(processor, "tokenizer"):
+        processor.tokenizer = tokenizer
+    for part, load in (
+        ("image_processor", cached_get_image_processor),
+        ("video_processor", cached_get_video_processor),
+    ):
+        if settings and hasattr(processor, part):
+            with_settings = load(
+                name, trust_remote_code=trust_remote_code, revision=revision, backend=backend, **settings
+            )
+            setattr(processor, part, with_settings)
+    return processor
+
+
+@lru_cache(maxsize=16)
+def _load(name: str, trust_remote_code: bool, revision: str | None, backend: str) -> Any:
+    if backend == "pil":
+        hide_torchvision()
+    try:
+        processor_class = None if backend == "torchvision" else _find_class(name, revision)
+        if processor_class is None or not set(processor_class.get_attributes()) <= set(_PARTS):
+            from transformers import AutoProcessor
+
+            return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+        parts = [_load_part(part, name, trust_remote_code, revision) for part in processor_class.get_attributes()]
+        settings, _ = processor_class.get_processor_dict(name, revision=revision)
+        return _accepting_any_video_processor(processor_class).from_args_and_dict(parts, settings)
+    except (ImportError, OSError, ValueError, KeyError) as exc:
+        raise ProcessorError(
+            "HuggingFace processor: the checkpoint has none that can be loaded. Add its processor files, or write an "
+            "input processor that doesn't ask for it."
+        ) from exc
+
+
+def _find_class(name: str, revision: str | None) -> Any:
+    """The processor's class in transformers, by the checkpoint's files or its model type; None if it isn't there."""
+    transformers = importlib.import_module("transformers")
+    for filename in _FILES_NAMING_THE_CLASS:
+        class_name = read_config_file(name, filename, revision).get("processor_class")
+        if class_name is not None:
+            return getattr(transformers, class_name, None)
+    config_class = type(transformers.AutoConfig.from_pretrained(name, revision=revision))
+    mapping = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING
+    return mapping[config_class] if config_class in mapping else None
+
+
+def _load_part(part: str, name: str, trust_remote_code: bool, revision: str | None) -> Any:
+    if part == "image_processor":
+        return cached_get_image_processor(name, trust_remote_code=trust_remote_code, revision=revision)
+    if part == "video_processor":
+        return cached_get_video_processor(name, trust_remote_code=trust_remote_code, revision=revision)
+    if part == "tokenizer":
+        return cached_get_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
+    from transformers import AutoFeatureExtractor
+
+    return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+
+
+def _accepting_any_video_processor(processor_class: Any) -> Any:
+    """The class, but content with a video processor that doesn't derive from transformers' torchvision-based one."""
+
+    def check_argument_for_proper_class(self: Any, argument_name: str, argument: Any) -> Any:
+        if argument_name == "video_processor":
+            return type(argument)
+        return processor_class.check_argument_for_proper_class(self, argument_name, argument)
+
+    methods = {"check_argument_for_proper_class": check_argument_for_proper_class}
+    return type(processor_class.__name__, (processor_class,), methods)

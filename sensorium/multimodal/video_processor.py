@@ -1,0 +1,359 @@
+"""Video preprocessing in plain torch: what Hugging Face's video processors compute, without torchvision.
+
+Two forms of output exist. Qwen2-VL and its kin take patches: `pixel_values_videos` `(num_patches, patch_dim)` and
+`video_grid_thw` `(num_videos, 3)`. Others take frames: `pixel_values_videos` `(num_videos, num_frames, 3, height,
+width)`. Where a checkpoint has only an image processor, frames go through that.
+
+Resizing is torch's antialiased interpolation on 8-bit frames, which is what torchvision calls, so the values equal
+those of Hugging Face. Frames are used as given: which of them are worth decoding was decided when the file was read.
+
+Source: `Qwen2VLVideoProcessor` and `BaseVideoProcessor` of Hugging Face transformers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+from sensorium.multimodal.hf_processors import (
+    Backend,
+    cached_get_image_processor,
+    hide_torchvision,
+    read_config_file,
+)
+from sensorium.multimodal.smart_resize import smart_resize
+
+if TYPE_CHECKING:
+    import torch
+
+_CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
+_CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_PATCH_PROCESSOR = "Qwen2VLVideoProcessor"
+
+_CROPPED_CLIP: Mapping[str, Any] = {
+    "size": {"shortest_edge": 224},
+    "crop_size": {"height": 224, "width": 224},
+    "do_center_crop": True,
+}
+_SIZE_384: Mapping[str, Any] = {"size": {"height": 384, "width": 384}}
+
+DEFAULTS: Mapping[str, Mapping[str, Any]] = {
+    _PATCH_PROCESSOR: {
+        "size": {"shortest_edge": 128 * 28 * 28, "longest_edge": 768 * 28 * 28},
+        "patch_size": 14,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+    "LlavaNextVideoVideoProcessor": _CROPPED_CLIP,
+    "VideoLlavaVideoProcessor": _CROPPED_CLIP,
+    "LlavaOnevisionVideoProcessor": _SIZE_384,
+    "InternVLVideoProcessor": _SIZE_384,
+}
+"""Hugging Face's video processors that are computed here, with the settings a checkpoint may leave out."""
+
+_TYPE_OF_MODEL: Mapping[str, str] = {
+    "qwen2_vl": _PATCH_PROCESSOR,
+    "qwen2_5_vl": _PATCH_PROCESSOR,
+    "qwen2_5_omni": _PATCH_PROCESSOR,
+    "llava_next_video": "LlavaNextVideoVideoProcessor",
+    "video_llava": "VideoLlavaVideoProcessor",
+    "llava_onevision": "LlavaOnevisionVideoProcessor",
+    "internvl": "InternVLVideoProcessor",
+}
+"""For checkpoints whose files don't name a video processor: the one of their `model_type`."""
+
+_INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
+"""Names in torch of PIL's resampling filters."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class VideoProcessor:
+    """The settings of one checkpoint's video processor, and the computation. Field names are Hugging Face's."""
+
+    size: Mapping[str, int]
+    do_resize: bool = True
+    resample: int = 3
+    do_center_crop: bool | None = False
+    crop_size: Mapping[str, int] | None = None
+    do_rescale: bool = True
+    rescale_factor: float = 1 / 255
+    do_normalize: bool = True
+    image_mean: Sequence[float] = _CLIP_MEAN
+    image_std: Sequence[float] = _CLIP_STD
+    patch_size: int | None = None
+    """Side of a patch in pixels; None: the output is frames."""
+    temporal_patch_size: int = 2
+    """Frames in a patch; a clip is filled up with its last frame."""
+    merge_size: int = 2
+    """Patches on a side of the square that becomes one decoder row."""
+    cap_pixels_per_frame: bool | None = None
+    """Bound each frame by its share of a whole clip's pixels."""
+    max_video_tokens: int = 128_000
+    """Decoder rows from which that share is computed."""
+
+    @classmethod
+    def from_settings(cls, settings: Mapping[str, Any]) -> VideoProcessor:
+        """From the contents of a checkpoint's file, in which other names may occur."""
+        known = {field.name for field in fields(cls)}
+        values = {name: value for name, value in settings.items() if name in known and value is not None}
+        return cls(**values | _size_of_pixel_bounds(settings, values.get("size")))
+
+    def with_settings(self, settings: Mapping[str, Any]) -> VideoProcessor:
+        """With some settings replaced; names that aren't settings are ignored.
+
+        Raises `InvalidRequestError` (a `ValueError`) for values that can't be used.
+        """
+        known = {field.name for field in fields(self)}
+        values = {name: value for name, value in settings.items() if name in known}
+        processor = replace(self, **values | _size_of_pixel_bounds(settings, values.get("size", self.size)))
+        processor.check()
+        return processor
+
+    def check(self) -> None:
+        """Refuse sizes that aren't positive numbers, with `InvalidRequestError`."""
+        sizes = {**self.size, **(self.crop_size or {}), "merge_size": self.merge_size}
+        sizes |= {"temporal_patch_size": self.temporal_patch_size, "patch_size": self.patch_size or 1}
+        for name, value in sizes.items():
+            if not isinstance(value, int) or value < 1:
+                raise InvalidRequestError(
+                    f"Video processor setting {name!r}: got {value!r}, expected a positive integer. "
+                    f"Correct mm_processor_kwargs."
+                )
+
+    def __call__(self, videos: Any, return_tensors: str = "pt", **kwargs: Any) -> Any:
+        """`preprocess` with settings for this call, as Hugging Face's processors call their parts."""
+        return self.with_settings(kwargs).preprocess(videos, return_tensors)
+
+    def preprocess(self, videos: Any, return_tensors: str = "pt") -> Any:
+        """A `BatchFeature` with `pixel_values_videos`, and `video_grid_thw` where the output is patches.
+
+        `videos`: an array `(num_frames, height, width, 3)`, a list of such arrays, or a list of frames.
+        """
+        from transformers import BatchFeature
+
+        clips = [self._normalized_frames(_as_frames(video)) for video in split_videos(videos)]
+        if self.patch_size is None:
+            return BatchFeature({"pixel_values_videos": _stack_if_equal(clips)}, tensor_type=None)
+        import torch
+
+        patches, grids = zip(*(self._patchify(clip) for clip in clips), strict=True)
+        data = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
+        return BatchFeature(data, tensor_type=None)
+
+    def _normalized_frames(self, frames: torch.Tensor) -> torch.Tensor:
+        """Frames `(num_frames, 3, height, width)`: resized, cropped, and float32 with mean and variance taken out."""
+        import torch
+
+        if self.do_resize:
+            frames = _resize(frames, self._new_size(frames), self.resample)
+        if self.do_center_crop and self.crop_size is not None:
+            frames = _center_crop(frames, self.crop_size["height"], self.crop_size["width"])
+        values = frames.to(torch.float32)
+        scale = self.rescale_factor if self.do_rescale else 1.0
+        if not self.do_normalize:
+            return values * scale
+        # Subtracting on the scale of the pixels saves a pass, and rounds as the original does.
+        mean = torch.tensor(self.image_mean) * (1.0 / scale)
+        std = torch.tensor(self.image_std) * (1.0 / scale)
+        return (values - mean[:, None, None]) / std[:, None, None]
+
+    def _new_size(self, frames: torch.Tensor) -> tuple[int, int]:
+        """Height and width after resizing."""
+        num_frames, _, height, width = frames.shape
+        if self.patch_size is not None:
+            factor = self.patch_size * self.merge_size
+            return smart_resize(height, width, factor, self.size["shortest_edge"], self._max_pixels(num_frames))
+        if "height" in self.size:
+            return self.size["height"], self.size["width"]
+        short = self.size["shortest_edge"]
+        long = int(short * max(height, width) / min(height, width))
+        return (short, long) if height <= width else (long, short)
+
+    def _max_pixels(self, num_frames: int) -> int:
+        """Most pixels of a frame of a clip of this length."""
+        most = self.size["longest_edge"]
+        if not self.cap_pixels_per_frame or self.patch_size is None:
+            return most
+        total = int(self.max_video_tokens * (self.patch_size * self.merge_size) ** 2 * 0.9)
+        share = total * self.temporal_patch_size // num_frames
+        return max(min(most, share), int(self.size["shortest_edge"] * 1.05))
+
+    def _patchify(self, frames: torch.Tensor) -> tuple[torch.Tensor, tuple[int, int, int]]:
+        """Cut frames `(num_frames, 3, height, width)` into patches.
+
+        Returns `(t * h * w, 3 * temporal_patch_size * patch_size ** 2)` and the grid (t, h, w). The patches of one
+        merged square follow each other, so that the merger can take them as consecutive rows: the order is time,
+        square row, square column, row in the square, column in the square.
+        """
+        import torch
+
+        assert self.patch_size is not None
+        patch, merge, depth = self.patch_size, self.merge_size, self.temporal_patch_size
+        if missing := -len(frames) % depth:
+            frames = torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])
+        num_frames, channels, height, width = frames.shape
+        t, h, w = num_frames // depth, height // patch, width // patch
+        blocks = frames.reshape(t, depth, channels, h // merge, merge, patch, w // merge, merge, patch)
+        blocks = blocks.permute(0, 3, 6, 4, 7, 2, 1, 5, 8)
+        return blocks.reshape(t * h * w, channels * depth * patch * patch), (t, h, w)
+
+
+@dataclass(frozen=True)
+class FrameStackProcessor:
+    """Videos through an image processor, for checkpoints that have no video processor."""
+
+    image_processor: Any
+
+    def __call__(self, videos: Any, return_tensors: str = "pt", **kwargs: Any) -> Any:
+        """`preprocess`; settings are the image processor's own."""
+        return self.preprocess(videos, return_tensors)
+
+    def preprocess(self, videos: Any, return_tensors: str = "pt") -> Any:
+        """A `BatchFeature` with `pixel_values_videos` `(num_videos, num_frames, 3, height, width)`."""
+        from transformers import BatchFeature
+
+        clips = [
+            self.image_processor.preprocess(
+                list(_as_frames(video).numpy()), return_tensors="pt", input_data_format="channels_first"
+            )["pixel_values"]
+            for video in split_videos(videos)
+        ]
+        return BatchFeature({"pixel_values_videos": _stack_if_equal(clips)}, tensor_type=None)
+
+
+def cached_get_video_processor(
+    processor_name: str,
+    *,
+    trust_remote_code: bool = False,
+    revision: str | None = None,
+    backend: Backend = "pil",
+    **kwargs: Any,
+) -> Any:
+    """The video processor of a checkpoint, with `kwargs` in place of its file's settings of these names.
+
+    `backend="torchvision"` gives Hugging Face's own. Raises `ProcessorError` (a `RuntimeError`) if the checkpoint has
+    neither a video nor an image processor, `UnsupportedFeatureError` if it has one that is not computed here.
+    """
+    if backend == "torchvision":
+        from transformers import AutoVideoProcessor
+
+        return AutoVideoProcessor.from_pretrained(
+            processor_name, trust_remote_code=trust_remote_code, revision=revision, **kwargs
+        )
+    base = _video_processor(processor_name, revision)
+    if base is not None:
+        return base.with_settings(kwargs)
+    return FrameStackProcessor(
+        cached_get_image_processor(
+            processor_name, trust_remote_code=trust_remote_code, revision=revision, backend=backend, **kwargs
+        )
+    )
+
+
+@lru_cache(maxsize=16)
+def _video_processor(processor_name: str, revision: str | None) -> VideoProcessor | None:
+    """The processor that a checkpoint's files describe; None if they describe only an image processor."""
+    hide_torchvision()
+    settings = _video_settings(processor_name, revision)
+    kind = settings.get("video_processor_type") or _type_by_model(processor_name, revision, settings)
+    if kind is None:
+        if "temporal_patch_size" in settings:
+            kind = settings.get("image_processor_type", "a processor of space-time patches")
+        else:
+            return None
+    if kind not in DEFAULTS:
+        raise UnsupportedFeatureError(
+            f"Video processor: got {kind}, expected one of {sorted(DEFAULTS)}. Register a mapper with "
+            f"register_video_input_mapper(mapper), or install torchvision and set mm_processor_kwargs "
+            f"{{'backend': 'torchvision'}}."
+        )
+    return VideoProcessor.from_settings({**DEFAULTS[kind], **settings})
+
+
+def split_videos(videos: Any) -> list[Any]:
+    """Separate videos: an array of five axes or a list of arrays of four holds several; frames make up one."""
+    if isinstance(videos, np.ndarray):
+        return list(videos) if videos.ndim == 5 else [videos]
+    if isinstance(videos, list | tuple) and videos and np.ndim(videos[0]) == 4:
+        return list(videos)
+    return [np.stack([np.asarray(frame) for frame in videos])]
+
+
+def _as_frames(video: Any) -> torch.Tensor:
+    """Frames `(num_frames, height, width, 3)` as a tensor `(num_frames, 3, height, width)`, 8-bit where they are."""
+    import torch
+
+    frames = np.asarray(video)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or frames.dtype.kind not in "uif":
+        raise InvalidTypeError(
+            f"Invalid video: got an array of shape {frames.shape} and type {frames.dtype}, expected "
+            f"(num_frames, height, width, 3) of numbers. Stack RGB frames."
+        )
+    if frames.dtype != np.uint8:
+        frames = frames.astype(np.float32)
+    return torch.from_numpy(np.array(frames.transpose(0, 3, 1, 2), order="C"))
+
+
+def _resize(frames: torch.Tensor, size: tuple[int, int], resample: int) -> torch.Tensor:
+    import torch
+
+    if tuple(frames.shape[-2:]) == size:
+        return frames
+    mode = _INTERPOLATION.get(resample)
+    if mode is None:
+        raise UnsupportedFeatureError(
+            f"Video processor setting 'resample': got {resample}, expected one of {sorted(_INTERPOLATION)}."
+        )
+    return torch.nn.functional.interpolate(frames, size, mode=mode, antialias=mode != "nearest-exact")
+
+
+def _center_crop(frames: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    """The middle of each frame; black where the frame is smaller."""
+    import torch
+
+    missing_h, missing_w = max(height - frames.shape[-2], 0), max(width - frames.shape[-1], 0)
+    if missing_h or missing_w:
+        pads = (missing_w // 2, -(-missing_w // 2), missing_h // 2, -(-missing_h // 2))
+        frames = torch.nn.functional.pad(frames, pads)
+    top, left = (frames.shape[-2] - height) // 2, (frames.shape[-1] - width) // 2
+    return frames[..., top : top + height, left : left + width]
+
+
+def _stack_if_equal(clips: list[torch.Tensor]) -> torch.Tensor | list[torch.Tensor]:
+    import torch
+
+    return torch.stack(clips) if len({clip.shape for clip in clips}) == 1 else clips
+
+
+def _size_of_pixel_bounds(settings: Mapping[str, Any], size: Mapping[str, int] | int | None) -> dict[str, Any]:
+    """`size` from the older `min_pixels` and `max_pixels`, which win over it."""
+    merged = {"shortest_edge": size} if isinstance(size, int) else dict(size or {})
+    for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
+        if settings.get(old) is not None:
+            merged[new] = settings[old]
+    return {"size": merged}
+
+
+def _video_settings(processor_name: str, revision: str | None) -> dict[str, Any]:
+    """What a checkpoint's files say, the most specific file first."""
+    nested = read_config_file(processor_name, "processor_config.json", revision)
+    for settings in (
+        nested.get("video_processor"),
+        read_config_file(processor_name, "video_preprocessor_config.json", revision),
+        read_config_file(processor_name, "preprocessor_config.json", revision),
+        nested.get("image_processor"),
+    ):
+        if settings:
+            return dict(settings)
+    return {}
+
+
+def _type_by_model(processor_name: str, revision: str | None, settings: Mapping[str, Any]) -> str | None:
+    if str(settings.get("image_processor_type", "")).startswith("Qwen2VLImageProcessor"):
+        return _PATCH_PROCESSOR
+    return _TYPE_OF_MODEL.get(str(read_config_file(processor_name, "config.json", revision).get("model_type")))
