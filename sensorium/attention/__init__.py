@@ -1,7 +1,7 @@
 """Attention for models: the layers, the batch description that they share, and the choice of backend.
 
-One backend per file (`cpu`, `sdpa`, `torch_reference`) behind the protocol in `backend`. Knows nothing of requests,
-scheduling or memory: the worker owns the cache tensors and builds the metadata.
+One backend per file (`cpu`, `sdpa`, `torch_reference`) behind the protocol in `backend`. Knows nothing of
+requests, scheduling or memory: the worker owns the cache tensors and builds the metadata.
 """
 
 from sensorium.attention.backend import preferred_block_size

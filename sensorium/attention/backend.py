@@ -76,7 +76,7 @@ def _candidates(device_type: str) -> list[AttentionBackend]:
 @lru_cache(maxsize=64)
 def select_backend(spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> AttentionBackend:
     """The fastest backend for such a layer; the choice is logged once, with what spoke against the others."""
-    refusals = []
+    refusals: list[str] = []
     for backend in _candidates(device_type):
         reason = backend.refusal(spec, device_type, dtype)
         if reason is None:

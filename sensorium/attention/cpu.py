@@ -6,8 +6,8 @@ import torch
 
 from sensorium.attention.backend import AttentionSpec
 from sensorium.attention.metadata import AttentionMetadata
-from sensorium.kernels.native import native_refusal
 from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
+from sensorium.kernels.native import native_refusal
 
 
 class CpuBackend:

@@ -60,8 +60,8 @@ class _AttentionBase(nn.Module):
 class Attention(_AttentionBase):
     """Causal self-attention of a decoder layer over the paged KV cache.
 
-    Rows are the flat batch of one step; which of them belong together is the metadata's business, so the layer
-    serves prefill chunks and decodes of many requests in one call.
+    Rows are the flat batch of one step; which of them belong together is the metadata's business, so the
+    layer serves prefill chunks and decodes of many requests in one call.
 
     Args:
         num_heads: Query heads.
@@ -73,7 +73,8 @@ class Attention(_AttentionBase):
         quant_config: Accepted for models that pass it; not used.
         blocksparse_params: Not supported.
         logits_soft_cap: `c` in `c * tanh(score / c)`; 0 or `None` for none.
-        per_layer_sliding_window: How many positions this layer sees, the current one included; `None` for all.
+        per_layer_sliding_window: How many positions this layer sees, the current one included; `None` for
+            all.
         prefix: The layer's name in the checkpoint, for error messages.
 
     Raises:
@@ -132,8 +133,8 @@ class Attention(_AttentionBase):
             query: `(num_tokens, num_heads * head_size)`, or the same with the heads as an axis.
             key: `(num_tokens, num_kv_heads * head_size)`, likewise.
             value: As `key`.
-            kv_cache: This layer's `(2, num_blocks, block_size, num_kv_heads, head_size)`. `None` or empty: the given
-                rows are all there is (profiling), and nothing is written.
+            kv_cache: This layer's `(2, num_blocks, block_size, num_kv_heads, head_size)`. `None` or empty:
+                the given rows are all there is (profiling), and nothing is written.
             attn_metadata: The step's batch.
             attn_type: See `AttentionType`.
 
@@ -203,10 +204,10 @@ class MultiHeadAttention(_AttentionBase):
             query: `(B, S, num_heads * head_size)` or `(T, num_heads * head_size)`.
             key: The same rows with `num_kv_heads * head_size` channels.
             value: As `key`.
-            cu_seqlens: `(num_seqs + 1,)` ints from 0 to `T`, for the flat form. Without it a flat `(T, ...)` is one
-                sequence.
-            key_lens: `(num_seqs,)` ints, how many leading keys of each sequence are real; the others are never seen.
-                Outputs of a sequence without any are 0.
+            cu_seqlens: `(num_seqs + 1,)` ints from 0 to `T`, for the flat form. Without it a flat `(T, ...)`
+                is one sequence.
+            key_lens: `(num_seqs,)` ints, how many leading keys of each sequence are real; the others are
+                never seen. Outputs of a sequence without any are 0.
 
         Returns:
             The shape of `query`.

@@ -3,8 +3,8 @@
 The worker builds one `AttentionMetadata` per step and every attention layer of the model reads it. It owns no
 memory: on the CPU its tensors are views of the arrays it was built from.
 
-Worked example, block size 4. Sequence A decodes its 6th token from blocks (7, 2); sequence B is new and runs the
-first 3 tokens of its prompt in block 5:
+Worked example, block size 4. Sequence A decodes its 6th token from blocks (7, 2); sequence B is new and runs
+the first 3 tokens of its prompt in block 5:
 
     query_lens_host  (1, 3)          seq_lens_host  (6, 3)
     cu_seqlens_q     [0, 1, 4]       seq_lens       [6, 3]
@@ -31,9 +31,9 @@ NO_SLOT = -1
 class AttentionMetadata:
     """One step's batch as attention sees it. Sequences stand in any order; prefill chunks and decodes mix freely.
 
-    Invariants: sequence `i` owns the rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]` of the flat batch, which are its
-    last positions, so `seq_lens[i] >= query_lens[i]`; its first `seq_lens[i]` positions stand, in order, in the
-    blocks `block_table[i]`. Rows of `block_table` are padded with any valid block id.
+    Invariants: sequence `i` owns the rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]` of the flat batch, which are its last
+    positions, so `seq_lens[i] >= query_lens[i]`; its first `seq_lens[i]` positions stand, in order, in the blocks
+    `block_table[i]`. Rows of `block_table` are padded with any valid block id.
     """
 
     num_tokens: int
@@ -75,8 +75,8 @@ class AttentionMetadata:
     ) -> AttentionMetadata:
         """Build from host arrays: `(num_seqs,)`, `(num_seqs,)`, `(num_seqs, max_blocks)`, `(num_tokens,)`.
 
-        On the CPU arrays of the right dtype (int32; int64 for slots) are used in place: leave them unchanged until
-        the step has ended. On other devices they are copied without waiting.
+        On the CPU arrays of the right dtype (int32; int64 for slots) are used in place: leave them unchanged
+        until the step has ended. On other devices they are copied without waiting.
         """
         num_seqs = len(query_lens)
         starts = np.empty(num_seqs + 1, dtype=np.int32)
@@ -104,7 +104,11 @@ class AttentionMetadata:
 
     @classmethod
     def without_cache(
-        cls, query_lens: Sequence[int], *, device: torch.device | str = "cpu"
+        cls,
+        query_lens: Sequence[int],
+        *,
+        device: torch.device | str = "cpu",
+        multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
     ) -> AttentionMetadata:
         """A batch of whole sequences that nothing is cached of: profiling, pooling, whole-prompt passes."""
         lens = np.asarray(query_lens, dtype=np.int32)
@@ -114,6 +118,7 @@ class AttentionMetadata:
             np.zeros((len(lens), 0), dtype=np.int32),
             np.full(int(lens.sum()), NO_SLOT, dtype=np.int64),
             device=device,
+            multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
         )
 
 

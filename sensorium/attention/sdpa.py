@@ -1,10 +1,12 @@
 """Attention through `torch.nn.functional.scaled_dot_product_attention`, on any device.
 
-Decoding sequences are gathered from their blocks, padded to the longest and attended to in one call; each prefill
-chunk is a call of its own, without padding.
+Decoding sequences are gathered from their blocks, padded to the longest and attended to in one call; each
+prefill chunk is a call of its own, without padding.
 """
 
 from __future__ import annotations
+
+from itertools import pairwise
 
 import numpy as np
 import torch
@@ -62,7 +64,7 @@ class SdpaBackend:
     ) -> torch.Tensor:
         """See `AttentionBackend.varlen`."""
         starts = cu_seqlens.tolist()
-        lens = [end - begin for begin, end in zip(starts[:-1], starts[1:], strict=True)]
+        lens = [end - begin for begin, end in pairwise(starts)]
         if key_lens is None and lens and all(n == lens[0] for n in lens) and lens[0] > 0:
             shape = (len(lens), lens[0], -1, spec.head_size)
             q, k, v = (x.reshape(shape) for x in (query, key, value))
@@ -74,9 +76,7 @@ class SdpaBackend:
                 continue
             q = query[begin : begin + num_queries]
             k, v = key[begin : begin + num_keys], value[begin : begin + num_keys]
-            out[begin : begin + num_queries] = _sdpa(
-                q[None], k[None], v[None], spec, causal=causal, mask=None
-            )[0]
+            out[begin : begin + num_queries] = _sdpa(q[None], k[None], v[None], spec, causal=causal, mask=None)[0]
         return out
 
 

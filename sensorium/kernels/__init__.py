@@ -1,19 +1,23 @@
 """Kernels: the few operations that decide the speed of a step, each with a plain-torch twin.
 
-Every function here chooses by device, dtype and availability; its `*_reference` twin has the same signature, and is
-what runs where nothing faster does. No function changes an argument, except `write_kv`, whose purpose it is.
+Every function here chooses by device, dtype and availability; its `*_reference` twin has the same signature,
+and is what runs where nothing faster does. No function changes an argument, except `write_kv`, whose purpose
+it is.
 """
 
-from sensorium.kernels.activation import gelu_and_mul, quick_gelu, silu_and_mul
+from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_and_mul
 from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear
+from sensorium.kernels.native import native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
 from sensorium.kernels.rotary import rotary_embedding
 
 __all__ = [
     "PackedWeight",
     "add_rms_norm",
+    "gelu",
     "gelu_and_mul",
+    "native_refusal",
     "pack",
     "packed_linear",
     "paged_attention",

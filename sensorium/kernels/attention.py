@@ -1,22 +1,27 @@
 """Attention over paged and over flat keys and values, and the writing of the paged cache.
 
-Each `*_reference` is the plain-torch twin: documentation, oracle and fallback. Scores, soft cap, softmax and the
-weighted sum are computed in float32 whatever the storage type, and rounded once at the end.
+Each `*_reference` is the plain-torch twin: documentation, oracle and fallback. Scores, soft cap, softmax and
+the weighted sum are computed in float32 whatever the storage type, and rounded once at the end.
 
 Conventions: `H` query heads share `Hkv` key/value heads (`H % Hkv == 0`, query head `h` reads key/value head
-`h // (H // Hkv)`); a cache is one layer's `(2, num_blocks, block_size, Hkv, D)`, keys first; a token's slot is
-`block id * block_size + offset`.
+`h // (H // Hkv)`); a cache is one layer's `(2, num_blocks, block_size, Hkv, D)`, keys first; a token's slot
+is `block id * block_size + offset`.
 """
 
 from __future__ import annotations
 
+import itertools
+
 import torch
+
+from sensorium.kernels.native import DTYPE_CODES, native_for, rows_of, token_rows
 
 
 def write_kv_reference(
     key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Store `key` and `value`, `(T, Hkv, D)` or `(T, Hkv * D)`, at `slot_mapping` `(T,)`; negative slots are skipped.
+    """Store `key` and `value`, `(T, Hkv, D)` or `(T, Hkv * D)`, at `slot_mapping` `(T,)`; negative slots are
+    skipped.
 
     The one kernel that changes an argument: `kv_cache`.
     """
@@ -38,7 +43,8 @@ def attend_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """One sequence: the last `Q` of `K` positions attend to all `K`. Returns `(Q, H, D)` in the query's dtype.
+    """One sequence: the last `Q` of `K` positions attend to all `K`. Returns `(Q, H, D)` in the query's
+    dtype.
 
     Args:
         query: `(Q, H, D)`.
@@ -46,7 +52,8 @@ def attend_reference(
         value: `(K, Hkv, D)`.
         scale: Factor on the scores.
         causal: Whether a position sees only itself and earlier ones.
-        window: How many positions back a position sees, itself included (`None`: all); if not causal, also forward.
+        window: How many positions back a position sees, itself included (`None`: all); if not causal, also
+            forward.
         softcap: `c` in `c * tanh(score / c)`, `None` for none.
     """
     num_queries, num_keys = query.shape[0], key.shape[0]
@@ -121,7 +128,8 @@ def varlen_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Attention within each sequence of a flat batch: rows `cu_seqlens[i]:cu_seqlens[i + 1]` see only one another.
+    """Attention within each sequence of a flat batch: rows `cu_seqlens[i]:cu_seqlens[i + 1]` see only one
+    another.
 
     Args:
         query: `(T, H, D)`.
@@ -130,8 +138,8 @@ def varlen_attention_reference(
         cu_seqlens: `(num_seqs + 1,)` int32.
         scale: Factor on the scores.
         causal: Whether a row sees only itself and earlier rows of its sequence.
-        key_lens: `(num_seqs,)` int32, how many leading rows of each sequence hold real keys (the rest is padding);
-            `None` for all. Not with `causal`. Where it is 0 the output is 0.
+        key_lens: `(num_seqs,)` int32, how many leading rows of each sequence hold real keys (the rest is
+            padding); `None` for all. Not with `causal`. Where it is 0 the output is 0.
         window: See `attend_reference`.
         softcap: See `attend_reference`.
 
@@ -141,7 +149,7 @@ def varlen_attention_reference(
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     starts = cu_seqlens.tolist()
     lens = None if key_lens is None else key_lens.tolist()
-    for i, (begin, end) in enumerate(zip(starts[:-1], starts[1:], strict=True)):
+    for i, (begin, end) in enumerate(itertools.pairwise(starts)):
         if begin == end:
             continue
         key_end = end if lens is None else begin + lens[i]
@@ -160,6 +168,94 @@ def varlen_attention_reference(
     return out
 
 
-write_kv = write_kv_reference
-paged_attention = paged_attention_reference
-varlen_attention = varlen_attention_reference
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """See `write_kv_reference`."""
+    native = native_for(kv_cache)
+    if native is None or key.dtype != kv_cache.dtype or value.dtype != kv_cache.dtype:
+        write_kv_reference(key, value, kv_cache, slot_mapping)
+        return
+    keys, values = rows_of(key.flatten(1)), rows_of(value.flatten(1))
+    slots = slot_mapping.to(torch.int64).contiguous()
+    size = kv_cache.element_size()
+    halves = kv_cache.data_ptr(), kv_cache.data_ptr() + kv_cache.stride(0) * size
+    native.write_kv(
+        *(*halves, keys.data_ptr(), values.data_ptr(), slots.data_ptr(), len(slots)),
+        *(keys.shape[1] * size, keys.stride(0) * size, values.stride(0) * size, torch.get_num_threads()),
+    )
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """See `paged_attention_reference`."""
+    native = native_for(query)
+    if native is None or kv_cache.dtype != query.dtype:
+        return paged_attention_reference(
+            query,
+            kv_cache,
+            block_table,
+            cu_seqlens_q,
+            seq_lens,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+    query = token_rows(query)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    _, _, block_size, num_kv_heads, head_size = kv_cache.shape
+    slot, keys = num_kv_heads * head_size, kv_cache.data_ptr()
+    values = keys + kv_cache.stride(0) * kv_cache.element_size()
+    native.attention(
+        *(out.data_ptr(), query.data_ptr(), keys, values, block_table.data_ptr()),
+        *(cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), len(seq_lens)),
+        *(query.shape[1], num_kv_heads, head_size, query.stride(0), slot, slot),
+        *(block_size, block_table.stride(0), window or 0, scale, softcap or 0.0),
+        *(True, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+    )
+    return out
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_lens: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """See `varlen_attention_reference`."""
+    native = native_for(query)
+    if native is None or not key.dtype == value.dtype == query.dtype:
+        return varlen_attention_reference(
+            query,
+            key,
+            value,
+            cu_seqlens,
+            scale=scale,
+            causal=causal,
+            key_lens=key_lens,
+            window=window,
+            softcap=softcap,
+        )
+    query, key, value = token_rows(query), token_rows(key), token_rows(value)
+    out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    native.attention(
+        *(out.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), 0, cu_seqlens.data_ptr()),
+        *(0 if key_lens is None else key_lens.data_ptr(), len(cu_seqlens) - 1),
+        *(query.shape[1], key.shape[1], query.shape[2], query.stride(0), key.stride(0), value.stride(0)),
+        *(0, 0, window or 0, scale, softcap or 0.0),
+        *(causal, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+    )
+    return out

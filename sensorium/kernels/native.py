@@ -1,8 +1,111 @@
-"""The native CPU library: whether there is one."""
+"""The native CPU kernels as Python functions, or the reason why there are none.
+
+A call passes one C struct, packed from plain numbers: with `ctypes` that costs half of passing as many
+arguments. Set the environment variable `SENSORIUM_NATIVE=0` to run the plain-torch twins instead, for
+debugging.
+"""
 
 from __future__ import annotations
+
+import ctypes
+import os
+from functools import cache
+from pathlib import Path
+from struct import Struct
+
+import torch
+
+from sensorium.kernels.build import BuildError, build_library
+from sensorium.logger import get_logger
+
+logger = get_logger(__name__)
+
+DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
+"""The storage types, as `simd.h` numbers them."""
+
+
+class NativeFunction:
+    """One exported function: `int f(const struct *)`, the struct's fields given as a `struct` format."""
+
+    __slots__ = ("_function", "_pack")
+
+    def __init__(self, library: ctypes.CDLL, name: str, fields: str) -> None:
+        self._function = getattr(library, name)
+        self._function.argtypes = [ctypes.c_char_p]
+        self._function.restype = ctypes.c_int
+        self._pack = Struct(fields).pack
+
+    def __call__(self, *values: float) -> None:
+        """Run with the struct's fields in order; addresses are ints, 0 for none."""
+        if self._function(self._pack(*values)):
+            raise MemoryError("a CPU kernel could not allocate its working memory")
+
+
+class NativeLibrary:
+    """The functions of the compiled library. The formats mirror the `*_args` structs of the C files."""
+
+    __slots__ = (
+        "activation",
+        "attention",
+        "linear",
+        "pack",
+        "packed_bytes",
+        "rms_norm",
+        "rotary",
+        "write_kv",
+    )
+
+    def __init__(self, path: Path) -> None:
+        library = ctypes.CDLL(str(path))
+        self.rms_norm = NativeFunction(library, "sensorium_rms_norm", "@5P4lf3i")
+        self.activation = NativeFunction(library, "sensorium_activation", "@2P3l4i")
+        self.rotary = NativeFunction(library, "sensorium_rotary", "@6P7l4i")
+        self.write_kv = NativeFunction(library, "sensorium_write_kv", "@5P4li")
+        self.attention = NativeFunction(library, "sensorium_attention", "@7P10l2f3i")
+        self.pack = NativeFunction(library, "sensorium_pack", "@2P3l2i")
+        self.linear = NativeFunction(library, "sensorium_linear", "@4P4l2i")
+        packed_bytes = library.sensorium_packed_bytes
+        packed_bytes.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long]
+        packed_bytes.restype = ctypes.c_long
+        self.packed_bytes = packed_bytes
+
+
+@cache
+def _load() -> tuple[NativeLibrary | None, str | None]:
+    """The library, or why not. Logs the reason, once."""
+    if os.environ.get("SENSORIUM_NATIVE", "1") == "0":
+        reason = "SENSORIUM_NATIVE=0"
+    else:
+        try:
+            return NativeLibrary(build_library()), None
+        except (BuildError, OSError, AttributeError) as error:
+            reason = str(error)
+    logger.warning("CPU kernels: plain torch, which is several times slower (%s).", reason)
+    return None, reason
+
+
+def native_library() -> NativeLibrary | None:
+    """The compiled kernels, or `None`. The first call may compile them, which takes some seconds."""
+    return _load()[0]
 
 
 def native_refusal() -> str | None:
     """Why the native kernels don't run here, or `None` when they do."""
-    return "not built"
+    return _load()[1]
+
+
+def native_for(x: torch.Tensor) -> NativeLibrary | None:
+    """The compiled kernels if they can work on such a tensor."""
+    return _load()[0] if x.is_cpu and x.dtype in DTYPE_CODES else None
+
+
+def rows_of(x: torch.Tensor) -> torch.Tensor:
+    """`x` `(..., n)` as `(rows, n)` whose rows are each contiguous, copied only if need be."""
+    if x.dim() != 2:
+        x = x.reshape(-1, x.shape[-1])
+    return x if x.stride(1) == 1 else x.contiguous()
+
+
+def token_rows(x: torch.Tensor) -> torch.Tensor:
+    """`x` `(T, H, D)` with the heads of a token side by side in memory, copied only if need be."""
+    return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -1,13 +1,16 @@
 """Root-mean-square normalisation, alone and fused with the residual addition before it.
 
-Source: Zhang and Sennrich 2019, section 3; rounding as `transformers` `LlamaRMSNorm`: the normalised value is rounded
-to the storage type before the weight is applied. A float32 weight over a narrower `x` is applied in float32, with one
-rounding at the end (what Gemma-style `1 + weight` norms need).
+Source: Zhang and Sennrich 2019, section 3; rounding as in `transformers` `LlamaRMSNorm`: the normalised value
+    is
+rounded to the storage type before the weight is applied. A float32 weight over a narrower `x` is applied in
+float32, with one rounding at the end (what Gemma's `1 + weight` norms need).
 """
 
 from __future__ import annotations
 
 import torch
+
+from sensorium.kernels.native import DTYPE_CODES, NativeLibrary, native_for, rows_of
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -28,13 +31,48 @@ def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> tor
     return (normed * weight).to(x.dtype)
 
 
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """See `rms_norm_reference`."""
+    native = _native_norm(x, weight)
+    if native is None:
+        return rms_norm_reference(x, weight, eps)
+    rows = rows_of(x)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    num_rows, size = rows.shape
+    native.rms_norm(
+        *(out.data_ptr(), 0, rows.data_ptr(), 0, weight.data_ptr(), num_rows, size, rows.stride(0), 0),
+        *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
+    )
+    return out.view(x.shape)
+
+
 def add_rms_norm_reference(
     x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(rms_norm(x + residual), x + residual)`; both are new tensors, the sum rounded to `x`'s dtype first."""
+    """`(rms_norm(x + residual), x + residual)`; both are new tensors, the sum is rounded to `x`'s dtype first."""
     total = x + residual
     return rms_norm_reference(total, weight, eps), total
 
 
-rms_norm = rms_norm_reference
-add_rms_norm = add_rms_norm_reference
+def add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `add_rms_norm_reference`."""
+    native = _native_norm(x, weight)
+    if native is None or residual.dtype != x.dtype or residual.shape != x.shape or not residual.is_cpu:
+        return add_rms_norm_reference(x, residual, weight, eps)
+    rows, residual_rows = rows_of(x), rows_of(residual)
+    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    total = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    num_rows, size = rows.shape
+    native.rms_norm(
+        *(out.data_ptr(), total.data_ptr(), rows.data_ptr(), residual_rows.data_ptr(), weight.data_ptr()),
+        *(num_rows, size, rows.stride(0), residual_rows.stride(0)),
+        *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
+    )
+    return out.view(x.shape), total.view(x.shape)
+
+
+def _native_norm(x: torch.Tensor, weight: torch.Tensor) -> NativeLibrary | None:
+    fits = weight.dtype in (x.dtype, torch.float32) and weight.is_cpu and weight.is_contiguous()
+    return native_for(x) if fits else None

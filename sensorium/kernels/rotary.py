@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from sensorium.kernels.native import DTYPE_CODES, native_for, token_rows
+
 
 def rotary_embedding_reference(
     query: torch.Tensor,
@@ -47,4 +49,28 @@ def _rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, dim: int, neo
     return torch.cat((pair.to(x.dtype), x[..., dim:]), dim=-1)
 
 
-rotary_embedding = rotary_embedding_reference
+def rotary_embedding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    is_neox_style: bool = True,
+    rotary_dim: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `rotary_embedding_reference`."""
+    native = native_for(query)
+    plain = key.dtype == query.dtype and cos.dtype == sin.dtype and cos.dtype in (query.dtype, torch.float32)
+    if native is None or not plain:
+        return rotary_embedding_reference(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+    query, key, cos, sin = token_rows(query), token_rows(key), cos.contiguous(), sin.contiguous()
+    query_out = torch.empty_like(query, memory_format=torch.contiguous_format)
+    key_out = torch.empty_like(key, memory_format=torch.contiguous_format)
+    num_tokens, num_heads, head_size = query.shape
+    native.rotary(
+        *(query_out.data_ptr(), key_out.data_ptr(), query.data_ptr(), key.data_ptr()),
+        *(cos.data_ptr(), sin.data_ptr(), num_tokens, num_heads, key.shape[1], head_size),
+        *(head_size if rotary_dim is None else rotary_dim, query.stride(0), key.stride(0)),
+        *(is_neox_style, DTYPE_CODES[query.dtype], DTYPE_CODES[cos.dtype], torch.get_num_threads()),
+    )
+    return query_out, key_out

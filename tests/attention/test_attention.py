@@ -99,9 +99,7 @@ def test_oracle_equals_a_loop_over_rows(softcap: float | None) -> None:
             for head in range(4):
                 seen = range(max(0, position - 3), position + 1)
                 cells = [(batch.block_table[i, p // 4], p % 4, head // 2) for p in seen]
-                scores = torch.stack(
-                    [0.3 * batch.q[row].view(4, 8)[head] @ batch.cache[0][cell] for cell in cells]
-                )
+                scores = torch.stack([0.3 * batch.q[row].view(4, 8)[head] @ batch.cache[0][cell] for cell in cells])
                 if softcap is not None:
                     scores = softcap * torch.tanh(scores / softcap)
                 weights = torch.softmax(scores, 0)
@@ -153,9 +151,7 @@ def test_another_sequences_nan_stays_there() -> None:
     """Padded block-table entries show foreign blocks; a NaN in one must not leak through a weight of zero."""
     batch = Batch([(1, 3), (1, 30), (4, 6)])
     want = batch.layer(batch.q, batch.k, batch.v, batch.cache.clone(), batch.metadata)
-    foreign = sorted(
-        set(range(batch.cache.shape[1])) - set(batch.block_table[0, :1]) - set(batch.block_table[2, :2])
-    )
+    foreign = sorted(set(range(batch.cache.shape[1])) - set(batch.block_table[0, :1]) - set(batch.block_table[2, :2]))
     poisoned = batch.cache.clone()
     poisoned[:, foreign] = float("nan")
     got = batch.layer(batch.q, batch.k, batch.v, poisoned, batch.metadata)
@@ -201,9 +197,7 @@ def test_encoder_forms_agree(kv_heads: int, backend: AttentionBackend | None) ->
     q = torch.randn(3, 9, 96)
     k, v = torch.randn(2, 3, 9, 24 * kv_heads).unbind()
     padded = layer(q, k, v, key_lens=lens)
-    flat = layer(
-        *(torch.cat([x[i, :n] for i, n in enumerate(lens)]) for x in (q, k, v)), cu_seqlens=[0, 5, 14, 15]
-    )
+    flat = layer(*(torch.cat([x[i, :n] for i, n in enumerate(lens)]) for x in (q, k, v)), cu_seqlens=[0, 5, 14, 15])
     begin = 0
     for i, n in enumerate(lens):
         alone = layer(q[i : i + 1, :n], k[i : i + 1, :n], v[i : i + 1, :n])[0]
@@ -250,6 +244,4 @@ def test_metadata_from_numpy() -> None:
     assert (metadata.num_prefill_tokens, metadata.num_decode_tokens) == (3, 1)
     assert (metadata.max_seqlen_q, metadata.max_seq_len) == (3, 6)
     assert metadata.block_table.data_ptr() == table.ctypes.data
-    assert [t.dtype for t in (metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_table)] == [
-        torch.int32
-    ] * 3
+    assert [t.dtype for t in (metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_table)] == [torch.int32] * 3

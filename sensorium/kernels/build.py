@@ -1,0 +1,172 @@
+"""Compiling the native CPU kernels, once for each machine, compiler and version of the sources.
+
+The shared library is kept in the user's cache folder under a name that is a digest of everything it depends
+on. Any number of processes may ask for it at once: the first compiles, the others wait for it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import re
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from sensorium.logger import get_logger
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+logger = get_logger(__name__)
+
+SOURCE_FOLDER = Path(__file__).parent / "cpu"
+COMPILERS = ("gcc", "cc", "clang")
+FLAGS = (
+    "-std=gnu11",
+    "-O3",
+    "-fPIC",
+    "-fopenmp",
+    "-fvisibility=hidden",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+)
+TIMEOUT_S = 180.0
+
+
+class BuildError(Exception):
+    """The native kernels can't be compiled here; the message says why."""
+
+
+def build_library() -> Path:
+    """The path of the compiled library, compiled now unless an earlier run did.
+
+    Raises:
+        BuildError: This machine has no usable compiler, or compiling failed.
+    """
+    if platform.system() != "Linux":
+        raise BuildError(f"native kernels are built on Linux only, this is {platform.system()}")
+    compiler = _find_compiler()
+    openmp = _loaded_openmp()
+    path = _cache_folder() / f"kernels-{_digest(compiler, openmp)}.so"
+    if not path.exists():
+        with _lock(path.with_suffix(".lock")):
+            if not path.exists():
+                _compile(compiler, openmp, path)
+    return path
+
+
+def _find_compiler() -> Path:
+    for name in COMPILERS:
+        found = shutil.which(name)
+        if found is not None:
+            return Path(found).resolve()
+    raise BuildError(f"no C compiler found (looked for {', '.join(COMPILERS)})")
+
+
+def _loaded_openmp() -> str | None:
+    """The OpenMP runtime that torch has loaded, so that both share one pool of threads."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return None
+    match = re.search(r"/\S*lib(?:gomp|iomp5|omp)\b[^/\s]*\.so[^/\s]*$", maps, flags=re.MULTILINE)
+    return match.group() if match else None
+
+
+def _machine_flag() -> str:
+    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
+
+
+def _cpu_features() -> str:
+    """What `native` means here: a library built on one machine must not run on a lesser one."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    features = (line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features")))
+    return next(features, platform.processor())
+
+
+def _sources() -> list[Path]:
+    return sorted(SOURCE_FOLDER.glob("*.c"))
+
+
+def _digest(compiler: Path, openmp: str | None) -> str:
+    stat = compiler.stat()
+    parts = [compiler, stat.st_size, stat.st_mtime_ns, openmp, *FLAGS, platform.machine(), _cpu_features()]
+    digest = hashlib.sha256("\n".join(map(str, parts)).encode())
+    for path in sorted(SOURCE_FOLDER.iterdir()):
+        if path.suffix in (".c", ".h"):
+            digest.update(path.name.encode() + path.read_bytes())
+    return digest.hexdigest()[:32]
+
+
+def _cache_folder() -> Path:
+    """A folder that only this user can write to: what lies in it is loaded into the process."""
+    root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
+    folder = Path(root) / "sensorium"
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        stat = folder.stat()
+        if stat.st_uid == os.geteuid() and not stat.st_mode & 0o022 and os.access(folder, os.W_OK):
+            return folder
+        reason = "is not this user's alone"
+    except (OSError, RuntimeError) as error:
+        reason = f"can't be used ({error})"
+    logger.info("The cache folder %s %s; the CPU kernels are compiled for this process only.", folder, reason)
+    return Path(tempfile.mkdtemp(prefix="sensorium-"))
+
+
+@contextmanager
+def _lock(path: Path) -> Iterator[None]:
+    """Hold an exclusive lock among processes. The file stays: deleting it would let two holders in."""
+    import fcntl
+
+    with path.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compile(compiler: Path, openmp: str | None, path: Path) -> None:
+    """Compile every source at once, link, and move the result into place in one step."""
+    begin = time.perf_counter()
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
+        jobs = []
+        for source in _sources():
+            target = Path(scratch) / f"{source.stem}.o"
+            command = [str(compiler), *FLAGS, _machine_flag(), "-c", str(source), "-o", str(target)]
+            jobs.append((command, target, _start(command)))
+        for command, _, job in jobs:
+            _finish(command, job)
+        library = Path(scratch) / path.name
+        # The object files name no OpenMP library yet: they get the one that torch uses, or else the compiler's own.
+        runtime = [openmp] if openmp else ["-fopenmp"]
+        command = [str(compiler), "-shared", *(str(t) for _, t, _ in jobs), *runtime, "-lm", "-o", str(library)]
+        _finish(command, _start(command))
+        library.replace(path)
+    logger.info("Compiled the CPU kernels in %.1f s with %s.", time.perf_counter() - begin, compiler.name)
+
+
+def _start(command: list[str]) -> subprocess.Popen[str]:
+    try:
+        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    except OSError as error:
+        raise BuildError(f"{command[0]} can't be started: {error}") from error
+
+
+def _finish(command: list[str], job: subprocess.Popen[str]) -> None:
+    try:
+        output, _ = job.communicate(timeout=TIMEOUT_S)
+    except subprocess.TimeoutExpired:
+        job.kill()
+        job.communicate()
+        raise BuildError(f"{command[0]} took more than {TIMEOUT_S:.0f} s") from None
+    if job.returncode != 0:
+        first_error = next((line for line in output.splitlines() if "error" in line), output.strip()[:200])
+        raise BuildError(f"{command[0]} failed: {first_error}")

@@ -1,0 +1,214 @@
+/* Normalisation, activations, rotary embedding and cache writes: what stands between a layer's matrix products.
+ *
+ * Every function works row by row and shares the rows among threads where there is enough to do. Rows of inputs may
+ * lie any distance apart (`*_stride`, in elements); outputs are contiguous. The rest of a row that doesn't fill a
+ * vector goes through the same vector code, so an element's result doesn't depend on where it stands.
+ */
+#include "simd.h"
+
+#include <omp.h>
+
+/* How many threads so many elements are worth: waking one costs as much as some ten thousand of them. */
+INLINE int threads_for(long elements, int threads) { return elements < 16384 ? 1 : threads; }
+
+#define PARALLEL_ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
+
+/* Elements i to i + VL, or to `end` if that comes first. */
+INLINE vf vload_to(int dtype, const void *p, long i, long end) {
+    return i + VL <= end ? vload(dtype, p, i) : vload_part(dtype, p, i, end - i);
+}
+
+INLINE void vstore_to(int dtype, void *p, long i, vf x, long end) {
+    if (i + VL <= end)
+        vstore(dtype, p, i, x);
+    else
+        vstore_part(dtype, p, i, x, end - i);
+}
+
+INLINE const void *element(int dtype, const void *p, long i) { return (const char *)p + i * size_of(dtype); }
+
+/* ---- root-mean-square norm ---------------------------------------------------------------------------------- */
+
+typedef struct {
+    void *out, *sum;                       /* (rows, n); `sum` is null without a residual */
+    const void *x, *residual, *weight;     /* (rows, n), (rows, n) or null, (n,) */
+    long rows, n, x_stride, residual_stride;
+    float eps;
+    int dtype, weight_dtype, threads; /* the weight's type is the rows', or float32 */
+} norm_args;
+
+INLINE void norm_row(const int dtype, const norm_args *args, long row) {
+    const long n = args->n;
+    const void *x = element(dtype, args->x, row * args->x_stride);
+    void *out = (char *)args->out + row * n * size_of(dtype);
+    vf squares[2] = {{0}, {0}};
+    if (args->residual) {
+        const void *residual = element(dtype, args->residual, row * args->residual_stride);
+        void *sum = (char *)args->sum + row * n * size_of(dtype);
+        for (long i = 0; i < n; i += VL) {
+            vf total = vround(dtype, vload_to(dtype, x, i, n) + vload_to(dtype, residual, i, n));
+            vstore_to(dtype, sum, i, total, n);
+            squares[i / VL % 2] += total * total;
+        }
+        x = sum;
+    } else {
+        for (long i = 0; i < n; i += VL) {
+            vf value = vload_to(dtype, x, i, n);
+            squares[i / VL % 2] += value * value;
+        }
+    }
+    const float scale = 1.0f / sqrtf(vsum(squares[0] + squares[1]) / (float)n + args->eps);
+    for (long i = 0; i < n; i += VL) {
+        vf normed = vload_to(dtype, x, i, n) * scale;
+        if (args->weight_dtype == dtype)
+            normed = vround(dtype, normed) * vload_to(dtype, args->weight, i, n);
+        else
+            normed *= vload_to(F32, args->weight, i, n);
+        vstore_to(dtype, out, i, normed, n);
+    }
+}
+
+INLINE void norm_rows(const int dtype, const norm_args *args) {
+    const int threads = threads_for(args->rows * args->n, args->threads);
+    PARALLEL_ROWS
+    for (long row = 0; row < args->rows; row++) norm_row(dtype, args, row);
+}
+
+/* With a residual: sum = x + residual, rounded to the storage type, and its norm; without: the norm of x. A weight of
+ * the storage type meets the rounded norm; a float32 weight beside narrower rows meets the norm in float32. */
+EXPORT int sensorium_rms_norm(const norm_args *args) {
+    FOR_DTYPE(args->dtype, norm_rows, args);
+    return 0;
+}
+
+/* ---- activations -------------------------------------------------------------------------------------------- */
+
+enum activation { SILU = 0, GELU = 1, GELU_TANH = 2, QUICK_GELU = 3 }; /* activation.py knows these codes */
+
+INLINE vf activate(const int kind, vf x) {
+    if (kind == SILU) return x * vsigmoid(x);
+    if (kind == GELU) return vgelu(x);
+    if (kind == GELU_TANH) return vgelu_tanh(x);
+    return x * vsigmoid(1.702f * x);
+}
+
+INLINE void activate_row(const int dtype, const int kind, void *out, const void *x, long n, int gated) {
+    for (long i = 0; i < n; i += VL) {
+        vf y = activate(kind, vload_to(dtype, x, i, n));
+        if (gated) y *= vload_to(dtype, x, n + i, 2 * n);
+        vstore_to(dtype, out, i, y, n);
+    }
+}
+
+typedef struct {
+    void *out;      /* (rows, n) */
+    const void *x;  /* (rows, n), or [gate, up] (rows, 2 n) when gated */
+    long rows, n, x_stride;
+    int kind, gated, dtype, threads;
+} activation_args;
+
+INLINE void activate_rows(const int dtype, const activation_args *args) {
+    const int threads = threads_for(args->rows * args->n, args->threads);
+    PARALLEL_ROWS
+    for (long row = 0; row < args->rows; row++) {
+        const void *x = element(dtype, args->x, row * args->x_stride);
+        void *out = (char *)args->out + row * args->n * size_of(dtype);
+        switch (args->kind) {
+            case SILU: activate_row(dtype, SILU, out, x, args->n, args->gated); break;
+            case GELU: activate_row(dtype, GELU, out, x, args->n, args->gated); break;
+            case GELU_TANH: activate_row(dtype, GELU_TANH, out, x, args->n, args->gated); break;
+            case QUICK_GELU: activate_row(dtype, QUICK_GELU, out, x, args->n, args->gated); break;
+        }
+    }
+}
+
+/* out = act(x), or act(gate) * up. */
+EXPORT int sensorium_activation(const activation_args *args) {
+    FOR_DTYPE(args->dtype, activate_rows, args);
+    return 0;
+}
+
+/* ---- rotary embedding --------------------------------------------------------------------------------------- */
+
+typedef struct {
+    void *query_out, *key_out;
+    const void *query, *key; /* (tokens, heads, head_size), (tokens, kv_heads, head_size); a token's heads side by side */
+    const void *cos, *sin;   /* (tokens, rotary_dim / 2) of `table_dtype`, contiguous */
+    long tokens, heads, kv_heads, head_size, rotary_dim, query_stride, key_stride;
+    int neox, dtype, table_dtype, threads;
+} rotary_args;
+
+INLINE void rotate_head(const int dtype, const int table_dtype, const rotary_args *args, long token, void *out,
+                        const void *x) {
+    const long half = args->rotary_dim / 2;
+    const void *cos = element(table_dtype, args->cos, token * half), *sin = element(table_dtype, args->sin, token * half);
+    if (args->neox) {
+        for (long i = 0; i < half; i += VL) {
+            vf c = vload_to(table_dtype, cos, i, half), s = vload_to(table_dtype, sin, i, half);
+            vf a = vload_to(dtype, x, i, half), b = vload_to(dtype, x, half + i, 2 * half);
+            vstore_to(dtype, out, i, a * c - b * s, half);
+            vstore_to(dtype, out, half + i, b * c + a * s, 2 * half);
+        }
+    } else {
+        for (long i = 0; i < half; i++) {
+            float c = load1(table_dtype, cos, i), s = load1(table_dtype, sin, i);
+            float a = load1(dtype, x, 2 * i), b = load1(dtype, x, 2 * i + 1);
+            store1(dtype, out, 2 * i, a * c - b * s);
+            store1(dtype, out, 2 * i + 1, b * c + a * s);
+        }
+    }
+    long passed = args->rotary_dim;
+    memcpy((char *)out + passed * size_of(dtype), element(dtype, x, passed),
+           (size_t)((args->head_size - passed) * size_of(dtype)));
+}
+
+INLINE void rotate_heads(const int dtype, const rotary_args *args, long token, long heads, long stride, void *out,
+                         const void *x) {
+    for (long head = 0; head < heads; head++) {
+        void *to = (char *)out + (token * heads + head) * args->head_size * size_of(dtype);
+        const void *from = element(dtype, x, token * stride + head * args->head_size);
+        if (args->table_dtype == dtype)
+            rotate_head(dtype, dtype, args, token, to, from);
+        else
+            rotate_head(dtype, F32, args, token, to, from);
+    }
+}
+
+INLINE void rotate_tokens(const int dtype, const rotary_args *args) {
+    const int threads = threads_for(args->tokens * (args->heads + args->kv_heads) * args->head_size, args->threads);
+    PARALLEL_ROWS
+    for (long token = 0; token < args->tokens; token++) {
+        rotate_heads(dtype, args, token, args->heads, args->query_stride, args->query_out, args->query);
+        rotate_heads(dtype, args, token, args->kv_heads, args->key_stride, args->key_out, args->key);
+    }
+}
+
+/* The tables are of the storage type or float32. */
+EXPORT int sensorium_rotary(const rotary_args *args) {
+    FOR_DTYPE(args->dtype, rotate_tokens, args);
+    return 0;
+}
+
+/* ---- cache writes ------------------------------------------------------------------------------------------- */
+
+typedef struct {
+    char *key_cache, *value_cache; /* (slots, row_bytes) */
+    const char *key, *value;       /* rows of row_bytes, `*_stride_bytes` apart */
+    const int64_t *slots;          /* (tokens,); negative: not written */
+    long tokens, row_bytes, key_stride_bytes, value_stride_bytes;
+    int threads;
+} write_args;
+
+/* Copy each token's key and value to its slot of the two halves of a cache. */
+EXPORT int sensorium_write_kv(const write_args *args) {
+    const long row_bytes = args->row_bytes;
+    const int threads = threads_for(args->tokens * row_bytes, args->threads);
+    PARALLEL_ROWS
+    for (long token = 0; token < args->tokens; token++) {
+        const int64_t slot = args->slots[token];
+        if (slot < 0) continue;
+        memcpy(args->key_cache + slot * row_bytes, args->key + token * args->key_stride_bytes, (size_t)row_bytes);
+        memcpy(args->value_cache + slot * row_bytes, args->value + token * args->value_stride_bytes, (size_t)row_bytes);
+    }
+    return 0;
+}

@@ -1,0 +1,268 @@
+/* x @ weight.T + bias with a packed weight.
+ *
+ * Layout. The weight's N rows (output features) are cut into panels of NR = 2 * VL, the last one filled up with
+ * zeros. A panel holds, for each input feature k in turn, the NR weights that meet x[k], so that one pass over a
+ * panel is one contiguous stream:
+ *
+ *   float32, float16      [N / NR][K][NR]
+ *   bfloat16              [N / NR][K][VL][2]       lane i of a load holds columns i (low half) and i + VL (high half):
+ *                                                  a shift and a mask widen 2 * VL weights
+ *   bfloat16, AVX512-BF16 [N / NR][K / 2][NR][2]   pairs of k, as the dot-product instruction wants them
+ *
+ * Order of summation. For every output: k runs in order within blocks of KC, the blocks' sums are added in order, and
+ * the bias comes last. It depends on K alone. So a row's result is the same bit for bit whatever rows stand beside
+ * it, however many threads there are, and wherever the batch is cut.
+ *
+ * Loops. A chunk of rows is copied into float32 (or bfloat16 pairs), interleaved in blocks of at most MR rows;
+ * threads share out the panels; a micro kernel multiplies one block of rows by one panel (by several for very few rows, where the
+ * weight stream is all that matters).
+ */
+#include "simd.h"
+
+#include <omp.h>
+#include <stdlib.h>
+
+#define NR (2 * VL)
+#define KC 512
+#if defined(__AVX512F__)
+#define MR 12
+#else
+#define MR 6
+#endif
+#define MAX_PANELS 4      /* that one call of a micro kernel takes */
+#define CHUNK_ROWS 192    /* rows whose copy should stay in the L2 and L3 caches */
+
+#if defined(__AVX512BF16__)
+#define HAS_BF16_DOT 1
+#else
+#define HAS_BF16_DOT 0
+#endif
+
+/* How many k make one step of a micro kernel. */
+INLINE long k_per_step(int dtype) { return HAS_BF16_DOT && dtype == BF16 ? 2 : 1; }
+
+INLINE long steps_of(int dtype, long k) { return (k + k_per_step(dtype) - 1) / k_per_step(dtype); }
+
+INLINE long step_bytes(int dtype) { return NR * size_of(dtype) * k_per_step(dtype); }
+
+/* ---- packing ------------------------------------------------------------------------------------------------ */
+
+EXPORT long sensorium_packed_bytes(int dtype, long n, long k) {
+    return (n + NR - 1) / NR * steps_of(dtype, k) * step_bytes(dtype);
+}
+
+/* Where weight (column, k) stands in its panel, counted in elements. */
+INLINE long packed_index(int dtype, long column, long k) {
+    if (dtype == BF16 && HAS_BF16_DOT) return k / 2 * (2 * NR) + column * 2 + k % 2;
+    if (dtype == BF16) return k * NR + column % VL * 2 + column / VL;
+    return k * NR + column;
+}
+
+INLINE void pack_panel(int dtype, char *panel, const char *weight, long row_bytes, long columns, long k) {
+    memset(panel, 0, (size_t)(steps_of(dtype, k) * step_bytes(dtype)));
+    for (long c = 0; c < columns; c++) {
+        const char *row = weight + c * row_bytes;
+        for (long i = 0; i < k; i++) {
+            if (dtype == F32)
+                ((float *)panel)[packed_index(dtype, c, i)] = ((const float *)row)[i];
+            else
+                ((uint16_t *)panel)[packed_index(dtype, c, i)] = ((const uint16_t *)row)[i];
+        }
+    }
+}
+
+typedef struct {
+    char *packed;
+    const char *weight; /* (n, k), rows row_bytes apart */
+    long n, k, row_bytes;
+    int dtype, threads;
+} pack_args;
+
+EXPORT int sensorium_pack(const pack_args *args) {
+    const long n = args->n, k = args->k, panel_bytes = steps_of(args->dtype, k) * step_bytes(args->dtype);
+#pragma omp parallel for num_threads(args->threads) schedule(static)
+    for (long p = 0; p < (n + NR - 1) / NR; p++) {
+        char *panel = args->packed + p * panel_bytes;
+        const char *rows = args->weight + p * NR * args->row_bytes;
+        FOR_DTYPE(args->dtype, pack_panel, panel, rows, args->row_bytes, MIN(NR, n - p * NR), k);
+    }
+    return 0;
+}
+
+/* ---- micro kernel ------------------------------------------------------------------------------------------- */
+
+/* The two vectors of weights of one step of one panel, widened to float32. */
+INLINE void load_weights(const int dtype, const char *b, vf *low, vf *high) {
+    if (dtype == BF16) {
+        vu pairs = *(const vu *)b;
+        *low = (vf)(pairs << 16);
+        *high = (vf)(pairs & 0xffff0000u);
+    } else {
+        *low = vload(dtype, b, 0);
+        *high = vload(dtype, b, VL);
+    }
+}
+
+/* tile[row][column] (+)= sum over `steps` steps. `a` is interleaved: [step][rows]. */
+INLINE void micro(const int dtype, const int rows, const int panels, const float *a, const char *b, long panel_bytes,
+                  long steps, float *tile, long tile_width, int first) {
+    vf acc[MR][2 * MAX_PANELS];
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < 2 * panels; j++) acc[r][j] = (vf){0};
+
+    for (long s = 0; s < steps; s++) {
+        UNROLL for (int p = 0; p < panels; p++) {
+            const char *weights = b + p * panel_bytes + s * step_bytes(dtype);
+            __builtin_prefetch(weights + 2048);
+#if HAS_BF16_DOT
+            if (dtype == BF16) {
+                __m512bh low = *(const __m512bh *)weights, high = *(const __m512bh *)(weights + 64);
+                UNROLL for (int r = 0; r < rows; r++) {
+                    __m512bh pair = (__m512bh)_mm512_set1_epi32(((const int32_t *)a)[s * rows + r]);
+                    acc[r][2 * p] = (vf)_mm512_dpbf16_ps((__m512)acc[r][2 * p], pair, low);
+                    acc[r][2 * p + 1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][2 * p + 1], pair, high);
+                }
+                continue;
+            }
+#endif
+            vf low, high;
+            load_weights(dtype, weights, &low, &high);
+            UNROLL for (int r = 0; r < rows; r++) {
+                acc[r][2 * p] += low * a[s * rows + r];
+                acc[r][2 * p + 1] += high * a[s * rows + r];
+            }
+        }
+    }
+    UNROLL for (int r = 0; r < rows; r++)
+        UNROLL for (int j = 0; j < 2 * panels; j++) {
+            vf *cell = (vf *)(tile + r * tile_width + j * VL);
+            if (!first) acc[r][j] += *cell;
+            *cell = acc[r][j];
+        }
+}
+
+/* Panels that one call takes, for a block of so many rows: enough independent sums to hide an addition's latency. */
+INLINE int panels_for(long rows) { return rows == 1 ? 4 : rows == 2 ? 2 : 1; }
+
+INLINE void micro_for_rows(const int dtype, long rows, long panels, const float *a, const char *b, long panel_bytes,
+                           long steps, float *tile, long tile_width, int first) {
+#define ROWS(R, P) \
+    case (R) * 8 + (P): micro(dtype, R, P, a, b, panel_bytes, steps, tile, tile_width, first); break;
+    switch (rows * 8 + panels) {
+        ROWS(1, 1) ROWS(1, 2) ROWS(1, 3) ROWS(1, 4) ROWS(2, 1) ROWS(2, 2) ROWS(3, 1)
+        ROWS(4, 1) ROWS(5, 1) ROWS(6, 1)
+#if MR > 6
+        ROWS(7, 1) ROWS(8, 1) ROWS(9, 1) ROWS(10, 1) ROWS(11, 1) ROWS(12, 1)
+#endif
+    }
+#undef ROWS
+}
+
+/* ---- driver ------------------------------------------------------------------------------------------------- */
+
+/* How `rows` rows fall into blocks of at most MR, as evenly as possible: the first `larger` blocks have one row
+ * more than `base`. */
+typedef struct {
+    long count, base, larger;
+} row_blocks;
+
+INLINE row_blocks split_rows(long rows) {
+    long count = (rows + MR - 1) / MR;
+    return (row_blocks){count, rows / count, rows % count};
+}
+
+INLINE long block_begin(row_blocks blocks, long i) { return i * blocks.base + MIN(i, blocks.larger); }
+
+typedef struct {
+    void *out;         /* (m, n) of `dtype` */
+    const char *x;     /* (m, k) of `dtype`, rows x_row_bytes apart */
+    const char *packed;
+    const void *bias;  /* (n,) of `dtype`, or null */
+    long m, n, k, x_row_bytes;
+    int dtype, threads;
+} linear_args;
+
+/* Copy one block of rows into `to` [step][rows]: float32, or pairs of bfloat16 for the dot-product instruction. */
+INLINE void interleave_rows(const int dtype, const linear_args *args, long row, long rows, float *to) {
+    for (long r = 0; r < rows; r++) {
+        const char *x = args->x + (row + r) * args->x_row_bytes;
+        if (k_per_step(dtype) == 2) {
+            const uint16_t *h = (const uint16_t *)x;
+            uint32_t *pairs = (uint32_t *)to;
+            for (long s = 0; s < args->k / 2; s++) memcpy(&pairs[s * rows + r], h + 2 * s, 4);
+            if (args->k % 2) pairs[args->k / 2 * rows + r] = h[args->k - 1];
+        } else {
+            for (long s = 0; s < args->k; s++) to[s * rows + r] = load1(dtype, x, s);
+        }
+    }
+}
+
+/* Add the bias to a tile, round it and store it. */
+INLINE void store_tile(const int dtype, const linear_args *args, const float *tile, long tile_width, long row,
+                       long rows, long column, long columns) {
+    for (long r = 0; r < rows; r++) {
+        const float *from = tile + r * tile_width;
+        long to = (row + r) * args->n + column, c = 0;
+        for (; c + VL <= columns; c += VL) {
+            vf x = *(const vf *)(from + c);
+            if (args->bias) x += vload(dtype, args->bias, column + c);
+            vstore(dtype, args->out, to + c, x);
+        }
+        for (; c < columns; c++)
+            store1(dtype, args->out, to + c, from[c] + (args->bias ? load1(dtype, args->bias, column + c) : 0));
+    }
+}
+
+/* Rows of blocks [first_block, last_block) times `panels` panels from `panel` on. */
+INLINE void multiply_tile(const int dtype, const linear_args *args, const float *a, long chunk_row, row_blocks blocks,
+                          long first_block, long last_block, long panel, long panels) {
+    float tile[MAX(CHUNK_ROWS, 4 * MAX_PANELS) * NR] __attribute__((aligned(64)));
+    const long steps = steps_of(dtype, args->k), block_steps = KC / k_per_step(dtype), width = panels * NR;
+    const long panel_bytes = steps * step_bytes(dtype), row = block_begin(blocks, first_block);
+    const char *weights = args->packed + panel * panel_bytes;
+
+    for (long s = 0; s < steps; s += block_steps)
+        for (long i = first_block; i < last_block; i++) {
+            long begin = block_begin(blocks, i), rows = block_begin(blocks, i + 1) - begin;
+            micro_for_rows(dtype, rows, panels, a + begin * steps + s * rows, weights + s * step_bytes(dtype),
+                           panel_bytes, MIN(block_steps, steps - s), tile + (begin - row) * width, width, s == 0);
+        }
+    store_tile(dtype, args, tile, width, chunk_row + row, block_begin(blocks, last_block) - row, panel * NR,
+               MIN(width, args->n - panel * NR));
+}
+
+INLINE void multiply(const int dtype, const linear_args *args, float *a) {
+    const long steps = steps_of(dtype, args->k), num_panels = (args->n + NR - 1) / NR;
+    const long chunks = (args->m + CHUNK_ROWS - 1) / CHUNK_ROWS;
+#pragma omp parallel num_threads(args->threads)
+    for (long chunk = 0; chunk < chunks; chunk++) {
+        const long chunk_row = args->m * chunk / chunks, rows = args->m * (chunk + 1) / chunks - chunk_row;
+        const row_blocks blocks = split_rows(rows);
+        const long per_call = panels_for(blocks.base + (blocks.larger > 0));
+        const long columns = (num_panels + per_call - 1) / per_call;
+        /* Cut the rows too where there are few panels for many threads. */
+        const long bands = MIN(blocks.count, MAX(1, 4 * omp_get_num_threads() / columns));
+#pragma omp for schedule(static)
+        for (long i = 0; i < blocks.count; i++) {
+            long begin = block_begin(blocks, i);
+            interleave_rows(dtype, args, chunk_row + begin, block_begin(blocks, i + 1) - begin, a + begin * steps);
+        }
+#pragma omp for schedule(static)
+        for (long task = 0; task < columns * bands; task++) {
+            long panel = task / bands * per_call, band = task % bands;
+            multiply_tile(dtype, args, a, chunk_row, blocks, blocks.count * band / bands,
+                          blocks.count * (band + 1) / bands, panel, MIN(per_call, num_panels - panel));
+        }
+    }
+}
+
+/* Returns 0, or -1 when memory ran out. */
+EXPORT int sensorium_linear(const linear_args *args) {
+    if (args->m == 0 || args->n == 0) return 0;
+    size_t bytes = (size_t)MIN(args->m, CHUNK_ROWS) * (size_t)steps_of(args->dtype, args->k) * sizeof(float);
+    float *a = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!a) return -1;
+    FOR_DTYPE(args->dtype, multiply, args, a);
+    free(a);
+    return 0;
+}

@@ -1,0 +1,187 @@
+"""Native attention against its twin, and bit for bit against itself in other company."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from sensorium.kernels.attention import (
+    paged_attention,
+    paged_attention_reference,
+    varlen_attention,
+    varlen_attention_reference,
+)
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
+TOLERANCE = {torch.float32: 2e-6, torch.bfloat16: 8e-3, torch.float16: 1e-3}
+Step = list[tuple[int, int]]
+"""`(query_len, seq_len)` of each sequence."""
+
+
+class PagedBatch:
+    """Sequences whose cached keys and values lie in shuffled blocks."""
+
+    def __init__(
+        self,
+        lens: Step,
+        *,
+        heads: tuple[int, int] = (4, 2),
+        head_size: int = 16,
+        block_size: int = 16,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        torch.manual_seed(sum(s for _, s in lens))
+        counts = [-(-s // block_size) for _, s in lens]
+        ids = torch.randperm(sum(counts) + 2, dtype=torch.int32)
+        self.block_table = torch.zeros(len(lens), max(counts, default=0) + 1, dtype=torch.int32)
+        begin = 0
+        for i, count in enumerate(counts):
+            self.block_table[i, :count] = ids[begin : begin + count]
+            begin += count
+        self.seq_lens = torch.tensor([s for _, s in lens], dtype=torch.int32)
+        self.cu_seqlens = _starts([q for q, _ in lens])
+        num_heads, self.num_kv_heads = heads
+        self.query = torch.randn(int(self.cu_seqlens[-1]), num_heads, head_size).to(dtype)
+        self.cache = torch.randn(2, len(ids), block_size, self.num_kv_heads, head_size).to(dtype)
+        self.scale = head_size**-0.5
+
+    def arguments(self) -> tuple[torch.Tensor, ...]:
+        return self.query, self.cache, self.block_table, self.cu_seqlens, self.seq_lens
+
+    def only(self, seq: int, last: int | None = None) -> tuple[torch.Tensor, ...]:
+        """The arguments with one sequence alone, or only its last rows."""
+        begin, end = self.cu_seqlens[seq : seq + 2].tolist()
+        query = self.query[begin if last is None else end - last : end]
+        return query, self.cache, self.block_table[seq : seq + 1], _starts([len(query)]), self.seq_lens[seq][None]
+
+
+def _starts(lens: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *lens]).cumsum(0).to(torch.int32)
+
+
+MIXES: list[Step] = [
+    [(1, 1)],
+    [(1, 16), (1, 17), (1, 15), (1, 300)],
+    [(64, 64), (63, 64), (65, 129), (1, 64)],
+    [(100, 230), (1, 2), (30, 30), (0, 5), (17, 400)],
+]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("heads", [(1, 1), (4, 4), (6, 2), (14, 2), (100, 1)])
+@pytest.mark.parametrize("lens", MIXES)
+def test_paged(lens: Step, heads: tuple[int, int], dtype: torch.dtype) -> None:
+    batch = PagedBatch(lens, heads=heads, dtype=dtype)
+    _compare_paged(batch)
+
+
+@pytest.mark.parametrize("head_size", [16, 24, 40, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("block_size", [1, 16, 48])
+def test_paged_head_and_block_sizes(head_size: int, block_size: int) -> None:
+    _compare_paged(PagedBatch([(3, 70), (1, 33)], head_size=head_size, block_size=block_size))
+
+
+@pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 200, 10_000])
+@pytest.mark.parametrize("softcap", [None, 0.7, 30.0])
+def test_paged_window_and_softcap(window: int, softcap: float | None) -> None:
+    _compare_paged(PagedBatch(MIXES[3]), window=window, softcap=softcap)
+
+
+def _compare_paged(batch: PagedBatch, window: int | None = None, softcap: float | None = None) -> None:
+    options = {"scale": batch.scale, "window": window, "softcap": softcap}
+    got = paged_attention(*batch.arguments(), **options)  # type: ignore[arg-type]
+    want = paged_attention_reference(*batch.arguments(), **options)  # type: ignore[arg-type]
+    tolerance = TOLERANCE[got.dtype]
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("window", [None, 50])
+def test_rows_do_not_depend_on_batch_or_chunk(dtype: torch.dtype, window: int | None, num_threads: int) -> None:
+    """Batched = alone and chunked = whole, bit for bit: exactness of greedy tokens rests on it."""
+    batch = PagedBatch([(100, 230), (1, 2), (30, 30), (1, 400)], heads=(14, 2), head_size=24, dtype=dtype)
+    whole = paged_attention(*batch.arguments(), scale=batch.scale, window=window)
+    for seq in range(4):
+        begin, end = batch.cu_seqlens[seq : seq + 2].tolist()
+        alone = paged_attention(*batch.only(seq), scale=batch.scale, window=window)
+        assert torch.equal(alone, whole[begin:end])
+        for last in (1, 7, 20):
+            if last <= end - begin:
+                tail = paged_attention(*batch.only(seq, last), scale=batch.scale, window=window)
+                assert torch.equal(tail, whole[end - last : end])
+
+
+def test_unreadable_cells_are_never_seen() -> None:
+    """Cells past a sequence's end, and blocks of others, may hold anything."""
+    batch = PagedBatch([(1, 5), (3, 20)], block_size=16)
+    want = paged_attention(*batch.arguments(), scale=0.25)
+    used = torch.zeros(batch.cache.shape[1:3], dtype=torch.bool)
+    for table, seq_len in zip(batch.block_table, batch.seq_lens.tolist(), strict=True):
+        for position in range(seq_len):
+            used[table[position // 16], position % 16] = True
+    batch.cache[:, ~used] = torch.nan
+    assert torch.equal(paged_attention(*batch.arguments(), scale=0.25), want)
+
+
+VARLEN: list[list[int]] = [[1], [64, 1, 65], [100, 0, 3, 257], [96] * 3]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("lens", VARLEN)
+@pytest.mark.parametrize(("heads", "head_size"), [((4, 4), 64), ((6, 2), 72), ((12, 12), 20)])
+def test_varlen(lens: list[int], causal: bool, heads: tuple[int, int], head_size: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(len(lens))
+    tokens, starts = sum(lens), _starts(lens)
+    fused = torch.randn(tokens, sum(heads) + heads[1], head_size).to(dtype)
+    query, key, value = fused.split([*heads, heads[1]], dim=1)
+    for window, softcap in ((None, None), (10, None), (None, 2.0)):
+        got, want = (
+            function(query, key, value, starts, scale=0.1, causal=causal, window=window, softcap=softcap)
+            for function in (varlen_attention, varlen_attention_reference)
+        )
+        tolerance = TOLERANCE[dtype]
+        torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+def test_varlen_key_lens() -> None:
+    torch.manual_seed(0)
+    starts = _starts([70, 70, 5, 70])
+    key_lens = torch.tensor([70, 33, 0, 1], dtype=torch.int32)
+    query, key, value = torch.randn(3, 215, 4, 32).unbind()
+    key[70 + 33 : 140] = torch.nan
+    value[140:145] = torch.nan
+    options = {"scale": 0.2, "causal": False, "key_lens": key_lens}
+    got = varlen_attention(query, key, value, starts, **options)  # type: ignore[arg-type]
+    want = varlen_attention_reference(query, key, value, starts, **options)  # type: ignore[arg-type]
+    assert not got[140:145].any()
+    torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
+
+
+def test_varlen_equals_paged() -> None:
+    """A prompt's whole run without cache (profiling, or a first chunk) gives the rows of a cached run, bit for bit."""
+    torch.manual_seed(0)
+    query, key, value = torch.randn(100, 4, 16), torch.randn(100, 2, 16), torch.randn(100, 2, 16)
+    cache = torch.zeros(2, 10, 10, 2, 16)
+    cache.view(2, 100, 2, 16).copy_(torch.stack((key, value)))
+    table, lens = torch.arange(10, dtype=torch.int32)[None], torch.tensor([100], dtype=torch.int32)
+    paged = paged_attention(query, cache, table, _starts([100]), lens, scale=0.25)
+    flat = varlen_attention(query, key, value, _starts([100]), scale=0.25, causal=True)
+    assert torch.equal(paged, flat)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    query = torch.full((2, 1, 16), 1e18)
+    key = torch.tensor([1e18, -1e18])[:, None, None].expand(2, 1, 16).contiguous()
+    value = torch.tensor([3.0, 5.0])[:, None, None].expand(2, 1, 16).contiguous()
+    got = varlen_attention(query, key, value, _starts([2]), scale=1.0, causal=False)
+    assert torch.equal(got, torch.full_like(got, 3.0))
+
+
+def test_without_native(without_native: None) -> None:
+    batch = PagedBatch([(3, 9)])
+    assert torch.equal(
+        paged_attention(*batch.arguments(), scale=0.25),
+        paged_attention_reference(*batch.arguments(), scale=0.25),
+    )
