@@ -3,7 +3,8 @@
     from sensorium import LLM, SamplingParams
 
     llm = LLM(model="path/to/checkpoint")
-    [output] = llm.generate({"prompt": "USER: <image>\\nWhat is this? ASSISTANT:", "multi_modal_data": {"image": image}})
+    prompt = {"prompt": "USER: <image>\\nWhat is this? ASSISTANT:", "multi_modal_data": {"image": image}}
+    [output] = llm.generate(prompt, SamplingParams(max_tokens=64))
 
 Importing this package loads neither torch nor transformers; the names below load what they need when first used.
 """

@@ -1,7 +1,7 @@
 """The resolved configuration: what every room reads and none changes.
 
-`EngineArgs` (flat, user-facing, in `sensorium.engine.args`) is resolved once into a frozen `EngineConfig`: every "auto" is
-made concrete there. Nothing here imports torch or transformers; `ModelConfig` holds a Hugging Face config as an
+`EngineArgs` (flat, user-facing, in `sensorium.engine.args`) is resolved once into a frozen `EngineConfig`: every "auto"
+is made concrete there. Nothing here imports torch or transformers; `ModelConfig` holds a Hugging Face config as an
 opaque object and a dtype by name.
 
 The attribute names of `ModelConfig` and `EngineConfig` are those that model classes read through `InputContext` and

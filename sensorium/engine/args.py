@@ -227,16 +227,12 @@ def resolve_model_path(model: str, revision: str | None) -> Path:
         ) from error
 
 
-def load_hf_config(
-    path: Path, trust_remote_code: bool, code_revision: str | None, overrides: Mapping[str, Any]
-) -> Any:
+def load_hf_config(path: Path, trust_remote_code: bool, code_revision: str | None, overrides: Mapping[str, Any]) -> Any:
     """The checkpoint's Hugging Face config, with `overrides` in place."""
     from transformers import AutoConfig
 
     try:
-        hf_config = AutoConfig.from_pretrained(
-            path, trust_remote_code=trust_remote_code, code_revision=code_revision
-        )
+        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, code_revision=code_revision)
     except ValueError as error:
         raise ModelError(f"config of {path}: transformers can't read it: {error}") from error
     hf_config.update(dict(overrides))

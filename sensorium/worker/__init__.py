@@ -1,0 +1,1 @@
+"""One device: its model, its memory, its steps."""

@@ -21,7 +21,7 @@ _NUM_TEXT_TOKENS = 64
 """Tokens that the dummy prompt has room for beside its media."""
 
 
-class NoDummyMedia(Exception):
+class NoDummyMediaError(Exception):
     """There is no dummy data with media; the message says why."""
 
 
@@ -49,7 +49,7 @@ def make_dummy_media(config: EngineConfig) -> DummyMedia:
     """Run the model's dummy data factory and mappers.
 
     Raises:
-        NoDummyMedia: The factory returns no media: none was registered, or it is text only.
+        NoDummyMediaError: The factory returns no media: none was registered, or it is text only.
         AssertionError: The factory's prompt is too short or has too few items.
     """
     model_config = config.model_config
@@ -58,7 +58,9 @@ def make_dummy_media(config: EngineConfig) -> DummyMedia:
     seq_len = min(model_config.max_model_len, sum(rows.get(m, 0) * n for m, n in limits.items()) + _NUM_TEXT_TOKENS)
     dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, seq_len, MULTIMODAL_REGISTRY)
     if not dummy.multi_modal_data:
-        raise NoDummyMedia("the dummy data has no media. Register a factory with INPUT_REGISTRY.register_dummy_data.")
+        raise NoDummyMediaError(
+            "the dummy data has no media. Register a factory with INPUT_REGISTRY.register_dummy_data."
+        )
     items: dict[str, tuple[Mapping[str, Any], ...]] = {}
     counts: dict[str, int] = {}
     alone_everywhere = True

@@ -45,10 +45,7 @@ class EncoderRunner:
             return {}
         begin = time.perf_counter()
         requests = [batch[each.request_id].request for each in inputs]
-        jobs = [
-            EncodeJob(request, request.media[each.item])
-            for each, request in zip(inputs, requests, strict=True)
-        ]
+        jobs = [EncodeJob(request, request.media[each.item]) for each, request in zip(inputs, requests, strict=True)]
         errors: dict[str, ProcessorError] = {}
         for job, result in zip(jobs, self._driver.encode(jobs), strict=True):
             error = result if isinstance(result, ProcessorError) else _row_error(job, result)

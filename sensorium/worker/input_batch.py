@@ -209,5 +209,3 @@ class MediaSlice:
     chunk_rows: npt.NDArray[np.intp]
     first: int
     last: int
-
-

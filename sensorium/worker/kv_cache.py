@@ -13,7 +13,7 @@ from sensorium.config import CacheConfig, SchedulerConfig
 from sensorium.errors import ConfigError
 
 DEFAULT_CPU_BYTES = 4 << 30
-"""On a CPU the cache takes at most this by default: its pages are touched only as they are used, but all of them in time."""
+"""On a CPU the cache takes at most this by default. Its pages are touched only as they are used, but in time all are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,10 +75,7 @@ def allocate(
     shapes: Sequence[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
     """Per layer a zeroed tensor `(2, num_blocks, block_size, num_kv_heads, head_size)`."""
-    return [
-        _zeros((2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device)
-        for shape in shapes
-    ]
+    return [_zeros((2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device) for shape in shapes]
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

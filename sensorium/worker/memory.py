@@ -15,9 +15,7 @@ from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.worker.kv_cache import DEFAULT_CPU_BYTES
 
 
-def available_bytes(
-    device: torch.device, config: EngineConfig, driver: ModelDriver, features: ModelFeatures
-) -> int:
+def available_bytes(device: torch.device, config: EngineConfig, driver: ModelDriver, features: ModelFeatures) -> int:
     """Bytes that the KV cache may take on this device.
 
     On a CPU: a share of what is free, at most `DEFAULT_CPU_BYTES`. On CUDA: the engine's share of the device, less the
@@ -44,9 +42,7 @@ def free_cpu_bytes() -> int:
 
 def _peak_of_full_step(device: torch.device, config: EngineConfig, driver: ModelDriver) -> int:
     """Peak bytes of one step of `max_num_batched_tokens` text rows in one sequence, without a cache."""
-    num_tokens = min(
-        config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len
-    )
+    num_tokens = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
     positions = np.arange(num_tokens, dtype=np.int64)
     if config.model_config.uses_mrope:
         positions = np.tile(positions, (3, 1))

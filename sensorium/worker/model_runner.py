@@ -1,7 +1,7 @@
 """Runs one step: encode media, gather rows, forward, sample.
 
-Owns the KV cache tensors and, through `InputBatch`, `SamplingState` and `EncoderRunner`, everything that is kept per request
-between steps. What it does is decided by the scheduler; which of a model's methods it calls, by the driver.
+Owns the KV cache tensors and, through `InputBatch`, `SamplingState` and `EncoderRunner`, everything that is kept per
+request between steps. What it does is decided by the scheduler; which of a model's methods it calls, by the driver.
 
 A failure has an owner: an item that can't be encoded fails the requests that use it; a forward pass that raises is
 repeated request by request, which is safe because writing the same KV twice changes nothing.
@@ -33,7 +33,7 @@ from sensorium.messages import (
 from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
 from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
-from sensorium.model_executor.layers.sampler import Sampler, SamplerOutput, SamplingState, prompt_logprobs
+from sensorium.model_executor.layers.sampler import Sampler, SamplingState, prompt_logprobs
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.input_batch import InputBatch, MediaSlice, StepArrays
@@ -80,7 +80,7 @@ class ModelRunner:
             uses_mrope=model_config.uses_mrope,
         )
         self.encoder = EncoderRunner(driver)
-        self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, device, seed=model_config.seed)
+        self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
         self._pooler = Pooler(model_config.pooler_config)
 
@@ -114,7 +114,11 @@ class ModelRunner:
             state = self._batch.add(new)
             request = new.request
             self._sampling.add(
-                state.slot, request.sampling_params, request.prompt_token_ids, new.output_token_ids
+                state.slot,
+                request.sampling_params,
+                request.prompt_token_ids,
+                new.output_token_ids,
+                request.eos_token_ids,
             )
         for chunk in step.chunks:
             self._batch.append_blocks(chunk)
@@ -162,9 +166,7 @@ class ModelRunner:
                     f"The model failed on this request ({type(error).__name__}). Other requests go on."
                 )
                 return
-            logger.warning(
-                "a forward pass of %d requests failed; repeating it one by one", len(chunks), exc_info=error
-            )
+            logger.warning("a forward pass of %d requests failed; repeating it one by one", len(chunks), exc_info=error)
         for chunk in chunks:
             self._run([chunk], result)
 
@@ -248,12 +250,14 @@ class ModelRunner:
         rows = arrays.starts[1:][sampling] - 1
         if len(rows) != len(hidden):
             hidden = hidden[torch.from_numpy(rows).to(self._device)]
-        logits = self._model.compute_logits(hidden, SamplingMetadata(num_rows=len(rows)))
-        output: SamplerOutput = self._sampler.sample(logits, self._sampling, arrays.slots[sampling])
+        slots = arrays.slots if len(sampling) == len(chunks) else arrays.slots[sampling]
+        metadata = SamplingMetadata(len(rows), state=self._sampling, slots=slots)
+        output = self._sampler(self._model.compute_logits(hidden, metadata), metadata)
         token_ids = output.sampled_token_ids.tolist()
+        failed, logprobs = output.failed_rows, output.logprobs
         for row, i in enumerate(sampling):
             request_id = chunks[i].request_id
-            if output.failed_rows and row in output.failed_rows:
+            if row in failed:
                 result.failures[request_id] = RequestFailure(
                     "The model produced no valid logits for this request (NaN or infinity). Other requests go on."
                 )
@@ -262,8 +266,8 @@ class ModelRunner:
             self._batch.append_tokens(request_id, (token_id,))
             self._sampling.append(int(arrays.slots[i]), (token_id,))
             result.sampled[request_id] = [token_id]
-            if output.logprobs is not None and output.logprobs[row] is not None:
-                result.logprobs[request_id] = [output.logprobs[row]]
+            if logprobs is not None and (entry := logprobs[row]) is not None:
+                result.logprobs[request_id] = [entry]
 
     def _report_prompt(
         self, chunks: list[ScheduledChunk], arrays: StepArrays, hidden: torch.Tensor, result: _StepResult
@@ -280,7 +284,8 @@ class ModelRunner:
                 continue
             targets = list(request.prompt_token_ids[start + 1 : start + 1 + chunk.num_scheduled_tokens])
             followed = hidden[rows][: len(targets)]
-            logits = self._model.compute_logits(followed, SamplingMetadata(num_rows=len(targets)))
+            metadata = SamplingMetadata(len(targets))
+            logits = self._model.compute_logits(followed, metadata)
             result.prompt_logprobs[chunk.request_id] = prompt_logprobs(logits, targets, top)
 
 

@@ -27,7 +27,7 @@ from sensorium.model_executor.drivers.carrier import Carrier, find_candidates
 from sensorium.model_executor.drivers.embeddings import EMBED_METHODS, ENCODE_METHODS
 from sensorium.model_executor.models.interfaces import overrides
 from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.worker.dummy_media import DummyMedia, NoDummyMedia, make_dummy_media
+from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media
 from sensorium.worker.kv_cache import LayerShape
 from sensorium.worker.split_check import observe_embeddings, observe_split
 
@@ -164,7 +164,7 @@ def _atomic(model: nn.Module, features: ModelFeatures, reason: str) -> tuple[Mod
 def _dummy_or_reason(config: EngineConfig) -> DummyMedia | str:
     try:
         return make_dummy_media(config)
-    except NoDummyMedia as reason:
+    except NoDummyMediaError as reason:
         return str(reason)
 
 

@@ -65,7 +65,7 @@ class Worker:
         if not layers:
             raise ModelError(
                 f"{type(self._model).__name__}: got no attention layer, expected at least one "
-                "sensorium.attention.Attention. The engine keeps the KV cache; the model's own attention can't be served."
+                "sensorium.attention.Attention. The engine keeps the KV cache, so attention must be its own layer."
             )
         if not hasattr(self._model, "compute_logits"):
             raise ModelError(
@@ -90,9 +90,7 @@ class Worker:
         self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device)
         return self._report(features, num_blocks, caches)
 
-    def _report(
-        self, features: ModelFeatures, num_blocks: int, caches: list[torch.Tensor]
-    ) -> LoadReport:
+    def _report(self, features: ModelFeatures, num_blocks: int, caches: list[torch.Tensor]) -> LoadReport:
         model_config = self._config.model_config
         hidden_size = int(getattr(model_config.hf_text_config, "hidden_size", 0))
         memory = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -16,7 +18,9 @@ def request(request_id: str, prompt: list[int], **fields: object) -> EngineReque
     return EngineRequest(request_id, prompt, SamplingParams(max_tokens=4), **fields)  # type: ignore[arg-type]
 
 
-def chunk(request_id: str, start: int, count: int, blocks: tuple[int, ...] = (), *, last: bool = False) -> ScheduledChunk:
+def chunk(
+    request_id: str, start: int, count: int, blocks: tuple[int, ...] = (), *, last: bool = False
+) -> ScheduledChunk:
     return ScheduledChunk(request_id, start, count, blocks, is_last=last)
 
 
@@ -85,7 +89,7 @@ def test_chunks_together_take_every_media_row_exactly_once(data: st.DataObject) 
 
     rows: list[int] = []
     places: list[int] = []
-    for start, end in zip(cuts, cuts[1:], strict=False):
+    for start, end in itertools.pairwise(cuts):
         for piece in batch.media_rows(chunk("a", start, end - start)):
             rows.extend(range(piece.first, piece.last))
             places.extend((piece.chunk_rows + start).tolist())

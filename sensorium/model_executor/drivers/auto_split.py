@@ -1,8 +1,8 @@
 """Tier 0 with every modern feature: media rows are captured once per item and fed to the decoder chunk by chunk.
 
 A forward-only model merges media into its text inside `forward`. All that its decoder ever sees of them are rows, so
-those rows can be read in front of the decoder (`Carrier`) by running `forward` up to there with the item's arguments, and
-written there again in later passes that run without media arguments at all.
+those rows can be read in front of the decoder (`Carrier`) by running `forward` up to there with the item's arguments,
+and written there again in later passes that run without media arguments at all.
 
 Worked example, prompt `a I I I b` with an image over the three `I`:
 
@@ -71,9 +71,7 @@ class AutoSplitDriver:
         passes: dict[str, torch.Tensor | ProcessorError] = {}
         return [self._encode_one(job, passes) for job in jobs]
 
-    def _encode_one(
-        self, job: EncodeJob, passes: dict[str, torch.Tensor | ProcessorError]
-    ) -> EncodeResult:
+    def _encode_one(self, job: EncodeJob, passes: dict[str, torch.Tensor | ProcessorError]) -> EncodeResult:
         start, end = self._window(job) if self.shares_items else (0, len(job.request.prompt_token_ids))
         key = f"{job.request.request_id}:{start}"
         if key not in passes:
@@ -99,9 +97,7 @@ class AutoSplitDriver:
         )
         return start, end
 
-    def _capture_window(
-        self, request: EngineRequest, media: Sequence[MediaItem], start: int, end: int
-    ) -> torch.Tensor:
+    def _capture_window(self, request: EngineRequest, media: Sequence[MediaItem], start: int, end: int) -> torch.Tensor:
         token_ids = np.asarray(request.prompt_token_ids[start:end], dtype=np.int64)
         if request.mrope_positions is not None:
             positions = request.mrope_positions[:, start:end]

@@ -14,7 +14,7 @@ import contextlib
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -131,7 +131,10 @@ def _two_dimensional(rows: torch.Tensor) -> torch.Tensor:
     return rows
 
 
-def text_embedding(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
+TextEmbedding = Callable[[torch.Tensor], torch.Tensor]
+
+
+def text_embedding(module: nn.Module) -> TextEmbedding | None:
     """How a trunk embeds ids: its method by one of the usual names, or its embedding module."""
     for name in ("embed_input_ids", "get_input_embeddings"):
         method = getattr(module, name, None)
@@ -140,9 +143,9 @@ def text_embedding(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] 
         required = [p for p in inspect.signature(method).parameters.values() if p.default is p.empty]
         required = [p for p in required if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)]
         if len(required) == 1:
-            return lambda ids, method=method: method(ids)
+            return cast(TextEmbedding, method)
         if not required:  # Hugging Face's form returns the embedding module
-            return lambda ids, method=method: method()(ids)
+            return cast(TextEmbedding, method())
     embedding = getattr(module, "embed_tokens", None)
     return embedding if isinstance(embedding, nn.Module) else None
 

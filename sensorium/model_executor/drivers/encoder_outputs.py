@@ -1,7 +1,7 @@
 """What encoders return, brought into one shape: a `(rows, hidden_size)` tensor per item.
 
-Published models return flat 2-D tensors (Qwen2-Audio, Fuyu), 3-D (LLaVA), 4-D or nested lists (Ultravox), one tensor per
-crop (Idefics3), or pairs of a tensor and a modality name (Qwen2-VL in its first form).
+Published models return flat 2-D tensors (Qwen2-Audio, Fuyu), 3-D (LLaVA), 4-D or nested lists (Ultravox), one tensor
+per crop (Idefics3), or pairs of a tensor and a modality name (Qwen2-VL in its first form).
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def split_rows(output: Any, row_counts: Sequence[int]) -> list[torch.Tensor]:
     flat = flatten_rows(output)
     if len(flat) != sum(row_counts):
         raise _mismatch([len(flat)], row_counts)
-    return list(flat.split(list(row_counts)))
+    return list(torch.split(flat, list(row_counts)))
 
 
 def _num_entries(output: Any) -> int | None:

@@ -10,9 +10,7 @@ import torch
 from sensorium.multimodal import MultiModalKwargs
 
 
-def batch_kwargs(
-    items: Sequence[Mapping[str, Any]], device: torch.device, dtype: torch.dtype
-) -> dict[str, Any]:
+def batch_kwargs(items: Sequence[Mapping[str, Any]], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
     """Batch items by the rules of `MultiModalKwargs.batch`; every leaf gets a leading batch axis.
 
     Floating-point leaves are cast to the model's dtype: Hugging Face processors return float32 whatever the weights

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from sensorium.messages import MediaItem
-from sensorium.multimodal import MultiModalPlaceholderMap
+from sensorium.multimodal.placeholder_map import IndexMap
 
 
-def index_maps(media: Sequence[MediaItem], start: int = 0) -> dict[str, MultiModalPlaceholderMap.IndexMap]:
+def index_maps(media: Sequence[MediaItem], start: int = 0) -> dict[str, IndexMap]:
     """Per modality, the map of whole items in a batch whose first row is position `start` of the prompt."""
     src: dict[str, list[int]] = {}
     dest: dict[str, list[int]] = {}
@@ -19,4 +19,4 @@ def index_maps(media: Sequence[MediaItem], start: int = 0) -> dict[str, MultiMod
         sources = src.setdefault(item.modality, [])
         sources.extend(range(len(sources), len(sources) + len(rows)))
         dest.setdefault(item.modality, []).extend((rows + item.offset - start).tolist())
-    return {name: MultiModalPlaceholderMap.IndexMap(src=src[name], dest=dest[name]) for name in src}
+    return {name: IndexMap(src=src[name], dest=dest[name]) for name in src}
