@@ -1,0 +1,47 @@
+"""Media: from a URL, a path or bytes to one canonical image, sound or clip, within budgets.
+
+Owns fetching, sniffing, decoding, resampling, encoding for tests and clients, and the cache of decoded items. It knows
+nothing of models, tokens or requests, and imports neither torch nor transformers. Callers are the front process, the
+offline `LLM` and the chat command line; models never fetch.
+
+    source (URL, data URL, path, bytes)
+        -> fetch: one parse, one resolution, one deadline, bytes counted          fetch.py, url.py, address.py, local.py
+        -> EncodedMedia: modality + bytes + decode options = identity             digest.py
+        -> decode: header first, budgets before and while decoding                image.py, audio.py, video.py
+        -> canonical RGB image | mono float32 samples | uint8 RGB frames          cached by identity in cache.py
+
+Everything that goes wrong is a `sensorium.errors.MediaError` with our own words: no path, address or library text.
+"""
+
+from sensorium.multimodal.media.audio import AudioClip, decode_audio
+from sensorium.multimodal.media.cache import CacheStats, DecodedMediaCache
+from sensorium.multimodal.media.digest import EncodedMedia
+from sensorium.multimodal.media.fetch import FetchedMedia, MediaFetcher
+from sensorium.multimodal.media.image import canonical_image, decode_image
+from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.multimodal.media.loader import MediaLoader
+from sensorium.multimodal.media.policy import FetchPolicy
+from sensorium.multimodal.media.resample import resample_audio
+from sensorium.multimodal.media.sampling import FrameSampler, VideoMetadata, VideoSampling
+from sensorium.multimodal.media.video import VideoFrames, decode_video
+
+__all__ = [
+    "AudioClip",
+    "CacheStats",
+    "DecodedMediaCache",
+    "EncodedMedia",
+    "FetchPolicy",
+    "FetchedMedia",
+    "FrameSampler",
+    "MediaFetcher",
+    "MediaLimits",
+    "MediaLoader",
+    "VideoFrames",
+    "VideoMetadata",
+    "VideoSampling",
+    "canonical_image",
+    "decode_audio",
+    "decode_image",
+    "decode_video",
+    "resample_audio",
+]

@@ -1,0 +1,149 @@
+"""Opening sound and clip containers with FFmpeg (through PyAV), fenced in.
+
+The demuxer is the one that `sniff.py` named; nested protocols and other demuxers are switched off, so a container can't
+make the library open anything else. Only decoders on our lists run. Reads fail once the deadline has passed, which
+ends loops inside a demuxer. Library errors leave this module as our own.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+from sensorium.errors import MediaError, MediaTypeError
+from sensorium.logger import get_logger
+from sensorium.multimodal.media.limits import MediaLimits, too_large
+from sensorium.multimodal.media.mp4_guard import check_mp4_tables
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+
+logger = get_logger(__name__)
+
+# fmt: off
+_VIDEO_DECODERS = frozenset({
+    "h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "msmpeg4v2", "msmpeg4", "mpeg1video", "mpeg2video",
+    "h263", "mjpeg", "png", "gif", "theora", "prores", "rawvideo", "ffv1", "huffyuv", "qtrle",
+})
+_AUDIO_DECODERS = frozenset({
+    "mp3", "mp3float", "mp2", "mp2float", "aac", "flac", "opus", "libopus", "vorbis", "libvorbis", "alac", "ac3",
+    "eac3", "pcm_alaw", "pcm_mulaw", "adpcm_ms", "adpcm_ima_wav", "adpcm_ima_qt",
+})
+# fmt: on
+_PCM_PREFIXES = ("pcm_s", "pcm_u", "pcm_f")
+_MAX_DECODER_THREADS = 4
+
+
+class Deadline:
+    """A point in time after which decoding one item stops."""
+
+    def __init__(self, modality: str, limits: MediaLimits) -> None:
+        self._modality = modality
+        self._limit_s = limits.max_decode_s
+        self._end = time.monotonic() + limits.max_decode_s
+
+    def check(self) -> None:
+        """Raise `MediaTooLargeError` if the point has passed."""
+        if time.monotonic() > self._end:
+            raise too_large(
+                f"{self._modality} takes too long to decode",
+                f"more than {self._limit_s:g} s",
+                f"{self._limit_s:g} s",
+                f"Send a shorter {self._modality} or one of fewer pixels",
+                "max_decode_s",
+            )
+
+
+class _DeadlineReader(io.BytesIO):
+    """The encoded bytes, unreadable after the deadline. BytesIO shares the buffer of the bytes given: no copy."""
+
+    def __init__(self, data: bytes, deadline: Deadline) -> None:
+        super().__init__(data)
+        self._deadline = deadline
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        self._deadline.check()
+        return super().read(size)
+
+
+@contextmanager
+def open_container(
+    data: bytes, demuxer: str, modality: str, limits: MediaLimits, deadline: Deadline
+) -> Iterator[InputContainer]:
+    """Open encoded bytes for demuxing and decoding; library errors in the body become `MediaError` too.
+
+    Raises:
+        MediaError: the data are corrupt, at opening or at any time in the body.
+        MediaTooLargeError: the container's tables claim absurd sizes, or the deadline passes.
+    """
+    import av
+
+    if demuxer == "mov":
+        check_mp4_tables(data, modality)
+    fences = {"protocol_whitelist": "none", "format_whitelist": _demuxer_names(demuxer)}
+    # Decoders run while streams are probed; this bounds the frames that they may allocate there.
+    fences["max_pixels"] = str(limits.max_video_frame_pixels)
+    try:
+        with av.open(
+            _DeadlineReader(data, deadline),
+            mode="r",
+            format=demuxer,
+            options=fences,
+            metadata_errors="replace",
+        ) as container:
+            yield container
+    except MediaError:
+        raise
+    except (av.error.FFmpegError, ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
+        logger.debug("%s decoder failed: %r", modality, error)
+        raise corrupt(modality) from None
+
+
+def _demuxer_names(demuxer: str) -> str:
+    """The whitelist entry: FFmpeg compares the demuxer's whole name list for some."""
+    return {"mov": "mov,mp4,m4a,3gp,3g2,mj2", "matroska": "matroska,webm"}.get(demuxer, demuxer)
+
+
+def corrupt(modality: str) -> MediaError:
+    """The error for data that the decoder doesn't accept."""
+    return MediaError(
+        f"{modality} can't be decoded: got truncated or corrupt data, expected a whole file. Send it again."
+    )
+
+
+def unknown_format(modality: str, expected: str) -> MediaTypeError:
+    """The error for bytes that aren't of an accepted container."""
+    return MediaTypeError(
+        f"{modality} format is not known: got other bytes, expected one of {expected}. Convert the {modality}."
+    )
+
+
+def prepare_decoder(stream: Any, modality: str, limits: MediaLimits) -> None:
+    """Check a stream's decoder against the list and fence it in.
+
+    Raises:
+        MediaTypeError: the codec is not decoded here.
+    """
+    context = stream.codec_context
+    name = context.name if context is not None else "unknown"
+    if not is_known_decoder(name, stream.type):
+        raise MediaTypeError(
+            f"{modality} codec is not decoded here: got {name}, expected a common one such as "
+            f"{'H.264, VP9 or AV1' if stream.type == 'video' else 'AAC, MP3, FLAC, Opus or PCM'}. "
+            f"Convert the {modality}."
+        )
+    context.thread_count = min(_MAX_DECODER_THREADS, os.cpu_count() or 1) if stream.type == "video" else 1
+    if stream.type == "video":
+        context.thread_type = "AUTO"
+        context.options = {"max_pixels": str(limits.max_video_frame_pixels)}
+
+
+def is_known_decoder(name: str, kind: str) -> bool:
+    """Whether a decoder is on our list for streams of `kind` ("video" or "audio")."""
+    if kind == "video":
+        return name in _VIDEO_DECODERS
+    return name in _AUDIO_DECODERS or name.startswith(_PCM_PREFIXES)

@@ -1,0 +1,274 @@
+"""The one fetcher of media. Nothing else in the package opens a URL or a path that came with a request.
+
+How a remote fetch is kept safe:
+  * the address is parsed once (`url.py`) and the client is given the parts;
+  * the name is resolved once, all its addresses are checked (`address.py`), and the connection goes to a checked one,
+    with the name kept for the Host header and for TLS: a second look-up that answers differently never happens;
+  * redirects are followed here, one by one, each checked like the first address, none from https down to http;
+  * bytes are counted as they come; encoded transfer is refused, so that nothing can inflate;
+  * one deadline covers look-up, connection, redirects and body;
+  * no cookies, no credentials, no proxies or other settings from the environment, and no connection is used twice.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+import threading
+import weakref
+from collections.abc import Coroutine, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sensorium.errors import MediaForbiddenError, MediaTypeError, MediaUnavailableError
+from sensorium.logger import get_logger
+from sensorium.multimodal.media.address import IPAddress, Resolver, SystemResolver, resolve_and_check
+from sensorium.multimodal.media.limits import MediaLimits, bytes_too_large, check_encoded_bytes
+from sensorium.multimodal.media.local import extend_bounded, path_of_file_url, read_data_url, read_local_file
+from sensorium.multimodal.media.policy import FetchPolicy
+from sensorium.multimodal.media.url import RemoteUrl, parse_remote_url, scheme_of
+
+if TYPE_CHECKING:
+    import httpx
+
+logger = get_logger(__name__)
+
+MediaSource = str | Path | bytes
+_REDIRECTS = frozenset({301, 302, 303, 307, 308})
+_MAX_ADDRESSES_TRIED = 4
+_INLINE_CHARS = 1 << 16  # data URLs up to this long are decoded on the event loop
+
+
+@dataclass(frozen=True, slots=True)
+class FetchedMedia:
+    """The bytes of an item as they came. `media_type` is known for data URLs only; elsewhere the content tells."""
+
+    data: bytes
+    media_type: str | None = None
+
+
+class MediaFetcher:
+    """Fetches encoded media from URLs, data URLs, paths and bytes under one policy and one set of budgets.
+
+    Safe to share between threads and event loops. The bound on concurrent fetches holds for each event loop, and once
+    more for all synchronous callers together.
+
+    Args:
+        resolver: how names become addresses; the operating system's resolver by default.
+        ssl_context: how TLS peers are verified; public authorities by default.
+    """
+
+    def __init__(
+        self,
+        limits: MediaLimits | None = None,
+        policy: FetchPolicy | None = None,
+        *,
+        resolver: Resolver | None = None,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
+        self.limits = limits or MediaLimits()
+        self.policy = policy or FetchPolicy()
+        self._networks = self.policy.networks()
+        self._resolver = resolver or SystemResolver()
+        self._given_ssl_context = ssl_context
+        self._slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
+            weakref.WeakKeyDictionary()
+        )
+        self._sync_slots = threading.BoundedSemaphore(self.limits.max_concurrent_fetches)
+
+    def fetch(self, source: MediaSource, modality: str) -> FetchedMedia:
+        """Fetch one item, blocking the calling thread; see `afetch`. Works beside a running event loop too."""
+        if not _is_remote(source):
+            return self._read_here(source, modality)
+        with self._sync_slots:
+            return _run_blocking(self.afetch(source, modality))
+
+    async def afetch(self, source: MediaSource, modality: str) -> FetchedMedia:
+        """Fetch one item of `modality` ("image", "video" or "audio").
+
+        Raises:
+            MediaForbiddenError: scheme, host, address, port or file is not allowed.
+            MediaTooLargeError: the item exceeds its bytes.
+            MediaUnavailableError: the source is missing, answers with an error, breaks off or is too slow.
+            MediaError: the source text is malformed.
+        """
+        if isinstance(source, str) and _is_remote(source):
+            return await self._fetch_remote(source, modality)
+        if isinstance(source, bytes) or (isinstance(source, str) and len(source) <= _INLINE_CHARS and _is_data(source)):
+            return self._read_here(source, modality)
+        return await asyncio.to_thread(self._read_here, source, modality)
+
+    def _read_here(self, source: MediaSource, modality: str) -> FetchedMedia:
+        """Sources that need no network."""
+        if isinstance(source, bytes):
+            check_encoded_bytes(modality, len(source), self.limits)
+            return FetchedMedia(source)
+        if isinstance(source, Path):
+            return FetchedMedia(read_local_file(source, modality, self.limits, self.policy))
+        scheme = scheme_of(source)
+        if scheme == "data":
+            return FetchedMedia(*read_data_url(source, modality, self.limits))
+        if scheme is not None and scheme != "file":
+            raise MediaForbiddenError(
+                f"{modality} source is not allowed: got an unknown scheme, expected http, https, data or file. "
+                "Correct the URL, or give the bytes."
+            )
+        path = Path(source) if scheme is None else path_of_file_url(source)
+        return FetchedMedia(read_local_file(path, modality, self.limits, self.policy))
+
+    async def _fetch_remote(self, source: str, modality: str) -> FetchedMedia:
+        timeout_s = self.limits.fetch_timeout_s(modality)
+        loop = asyncio.get_running_loop()
+        slots = self._slots.setdefault(loop, asyncio.Semaphore(self.limits.max_concurrent_fetches))
+        async with slots:
+            try:
+                async with asyncio.timeout(timeout_s):
+                    return await self._follow(parse_remote_url(source), modality)
+            except TimeoutError:
+                raise MediaUnavailableError(
+                    f"{modality} did not arrive in time: got no complete answer, expected one within {timeout_s:g} s. "
+                    f"Use a faster source or a data URL, or raise {modality}_fetch_timeout_s."
+                ) from None
+
+    async def _follow(self, url: RemoteUrl, modality: str) -> FetchedMedia:
+        """Fetch `url` and what it redirects to."""
+        for _ in range(self.limits.max_redirects + 1):
+            addresses = await self._check(url)
+            answer = await self._request_any(url, addresses, modality)
+            if isinstance(answer, bytes):
+                return FetchedMedia(answer)
+            target = url.join(answer)
+            if url.scheme == "https" and target.scheme == "http":
+                raise MediaForbiddenError(
+                    "media redirect is not allowed: got one from https to http, expected https. Use the final address."
+                )
+            url = target
+        raise MediaUnavailableError(
+            f"media source redirects too often: got more than {self.limits.max_redirects} redirects. "
+            "Use the final address, or raise max_redirects."
+        )
+
+    async def _check(self, url: RemoteUrl) -> list[IPAddress]:
+        """Hold a hop against the policy; the addresses that may be connected to."""
+        policy = self.policy
+        if not policy.allow_remote:
+            raise MediaForbiddenError("remote media are switched off: got a URL, expected a data URL. Send it inline.")
+        if not policy.allows_host(url.host):
+            raise MediaForbiddenError(
+                "media host is not allowed: got one that is not on the list, expected one of allowed_hosts. "
+                "Send the media inline as a data URL, or have the operator extend allowed_hosts."
+            )
+        if policy.allowed_ports and url.port not in policy.allowed_ports:
+            raise MediaForbiddenError(
+                f"media port is not allowed: got {url.port}, expected one of allowed_ports. Use an allowed port."
+            )
+        return await resolve_and_check(url.host, url.port, resolver=self._resolver, allowed_networks=self._networks)
+
+    async def _request_any(self, url: RemoteUrl, addresses: Sequence[IPAddress], modality: str) -> bytes | str:
+        """Request `url` from the first address that accepts a connection: the body, or where it redirects to."""
+        import httpx
+
+        tried = addresses[:_MAX_ADDRESSES_TRIED]
+        connect_timeout_s = self.limits.fetch_timeout_s(modality) / len(tried)
+        for address in tried:
+            try:
+                return await self._request(url, address, modality, connect_timeout_s)
+            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+                logger.debug("media source refused a connection: %r", error)
+            except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
+                logger.debug("media source broke off: %r", error)
+                raise MediaUnavailableError(
+                    f"{modality} can't be fetched: got an answer that breaks off or can't be read. "
+                    "Check the URL, or send a data URL."
+                ) from None
+        raise MediaUnavailableError(
+            f"{modality} can't be fetched: got no connection to its host, or no valid certificate. "
+            "Check the URL, or send a data URL."
+        )
+
+    async def _request(
+        self, url: RemoteUrl, address: IPAddress, modality: str, connect_timeout_s: float
+    ) -> bytes | str:
+        import httpx
+
+        # A fresh client each time: a pooled TLS connection would be verified for another name at the same address.
+        transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, trust_env=False, http2=False)
+        timeout = httpx.Timeout(None, connect=connect_timeout_s)
+        async with httpx.AsyncClient(
+            transport=transport, trust_env=False, follow_redirects=False, timeout=timeout
+        ) as client:
+            request = client.build_request(
+                "GET",
+                httpx.URL(scheme=url.scheme, host=str(address), port=url.port, raw_path=url.target.encode("ascii")),
+                headers={
+                    "Host": url.netloc,
+                    "User-Agent": "Sensorium media fetcher",
+                    "Accept": "*/*",
+                    "Accept-Encoding": "identity",
+                    "Connection": "close",
+                },
+                extensions={"sni_hostname": url.host},
+            )
+            response = await client.send(request, stream=True)
+            try:
+                if response.status_code in _REDIRECTS and "location" in response.headers:
+                    return response.headers["location"]
+                return await self._read_body(response, modality)
+            finally:
+                await response.aclose()
+
+    async def _read_body(self, response: httpx.Response, modality: str) -> bytes:
+        if response.status_code != 200:
+            raise MediaUnavailableError(
+                f"{modality} can't be fetched: got HTTP status {response.status_code}, expected 200. Check the URL."
+            )
+        if response.headers.get("content-encoding", "identity").lower() != "identity":
+            raise MediaTypeError(
+                f"{modality} can't be read: got a compressed transfer although none was asked for. Use another source."
+            )
+        max_bytes = self.limits.max_bytes(modality)
+        declared = response.headers.get("content-length", "")
+        if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
+            raise bytes_too_large(modality, int(declared), max_bytes)
+        body = bytearray()
+        async for chunk in response.aiter_raw():
+            extend_bounded(body, chunk, modality, max_bytes)
+        return bytes(body)
+
+    @cached_property
+    def _ssl_context(self) -> ssl.SSLContext:
+        if self._given_ssl_context is not None:
+            return self._given_ssl_context
+        import httpx
+
+        return httpx.create_ssl_context(trust_env=False)
+
+
+def _is_remote(source: MediaSource) -> bool:
+    return isinstance(source, str) and scheme_of(source) in ("http", "https")
+
+
+def _is_data(source: str) -> bool:
+    return scheme_of(source) == "data"
+
+
+def _run_blocking(work: Coroutine[Any, Any, FetchedMedia]) -> FetchedMedia:
+    """Run `work` to its end from synchronous code. A running loop in this thread (a notebook's) is left alone."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        return asyncio.run(work)
+    outcome: Future[FetchedMedia] = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(asyncio.run(work))
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    thread = threading.Thread(target=run, name="sensorium-fetch", daemon=True)
+    thread.start()
+    return outcome.result()

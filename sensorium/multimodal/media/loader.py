@@ -1,0 +1,111 @@
+"""The facade: fetch, cache, decode. One `MediaLoader` per process is shared by all requests."""
+
+from __future__ import annotations
+
+from concurrent.futures import Executor
+from typing import TYPE_CHECKING, cast
+
+from sensorium.multimodal.media.audio import AudioClip
+from sensorium.multimodal.media.cache import DecodedMediaCache
+from sensorium.multimodal.media.digest import EncodedMedia
+from sensorium.multimodal.media.fetch import MediaFetcher, MediaSource
+from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.multimodal.media.policy import FetchPolicy
+from sensorium.multimodal.media.sampling import FrameSampler, VideoSampling
+from sensorium.multimodal.media.video import VideoFrames
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+
+class MediaLoader:
+    """Turns sources (URL, data URL, path, bytes) into canonical images, sounds and clips.
+
+    Fetching and decoding are separate steps, so that a caller can look up an item's digest in its own caches between
+    them: `encoded` gives an `EncodedMedia`, `decode` the canonical form, `load_*` both at once. Methods that start with
+    "a" are for an event loop: they wait without a thread and decode in the pool.
+
+    Args:
+        limits: the budgets.
+        policy: what may be fetched.
+        pool: bounded executor for decoding in the asynchronous methods; the event loop's own by default.
+        fetcher: replaces the one made from `limits` and `policy`.
+        cache: replaces the one of `limits.max_decoded_cache_bytes`.
+    """
+
+    def __init__(
+        self,
+        limits: MediaLimits | None = None,
+        policy: FetchPolicy | None = None,
+        *,
+        pool: Executor | None = None,
+        fetcher: MediaFetcher | None = None,
+        cache: DecodedMediaCache[Image | AudioClip | VideoFrames] | None = None,
+    ) -> None:
+        self.limits = limits or MediaLimits()
+        self.fetcher = fetcher or MediaFetcher(self.limits, policy)
+        self.cache = cache or make_cache(self.limits.max_decoded_cache_bytes)
+        self._pool = pool
+
+    def encoded(self, modality: str, source: MediaSource, sampler: FrameSampler | None = None) -> EncodedMedia:
+        """Fetch without decoding. Raises as `MediaFetcher.afetch` does."""
+        fetched = self.fetcher.fetch(source, modality)
+        return EncodedMedia(modality, fetched.data, fetched.media_type, sampler or VideoSampling())
+
+    async def aencoded(self, modality: str, source: MediaSource, sampler: FrameSampler | None = None) -> EncodedMedia:
+        """As `encoded`."""
+        fetched = await self.fetcher.afetch(source, modality)
+        return EncodedMedia(modality, fetched.data, fetched.media_type, sampler or VideoSampling())
+
+    def decode(self, media: EncodedMedia) -> Image | AudioClip | VideoFrames:
+        """The canonical form, from the cache if the same item was decoded before."""
+        return self.cache.get_or_compute(media.digest, lambda: media.decode(self.limits))
+
+    async def adecode(self, media: EncodedMedia) -> Image | AudioClip | VideoFrames:
+        """As `decode`, in the pool."""
+        return await self.cache.aget_or_compute(media.digest, lambda: media.decode(self.limits), self._pool)
+
+    def load_image(self, source: MediaSource) -> Image:
+        """Fetch and decode an image; see `decode_image` for the canonical form."""
+        return cast("Image", self.decode(self.encoded("image", source)))
+
+    def load_audio(self, source: MediaSource) -> AudioClip:
+        """Fetch and decode a sound; mono, at its own rate."""
+        return cast(AudioClip, self.decode(self.encoded("audio", source)))
+
+    def load_video(self, source: MediaSource, sampler: FrameSampler | None = None) -> VideoFrames:
+        """Fetch a clip and decode the frames that `sampler` chooses; all of them by default."""
+        return cast(VideoFrames, self.decode(self.encoded("video", source, sampler)))
+
+    async def aload_image(self, source: MediaSource) -> Image:
+        """As `load_image`."""
+        return cast("Image", await self.adecode(await self.aencoded("image", source)))
+
+    async def aload_audio(self, source: MediaSource) -> AudioClip:
+        """As `load_audio`."""
+        return cast(AudioClip, await self.adecode(await self.aencoded("audio", source)))
+
+    async def aload_video(self, source: MediaSource, sampler: FrameSampler | None = None) -> VideoFrames:
+        """As `load_video`."""
+        return cast(VideoFrames, await self.adecode(await self.aencoded("video", source, sampler)))
+
+
+def make_cache(max_bytes: int) -> DecodedMediaCache[Image | AudioClip | VideoFrames]:
+    """A cache for canonical media."""
+    return DecodedMediaCache(max_bytes, size_of=_num_bytes, copy=_copy)
+
+
+def _num_bytes(media: Image | AudioClip | VideoFrames) -> int:
+    if isinstance(media, AudioClip):
+        return media.samples.nbytes
+    if isinstance(media, VideoFrames):
+        return media.frames.nbytes
+    return media.width * media.height * 3
+
+
+def _copy(media: Image | AudioClip | VideoFrames) -> Image | AudioClip | VideoFrames:
+    if isinstance(media, AudioClip):
+        return AudioClip(media.samples.copy(), media.sampling_rate)
+    if isinstance(media, VideoFrames):
+        return VideoFrames(media.frames.copy(), media.metadata)
+    return media.copy()
