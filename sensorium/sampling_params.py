@@ -33,6 +33,9 @@ MAX_LOGIT_BIAS = 100.0
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature means greedy: dividing by it would only magnify rounding errors."""
 
+MIX_INCREMENT, MIX_FACTOR_1, MIX_FACTOR_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+"""Constants of SplitMix64, see `mix64`."""
+
 _MAX_COUNT = 2**31 - 1
 _MIN_SEED, _MAX_SEED = -(2**63), 2**63 - 1
 
@@ -147,7 +150,9 @@ class SamplingParams:
             raise IndexError(f"output index: got {index}, expected 0 to {self.n - 1}.")
         if self.n == 1:
             return self
-        return replace(self, n=1, seed=None if self.seed is None else _derived_seed(self.seed, index))
+        if self.seed is None or index == 0:
+            return replace(self, n=1)
+        return replace(self, n=1, seed=mix64(mix64(self.seed) + index))
 
     def with_bad_word_ids(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
         """The same parameters with the token sequences of `bad_words` added.
@@ -179,17 +184,16 @@ class SamplingParams:
             )
 
 
-def _derived_seed(seed: int, index: int) -> int:
-    """A signed 64-bit seed for output `index`; `seed` itself for index 0.
+def mix64(value: int) -> int:
+    """A signed 64-bit integer of which every bit depends on every bit of `value` modulo 2^64.
 
-    Source: SplitMix64, in Steele, Lea and Flood, "Fast splittable pseudorandom number generators", 2014.
+    Source: the output function of SplitMix64, in Steele, Lea and Flood, "Fast splittable pseudorandom number
+    generators", 2014.
     """
-    if index == 0:
-        return seed
     mask = 2**64 - 1
-    z = (seed + index * 0x9E3779B97F4A7C15) & mask
-    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & mask
-    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) & mask
+    z = (value + MIX_INCREMENT) & mask
+    z = ((z ^ (z >> 30)) * MIX_FACTOR_1) & mask
+    z = ((z ^ (z >> 27)) * MIX_FACTOR_2) & mask
     z ^= z >> 31
     return z - 2**64 if z > _MAX_SEED else z
 
@@ -223,9 +227,7 @@ def _out_of_bounds(name: str, value: object, expected: str) -> InvalidRequestErr
 
 
 def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:
-    return InvalidTypeError(
-        f"{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}."
-    )
+    return InvalidTypeError(f"{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}.")
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -288,9 +290,7 @@ def _items(name: str, value: Any, max_items: int, kind: str) -> Sequence[Any]:
         raise _wrong_type(name, value, f"a list of {kind}")
     items: Sequence[Any] = value if isinstance(value, Sequence) else tuple(value)
     if len(items) > max_items:
-        raise InvalidRequestError(
-            f"{name}: got {len(items)} entries, expected at most {max_items}. Shorten {name}."
-        )
+        raise InvalidRequestError(f"{name}: got {len(items)} entries, expected at most {max_items}. Shorten {name}.")
     return items
 
 
@@ -304,8 +304,7 @@ def _strings(max_items: int, max_chars: int) -> _Check:
                 raise _wrong_type(name, item, "strings")
             if not 0 < len(item) <= max_chars:
                 raise InvalidRequestError(
-                    f"{name}: got a string of {len(item)} characters, expected 1 to {max_chars}. "
-                    f"Change {name}."
+                    f"{name}: got a string of {len(item)} characters, expected 1 to {max_chars}. Change {name}."
                 )
         return tuple(items)
 
@@ -327,9 +326,7 @@ def _token_sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     if value is None:
         return ()
     one = _token_ids(4 * MAX_BAD_WORD_CHARS)
-    sequences = tuple(
-        one(name, item) for item in _items(name, value, MAX_BAD_WORD_SEQUENCES, "lists of token ids")
-    )
+    sequences = tuple(one(name, item) for item in _items(name, value, MAX_BAD_WORD_SEQUENCES, "lists of token ids"))
     if not all(sequences):
         raise InvalidRequestError(f"{name}: got an empty list, expected at least one token id. Remove it.")
     return sequences

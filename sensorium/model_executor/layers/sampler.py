@@ -1,0 +1,199 @@
+"""The sampler: from logits to a token id for each row, and the log probabilities that were asked for.
+
+What happens to a row, in this order: log probabilities are taken from the logits as the model gave them; then
+logit bias, repetition penalty, frequency and presence penalty, bad words, minimum length, the mask of allowed
+tokens, temperature, top-k, min-p, top-p, draw. A greedy row ends at the mask with the best token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensorium.errors import ModelError
+from sensorium.messages import TokenLogprobs
+from sensorium.model_executor.sampling_metadata import (
+    NO_LOGPROBS,
+    IntArray,
+    SamplingMetadata,
+    SamplingState,
+)
+from sensorium.model_executor.sampling_ops import RowParams, best_tokens, draw_tokens, token_logprobs
+
+__all__ = ["Sampler", "SamplerOutput", "SamplingState", "get_sampler", "prompt_logprobs"]
+
+_PROMPT_ROWS_AT_ONCE = 64
+"""Bounds the scratch memory of prompt log probabilities."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Report:
+    """Log probabilities of some rows, still on the device."""
+
+    rows: IntArray
+    num_best: IntArray
+    """`(len(rows),)`: how many of the best tokens each row asked for."""
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
+    """As `token_logprobs` returns them."""
+
+
+class SamplerOutput:
+    """One step's tokens. They lie on the device; asking for `failed_rows` or `logprobs` waits for it.
+
+    As a sequence it holds each row's token id as a number.
+    """
+
+    def __init__(
+        self, sampled_token_ids: torch.Tensor, best_logits: torch.Tensor, report: _Report | None = None
+    ) -> None:
+        self.sampled_token_ids = sampled_token_ids
+        """`(num_rows,)` int64. For a row that failed, any id of the vocabulary."""
+        self._best_logits = best_logits
+        self._report = report
+
+    @cached_property
+    def failed_rows(self) -> frozenset[int]:
+        """Rows without a token to choose: a logit is NaN or infinite, or every token is forbidden."""
+        finite = np.isfinite(self._best_logits.cpu().numpy())
+        return frozenset() if finite.all() else frozenset(np.flatnonzero(~finite).tolist())
+
+    @cached_property
+    def logprobs(self) -> list[TokenLogprobs | None] | None:
+        """The log probabilities of each row's token, None where nobody asked; None if nobody asked at all."""
+        if self._report is None:
+            return None
+        entries: list[TokenLogprobs | None] = [None] * len(self)
+        token_ids = self.sampled_token_ids.tolist()
+        rows = self._report.rows.tolist()
+        messages = _messages([token_ids[row] for row in rows], self._report.num_best, self._report.tensors)
+        for row, message in zip(rows, messages, strict=True):
+            entries[row] = message
+        return entries
+
+    def __len__(self) -> int:
+        return len(self.sampled_token_ids)
+
+    def __getitem__(self, row: int) -> int:
+        return int(self.sampled_token_ids[row])
+
+
+class Sampler(nn.Module):
+    """Chooses tokens. Holds no state and no parameters; whose rows these are says `SamplingState`."""
+
+    def forward(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
+        """`sample`, in the form in which model classes of V0 call it."""
+        state, slots = sampling_metadata.state, sampling_metadata.slots
+        assert state is not None
+        assert slots is not None
+        return self.sample(logits, state, slots, sampling_metadata.allowed_mask)
+
+    @torch.inference_mode()
+    def sample(
+        self,
+        logits: torch.Tensor,
+        state: SamplingState,
+        slots: IntArray,
+        allowed_mask: torch.Tensor | None = None,
+    ) -> SamplerOutput:
+        """Choose a token for each row.
+
+        Args:
+            logits: `(num_rows, vocab_size)`, any float type. May be changed in place.
+            state: Parameters and histories by slot.
+            slots: `(num_rows,)`: the slot of each row.
+            allowed_mask: `(num_rows, vocab_size)` bool, True where a token may come.
+
+        Raises:
+            ModelError: The logits are not as wide as the vocabulary.
+        """
+        if logits.shape[1] != state.vocab_size:
+            raise ModelError(
+                f"compute_logits: got logits of width {logits.shape[1]}, expected the vocabulary's "
+                f"{state.vocab_size}. Make the output head as large as vocab_size of the config says."
+            )
+        logits = logits.detach().float()
+        if allowed_mask is None and state.is_plain[slots].all():
+            return SamplerOutput(*best_tokens(logits))
+
+        num_best = state.num_logprobs[slots]
+        reporting = np.flatnonzero(num_best != NO_LOGPROBS)
+        raw = _rows_of(logits, reporting)
+        edits = state.edits(slots)
+        if edits is not None:
+            logits = logits.clone() if raw is logits else logits.contiguous()
+            edits.apply_(logits)
+        if allowed_mask is not None:
+            logits = logits.masked_fill(~allowed_mask, -torch.inf)
+        token_ids, best = best_tokens(logits)
+        drawing = np.flatnonzero(~state.is_greedy[slots])
+        if drawing.size:
+            rows = torch.from_numpy(drawing).to(logits.device)
+            token_ids[rows] = draw_tokens(_rows_of(logits, drawing), _row_params(state, slots[drawing]))
+        return SamplerOutput(token_ids, best, _report(raw, token_ids, reporting, num_best))
+
+
+def get_sampler() -> Sampler:
+    """The sampler, as model classes of V0 ask for it."""
+    return Sampler()
+
+
+@torch.inference_mode()
+def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> list[TokenLogprobs]:
+    """Log probabilities of prompt tokens.
+
+    `logits` `(num_rows, vocab_size)`: row `i` predicts `token_ids[i]`. An id outside the vocabulary, as media
+    placeholders have, gets rank 0 and a log probability of minus infinity.
+    """
+    vocab_size = logits.shape[1]
+    messages: list[TokenLogprobs] = []
+    for start in range(0, len(token_ids), _PROMPT_ROWS_AT_ONCE):
+        part = list(token_ids[start : start + _PROMPT_ROWS_AT_ONCE])
+        known = torch.tensor([i if 0 <= i < vocab_size else 0 for i in part], device=logits.device)
+        rows = logits[start : start + len(part)].detach().float()
+        tensors = token_logprobs(rows, known, min(num_best, vocab_size))
+        messages += _messages(part, np.full(len(part), num_best), tensors)
+    return [m if 0 <= m.token_id < vocab_size else TokenLogprobs(m.token_id, -np.inf, 0) for m in messages]
+
+
+def _rows_of(logits: torch.Tensor, rows: IntArray) -> torch.Tensor:
+    """Some rows of the logits as a copy; `logits` itself if it is all of them."""
+    return logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
+
+
+def _row_params(state: SamplingState, slots: IntArray) -> RowParams:
+    return RowParams(
+        temperature=state.temperature[slots],
+        top_k=state.top_k[slots],
+        top_p=state.top_p[slots],
+        min_p=state.min_p[slots],
+        key=state.key[slots],
+        position=state.num_output[slots],
+    )
+
+
+def _report(raw: torch.Tensor, token_ids: torch.Tensor, reporting: IntArray, num_best: IntArray) -> _Report | None:
+    if not len(reporting):
+        return None
+    chosen = token_ids[torch.from_numpy(reporting).to(raw.device)]
+    wanted = num_best[reporting]
+    tensors = token_logprobs(raw, chosen, min(int(wanted.max()), raw.shape[1]))
+    return _Report(reporting, wanted, tensors)
+
+
+def _messages(
+    token_ids: Sequence[int],
+    num_best: IntArray,
+    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+) -> list[TokenLogprobs]:
+    logprobs, ranks, best_logprobs, best_ids = (tensor.tolist() for tensor in tensors)
+    return [
+        TokenLogprobs(token_id, logprob, rank, tuple(ids[:count]), tuple(values[:count]))
+        for token_id, logprob, rank, values, ids, count in zip(
+            token_ids, logprobs, ranks, best_logprobs, best_ids, num_best.tolist(), strict=True
+        )
+    ]

@@ -1,0 +1,121 @@
+"""What sampling needs to know about a step's rows, and the state behind it that lasts over steps.
+
+The worker owns one `SamplingState` with a slot for each running request, and hands `SamplingMetadata` to the
+model's `compute_logits`. Model classes pass it on without looking inside.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from sensorium.model_executor.logit_edits import EditBatch, LogitEdits
+from sensorium.sampling_params import SamplingParams, mix64
+
+IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
+NO_LOGPROBS = -1
+
+
+class SamplingState:
+    """Sampling parameters and token histories by slot. Everything lies on the host.
+
+    A slot that nobody added counts as plain greedy, so that profiling and padding rows need no parameters.
+    What a slot samples depends on its own parameters and history alone, never on its number or its
+    neighbours.
+    """
+
+    def __init__(self, max_num_seqs: int, vocab_size: int, seed: int = 0) -> None:
+        """`seed` starts the generator that gives requests without a seed of their own their randomness."""
+        self.vocab_size = vocab_size
+        self._random = random.Random(seed)
+        self._edits: dict[int, LogitEdits] = {}
+        self.is_plain = np.ones(max_num_seqs, dtype=np.bool_)
+        """Greedy, no edits, no log probabilities: an argmax is all."""
+        self.is_greedy = np.ones(max_num_seqs, dtype=np.bool_)
+        self.temperature = np.ones(max_num_seqs, dtype=np.float32)
+        self.top_k = np.zeros(max_num_seqs, dtype=np.int64)
+        """0: no limit."""
+        self.top_p = np.ones(max_num_seqs, dtype=np.float32)
+        self.min_p = np.zeros(max_num_seqs, dtype=np.float32)
+        self.num_logprobs = np.full(max_num_seqs, NO_LOGPROBS, dtype=np.int64)
+        """Alternatives reported beside the sampled token, or `NO_LOGPROBS`."""
+        self.key = np.zeros(max_num_seqs, dtype=np.int64)
+        """Where the request's random stream starts."""
+        self.num_output = np.zeros(max_num_seqs, dtype=np.int64)
+        """Output tokens so far: the position in the random stream."""
+
+    def add(
+        self,
+        slot: int,
+        params: SamplingParams,
+        prompt_token_ids: Sequence[int],
+        output_token_ids: Sequence[int] = (),
+        eos_token_ids: Collection[int] = (),
+    ) -> None:
+        """Fill a slot. `output_token_ids`: what a request that was preempted had generated already."""
+        self.is_greedy[slot] = params.greedy
+        self.temperature[slot] = params.temperature
+        self.top_k[slot] = params.top_k if params.top_k < self.vocab_size else 0
+        self.top_p[slot] = params.top_p
+        self.min_p[slot] = params.min_p
+        self.num_logprobs[slot] = NO_LOGPROBS if params.logprobs is None else params.logprobs
+        seed = self._random.getrandbits(64) if params.seed is None else params.seed
+        self.key[slot] = mix64(seed)
+        self.num_output[slot] = len(output_token_ids)
+        end_ids = params.end_token_ids(eos_token_ids)
+        edits = LogitEdits(params, prompt_token_ids, output_token_ids, end_ids, self.vocab_size)
+        self._edits[slot] = edits
+        self._drop_finished_edits(slot, edits)
+
+    def remove(self, slot: int) -> None:
+        """Empty a slot. Emptying an empty one does nothing."""
+        self._edits.pop(slot, None)
+        self.is_greedy[slot] = True
+        self.num_logprobs[slot] = NO_LOGPROBS
+        self.is_plain[slot] = True
+
+    def append(self, slot: int, token_ids: Sequence[int]) -> None:
+        """Note the tokens that a slot's request generated. Must happen before its next token is sampled."""
+        self.num_output[slot] += len(token_ids)
+        edits = self._edits.get(slot)
+        if edits is not None:
+            for token_id in token_ids:
+                edits.append(token_id)
+            self._drop_finished_edits(slot, edits)
+
+    def edits(self, slots: IntArray) -> EditBatch | None:
+        """The edits of the rows that these slots stand in; None if there are none."""
+        if not self._edits:
+            return None
+        rows = [(row, self._edits[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._edits]
+        return EditBatch.gather(rows, self.vocab_size) if rows else None
+
+    def _drop_finished_edits(self, slot: int, edits: LogitEdits) -> None:
+        if edits.is_over:
+            del self._edits[slot]
+        self.is_plain[slot] = (
+            self.is_greedy[slot] and self.num_logprobs[slot] == NO_LOGPROBS and slot not in self._edits
+        )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SamplingMetadata:
+    """How one step's logits come about and how their rows are sampled.
+
+    The fields from `state` on are there where a `Sampler` is called as a module; the worker calls it with the
+    state itself.
+    """
+
+    num_rows: int
+    selected_token_indices: torch.Tensor | None = None
+    """`(num_rows,)`: rows of the hidden states to compute logits for; None: all of them, chosen before."""
+    state: SamplingState | None = None
+    slots: IntArray | None = None
+    """`(num_rows,)`: the slot of each row of the logits."""
+    allowed_mask: torch.Tensor | None = None
+    """`(num_rows, vocab_size)` bool on the logits' device, True where a token may come; None: everywhere."""
