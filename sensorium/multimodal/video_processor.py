@@ -167,14 +167,14 @@ class VideoProcessor:
         num_frames, _, height, width = frames.shape
         if self.patch_size is not None:
             factor = self.patch_size * self.merge_size
-            return smart_resize(height, width, factor, self.size["shortest_edge"], self._max_pixels(num_frames))
+            return smart_resize(height, width, factor, self.size["shortest_edge"], self.max_pixels(num_frames))
         if "height" in self.size:
             return self.size["height"], self.size["width"]
         short = self.size["shortest_edge"]
         long = int(short * max(height, width) / min(height, width))
         return (short, long) if height <= width else (long, short)
 
-    def _max_pixels(self, num_frames: int) -> int:
+    def max_pixels(self, num_frames: int) -> int:
         """Most pixels of a frame of a clip of this length."""
         most = self.size["longest_edge"]
         if not self.cap_pixels_per_frame or self.patch_size is None:

@@ -195,15 +195,11 @@ class Decoder(nn.Module):
         prefix: The module's name in the model.
     """
 
-    def __init__(
-        self, *, config: EngineConfig, options: DecoderOptions | None = None, prefix: str = ""
-    ) -> None:
+    def __init__(self, *, config: EngineConfig, options: DecoderOptions | None = None, prefix: str = "") -> None:
         super().__init__()
         text = config.model_config.hf_text_config
         options = options or DecoderOptions()
-        self.embed_tokens = VocabParallelEmbedding(
-            text.vocab_size, text.hidden_size, prefix=f"{prefix}.embed_tokens"
-        )
+        self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size, prefix=f"{prefix}.embed_tokens")
         self.rotary_emb = rope_of(config)
         self.layers = nn.ModuleList(
             DecoderLayer(config, options, self.rotary_emb, layer, f"{prefix}.layers.{layer}")
@@ -253,9 +249,7 @@ class Decoder(nn.Module):
 
 def head_size_of(text_config: PretrainedConfig) -> int:
     """Channels of an attention head."""
-    return int(
-        getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads
-    )
+    return int(getattr(text_config, "head_dim", None) or text_config.hidden_size // text_config.num_attention_heads)
 
 
 def sliding_window_of(text_config: PretrainedConfig, layer: int) -> int | None:

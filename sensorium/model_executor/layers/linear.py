@@ -31,9 +31,7 @@ def new_parameter(
     *shape: int, dtype: torch.dtype | None = None, loader: Callable[..., None] | None = None
 ) -> nn.Parameter:
     """An unfilled parameter that a checkpoint fills through `loader` (by default a plain copy)."""
-    parameter = nn.Parameter(
-        torch.empty(shape, dtype=dtype or torch.get_default_dtype()), requires_grad=False
-    )
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
     if loader is not None:
         parameter.__dict__["weight_loader"] = loader
     return parameter

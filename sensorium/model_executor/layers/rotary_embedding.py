@@ -228,9 +228,7 @@ class YaRNScalingRotaryEmbedding(RotaryEmbedding):
         low, high = max(low, 0), min(high, self.rotary_dim - 1)
         if low == high:
             high += 0.001  # a step instead of a ramp
-        interpolated = ((torch.arange(self.rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(
-            0, 1
-        )
+        interpolated = ((torch.arange(self.rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
         return plain / self.factor * interpolated + plain * (1 - interpolated)
 
     def attention_factor(self) -> float:

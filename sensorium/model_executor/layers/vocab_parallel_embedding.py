@@ -46,9 +46,7 @@ class VocabParallelEmbedding(nn.Module):
         self.embedding_dim = embedding_dim
         self.org_vocab_size = num_embeddings if org_num_embeddings is None else org_num_embeddings
         self.prefix = prefix
-        self.weight = new_parameter(
-            num_embeddings, embedding_dim, dtype=params_dtype, loader=self.weight_loader
-        )
+        self.weight = new_parameter(num_embeddings, embedding_dim, dtype=params_dtype, loader=self.weight_loader)
         self.bias: nn.Parameter | None = None
         self._packed: PackedWeight | None = None
 
@@ -125,6 +123,4 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """A head is applied by `LogitsProcessor`, not called."""
-        raise TypeError(
-            "An output head embeds no ids. Pass it to LogitsProcessor, or use VocabParallelEmbedding."
-        )
+        raise TypeError("An output head embeds no ids. Pass it to LogitsProcessor, or use VocabParallelEmbedding.")

@@ -15,8 +15,8 @@ from sensorium.config import EngineConfig
 from sensorium.errors import ModelError, WeightsError
 from sensorium.logger import get_logger
 from sensorium.model_executor.model_loader.initialize import build_empty, fill_with_random
-from sensorium.model_executor.model_loader.tracking import LoadTracker
 from sensorium.model_executor.model_loader.weight_utils import checkpoint_files, safetensors_weights
+from sensorium.model_executor.weight_tracking import LoadTracker
 
 logger = get_logger(__name__)
 
@@ -57,9 +57,7 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
     model_config = config.model_config
     model_class = model_class or model_config.model_class
     if model_class is None:
-        raise ModelError(
-            "model class: got none, expected a registered class. Set architectures in config.json."
-        )
+        raise ModelError("model class: got none, expected a registered class. Set architectures in config.json.")
     start = time.perf_counter()
     device = torch.device(config.device_config.device)
     model = build_empty(lambda: _construct(model_class, config), dtype=model_config.dtype, device=device)
@@ -96,9 +94,7 @@ def fill_model(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) ->
         WeightsError: See `load_model`.
         ModelError: The model has no `load_weights`.
     """
-    load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], Any] | None = getattr(
-        model, "load_weights", None
-    )
+    load_weights: Callable[[Iterator[tuple[str, torch.Tensor]]], Any] | None = getattr(model, "load_weights", None)
     if load_weights is None:
         raise ModelError(
             f"{type(model).__name__}: got no load_weights method, expected load_weights(self, weights). "
@@ -146,8 +142,4 @@ def _matches(name: str, patterns: Iterable[str]) -> bool:
 
 def _listing(names: Sequence[str]) -> str:
     shown = ", ".join(names[:MAX_NAMES_IN_MESSAGE])
-    return (
-        shown
-        if len(names) <= MAX_NAMES_IN_MESSAGE
-        else f"{shown} and {len(names) - MAX_NAMES_IN_MESSAGE} more"
-    )
+    return shown if len(names) <= MAX_NAMES_IN_MESSAGE else f"{shown} and {len(names) - MAX_NAMES_IN_MESSAGE} more"

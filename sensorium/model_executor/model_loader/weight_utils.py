@@ -12,21 +12,19 @@ from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from sensorium.errors import WeightsError
+from sensorium.model_executor.models.weights import default_weight_loader
+
+__all__ = [
+    "checkpoint_files",
+    "default_weight_loader",
+    "load_fused_weights",
+    "load_parameter",
+    "safetensors_weights",
+]
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
-
-
-def default_weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
-    """Copy a checkpoint's tensor into a parameter of the same shape, converting its dtype; a scalar fills."""
-    if param.numel() == 1 and loaded_weight.numel() == 1:
-        param.data.fill_(loaded_weight.item())
-        return
-    assert param.shape == loaded_weight.shape, (
-        f"Attempted to load weight ({tuple(loaded_weight.shape)}) into parameter ({tuple(param.shape)})"
-    )
-    param.data.copy_(loaded_weight)
 
 
 def load_parameter(param: torch.Tensor, loaded_weight: torch.Tensor, *shard_id: Any) -> None:
@@ -72,9 +70,7 @@ def load_fused_weights(
     return filled
 
 
-def fused_target(
-    name: str, fused: Mapping[str, tuple[str, int | str]]
-) -> tuple[str, tuple[()] | tuple[int | str]]:
+def fused_target(name: str, fused: Mapping[str, tuple[str, int | str]]) -> tuple[str, tuple[()] | tuple[int | str]]:
     """The fused parameter's name and the shard id for the name of a part; the name itself for any other."""
     parts = name.split(".")
     for position, part in enumerate(parts):
@@ -102,9 +98,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
     """
     index = directory / INDEX_NAME
     if index.is_file():
-        files = [
-            directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        ]
+        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
         if missing := [file.name for file in files if not file.is_file()]:
             raise WeightsError(
                 f"checkpoint files in {directory}: got no {', '.join(missing)}, which {INDEX_NAME} names, "
@@ -122,9 +116,7 @@ def checkpoint_files(directory: Path) -> list[Path]:
 def _no_weights_message(directory: Path) -> str:
     pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
     if not pickles:
-        return (
-            f"weights in {directory}: got no *.safetensors file, expected at least one. Check the model path."
-        )
+        return f"weights in {directory}: got no *.safetensors file, expected at least one. Check the model path."
     return (
         f"weights in {directory}: got {pickles[0]}, expected *.safetensors. Pickled files can run code and "
         "are never "
@@ -155,6 +147,5 @@ def safetensors_weights(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tens
                     yield name, reader.get_tensor(name)
         except SafetensorError as error:
             raise WeightsError(
-                f"checkpoint file {file.name}: got {error}, expected a complete safetensors file. Download "
-                "it again."
+                f"checkpoint file {file.name}: got {error}, expected a complete safetensors file. Download it again."
             ) from error

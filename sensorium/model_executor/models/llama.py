@@ -9,7 +9,6 @@ from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
-from sensorium.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 from torch import nn
 
 from sensorium.attention import AttentionMetadata
@@ -17,6 +16,7 @@ from sensorium.config import EngineConfig
 from sensorium.model_executor.layers.decoder import Decoder, DecoderOptions
 from sensorium.model_executor.layers.logits_processor import LogitsProcessor
 from sensorium.model_executor.layers.vocab_parallel_embedding import ParallelLMHead
+from sensorium.model_executor.models.utils import AutoWeightsLoader, maybe_prefix
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -28,14 +28,9 @@ class LlamaForCausalLM(nn.Module):
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()
         text = config.model_config.hf_text_config
-        self.model = Decoder(
-            config=config, options=self.decoder_options(text), prefix=maybe_prefix(prefix, "model")
-        )
-        self.lm_head = ParallelLMHead(
-            text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head")
-        )
-        self.ties_embeddings = bool(getattr(text, "tie_word_embeddings", False))
-        if self.ties_embeddings:
+        self.model = Decoder(config=config, options=self.decoder_options(text), prefix=maybe_prefix(prefix, "model"))
+        self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
+        if getattr(text, "tie_word_embeddings", False):
             self.lm_head.tie_weights(self.model.embed_tokens)
         self.logits_processor = LogitsProcessor(text.vocab_size)
 
@@ -74,6 +69,5 @@ class LlamaForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill the parameters; a head that is tied to the embeddings is not read twice."""
-        skipped = ["lm_head."] if self.ties_embeddings else []
-        return AutoWeightsLoader(self, skip_prefixes=skipped).load_weights(weights)
+        """Fill the parameters. Of a head that is tied to the embeddings, a checkpoint may have either or both."""
+        return AutoWeightsLoader(self).load_weights(weights)

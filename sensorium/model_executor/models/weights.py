@@ -12,6 +12,7 @@ from torch import nn
 
 from sensorium.errors import WeightsError, WeightShapeError
 from sensorium.model_executor.models.modules import PPMissingLayer
+from sensorium.model_executor.weight_tracking import ignore_weight
 
 Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 """Names in the checkpoint, and tensors."""
@@ -66,19 +67,22 @@ class WeightsMapper:
         """The weights under their new names, without those to drop."""
         for name, tensor in weights:
             new_name = self.map_name(name)
-            if new_name is not None:
+            if new_name is None:
+                ignore_weight(tensor)
+            else:
                 yield new_name, tensor
 
 
 class AutoWeightsLoader:
     """Loads a model by walking down its modules along the names of the weights.
 
-    A child module with a `load_weights` method of its own gets its weights, under the names that remain, and loads
-    them itself; it may be called more than once where a checkpoint scatters them. All others go to their parameter's
-    `weight_loader`, or to `default_weight_loader`. Buffers that a state dict contains are loaded likewise; a value for
-    one that it doesn't contain is passed over, since the module computes it.
+    A child module with a `load_weights` method of its own gets its weights, under the names that remain, and
+    loads them itself; it may be called more than once where a checkpoint scatters them. All others go to
+    their parameter's `weight_loader`, or to `default_weight_loader`. Buffers that a state dict contains are
+    loaded likewise; a value for one that it doesn't contain is passed over, since the module computes it.
 
-    `skip_prefixes`: names that are not loaded. `ignore_unexpected_prefixes`: names that may be missing in the module.
+    `skip_prefixes`: names that are not loaded. `ignore_unexpected_prefixes`: names that may be missing in the
+    module.
     """
 
     def __init__(
@@ -117,15 +121,20 @@ class AutoWeightsLoader:
             name = _join(prefix, child)
             rest = ((full.partition(".")[2], tensor) for full, tensor in group)
             if self._is_skipped(name):
+                _ignore(rest)
                 continue
             if child in children:
                 yield from self._load_module(name, children[child], self._without_skipped(name, rest))
             elif child in parameters:
                 yield from self._load_tensor(name, parameters[child], rest)
             elif child in buffers:
-                if child not in module._non_persistent_buffers_set:
+                if child in module._non_persistent_buffers_set:
+                    _ignore(rest)
+                else:
                     yield from self._load_tensor(name, buffers[child], rest)
-            elif not self._is_ignored(name):
+            elif self._is_ignored(name):
+                _ignore(rest)
+            else:
                 self._refuse(name, rest, module)
 
     def _load_tensor(self, name: str, target: torch.Tensor, weights: Weights) -> Iterator[str]:
@@ -144,9 +153,11 @@ class AutoWeightsLoader:
 
     def _refuse(self, name: str, weights: Weights, module: nn.Module) -> None:
         """Raise for weights that nothing takes, unless they are to be ignored in full."""
-        for rest, _ in weights:
+        for rest, tensor in weights:
             full = _join(name, rest)
-            if not (self._is_skipped(full) or self._is_ignored(full)):
+            if self._is_skipped(full) or self._is_ignored(full):
+                ignore_weight(tensor)
+            else:
                 raise WeightsError(
                     f"There is no module or parameter named {full!r} in {type(self.module).__name__} "
                     f"({type(module).__name__} has none called {name.rpartition('.')[2]!r}). "
@@ -154,13 +165,22 @@ class AutoWeightsLoader:
                 )
 
     def _without_skipped(self, name: str, weights: Weights) -> Iterator[tuple[str, torch.Tensor]]:
-        return ((rest, tensor) for rest, tensor in weights if not self._is_skipped(_join(name, rest)))
+        for rest, tensor in weights:
+            if self._is_skipped(_join(name, rest)):
+                ignore_weight(tensor)
+            else:
+                yield rest, tensor
 
     def _is_skipped(self, name: str) -> bool:
         return name.startswith(self.skip_prefixes) if self.skip_prefixes else False
 
     def _is_ignored(self, name: str) -> bool:
         return name.startswith(self.ignore_unexpected_prefixes) if self.ignore_unexpected_prefixes else False
+
+
+def _ignore(weights: Weights) -> None:
+    for _, tensor in weights:
+        ignore_weight(tensor)
 
 
 def _join(prefix: str, name: str) -> str:

@@ -98,9 +98,7 @@ def test_loading_converts_the_dtype() -> None:
 
 
 def test_a_wrong_shape_is_an_error_that_names_layer_and_part() -> None:
-    layer = QKVParallelLinear(
-        8, head_size=4, total_num_heads=4, total_num_kv_heads=2, prefix="model.layers.3.qkv"
-    )
+    layer = QKVParallelLinear(8, head_size=4, total_num_heads=4, total_num_kv_heads=2, prefix="model.layers.3.qkv")
     with pytest.raises(WeightsError, match=r"model\.layers\.3\.qkv\.weight \(part 'k'\): got \(16, 8\)"):
         layer.weight.weight_loader(layer.weight, random_tensor(16, 8), "k")  # type: ignore[attr-defined]
 

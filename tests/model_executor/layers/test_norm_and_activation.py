@@ -59,17 +59,13 @@ def test_activation_equals_hugging_face(name: str) -> None:
 def test_gated_activation_is_activation_times_gate(name: str) -> None:
     gate, up = 4 * random_tensor(3, 64, seed=1), random_tensor(3, 64, seed=2)
     expected = ACT2FN[name](gate) * up
-    torch.testing.assert_close(
-        get_act_and_mul_fn(name)(torch.cat((gate, up), dim=-1)), expected, rtol=1e-5, atol=1e-6
-    )
+    torch.testing.assert_close(get_act_and_mul_fn(name)(torch.cat((gate, up), dim=-1)), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_gated_activations_by_class() -> None:
     x = random_tensor(3, 8)
     torch.testing.assert_close(SiluAndMul()(x), torch.nn.functional.silu(x[:, :4]) * x[:, 4:])
-    torch.testing.assert_close(
-        GeluAndMul("tanh")(x), torch.nn.functional.gelu(x[:, :4], approximate="tanh") * x[:, 4:]
-    )
+    torch.testing.assert_close(GeluAndMul("tanh")(x), torch.nn.functional.gelu(x[:, :4], approximate="tanh") * x[:, 4:])
 
 
 def test_an_unknown_activation_is_named() -> None:

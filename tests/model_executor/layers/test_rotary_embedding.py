@@ -119,9 +119,7 @@ def test_mrope_with_equal_rows_is_plain_rope() -> None:
     positions = torch.arange(11)
     q, k = random_heads(11, 4, 1), random_heads(11, 2, 2)
     plain = get_rope(HEAD_SIZE, HEAD_SIZE, 512, 1e4)
-    mrope = get_rope(
-        HEAD_SIZE, HEAD_SIZE, 512, 1e4, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]}
-    )
+    mrope = get_rope(HEAD_SIZE, HEAD_SIZE, 512, 1e4, rope_scaling={"type": "mrope", "mrope_section": [4, 6, 6]})
     expected = plain(positions, q, k)
     for three_rows in (positions.expand(3, -1), positions):
         for got, want in zip(mrope(three_rows, q, k), expected, strict=True):
@@ -139,9 +137,7 @@ def test_partial_neighbour_rotation_equals_hugging_face() -> None:
     angles = positions[:, None] * frequencies
     for x, got in zip((q, k), rope(positions, q, k), strict=True):
         turned = apply_gptj(x[None, ..., :rotary_dim], angles.sin()[None], angles.cos()[None])[0]
-        torch.testing.assert_close(
-            got, torch.cat((turned, x[..., rotary_dim:]), dim=-1), rtol=1e-5, atol=1e-6
-        )
+        torch.testing.assert_close(got, torch.cat((turned, x[..., rotary_dim:]), dim=-1), rtol=1e-5, atol=1e-6)
 
 
 def test_equal_settings_share_one_embedding() -> None:

@@ -1,0 +1,156 @@
+"""The transformer encoder that vision and audio towers are made of: pre-norm attention and MLP over whole
+sequences.
+
+Sequences of any lengths lie one after another in a flat batch, or have one length and an axis of their own;
+see `MultiHeadAttention`. A tower says which norm, MLP and rotary angles it has, and renames its checkpoint's
+weights to the names here: `norm1`, `attn.qkv_proj`, `attn.out_proj`, `norm2`, `mlp`.
+
+Source: Dosovitskiy et al. 2020, section 3.1, with the norms before the sub-layers.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+from sensorium.attention import MultiHeadAttention
+from sensorium.kernels import rotary_embedding
+from sensorium.model_executor.layers.activation import get_act_fn
+from sensorium.model_executor.layers.linear import (
+    ColumnParallelLinear,
+    QKVParallelLinear,
+    ReplicatedLinear,
+    RowParallelLinear,
+    copy_weight,
+)
+from sensorium.model_executor.layers.rotary_embedding import CosSin
+
+FUSED_WEIGHTS: dict[str, tuple[str, int | str]] = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+
+
+class PatchEmbedding(ReplicatedLinear):
+    """A convolution whose kernel and stride are equal, as the matrix multiplication that it is.
+
+    Its input are flattened patches `(..., channels * kernel volume)`, channels first; the checkpoint's weight
+    is that of the convolution, `(out, channels, *kernel)`.
+    """
+
+    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
+        """Fill `param`, flattening a convolution's weight."""
+        flat = loaded_weight.flatten(1) if loaded_weight.dim() > 2 else loaded_weight
+        copy_weight(param.data, flat, self._name_of(param))
+
+
+def image_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
+    """Square patches of images: `(B, C, H, W)` to `(B, H/p * W/p, C * p * p)`; a rest at the edges is left out."""
+    batch, channels, height, width = pixel_values.shape
+    rows, columns = height // patch_size, width // patch_size
+    grid = pixel_values[:, :, : rows * patch_size, : columns * patch_size].reshape(
+        batch, channels, rows, patch_size, columns, patch_size
+    )
+    return grid.permute(0, 2, 4, 1, 3, 5).reshape(batch, rows * columns, channels * patch_size**2)
+
+
+class EncoderAttention(nn.Module):
+    """Bidirectional self-attention within each sequence, with rotary angles where the tower has them."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        num_heads: int,
+        bias: bool = True,
+        quant_config: Any = None,
+        prefix: str = "",
+    ) -> None:
+        super().__init__()
+        self.head_size = hidden_size // num_heads
+        self.qkv_proj = QKVParallelLinear(
+            hidden_size, self.head_size, num_heads, bias=bias, quant_config=quant_config, prefix=f"{prefix}.qkv_proj"
+        )
+        self.out_proj = RowParallelLinear(
+            hidden_size, hidden_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.out_proj"
+        )
+        self.attn = MultiHeadAttention(num_heads, self.head_size, self.head_size**-0.5)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos_sin: CosSin | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        key_lens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """`(B, S, hidden_size)` or, flat, `(T, hidden_size)` to the same."""
+        qkv, _ = self.qkv_proj(hidden_states)
+        query, key, value = self.qkv_proj.split(qkv)
+        if cos_sin is not None:
+            num_tokens = query.shape[0]
+            query, key = rotary_embedding(
+                query.view(num_tokens, -1, self.head_size), key.view(num_tokens, -1, self.head_size), *cos_sin
+            )
+            query, key = query.view(value.shape), key.view(value.shape)
+        attended = self.attn(query, key, value, cu_seqlens=cu_seqlens, key_lens=key_lens)
+        output: torch.Tensor = self.out_proj(attended)[0]
+        return output
+
+
+class EncoderMLP(nn.Module):
+    """`fc2(act(fc1(x)))`, with `output_size` channels if that is given and `hidden_size` otherwise."""
+
+    def __init__(
+        self,
+        hidden_size: int,
+        intermediate_size: int,
+        hidden_act: str,
+        bias: bool = True,
+        quant_config: Any = None,
+        prefix: str = "",
+        output_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1 = ColumnParallelLinear(
+            hidden_size, intermediate_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.fc1"
+        )
+        self.fc2 = RowParallelLinear(
+            intermediate_size,
+            output_size or hidden_size,
+            bias=bias,
+            quant_config=quant_config,
+            prefix=f"{prefix}.fc2",
+        )
+        self.act_fn = get_act_fn(hidden_act)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(..., hidden_size)` to `(..., output_size)`."""
+        output: torch.Tensor = self.fc2(self.act_fn(self.fc1(hidden_states)[0]))[0]
+        return output
+
+
+class EncoderLayer(nn.Module):
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+
+    def __init__(self, attn: EncoderAttention, mlp: nn.Module, norm1: nn.Module, norm2: nn.Module) -> None:
+        super().__init__()
+        self.norm1 = norm1
+        self.attn = attn
+        self.norm2 = norm2
+        self.mlp = mlp
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        cos_sin: CosSin | None = None,
+        cu_seqlens: torch.Tensor | None = None,
+        key_lens: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """See `EncoderAttention.forward`."""
+        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), cos_sin, cu_seqlens, key_lens)
+        output: torch.Tensor = hidden_states + self.mlp(self.norm2(hidden_states))
+        return output

@@ -1,0 +1,86 @@
+"""The frame of a model that puts media rows in front of a decoder, which most multimodal models are."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from sensorium.attention import AttentionMetadata
+from sensorium.model_executor.models.interfaces import SupportsMultiModal
+from sensorium.model_executor.models.utils import (
+    AutoWeightsLoader,
+    WeightsMapper,
+    merge_multimodal_embeddings,
+)
+
+
+class MediaLanguageModel(nn.Module, SupportsMultiModal):
+    """A decoder `language_model`, and towers beside it.
+
+    A model file gives `names`, makes the parts in its constructor, and implements `encode_media`.
+    """
+
+    names: ClassVar[WeightsMapper]
+    """From the checkpoint's names, in every layout that is in use, to the module's."""
+    language_model: Any
+    """Embeds ids, runs the layers, and computes logits, as `LlamaForCausalLM` does."""
+
+    def encode_media(self, **kwargs: Any) -> Mapping[int, Sequence[torch.Tensor]]:
+        """Rows `(num_rows, hidden_size)` of each item, by the id of the placeholder token that they stand
+        for.
+
+        `kwargs` are those of the mappers, batched over items; none, or None, where a modality is absent.
+        """
+        raise NotImplementedError
+
+    def get_multimodal_embeddings(self, **kwargs: Any) -> list[torch.Tensor]:
+        """Rows `(num_rows, hidden_size)` of each item, in order, one modality after the other."""
+        return [rows for items in self.encode_media(**kwargs).values() for rows in items]
+
+    def get_input_embeddings(self, input_ids: torch.Tensor, multimodal_embeddings: Any = None) -> torch.Tensor:
+        """Token embeddings `(num_tokens, hidden_size)`; media rows, in the prompt's order, at the placeholders."""
+        embeddings: torch.Tensor = self.language_model.get_input_embeddings(input_ids)
+        if multimodal_embeddings is None or not len(multimodal_embeddings):
+            return embeddings
+        return merge_multimodal_embeddings(input_ids, embeddings, multimodal_embeddings, self.placeholder_token_ids())
+
+    def placeholder_token_ids(self) -> list[int]:
+        """Ids of the tokens at whose positions media rows stand."""
+        raise NotImplementedError
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None,
+        positions: torch.Tensor,
+        kv_caches: Sequence[torch.Tensor],
+        attn_metadata: AttentionMetadata,
+        intermediate_tensors: Any = None,
+        inputs_embeds: torch.Tensor | None = None,
+        **kwargs: Any,
+    ) -> torch.Tensor:
+        """Hidden states `(num_tokens, hidden_size)`.
+
+        The engine encodes media beforehand and passes `inputs_embeds`; with the mappers' arguments in
+        `kwargs` they are encoded here.
+        """
+        if inputs_embeds is None and kwargs:
+            assert input_ids is not None, "media need the ids that say where they stand"
+            inputs_embeds = self.get_input_embeddings(input_ids)
+            for token_id, rows in self.encode_media(**kwargs).items():
+                inputs_embeds = merge_multimodal_embeddings(input_ids, inputs_embeds, list(rows), token_id)
+        hidden_states: torch.Tensor = self.language_model(
+            input_ids, positions, kv_caches, attn_metadata, intermediate_tensors, inputs_embeds
+        )
+        return hidden_states
+
+    def compute_logits(self, hidden_states: torch.Tensor, sampling_metadata: Any) -> torch.Tensor:
+        """Logits `(num_rows, vocab_size)`."""
+        logits: torch.Tensor = self.language_model.compute_logits(hidden_states, sampling_metadata)
+        return logits
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fill all parts, each by its own method where it has one."""
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.names)

@@ -1,0 +1,136 @@
+"""Qwen2.5-VL: Qwen2-VL with a tower that mostly attends within windows, and positions that follow a clip's
+time.
+
+Paper: Bai et al. 2025, "Qwen2.5-VL Technical Report". Reference: `transformers`
+`Qwen2_5_VLForConditionalGeneration`. Placeholders: as in Qwen2-VL.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensorium.inputs import InputContext
+from sensorium.model_executor.layers.decoder import GatedMLP
+from sensorium.model_executor.layers.layernorm import RMSNorm
+from sensorium.model_executor.models.media_common import as_items
+from sensorium.model_executor.models.qwen2_vision import (
+    Grid,
+    Qwen2VisionTransformer,
+    frame_starts,
+    starts_of,
+)
+from sensorium.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration, map_videos
+from sensorium.model_executor.models.qwen_vl_inputs import Item
+from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+DEFAULT_FPS = 24.0
+"""Frames per second of a clip that doesn't say; the default of `transformers` `VideoMetadata`."""
+
+
+class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
+    """The tower. In most layers a patch attends within its window of `window_size` pixels, in some within its
+    frame.
+
+    Patches are put in the order of their windows in front of the first layer, square by square, so that a
+    window is a run of rows; the rows are put back in order behind the merger.
+    """
+
+    @staticmethod
+    def sizes(config: PretrainedConfig) -> tuple[int, int]:
+        """Channels within the tower, and of the decoder."""
+        return config.hidden_size, config.out_hidden_size
+
+    def make_norm(self) -> nn.Module:
+        """The norm before each sub-layer and in the merger."""
+        return RMSNorm(self.hidden_size, eps=1e-6)
+
+    def make_mlp(self, quant_config: Any, prefix: str) -> nn.Module:
+        """The MLP of a layer."""
+        config = self.config
+        return GatedMLP(self.hidden_size, config.intermediate_size, config.hidden_act, True, quant_config, prefix)
+
+    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """See `Qwen2VisionTransformer.forward`."""
+        order, lengths = windows_of(grids, self.merge_size, self._squares_per_window())
+        square = self.merge_size**2
+        by_window = torch.from_numpy(order).to(pixel_values.device)
+        hidden_states = self.patch_embed["proj"](reorder(pixel_values, by_window, square))[0]
+        cos, sin = (reorder(angles, by_window, square) for angles in self.cos_sin(grids))
+        starts = {True: frame_starts(grids), False: starts_of(lengths * square)}
+        for index, block in enumerate(self.blocks):
+            is_full = index in self.config.fullatt_block_indexes
+            hidden_states = block(hidden_states, (cos, sin), starts[is_full])
+        rows: torch.Tensor = self.merger(hidden_states)
+        return rows[torch.argsort(by_window)]
+
+    def _squares_per_window(self) -> int:
+        """Side of a window in merged squares."""
+        return int(self.config.window_size // self.merge_size // self.config.patch_size)
+
+
+def reorder(rows: torch.Tensor, order: torch.Tensor, group: int) -> torch.Tensor:
+    """Rows in groups of `group` in another order of the groups."""
+    return rows.view(-1, group, rows.shape[-1])[order].view(rows.shape)
+
+
+def windows_of(grids: Sequence[Grid], merge_size: int, window: int) -> tuple[IntArray, IntArray]:
+    """The order that puts squares window by window, and the number of squares in each window.
+
+    Windows don't reach over frames; those at the right and lower edges may be smaller. For example, a frame
+    of 2 x 3 squares, numbered 0 1 2 / 3 4 5, with windows of 2 x 2 has the order 0 1 3 4 2 5 and the lengths
+    4, 2.
+    """
+    orders, lengths, first = [], [], 0
+    for t, h, w in grids:
+        rows, columns = h // merge_size, w // merge_size
+        frame, row, column = np.indices((t, rows, columns)).reshape(3, -1)
+        per_row = -(-columns // window)
+        window_of = (frame * -(-rows // window) + row // window) * per_row + column // window
+        orders.append(first + np.argsort(window_of, kind="stable"))
+        lengths.append(np.bincount(window_of))
+        first += t * rows * columns
+    return np.concatenate(orders), np.concatenate(lengths)
+
+
+def map_timed_videos(
+    ctx: InputContext,
+    data: Item | list[Item],
+    *,
+    min_pixels: int | None = None,
+    max_pixels: int | None = None,
+    fps: float | None = None,
+) -> MultiModalKwargs:
+    """As Qwen2-VL's, and `second_per_grid_ts` `(videos,)`: seconds that one step of the grid in time takes.
+
+    Args:
+        ctx: The model's context.
+        data: A clip or a dict with given rows, or a list of them. A dict may have `second_per_grid_ts` too.
+        min_pixels: Least pixels of a frame.
+        max_pixels: Most pixels of a frame.
+        fps: Frames per second of the clips as they are given.
+    """
+    mapped = map_videos(ctx, data, min_pixels=min_pixels, max_pixels=max_pixels)
+    config = ctx.get_hf_config().vision_config
+    default = config.temporal_patch_size / (fps or DEFAULT_FPS)
+    given = [item.get("second_per_grid_ts") for item in as_items(data) if isinstance(item, Mapping)]
+    if given and all(each is not None for each in given):
+        mapped["second_per_grid_ts"] = torch.cat([torch.as_tensor(each).float().flatten() for each in given])
+    else:
+        mapped["second_per_grid_ts"] = torch.full((len(mapped["video_grid_thw"]),), default)
+    return mapped
+
+
+@MULTIMODAL_REGISTRY.register_input_mapper("video", map_timed_videos)
+class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):  # noqa: N801
+    """Tower and decoder; all else is inherited from Qwen2-VL."""
+
+    tower_class = Qwen2_5_VisionTransformer

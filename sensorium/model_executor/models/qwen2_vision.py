@@ -1,0 +1,157 @@
+"""The vision tower of Qwen2-VL: images and frames of any size, with rotary positions by row and column.
+
+Paper: Wang et al. 2024, "Qwen2-VL", section 2.1. Reference: `transformers`
+`Qwen2VisionTransformerPretrainedModel`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensorium.model_executor.layers.encoder import (
+    FUSED_WEIGHTS,
+    EncoderAttention,
+    EncoderLayer,
+    EncoderMLP,
+    PatchEmbedding,
+)
+from sensorium.model_executor.layers.rotary_embedding import CosSin
+from sensorium.model_executor.model_loader.weight_utils import load_fused_weights
+from sensorium.model_executor.models.utils import WeightsMapper
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+Grid: TypeAlias = tuple[int, int, int]
+"""An item's size in patches: time, height, width."""
+
+ROTARY_BASE = 10000.0
+
+
+class PatchMerger(nn.Module):
+    """Joins each square of `merge_size^2` patches into one row of the decoder's width."""
+
+    def __init__(self, hidden_size: int, output_size: int, merge_size: int, norm: nn.Module, prefix: str) -> None:
+        super().__init__()
+        self.merged_size = hidden_size * merge_size**2
+        self.ln_q = norm
+        self.mlp = EncoderMLP(
+            self.merged_size, self.merged_size, "gelu", prefix=f"{prefix}.mlp", output_size=output_size
+        )
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """`(patches, hidden_size)`, square by square, to `(patches / merge_size^2, output_size)`."""
+        rows: torch.Tensor = self.mlp(self.ln_q(hidden_states).view(-1, self.merged_size))
+        return rows
+
+
+class Qwen2VisionTransformer(nn.Module):
+    """All frames of all items are one flat batch, in which a patch attends within its frame.
+
+    Args:
+        config: The vision part of a Qwen2-VL config.
+        quant_config: Must be `None`.
+        prefix: The module's name in the model.
+    """
+
+    renames = WeightsMapper(
+        orig_to_new_substr={
+            ".attn.qkv.": ".attn.qkv_proj.",
+            ".attn.proj.": ".attn.out_proj.",
+            "merger.mlp.0.": "merger.mlp.fc1.",
+            "merger.mlp.2.": "merger.mlp.fc2.",
+        }
+    )
+    inv_freq: torch.Tensor
+
+    def __init__(self, config: PretrainedConfig, quant_config: Any = None, prefix: str = "") -> None:
+        super().__init__()
+        self.config = config
+        self.merge_size: int = config.spatial_merge_size
+        self.hidden_size, output_size = self.sizes(config)
+        patch_volume = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        proj = PatchEmbedding(patch_volume, self.hidden_size, bias=False, prefix=f"{prefix}.patch_embed.proj")
+        self.patch_embed = nn.ModuleDict({"proj": proj})
+        self.blocks = nn.ModuleList(
+            EncoderLayer(
+                EncoderAttention(self.hidden_size, config.num_heads, quant_config=quant_config, prefix=f"{name}.attn"),
+                self.make_mlp(quant_config, f"{name}.mlp"),
+                self.make_norm(),
+                self.make_norm(),
+            )
+            for name in (f"{prefix}.blocks.{index}" for index in range(config.depth))
+        )
+        self.merger = PatchMerger(self.hidden_size, output_size, self.merge_size, self.make_norm(), f"{prefix}.merger")
+        half = self.hidden_size // config.num_heads // 2  # of a head's channels, for each of row and column
+        exponents = torch.arange(0, half, 2, dtype=torch.float32) / half
+        self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**exponents, persistent=False)
+
+    @staticmethod
+    def sizes(config: PretrainedConfig) -> tuple[int, int]:
+        """Channels within the tower, and of the decoder."""
+        return config.embed_dim, config.hidden_size
+
+    def make_norm(self) -> nn.Module:
+        """The norm before each sub-layer and in the merger."""
+        return nn.LayerNorm(self.hidden_size, eps=1e-6)
+
+    def make_mlp(self, quant_config: Any, prefix: str) -> nn.Module:
+        """The MLP of a layer."""
+        intermediate_size = int(self.hidden_size * self.config.mlp_ratio)
+        return EncoderMLP(
+            self.hidden_size, intermediate_size, self.config.hidden_act, quant_config=quant_config, prefix=prefix
+        )
+
+    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Rows of all items, one item behind the other, `(sum of t * h * w / merge_size^2, decoder's width)`.
+
+        Args:
+            pixel_values: `(sum of t * h * w, channels * temporal_patch_size * patch_size^2)`, in which the
+                patches of each square that is merged stand together.
+            grids: The items' sizes.
+        """
+        hidden_states = self.patch_embed["proj"](pixel_values)[0]
+        cos_sin = self.cos_sin(grids)
+        starts = frame_starts(grids)
+        for block in self.blocks:
+            hidden_states = block(hidden_states, cos_sin, starts)
+        rows: torch.Tensor = self.merger(hidden_states)
+        return rows
+
+    def cos_sin(self, grids: Sequence[Grid]) -> CosSin:
+        """Cosines and sines `(patches, head_size / 2)`: the first half by row, the second by column."""
+        positions = np.concatenate([patch_positions(grid, self.merge_size) for grid in grids])
+        angles = torch.from_numpy(positions).to(self.inv_freq.device)[:, :, None] * self.inv_freq
+        flat = angles.flatten(1)
+        return flat.cos(), flat.sin()
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fill the tower from a checkpoint's names, relative to it."""
+        return load_fused_weights(self, self.renames.apply(weights), FUSED_WEIGHTS)
+
+
+def patch_positions(grid: Grid, merge_size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Row and column of each patch, `(t * h * w, 2)`, square by square.
+
+    For example, the frames of a 2 x 4 grid with merge size 2 have the rows 0 0 1 1 0 0 1 1 and the columns
+    0 1 0 1 2 3 2 3.
+    """
+    t, h, w = grid
+    squares = (h // merge_size, merge_size, w // merge_size, merge_size)
+    places = np.indices((h, w), dtype=np.float32).reshape(2, *squares).swapaxes(2, 3).reshape(2, -1)
+    return np.tile(places.T, (t, 1))
+
+
+def frame_starts(grids: Sequence[Grid]) -> torch.Tensor:
+    """Where each frame's patches begin, and where the last one's end, `(frames + 1,)` int32."""
+    return starts_of(np.concatenate([np.full(t, h * w) for t, h, w in grids]))
+
+
+def starts_of(lengths: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Where each of several runs begins, and where the last one ends, `(runs + 1,)` int32."""
+    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

@@ -1,0 +1,149 @@
+"""How many rows an image or video takes in Qwen2-VL and its kin, and how large it can be.
+
+Source: Wang et al. 2024, "Qwen2-VL", section 2.1 (naive dynamic resolution); `transformers`
+`Qwen2VLProcessor`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+from PIL import Image
+
+from sensorium.errors import InvalidRequestError, InvalidTypeError
+from sensorium.inputs import InputContext
+from sensorium.model_executor.models.media_common import as_items, check_embeddings, stacked
+from sensorium.model_executor.models.qwen2_vision import Grid
+from sensorium.multimodal.image import cached_get_image_processor
+from sensorium.multimodal.smart_resize import smart_resize
+from sensorium.multimodal.video import cached_get_video_processor
+
+MAX_ASPECT_RATIO = 200
+Item: TypeAlias = Any
+"""A picture, a clip `(frames, height, width, 3)`, or a dict with `<modality>_embeds` and `<modality>_grid_thw`."""
+
+
+class VisionInputs:
+    """Sizes of items: how many rows each takes, how large it can be.
+
+    Args:
+        ctx: The model's context.
+        modality: "image" or "video".
+        settings: The processor's settings that a request or the engine gives; those that are None are not
+            given.
+    """
+
+    def __init__(self, ctx: InputContext, modality: str, **settings: Any) -> None:
+        self.modality = modality
+        self.config = ctx.get_hf_config()
+        self.merge_size: int = self.config.vision_config.spatial_merge_size
+        self.token_id: int = getattr(self.config, f"{modality}_token_id")
+        self.embeds, self.grid_thw = f"{modality}_embeds", f"{modality}_grid_thw"
+        load = cached_get_image_processor if modality == "image" else cached_get_video_processor
+        self.processor = load(
+            ctx.model_config.model,
+            trust_remote_code=ctx.model_config.trust_remote_code,
+            revision=ctx.model_config.revision,
+            **{name: value for name, value in settings.items() if value is not None},
+        )
+        # Most rows of any prompt: one token of the model's length is for the output.
+        self.max_rows = ctx.model_config.max_model_len - 1
+
+    def split(self, data: Item | list[Item]) -> list[Item]:
+        """The items of a modality's data. A dict of given rows holds as many as it has grids.
+
+        Raises:
+            InvalidTypeError: A dict lacks the rows or their grids.
+            InvalidRequestError: Rows don't fit their grids.
+        """
+        return [part for item in as_items(data) for part in self._parts(item)]
+
+    def _parts(self, item: Item) -> list[Item]:
+        if not isinstance(item, Mapping):
+            return [item]
+        embeds, grid_thw = item.get(self.embeds), item.get(self.grid_thw)
+        if not isinstance(grid_thw, torch.Tensor) or not grid_thw.numel() or grid_thw.shape[-1] != 3:
+            raise InvalidTypeError(
+                f"{self.modality} given as a dict: got the keys {sorted(item)}, expected tensors "
+                f"{self.embeds} (rows, "
+                f"hidden_size) and {self.grid_thw} (items, 3). Pass both."
+            )
+        counts = [self.num_rows(grid) for grid in grids_of(grid_thw)]
+        width = self.config.get_text_config().hidden_size
+        rows = torch.split(check_embeddings(embeds, sum(counts), width, self.embeds), counts)
+        grids = grid_thw.reshape(-1, 1, 3)
+        return [{self.embeds: rows[i], self.grid_thw: grids[i]} for i in range(len(counts))]
+
+    def grid(self, item: Item) -> Grid:
+        """An item's grid of patches.
+
+        Raises:
+            InvalidTypeError: It is nothing that a grid follows from.
+        """
+        if isinstance(item, Mapping):
+            return grids_of(item[self.grid_thw])[0]
+        if self.modality == "image" and isinstance(item, Image.Image):
+            return self.grid_of_size(1, item.height, item.width)
+        if self.modality == "video" and isinstance(item, np.ndarray) and item.ndim == 4:
+            return self.grid_of_size(*item.shape[:3])
+        raise InvalidTypeError(
+            f"Invalid {self.modality} type: got {type(item).__name__}, expected a PIL image, an array of "
+            "frames (frames, "
+            f"height, width, 3), or a dict with {self.embeds} and {self.grid_thw}."
+        )
+
+    def grid_of_size(self, num_frames: int, height: int, width: int) -> Grid:
+        """The grid of a picture (one frame) or a clip of this size in pixels."""
+        processor = self.processor
+        patch, depth = processor.patch_size, processor.temporal_patch_size
+        if processor.do_resize:
+            is_image = self.modality == "image"
+            most = processor.size["longest_edge"] if is_image else processor.max_pixels(num_frames)
+            factor = patch * processor.merge_size
+            height, width = smart_resize(height, width, factor, processor.size["shortest_edge"], most)
+        return -(-num_frames // depth), height // patch, width // patch
+
+    def num_rows(self, grid: Grid) -> int:
+        """Decoder rows of an item.
+
+        Raises:
+            InvalidRequestError: A given grid can't be.
+        """
+        t, h, w = grid
+        if min(grid) < 1 or h % self.merge_size or w % self.merge_size:
+            raise InvalidRequestError(
+                f"{self.grid_thw}: got {grid}, expected positive numbers, height and width multiples of "
+                f"{self.merge_size}. Pass the grid that the processor returned."
+            )
+        return t * h * w // self.merge_size**2
+
+    def largest(self, max_rows: int) -> Item:
+        """The picture or clip with the most rows, of at most `max_rows` if the smallest legal one allows it."""
+        factor = self.processor.patch_size * self.processor.merge_size
+        fewest = math.ceil(self.processor.size["shortest_edge"] / factor**2)
+        most = max(self.processor.size["longest_edge"] // factor**2, 1)
+        if self.modality == "image":
+            h, w = squares_of(max(min(max_rows, most), fewest))
+            return Image.new("RGB", (w * factor, h * factor))
+        num_steps = max(min(math.ceil(max_rows / most), max_rows // max(fewest, 1)), 1)
+        h, w = squares_of(max(min(max_rows // num_steps, most), fewest))
+        num_frames = num_steps * self.processor.temporal_patch_size
+        return np.zeros((num_frames, h * factor, w * factor, 3), dtype=np.uint8)
+
+
+def squares_of(num_squares: int) -> tuple[int, int]:
+    """Height and width of the largest legal rectangle of at most `num_squares`, as near to a square as can be."""
+    for area in range(num_squares, 0, -1):
+        for height in range(math.isqrt(area), 0, -1):
+            if area % height == 0 and area // height <= MAX_ASPECT_RATIO * height:
+                return height, area // height
+    raise AssertionError("an area of 1 is always found")
+
+
+def grids_of(grid_thw: Any) -> list[Grid]:
+    """Grids as tuples, from a tensor `(..., 3)`, nested lists of such tensors, or `None`."""
+    return [] if grid_thw is None else [(t, h, w) for t, h, w in stacked(grid_thw, 1).tolist()]

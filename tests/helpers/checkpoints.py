@@ -1,0 +1,418 @@
+"""Tiny checkpoints with random weights, made on the spot from Hugging Face config classes; one directory per
+variant.
+
+A checkpoint has everything that a real one has: config, generation config, weights, tokenizer, processor
+settings and a chat template. Weights are drawn so that greedy output varies and that a misplaced, missing or
+swapped tensor changes the logits: norms and biases are random too.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import json
+import math
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+Layout = Literal["hub", "saved", "module"]
+"""Names of weights: as on the model hub, as `save_pretrained` writes them, or as the Hugging Face modules have them."""
+
+VOCAB_SIZE = 320
+HIDDEN_SIZE = 64
+IMAGE_SIZE = 56
+PATCH_SIZE = 14
+MIN_PIXELS = 4 * 28 * 28
+MAX_PIXELS = 24 * 28 * 28
+
+SPECIAL_TOKENS = (
+    *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
+    *("<|image_pad|>", "<|video_pad|>", "<image>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
+)
+
+CHAT_TEMPLATE = """\
+{% for message in messages %}<|im_start|>{{ message['role'] }}
+{% if message['content'] is string %}{{ message['content'] }}{% else %}{% for part in message['content'] %}\
+{% if part['type'] == 'text' %}{{ part['text'] }}\
+{% elif part['type'] in ('image', 'image_url') %}IMAGE_PLACEHOLDER\
+{% elif part['type'] in ('video', 'video_url') %}VIDEO_PLACEHOLDER\
+{% elif part['type'] in ('audio', 'audio_url', 'input_audio') %}AUDIO_PLACEHOLDER\
+{% endif %}{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
+QWEN_PLACEHOLDERS = {
+    "IMAGE": "<|vision_start|><|image_pad|><|vision_end|>",
+    "VIDEO": "<|vision_start|><|video_pad|><|vision_end|>",
+}
+
+
+@functools.cache
+def _root() -> Path:
+    root = Path(tempfile.mkdtemp(prefix="sensorium-checkpoints-"))
+    atexit.register(shutil.rmtree, root, ignore_errors=True)
+    return root
+
+
+# --- tokenizer ---
+
+
+def make_tokenizer() -> PreTrainedTokenizerFast:
+    """One token per byte, and the special tokens of all families behind them."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
+    core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    core.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
+    )
+    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    return tokenizer
+
+
+@functools.cache
+def token_ids() -> dict[str, int]:
+    """Ids of the special tokens."""
+    tokenizer = make_tokenizer()
+    return {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL_TOKENS}
+
+
+# --- families ---
+
+
+@dataclass(frozen=True)
+class Family:
+    """How the checkpoints of one architecture are made."""
+
+    model_class: str
+    config: Callable[[], transformers.PretrainedConfig]
+    hub_names: Mapping[str, str] = field(default_factory=dict)
+    """Prefix of a module's name to the prefix on the hub; the first that matches applies."""
+    placeholders: Mapping[str, str] = field(default_factory=dict)
+    processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+
+
+def text_settings(**settings: Any) -> dict[str, Any]:
+    """A decoder of 3 layers with 4 query and 2 key/value heads."""
+    return {
+        "vocab_size": VOCAB_SIZE,
+        "hidden_size": HIDDEN_SIZE,
+        "intermediate_size": 96,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "rms_norm_eps": 1e-5,
+        "bos_token_id": None,
+        "eos_token_id": token_ids()["<|im_end|>"],
+        "pad_token_id": token_ids()["<|endoftext|>"],
+        **settings,
+    }
+
+
+def qwen_text_settings() -> dict[str, Any]:
+    """Rotary sections (time, height, width) for a head size of 16."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
+    return text_settings(rope_parameters=rope)
+
+
+def qwen_media_ids() -> dict[str, int]:
+    ids = token_ids()
+    return {
+        "vision_start_token_id": ids["<|vision_start|>"],
+        "vision_end_token_id": ids["<|vision_end|>"],
+        "vision_token_id": ids["<|vision_pad|>"],
+        "image_token_id": ids["<|image_pad|>"],
+        "video_token_id": ids["<|video_pad|>"],
+    }
+
+
+def qwen2_vl_config() -> transformers.PretrainedConfig:
+    vision = {
+        "depth": 3,
+        "embed_dim": 32,
+        "hidden_size": HIDDEN_SIZE,
+        "num_heads": 2,
+        "mlp_ratio": 2,
+        "patch_size": PATCH_SIZE,
+    }
+    return transformers.Qwen2VLConfig(text_config=qwen_text_settings(), vision_config=vision, **qwen_media_ids())
+
+
+def qwen2_5_vl_config() -> transformers.PretrainedConfig:
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "out_hidden_size": HIDDEN_SIZE,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": PATCH_SIZE,
+        "window_size": 56,  # 2 x 2 merged squares
+        "fullatt_block_indexes": [1],
+        "tokens_per_second": 4,
+    }
+    return transformers.Qwen2_5_VLConfig(text_config=qwen_text_settings(), vision_config=vision, **qwen_media_ids())
+
+
+def llava_config(tower: str = "clip", text: str = "llama", **settings: Any) -> transformers.PretrainedConfig:
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    vision_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[tower]
+    text_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[text]
+    defaults = {
+        "image_token_index": token_ids()["<image>"],
+        "vision_feature_layer": -2,
+        "vision_feature_select_strategy": "default" if tower == "clip" else "full",
+        "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    }
+    return transformers.LlavaConfig(
+        vision_config=vision_class(**vision),
+        text_config=text_class(**text_settings()),
+        **{**defaults, **settings},
+    )
+
+
+def qwen2_audio_config() -> transformers.PretrainedConfig:
+    audio = {
+        "num_mel_bins": 16,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "d_model": 32,
+        "max_source_positions": 50,
+    }
+    return transformers.Qwen2AudioConfig(
+        audio_config=transformers.Qwen2AudioEncoderConfig(**audio),
+        text_config=transformers.Qwen2Config(**text_settings()),
+        audio_token_index=token_ids()["<|AUDIO|>"],
+    )
+
+
+QWEN_VL_NAMES = {"model.language_model.": "model.", "model.visual.": "visual."}
+LLAVA_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.vision_tower.": "vision_tower.vision_model.",
+}
+AUDIO_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.multi_modal_projector.": "multi_modal_projector.",
+    "model.audio_tower.": "audio_tower.",
+}
+QWEN_VL_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        "image_processor_type": "Qwen2VLImageProcessor",
+        "processor_class": "Qwen2VLProcessor",
+        "min_pixels": MIN_PIXELS,
+        "max_pixels": MAX_PIXELS,
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+    "video_preprocessor_config.json": {
+        "video_processor_type": "Qwen2VLVideoProcessor",
+        "size": {"shortest_edge": MIN_PIXELS, "longest_edge": 12 * 28 * 28},
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+}
+LLAVA_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        "image_processor_type": "CLIPImageProcessor",
+        "processor_class": "LlavaProcessor",
+        "size": {"shortest_edge": IMAGE_SIZE},
+        "crop_size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+    },
+    "processor_config.json": {
+        "processor_class": "LlavaProcessor",
+        "image_token": "<image>",
+        "patch_size": PATCH_SIZE,
+        "num_additional_image_tokens": 1,
+        "vision_feature_select_strategy": "default",
+    },
+}
+AUDIO_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        "feature_extractor_type": "WhisperFeatureExtractor",
+        "processor_class": "Qwen2AudioProcessor",
+        "feature_size": 16,
+        "sampling_rate": 16000,
+        "hop_length": 160,
+        "n_fft": 400,
+        "chunk_length": 1,  # second, which is 100 frames of the spectrogram
+        "n_samples": 16000,
+        "nb_max_frames": 100,
+        "padding_value": 0.0,
+        "padding_side": "right",
+        "return_attention_mask": True,
+    },
+}
+
+LLAVA = "LlavaForConditionalGeneration"
+FAMILIES: dict[str, Family] = {
+    "llama": Family("LlamaForCausalLM", lambda: transformers.LlamaConfig(**text_settings())),
+    "llama_biased": Family(
+        "LlamaForCausalLM",
+        lambda: transformers.LlamaConfig(**text_settings(attention_bias=True, mlp_bias=True, head_dim=24)),
+    ),
+    "mistral": Family("MistralForCausalLM", lambda: transformers.MistralConfig(**text_settings(sliding_window=24))),
+    "qwen2": Family("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**text_settings())),
+    "qwen2_windowed": Family(
+        "Qwen2ForCausalLM",
+        lambda: transformers.Qwen2Config(
+            **text_settings(use_sliding_window=True, sliding_window=24, max_window_layers=1)
+        ),
+    ),
+    "llava": Family(LLAVA, llava_config, LLAVA_NAMES, {"IMAGE": "<image>"}, LLAVA_FILES),
+    "llava_siglip": Family(
+        LLAVA, lambda: llava_config("siglip", "qwen2"), LLAVA_NAMES, {"IMAGE": "<image>"}, LLAVA_FILES
+    ),
+    "llava_many_features": Family(
+        LLAVA,
+        lambda: llava_config(vision_feature_layer=[0, -2, -1], multimodal_projector_bias=False),
+        LLAVA_NAMES,
+        {"IMAGE": "<image>"},
+        LLAVA_FILES,
+    ),
+    "qwen2_vl": Family(
+        "Qwen2VLForConditionalGeneration",
+        qwen2_vl_config,
+        QWEN_VL_NAMES,
+        QWEN_PLACEHOLDERS,
+        QWEN_VL_FILES,
+    ),
+    "qwen2_5_vl": Family(
+        "Qwen2_5_VLForConditionalGeneration",
+        qwen2_5_vl_config,
+        QWEN_VL_NAMES,
+        QWEN_PLACEHOLDERS,
+        QWEN_VL_FILES,
+    ),
+    "qwen2_audio": Family(
+        "Qwen2AudioForConditionalGeneration",
+        qwen2_audio_config,
+        AUDIO_NAMES,
+        {"AUDIO": "<|audio_bos|><|AUDIO|><|audio_eos|>"},
+        AUDIO_FILES,
+    ),
+}
+
+
+# --- models and directories ---
+
+
+@torch.no_grad()
+def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
+    """Draw all weights from one seeded generator: activations stay near 1 in size, logits are spread."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if parameter.dim() >= 2:
+            gain = 3.0 if "lm_head" in name else 1.0
+            spread = 1.0 if "embed" in name and "patch" not in name else gain / math.sqrt(parameter[0].numel())
+            parameter.normal_(0, spread, generator=generator)
+        elif name.endswith("bias"):
+            parameter.normal_(0, 0.1, generator=generator)
+        else:
+            parameter.normal_(1, 0.1, generator=generator)
+    return model
+
+
+def make_hf_model(family: str, *, tied: bool = False, seed: int = 0) -> PreTrainedModel:
+    """The Hugging Face model of a family, in float32 and evaluation mode, with eager attention."""
+    made = FAMILIES[family]
+    config = made.config()
+    config.tie_word_embeddings = tied
+    config.architectures = [made.model_class]
+    config._attn_implementation = "eager"
+    model = getattr(transformers, made.model_class)(config)
+    return redraw(model, seed).eval()
+
+
+def make_checkpoint(
+    family: str,
+    *,
+    layout: Layout = "hub",
+    dtype: str = "float32",
+    tied: bool = False,
+    sharded: bool = False,
+    seed: int = 0,
+) -> Path:
+    """A checkpoint directory; made once per process and variant. Don't write into it."""
+    path = _root() / f"{family}-{layout}-{dtype}-{tied}-{sharded}-{seed}"
+    if path.is_dir():
+        return path
+    made = FAMILIES[family]
+    model = make_hf_model(family, tied=tied, seed=seed).to(getattr(torch, dtype))
+    model.config.dtype = getattr(torch, dtype)
+    unfinished = path.with_suffix(".part")
+    shutil.rmtree(unfinished, ignore_errors=True)
+    unfinished.mkdir()
+    if layout == "saved":
+        model.save_pretrained(unfinished, max_shard_size="100KB" if sharded else "1GB")
+    else:
+        model.config.save_pretrained(unfinished)
+        names = made.hub_names if layout == "hub" else {}
+        save_tensors(unfinished, model, names, num_files=3 if sharded else 1, tied=tied)
+    ids = token_ids()
+    transformers.GenerationConfig(
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False
+    ).save_pretrained(unfinished)
+    tokenizer = make_tokenizer()
+    tokenizer.chat_template = chat_template(made.placeholders)
+    tokenizer.save_pretrained(unfinished)
+    for name, content in made.processor_files.items():
+        (unfinished / name).write_text(json.dumps(content, indent=2))
+    return unfinished.rename(path)
+
+
+def chat_template(placeholders: Mapping[str, str]) -> str:
+    """The template with a family's placeholders; media that it doesn't take leave no trace."""
+    template = CHAT_TEMPLATE
+    for kind in ("IMAGE", "VIDEO", "AUDIO"):
+        template = template.replace(f"{kind}_PLACEHOLDER", placeholders.get(kind, ""))
+    return template
+
+
+def hub_name(name: str, renames: Mapping[str, str]) -> str:
+    """A tensor's name on the hub."""
+    for prefix, replacement in renames.items():
+        if name.startswith(prefix):
+            return replacement + name.removeprefix(prefix)
+    return name
+
+
+def save_tensors(path: Path, model: PreTrainedModel, renames: Mapping[str, str], *, num_files: int, tied: bool) -> None:
+    """Write a model's tensors under other names, in one file or several with an index."""
+    state = {
+        hub_name(name, renames): tensor.contiguous()
+        for name, tensor in model.state_dict().items()
+        if not (tied and name == "lm_head.weight")
+    }
+    if num_files == 1:
+        save_file(state, path / "model.safetensors", metadata={"format": "pt"})
+        return
+    weight_map = {}
+    for index in range(num_files):
+        file = f"model-{index + 1:05}-of-{num_files:05}.safetensors"
+        names = list(state)[index::num_files]  # scattered, as no order may be relied on
+        save_file({name: state[name] for name in names}, path / file, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(names, file)
+    (path / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
