@@ -1,0 +1,50 @@
+"""Refuses what could never be served, before it is queued.
+
+The front checks requests against the model; here is checked what depends on the memory that the engine found, and what
+would break the scheduler's own books if the front had missed it.
+"""
+
+from __future__ import annotations
+
+from sensorium.errors import InvalidRequestError
+from sensorium.messages import EngineRequest
+
+
+def check_request(request: EngineRequest, *, max_model_len: int, num_blocks: int, block_size: int) -> None:
+    """Raise `InvalidRequestError` unless the request can run to its end when it is alone."""
+    num_prompt_tokens = len(request.prompt_token_ids)
+    if num_prompt_tokens == 0:
+        raise InvalidRequestError("prompt: got 0 tokens, expected at least 1. Send a prompt that is not empty.")
+    max_prompt_tokens = max_model_len if request.pooling else max_model_len - 1
+    if num_prompt_tokens > max_prompt_tokens:
+        raise InvalidRequestError(
+            f"prompt too long to fit into the model: got {num_prompt_tokens} tokens, expected at most "
+            f"{max_prompt_tokens}. Shorten the prompt, or raise max_model_len."
+        )
+    _check_media(request, num_prompt_tokens)
+    max_tokens = request.sampling_params.max_tokens
+    longest = max_model_len if max_tokens is None else min(num_prompt_tokens + max_tokens, max_model_len)
+    # The last token is never computed: nothing follows it.
+    num_computed = num_prompt_tokens if request.pooling else longest - 1
+    if num_computed > num_blocks * block_size:
+        raise InvalidRequestError(
+            f"request too long for the KV cache: got up to {num_computed} tokens of prompt and output, expected at "
+            f"most {num_blocks * block_size} (num_blocks {num_blocks} of {block_size} tokens). Lower max_tokens or "
+            "max_model_len, or raise num_blocks or kv_cache_bytes."
+        )
+
+
+def _check_media(request: EngineRequest, num_prompt_tokens: int) -> None:
+    end = 0
+    for item in request.media:
+        if item.offset < end or item.length < 1 or item.end > num_prompt_tokens:
+            raise InvalidRequestError(
+                f"{item.modality} item {item.index}: got the span [{item.offset}, {item.end}), expected one within "
+                f"[{end}, {num_prompt_tokens}), behind the item before it. Check the placeholders in the prompt."
+            )
+        if item.is_media is not None and item.is_media.shape != (item.length,):
+            raise InvalidRequestError(
+                f"{item.modality} item {item.index}: got a row mask of shape {item.is_media.shape}, expected "
+                f"({item.length},). Check the placeholders in the prompt."
+            )
+        end = item.end

@@ -1,0 +1,68 @@
+"""Identity of full KV blocks: a hash chain over token ids and media.
+
+The KV of a position depends on everything up to it, so a block's hash covers its parent's hash. What a position's input
+is, follows from its token id, or, where a media row stands, from the item's key and the row's index in the item. Both
+are part of the hash: two adjacent items with one placeholder id have equal tokens for any split of their lengths, and
+only the row index tells the splits apart.
+
+Worked example, block size 4, an image of 6 rows at offset 3: block 0 holds its row 0, block 1 its rows 1 to 4, block 2
+its row 5. Their hashes cover (key, 0), (key, 1) and (key, 5).
+
+The digest has 256 bits and is never shortened.
+"""
+
+from __future__ import annotations
+
+from array import array
+from hashlib import blake2b
+
+from sensorium.scheduler.request import RequestState
+
+DIGEST_BYTES = 32
+
+
+def _lengthened(data: bytes) -> bytes:
+    """Data behind its length, so that what follows can't be mistaken for a part of it."""
+    return len(data).to_bytes(8, "little") + data
+
+
+def root_hash(cache_salt: str | None) -> bytes:
+    """The parent of a sequence's first block: equal only for requests with the same salt."""
+    salt = b"none" if cache_salt is None else b"salt" + _lengthened(cache_salt.encode("utf-8", "surrogatepass"))
+    return blake2b(salt, digest_size=DIGEST_BYTES).digest()
+
+
+def media_identity(request: RequestState, begin: int, end: int) -> bytes:
+    """What positions `[begin, end)` hold of the request's media items; empty where they hold none."""
+    parts = []
+    for span in request.spans_from(begin):
+        if span.start >= end:
+            break
+        parts.append(_lengthened(span.key.encode("utf-8", "surrogatepass")))
+        parts.append(span.num_rows_before(begin).to_bytes(8, "little"))
+        parts.append(max(span.start - begin, 0).to_bytes(8, "little"))
+        parts.append((min(span.end, end) - begin).to_bytes(8, "little"))
+        rows = span.row_positions(begin, end)
+        parts.append(b"all" if rows is None else b"some" + _lengthened(rows))
+    return b"".join(parts)
+
+
+def extend_block_hashes(request: RequestState, num_blocks: int, block_size: int) -> None:
+    """Append to `request.block_hashes` until it covers the first `num_blocks` blocks, which must be full."""
+    hashes = request.block_hashes
+    first = len(hashes)
+    if first >= num_blocks:
+        return
+    parent = hashes[-1] if hashes else root_hash(request.message.cache_salt)
+    # Signed 64 bits: ids at media rows may be negative or beyond the vocabulary.
+    tokens = array("q", request.token_ids[first * block_size : num_blocks * block_size]).tobytes()
+    block_bytes = 8 * block_size
+    last_media = request.spans[-1].end if request.spans else 0
+    for i in range(num_blocks - first):
+        digest = blake2b(parent, digest_size=DIGEST_BYTES)
+        digest.update(tokens[i * block_bytes : (i + 1) * block_bytes])
+        begin = (first + i) * block_size
+        if begin < last_media:
+            digest.update(media_identity(request, begin, begin + block_size))
+        parent = digest.digest()
+        hashes.append(parent)

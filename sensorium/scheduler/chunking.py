@@ -1,0 +1,169 @@
+"""Where a chunk may end: at a budget, before media that isn't encoded, never inside an item that must stay whole.
+
+Decides without changing anything; the step planner carries out what a draft says.
+
+Worked example, chunk limit 8, an image at positions 5 to 11 that nobody has encoded:
+    encoder budget left      the chunk is [0, 8), and the image is encoded in this step
+    none left                the chunk is [0, 5)
+    items stay whole         the chunk is [0, 5); the next one holds the image, all of it
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass, field
+
+from sensorium.config import ModelFeatures
+from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
+from sensorium.scheduler.request import MediaSpan, RequestState
+from sensorium.scheduler.step_plan import StepPlan
+
+
+class Shortage(enum.Enum):
+    """What a request would need for its next chunk and doesn't get in this step."""
+
+    BUDGET = enum.auto()
+    """Tokens, encoder rows or time of this step."""
+    BLOCKS = enum.auto()
+    """KV blocks."""
+    ENCODER_CACHE = enum.auto()
+    """Room in the encoder cache, which others hold."""
+
+
+@dataclass(slots=True, eq=False)
+class ChunkDraft:
+    """A chunk `[start, end)` that could be scheduled, and the encoder entries that it takes."""
+
+    start: int
+    end: int
+    encode: list[MediaSpan] = field(default_factory=list)
+    """Items to encode in this step."""
+    hold: list[MediaSpan] = field(default_factory=list)
+    """Items whose rows the chunk reads, those to encode included."""
+    num_rows: int = 0
+    """Rows of `encode`."""
+    num_newly_held_rows: int = 0
+    lacks_cache: bool = False
+    """The chunk was cut because the encoder cache is full of entries in use."""
+
+    def has_key(self, key: str) -> bool:
+        """Whether an item with this key is among `hold`."""
+        return any(span.key == key for span in self.hold)
+
+
+class ChunkPlanner:
+    """Drafts chunks after the rules of one model and one configuration."""
+
+    def __init__(
+        self, features: ModelFeatures, encoder_cache: EncoderCacheManager, *, enable_chunked_prefill: bool
+    ) -> None:
+        self._encodes = features.splits_media
+        self.keeps_items_whole = features.atomic_items or not features.splits_media
+        self.keeps_prompts_whole = not enable_chunked_prefill
+        self._cache = encoder_cache
+
+    @property
+    def may_exceed_budget(self) -> bool:
+        """Whether there are chunks that can't be cut down to any budget."""
+        return self.keeps_items_whole or self.keeps_prompts_whole
+
+    def min_chunk(self, request: RequestState, start: int) -> int:
+        """Fewest tokens that a chunk from `start` on may have."""
+        if self.keeps_prompts_whole:
+            return request.num_tokens - start
+        if self.keeps_items_whole:
+            span = next(request.spans_from(start), None)
+            if span is not None and span.start <= start:
+                return span.end - start
+        return 1
+
+    def round_prefix(self, request: RequestState, num_tokens: int, block_size: int) -> int:
+        """The longest prefix of whole blocks within `num_tokens` that ends inside no item that must stay whole."""
+        if self.keeps_items_whole:
+            for span in reversed(request.spans):
+                if span.start < num_tokens < span.end:
+                    num_tokens = span.start // block_size * block_size
+        return num_tokens
+
+    def draft(self, request: RequestState, plan: StepPlan, *, start: int, max_tokens: int) -> ChunkDraft | Shortage:
+        """The longest chunk from `start` on that this step has room for, in a table of `max_tokens` tokens."""
+        least = self.min_chunk(request, start)
+        size = min(request.num_tokens - start, plan.tokens_left)
+        if size < least:
+            return Shortage.BUDGET
+        room = plan.pace.token_room()
+        if room < size:
+            # The first prefill of a step may exceed the pace where it can't be cut: there must be progress.
+            size = room if plan.num_prefill_tokens else max(room, least)
+            if size < least:
+                return Shortage.BUDGET
+        if max_tokens - start < size:
+            size = max_tokens - start
+            if size < least:
+                return Shortage.BLOCKS
+        draft = ChunkDraft(start, start + size)
+        self._fit_media(request, draft, plan)
+        if draft.end - start < least:
+            return Shortage.ENCODER_CACHE if draft.lacks_cache else Shortage.BUDGET
+        return draft
+
+    def _fit_media(self, request: RequestState, draft: ChunkDraft, plan: StepPlan) -> None:
+        """Shorten a draft to what the media in it allow."""
+        for span in request.spans_from(draft.start):
+            if span.start >= draft.end:
+                break
+            if self.keeps_items_whole and span.end > draft.end:
+                draft.end = span.start
+                break
+            row = span.first_row_from(draft.start) if self._encodes else None
+            if row is None or row >= draft.end:
+                continue
+            if not self._cover(request, span, row, draft, plan):
+                draft.end = span.start if self.keeps_items_whole else row
+                break
+            if draft.encode and draft.encode[-1] is span and not self.keeps_prompts_whole:
+                # Encoding takes time that the chunk's tokens no longer have.
+                least_end = span.end if self.keeps_items_whole else row + 1
+                paced_end = draft.start + plan.pace.token_room(draft.num_rows)
+                draft.end = min(draft.end, max(paced_end, least_end))
+
+    def _cover(self, request: RequestState, span: MediaSpan, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
+        """Take an item into the draft, if it is encoded or can be in this step."""
+        if not draft.has_key(span.key):
+            newly_held = 0 if self._cache.is_held(span.key) else span.num_rows
+            if newly_held:
+                if plan.is_encoder_closed:
+                    return False
+                if not self._has_cache_room(newly_held, draft, plan, request):
+                    draft.lacks_cache = True
+                    return False
+            if span.key not in self._cache:
+                if not self._may_encode(span, row, draft, plan):
+                    return False
+                draft.encode.append(span)
+                draft.num_rows += span.num_rows
+            draft.num_newly_held_rows += newly_held
+        draft.hold.append(span)
+        return True
+
+    def _has_cache_room(self, num_rows: int, draft: ChunkDraft, plan: StepPlan, request: RequestState) -> bool:
+        """An item larger than the whole cache is taken in when nothing else is held."""
+        num_held = self._cache.num_held_rows + draft.num_newly_held_rows
+        if num_held == 0 or num_held + num_rows <= self._cache.capacity_rows:
+            return True
+        return self._lifts_limits(plan) and self._cache.is_held_only_by(request.request_id)
+
+    def _may_encode(self, span: MediaSpan, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
+        """The first item of a step is always encoded, whatever its size."""
+        if plan.num_rows + draft.num_rows == 0 or self._lifts_limits(plan):
+            return True
+        num_rows = draft.num_rows + span.num_rows
+        if num_rows > plan.rows_left:
+            return False
+        if self.keeps_prompts_whole and not plan.num_prefill_tokens:
+            return True  # it can't be cut, and there must be progress
+        return plan.pace.admits_rows(num_rows, row - draft.start)
+
+    def _lifts_limits(self, plan: StepPlan) -> bool:
+        """Whether a step must take all media of a prompt, however much that is."""
+        return plan.is_alone and self.keeps_prompts_whole

@@ -1,0 +1,174 @@
+"""A request as the scheduler sees it: its tokens, how many are computed, its blocks, and where its media stand.
+
+Owns nothing shared: blocks belong to the KV-cache manager, which writes the fields that are marked as its own, and
+encoder entries to the encoder-cache manager.
+"""
+
+from __future__ import annotations
+
+import enum
+from bisect import bisect_right
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from sensorium.messages import EngineRequest, MediaItem
+from sensorium.scheduler.stopping import StopRule
+
+
+class RequestStatus(enum.Enum):
+    """WAITING holds no block, RUNNING may hold blocks, FINISHED holds none and has had its final output."""
+
+    WAITING = enum.auto()
+    RUNNING = enum.auto()
+    FINISHED = enum.auto()
+
+
+class MediaSpan:
+    """Where one media item's rows stand in its prompt.
+
+    Worked example: a span at offset 10 with the mask [no, yes, yes, no, yes] has 3 rows, at positions 11, 12 and 14;
+    `rows_begin` is 11, `rows_end` is 15, and before position 13 stand 2 of its rows.
+    """
+
+    __slots__ = ("_row_positions", "end", "index", "key", "num_rows", "rows_begin", "rows_end", "start")
+
+    def __init__(self, item: MediaItem, index: int) -> None:
+        self.key = item.key
+        self.index = index
+        """The item's place in `EngineRequest.media`."""
+        self.start = item.offset
+        self.end = item.end
+        self._row_positions: np.ndarray[Any, np.dtype[np.intp]] | None = None
+        if item.is_media is None or item.is_media.all():
+            self.num_rows = item.length
+            self.rows_begin, self.rows_end = self.start, self.end
+            return
+        positions = np.flatnonzero(item.is_media) + item.offset
+        self._row_positions = positions
+        self.num_rows = len(positions)
+        self.rows_begin = int(positions[0]) if self.num_rows else self.start
+        self.rows_end = int(positions[-1]) + 1 if self.num_rows else self.start
+
+    def first_row_from(self, position: int) -> int | None:
+        """The first media row at `position` or behind it; None if there is none."""
+        if position <= self.rows_begin:
+            return self.rows_begin if self.num_rows else None
+        if position >= self.rows_end:
+            return None
+        if self._row_positions is None:
+            return position
+        return int(self._row_positions[np.searchsorted(self._row_positions, position)])
+
+    def num_rows_before(self, position: int) -> int:
+        """How many of the item's rows stand before `position`."""
+        if self._row_positions is None:
+            return min(max(position - self.start, 0), self.num_rows)
+        return int(np.searchsorted(self._row_positions, position))
+
+    def row_positions(self, begin: int, end: int) -> bytes | None:
+        """Which positions of `[begin, end)` are rows, as bytes; None where the whole span is rows."""
+        if self._row_positions is None:
+            return None
+        first, last = np.searchsorted(self._row_positions, (begin, end))
+        return (self._row_positions[first:last] - begin).astype("<i8").tobytes()
+
+
+class RequestState:
+    """One request from `add_request` to its final output.
+
+    Invariant: `num_computed_tokens < num_tokens` whenever a step may be scheduled, so there is always something to do;
+    while WAITING, `block_ids` is empty and `num_computed_tokens` is 0.
+    """
+
+    __slots__ = (
+        "_span_ends",
+        "block_hashes",
+        "block_ids",
+        "held_spans",
+        "is_cacheable",
+        "is_caught_up",
+        "message",
+        "num_cached_tokens",
+        "num_computed_tokens",
+        "num_prompt_logprobs",
+        "num_prompt_tokens",
+        "num_registered_blocks",
+        "order",
+        "pooling",
+        "request_id",
+        "spans",
+        "status",
+        "stop",
+        "token_ids",
+        "was_scheduled",
+    )
+
+    def __init__(self, message: EngineRequest, order: tuple[int, int], max_model_len: int) -> None:
+        self.message = message
+        self.request_id = message.request_id
+        self.pooling = message.pooling
+        self.order = order
+        """The request with the smaller order is served first. Unique."""
+        self.status = RequestStatus.WAITING
+        self.token_ids: list[int] = list(message.prompt_token_ids)
+        """Prompt and output."""
+        self.num_prompt_tokens = len(self.token_ids)
+        self.stop = StopRule.of(message, max_model_len)
+        self.num_computed_tokens = 0
+        """Tokens whose KV is written, from the first on."""
+        self.is_caught_up = False
+        """Has had a token sampled since it got its slot: it streams, and its share of a step is a decode."""
+        self.was_scheduled = False
+        """Has had a slot before."""
+        self.num_cached_tokens: int = 0
+        """Prompt tokens taken from the prefix cache when it first ran."""
+        self.num_prompt_logprobs = 0
+        """Prompt positions whose log probabilities went out."""
+        self.spans = tuple(MediaSpan(item, index) for index, item in enumerate(message.media))
+        self._span_ends = [span.end for span in self.spans]
+        # Fields of the KV-cache manager.
+        self.block_ids: list[int] = []
+        self.block_hashes: list[bytes] = []
+        """Hashes of the leading full blocks, as far as they were needed; they stay valid for the request's life."""
+        self.num_registered_blocks = 0
+        """Leading blocks of `block_ids` that came from the prefix cache or were offered to it."""
+        self.is_cacheable = True
+        self.held_spans: list[MediaSpan] = []
+        """Spans whose encoder entries this request holds."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Known tokens: prompt and output."""
+        return len(self.token_ids)
+
+    @property
+    def num_output_tokens(self) -> int:
+        """Tokens sampled so far."""
+        return len(self.token_ids) - self.num_prompt_tokens
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the final output went out."""
+        return self.status is RequestStatus.FINISHED
+
+    def spans_from(self, position: int) -> Iterator[MediaSpan]:
+        """The spans that end behind `position`, in order."""
+        for i in range(bisect_right(self._span_ends, position), len(self.spans)):
+            yield self.spans[i]
+
+    @property
+    def max_cached_tokens(self) -> int:
+        """Most tokens that may come from the prefix cache instead of being computed.
+
+        One token at least is computed, since its logits are wanted. A pooled vector may depend on every hidden
+        state. Prompt log probabilities need each prompt row once.
+        """
+        if self.pooling:
+            return 0
+        limit = self.num_tokens - 1
+        wants_prompt_logprobs = self.message.sampling_params.prompt_logprobs is not None
+        if wants_prompt_logprobs and self.num_prompt_logprobs < self.num_prompt_tokens - 1:
+            return min(limit, self.num_prompt_logprobs)
+        return limit

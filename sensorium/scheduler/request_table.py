@@ -1,0 +1,116 @@
+"""The life cycle of requests: waiting, running, finished, and what each transition takes or gives back.
+
+Owns the set of unfinished requests, the running list and the waiting line. Every way out of running goes through here,
+so that blocks, encoder entries and the worker's slot are given back together.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
+from sensorium.scheduler.kv_cache_manager import KVCacheManager
+from sensorium.scheduler.request import MediaSpan, RequestState, RequestStatus
+from sensorium.scheduler.request_queue import RequestQueue, by_order
+from sensorium.scheduler.stats import Counters
+
+
+class RequestTable:
+    """Invariant: each unfinished request is in exactly one of `running` (sorted by order) and `waiting`."""
+
+    def __init__(self, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager, counters: Counters) -> None:
+        self.by_id: dict[str, RequestState] = {}
+        self.running: list[RequestState] = []
+        self.waiting = RequestQueue()
+        self._kv_cache = kv_cache
+        self._encoder_cache = encoder_cache
+        self._counters = counters
+        self._freed_ids: list[str] = []
+
+    def add(self, request: RequestState) -> None:
+        """Put a new request in line."""
+        self.by_id[request.request_id] = request
+        self.waiting.push(request)
+
+    def start(self, request: RequestState, cached_block_ids: Sequence[int]) -> None:
+        """Take the request out of the line and give it a slot and a computed prefix."""
+        self.waiting.remove(request)
+        self._kv_cache.adopt(request, cached_block_ids)
+        request.status = RequestStatus.RUNNING
+        insort(self.running, request, key=by_order)
+
+    def preempt(self, request: RequestState) -> None:
+        """Put a running request back in line, at its old place; what it holds is free."""
+        del self.running[bisect_left(self.running, request.order, key=by_order)]
+        self._give_back(request)
+        request.status = RequestStatus.WAITING
+        request.is_caught_up = False
+        self.waiting.push(request)
+        self._counters.num_preemptions += 1
+
+    def finish(self, request: RequestState, *, has_failed: bool = False) -> None:
+        """End a request. What a failed one computed or encoded is used by nobody else."""
+        if request.status is RequestStatus.RUNNING:
+            del self.running[bisect_left(self.running, request.order, key=by_order)]
+            if has_failed:
+                self._encoder_cache.drop(span.key for span in request.spans)
+                self._kv_cache.discard(request)
+            self._give_back(request)
+        else:
+            self.waiting.remove(request)
+        request.status = RequestStatus.FINISHED
+        del self.by_id[request.request_id]
+
+    def hold(self, request: RequestState, spans: Sequence[MediaSpan]) -> None:
+        """Hold the encoder entries of these items for a running request, adding those that are to be encoded."""
+        cache = self._encoder_cache
+        # What is there is held first: adding entries may evict those that nobody holds.
+        for span in sorted(spans, key=lambda span: span.key not in cache):
+            if span not in request.held_spans:
+                self._counters.num_encoder_queries += 1
+                self._counters.num_encoder_hits += span.key in cache
+                request.held_spans.append(span)
+            cache.hold(span.key, span.num_rows, (request.request_id, span.index))
+
+    def release_computed_spans(self, request: RequestState) -> None:
+        """Let go of the encoder entries whose rows are all in the KV cache."""
+        still_held = []
+        for span in request.held_spans:
+            if span.rows_end <= request.num_computed_tokens:
+                self._encoder_cache.release(span.key, (request.request_id, span.index))
+            else:
+                still_held.append(span)
+        request.held_spans = still_held
+
+    def take_freed_ids(self) -> tuple[str, ...]:
+        """Requests whose slots are free since the last call."""
+        freed, self._freed_ids = tuple(self._freed_ids), []
+        return freed
+
+    @property
+    def has_freed_ids(self) -> bool:
+        """Whether there is something to tell the worker."""
+        return bool(self._freed_ids)
+
+    def check(self) -> None:
+        """Raise `AssertionError` unless the invariant holds."""
+        assert self.running == sorted(self.running, key=by_order), "running requests are out of order"
+        assert len(self.by_id) == len(self.running) + len(self.waiting), "a request is lost or doubled"
+        for request in self.running:
+            assert self.by_id[request.request_id] is request
+            assert request.status is RequestStatus.RUNNING
+        for i in range(len(self.waiting)):
+            waiting = self.waiting.peek(i)
+            assert waiting is not None
+            assert self.by_id[waiting.request_id] is waiting
+            assert waiting.status is RequestStatus.WAITING
+            assert not waiting.block_ids, "a request in line has blocks"
+            assert not waiting.held_spans, "a request in line holds encoder entries"
+
+    def _give_back(self, request: RequestState) -> None:
+        for span in request.held_spans:
+            self._encoder_cache.release(span.key, (request.request_id, span.index))
+        request.held_spans = []
+        self._kv_cache.release(request)
+        self._freed_ids.append(request.request_id)

@@ -1,0 +1,195 @@
+"""The scheduler as the engine core sees it: requests in, steps out, results in, news out.
+
+Owns the life of every request from `add_request` to its one final output. What a step computes is the step planner's
+decision; which blocks and encoder rows are kept, that of the two cache managers. Used by one thread, one step at a
+time: `schedule`, execute, `update`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
+from sensorium.errors import InvalidRequestError, OverloadedError
+from sensorium.messages import EngineOutput, EngineRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
+from sensorium.scheduler.admission import check_request
+from sensorium.scheduler.chunking import ChunkPlanner
+from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
+from sensorium.scheduler.kv_cache_manager import KVCacheManager
+from sensorium.scheduler.pacing import Pacer
+from sensorium.scheduler.request import RequestState
+from sensorium.scheduler.request_queue import order_of
+from sensorium.scheduler.request_table import RequestTable
+from sensorium.scheduler.stats import Counters, SchedulerStats
+from sensorium.scheduler.step_plan import StepPlan
+from sensorium.scheduler.step_planner import StepPlanner
+from sensorium.scheduler.step_results import StepResults
+
+
+class Scheduler:
+    """Invariant: every request that `add_request` accepted ends in exactly one output with a finish reason.
+
+    Args:
+        scheduler_config: Budgets, policy and pace.
+        cache_config: Block size and cache settings; its sizes in blocks or bytes are not read.
+        features: What the model can do; decides where chunks may end and whether media are encoded apart.
+        num_blocks: KV blocks that the worker allocated.
+        max_model_len: Most tokens of prompt and output together.
+        pacer: Costs of steps; measured from scratch unless given.
+    """
+
+    def __init__(
+        self,
+        scheduler_config: SchedulerConfig,
+        cache_config: CacheConfig,
+        features: ModelFeatures,
+        *,
+        num_blocks: int,
+        max_model_len: int,
+        pacer: Pacer | None = None,
+    ) -> None:
+        self._config = scheduler_config
+        self._num_blocks = num_blocks
+        self._max_model_len = max_model_len
+        encoder_cache_rows = cache_config.encoder_cache_rows
+        if encoder_cache_rows is None:
+            encoder_cache_rows = 4 * scheduler_config.max_num_encoder_rows
+        self._counters = Counters()
+        self._kv_cache = KVCacheManager(
+            num_blocks, cache_config.block_size, enable_prefix_caching=cache_config.enable_prefix_caching
+        )
+        self._encoder_cache = EncoderCacheManager(encoder_cache_rows)
+        self._table = RequestTable(self._kv_cache, self._encoder_cache, self._counters)
+        self._pacer = pacer or Pacer(scheduler_config.max_token_gap_s)
+        chunks = ChunkPlanner(
+            features, self._encoder_cache, enable_chunked_prefill=scheduler_config.enable_chunked_prefill
+        )
+        self._planner = StepPlanner(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters)
+        self._results = StepResults(self._table, self._kv_cache, self._encoder_cache)
+        self._num_arrivals = 0
+        self._in_flight: StepPlan | None = None
+
+    def add_request(self, request: EngineRequest) -> None:
+        """Put a request in line.
+
+        Raises:
+            InvalidRequestError: It could not run to its end even alone, or its id is in use.
+            OverloadedError: The line is full.
+        """
+        if request.request_id in self._table.by_id:
+            raise InvalidRequestError(
+                f"request_id: got {request.request_id!r}, expected an id that no unfinished request has. "
+                "Send another request_id."
+            )
+        check_request(
+            request,
+            max_model_len=self._max_model_len,
+            num_blocks=self._num_blocks,
+            block_size=self._kv_cache.block_size,
+        )
+        limit = self._config.max_waiting_requests
+        if limit is not None and len(self._table.waiting) >= limit:
+            raise OverloadedError(
+                f"waiting requests: got {len(self._table.waiting)} already, expected fewer than {limit}. "
+                "Try again later, or raise max_waiting_requests."
+            )
+        self._num_arrivals += 1
+        order = order_of(self._config.policy, request.priority, self._num_arrivals)
+        self._table.add(RequestState(request, order, self._max_model_len))
+
+    def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
+        """End requests, also between `schedule` and `update`; ids that are unknown or finished are ignored."""
+        outputs = []
+        for request_id in request_ids:
+            request = self._table.by_id.get(request_id)
+            if request is not None:
+                self._table.finish(request)
+                outputs.append(
+                    EngineOutput(
+                        request_id,
+                        finish_reason=FinishReason.ABORT,
+                        num_cached_tokens=request.num_cached_tokens,
+                    )
+                )
+        return outputs
+
+    def schedule(self) -> SchedulerOutput:
+        """The next step; without chunks only if no request is unfinished.
+
+        Every output goes to the worker, one without chunks too: it may tell what to free.
+        """
+        assert self._in_flight is None, "the last step's update is missing"
+        plan = self._planner.plan()
+        self._in_flight = plan
+        self._counters.num_steps += 1
+        return plan.to_output(
+            self._counters.num_steps, self._encoder_cache.take_freed_keys(), self._table.take_freed_ids()
+        )
+
+    def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
+        """Take in what a step brought; returns the news of its requests.
+
+        A worker that lost a whole step reports a failure for each of its requests.
+        """
+        plan, self._in_flight = self._in_flight, None
+        assert plan is not None, "there is no step to update"
+        assert step.step == self._counters.num_steps, f"got step {step.step}, expected {self._counters.num_steps}"
+        if plan.chunks and not result.failures:
+            self._pacer.observe(plan.num_prefill_tokens, plan.num_rows, result.encode_s, result.forward_s)
+        return self._results.apply(plan, result)
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether a step would have something to compute."""
+        return bool(self._table.by_id)
+
+    @property
+    def has_releases(self) -> bool:
+        """Whether the worker still keeps something of ended requests; one more step, if an empty one, frees it."""
+        return self._table.has_freed_ids or self._encoder_cache.has_freed_keys
+
+    @property
+    def num_unfinished(self) -> int:
+        """Requests that have not had their final output."""
+        return len(self._table.by_id)
+
+    def reset_prefix_cache(self) -> None:
+        """Forget all cached prefixes. Running requests go on, and what they compute is not shared."""
+        self._kv_cache.reset_prefix_cache(self._table.running)
+
+    def stats(self) -> SchedulerStats:
+        """Gauges and counters."""
+        counters, pool = self._counters, self._kv_cache.pool
+        return SchedulerStats(
+            num_running=len(self._table.running),
+            num_waiting=len(self._table.waiting),
+            num_blocks=pool.num_blocks,
+            num_free_blocks=pool.num_free,
+            num_cached_blocks=pool.num_cached,
+            kv_cache_usage=self._kv_cache.usage,
+            num_encoder_cache_rows=self._encoder_cache.num_rows,
+            num_steps=counters.num_steps,
+            num_preemptions=counters.num_preemptions,
+            num_block_evictions=pool.num_evictions,
+            num_prefix_query_tokens=counters.num_prefix_query_tokens,
+            num_prefix_hit_tokens=counters.num_prefix_hit_tokens,
+            num_encoder_queries=counters.num_encoder_queries,
+            num_encoder_hits=counters.num_encoder_hits,
+            num_encoded_rows=counters.num_encoded_rows,
+        )
+
+    def check(self) -> None:
+        """Raise `AssertionError` unless all books agree. For tests; costs time with the number of blocks."""
+        expected = [0] * self._num_blocks
+        for request in self._table.running:
+            for block_id in request.block_ids:
+                expected[block_id] += 1
+        self._kv_cache.pool.check(expected)
+        self._encoder_cache.check()
+        self._table.check()
+
+    def check_idle(self) -> None:
+        """Raise `AssertionError` unless nothing is held for anyone."""
+        self.check()
+        assert not self._table.by_id, f"unfinished: {list(self._table.by_id)}"
+        assert self._kv_cache.pool.num_free == self._num_blocks, "blocks leaked"
+        assert self._encoder_cache.num_held_rows == 0, "encoder entries leaked"

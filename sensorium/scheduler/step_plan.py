@@ -1,0 +1,94 @@
+"""One step while it is put together: what is in it so far, and what may still be added."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from sensorium.messages import EncoderInput, NewRequest, ScheduledChunk, SchedulerOutput
+from sensorium.scheduler.pacing import StepPace
+from sensorium.scheduler.request import MediaSpan, RequestState
+
+
+class StepPlan:
+    """Invariant: `chunks` keeps the order of insertion, decodes first; only decode chunks are ever taken out again."""
+
+    __slots__ = (
+        "_token_budget",
+        "chunks",
+        "computing",
+        "encoder_inputs",
+        "is_admission_closed",
+        "is_alone",
+        "is_encoder_closed",
+        "new_requests",
+        "num_prefill_tokens",
+        "num_rows",
+        "pace",
+        "rows_left",
+        "tokens_left",
+    )
+
+    def __init__(self, token_budget: int, row_budget: int, *, is_alone: bool = False) -> None:
+        self._token_budget = self.tokens_left = token_budget
+        self.rows_left = row_budget
+        self.is_alone = is_alone
+        """The step is for one request whose chunk fits no shared step; budgets of rows don't bind it."""
+        self.pace = StepPace()
+        self.chunks: dict[RequestState, ScheduledChunk] = {}
+        self.new_requests: list[NewRequest] = []
+        self.encoder_inputs: list[EncoderInput] = []
+        self.num_prefill_tokens = 0
+        self.num_rows = 0
+        """Encoder rows in the step."""
+        self.computing: set[bytes] = set()
+        """Hashes of blocks that this step fills: nobody may use them yet, but they will be there after it."""
+        self.is_admission_closed = False
+        """A running request lacks memory, or the line's head does: nobody else gets in."""
+        self.is_encoder_closed = False
+        """A request waits for room in the encoder cache: nobody behind it may take more of it."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of all chunks."""
+        return self._token_budget - self.tokens_left
+
+    def add_chunk(self, request: RequestState, num_tokens: int, new_block_ids: Sequence[int]) -> None:
+        """Add a request's next `num_tokens` tokens."""
+        begin = request.num_computed_tokens
+        is_last = begin + num_tokens == len(request.token_ids)
+        self.chunks[request] = ScheduledChunk(request.request_id, begin, num_tokens, tuple(new_block_ids), is_last)
+        self.tokens_left -= num_tokens
+
+    def cancel(self, request: RequestState) -> None:
+        """Take out a decode chunk; nothing happens where the request has none."""
+        chunk = self.chunks.pop(request, None)
+        if chunk is not None:
+            assert request.is_caught_up, "only decode chunks are taken out"
+            self.tokens_left += chunk.num_scheduled_tokens
+
+    def add_prefill(self, num_tokens: int, hashes: Sequence[bytes]) -> None:
+        """Count a prefill chunk, and the blocks that it fills."""
+        self.num_prefill_tokens += num_tokens
+        self.pace.add(num_tokens, 0)
+        self.computing.update(hashes)
+
+    def add_encoder_input(self, request: RequestState, span: MediaSpan) -> None:
+        """Encode an item in this step."""
+        self.encoder_inputs.append(EncoderInput(request.request_id, span.index))
+        self.num_rows += span.num_rows
+        self.rows_left -= span.num_rows
+        self.pace.add(0, span.num_rows)
+
+    def to_output(
+        self, step: int, free_encoder_keys: tuple[str, ...], freed_request_ids: tuple[str, ...]
+    ) -> SchedulerOutput:
+        """The finished step as a message."""
+        return SchedulerOutput(
+            step=step,
+            new_requests=tuple(self.new_requests),
+            chunks=tuple(self.chunks.values()),
+            encoder_inputs=tuple(self.encoder_inputs),
+            free_encoder_keys=free_encoder_keys,
+            freed_request_ids=freed_request_ids,
+            num_scheduled_tokens=self.num_tokens,
+        )

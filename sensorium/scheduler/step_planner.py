@@ -1,0 +1,281 @@
+"""Decides what a step computes: one token budget, no phases; computed tokens catch up with known ones.
+
+Requests that stream come first, with the token that each sampled last. Then, in the order of the policy, prefills that
+have begun and requests in line. A request that lacks KV blocks, or room in the encoder cache, takes them from the worst
+running request behind it; the worst itself waits. So the best request can always run, and every other in its turn.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+
+from sensorium.config import SchedulerConfig
+from sensorium.messages import NewRequest
+from sensorium.scheduler.chunking import ChunkDraft, ChunkPlanner, Shortage
+from sensorium.scheduler.kv_cache_manager import KVCacheManager
+from sensorium.scheduler.pacing import Pacer
+from sensorium.scheduler.request import RequestState, RequestStatus
+from sensorium.scheduler.request_queue import by_order, may_displace
+from sensorium.scheduler.request_table import RequestTable
+from sensorium.scheduler.stats import Counters
+from sensorium.scheduler.step_plan import StepPlan
+
+
+class _Admission(enum.Enum):
+    ADMITTED = enum.auto()
+    REFUSED = enum.auto()
+    HELD_BACK = enum.auto()
+    """Passed over in this step, in its own interest."""
+
+
+MAX_HELD_BACK = 16
+"""Requests passed over in one step because another computes their prefix; bounds the host's work."""
+
+
+class StepPlanner:
+    """Puts steps together. Between calls it remembers nothing but whether the last step was for one request alone."""
+
+    def __init__(
+        self,
+        config: SchedulerConfig,
+        table: RequestTable,
+        kv_cache: KVCacheManager,
+        chunks: ChunkPlanner,
+        pacer: Pacer,
+        counters: Counters,
+    ) -> None:
+        self._max_num_tokens = config.max_num_batched_tokens
+        self._max_num_rows = config.max_num_encoder_rows
+        # Each running request gets at least one token a step.
+        self._max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._table = table
+        self._kv_cache = kv_cache
+        self._chunks = chunks
+        self._pacer = pacer
+        self._counters = counters
+        self._last_was_alone = False
+
+    def plan(self) -> StepPlan:
+        """The next step. It is empty only if there is no request."""
+        plan = self._plan_alone() if self._chunks.may_exceed_budget else None
+        self._last_was_alone = plan is not None
+        if plan is None:
+            plan = StepPlan(self._max_num_tokens, self._max_num_rows)
+            self._add_decodes(plan)
+            plan.pace = self._pacer.begin_step(has_streams=bool(plan.chunks))
+            self._add_prefills(plan)
+        return plan
+
+    # Streams
+
+    def _add_decodes(self, plan: StepPlan) -> None:
+        """The tokens that running requests sampled last, best request first."""
+        running = self._table.running
+        block_size = self._kv_cache.block_size
+        i = 0
+        # By index: a victim always stands behind the request that takes its blocks.
+        while i < len(running) and plan.tokens_left:
+            request = running[i]
+            i += 1
+            if not request.is_caught_up:
+                continue
+            num_tokens = min(len(request.token_ids) - request.num_computed_tokens, plan.tokens_left)
+            end = request.num_computed_tokens + num_tokens
+            if end <= len(request.block_ids) * block_size:
+                plan.add_chunk(request, num_tokens, ())
+            elif self._free_blocks_for(request, end, plan):
+                plan.add_chunk(request, num_tokens, self._kv_cache.allocate(request, end))
+
+    def _free_blocks_for(self, request: RequestState, num_tokens: int, plan: StepPlan) -> bool:
+        """Preempt worse requests until the request's table can hold `num_tokens`."""
+        while self._kv_cache.max_tokens(request) < num_tokens:
+            if not self._preempt_for(request, Shortage.BLOCKS, plan):
+                return False
+        return True
+
+    # Memory
+
+    def _preempt_for(self, request: RequestState, shortage: Shortage, plan: StepPlan) -> bool:
+        """Preempt the worst running request that this one may displace and that has what is short.
+
+        If there is none, nobody behind this request may take more of it.
+        """
+        for victim in reversed(self._table.running):
+            if not may_displace(request, victim):
+                break
+            if shortage is Shortage.BLOCKS or victim.held_spans:
+                plan.cancel(victim)
+                plan.is_admission_closed = True
+                self._table.preempt(victim)
+                return True
+        if shortage is Shortage.BLOCKS:
+            plan.is_admission_closed = True
+        else:
+            plan.is_encoder_closed = True
+        return False
+
+    # Prefills
+
+    def _add_prefills(self, plan: StepPlan) -> None:
+        """Prefills that have begun and requests in line, merged in the order of the policy."""
+        begun = [request for request in self._table.running if not request.is_caught_up]
+        i = num_held_back = 0
+        while plan.tokens_left:
+            running = begun[i] if i < len(begun) else None
+            is_closed = plan.is_admission_closed or num_held_back == MAX_HELD_BACK
+            waiting = None if is_closed else self._table.waiting.peek(num_held_back)
+            if running is not None and (waiting is None or running.order < waiting.order):
+                i += 1
+                if running.status is RequestStatus.RUNNING:
+                    self._advance(running, plan)
+            elif waiting is None:
+                return
+            elif self._consider(waiting, plan) is _Admission.HELD_BACK:
+                num_held_back += 1
+
+    def _advance(self, request: RequestState, plan: StepPlan) -> None:
+        """Add the next chunk of a prefill that has begun, if there is room for one."""
+        start = request.num_computed_tokens
+        while True:
+            max_tokens = self._kv_cache.max_tokens(request)
+            draft = self._chunks.draft(request, plan, start=start, max_tokens=max_tokens)
+            if isinstance(draft, ChunkDraft):
+                self._add_prefill(request, draft, plan)
+                return
+            if draft is Shortage.BUDGET or not self._preempt_for(request, draft, plan):
+                return
+
+    def _add_prefill(
+        self, request: RequestState, draft: ChunkDraft, plan: StepPlan, cached_block_ids: Sequence[int] = ()
+    ) -> None:
+        """Carry out a draft for a running request."""
+        for span in draft.encode:
+            plan.add_encoder_input(request, span)
+        self._table.hold(request, draft.hold)
+        self._counters.num_encoded_rows += draft.num_rows
+        new_block_ids = self._kv_cache.allocate(request, draft.end)
+        num_tokens = draft.end - draft.start
+        plan.add_chunk(request, num_tokens, (*cached_block_ids, *new_block_ids))
+        hashes = self._kv_cache.full_block_hashes(request, draft.start, draft.end)
+        plan.add_prefill(num_tokens, hashes)
+
+    # The line
+
+    def _consider(self, request: RequestState, plan: StepPlan) -> _Admission:
+        """Let a request in if there is a slot, memory for all its known tokens, and room for a chunk in this step."""
+        if not self._has_slot(request):
+            plan.is_admission_closed = True
+            return _Admission.REFUSED
+        cached_block_ids = self._find_prefix(request)
+        if self._next_block_is_computing(request, len(cached_block_ids), plan):
+            return _Admission.HELD_BACK
+        draft = self._draft_first_chunk(request, len(cached_block_ids) * self._kv_cache.block_size, plan)
+        if draft is None or not self._make_room(request, cached_block_ids, plan):
+            plan.is_admission_closed = True  # nobody overtakes it and takes what it waits for
+            return _Admission.REFUSED
+        self._admit(request, cached_block_ids, draft, plan)
+        return _Admission.ADMITTED
+
+    def _has_slot(self, request: RequestState) -> bool:
+        """Whether there is a slot, or one that the request's priority gets it."""
+        running = self._table.running
+        return len(running) < self._max_num_running or may_displace(request, running[-1])
+
+    def _find_prefix(self, request: RequestState) -> list[int]:
+        block_size = self._kv_cache.block_size
+        block_ids = self._kv_cache.find_prefix(request)
+        num_tokens = self._chunks.round_prefix(request, len(block_ids) * block_size, block_size)
+        return block_ids[: num_tokens // block_size]
+
+    def _next_block_is_computing(self, request: RequestState, index: int, plan: StepPlan) -> bool:
+        """Whether another request computes in this step what this one would compute first.
+
+        After the step it is there for both: `n` outputs of one prompt cost one prefill.
+        """
+        if index >= min(len(request.block_hashes), request.max_cached_tokens // self._kv_cache.block_size):
+            return False
+        return request.block_hashes[index] in plan.computing
+
+    def _draft_first_chunk(self, request: RequestState, start: int, plan: StepPlan) -> ChunkDraft | None:
+        while True:
+            draft = self._chunks.draft(request, plan, start=start, max_tokens=request.num_tokens)
+            if isinstance(draft, ChunkDraft):
+                return draft
+            if draft is Shortage.BUDGET or not self._preempt_for(request, draft, plan):
+                return None
+
+    def _make_room(self, request: RequestState, cached_block_ids: Sequence[int], plan: StepPlan) -> bool:
+        """Free a slot and blocks for a request in line, if its priority allows it."""
+        while not self._has_room(request, cached_block_ids):
+            if not self._preempt_for(request, Shortage.BLOCKS, plan):
+                return False
+        return True
+
+    def _has_room(self, request: RequestState, cached_block_ids: Sequence[int]) -> bool:
+        """Whether all known tokens fit, beside what running requests need to go on for a while.
+
+        Running requests need the rest of their prefills and a block each to grow; without these they would be
+        preempted soon, and prefilled again.
+        """
+        kv_cache, running = self._kv_cache, self._table.running
+        if len(running) >= self._max_num_running:
+            return False
+        num_free = kv_cache.pool.num_free - kv_cache.pool.num_unused(cached_block_ids)
+        num_needed = kv_cache.num_blocks_for(request.num_tokens) - len(cached_block_ids)
+        for other in running:
+            num_needed += 1
+            if not other.is_caught_up:
+                num_needed += kv_cache.num_blocks_for(other.num_tokens) - len(other.block_ids)
+        return num_needed <= num_free
+
+    def _admit(self, request: RequestState, cached_block_ids: list[int], draft: ChunkDraft, plan: StepPlan) -> None:
+        self._table.start(request, cached_block_ids)
+        if not request.was_scheduled:
+            request.was_scheduled = True
+            request.num_cached_tokens = min(draft.start, request.num_prompt_tokens)
+            self._counters.num_prefix_query_tokens += request.num_prompt_tokens
+            self._counters.num_prefix_hit_tokens += request.num_cached_tokens
+        output_token_ids = tuple(request.token_ids[request.num_prompt_tokens :])
+        plan.new_requests.append(NewRequest(request.message, output_token_ids))
+        self._add_prefill(request, draft, plan, cached_block_ids)
+
+    # Steps for one request
+
+    def _plan_alone(self) -> StepPlan | None:
+        """A step for the next prefill alone, if its chunk can't be cut down to fit beside the streams.
+
+        Streams have every other step at least.
+        """
+        streams = [request for request in self._table.running if request.is_caught_up]
+        request = self._next_prefill()
+        if request is None or (streams and self._last_was_alone):
+            return None
+        start = request.num_computed_tokens
+        if request.status is RequestStatus.WAITING:
+            start = len(self._find_prefix(request)) * self._kv_cache.block_size
+        num_stream_tokens = sum(each.num_tokens - each.num_computed_tokens for each in streams)
+        if self._fits_beside(num_stream_tokens, request, start):
+            return None
+        token_budget = max(self._max_num_tokens, self._chunks.min_chunk(request, start))
+        plan = StepPlan(token_budget, self._max_num_rows, is_alone=True)
+        if request.status is RequestStatus.RUNNING:
+            self._advance(request, plan)
+        else:
+            self._consider(request, plan)
+        return plan if plan.chunks else None
+
+    def _next_prefill(self) -> RequestState | None:
+        begun = next((request for request in self._table.running if not request.is_caught_up), None)
+        waiting = self._table.waiting.peek(0)
+        if begun is None or waiting is None:
+            return begun or waiting
+        return min(begun, waiting, key=by_order)
+
+    def _fits_beside(self, num_stream_tokens: int, request: RequestState, start: int) -> bool:
+        """Whether the request's chunk fits a step that holds the streams and nothing else."""
+        plan = StepPlan(self._max_num_tokens - num_stream_tokens, self._max_num_rows)
+        draft = self._chunks.draft(request, plan, start=start, max_tokens=request.num_tokens)
+        if draft is Shortage.ENCODER_CACHE:
+            return not self._chunks.keeps_prompts_whole
+        return isinstance(draft, ChunkDraft)

@@ -1,0 +1,129 @@
+"""Takes in what a step brought: tokens, failures, computed blocks; decides who is finished.
+
+Owns nothing; changes requests through the table and the cache managers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from sensorium.messages import (
+    EngineOutput,
+    FinishReason,
+    ModelRunnerOutput,
+    RequestFailure,
+    ScheduledChunk,
+    TokenLogprobs,
+)
+from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
+from sensorium.scheduler.kv_cache_manager import KVCacheManager
+from sensorium.scheduler.request import RequestState
+from sensorium.scheduler.request_table import RequestTable
+from sensorium.scheduler.step_plan import StepPlan
+
+NO_RESULT = RequestFailure("The engine lost the result of this request. Send it again.")
+
+
+class StepResults:
+    """Applies results to requests. A request that ended while the step ran is passed over."""
+
+    def __init__(self, table: RequestTable, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager) -> None:
+        self._table = table
+        self._kv_cache = kv_cache
+        self._encoder_cache = encoder_cache
+
+    def apply(self, plan: StepPlan, result: ModelRunnerOutput) -> list[EngineOutput]:
+        """The news of a step's requests, in the order of its chunks."""
+        outputs = []
+        for request, chunk in plan.chunks.items():
+            failure = result.failures.get(request.request_id)
+            if request.is_finished:
+                if failure is not None:  # what it was to encode is not there
+                    self._encoder_cache.drop(span.key for span in request.spans)
+                continue
+            output = self._fail(request, failure) if failure is not None else self._advance(request, chunk, result)
+            if output is not None:
+                outputs.append(output)
+        return outputs
+
+    def _advance(self, request: RequestState, chunk: ScheduledChunk, result: ModelRunnerOutput) -> EngineOutput | None:
+        """Count a chunk as computed, and take in what was sampled after it. None: no news."""
+        request.num_computed_tokens += chunk.num_scheduled_tokens
+        prompt_logprobs: Sequence[TokenLogprobs] = ()
+        if result.prompt_logprobs:
+            prompt_logprobs = self._take_prompt_logprobs(request, chunk, result)
+        if not chunk.is_last:
+            self._settle(request)
+            return self._output(request, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+        if request.pooling:
+            return self._finish_pooling(request, result)
+        sampled = result.sampled_token_ids.get(request.request_id)
+        if not sampled:
+            return self._fail(request, NO_RESULT)
+        num_new, reason, stop_reason = _append(request, sampled)
+        request.is_caught_up = True
+        self._settle(request)
+        logprobs = result.logprobs.get(request.request_id, ()) if result.logprobs else ()
+        if reason is not None:
+            self._table.finish(request)
+        return EngineOutput(
+            request.request_id,
+            sampled if num_new == len(sampled) else sampled[:num_new],
+            logprobs[:num_new],
+            prompt_logprobs,
+            reason,
+            stop_reason,
+            None,
+            request.num_cached_tokens,
+        )
+
+    def _settle(self, request: RequestState) -> None:
+        """Offer full blocks to others, and let go of media that are in the KV cache."""
+        self._kv_cache.commit(request)
+        if request.held_spans:
+            self._table.release_computed_spans(request)
+
+    def _take_prompt_logprobs(
+        self, request: RequestState, chunk: ScheduledChunk, result: ModelRunnerOutput
+    ) -> Sequence[TokenLogprobs]:
+        """The prompt's log probabilities of a chunk that didn't go out before a preemption."""
+        entries = result.prompt_logprobs.get(request.request_id, ())
+        num_sent = request.num_prompt_logprobs
+        request.num_prompt_logprobs = max(num_sent, chunk.num_computed_tokens + len(entries))
+        return entries[max(num_sent - chunk.num_computed_tokens, 0) :]
+
+    def _finish_pooling(self, request: RequestState, result: ModelRunnerOutput) -> EngineOutput:
+        pooled = result.pooled.get(request.request_id)
+        if pooled is None:
+            return self._fail(request, NO_RESULT)
+        self._settle(request)
+        self._table.finish(request)
+        return self._output(request, finish_reason=FinishReason.STOP, pooled=pooled)
+
+    def _fail(self, request: RequestState, failure: RequestFailure) -> EngineOutput:
+        self._table.finish(request, has_failed=True)
+        return self._output(request, finish_reason=FinishReason.ERROR, failure=failure)
+
+    @staticmethod
+    def _output(request: RequestState, **news: Any) -> EngineOutput:
+        return EngineOutput(request.request_id, num_cached_tokens=request.num_cached_tokens, **news)
+
+
+def _append(request: RequestState, sampled: Sequence[int]) -> tuple[int, FinishReason | None, int | None]:
+    """Append sampled tokens up to one that ends the output; how many, and how it ended.
+
+    The KV of the last token is never written, and that of tokens the step guessed wrongly doesn't count: at most all
+    tokens but one are computed.
+    """
+    token_ids, stop = request.token_ids, request.stop
+    num_new = 0
+    end = None
+    for token_id in sampled:
+        token_ids.append(token_id)
+        num_new += 1
+        end = stop.check(token_id, len(token_ids))
+        if end is not None:
+            break
+    request.num_computed_tokens = min(request.num_computed_tokens, len(token_ids) - 1)
+    return (num_new, None, None) if end is None else (num_new, *end)
