@@ -62,11 +62,11 @@ class LoadTracker(TorchFunctionMode):
 
     def __enter__(self) -> Self:
         self._token = _active.set(self)
-        super().__enter__()
+        super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
     def __exit__(self, *exc_info: Any) -> None:
-        super().__exit__(*exc_info)
+        super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         assert self._token is not None, "left without having been entered"
         _active.reset(self._token)
 

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from sensorium.errors import ModelError
-from sensorium.kernels import gelu_and_mul, quick_gelu, silu_and_mul
+from sensorium.kernels import gelu, gelu_and_mul, quick_gelu, silu_and_mul
 from sensorium.model_executor.layers.linear import refuse_quantization
 
 Activation = Callable[[torch.Tensor], torch.Tensor]
@@ -42,6 +42,22 @@ class GeluAndMul(nn.Module):
         return gelu_and_mul(x, self.approximate)
 
 
+class GELU(nn.Module):
+    """`x * Phi(x)`.
+
+    Args:
+        approximate: "none" (with erf) or "tanh".
+    """
+
+    def __init__(self, approximate: str = "none") -> None:
+        super().__init__()
+        self.approximate = approximate
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Same shape as `x`."""
+        return gelu(x, self.approximate)
+
+
 class QuickGELU(nn.Module):
     """`x * sigmoid(1.702 x)`, CLIP's approximation of GELU."""
 
@@ -59,11 +75,11 @@ class ReLUSquared(nn.Module):
 
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
-    "gelu": nn.GELU,
+    "gelu": GELU,
     # Three spellings of one formula, with tanh in the place of erf.
-    "gelu_fast": lambda: nn.GELU(approximate="tanh"),
-    "gelu_new": lambda: nn.GELU(approximate="tanh"),
-    "gelu_pytorch_tanh": lambda: nn.GELU(approximate="tanh"),
+    "gelu_fast": lambda: GELU(approximate="tanh"),
+    "gelu_new": lambda: GELU(approximate="tanh"),
+    "gelu_pytorch_tanh": lambda: GELU(approximate="tanh"),
     "linear": nn.Identity,
     "quick_gelu": QuickGELU,
     "relu": nn.ReLU,

@@ -20,6 +20,7 @@ from sensorium.kernels import rotary_embedding
 from sensorium.model_executor.layers.activation import get_act_fn
 from sensorium.model_executor.layers.linear import (
     ColumnParallelLinear,
+    LinearOutput,
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
@@ -47,6 +48,10 @@ class PatchEmbedding(ReplicatedLinear):
         """Fill `param`, flattening a convolution's weight."""
         flat = loaded_weight.flatten(1) if loaded_weight.dim() > 2 else loaded_weight
         copy_weight(param.data, flat, self._name_of(param))
+
+    def forward(self, x: torch.Tensor) -> LinearOutput:
+        """As `ReplicatedLinear`; patches of another dtype are converted, as processors return float32."""
+        return super().forward(x.to(self.weight.dtype))
 
 
 def image_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:

@@ -109,10 +109,8 @@ class LinearBase(nn.Module):
     def forward(self, x: torch.Tensor) -> LinearOutput:
         """`(..., input_size)` to `(..., output_size)`, and the bias if it was not added."""
         bias = None if self.skip_bias_add else self.bias
-        if self._packed is None:
-            output = F.linear(x, self.weight, bias)
-        else:
-            output = packed_linear(x, self._packed, bias)
+        packed = self._packed
+        output = F.linear(x, self.weight, bias) if packed is None else packed_linear(x, packed, bias)
         return output, self.bias if self.skip_bias_add else None
 
     def extra_repr(self) -> str:

@@ -193,7 +193,7 @@ class Qwen2VLForConditionalGeneration(MediaLanguageModel):
         **kwargs: Any,
     ) -> dict[int, Sequence[torch.Tensor]]:
         """See `MediaLanguageModel`; each modality comes as patches or as given rows, with the items' grids."""
-        encoded = {}
+        encoded: dict[int, Sequence[torch.Tensor]] = {}
         for token_id, patches, embeds, grid_thw in (
             (self.config.image_token_id, pixel_values, image_embeds, image_grid_thw),
             (self.config.video_token_id, pixel_values_videos, video_embeds, video_grid_thw),

@@ -1,0 +1,228 @@
+"""Qwen2-Audio: Whisper's tower, pooled to a row per 40 ms, in front of Qwen2.
+
+Paper: Chu et al. 2024, "Qwen2-Audio Technical Report". Reference: `transformers` `Qwen2AudioForConditionalGeneration`.
+Placeholders: each `<|AUDIO|>` token becomes as many as the sound has rows, at most 750 for 30 s; what is longer is cut
+off.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import lru_cache
+from typing import Any, TypeAlias
+
+import numpy as np
+import torch
+
+from sensorium.config import EngineConfig, ModelConfig
+from sensorium.errors import InvalidRequestError, InvalidTypeError
+from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
+from sensorium.logger import get_logger, warn_once
+from sensorium.model_executor.layers.linear import ReplicatedLinear
+from sensorium.model_executor.models.media_common import (
+    as_items,
+    check_embeddings,
+    expand_placeholders,
+    language_config,
+    stacked,
+)
+from sensorium.model_executor.models.media_language_model import MediaLanguageModel
+from sensorium.model_executor.models.qwen2 import Qwen2ForCausalLM
+from sensorium.model_executor.models.utils import WeightsMapper, maybe_prefix
+from sensorium.model_executor.models.whisper_encoder import WhisperEncoder, rows_of_frames
+from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+from sensorium.multimodal.audio import resample_audio
+from sensorium.sequence import SequenceData
+
+logger = get_logger(__name__)
+
+Sound: TypeAlias = Any
+"""Samples `(num_samples,)`, or a pair of samples and their rate in Hz; or given rows `(num_rows, hidden_size)`."""
+
+
+# Input processor and mapper
+
+
+def feature_extractor(model_config: ModelConfig) -> Any:
+    """The checkpoint's feature extractor."""
+    return _feature_extractor(model_config.model, model_config.revision)
+
+
+@lru_cache(maxsize=16)
+def _feature_extractor(model: str, revision: str | None) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    return AutoFeatureExtractor.from_pretrained(model, revision=revision)
+
+
+def samples_of(sound: Sound, extractor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Samples `(num_samples,)` at the model's rate, at most as many as it hears.
+
+    Raises:
+        InvalidTypeError: Not samples of one channel.
+        InvalidRequestError: A rate or a sample that isn't finite and positive.
+    """
+    samples, rate = sound if isinstance(sound, tuple) and len(sound) == 2 else (sound, extractor.sampling_rate)
+    samples = np.asarray(samples)
+    if samples.ndim != 1 or samples.dtype.kind not in "fiu":
+        raise InvalidTypeError(
+            f"Invalid audio type: got an array of shape {samples.shape} and type {samples.dtype}, expected samples "
+            "(num_samples,) or a pair (samples, sampling_rate). Mix the channels down to one."
+        )
+    if not (np.isfinite(rate) and rate > 0 and np.isfinite(samples).all()):
+        raise InvalidRequestError(
+            f"audio: got samples that are not finite, or a rate of {rate} Hz, expected finite samples and a rate "
+            "above 0."
+        )
+    samples = samples.astype(np.float32)
+    if rate != extractor.sampling_rate:
+        samples = resample_audio(samples, orig_sr=rate, target_sr=extractor.sampling_rate)
+    if len(samples) > extractor.n_samples:
+        seconds = extractor.n_samples / extractor.sampling_rate
+        warn_once(logger, f"Sounds longer than {seconds:g} s are cut off there, as the reference does.")
+    return samples[: extractor.n_samples]
+
+
+def num_rows_of(num_frames: int) -> int:
+    """Decoder rows of a sound with this many frames of 10 ms."""
+    return (rows_of_frames(num_frames) - 2) // 2 + 1
+
+
+def num_rows_of_sound(sound: Sound, ctx: InputContext) -> int:
+    """Decoder rows of a sound.
+
+    Raises:
+        InvalidRequestError: It is too short to give any.
+    """
+    if isinstance(sound, torch.Tensor):
+        return len(check_embeddings(sound, None, ctx.get_hf_config().get_text_config().hidden_size, "audio_embeds"))
+    extractor = feature_extractor(ctx.model_config)
+    num_samples = len(samples_of(sound, extractor))
+    num_rows = num_rows_of(min(-(-num_samples // extractor.hop_length), extractor.nb_max_frames))
+    if num_rows < 1:
+        raise InvalidRequestError(
+            f"audio too short: got {num_samples} samples at {extractor.sampling_rate} Hz, expected at least "
+            f"{2 * extractor.hop_length + 1}. Send a longer sound."
+        )
+    return num_rows
+
+
+def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
+    """Repeat each audio token once per row."""
+    data = inputs.get("multi_modal_data") or {}
+    if "audio" not in data:
+        return inputs
+    sounds, token_id = as_items(data["audio"]), ctx.get_hf_config().audio_token_id
+    counts = [num_rows_of_sound(sound, ctx) for sound in sounds]
+    token_ids, ranges = expand_placeholders(inputs["prompt_token_ids"], {token_id: counts}, {token_id: "audio"})
+    inputs["prompt_token_ids"] = token_ids
+    inputs["multi_modal_placeholders"] = {"audio": ranges[token_id]}
+    return inputs
+
+
+def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
+    """As many sounds of full length as the limit allows, then zeros."""
+    extractor, num_sounds = feature_extractor(ctx.model_config), mm_counts["audio"]
+    num_tokens = num_sounds * max_audio_tokens(ctx)
+    tokens = SequenceData.from_prompt_token_counts(
+        (ctx.get_hf_config().audio_token_id, num_tokens), (0, max(seq_len - num_tokens, 0))
+    )
+    sound = (np.zeros(extractor.n_samples, dtype=np.float32), extractor.sampling_rate)
+    return DummyData(tokens, {"audio": [sound] * num_sounds} if num_sounds else None)
+
+
+def map_sounds(ctx: InputContext, data: Sound | list[Sound]) -> MultiModalKwargs:
+    """`input_features` `(sounds, mel bins, frames)` and `feature_attention_mask` `(sounds, frames)`, or `audio_embeds`."""
+    sounds = as_items(data)
+    if any(isinstance(sound, torch.Tensor) for sound in sounds):
+        return MultiModalKwargs({"audio_embeds": sounds})
+    extractor = feature_extractor(ctx.model_config)
+    features = extractor(
+        [samples_of(sound, extractor) for sound in sounds],
+        sampling_rate=extractor.sampling_rate,
+        return_attention_mask=True,
+        padding="max_length",
+        return_tensors="pt",
+    )
+    return MultiModalKwargs(
+        {"input_features": features["input_features"], "feature_attention_mask": features["attention_mask"]}
+    )
+
+
+def max_audio_tokens(ctx: InputContext) -> int:
+    """Rows of a sound of full length."""
+    return num_rows_of(feature_extractor(ctx.model_config).nb_max_frames)
+
+
+# The model
+
+
+class Qwen2AudioEncoder(WhisperEncoder):
+    """Whisper's tower, with each two rows averaged before the last norm."""
+
+    def forward(self, features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
+        """Rows of the sounds, one sound behind the other, `(sum of num_rows_of(n), d_model)`."""
+        hidden_states = super().forward(features, num_frames)
+        parts = torch.split(hidden_states, [rows_of_frames(each) for each in num_frames])
+        even = [part[: len(part) // 2 * 2] for part in parts]  # a last row alone is left out
+        pooled = torch.cat(even).view(-1, 2, hidden_states.shape[-1]).mean(dim=1)
+        rows: torch.Tensor = self.layer_norm(pooled)
+        return rows
+
+
+@MULTIMODAL_REGISTRY.register_input_mapper("audio", map_sounds)
+@MULTIMODAL_REGISTRY.register_max_multimodal_tokens("audio", max_audio_tokens)
+@MULTIMODAL_REGISTRY.register_placeholder_tokens("audio", lambda ctx: ctx.get_hf_config().audio_token_id)
+@MULTIMODAL_REGISTRY.register_placeholder_str("audio", lambda i: f"Audio {i}: <|audio_bos|><|AUDIO|><|audio_eos|>\n")
+@INPUT_REGISTRY.register_dummy_data(dummy_data)
+@INPUT_REGISTRY.register_input_processor(input_processor)
+class Qwen2AudioForConditionalGeneration(MediaLanguageModel):
+    """Tower, projector and decoder."""
+
+    names = WeightsMapper(
+        orig_to_new_substr={"multi_modal_projector.linear.": "multi_modal_projector."},
+        orig_to_new_prefix={
+            "model.language_model.": "language_model.model.",
+            "model.": "",
+            "lm_head.": "language_model.lm_head.",
+        },
+    )
+
+    def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
+        super().__init__()
+        self.config = hf_config = config.model_config.hf_config
+        self.audio_tower = Qwen2AudioEncoder(
+            hf_config.audio_config, config.quant_config, prefix=maybe_prefix(prefix, "audio_tower")
+        )
+        self.multi_modal_projector = ReplicatedLinear(
+            hf_config.audio_config.d_model,
+            hf_config.get_text_config().hidden_size,
+            prefix=maybe_prefix(prefix, "multi_modal_projector"),
+        )
+        self.language_model = Qwen2ForCausalLM(
+            config=language_config(config), prefix=maybe_prefix(prefix, "language_model")
+        )
+
+    def placeholder_token_ids(self) -> list[int]:
+        """See `MediaLanguageModel`."""
+        return [self.config.audio_token_id]
+
+    def encode_media(
+        self, input_features: Any = None, feature_attention_mask: Any = None, audio_embeds: Any = None, **kwargs: Any
+    ) -> dict[int, Sequence[torch.Tensor]]:
+        """See `MediaLanguageModel`; spectrograms `(..., mel bins, frames)` with masks `(..., frames)`, or given rows."""
+        token_id = self.config.audio_token_id
+        if audio_embeds is not None:
+            return {token_id: given_rows(audio_embeds)}
+        if input_features is None:
+            return {}
+        num_frames = stacked(feature_attention_mask, 1).sum(-1).tolist()
+        rows = self.multi_modal_projector(self.audio_tower(stacked(input_features, 2), num_frames))[0]
+        return {token_id: torch.split(rows, [num_rows_of(each) for each in num_frames])}
+
+
+def given_rows(embeds: Any) -> list[torch.Tensor]:
+    """Rows of each sound, out of a batch in which their numbers may differ."""
+    if isinstance(embeds, torch.Tensor):
+        return list(stacked(embeds, 2))
+    return [rows for each in embeds for rows in given_rows(each)]
