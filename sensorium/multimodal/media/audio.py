@@ -142,9 +142,7 @@ def to_mono(frame: AudioFrame) -> NDArray[np.float32]:
     # Planar formats come as (channels, samples); interleaved ones as (1, samples x channels).
     pcm = pcm if frame.format.is_planar else pcm.reshape(-1, channels).T
     scaled = _full_scale_to_one(pcm)
-    if channels == 1:
-        return scaled[0]
-    mono: NDArray[np.float32] = scaled.mean(axis=0, dtype=np.float32)
+    mono: NDArray[np.float32] = scaled[0] if channels == 1 else scaled.mean(axis=0, dtype=np.float32)
     return mono
 
 
@@ -154,5 +152,6 @@ def _full_scale_to_one(pcm: NDArray[Any]) -> NDArray[np.float32]:
     if pcm.dtype.kind == "f":
         return samples
     if pcm.dtype == np.uint8:
-        return (samples - 128.0) / 128.0
-    return samples * np.float32(2.0 ** (1 - 8 * pcm.dtype.itemsize))
+        samples -= 128.0
+    samples *= 2.0 ** (1 - 8 * pcm.dtype.itemsize)
+    return samples
