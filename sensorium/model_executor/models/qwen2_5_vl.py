@@ -25,7 +25,7 @@ from sensorium.model_executor.models.qwen2_vision import (
     starts_of,
 )
 from sensorium.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration, map_videos
-from sensorium.model_executor.models.qwen_vl_inputs import Item
+from sensorium.model_executor.models.qwen_vl_inputs import Item, grids_of
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 
 if TYPE_CHECKING:
@@ -107,26 +107,25 @@ def map_timed_videos(
     *,
     min_pixels: int | None = None,
     max_pixels: int | None = None,
-    fps: float | None = None,
 ) -> MultiModalKwargs:
-    """As Qwen2-VL's, and `second_per_grid_ts` `(videos,)`: seconds that one step of the grid in time takes.
-
-    Args:
-        ctx: The model's context.
-        data: A clip or a dict with given rows, or a list of them. A dict may have `second_per_grid_ts` too.
-        min_pixels: Least pixels of a frame.
-        max_pixels: Most pixels of a frame.
-        fps: Frames per second of the clips as they are given.
-    """
+    """As Qwen2-VL's, and `second_per_grid_ts` `(videos,)`: seconds that one step of the grid in time takes."""
     mapped = map_videos(ctx, data, min_pixels=min_pixels, max_pixels=max_pixels)
-    config = ctx.get_hf_config().vision_config
-    default = config.temporal_patch_size / (fps or DEFAULT_FPS)
-    given = [item.get("second_per_grid_ts") for item in as_items(data) if isinstance(item, Mapping)]
-    if given and all(each is not None for each in given):
-        mapped["second_per_grid_ts"] = torch.cat([torch.as_tensor(each).float().flatten() for each in given])
-    else:
-        mapped["second_per_grid_ts"] = torch.full((len(mapped["video_grid_thw"]),), default)
+    frames_per_step = ctx.get_hf_config().vision_config.temporal_patch_size
+    seconds = [seconds_per_step(clip, frames_per_step) for clip in as_items(data)]
+    mapped["second_per_grid_ts"] = torch.cat(seconds)
     return mapped
+
+
+def seconds_per_step(clip: Item, frames_per_step: int) -> torch.Tensor:
+    """Seconds that a step of the grid takes, `(1,)`, or `(clips,)` for a dict of given rows, which may say them."""
+    if isinstance(clip, Mapping):
+        given = clip.get("second_per_grid_ts", torch.ones(len(grids_of(clip["video_grid_thw"]))))
+        return torch.as_tensor(given, dtype=torch.float32).reshape(-1)
+    metadata = getattr(clip, "metadata", None) or {}
+    fps = metadata.get("fps") or DEFAULT_FPS
+    if metadata.get("frames_indices") is not None and metadata.get("total_num_frames"):
+        fps *= len(metadata["frames_indices"]) / metadata["total_num_frames"]
+    return torch.tensor([frames_per_step / fps], dtype=torch.float32)
 
 
 @MULTIMODAL_REGISTRY.register_input_mapper("video", map_timed_videos)

@@ -7,6 +7,7 @@ off.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any, TypeAlias
@@ -55,12 +56,12 @@ def _feature_extractor(model: str, revision: str | None) -> Any:
     return AutoFeatureExtractor.from_pretrained(model, revision=revision)
 
 
-def samples_of(sound: Sound, extractor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Samples `(num_samples,)` at the model's rate, at most as many as it hears.
+def checked(sound: Sound, extractor: Any) -> tuple[np.ndarray[Any, Any], float]:
+    """Samples `(num_samples,)` and their rate in Hz.
 
     Raises:
         InvalidTypeError: Not samples of one channel.
-        InvalidRequestError: A rate or a sample that isn't finite and positive.
+        InvalidRequestError: A rate or a sample is not finite, or the rate not positive.
     """
     samples, rate = sound if isinstance(sound, tuple) and len(sound) == 2 else (sound, extractor.sampling_rate)
     samples = np.asarray(samples)
@@ -71,16 +72,20 @@ def samples_of(sound: Sound, extractor: Any) -> np.ndarray[Any, np.dtype[np.floa
         )
     if not (np.isfinite(rate) and rate > 0 and np.isfinite(samples).all()):
         raise InvalidRequestError(
-            f"audio: got samples that are not finite, or a rate of {rate} Hz, expected finite samples and a rate "
-            "above 0."
+            f"audio: got samples that are not finite, or a rate of {rate} Hz, expected finite samples and a positive "
+            "rate. Check how the sound was decoded."
         )
-    samples = samples.astype(np.float32)
-    if rate != extractor.sampling_rate:
-        samples = resample_audio(samples, orig_sr=rate, target_sr=extractor.sampling_rate)
-    if len(samples) > extractor.n_samples:
+    return samples, rate
+
+
+def heard_samples(sound: Sound, extractor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """Samples `(num_samples,)` at the model's rate, at most as many as it hears."""
+    samples, rate = checked(sound, extractor)
+    resampled = resample_audio(samples.astype(np.float32), orig_sr=rate, target_sr=extractor.sampling_rate)
+    if len(resampled) > extractor.n_samples:
         seconds = extractor.n_samples / extractor.sampling_rate
         warn_once(logger, f"Sounds longer than {seconds:g} s are cut off there, as the reference does.")
-    return samples[: extractor.n_samples]
+    return resampled[: extractor.n_samples]
 
 
 def num_rows_of(num_frames: int) -> int:
@@ -97,8 +102,9 @@ def num_rows_of_sound(sound: Sound, ctx: InputContext) -> int:
     if isinstance(sound, torch.Tensor):
         return len(check_embeddings(sound, None, ctx.get_hf_config().get_text_config().hidden_size, "audio_embeds"))
     extractor = feature_extractor(ctx.model_config)
-    num_samples = len(samples_of(sound, extractor))
-    num_rows = num_rows_of(min(-(-num_samples // extractor.hop_length), extractor.nb_max_frames))
+    samples, rate = checked(sound, extractor)
+    num_samples = math.ceil(len(samples) * extractor.sampling_rate / rate)
+    num_rows = num_rows_of(min(math.ceil(num_samples / extractor.hop_length), extractor.nb_max_frames))
     if num_rows < 1:
         raise InvalidRequestError(
             f"audio too short: got {num_samples} samples at {extractor.sampling_rate} Hz, expected at least "
@@ -132,13 +138,13 @@ def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) ->
 
 
 def map_sounds(ctx: InputContext, data: Sound | list[Sound]) -> MultiModalKwargs:
-    """`input_features` `(sounds, mel bins, frames)` and `feature_attention_mask` `(sounds, frames)`, or `audio_embeds`."""
+    """`input_features` `(sounds, mel bins, frames)` with `feature_attention_mask` `(sounds, frames)`, or given rows."""
     sounds = as_items(data)
     if any(isinstance(sound, torch.Tensor) for sound in sounds):
         return MultiModalKwargs({"audio_embeds": sounds})
     extractor = feature_extractor(ctx.model_config)
     features = extractor(
-        [samples_of(sound, extractor) for sound in sounds],
+        [heard_samples(sound, extractor) for sound in sounds],
         sampling_rate=extractor.sampling_rate,
         return_attention_mask=True,
         padding="max_length",
@@ -210,7 +216,7 @@ class Qwen2AudioForConditionalGeneration(MediaLanguageModel):
     def encode_media(
         self, input_features: Any = None, feature_attention_mask: Any = None, audio_embeds: Any = None, **kwargs: Any
     ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; spectrograms `(..., mel bins, frames)` with masks `(..., frames)`, or given rows."""
+        """See `MediaLanguageModel`; spectrograms `(..., mel bins, frames)` with their masks, or given rows."""
         token_id = self.config.audio_token_id
         if audio_embeds is not None:
             return {token_id: given_rows(audio_embeds)}

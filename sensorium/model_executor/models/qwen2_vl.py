@@ -17,7 +17,7 @@ import torch
 from sensorium.config import EngineConfig
 from sensorium.errors import InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
-from sensorium.inputs.mrope import get_mrope_positions
+from sensorium.inputs.mrope import positions_from_kwargs
 from sensorium.model_executor.models.media_common import (
     as_items,
     expand_placeholders,
@@ -42,7 +42,7 @@ def input_processor(
     max_pixels: int | None = None,
 ) -> TokenInputs:
     """Expand each item's placeholder to the number of rows that follows from its size."""
-    data = dict(inputs.get("multi_modal_data") or {})
+    data = inputs.get("multi_modal_data") or {}
     kinds = [
         VisionInputs(ctx, modality, min_pixels=min_pixels, max_pixels=max_pixels)
         for modality in ("image", "video")
@@ -50,13 +50,15 @@ def input_processor(
     ]
     if not kinds:
         return inputs
-    data |= {kind.modality: kind.split(data[kind.modality]) for kind in kinds}
-    counts = {kind.token_id: [kind.num_rows(kind.grid(item)) for item in data[kind.modality]] for kind in kinds}
+    grids = {kind.token_id: [kind.grids(item) for item in as_items(data[kind.modality])] for kind in kinds}
+    counts = {kind.token_id: [kind.num_rows(grid) for each in grids[kind.token_id] for grid in each] for kind in kinds}
     names = {kind.token_id: kind.modality for kind in kinds}
     token_ids, ranges = expand_placeholders(inputs["prompt_token_ids"], counts, names)
     inputs["prompt_token_ids"] = token_ids
-    inputs["multi_modal_data"] = data
-    inputs["multi_modal_placeholders"] = {kind.modality: ranges[kind.token_id] for kind in kinds}
+    # A dict with several grids is one item with several ranges, which are found by their tokens.
+    inputs["multi_modal_placeholders"] = {
+        names[token_id]: ranges[token_id] for token_id in counts if all(len(each) == 1 for each in grids[token_id])
+    }
     return inputs
 
 
@@ -86,24 +88,24 @@ def _map(kind: VisionInputs, data: Item | list[Item]) -> MultiModalKwargs:
     items = as_items(data)
     if not any(isinstance(item, Mapping) for item in items):
         return preprocess(kind.processor, items)
-    parts = kind.split(items)
-    if not all(isinstance(part, Mapping) for part in parts):
-        raise InvalidTypeError(
-            f"{kind.modality} data: got both pictures and given rows in one list, expected one kind. Map them apart."
-        )
-    return MultiModalKwargs({name: torch.cat([part[name] for part in parts]) for name in (kind.embeds, kind.grid_thw)})
+    given = [item for item in items if isinstance(item, Mapping) and kind.grids(item)]
+    if len(given) < len(items):
+        raise InvalidTypeError(f"{kind.modality} data: got pictures beside given rows, expected one kind in a call.")
+    return MultiModalKwargs(
+        {name: torch.cat([stacked(item[name], 1) for item in given]) for name in (kind.embeds, kind.grid_thw)}
+    )
 
 
 def max_image_tokens(ctx: InputContext, *, min_pixels: int | None = None, max_pixels: int | None = None) -> int:
     """Rows of the largest picture that fits into the model's length."""
     kind = VisionInputs(ctx, "image", min_pixels=min_pixels, max_pixels=max_pixels)
-    return kind.num_rows(kind.grid(kind.largest(kind.max_rows)))
+    return kind.num_rows(*kind.grids(kind.largest(kind.max_rows)))
 
 
 def max_video_tokens(ctx: InputContext, *, min_pixels: int | None = None, max_pixels: int | None = None) -> int:
     """Rows of the largest clip that fits into the model's length."""
     kind = VisionInputs(ctx, "video", min_pixels=min_pixels, max_pixels=max_pixels)
-    return kind.num_rows(kind.grid(kind.largest(kind.max_rows)))
+    return kind.num_rows(*kind.grids(kind.largest(kind.max_rows)))
 
 
 def dummy_data(
@@ -124,7 +126,7 @@ def dummy_data(
             continue
         kind = VisionInputs(ctx, modality, min_pixels=min_pixels, max_pixels=max_pixels)
         item = kind.largest(min(share, kind.max_rows))
-        num_rows = kind.num_rows(kind.grid(item))
+        num_rows = kind.num_rows(*kind.grids(item))
         start, end = (config.vision_start_token_id, 1), (config.vision_end_token_id, 1)
         pieces += [start, (kind.token_id, num_rows), end] * mm_counts[modality]
         data[modality] = [item] * mm_counts[modality]
@@ -170,13 +172,7 @@ class Qwen2VLForConditionalGeneration(MediaLanguageModel):
         cls, input_tokens: Sequence[int], hf_config: Any, mm_kwargs: Mapping[str, Any]
     ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], int]:
         """M-RoPE positions `(3, num_tokens)` of an expanded prompt, and what to add to the index of later tokens."""
-        return get_mrope_positions(
-            input_tokens,
-            hf_config=hf_config,
-            image_grid_thw=grids_of(mm_kwargs.get("image_grid_thw")),
-            video_grid_thw=grids_of(mm_kwargs.get("video_grid_thw")),
-            second_per_grid_ts=mm_kwargs.get("second_per_grid_ts"),
-        )
+        return positions_from_kwargs(input_tokens, hf_config, mm_kwargs)
 
     def placeholder_token_ids(self) -> list[int]:
         """See `MediaLanguageModel`."""

@@ -16,7 +16,7 @@ from PIL import Image
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs import InputContext
-from sensorium.model_executor.models.media_common import as_items, check_embeddings, stacked
+from sensorium.model_executor.models.media_common import check_embeddings, stacked
 from sensorium.model_executor.models.qwen2_vision import Grid
 from sensorium.multimodal.image import cached_get_image_processor
 from sensorium.multimodal.smart_resize import smart_resize
@@ -53,48 +53,35 @@ class VisionInputs:
         # Most rows of any prompt: one token of the model's length is for the output.
         self.max_rows = ctx.model_config.max_model_len - 1
 
-    def split(self, data: Item | list[Item]) -> list[Item]:
-        """The items of a modality's data. A dict of given rows holds as many as it has grids.
-
-        Raises:
-            InvalidTypeError: A dict lacks the rows or their grids.
-            InvalidRequestError: Rows don't fit their grids.
-        """
-        return [part for item in as_items(data) for part in self._parts(item)]
-
-    def _parts(self, item: Item) -> list[Item]:
-        if not isinstance(item, Mapping):
-            return [item]
-        embeds, grid_thw = item.get(self.embeds), item.get(self.grid_thw)
-        if not isinstance(grid_thw, torch.Tensor) or not grid_thw.numel() or grid_thw.shape[-1] != 3:
-            raise InvalidTypeError(
-                f"{self.modality} given as a dict: got the keys {sorted(item)}, expected tensors "
-                f"{self.embeds} (rows, "
-                f"hidden_size) and {self.grid_thw} (items, 3). Pass both."
-            )
-        counts = [self.num_rows(grid) for grid in grids_of(grid_thw)]
-        width = self.config.get_text_config().hidden_size
-        rows = torch.split(check_embeddings(embeds, sum(counts), width, self.embeds), counts)
-        grids = grid_thw.reshape(-1, 1, 3)
-        return [{self.embeds: rows[i], self.grid_thw: grids[i]} for i in range(len(counts))]
-
-    def grid(self, item: Item) -> Grid:
-        """An item's grid of patches.
+    def grids(self, item: Item) -> list[Grid]:
+        """An item's grid of patches; of a dict of given rows, which may hold several pictures or clips, all of them.
 
         Raises:
             InvalidTypeError: It is nothing that a grid follows from.
+            InvalidRequestError: Given rows don't fit their grids.
         """
         if isinstance(item, Mapping):
-            return grids_of(item[self.grid_thw])[0]
+            return self._given_grids(item)
         if self.modality == "image" and isinstance(item, Image.Image):
-            return self.grid_of_size(1, item.height, item.width)
+            return [self.grid_of_size(1, item.height, item.width)]
         if self.modality == "video" and isinstance(item, np.ndarray) and item.ndim == 4:
-            return self.grid_of_size(*item.shape[:3])
+            return [self.grid_of_size(*item.shape[:3])]
         raise InvalidTypeError(
-            f"Invalid {self.modality} type: got {type(item).__name__}, expected a PIL image, an array of "
-            "frames (frames, "
-            f"height, width, 3), or a dict with {self.embeds} and {self.grid_thw}."
+            f"Invalid {self.modality} type: got {type(item).__name__}, expected a PIL image, an array of frames "
+            f"(frames, height, width, 3), or a dict with {self.embeds} and {self.grid_thw}."
         )
+
+    def _given_grids(self, item: Mapping[str, Any]) -> list[Grid]:
+        grid_thw = item.get(self.grid_thw)
+        if not isinstance(grid_thw, torch.Tensor) or not grid_thw.numel() or grid_thw.shape[-1] != 3:
+            raise InvalidTypeError(
+                f"{self.modality} given as a dict: got the keys {sorted(item)}, expected tensors {self.embeds} (rows, "
+                f"hidden_size) and {self.grid_thw} (items, 3). Pass both."
+            )
+        grids = grids_of(grid_thw)
+        num_rows, width = sum(map(self.num_rows, grids)), self.config.get_text_config().hidden_size
+        check_embeddings(item.get(self.embeds), num_rows, width, self.embeds)
+        return grids
 
     def grid_of_size(self, num_frames: int, height: int, width: int) -> Grid:
         """The grid of a picture (one frame) or a clip of this size in pixels."""
