@@ -65,7 +65,7 @@ def resolve_mm_processor_kwargs(
     request_kwargs: Mapping[str, Any] | None,
     function: Callable[..., Any],
     *,
-    allow_any: bool = False,
+    allow_var_kwargs: bool = False,
 ) -> dict[str, Any]:
     """The keyword arguments with which a registered callable is called.
 
@@ -75,20 +75,18 @@ def resolve_mm_processor_kwargs(
 
     A name passes if it is a keyword-only parameter of the callable. Others are dropped with a warning, never an
     error, because one set is offered to the callables of all modalities. `functools.partial` counts a bound keyword,
-    and every parameter behind it, as keyword-only. With `allow_any` (the built-in mappers, which hand everything to a
-    Hugging Face processor that does its own filtering) all names pass.
+    and every parameter behind it, as keyword-only. With `allow_var_kwargs` a `**kwargs` takes every name that is no
+    positional parameter: so it is with the built-in mappers, which hand all to a Hugging Face processor that picks.
 
     For example, with `f(ctx, data, *, num_crops=4)`, engine `{"num_crops": 8, "ctx": 0}` and request
     `{"num_crops": 16}`, the call is `f(ctx, data, num_crops=16)`.
     """
     init_kwargs = init_kwargs or {}
     request_kwargs = request_kwargs or {}
-    if allow_any:
-        return {**init_kwargs, **request_kwargs}
-    resolved, dropped = _split(function, init_kwargs)
+    resolved, dropped = _split(function, init_kwargs, allow_var_kwargs)
     for name in dropped:  # the same at every call: say it once
         warn_once(logger, _dropped_message(name, function))
-    overrides, dropped = _split(function, request_kwargs)
+    overrides, dropped = _split(function, request_kwargs, allow_var_kwargs)
     for name in dropped:
         logger.warning(_dropped_message(name, function))
     return {**resolved, **overrides}
@@ -103,14 +101,17 @@ def accepted_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> 
     return {name: value for name, value in kwargs.items() if name in named}
 
 
-def _split(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], list[str]]:
-    """`kwargs` that name keyword-only parameters, and the other names."""
+def _split(
+    function: Callable[..., Any], kwargs: Mapping[str, Any], allow_var_kwargs: bool
+) -> tuple[dict[str, Any], list[str]]:
+    """`kwargs` that pass, and the other names."""
     if not kwargs:
         return {}, []
-    parameters = inspect.signature(function).parameters
-    keyword_only = {name for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
-    passing = {name: value for name, value in kwargs.items() if name in keyword_only}
-    return passing, [name for name in kwargs if name not in keyword_only]
+    kinds = {name: p.kind for name, p in inspect.signature(function).parameters.items()}
+    takes_any = allow_var_kwargs and inspect.Parameter.VAR_KEYWORD in kinds.values()
+    fallback = inspect.Parameter.KEYWORD_ONLY if takes_any else None
+    passing = {n: value for n, value in kwargs.items() if kinds.get(n, fallback) is inspect.Parameter.KEYWORD_ONLY}
+    return passing, [name for name in kwargs if name not in passing]
 
 
 def _dropped_message(name: str, function: Callable[..., Any]) -> str:

@@ -45,16 +45,11 @@ class InputContext:
         return self._get_hf_processor(typ, None, kwargs)
 
     def _get_hf_processor(self, typ: Any, tokenizer: Any, kwargs: Mapping[str, Any]) -> Any:
-        from sensorium.multimodal.hf_processors import cached_get_processor
+        from sensorium.multimodal.hf_processors import cached_get_processor, processor_options, processor_settings
 
         config = self.model_config
-        processor = cached_get_processor(
-            config.model,
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision,
-            tokenizer=tokenizer,
-            **{**(config.mm_processor_kwargs or {}), **kwargs},
-        )
+        settings = processor_settings({**(config.mm_processor_kwargs or {}), **kwargs})
+        processor = cached_get_processor(config.model, tokenizer=tokenizer, **settings | processor_options(config))
         _check_type("Hugging Face processor", processor, typ)
         return processor
 

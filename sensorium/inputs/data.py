@@ -23,6 +23,8 @@ class TextPrompt(TypedDict):
 
     prompt: str
     multi_modal_data: NotRequired[MultiModalDataDict]
+    multi_modal_uuids: NotRequired[Mapping[str, Any]]
+    """By modality: names by which the caller vouches for items' identity, instead of a digest of their content."""
     mm_processor_kwargs: NotRequired[dict[str, Any]]
 
 
@@ -32,6 +34,7 @@ class TokensPrompt(TypedDict):
     prompt_token_ids: list[int]
     token_type_ids: NotRequired[list[int]]
     multi_modal_data: NotRequired[MultiModalDataDict]
+    multi_modal_uuids: NotRequired[Mapping[str, Any]]
     mm_processor_kwargs: NotRequired[dict[str, Any]]
 
 

@@ -7,7 +7,7 @@ Signatures are read once, at load; a call costs one small dict.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
@@ -58,10 +58,10 @@ def constructor_kwargs(model_class: type, config: EngineConfig, prefix: str = ""
                            `parallel_config`, `device_config`, `load_config`, `quant_config`, `lora_config`
     =====================  ==========================================================================================
 
-    `config` is the Hugging Face config if any of the last row's names stands beside it (the style of older engines), or
-    if its annotation names a class other than `EngineConfig`. Without either sign it is the `EngineConfig` if it can
-    only be given by keyword, as in `__init__(self, *, config, prefix="")`, and the Hugging Face config otherwise, as in
-    `__init__(self, config)`.
+    `config` is the Hugging Face config if `vllm_config` or any of the last row's names stands beside it (the style of
+    older engines), or if its annotation names a class other than `EngineConfig`. Without either sign it is the
+    `EngineConfig` if it can only be given by keyword, as in `__init__(self, *, config, prefix="")`, and the Hugging
+    Face config otherwise, as in `__init__(self, config)`.
 
     Raises `ModelError` (a `TypeError`) for a required parameter of another name.
     """
@@ -123,14 +123,14 @@ def _config_parts(config: EngineConfig) -> dict[str, Any]:
 
 
 def _config_is_engine_config(parameters: Parameters, parts: Mapping[str, Any]) -> bool:
-    if any(name in parameters for name in parts):
+    if any(name in parameters for name in ("vllm_config", *parts)):
         return False
     config = parameters["config"]
-    if config.annotation is not config.empty and config.annotation not in (Any, object, "Any", "object"):
-        annotation = config.annotation
-        name = annotation.__name__ if isinstance(annotation, type) else str(annotation)
-        return "EngineConfig" in name or "VllmConfig" in name
-    return config.kind is config.KEYWORD_ONLY
+    annotation = config.annotation
+    name = annotation.__name__ if isinstance(annotation, type) else str(annotation).rpartition(".")[2]
+    if annotation is config.empty or name in ("Any", "object"):
+        return config.kind is config.KEYWORD_ONLY
+    return "EngineConfig" in name or "VllmConfig" in name
 
 
 def _constructor_parameters(model_class: type) -> dict[str, inspect.Parameter]:
@@ -177,10 +177,10 @@ class ForwardAdapter:
 
     def __init__(self, model: nn.Module) -> None:
         self._model = model
-        parameters = inspect.signature(type(model).forward).parameters
-        named = [p for p in list(parameters.values())[1:] if p.kind in _NAMED_KINDS]
+        parameters = list(inspect.signature(model.forward).parameters.values())
+        named = [p for p in parameters if p.kind in _NAMED_KINDS]
         self._names = frozenset(p.name for p in named)
-        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+        self._takes_any = any(p.kind is p.VAR_KEYWORD for p in parameters)
         self.media_parameters: tuple[str, ...] = tuple(p.name for p in named if p.name not in _ENGINE_PARAMETERS)
         """Names of the parameters for media, in order."""
         engine_only = [p.name for p in named if p.name == "intermediate_tensors"]
@@ -188,8 +188,8 @@ class ForwardAdapter:
         self._absent: dict[str, None] = dict.fromkeys([*engine_only, *no_default])
         self._check_positional_only(parameters)
 
-    def _check_positional_only(self, parameters: Parameters) -> None:
-        for parameter in list(parameters.values())[1:]:
+    def _check_positional_only(self, parameters: Sequence[inspect.Parameter]) -> None:
+        for parameter in parameters:
             if parameter.kind is parameter.POSITIONAL_ONLY:
                 raise ModelError(
                     f"forward of {type(self._model).__name__}: got the positional-only parameter {parameter.name!r}, "

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 from sensorium.errors import ConfigError, ModelError, UnregisteredModalityError
 from sensorium.inputs.callables import ClassRegistry, check_callable, resolve_mm_processor_kwargs
 from sensorium.inputs.context import InputContext
+from sensorium.logger import get_logger, warn_once
 from sensorium.multimodal.inputs import MultiModalKwargs, check_leaves
 from sensorium.multimodal.placeholder_map import IndexMap, MultiModalPlaceholderMap
 
@@ -28,6 +29,8 @@ __all__ = [
     "PlaceholderTokens",
     "supports_multimodal",
 ]
+
+logger = get_logger(__name__)
 
 C = TypeVar("C", bound=type)
 
@@ -116,7 +119,7 @@ class MultiModalPlugin(ABC):
             model_config.mm_processor_kwargs,
             mm_processor_kwargs,
             mapper,
-            allow_any=mapper == self._default_input_mapper,
+            allow_var_kwargs=mapper == self._default_input_mapper,
         )
         mapped = mapper(InputContext(model_config), data, **kwargs)
         name = getattr(mapper, "__qualname__", type(mapper).__name__)
@@ -154,7 +157,15 @@ class MultiModalPlugin(ABC):
         Raises `ConfigError` (a `ValueError`) if the registered function returns less than 1.
         """
         model_class = model_config.model_class
-        if model_class is None or not supports_multimodal(model_class) or model_class not in self._max_mm_tokens:
+        if model_class is None or not supports_multimodal(model_class):
+            return 0
+        if model_class not in self._max_mm_tokens:
+            if self.has_input_mapper(model_class):
+                warn_once(
+                    logger,
+                    f"{model_class.__name__} takes {self.get_data_key()!r} data, but has no maximum number of tokens "
+                    f"for it, which counts as 0. Add register_max_multimodal_tokens({self.get_data_key()!r}, ...).",
+                )
             return 0
         calc = self._max_mm_tokens[model_class]
         if callable(calc):

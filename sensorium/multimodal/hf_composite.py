@@ -1,8 +1,8 @@
 """Whole Hugging Face processors, put together from parts that need no torchvision.
 
 `AutoProcessor` refuses checkpoints whose processor has a video part where torchvision is absent, even for text and
-pictures. Here the processor's class is found by name, each part is loaded by the cached functions of `hf_processors` and
-`video_processor`, and the class is called with them, so that its own logic of placeholders is used as it stands.
+pictures. Here the processor's class is found by name, each part is loaded by the cached functions of `hf_processors`
+and `video_processor`, and the class is called with them, so that its own logic of placeholders is used as it stands.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any
 
 from sensorium.errors import ProcessorError
 from sensorium.multimodal.hf_processors import (
+    Backend,
     cached_get_image_processor,
     cached_get_tokenizer,
     hide_torchvision,
@@ -27,7 +28,12 @@ _FILES_NAMING_THE_CLASS = ("processor_config.json", "preprocessor_config.json", 
 
 
 def load_processor(
-    name: str, trust_remote_code: bool, revision: str | None, tokenizer: Any, backend: str, settings: Mapping[str, Any]
+    name: str,
+    trust_remote_code: bool,
+    revision: str | None,
+    tokenizer: Any,
+    backend: Backend,
+    settings: Mapping[str, Any],
 ) -> Any:
     """The processor of a checkpoint, with another tokenizer and settings for its parts where given.
 
@@ -52,7 +58,7 @@ def load_processor(
 
 
 @lru_cache(maxsize=16)
-def _load(name: str, trust_remote_code: bool, revision: str | None, backend: str) -> Any:
+def _load(name: str, trust_remote_code: bool, revision: str | None, backend: Backend) -> Any:
     if backend == "pil":
         hide_torchvision()
     try:
@@ -80,7 +86,7 @@ def _find_class(name: str, revision: str | None) -> Any:
             return getattr(transformers, class_name, None)
     config_class = type(transformers.AutoConfig.from_pretrained(name, revision=revision))
     mapping = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING
-    return mapping[config_class] if config_class in mapping else None
+    return mapping.get(config_class, None)
 
 
 def _load_part(part: str, name: str, trust_remote_code: bool, revision: str | None) -> Any:
@@ -103,5 +109,8 @@ def _accepting_any_video_processor(processor_class: Any) -> Any:
             return type(argument)
         return processor_class.check_argument_for_proper_class(self, argument_name, argument)
 
-    methods = {"check_argument_for_proper_class": check_argument_for_proper_class}
+    def describe(self: Any) -> str:  # transformers' own writes JSON, and logs it at every load
+        return f"{processor_class.__name__}({', '.join(processor_class.get_attributes())})"
+
+    methods = {"check_argument_for_proper_class": check_argument_for_proper_class, "__repr__": describe}
     return type(processor_class.__name__, (processor_class,), methods)

@@ -16,19 +16,43 @@ from __future__ import annotations
 import importlib
 import json
 import sys
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sensorium.errors import ConfigError, InvalidRequestError, ProcessorError
 
+if TYPE_CHECKING:
+    from sensorium.config import ModelConfig
+
 Backend: TypeAlias = Literal["pil", "torchvision"]
 
+_CHOSEN_BY_ENGINE = frozenset({"processor_name", "trust_remote_code", "revision", "backend", "tokenizer"})
+"""Arguments of the functions below that are no settings."""
+_NO_SETTINGS = frozenset({"return_tensors", "device", "data_format", "input_data_format"})
+"""Keywords of a Hugging Face processor's call that settle where and in which layout its output is."""
 _CACHED_FILES = 16
 """Checkpoints whose files stay parsed."""
 _CACHED_SETTINGS = 64
 """Processors kept for combinations of settings. Requests choose these, so there is a bound."""
+
+
+def processor_options(model_config: ModelConfig) -> dict[str, Any]:
+    """For the functions below: which files, code and backend a model's processors are loaded with.
+
+    The backend may be set by the engine's `mm_processor_kwargs`, not by a request's.
+    """
+    return {
+        "trust_remote_code": model_config.trust_remote_code,
+        "revision": model_config.revision,
+        "backend": (model_config.mm_processor_kwargs or {}).get("backend", "pil"),
+    }
+
+
+def processor_settings(mm_processor_kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """For the functions below: `mm_processor_kwargs` without names by which a request could choose files or code."""
+    return {name: value for name, value in mm_processor_kwargs.items() if name not in _CHOSEN_BY_ENGINE}
 
 
 def cached_get_image_processor(
@@ -122,7 +146,7 @@ class _Frozen(Mapping[str, Any]):
     def __getitem__(self, name: str) -> Any:
         return self._values[name]
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[str]:
         return iter(self._values)
 
     def __len__(self) -> int:
@@ -149,7 +173,7 @@ def _is_setting(base: Any, name: str) -> bool:
     """Whether a keyword is a setting of a processor, and not, say, an option of its loader."""
     declared = getattr(getattr(base, "valid_kwargs", None), "__annotations__", {})
     if name in declared:
-        return name not in ("return_tensors", "device", "data_format", "input_data_format")
+        return name not in _NO_SETTINGS
     return not name.startswith("_") and name in vars(base)
 
 

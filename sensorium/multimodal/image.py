@@ -9,7 +9,11 @@ from sensorium.errors import InvalidTypeError, ProcessorError, SensoriumError
 from sensorium.inputs.context import InputContext
 from sensorium.logger import get_logger
 from sensorium.multimodal.base import MultiModalPlugin
-from sensorium.multimodal.hf_processors import cached_get_image_processor
+from sensorium.multimodal.hf_processors import (
+    cached_get_image_processor,
+    processor_options,
+    processor_settings,
+)
 from sensorium.multimodal.inputs import MultiModalKwargs
 from sensorium.multimodal.smart_resize import smart_resize
 from sensorium.multimodal.utils import is_list_of
@@ -45,15 +49,8 @@ class ImagePlugin(MultiModalPlugin):
         from PIL.Image import Image
 
         if isinstance(data, Image) or is_list_of(data, Image, check="all"):
-            config = ctx.model_config
-            processor = cached_get_image_processor(
-                config.model,
-                trust_remote_code=config.trust_remote_code,
-                revision=config.revision,
-                backend=(config.mm_processor_kwargs or {}).get("backend", "pil"),
-                **processor_settings(mm_processor_kwargs),
-            )
-            return preprocess(processor, data)
+            settings = processor_settings(mm_processor_kwargs) | processor_options(ctx.model_config)
+            return preprocess(cached_get_image_processor(ctx.model_config.model, **settings), data)
         if isinstance(data, torch.Tensor) or is_list_of(data, torch.Tensor, check="all"):
             return MultiModalKwargs({"image_embeds": data})
         if isinstance(data, Mapping) and "pixel_values" in data:
@@ -76,12 +73,6 @@ def preprocess(processor: Any, data: Any) -> MultiModalKwargs:
     except Exception as exc:
         logger.warning("%s failed: %s", type(processor).__name__, exc)
         raise ProcessorError(f"{type(processor).__name__} can't process this input: {type(exc).__name__}.") from exc
-
-
-def processor_settings(mm_processor_kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments without those that choose which files and code are loaded: no request decides on these."""
-    chosen_by_engine = ("processor_name", "trust_remote_code", "revision", "backend")
-    return {name: value for name, value in mm_processor_kwargs.items() if name not in chosen_by_engine}
 
 
 def type_name(data: object) -> str:

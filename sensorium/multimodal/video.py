@@ -8,7 +8,8 @@ import numpy as np
 
 from sensorium.errors import InvalidTypeError
 from sensorium.inputs.context import InputContext
-from sensorium.multimodal.image import ImagePlugin, preprocess, processor_settings, type_name
+from sensorium.multimodal.hf_processors import processor_options, processor_settings
+from sensorium.multimodal.image import ImagePlugin, preprocess, type_name
 from sensorium.multimodal.inputs import MultiModalKwargs
 from sensorium.multimodal.utils import is_list_of
 from sensorium.multimodal.video_processor import cached_get_video_processor
@@ -49,15 +50,8 @@ class VideoPlugin(ImagePlugin):
                 f"Invalid video type: got {type_name(data)}, expected an array of frames or a list of them. "
                 f"Stack the frames into an array (num_frames, height, width, 3)."
             )
-        config = ctx.model_config
-        processor = cached_get_video_processor(
-            config.model,
-            trust_remote_code=config.trust_remote_code,
-            revision=config.revision,
-            backend=(config.mm_processor_kwargs or {}).get("backend", "pil"),
-            **processor_settings(mm_processor_kwargs),
-        )
-        return preprocess(processor, data)
+        settings = processor_settings(mm_processor_kwargs) | processor_options(ctx.model_config)
+        return preprocess(cached_get_video_processor(ctx.model_config.model, **settings), data)
 
     def _default_max_multimodal_tokens(self, ctx: InputContext) -> int:
         return DEFAULT_MAX_VIDEO_TOKENS

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, ClassVar, Literal, Protocol, TypeVar, runtime_checkable
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar, runtime_checkable
 
 from sensorium.errors import ModelError
 from sensorium.multimodal.base import supports_multimodal
@@ -56,6 +56,10 @@ def _stub(method: F) -> F:
     return method
 
 
+def _not_implemented(model: object, name: str) -> NoReturn:
+    raise NotImplementedError(f"{type(model).__name__} doesn't implement {name}.")
+
+
 @runtime_checkable
 class SupportsMultiModal(Protocol):
     """A model that takes media.
@@ -74,13 +78,14 @@ class SupportsMultiModal(Protocol):
 
         `kwargs` are those of `forward` that mappers made, batched over items.
         """
+        return None  # a body, so that type checkers don't take the method for abstract
 
     @_stub
     def get_input_embeddings(
         self, input_ids: torch.Tensor, multimodal_embeddings: NestedTensors | None = None
     ) -> torch.Tensor:
         """Embed token ids `(num_tokens,)` as `(num_tokens, hidden_size)`, media rows at their placeholders."""
-        raise NotImplementedError
+        _not_implemented(self, "get_input_embeddings")
 
 
 @runtime_checkable
@@ -106,7 +111,7 @@ class SupportsPP(Protocol):
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
         """Tensors of the shapes that a stage hands on."""
-        raise NotImplementedError
+        _not_implemented(self, "make_empty_intermediate_tensors")
 
 
 @runtime_checkable
