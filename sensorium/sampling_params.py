@@ -144,15 +144,14 @@ class SamplingParams:
         """Parameters of one of the `n` outputs as a request of its own.
 
         Output 0 keeps the seed, so that it equals the output of the same request with `n=1`; the others get
-        seeds that follow from it.
+        seeds that follow from it. The prompt's log probabilities are output 0's to report.
         """
         if not 0 <= index < self.n:
             raise IndexError(f"output index: got {index}, expected 0 to {self.n - 1}.")
-        if self.n == 1:
-            return self
-        if self.seed is None or index == 0:
-            return replace(self, n=1)
-        return replace(self, n=1, seed=mix64(mix64(self.seed) + index))
+        if index == 0:
+            return replace(self, n=1) if self.n > 1 else self
+        seed = None if self.seed is None else mix64(mix64(self.seed) + index)
+        return replace(self, n=1, seed=seed, prompt_logprobs=None)
 
     def with_bad_word_ids(self, encode: Callable[[str], Sequence[int]]) -> SamplingParams:
         """The same parameters with the token sequences of `bad_words` added.

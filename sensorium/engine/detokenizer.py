@@ -1,0 +1,268 @@
+"""Token ids to text, one token at a time, with stop strings.
+
+Three layers: `Detokenizer` knows a tokenizer; a `TextStream` turns one output's ids into pieces of text and
+holds back what is not a whole character yet; `IncrementalDetokenizer` joins the pieces, finds stop strings
+and says what may be shown.
+
+At the end of an output, the pieces joined equal what the tokenizer decodes from prompt and output together,
+less what it decodes from the prompt alone: a first token "▁Hello" gives " Hello" behind a prompt and "Hello"
+without one.
+
+The tokenizers library has an incremental decoder too. It is not used, because it has no end: bytes that never
+become a character hold back all text behind them.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import Any, Protocol
+
+from sensorium.engine.stop_strings import StopStringMatcher
+from sensorium.sampling_params import SamplingParams
+
+REPLACEMENT = "\ufffd"
+"""What stands in decoded text for bytes that are no character."""
+
+_MAX_CONTEXT_TOKENS = 6
+"""Tokens of the prompt that decide how the first output token reads: enough to hold a character and a space.
+"""
+_MAX_HELD_TOKENS = 8
+"""Tokens held back until they make whole characters. A character has at most four bytes, each in a token of
+its own; twice that leaves room for tokens that end one character and begin another.
+"""
+
+
+class TextStream(Protocol):
+    """Turns the ids of one output into pieces of text."""
+
+    def push(self, token_id: int) -> str:
+        """Take one id; returns the text that is certain now."""
+
+    def flush(self) -> str:
+        """The rest, at the end of the output."""
+
+
+class ByteLevelStream:
+    """Text of a byte-level tokenizer, whose tokens are strings of bytes. Exact for any ids, O(1) per token."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes], context: Sequence[int]) -> None:
+        self._token_bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        for token_id in context:
+            self.push(token_id)
+
+    def push(self, token_id: int) -> str:
+        """See `TextStream`."""
+        return self._decoder.decode(self._token_bytes(token_id))
+
+    def flush(self) -> str:
+        """See `TextStream`."""
+        return self._decoder.decode(b"", final=True)
+
+
+class WindowStream:
+    """Text of any tokenizer, by decoding a window of its last tokens.
+
+    How a token reads may depend on the one before it, so the window begins with the tokens of the last piece.
+    New text is what the window's text has beyond theirs:
+
+        window              text           piece
+        ▁Hello              "Hello"        "Hello"
+        ▁Hello ▁world       "Hello world"  " world"
+        ▁world <0xC3>       "world�"       ""
+        ▁world <0xC3> <0xA9>  "worldé"     "é"
+    """
+
+    def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int]) -> None:
+        self._decode = decode
+        self._window = list(context)
+        self._num_shown = len(context)
+        # A prompt may end within a character, which the output then completes.
+        self._shown = decode(self._window).rstrip(REPLACEMENT) if context else ""
+
+    def push(self, token_id: int) -> str:
+        """See `TextStream`."""
+        self._window.append(token_id)
+        text = self._decode(self._window)
+        if text == self._shown != "":  # the token stands for nothing
+            self._window.pop()
+            return ""
+        num_held = len(self._window) - self._num_shown
+        if text.endswith(REPLACEMENT) and num_held < _MAX_HELD_TOKENS:
+            return ""
+        return self._move(text)
+
+    def flush(self) -> str:
+        """See `TextStream`."""
+        return self._move(self._decode(self._window)) if len(self._window) > self._num_shown else ""
+
+    def _move(self, text: str) -> str:
+        piece = text[len(self._shown) :]
+        del self._window[: self._num_shown]
+        self._num_shown = len(self._window)
+        self._shown = self._decode(self._window)
+        return piece
+
+
+class Detokenizer:
+    """What is needed of a Hugging Face tokenizer to turn ids into text. One for all requests."""
+
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self._backend: Any = getattr(tokenizer, "backend_tokenizer", None)
+        self._num_ids = len(tokenizer)
+        self._is_byte_level = type(getattr(self._backend, "decoder", None)).__name__ == "ByteLevel"
+        self.special_ids = self._find_special_ids()
+        """Ids that `skip_special_tokens` leaves out."""
+        self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str] = {}
+
+    def stream(self, prompt_token_ids: Sequence[int], hidden_ids: frozenset[int]) -> TextStream:
+        """Start the text of an output behind a prompt, of which `hidden_ids` are not seen."""
+        nearby = prompt_token_ids[-4 * _MAX_CONTEXT_TOKENS :]
+        context = [i for i in nearby if i not in hidden_ids and self._has_token(i)][-_MAX_CONTEXT_TOKENS:]
+        if self._is_byte_level:
+            return ByteLevelStream(self._token_bytes, context)
+        return WindowStream(self._decode, context)
+
+    def token_text(self, token_id: int) -> str:
+        """How a token reads within a text, special tokens included."""
+        text = self._texts.get(token_id)
+        if text is None:
+            text = self._texts[token_id] = self._read_token(token_id)
+        return text
+
+    def _read_token(self, token_id: int) -> str:
+        if self._is_byte_level:
+            return self._token_bytes(token_id).decode("utf-8", errors="replace")
+        before = self._ordinary_ids
+        return self._decode([*before, token_id])[len(self._decode(before)) :]
+
+    @cached_property
+    def _ordinary_ids(self) -> list[int]:
+        """One token that reads as plain letters, to see how others read behind it; empty if there is none."""
+        for token_id in range(self._num_ids):
+            text = self._decode([token_id]) if token_id not in self.special_ids else ""
+            if text.isascii() and text.isalnum():
+                return [token_id]
+        return []
+
+    def _find_special_ids(self) -> frozenset[int]:
+        if self._backend is None:
+            return frozenset(self._tokenizer.all_special_ids)
+        added = self._backend.get_added_tokens_decoder()
+        return frozenset(token_id for token_id, token in added.items() if token.special)
+
+    def _has_token(self, token_id: int) -> bool:
+        """Heads are often wider than the tokenizer, and media placeholders may be negative."""
+        if token_id < 0:
+            return False
+        if self._backend is None:
+            return token_id < self._num_ids
+        return self._backend.id_to_token(token_id) is not None
+
+    def _decode(self, token_ids: list[int]) -> str:
+        """All ids, special ones too. The backend passes over ids that it has no token for."""
+        if self._backend is not None:
+            text: str = self._backend.decode(token_ids, skip_special_tokens=False)
+            return text
+        known = [token_id for token_id in token_ids if self._has_token(token_id)]
+        return str(self._tokenizer.decode(known, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def _token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a byte-level token stands for; none for an id without a token."""
+        token_bytes = self._bytes.get(token_id)
+        if token_bytes is None:
+            token = self._backend.id_to_token(token_id) or ""
+            try:
+                token_bytes = bytes(_BYTE_OF_CHAR[char] for char in token)
+            except KeyError:  # an added token, written as it reads
+                token_bytes = token.encode()
+            self._bytes[token_id] = token_bytes
+        return token_bytes
+
+
+def _byte_of_char() -> dict[str, int]:
+    """The characters that byte-level vocabularies write bytes as.
+
+    Printable Latin-1 characters stand for their own codes, the other bytes in order for the characters from
+    U+0100 on. Source: `bytes_to_unicode` of Hugging Face's GPT-2 tokenizer.
+    """
+    own = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+_BYTE_OF_CHAR = _byte_of_char()
+
+
+class IncrementalDetokenizer:
+    """The text of one output as it grows, up to its stop string if one appears.
+
+    Text that may still turn out to be the beginning of a stop string is held back until it is clear or the
+    output ends.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
+        special_ids = detokenizer.special_ids
+        self._hidden_ids = special_ids if params.skip_special_tokens else frozenset[int]()
+        self._joined_ids = frozenset[int]() if params.spaces_between_special_tokens else special_ids
+        self._stream = detokenizer.stream(prompt_token_ids, self._hidden_ids)
+        self._stops = StopStringMatcher(params.stop) if params.stop else None
+        self._min_tokens = params.min_tokens
+        self._keeps_stop = params.include_stop_str_in_output
+        self._text = ""
+        self._num_tokens = 0
+        self._last_id = -1
+        self._is_finished = False
+        self.stop_string: str | None = None
+        """The stop string that ended the output."""
+
+    @property
+    def text(self) -> str:
+        """What may be shown."""
+        if self._stops is None or self._is_finished:
+            return self._text
+        num_open = self._stops.num_open_chars
+        return self._text[:-num_open] if num_open else self._text
+
+    def update(self, token_ids: Sequence[int]) -> int:
+        """Take in new ids up to one that completes a stop string; returns how many. Not after the end."""
+        for count, token_id in enumerate(token_ids, 1):
+            self._num_tokens += 1
+            if token_id not in self._hidden_ids:
+                self._append(self._piece(token_id))
+                if self._is_finished:
+                    return count
+        return len(token_ids)
+
+    def finish(self) -> None:
+        """End the output: what was held back comes out."""
+        if not self._is_finished:
+            self._append(self._stream.flush())
+            self._is_finished = True
+
+    def _piece(self, token_id: int) -> str:
+        piece = self._stream.push(token_id)
+        if token_id in self._joined_ids and self._last_id in self._joined_ids:
+            piece = piece.lstrip(" ")
+        self._last_id = token_id
+        return piece
+
+    def _append(self, piece: str) -> None:
+        if self._stops is not None:
+            match = self._stops.feed(piece)
+            while match is not None and self._num_tokens < self._min_tokens:
+                self._text, piece = self._text + piece[: match.end], piece[match.end :]
+                match = self._stops.feed(piece)
+            if match is not None:
+                self._end_at(self._text + piece[: match.end], match.stop)
+                return
+        self._text += piece
+
+    def _end_at(self, text: str, stop: str) -> None:
+        self._text = text if self._keeps_stop else text[: -len(stop)]
+        self.stop_string = stop
+        self._is_finished = True

@@ -1,0 +1,134 @@
+"""What a request brings: generated text and tokens, or a pooled vector, with log probabilities and times.
+
+Values that nobody changes after they are made. Free of torch.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sensorium.errors import RequestError
+
+
+class OutputKind(enum.StrEnum):
+    """What the outputs of a request hold from step to step."""
+
+    CUMULATIVE = "cumulative"
+    """Every output, from its beginning, whenever one of them has news."""
+    DELTA = "delta"
+    """The outputs with news, and of them only what is new."""
+    FINAL_ONLY = "final_only"
+    """Every output, once, when all are complete."""
+
+
+@dataclass(frozen=True, slots=True)
+class Logprob:
+    """The natural-log probability of one token at one position."""
+
+    logprob: float
+    rank: int
+    """1 for the most probable token."""
+    decoded_token: str | None = None
+    """The token's text; bytes that are no whole character show as U+FFFD. None without a tokenizer."""
+
+
+PositionLogprobs = dict[int, Logprob]
+"""By token id: the token that stands at a position first, then the most probable ones."""
+
+
+@dataclass(frozen=True, slots=True)
+class CompletionOutput:
+    """One of a request's `n` outputs."""
+
+    index: int
+    text: str
+    token_ids: list[int]
+    """All ids generated, with the one that ended the output, if one did."""
+    cumulative_logprob: float | None = None
+    """Sum of the tokens' log probabilities; None where they were not asked for."""
+    logprobs: list[PositionLogprobs] | None = None
+    """One entry per token; None where they were not asked for."""
+    finish_reason: str | None = None
+    """"stop", "length", "abort" or "error"; None while the output goes on."""
+    stop_reason: int | str | None = None
+    """The stop token id or stop string that ended it; None for end of sequence and other reasons."""
+
+    @property
+    def finished(self) -> bool:
+        """Whether the output is complete."""
+        return self.finish_reason is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RequestMetrics:
+    """When things happened to a request, in seconds of the engine's monotonic clock. None: not yet, or never."""
+
+    arrival_time_s: float
+    first_token_time_s: float | None = None
+    last_token_time_s: float | None = None
+    finished_time_s: float | None = None
+
+    @property
+    def time_to_first_token_s(self) -> float | None:
+        """From arrival to the first token of any output."""
+        return None if self.first_token_time_s is None else self.first_token_time_s - self.arrival_time_s
+
+
+@dataclass(frozen=True, slots=True)
+class RequestOutput:
+    """News of a text request, or its end. What `outputs` holds depends on the `OutputKind` asked for."""
+
+    request_id: str
+    prompt: str | None
+    """The prompt as text, if it was given as text."""
+    prompt_token_ids: Sequence[int]
+    """The expanded prompt: media take as many ids as they have rows."""
+    outputs: list[CompletionOutput]
+    finished: bool
+    prompt_logprobs: list[PositionLogprobs | None] | None = None
+    """One entry per prompt token; None at the first token and at media rows. None where not asked for."""
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    """Prompt tokens that came from the prefix cache."""
+    media_token_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    """Per modality, the prompt tokens that each item takes."""
+    error: RequestError | None = None
+    """Why the request failed. Its outputs hold what there was until then."""
+
+    @classmethod
+    def failed(cls, request_id: str, error: RequestError) -> RequestOutput:
+        """The output of a request that was refused before it started."""
+        return cls(request_id, prompt=None, prompt_token_ids=[], outputs=[], finished=True, error=error)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class EmbeddingOutput:
+    """A pooled vector."""
+
+    embedding: np.ndarray[Any, np.dtype[np.float32]]
+    """`(hidden_size,)` float32."""
+
+    @property
+    def hidden_size(self) -> int:
+        """Length of the vector."""
+        return len(self.embedding)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolingRequestOutput:
+    """The end of a pooling request."""
+
+    request_id: str
+    outputs: EmbeddingOutput | None
+    """None if the request failed or was aborted."""
+    prompt_token_ids: Sequence[int]
+    finished: bool
+    metrics: RequestMetrics | None = None
+    num_cached_tokens: int = 0
+    media_token_counts: Mapping[str, Sequence[int]] = field(default_factory=dict)
+    error: RequestError | None = None
