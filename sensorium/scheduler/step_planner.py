@@ -170,8 +170,8 @@ class StepPlanner:
         cached_block_ids = self._find_prefix(request)
         if self._next_block_is_computing(request, len(cached_block_ids), plan):
             return _Admission.HELD_BACK
-        draft = self._draft_first_chunk(request, len(cached_block_ids) * self._kv_cache.block_size, plan)
-        if draft is None or not self._make_room(request, cached_block_ids, plan):
+        draft = self._draft_first_chunk(request, cached_block_ids, plan)
+        if draft is None:
             plan.is_admission_closed = True  # nobody overtakes it and takes what it waits for
             return _Admission.REFUSED
         self._admit(request, cached_block_ids, draft, plan)
@@ -197,20 +197,19 @@ class StepPlanner:
             return False
         return request.block_hashes[index] in plan.computing
 
-    def _draft_first_chunk(self, request: RequestState, start: int, plan: StepPlan) -> ChunkDraft | None:
+    def _draft_first_chunk(
+        self, request: RequestState, cached_block_ids: Sequence[int], plan: StepPlan
+    ) -> ChunkDraft | None:
+        """A chunk for a request in line, with memory made for it where its priority allows; None: it waits on."""
+        start = len(cached_block_ids) * self._kv_cache.block_size
         while True:
+            # Anew after each preemption: what the victim held may have left the encoder cache.
             draft = self._chunks.draft(request, plan, start=start, max_tokens=request.num_tokens)
-            if isinstance(draft, ChunkDraft):
+            shortage = Shortage.BLOCKS if isinstance(draft, ChunkDraft) else draft
+            if isinstance(draft, ChunkDraft) and self._has_room(request, cached_block_ids):
                 return draft
-            if draft is Shortage.BUDGET or not self._preempt_for(request, draft, plan):
+            if shortage is Shortage.BUDGET or not self._preempt_for(request, shortage, plan):
                 return None
-
-    def _make_room(self, request: RequestState, cached_block_ids: Sequence[int], plan: StepPlan) -> bool:
-        """Free a slot and blocks for a request in line, if its priority allows it."""
-        while not self._has_room(request, cached_block_ids):
-            if not self._preempt_for(request, Shortage.BLOCKS, plan):
-                return False
-        return True
 
     def _has_room(self, request: RequestState, cached_block_ids: Sequence[int]) -> bool:
         """Whether all known tokens fit, beside what running requests need to go on for a while.
@@ -243,34 +242,44 @@ class StepPlanner:
     # Steps for one request
 
     def _plan_alone(self) -> StepPlan | None:
-        """A step for the next prefill alone, if its chunk can't be cut down to fit beside the streams.
+        """A step for a single prefill, if its chunk can't be cut down to fit beside the streams.
 
         Streams have every other step at least.
         """
         streams = [request for request in self._table.running if request.is_caught_up]
-        request = self._next_prefill()
-        if request is None or (streams and self._last_was_alone):
+        if streams and self._last_was_alone:
             return None
-        start = request.num_computed_tokens
-        if request.status is RequestStatus.WAITING:
-            start = len(self._find_prefix(request)) * self._kv_cache.block_size
         num_stream_tokens = sum(each.num_tokens - each.num_computed_tokens for each in streams)
-        if self._fits_beside(num_stream_tokens, request, start):
-            return None
-        token_budget = max(self._max_num_tokens, self._chunks.min_chunk(request, start))
-        plan = StepPlan(token_budget, self._max_num_rows, is_alone=True)
-        if request.status is RequestStatus.RUNNING:
-            self._advance(request, plan)
-        else:
-            self._consider(request, plan)
-        return plan if plan.chunks else None
+        for request in self._next_prefills():
+            start = request.num_computed_tokens
+            cached_block_ids: list[int] = []
+            if request.status is RequestStatus.WAITING:
+                cached_block_ids = self._find_prefix(request)
+                start = len(cached_block_ids) * self._kv_cache.block_size
+            if self._fits_beside(num_stream_tokens, request, start):
+                if request.status is RequestStatus.RUNNING or self._gets_room(request, cached_block_ids):
+                    return None
+                continue  # it waits for memory, which the other one may hold
+            token_budget = max(self._max_num_tokens, self._chunks.min_chunk(request, start))
+            plan = StepPlan(token_budget, self._max_num_rows, is_alone=True)
+            if request.status is RequestStatus.RUNNING:
+                self._advance(request, plan)
+            else:
+                self._consider(request, plan)
+            if plan.chunks:
+                return plan
+        return None
 
-    def _next_prefill(self) -> RequestState | None:
+    def _next_prefills(self) -> list[RequestState]:
+        """The best prefill that has begun and the head of the line, the better one first."""
         begun = next((request for request in self._table.running if not request.is_caught_up), None)
         waiting = self._table.waiting.peek(0)
-        if begun is None or waiting is None:
-            return begun or waiting
-        return min(begun, waiting, key=by_order)
+        return sorted((request for request in (begun, waiting) if request is not None), key=by_order)
+
+    def _gets_room(self, request: RequestState, cached_block_ids: Sequence[int]) -> bool:
+        """Whether there is memory for a request in line, or its priority gets it some."""
+        running = self._table.running
+        return self._has_room(request, cached_block_ids) or may_displace(request, running[-1])
 
     def _fits_beside(self, num_stream_tokens: int, request: RequestState, start: int) -> bool:
         """Whether the request's chunk fits a step that holds the streams and nothing else."""

@@ -111,11 +111,7 @@ class StepResults:
 
 
 def _append(request: RequestState, sampled: Sequence[int]) -> tuple[int, FinishReason | None, int | None]:
-    """Append sampled tokens up to one that ends the output; how many, and how it ended.
-
-    The KV of the last token is never written, and that of tokens the step guessed wrongly doesn't count: at most all
-    tokens but one are computed.
-    """
+    """Append sampled tokens up to one that ends the output; how many, and how it ended."""
     token_ids, stop = request.token_ids, request.stop
     num_new = 0
     end = None
@@ -125,5 +121,4 @@ def _append(request: RequestState, sampled: Sequence[int]) -> tuple[int, FinishR
         end = stop.check(token_id, len(token_ids))
         if end is not None:
             break
-    request.num_computed_tokens = min(request.num_computed_tokens, len(token_ids) - 1)
     return (num_new, None, None) if end is None else (num_new, *end)

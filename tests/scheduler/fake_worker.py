@@ -1,0 +1,266 @@
+"""A worker without a model that knows exactly what every KV slot must hold.
+
+The "KV" at position `p` is a hash over all inputs up to `p`, so that a slot tells which prefix it was computed from. The
+worker computes it from what it reads in the cache, as attention does, and compares it with what the request alone
+gives. Whatever goes wrong with shared blocks, preemption, poisoned blocks or media rows shows up as a wrong hash.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from random import Random
+
+from sensorium.messages import (
+    EngineRequest,
+    MediaItem,
+    ModelRunnerOutput,
+    RequestFailure,
+    ScheduledChunk,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+
+VOCAB_SIZE = 50
+EOS = 7
+ROOT = 12345
+POISON = -1
+
+Value = tuple[int, int, int]
+"""What enters the model at a position: `(0, token id, 0)`, or `(1, hash of the item's key, row)`."""
+
+
+def step_hash(parent: int, value: Value) -> int:
+    return hash((parent, *value))
+
+
+def next_token(state: int) -> int:
+    """The token that the "model" samples after this state."""
+    return (state >> 7) % VOCAB_SIZE
+
+
+def encode(item: MediaItem) -> list[Value]:
+    """The item's rows."""
+    return [(1, zlib.crc32(item.key.encode()), row) for row in range(item.num_rows)]
+
+
+def media_rows(item: MediaItem) -> dict[int, int]:
+    """Position in the prompt -> row."""
+    positions = [i for i in range(item.length) if item.is_media is None or item.is_media[i]]
+    return {item.offset + i: row for row, i in enumerate(positions)}
+
+
+class Sequence:
+    """The true inputs and states of one request, extended as tokens come."""
+
+    def __init__(self, request: EngineRequest) -> None:
+        self.request = request
+        self.token_ids = list(request.prompt_token_ids)
+        self.row_at = {p: (item, row) for item in request.media for p, row in media_rows(item).items()}
+        self.states: list[int] = []
+        self._encoded = {item.key: encode(item) for item in request.media}
+
+    def value(self, position: int) -> Value:
+        if position in self.row_at:
+            item, row = self.row_at[position]
+            return self._encoded[item.key][row]
+        return (0, self.token_ids[position], 0)
+
+    def state(self, position: int) -> int:
+        """The state after `position`; `ROOT` before the first."""
+        while len(self.states) <= position:
+            parent = self.states[-1] if self.states else ROOT
+            self.states.append(step_hash(parent, self.value(len(self.states))))
+        return self.states[position] if position >= 0 else ROOT
+
+
+def expected_output(request: EngineRequest, max_model_len: int) -> list[int]:
+    """The tokens that the request gets when it runs alone, after the rules of `SamplingParams`."""
+    params, sequence, output = request.sampling_params, Sequence(request), list[int]()
+    while True:
+        token = next_token(sequence.state(len(sequence.token_ids) - 1))
+        sequence.token_ids.append(token)
+        output.append(token)
+        ends = {*params.stop_token_ids, *(() if params.ignore_eos else request.eos_token_ids)}
+        if token in ends and len(output) >= params.min_tokens:
+            return output
+        if len(output) == params.max_tokens or len(sequence.token_ids) == max_model_len:
+            return output
+
+
+def expected_prompt_logprobs(request: EngineRequest) -> list[TokenLogprobs]:
+    sequence = Sequence(request)
+    return [
+        TokenLogprobs(sequence.token_ids[p + 1], float(sequence.state(p)), 1)
+        for p in range(len(request.prompt_token_ids) - 1)
+    ]
+
+
+@dataclass
+class Slot:
+    sequence: Sequence
+    block_ids: list[int] = field(default_factory=list)
+    computed: int | None = None
+    has_sampled: bool = False
+
+
+class FakeWorker:
+    def __init__(
+        self,
+        *,
+        num_blocks: int,
+        block_size: int,
+        max_num_seqs: int,
+        splits_media: bool = True,
+        keeps_items_whole: bool = False,
+        max_sampled: int = 1,
+        failure_rate: float = 0.0,
+        rng: Random | None = None,
+    ) -> None:
+        self.block_size = block_size
+        self.max_num_seqs = max_num_seqs
+        self.splits_media = splits_media
+        self.keeps_items_whole = keeps_items_whole or not splits_media
+        self.max_sampled = max_sampled
+        self.failure_rate = failure_rate
+        self.rng = rng or Random(0)
+        self.kv = [[POISON] * block_size for _ in range(num_blocks)]
+        self.rows: dict[str, list[Value]] = {}
+        self.slots: dict[str, Slot] = {}
+        self.injected: set[str] = set()
+        """Requests that were failed at random."""
+
+    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
+        self._take_in(step)
+        bad_keys = self._encode(step)
+        for chunk in step.chunks:
+            self._check_chunk(chunk)
+        self._check_order_and_writes(step.chunks)
+        result = ModelRunnerOutput({}, {}, {}, {}, {}, encode_s=1e-3, forward_s=1e-3)
+        for chunk in step.chunks:
+            self._run(chunk, bad_keys, result)
+        return result
+
+    def _take_in(self, step: SchedulerOutput) -> None:
+        for request_id in step.freed_request_ids:
+            self.slots.pop(request_id, None)
+        for new in step.new_requests:
+            sequence = Sequence(new.request)
+            sequence.token_ids += new.output_token_ids
+            assert new.request.request_id not in self.slots
+            self.slots[new.request.request_id] = Slot(sequence)
+        assert len(self.slots) <= self.max_num_seqs
+        for key in step.free_encoder_keys:
+            self.rows.pop(key, None)
+        assert {n.request.request_id for n in step.new_requests} <= {c.request_id for c in step.chunks}
+        assert step.num_scheduled_tokens == sum(c.num_scheduled_tokens for c in step.chunks)
+
+    def _encode(self, step: SchedulerOutput) -> set[str]:
+        bad = set()
+        in_step = {chunk.request_id for chunk in step.chunks}
+        for each in step.encoder_inputs:
+            assert self.splits_media
+            assert each.request_id in in_step
+            item = self.slots[each.request_id].sequence.request.media[each.item]
+            assert item.key not in self.rows, "encoded twice"
+            assert item.key not in bad, "encoded twice in one step"
+            if item.key.startswith("bad"):
+                bad.add(item.key)
+            else:
+                self.rows[item.key] = encode(item)
+        return bad
+
+    def _check_chunk(self, chunk: ScheduledChunk) -> None:
+        """What the chunk reads was written by earlier steps, and is this request's own history."""
+        slot = self.slots[chunk.request_id]
+        begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        if slot.computed is None:
+            assert begin % self.block_size == 0, "a cached prefix is whole blocks"
+        else:
+            assert begin == slot.computed, "tokens are computed once, in order"
+        slot.block_ids += chunk.new_block_ids
+        known = len(slot.sequence.token_ids)
+        assert begin < end <= known
+        assert chunk.is_last == (end == known)
+        assert end <= len(slot.block_ids) * self.block_size < end + self.block_size, "blocks are allocated as needed"
+        assert len(set(slot.block_ids)) == len(slot.block_ids)
+        for position in range(begin):
+            found = self._read(slot, position)
+            assert found == slot.sequence.state(position), f"wrong KV at {position} of {chunk.request_id}"
+        if self.keeps_items_whole:
+            for item in slot.sequence.request.media:
+                assert not item.offset < begin < item.end, "a chunk begins inside an item"
+                assert not item.offset < end < item.end, "a chunk ends inside an item"
+
+    def _check_order_and_writes(self, chunks: Iterable[ScheduledChunk]) -> None:
+        seen_prefill = False
+        for chunk in chunks:
+            slot = self.slots[chunk.request_id]
+            assert not (slot.has_sampled and seen_prefill), "decode chunks come first"
+            seen_prefill |= not slot.has_sampled
+            first = chunk.num_computed_tokens // self.block_size
+            end = chunk.num_computed_tokens + chunk.num_scheduled_tokens
+            written = slot.block_ids[first : -(-end // self.block_size)]
+            for other_id, other in self.slots.items():
+                if other_id != chunk.request_id:
+                    assert not set(written) & set(other.block_ids), "a block that is written is shared"
+
+    def _read(self, slot: Slot, position: int) -> int:
+        block, offset = divmod(position, self.block_size)
+        return self.kv[slot.block_ids[block]][offset]
+
+    def _input(self, slot: Slot, position: int) -> Value:
+        """The input as the worker has it: media rows only from what was encoded and not freed."""
+        if position in slot.sequence.row_at and self.splits_media:
+            item, row = slot.sequence.row_at[position]
+            assert item.key in self.rows, f"rows of {item.key} are missing at position {position}"
+            return self.rows[item.key][row]
+        return slot.sequence.value(position)
+
+    def _run(self, chunk: ScheduledChunk, bad_keys: set[str], result: ModelRunnerOutput) -> None:
+        slot = self.slots[chunk.request_id]
+        request = slot.sequence.request
+        begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        is_bad = any(item.key in bad_keys for item in request.media)
+        if not self.splits_media:  # the forward pass itself encodes
+            is_bad = any(i.key.startswith("bad") and i.offset < end and begin < i.end for i in request.media)
+        is_injected = self.rng.random() < self.failure_rate
+        if is_bad or is_injected:
+            if is_injected:
+                self.injected.add(chunk.request_id)
+            for position in range(begin, end):
+                self._write(slot, position, POISON)
+            result.failures[chunk.request_id] = RequestFailure("injected")  # type: ignore[index]
+            return
+        state = self._read(slot, begin - 1) if begin else ROOT
+        for position in range(begin, end):
+            state = step_hash(state, self._input(slot, position))
+            assert state == slot.sequence.state(position)
+            self._write(slot, position, state)
+        slot.computed = end
+        self._report(chunk, slot, state, result)
+
+    def _write(self, slot: Slot, position: int, state: int) -> None:
+        block, offset = divmod(position, self.block_size)
+        self.kv[slot.block_ids[block]][offset] = state
+
+    def _report(self, chunk: ScheduledChunk, slot: Slot, state: int, result: ModelRunnerOutput) -> None:
+        request = slot.sequence.request
+        begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        if request.sampling_params.prompt_logprobs is not None:
+            entries = expected_prompt_logprobs(request)[begin:end]
+            if entries:
+                result.prompt_logprobs[chunk.request_id] = entries  # type: ignore[index]
+        if not chunk.is_last:
+            return
+        if request.pooling:
+            result.pooled[chunk.request_id] = state  # type: ignore[index]
+            return
+        tokens = []
+        for _ in range(self.rng.randint(1, self.max_sampled)):
+            tokens.append(next_token(state))
+            state = step_hash(state, (0, tokens[-1], 0))
+        slot.sequence.token_ids += tokens
+        slot.has_sampled = True
+        result.sampled_token_ids[chunk.request_id] = tokens  # type: ignore[index]

@@ -1,0 +1,228 @@
+"""Runs a scheduler against the fake worker through arrivals, aborts and failures, and checks what must always hold."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from random import Random
+
+import numpy as np
+
+from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
+from sensorium.errors import OverloadedError
+from sensorium.messages import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    MediaItem,
+    SchedulerOutput,
+    TokenLogprobs,
+)
+from sensorium.sampling_params import SamplingParams
+from sensorium.scheduler import Scheduler
+from sensorium.scheduler.pacing import Pacer
+from tests.scheduler.fake_worker import EOS, FakeWorker, Sequence as TrueSequence, expected_output, expected_prompt_logprobs
+
+PLACEHOLDER = -3
+SEPARATOR = 41
+
+
+def make_item(key: str, offset: int, mask: Sequence[bool]) -> MediaItem:
+    is_media = None if all(mask) else np.array(mask, dtype=bool)
+    return MediaItem("image", key, offset, len(mask), is_media)
+
+
+def item_tokens(mask: Sequence[bool]) -> list[int]:
+    return [PLACEHOLDER if is_row else SEPARATOR for is_row in mask]
+
+
+def build_prompt(parts: Sequence[list[int] | tuple[str, Sequence[bool]]]) -> tuple[list[int], tuple[MediaItem, ...]]:
+    """A prompt from lists of token ids and media `(key, mask)`."""
+    tokens: list[int] = []
+    media = []
+    for part in parts:
+        if isinstance(part, tuple):
+            key, mask = part
+            media.append(make_item(key, len(tokens), mask))
+            tokens += item_tokens(mask)
+        else:
+            tokens += part
+    return tokens, tuple(media)
+
+
+def make_request(
+    request_id: str,
+    parts: Sequence[list[int] | tuple[str, Sequence[bool]]],
+    *,
+    max_tokens: int | None = 4,
+    priority: int = 0,
+    pooling: bool = False,
+    cache_salt: str | None = None,
+    **params: object,
+) -> EngineRequest:
+    tokens, media = build_prompt(parts)
+    return EngineRequest(
+        request_id,
+        tokens,
+        SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
+        frozenset({EOS}),
+        media,
+        priority=priority,
+        pooling=pooling,
+        cache_salt=cache_salt,
+    )
+
+
+@dataclass
+class Limits:
+    """What the checks compare with; the same values that the scheduler got."""
+
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    cache: CacheConfig = field(default_factory=CacheConfig)
+    features: ModelFeatures = field(default_factory=ModelFeatures)
+    num_blocks: int = 64
+    max_model_len: int = 512
+
+
+@dataclass
+class Outcome:
+    token_ids: list[int] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    final: EngineOutput | None = None
+
+
+class Simulation:
+    """Invariants are checked after every step; `finish` checks the outcome of every request."""
+
+    def __init__(
+        self,
+        limits: Limits,
+        *,
+        seed: int = 0,
+        max_sampled: int = 1,
+        failure_rate: float = 0.0,
+        pacer: Pacer | None = None,
+    ) -> None:
+        self.limits = limits
+        self.scheduler = Scheduler(
+            limits.scheduler,
+            limits.cache,
+            limits.features,
+            num_blocks=limits.num_blocks,
+            max_model_len=limits.max_model_len,
+            pacer=pacer,
+        )
+        self.worker = FakeWorker(
+            num_blocks=limits.num_blocks,
+            block_size=limits.cache.block_size,
+            max_num_seqs=limits.scheduler.max_num_seqs,
+            splits_media=limits.features.splits_media,
+            keeps_items_whole=limits.features.atomic_items,
+            max_sampled=max_sampled,
+            failure_rate=failure_rate,
+            rng=Random(seed),
+        )
+        self.requests: dict[str, EngineRequest] = {}
+        self.outcomes: dict[str, Outcome] = {}
+        self.steps: list[SchedulerOutput] = []
+
+    def add(self, request: EngineRequest) -> bool:
+        """Add a request; False if the line is full."""
+        try:
+            self.scheduler.add_request(request)
+        except OverloadedError:
+            return False
+        self.requests[request.request_id] = request
+        self.outcomes[request.request_id] = Outcome()
+        return True
+
+    def abort(self, request_ids: Sequence[str]) -> None:
+        for output in self.scheduler.abort(request_ids):
+            assert output.finish_reason is FinishReason.ABORT
+            self._take(output)
+
+    def step(self, abort_in_flight: Sequence[str] = ()) -> SchedulerOutput:
+        """Run a step; some requests may be aborted while the worker runs it."""
+        had_work = self.scheduler.has_unfinished_requests()
+        step = self.scheduler.schedule()
+        assert bool(step.chunks) == had_work, "a step is empty if and only if there is nothing to do"
+        self.scheduler.check()
+        self._check_budgets(step)
+        result = self.worker.execute(step)
+        self._check_encoder_rows(step)
+        self.abort(abort_in_flight)
+        for output in self.scheduler.update(step, result):
+            self._take(output)
+        self.scheduler.check()
+        self.steps.append(step)
+        return step
+
+    def run(self, max_steps: int = 10_000) -> None:
+        """Step until nothing is left."""
+        for _ in range(max_steps):
+            if not self.scheduler.has_unfinished_requests():
+                return
+            self.step()
+        raise AssertionError(f"not finished after {max_steps} steps: {self.scheduler.stats()}")
+
+    def finish(self, max_steps: int = 10_000) -> None:
+        """Run to the end and check that every request got what it gets alone, and that nothing is left over."""
+        self.run(max_steps)
+        if self.scheduler.has_releases:
+            self.step()
+        assert not self.scheduler.has_releases
+        self.scheduler.check_idle()
+        assert not self.worker.slots
+        assert sum(map(len, self.worker.rows.values())) == self.scheduler.stats().num_encoder_cache_rows
+        for request_id in self.requests:
+            self.check_outcome(request_id)
+
+    def check_outcome(self, request_id: str) -> None:
+        request, outcome = self.requests[request_id], self.outcomes[request_id]
+        assert outcome.final is not None, f"{request_id} has no final output"
+        reason = outcome.final.finish_reason
+        is_bad = any(item.key.startswith("bad") for item in request.media)
+        if is_bad or request_id in self.worker.injected:
+            assert reason in (FinishReason.ERROR, FinishReason.ABORT)
+        else:
+            assert reason is not FinishReason.ERROR, f"{request_id} failed for another's fault"
+        if request.pooling:
+            assert not outcome.token_ids
+            if reason is FinishReason.STOP:
+                assert outcome.final.pooled == TrueSequence(request).state(len(request.prompt_token_ids) - 1)
+            return
+        expected = expected_output(request, self.limits.max_model_len)
+        wants_prompt = request.sampling_params.prompt_logprobs is not None
+        prompt = expected_prompt_logprobs(request) if wants_prompt else []
+        if reason in (FinishReason.STOP, FinishReason.LENGTH):
+            assert outcome.token_ids == expected
+            assert outcome.prompt_logprobs == prompt
+        else:
+            assert outcome.token_ids == expected[: len(outcome.token_ids)]
+            assert outcome.prompt_logprobs == prompt[: len(outcome.prompt_logprobs)]
+
+    def _take(self, output: EngineOutput) -> None:
+        outcome = self.outcomes[output.request_id]
+        assert outcome.final is None, f"{output.request_id} has news after its final output"
+        outcome.token_ids += output.new_token_ids
+        outcome.prompt_logprobs += output.prompt_logprobs
+        if output.finish_reason is not None:
+            outcome.final = output
+
+    def _check_budgets(self, step: SchedulerOutput) -> None:
+        config = self.limits.scheduler
+        if step.num_scheduled_tokens > config.max_num_batched_tokens:
+            assert len(step.chunks) == 1, "more than the budget only for a chunk that runs alone"
+            assert not config.enable_chunked_prefill or self.worker.keeps_items_whole
+        is_alone = len(step.chunks) == 1 and not config.enable_chunked_prefill
+        rows = [self.requests[each.request_id].media[each.item].num_rows for each in step.encoder_inputs]
+        assert sum(rows) <= config.max_num_encoder_rows or len(rows) == 1 or is_alone
+
+    def _check_encoder_rows(self, step: SchedulerOutput) -> None:
+        config = self.limits.scheduler
+        capacity = self.limits.cache.encoder_cache_rows
+        if capacity is None:
+            capacity = 4 * config.max_num_encoder_rows
+        is_alone = len(step.chunks) == 1 and not config.enable_chunked_prefill
+        rows = self.worker.rows
+        assert sum(map(len, rows.values())) <= capacity or len(rows) == 1 or is_alone

@@ -1,0 +1,154 @@
+"""Whatever arrives, is aborted, fails or is preempted: every request gets the tokens that it gets alone, once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from random import Random
+
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
+from sensorium.messages import EngineRequest
+from sensorium.scheduler.pacing import Pacer
+from tests.scheduler.simulation import Limits, Simulation, make_request
+
+MASKS: dict[str, tuple[bool, ...]] = {
+    "tiny": (True,),
+    "three": (True,) * 3,
+    "two": (True,) * 2,
+    "rows": (False, *(True,) * 5, False, *(True,) * 5, False),
+    "tail": (*(True,) * 4, False, False),
+    "large": (True,) * 23,
+    "huge": (True,) * 40,
+    "empty": (False, False),
+    "bad": (True,) * 6,
+}
+PREFIXES = ([], [1, 2, 3], list(range(10, 27)), [9] * 40)
+
+
+@dataclass(frozen=True)
+class Scenario:
+    seed: int
+    num_requests: int
+    block_size: int
+    num_blocks: int
+    max_num_batched_tokens: int
+    max_num_seqs: int
+    max_num_encoder_rows: int
+    encoder_cache_rows: int
+    enable_chunked_prefill: bool
+    enable_prefix_caching: bool
+    policy: str
+    splits_media: bool
+    atomic_items: bool
+    failure_rate: float
+    abort_rate: float
+    max_sampled: int
+    token_s: float | None
+
+    @property
+    def limits(self) -> Limits:
+        scheduler = SchedulerConfig(
+            max_num_batched_tokens=self.max_num_batched_tokens,
+            max_num_seqs=self.max_num_seqs,
+            max_num_encoder_rows=self.max_num_encoder_rows,
+            enable_chunked_prefill=self.enable_chunked_prefill,
+            policy=self.policy,
+        )
+        cache = CacheConfig(
+            block_size=self.block_size,
+            enable_prefix_caching=self.enable_prefix_caching,
+            encoder_cache_rows=self.encoder_cache_rows,
+        )
+        features = ModelFeatures(splits_media=self.splits_media, atomic_items=self.atomic_items)
+        return Limits(scheduler, cache, features, self.num_blocks, self.num_blocks * self.block_size)
+
+    @property
+    def pacer(self) -> Pacer | None:
+        if self.token_s is None:
+            return None
+        return Pacer(0.25, decode_s=0.1, token_s=self.token_s, row_s=self.token_s)
+
+
+scenarios = st.builds(
+    Scenario,
+    seed=st.integers(0, 2**32),
+    num_requests=st.integers(1, 24),
+    block_size=st.sampled_from([1, 4, 16]),
+    num_blocks=st.integers(10, 60),
+    max_num_batched_tokens=st.sampled_from([16, 33, 64, 512]),
+    max_num_seqs=st.integers(1, 12),
+    max_num_encoder_rows=st.sampled_from([3, 12, 30, 500]),
+    encoder_cache_rows=st.sampled_from([0, 12, 30, 1000]),
+    enable_chunked_prefill=st.booleans(),
+    enable_prefix_caching=st.booleans(),
+    policy=st.sampled_from(["fcfs", "priority"]),
+    splits_media=st.booleans(),
+    atomic_items=st.booleans(),
+    failure_rate=st.sampled_from([0.0, 0.0, 0.01, 0.1]),
+    abort_rate=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
+    max_sampled=st.sampled_from([1, 1, 3]),
+    token_s=st.sampled_from([None, 1e-4, 1e-2]),
+)
+
+
+def random_request(rng: Random, request_id: str, max_len: int) -> EngineRequest | None:
+    """A request that shares prefixes and media with others; None if it came out too long."""
+    parts: list[list[int] | tuple[str, tuple[bool, ...]]] = [rng.choice(PREFIXES)]
+    for _ in range(rng.randint(0, 3)):
+        kind = rng.choice(list(MASKS)[: 8 if rng.random() < 0.95 else 9])
+        parts.append((f"{kind}-{rng.randint(0, 1)}", MASKS[kind]))
+        parts.append([rng.randint(0, 3) for _ in range(rng.choice([0, 0, 1, 5]))])
+    parts.append([rng.randint(0, 49) for _ in range(rng.randint(0, 12))])
+    length = sum(len(part if isinstance(part, list) else part[1]) for part in parts)
+    max_tokens = rng.choice([1, 2, 8, 30])
+    if length == 0 or length + max_tokens > max_len:
+        return None
+    return make_request(
+        request_id,
+        parts,
+        max_tokens=max_tokens,
+        min_tokens=rng.choice([0, 0, max_tokens // 2]),
+        ignore_eos=rng.random() < 0.5,
+        stop_token_ids=[3, 4] if rng.random() < 0.2 else [],
+        prompt_logprobs=0 if rng.random() < 0.15 else None,
+        priority=rng.randint(0, 2),
+        pooling=rng.random() < 0.1,
+    )
+
+
+def play(scenario: Scenario) -> Simulation:
+    """One run: arrivals in bursts, aborts before and during steps, resets of the cache now and then."""
+    rng = Random(scenario.seed)
+    simulation = Simulation(
+        scenario.limits,
+        seed=scenario.seed,
+        max_sampled=scenario.max_sampled,
+        failure_rate=scenario.failure_rate,
+        pacer=scenario.pacer,
+    )
+    arrivals = [random_request(rng, f"r{i}", scenario.limits.max_model_len) for i in range(scenario.num_requests)]
+    pending = [request for request in arrivals if request is not None]
+    num_tokens = sum(len(r.prompt_token_ids) + (r.sampling_params.max_tokens or 0) for r in pending)
+    while pending or simulation.scheduler.has_unfinished_requests():
+        for _ in range(rng.choice([0, 0, 1, 3])):
+            if pending:
+                assert simulation.add(pending.pop(0))
+        if rng.random() < scenario.abort_rate and simulation.requests:
+            simulation.abort([rng.choice(list(simulation.requests)), "unknown"])
+        in_flight = []
+        if rng.random() < scenario.abort_rate and simulation.requests:
+            in_flight = [rng.choice(list(simulation.requests))]
+        simulation.step(in_flight)
+        if rng.random() < 0.02:
+            simulation.scheduler.reset_prefix_cache()
+        assert len(simulation.steps) < 200 + 20 * num_tokens, "no progress"
+    simulation.finish()
+    return simulation
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(scenario=scenarios)
+def test_every_request_gets_what_it_gets_alone(scenario: Scenario) -> None:
+    play(scenario)
