@@ -60,7 +60,8 @@ VISION_CONFIG: dict[str, Any] = {
     "spatial_merge_size": MERGE_SIZE,
     "temporal_patch_size": TEMPORAL_PATCH_SIZE,
     "window_size": 64,
-    "fullatt_block_indexes": [1, 3, 4],
+    # Pictures are small: every block attends to the whole picture, none to windows only.
+    "fullatt_block_indexes": [0, 1, 2, 3, 4],
     "out_hidden_size": HIDDEN_SIZE,
 }
 AUDIO_CONFIG: dict[str, Any] = {

@@ -9,6 +9,7 @@ from functools import cache
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch.utils.data import DataLoader, Dataset
 
@@ -21,8 +22,19 @@ from training.worlds import Layout, Source, sample_item, sample_layout
 
 # Whole chunks of two seconds that hold the longest sound.
 MAX_SAMPLES = 96_000
+_SAMPLES_PER_ROW = 640
 _LENGTH_MULTIPLE = 16
-_MAX_TURNS = {"scene": 4, "chart": 3, "clip": 3, "pair": 2, "page": 2, "sound": 2, "both": 2, "none": 2}
+# Turns about one item: a picture of many things bears many questions, a line of text hardly more than one.
+_TURNS = {
+    "scene": (3, 4, 5),
+    "chart": (3, 4),
+    "clip": (3, 4),
+    "pair": (2, 3),
+    "page": (1, 1, 1, 2),
+    "sound": (1, 2, 2),
+    "both": (2, 3),
+    "none": (1, 2),
+}
 _MEDIA_IDS = tuple(TOKEN_ID[name] for name in ("<|IMAGE|>", "<|VIDEO|>", "<|AUDIO|>"))
 
 
@@ -45,7 +57,7 @@ class Batches(Dataset[Batch]):
         difficulty = min(1.0, 0.25 + 0.75 * index / max(self.ramp, 1))
         source = Source("train", _load_bank(self.bank), difficulty)
         size = max(self.tokens // _expected_length(layout), 1)
-        items = [sample_item(rng, layout, source, rng.randint(1, _MAX_TURNS[layout.world])) for _ in range(size)]
+        items = [sample_item(rng, layout, source, rng.choice(_TURNS[layout.world])) for _ in range(size)]
         return collate(items)
 
 
@@ -60,7 +72,7 @@ def _expected_length(layout: Layout) -> int:
     pictures = 2 if layout.world == "pair" else max(layout.num_frames // TEMPORAL_PATCH_SIZE, 1)
     visual = pictures * (layout.height // side) * (layout.width // side)
     audio = 125 if layout.world in ("sound", "both") else 0
-    return visual + audio + 30 * (_MAX_TURNS[layout.world] + 1)
+    return visual + audio + 25 * (_TURNS[layout.world][-1] + 1)
 
 
 def collate(items: list[Item]) -> Batch:
@@ -82,27 +94,31 @@ def collate(items: list[Item]) -> Batch:
     audio = np.zeros((len(waveforms), MAX_SAMPLES), np.float32)
     for row, waveform in enumerate(waveforms):
         audio[row, : len(waveform)] = waveform
+    slots, rows = _place_media(ids)
     return Batch(
         input_ids=torch.from_numpy(ids),
         labels=torch.from_numpy(labels),
         positions=torch.from_numpy(positions),
-        media_index=torch.from_numpy(_media_index(ids)),
+        media_slots=torch.from_numpy(slots),
+        media_rows=torch.from_numpy(rows),
         frames=frames,
         waveforms=torch.from_numpy(audio) if waveforms else None,
         num_samples=torch.tensor([len(waveform) for waveform in waveforms]) if waveforms else None,
     )
 
 
-def _media_index(ids: np.ndarray[tuple[int, int], np.dtype[np.int64]]) -> np.ndarray[tuple[int, int], np.dtype[np.int64]]:
-    """Rows of the features: pictures first, row after row, then sounds, each of which owns equally many rows."""
-    index = np.full_like(ids, -1)
+def _place_media(ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    """Slots of the flattened ids that hold media, and the row of the features that goes to each.
+
+    The features are the pictures' rows one after another, then the sounds', each of which owns equally many rows, of
+    which it uses the first.
+    """
     seen = (ids == _MEDIA_IDS[0]) | (ids == _MEDIA_IDS[1])
     heard = ids == _MEDIA_IDS[2]
-    index[seen] = np.arange(seen.sum())
-    rows_per_sound = MAX_SAMPLES // 640
-    place = np.cumsum(heard, axis=1) - 1 + np.arange(len(ids))[:, None] * rows_per_sound
-    index[heard] = place[heard] + seen.sum()
-    return index
+    sound_rows = np.cumsum(heard, axis=1) - 1 + np.arange(len(ids))[:, None] * (MAX_SAMPLES // _SAMPLES_PER_ROW)
+    slots = np.concatenate([np.flatnonzero(seen), np.flatnonzero(heard)])
+    rows = np.concatenate([np.arange(seen.sum()), sound_rows[heard] + seen.sum()])
+    return slots, rows
 
 
 def batches(dataset: Batches, start: int, stop: int, num_workers: int) -> Iterator[Batch]:

@@ -22,16 +22,16 @@ from training.features import HOP_LENGTH, log_mel, patchify
 class Batch:
     """Items of one layout on one device.
 
-    ``input_ids``, ``labels`` and ``media_index`` are ``(batch, length)``, ``positions`` is ``(3, batch, length)``.
-    ``media_index`` is the row of the media features that stands at a token, or -1 for text. ``frames`` is uint8
-    ``(pictures, num_frames, height, width, 3)``; ``waveforms`` is float32 ``(batch, samples)`` with
-    ``num_samples`` ``(batch,)``.
+    ``input_ids`` and ``labels`` are ``(batch, length)``, ``positions`` is ``(3, batch, length)``. ``frames`` is uint8
+    ``(pictures, num_frames, height, width, 3)``; ``waveforms`` is float32 ``(batch, samples)`` with ``num_samples``
+    ``(batch,)``. Row ``media_rows[i]`` of the media features stands at token ``media_slots[i]`` of the flattened batch.
     """
 
     input_ids: Tensor
     labels: Tensor
     positions: Tensor
-    media_index: Tensor
+    media_slots: Tensor
+    media_rows: Tensor
     frames: Tensor | None = None
     waveforms: Tensor | None = None
     num_samples: Tensor | None = None
@@ -255,7 +255,8 @@ class AudioTower(nn.Module):
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
         """``(batch, samples)``, a whole number of chunks, to ``(batch, rows, hidden_size)``; rows past an end are junk."""
         chunk = 2 * AUDIO_CONFIG["n_window"]
-        mel = log_mel(waveforms)
+        with torch.autocast(waveforms.device.type, enabled=False):
+            mel = log_mel(waveforms)
         batch, bins, frames = mel.shape
         num_frames = (num_samples + HOP_LENGTH - 1) // HOP_LENGTH
         real = (torch.arange(frames, device=mel.device) < num_frames[:, None]).view(-1, 1, chunk)
@@ -367,8 +368,9 @@ class Thinker(nn.Module):
         if batch.waveforms is not None and batch.num_samples is not None:
             rows.append(self.audio_tower(batch.waveforms, batch.num_samples).flatten(0, 1))
         if rows:
-            features = torch.cat([row.to(embeds.dtype) for row in rows])[batch.media_index.clamp(min=0)]
-            embeds = torch.where((batch.media_index >= 0)[..., None], features, embeds)
+            # Every slot and row is named once: a gather with repeated rows would be many times slower backwards.
+            features = torch.cat([row.to(embeds.dtype) for row in rows]).index_select(0, batch.media_rows)
+            embeds = embeds.flatten(0, 1).index_copy(0, batch.media_slots, features).view_as(embeds)
         return self.model(embeds, batch.positions)  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:

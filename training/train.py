@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from training.loader import Batches, batches
-from training.network import Thinker
+from training.network import Batch, Thinker
 from training.optimizer import build_optimizers
 from training.probe import Probe
 
@@ -38,9 +39,9 @@ class Settings:
     seed: int
     workers: int
 
-    def rate(self, step: int) -> float:
+    def rate(self, step: int, progress: float) -> float:
         """Learning rate: linear warm-up, a plateau, and a linear decay to zero over the last ``decay`` of the run."""
-        remaining = (self.steps - step) / max(self.decay * self.steps, 1)
+        remaining = max(1.0 - progress, 0.0) / self.decay
         return self.learning_rate * min(1.0, (step + 1) / self.warmup, remaining)
 
 
@@ -58,11 +59,11 @@ class Trainer:
             torch.set_float32_matmul_precision("high")
             self.network.compile_blocks()
 
-    def train_step(self, micro_batches: Any) -> Tensor:
+    def train_step(self, micro_batches: Iterator[Batch], progress: float) -> Tensor:
         """One optimizer step over the next micro-batches; the mean loss, still on the device."""
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = self.settings.rate(self.step)
+                group["lr"] = self.settings.rate(self.step, progress)
         total = torch.zeros((), device=self.device)
         for _ in range(self.settings.micro_batches):
             asked = time.monotonic()
@@ -103,16 +104,20 @@ class Trainer:
             optimizer.load_state_dict(saved)
 
 
-def run(trainer: Trainer, data: Batches, probe: Probe, max_seconds: float, probe_every: int) -> None:
-    """Train until the last step or the time limit, saving and probing on the way."""
+def run(trainer: Trainer, data: Batches, probe: Probe | None, max_seconds: float, save_every: int) -> None:
+    """Train until the last step or the time limit, saving (and probing) on the way.
+
+    The learning rate follows whichever is further, the steps or the clock, so that a run against the clock ends with
+    its decay complete.
+    """
     settings, started = trainer.settings, time.monotonic()
     start, stop = trainer.step * settings.micro_batches, settings.steps * settings.micro_batches
     stream = batches(data, start, stop, settings.workers)
     log = (trainer.out / "log.jsonl").open("a", encoding="utf-8")
     losses: list[Tensor] = []
     with tqdm(total=settings.steps, initial=trainer.step, mininterval=5.0) as bar:
-        while trainer.step < settings.steps and time.monotonic() - started < max_seconds:
-            losses.append(trainer.train_step(stream))
+        while (progress := max(trainer.step / settings.steps, (time.monotonic() - started) / max_seconds)) < 1:
+            losses.append(trainer.train_step(stream, progress))
             bar.update()
             if trainer.step % 20 == 0:
                 mean = float(torch.stack(losses).mean())
@@ -120,10 +125,11 @@ def run(trainer: Trainer, data: Batches, probe: Probe, max_seconds: float, probe
                 record: dict[str, Any] = {"step": trainer.step, "loss": round(mean, 4)}
                 record["seconds"] = round(time.monotonic() - started, 1)
                 record["waited_seconds"] = round(trainer.waited_seconds, 1)
-                if trainer.step % probe_every == 0:
-                    record["accuracy"] = probe.accuracy(trainer.network, trainer.device)
-                    bar.write(" ".join(f"{skill} {100 * share:.0f}" for skill, share in record["accuracy"].items()))
+                if trainer.step % save_every == 0:
                     trainer.save()
+                    if probe is not None:
+                        record["accuracy"] = probe.accuracy(trainer.network, trainer.device)
+                        bar.write(" ".join(f"{name} {100 * share:.0f}" for name, share in record["accuracy"].items()))
                 log.write(json.dumps(record) + "\n")
                 log.flush()
                 bar.set_postfix(loss=f"{mean:.3f}")
@@ -147,8 +153,8 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-seconds", type=float, default=float("inf"))
-    parser.add_argument("--probe-every", type=int, default=500)
-    parser.add_argument("--probe-items", type=int, default=64)
+    parser.add_argument("--save-every", type=int, default=500)
+    parser.add_argument("--probe-items", type=int, default=64, help="held-out items per batch of the probe; 0: none")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     names = ("steps", "tokens", "micro_batches", "learning_rate", "warmup", "decay", "seed", "workers")
@@ -158,8 +164,8 @@ def main() -> None:
     trainer.load()
     ramp = int(arguments.ramp * settings.steps * settings.micro_batches)
     data = Batches(settings.seed, arguments.bank, settings.tokens, ramp)
-    probe = Probe(arguments.held_out_bank, arguments.probe_items, batches_per_world=3)
-    run(trainer, data, probe, arguments.max_seconds, arguments.probe_every)
+    probe = Probe(arguments.held_out_bank, arguments.probe_items, batches_per_world=3) if arguments.probe_items else None
+    run(trainer, data, probe, arguments.max_seconds, arguments.save_every)
 
 
 if __name__ == "__main__":

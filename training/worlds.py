@@ -56,21 +56,22 @@ class Source:
         return max(smallest, min(largest, round(largest * self.difficulty)))
 
 
-_SCENE_SIZES = ((128, 128), (128, 128), (160, 160), (128, 192), (192, 128), (144, 160), (192, 192))
-_PAGE_SIZES = ((128, 128), (96, 192), (128, 192), (64, 256), (96, 256), (160, 160), (192, 192))
-_CHART_SIZES = ((160, 160), (144, 192), (160, 192), (192, 192))
-_CLIP_SIZES = ((96, 96), (96, 96), (96, 128), (112, 112), (128, 128))
+_SCENE_SIZES = (*[(128, 128)] * 5, (160, 160), (128, 192), (192, 128), (144, 160), (192, 192))
+_PAGE_SIZES = (*[(64, 256), (96, 192), (128, 128)] * 2, (96, 256), (128, 192), (160, 160), (192, 192))
+_CHART_SIZES = (*[(160, 160), (144, 192)] * 2, (160, 192), (192, 192))
+_CLIP_SIZES = (*[(96, 96)] * 4, (96, 128), (112, 112), (128, 128))
+_CLIP_LENGTHS = (8, 8, 12, 12, 16)
 
 # How often each world is drawn, in batches.
 WORLD_WEIGHTS = {
-    "scene": 5.0,
-    "page": 5.0,
+    "scene": 4.5,
+    "page": 5.5,
     "sound": 4.0,
-    "clip": 3.0,
+    "clip": 3.5,
     "pair": 2.0,
     "chart": 2.0,
     "both": 0.6,
-    "none": 0.15,
+    "none": 0.12,
 }
 
 
@@ -92,7 +93,7 @@ def layout_of(world: str, rng: random.Random) -> Layout:
         case "pair" | "both":
             return Layout(world, 128, 128)
         case "clip":
-            return Layout(world, *rng.choice(_CLIP_SIZES), num_frames=rng.choice((8, 12, 12, 16)))
+            return Layout(world, *rng.choice(_CLIP_SIZES), num_frames=rng.choice(_CLIP_LENGTHS))
     return Layout(world)
 
 
