@@ -9,7 +9,7 @@ many elements were written into it as it has, which catches a fused layer that l
 from __future__ import annotations
 
 import bisect
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextvars import ContextVar, Token
 from typing import Any, Self
 
@@ -78,20 +78,21 @@ class LoadTracker(TorchFunctionMode):
         """Keys that were handed out and never read."""
         return [name for name in self._keys if name not in self._read]
 
-    def unfilled_parameters(self, named: Iterable[str] = ()) -> list[str]:
-        """Parameters that were not written completely, except those whose memory was replaced or that `named`
-        has.
+    def unfilled_parameters(self, model: nn.Module, reported: Collection[str] = ()) -> list[str]:
+        """Names of a model's parameters that were not written completely.
 
         Args:
-            named: Names that `load_weights` itself reported as loaded.
+            model: Whose parameters the tracker was made with. One that was replaced since, or got other memory, is
+                taken for filled.
+            reported: Names that `load_weights` returned as loaded; believed for parameters of which no write was seen.
         """
-        reported = frozenset(named)
         start_of = {name: start for start, _, name in self._param_spans}
         return [
             name
-            for name, parameter in self._parameters.items()
-            if self._written[name] < parameter.numel()
+            for name, parameter in model.named_parameters()
+            if parameter is self._parameters.get(name)
             and parameter.data_ptr() == start_of[name]
+            and self._written[name] < parameter.numel()
             and not (self._written[name] == 0 and name in reported)
         ]
 

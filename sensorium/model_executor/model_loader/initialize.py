@@ -58,7 +58,7 @@ def build_empty(construct: Callable[[], nn.Module], *, dtype: torch.dtype, devic
             with _EmptyOnMeta():
                 model = construct()
             reason = _left_on_meta(model)
-        except NotImplementedError as error:  # what torch raises for the value of a meta tensor
+        except RuntimeError as error:  # what torch raises for the value of a meta tensor
             reason = str(error).partition("\n")[0]
         if reason:
             logger.info("Model constructed with its own initialisation: %s", reason)

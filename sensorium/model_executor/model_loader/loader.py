@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -60,11 +62,17 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
         raise ModelError("model class: got none, expected a registered class. Set architectures in config.json.")
     start = time.perf_counter()
     device = torch.device(config.device_config.device)
+    loads_checkpoint = config.load_config.load_format != "dummy"
+    if loads_checkpoint:
+        config = with_actual_head(config)
     model = build_empty(lambda: _construct(model_class, config), dtype=model_config.dtype, device=device)
-    if config.load_config.load_format == "dummy":
-        fill_with_random(model, model_config.seed)
+    if loads_checkpoint:
+        # Of a tied head, a class may read the checkpoint's copy or pass it over.
+        optional = ("*lm_head.weight",) if _ties_head(config) else ()
+        files = checkpoint_files(Path(model_config.model))
+        fill_model(model, safetensors_weights(files), may_be_unused=optional)
     else:
-        read_checkpoint(model, Path(model_config.model))
+        fill_with_random(model, model_config.seed)
     finish_loading(model)
     logger.info("Loaded %s in %.2f s", model_class.__name__, time.perf_counter() - start)
     return model
@@ -76,19 +84,42 @@ def _construct(model_class: type, config: EngineConfig) -> nn.Module:
     return construct_model(model_class, config)
 
 
-def read_checkpoint(model: nn.Module, directory: Path) -> None:
-    """Fill a model from a directory's safetensors files, and check that nothing is left over on either side.
+def with_actual_head(config: EngineConfig) -> EngineConfig:
+    """The configuration with a head of its own if the checkpoint has one that differs from the embeddings.
 
-    Raises:
-        WeightsError: See `load_model`.
+    Some checkpoints were saved with `tie_word_embeddings` set although training had parted the two. What is in the file
+    counts, as in `transformers` `PreTrainedModel.tie_weights`.
     """
-    fill_model(model, safetensors_weights(checkpoint_files(directory)))
+    if not _ties_head(config):
+        return config
+    suffixes = ("embed_tokens.weight", "lm_head.weight")
+    files = checkpoint_files(Path(config.model_config.model))
+    found = [tensor for name, tensor in safetensors_weights(files) if name.endswith(suffixes)]
+    if len(found) != len(suffixes) or torch.equal(found[0], found[1]):
+        return config
+    logger.warning("The output head is not tied to the embeddings: the checkpoint has another one.")
+    untied = copy.deepcopy(config.model_config.hf_config)
+    untied.tie_word_embeddings = False
+    untied.get_text_config().tie_word_embeddings = False
+    return replace(config, model_config=replace(config.model_config, hf_config=untied))
 
 
-def fill_model(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) -> None:
+def _ties_head(config: EngineConfig) -> bool:
+    hf_config = config.model_config.hf_config
+    return any(getattr(part, "tie_word_embeddings", False) for part in (hf_config, hf_config.get_text_config()))
+
+
+def fill_model(
+    model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], *, may_be_unused: Sequence[str] = ()
+) -> None:
     """Run the model's `load_weights` over checkpoint tensors and check both ways.
 
     A model lists keys that it doesn't want in a class attribute `ignored_weights`, as shell patterns.
+
+    Args:
+        model: Whose parameters have their memory.
+        weights: Names and tensors of the checkpoint.
+        may_be_unused: Patterns of keys that the model gets and need not read.
 
     Raises:
         WeightsError: See `load_model`.
@@ -111,16 +142,16 @@ def fill_model(model: nn.Module, weights: Iterable[tuple[str, torch.Tensor]]) ->
     except (KeyError, ValueError, AssertionError, RuntimeError) as error:
         raise WeightsError(
             f"loading checkpoint key {tracker.current_key!r} into {type(model).__name__}: got {error!r}, "
-            "expected it to "
-            "fit. Check that config.json belongs to these weights and that load_weights knows their names."
+            "expected it to fit. Check that config.json belongs to these weights and that load_weights knows their names."
         ) from error
-    if unused := tracker.unused_keys():
+    if unused := [name for name in tracker.unused_keys() if not _matches(name, may_be_unused)]:
         raise WeightsError(
             f"checkpoint keys that {type(model).__name__} didn't use: got {_listing(unused)}, expected none. "
             "Load them in load_weights, or list them (patterns allowed) in the class attribute "
             "ignored_weights."
         )
-    if unfilled := tracker.unfilled_parameters(reported if isinstance(reported, (set, frozenset)) else ()):
+    names = reported if isinstance(reported, set | frozenset) else ()
+    if unfilled := tracker.unfilled_parameters(model, names):
         raise WeightsError(
             f"parameters of {type(model).__name__} without a (complete) value in the checkpoint: got "
             f"{_listing(unfilled)}, expected none. Check that config.json belongs to these weights."
