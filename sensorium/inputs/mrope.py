@@ -7,13 +7,13 @@ preprocessing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, ModelError, ProcessorError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
@@ -162,3 +162,56 @@ def _boxes(
         MRopeBox(int(positions[start]), int(size[0]), int(size[1]), int(size[2]), step)
         for start, size, step in zip(starts, sizes, steps, strict=True)
     ]
+
+
+def positions_from_kwargs(
+    token_ids: Sequence[int], hf_config: PretrainedConfig, mm_kwargs: Mapping[str, Any]
+) -> tuple[IntArray, int]:
+    """`get_mrope_positions` of a request, from its mapped keyword arguments.
+
+    Raises `ProcessorError` (a `RuntimeError`) if there are media without a grid.
+    """
+    names = ("image_grid_thw", "video_grid_thw")
+    if mm_kwargs and not any(name in mm_kwargs for name in names):
+        raise ProcessorError(
+            f"M-RoPE: got the keyword arguments {sorted(mm_kwargs)} from the input mapper, expected "
+            f"{' or '.join(names)} among them. Return the grids, or give the model class get_mrope_input_positions."
+        )
+    image_grids, video_grids = (_stacked_grids(mm_kwargs.get(name)) for name in names)
+    seconds = mm_kwargs.get("second_per_grid_ts")
+    return get_mrope_positions(
+        token_ids,
+        hf_config=hf_config,
+        image_grid_thw=image_grids,
+        video_grid_thw=video_grids,
+        second_per_grid_ts=None if seconds is None else np.ravel(_leaves(seconds)).tolist(),
+    )
+
+
+def _stacked_grids(grids: Any) -> IntArray | None:
+    return None if grids is None else np.concatenate([np.reshape(leaf, (-1, 3)) for leaf in _leaves(grids)])
+
+
+def _leaves(value: Any) -> list[Any]:
+    return [np.asarray(leaf) for leaf in (value if isinstance(value, list | tuple) else [value])]
+
+
+def checked_positions(positions: Any, num_tokens: int) -> tuple[IntArray, int]:
+    """What a model class's `get_mrope_input_positions` returned, as positions `(3, num_tokens)` and delta.
+
+    Raises `ModelError` (a `TypeError`) for anything else.
+    """
+    try:
+        array = np.asarray(positions[0], dtype=np.int64)
+        delta = int(positions[1])
+    except (TypeError, ValueError, IndexError) as exc:
+        raise ModelError(
+            "get_mrope_input_positions: got something other than (positions, delta), expected a tensor of shape (3, "
+            f"{num_tokens}) and an int. Correct the model class."
+        ) from exc
+    if array.shape != (3, num_tokens):
+        raise ModelError(
+            f"get_mrope_input_positions: got positions of shape {array.shape}, expected (3, {num_tokens}). "
+            "Correct the model class."
+        )
+    return array, delta

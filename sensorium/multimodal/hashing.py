@@ -21,6 +21,8 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from sensorium.multimodal.video_array import VideoArray
+
 DIGEST_BYTES = 32
 MAX_DEPTH = 32
 """Deepest nesting of containers that is looked into; what lies deeper, or in itself, has no digest."""
@@ -136,6 +138,10 @@ def _feed(feed: Feed, value: object, depth: int) -> None:
     elif isinstance(value, dict | UserDict | MappingProxyType):
         _feed_mapping(feed, value, depth)
     elif type(value) is np.ndarray:
+        _feed_array(feed, value, depth)
+    elif type(value) is VideoArray:
+        _write(feed, b"v", b"")
+        _feed(feed, value.metadata, depth + 1)
         _feed_array(feed, value, depth)
     elif isinstance(value, np.generic):
         _write(feed, b"g", b"")

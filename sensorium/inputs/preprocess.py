@@ -1,0 +1,288 @@
+"""From a prompt as its caller wrote it to an `EngineRequest` that the engine can't fail on.
+
+    parse -> check and identify media -> encode -> input processor -> place media -> map media -> admit
+
+Runs in the front process, in any thread of its pool, never on the step loop. Whatever is wrong with a
+request, or with a model author's callable, is an error of that request, raised before anything is queued.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sensorium.errors import InvalidTypeError, ModelError, ModelLookupError, SensoriumError
+from sensorium.inputs import INPUT_REGISTRY, InputRegistry, admission, token_inputs
+from sensorium.inputs.media_data import MediaCollector, MediaData
+from sensorium.inputs.mrope import checked_positions, mrope_positions, positions_from_kwargs
+from sensorium.inputs.placement import Placement, Prompt
+from sensorium.inputs.prompts import ParsedPrompt, parse_prompt
+from sensorium.inputs.request_media import MediaStage, RequestMedia
+from sensorium.inputs.tokenizer import TextEncoder
+from sensorium.inputs.video_sampling import CheckpointSampling
+from sensorium.logger import get_logger
+from sensorium.messages import EngineRequest, MediaItem
+from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
+from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
+from sensorium.multimodal.placeholders import media_mask
+from sensorium.multimodal.processor_cache import CacheStatistics, ProcessorCache
+
+if TYPE_CHECKING:
+    from sensorium.config import EngineConfig, ModelConfig, ModelFeatures
+    from sensorium.multimodal.media import MediaLoader
+    from sensorium.sampling_params import SamplingParams
+
+logger = get_logger(__name__)
+
+_MROPE_HOOK = "get_mrope_input_positions"
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ProcessedRequest:
+    """An admitted request, and what the front keeps of it."""
+
+    engine_request: EngineRequest
+    prompt_text: str | None
+    """The prompt as text, if it was given as text."""
+    media_token_counts: Mapping[str, tuple[int, ...]]
+    """Per modality, the prompt tokens that each item takes; a group of items counts as one."""
+
+    @property
+    def num_prompt_tokens(self) -> int:
+        """Tokens of the expanded prompt."""
+        return len(self.engine_request.prompt_token_ids)
+
+
+class InputPreprocessor:
+    """Makes requests ready for the engine core. Safe to call from several threads.
+
+    Args:
+        config: the engine's configuration.
+        features: what loading found out about the model.
+        tokenizer: the model's Hugging Face tokenizer; without it, prompts are token ids.
+        media_loader: turns encoded media into objects; without it, media are objects.
+        accept_embeddings: whether callers may send embeddings instead of media.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        features: ModelFeatures,
+        tokenizer: Any | None = None,
+        media_loader: MediaLoader | None = None,
+        *,
+        input_registry: InputRegistry = INPUT_REGISTRY,
+        mm_registry: MultiModalRegistry = MULTIMODAL_REGISTRY,
+        accept_embeddings: bool = True,
+    ) -> None:
+        self.config = config
+        self.features = features
+        self.encoder = None if tokenizer is None else TextEncoder(tokenizer)
+        self._model_config = config.model_config
+        sampling = CheckpointSampling(config.model_config)
+        self._collector = MediaCollector(config.model_config, mm_registry, media_loader, sampling)
+        self._input_registry = input_registry
+        self._mm_registry = mm_registry
+        self._cache = ProcessorCache(config.cache_config.mm_processor_cache_bytes)
+        mapper = MediaMapper(self._model_config, mm_registry, self._cache)
+        self._stage = MediaStage(config, features, mm_registry, mapper, accept_embeddings)
+        self._placeholder_ids = self._stage.all_placeholder_ids()
+        self._eos_token_ids = eos_token_ids(self._model_config, tokenizer)
+        try:
+            mm_registry.get_mm_limits_per_prompt(self._model_config)
+        except ModelLookupError:
+            mm_registry.init_mm_limits_per_prompt(self._model_config)
+
+    def process(
+        self,
+        request_id: str,
+        prompt: object,
+        sampling_params: SamplingParams,
+        *,
+        priority: int = 0,
+        arrival_time_s: float = 0.0,
+        cache_salt: str | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        pooling: bool = False,
+    ) -> ProcessedRequest:
+        """Check and prepare one request.
+
+        `prompt`: a string, token ids, or a dict (`TextPrompt`, `TokensPrompt`), which may also hold
+        `multi_modal_uuids`. `cache_salt`: requests share cached media and blocks only with the same salt.
+        `mm_processor_kwargs`: used where the prompt has none of the same name.
+
+        Raises:
+            RequestError: Something about the request is wrong; the message is for its caller.
+            ModelError: The model's input processor or mapper breaks its rules.
+        """
+        try:
+            parsed = parse_prompt(prompt)
+            kwargs = {**(mm_processor_kwargs or {}), **parsed.mm_processor_kwargs}
+            ids, items, mrope = self._prepare(parsed, kwargs, cache_salt, pooling=pooling)
+        except SensoriumError as error:
+            if error.__cause__ is not None:
+                logger.warning("request %s is refused: %s", request_id, error, exc_info=error.__cause__)
+            raise
+        request = EngineRequest(
+            request_id=request_id,
+            prompt_token_ids=ids,
+            sampling_params=self._resolve_sampling(sampling_params, len(ids), pooling=pooling),
+            eos_token_ids=self._eos_token_ids,
+            media=items,
+            mrope_positions=mrope[0],
+            mrope_delta=mrope[1],
+            priority=priority,
+            arrival_time_s=arrival_time_s,
+            cache_salt=cache_salt,
+            pooling=pooling,
+        )
+        counts: dict[str, tuple[int, ...]] = {}
+        for item in items:
+            counts[item.modality] = (*counts.get(item.modality, ()), item.length)
+        return ProcessedRequest(request, parsed.text, counts)
+
+    def statistics(self) -> CacheStatistics:
+        """Hits and sizes of the cache of mapped media."""
+        return self._cache.statistics()
+
+    # Steps
+
+    def _prepare(
+        self, parsed: ParsedPrompt, kwargs: Mapping[str, Any], cache_salt: str | None, *, pooling: bool
+    ) -> tuple[list[int], tuple[MediaItem, ...], tuple[Any, int]]:
+        """The expanded prompt, its media, and M-RoPE positions with their delta."""
+        given = self._collector.collect(parsed, kwargs)
+        before = self._encode(parsed)
+        processed = self._run_processor(parsed, before, given, kwargs)
+        after = _processed_ids(processed)
+        prompt = Prompt(np.asarray(before, dtype=np.int64), np.asarray(after, dtype=np.int64))
+        media = RequestMedia(self._stage, given, processed, kwargs, cache_salt) if given else None
+        placements = media.place(prompt) if media else []
+        self._admit(prompt, placements, pooling=pooling)
+        items = media.items(placements, prompt.after) if media else ()
+        return after, items, self._mrope(after, items)
+
+    def _encode(self, parsed: ParsedPrompt) -> list[int]:
+        """Token ids of the prompt as given: those the caller sent, checked, or those of its text."""
+        max_model_len = self._model_config.max_model_len
+        if parsed.token_ids is not None:
+            if len(parsed.token_ids) > max_model_len:
+                raise admission.prompt_too_long(str(len(parsed.token_ids)), max_model_len)
+            admission.check_token_ids(parsed.token_ids, self._max_token_id(parsed.token_ids))
+            return parsed.token_ids
+        assert parsed.text is not None
+        if self.encoder is None:
+            raise InvalidTypeError(
+                "prompt: got text, expected token ids, since the engine runs without a tokenizer. "
+                "Send prompt_token_ids, or leave out skip_tokenizer_init."
+            )
+        return self.encoder.encode_bounded(parsed.text, max_model_len, add_special_tokens=parsed.add_special_tokens)
+
+    def _max_token_id(self, token_ids: Sequence[int]) -> int:
+        """The largest id that a caller may send: of the model's vocabulary, or of the tokenizer's, which may
+        have more.
+        """
+        largest = self._model_config.vocab_size - 1
+        if self.encoder is None or max(token_ids, default=0) <= largest:
+            return largest
+        return max(largest, self.encoder.max_token_id)
+
+    def _run_processor(
+        self, parsed: ParsedPrompt, ids: list[int], given: Sequence[MediaData], kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """What the model's input processor makes of the prompt; the prompt itself if the model registered
+        none.
+        """
+        data = {each.modality: each.data() for each in given}
+        if given and self._mm_registry.has_processor(self._model_config):
+            return self._run_merged_processor(parsed, ids, data, kwargs)
+        inputs = token_inputs(
+            list(ids),
+            token_type_ids=parsed.token_type_ids,
+            prompt=parsed.text,
+            multi_modal_data=data or None,
+            mm_processor_kwargs=dict(kwargs) or None,
+        )
+        with request_errors("input processor", "prompt"):
+            return self._input_registry.process_input(self._model_config, inputs)
+
+    def _run_merged_processor(
+        self, parsed: ParsedPrompt, ids: list[int], data: Mapping[str, Any], kwargs: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """The same for a model whose processor also maps; its result in the form of the others'."""
+        tokenizer = None if self.encoder is None else self.encoder.tokenizer
+        prompt = list(ids) if parsed.text is None or parsed.token_ids is not None else parsed.text
+        with request_errors("merged processor", "prompt"):
+            processor = self._mm_registry.create_processor(self._model_config, tokenizer)
+            result = processor.apply(prompt, data, kwargs)
+        return {
+            "prompt_token_ids": result["prompt_token_ids"],
+            "multi_modal_inputs": result["mm_kwargs"],
+            "multi_modal_placeholders": result["mm_placeholders"],
+        }
+
+    def _admit(self, prompt: Prompt, placements: Sequence[Placement], *, pooling: bool) -> None:
+        """Refuse what doesn't fit, before anything is mapped for it."""
+        rows: dict[str, list[int]] = {}
+        for placement in placements:
+            rows.setdefault("+".join(placement.modalities), []).append(placement.span.num_rows)
+        num_tokens = len(prompt.after)
+        admission.check_length(num_tokens, rows, self._model_config.max_model_len, pooling=pooling)
+        for placement in placements:
+            admission.check_span(placement.counts, placement.span, self.config, self.features)
+        is_media = media_mask((placement.span for placement in placements), num_tokens)
+        admission.check_special_tokens(prompt.after, is_media, self._placeholder_ids, self._model_config.vocab_size)
+
+    def _mrope(self, token_ids: list[int], items: Sequence[MediaItem]) -> tuple[Any, int]:
+        """M-RoPE positions and delta; none for a model without."""
+        if not self._model_config.uses_mrope:
+            return None, 0
+        if not items:
+            return mrope_positions(len(token_ids), [])
+        kwargs = JoinedKwargs([item.kwargs or {} for item in items])
+        hf_config = self._model_config.hf_config
+        hook = getattr(self._model_config.model_class, _MROPE_HOOK, None)
+        if hook is None:
+            return positions_from_kwargs(token_ids, hf_config, kwargs)
+        with request_errors(_MROPE_HOOK, "prompt"):
+            return checked_positions(hook(token_ids, hf_config, kwargs), len(token_ids))
+
+    def _resolve_sampling(self, params: SamplingParams, num_prompt_tokens: int, *, pooling: bool) -> SamplingParams:
+        if pooling:
+            return params
+        encoder = self.encoder
+        if encoder is not None and params.bad_words:
+            params = params.with_bad_word_ids(lambda word: encoder.encode(word, add_special_tokens=False))
+        return admission.resolve_sampling_params(
+            params,
+            vocab_size=self._model_config.vocab_size,
+            max_model_len=self._model_config.max_model_len,
+            num_prompt_tokens=num_prompt_tokens,
+        )
+
+
+def _processed_ids(processed: Mapping[str, Any]) -> list[int]:
+    """The prompt that an input processor returned. Raises `ModelError` (a `TypeError`) if it is none."""
+    ids = np.asarray(processed.get("prompt_token_ids", ()))
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise ModelError(
+            "input processor: got no list of token ids, expected prompt_token_ids. Return token_inputs(...)."
+        )
+    token_ids: list[int] = ids.tolist()
+    return token_ids
+
+
+def eos_token_ids(model_config: ModelConfig, tokenizer: Any | None) -> frozenset[int]:
+    """Ids that end a model's output: those of its generation config, else of its config, else of its
+    tokenizer.
+    """
+    configs = (model_config.generation_config, vars(model_config.hf_config), vars(model_config.hf_text_config))
+    for config in configs:
+        found = config.get("eos_token_id")
+        if found is not None:
+            return frozenset(found if isinstance(found, list | tuple) else [found])
+    found = getattr(tokenizer, "eos_token_id", None)
+    return frozenset() if found is None else frozenset([found])

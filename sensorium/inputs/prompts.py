@@ -1,0 +1,156 @@
+"""Prompt forms: what callers write, checked and brought into one shape.
+
+A prompt is a string, a list of token ids, or a dict (`TextPrompt`, `TokensPrompt`). Nothing is computed here,
+so that a malformed prompt costs nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from sensorium.errors import InvalidRequestError, InvalidTypeError
+from sensorium.inputs.data import is_explicit_encoder_decoder_prompt
+
+MAX_UUID_CHARS = 512
+
+_KEYS = frozenset(
+    {
+        "prompt",
+        "prompt_token_ids",
+        "token_type_ids",
+        "multi_modal_data",
+        "multi_modal_uuids",
+        "mm_processor_kwargs",
+        "add_special_tokens",
+        "type",
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ParsedPrompt:
+    """A prompt of known shape. Either `token_ids` or `text` is there; with both, the ids count."""
+
+    text: str | None = None
+    token_ids: list[int] | None = None
+    token_type_ids: list[int] | None = None
+    add_special_tokens: bool = True
+    """Whether encoding adds the tokenizer's own special tokens; a rendered chat has its own."""
+    multi_modal_data: Mapping[str, Any] = field(default_factory=dict)
+    """By modality, as given."""
+    multi_modal_uuids: Mapping[str, Any] = field(default_factory=dict)
+    """By modality, a name or None for each item, as given."""
+    mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_prompt(prompt: object) -> ParsedPrompt:
+    """Bring a prompt of any accepted form into one shape.
+
+    Raises:
+        InvalidTypeError: (a `TypeError`) The prompt, or a part of it, has another type.
+        InvalidRequestError: (a `ValueError`) It has encoder and decoder halves, which no model here takes.
+    """
+    if isinstance(prompt, str):
+        return ParsedPrompt(text=prompt)
+    if isinstance(prompt, list | tuple | np.ndarray):
+        return ParsedPrompt(token_ids=_token_ids("prompt", prompt))
+    if not isinstance(prompt, Mapping):
+        raise _wrong_type("prompt", prompt, "a string, a list of token ids or a dict")
+    if is_explicit_encoder_decoder_prompt(prompt) or "decoder_prompt" in prompt:
+        raise InvalidRequestError(
+            "prompt: got encoder and decoder prompts for a decoder-only model, expected one prompt. "
+            "Cannot pass encoder-decoder prompt to decoder-only models: send prompt or prompt_token_ids."
+        )
+    return _parse_dict(prompt)
+
+
+def _parse_dict(prompt: Mapping[str, Any]) -> ParsedPrompt:
+    unknown = sorted(str(key) for key in prompt if key not in _KEYS)
+    if unknown:
+        raise InvalidTypeError(
+            f"prompt: got the unknown keys {unknown[:8]}, expected keys of TextPrompt or TokensPrompt. Remove them."
+        )
+    text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
+    if text is None and ids is None:
+        raise InvalidTypeError(
+            f"prompt: got a dict with {sorted(prompt)}, expected 'prompt' or 'prompt_token_ids' in it. Add one."
+        )
+    if text is not None and not isinstance(text, str):
+        raise _wrong_type("prompt", text, "a string")
+    add_special_tokens = prompt.get("add_special_tokens", True)
+    if not isinstance(add_special_tokens, bool):
+        raise _wrong_type("add_special_tokens", add_special_tokens, "true or false")
+    type_ids = prompt.get("token_type_ids")
+    return ParsedPrompt(
+        text=text,
+        token_ids=None if ids is None else _token_ids("prompt_token_ids", ids),
+        token_type_ids=None if type_ids is None else _token_ids("token_type_ids", type_ids),
+        add_special_tokens=add_special_tokens,
+        multi_modal_data=_names("multi_modal_data", prompt.get("multi_modal_data")),
+        multi_modal_uuids=_names("multi_modal_uuids", prompt.get("multi_modal_uuids")),
+        mm_processor_kwargs=_names("mm_processor_kwargs", prompt.get("mm_processor_kwargs")),
+    )
+
+
+def _token_ids(name: str, value: object) -> list[int]:
+    """Ids as a list of Python ints, from any sequence or array of integers."""
+    if not isinstance(value, Sequence | np.ndarray) or isinstance(value, str | bytes):
+        if not hasattr(value, "tolist"):
+            raise _wrong_type(name, value, "a list of token ids")
+        value = value.tolist()  # a tensor
+    try:
+        ids = np.asarray(value)
+    except (ValueError, OverflowError):  # ragged, or beyond any integer type
+        raise _wrong_members(name) from None
+    if ids.ndim != 1 or (ids.size and ids.dtype.kind not in "iu"):
+        raise _wrong_members(name)
+    members: list[int] = ids.tolist()
+    return members
+
+
+def _names(name: str, value: object) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
+        raise _wrong_type(name, value, "a dict with names for keys")
+    return value
+
+
+def check_uuids(modality: str, uuids: object, num_items: int) -> list[str | None]:
+    """A name or None for each item of a modality.
+
+    Raises:
+        InvalidTypeError: (a `TypeError`) They are no strings.
+        InvalidRequestError: (a `ValueError`) There are too few or too many, or one is empty or too long.
+    """
+    if uuids is None:
+        return [None] * num_items
+    listed = [uuids] if isinstance(uuids, str) else uuids
+    if not isinstance(listed, list | tuple):
+        raise _wrong_type(f"multi_modal_uuids[{modality!r}]", uuids, "a list of strings")
+    if len(listed) != num_items:
+        raise InvalidRequestError(
+            f"multi_modal_uuids[{modality!r}]: got {len(listed)} names, expected one for each of {num_items} items. "
+            "Write null for an item without a name."
+        )
+    for uuid in listed:
+        if uuid is not None and not isinstance(uuid, str):
+            raise _wrong_type(f"multi_modal_uuids[{modality!r}]", uuid, "strings")
+        if uuid is not None and not 0 < len(uuid) <= MAX_UUID_CHARS:
+            raise InvalidRequestError(
+                f"multi_modal_uuids[{modality!r}]: got a name of {len(uuid)} characters, expected 1 to "
+                f"{MAX_UUID_CHARS}. Shorten it, or leave it out."
+            )
+    return list(listed)
+
+
+def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:
+    return InvalidTypeError(f"{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}.")
+
+
+def _wrong_members(name: str) -> InvalidTypeError:
+    return InvalidTypeError(f"{name}: got something other than integers, expected a list of token ids. Change {name}.")
