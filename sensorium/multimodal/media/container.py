@@ -36,6 +36,9 @@ _AUDIO_DECODERS = frozenset({
 # fmt: on
 _PCM_PREFIXES = ("pcm_s", "pcm_u", "pcm_f")
 _MAX_DECODER_THREADS = 4
+# Decoders are told to refuse frames beyond this many times the budget. What lies between still decodes, so that it can
+# be refused with its true size.
+_FENCE_FACTOR = 4
 
 
 class Deadline:
@@ -84,9 +87,11 @@ def open_container(
 
     if demuxer == "mov":
         check_mp4_tables(data, modality)
-    fences = {"protocol_whitelist": "none", "format_whitelist": _demuxer_names(demuxer)}
-    # Decoders run while streams are probed; this bounds the frames that they may allocate there.
-    fences["max_pixels"] = str(limits.max_video_frame_pixels)
+    fences = {
+        "protocol_whitelist": "none",
+        "format_whitelist": _demuxer_names(demuxer),
+        "max_pixels": _max_pixels(limits),  # decoders run while streams are probed, too
+    }
     try:
         with av.open(
             _DeadlineReader(data, deadline),
@@ -101,6 +106,10 @@ def open_container(
     except (av.error.FFmpegError, ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
         logger.debug("%s decoder failed: %r", modality, error)
         raise corrupt(modality) from None
+
+
+def _max_pixels(limits: MediaLimits) -> str:
+    return str(_FENCE_FACTOR * limits.max_video_frame_pixels)
 
 
 def _demuxer_names(demuxer: str) -> str:
@@ -139,7 +148,7 @@ def prepare_decoder(stream: Any, modality: str, limits: MediaLimits) -> None:
     context.thread_count = min(_MAX_DECODER_THREADS, os.cpu_count() or 1) if stream.type == "video" else 1
     if stream.type == "video":
         context.thread_type = "AUTO"
-        context.options = {"max_pixels": str(limits.max_video_frame_pixels)}
+        context.options = {"max_pixels": _max_pixels(limits)}
 
 
 def is_known_decoder(name: str, kind: str) -> bool:

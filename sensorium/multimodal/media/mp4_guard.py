@@ -41,16 +41,16 @@ def check_mp4_tables(data: bytes, modality: str) -> None:
 
 
 def _tracks_and_rest(data: bytes) -> Iterator[bytes]:
-    """The bytes of each track, and all other bytes outside the media data."""
-    for kind, start, end in _boxes(data, 0, len(data)):
+    """Each track, and each other box outside the media data, with its header."""
+    for kind, start, body, stop in _boxes(data, 0, len(data)):
         if kind == b"moov":
-            yield from (data[begin:stop] for _, begin, stop in _boxes(data, start, end))
+            yield from (data[inner:end] for _, inner, _, end in _boxes(data, body, stop))
         elif kind != b"mdat":
-            yield data[start:end]
+            yield data[start:stop]
 
 
-def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]]:
-    """(type, first byte of the body, end) of the boxes side by side in `data[start:end]`."""
+def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int, int]]:
+    """(type, start, start of the body, end) of the boxes side by side in `data[start:end]`."""
     while start + 8 <= end:
         size, kind = struct.unpack_from(">I4s", data, start)
         body = start + 8
@@ -60,7 +60,7 @@ def _boxes(data: bytes, start: int, end: int) -> Iterator[tuple[bytes, int, int]
         stop = end if size == 0 else min(start + size, end)
         if stop < body:  # a broken size: what is left counts as one box
             kind, body, stop = b"", start, end
-        yield kind, body, stop
+        yield kind, start, body, stop
         start = stop
 
 

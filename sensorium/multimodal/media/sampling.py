@@ -15,7 +15,7 @@ from typing import Any, Literal, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, MediaError
 
 Rule = Literal["uniform", "temporal_patches", "endpoints"]
 
@@ -124,7 +124,7 @@ class VideoSampling:
         """See `FrameSampler`.
 
         Raises:
-            InvalidRequestError: sampling by rate, and the clip's rate is not known.
+            MediaError: sampling by rate, and the clip's rate is not known.
         """
         total = metadata.total_num_frames
         count = self._count(total, metadata.fps)
@@ -156,8 +156,8 @@ class VideoSampling:
 
     def _known(self, video_fps: float | None) -> float:
         if video_fps is None:
-            raise InvalidRequestError(
-                f"video sampling: got fps {self.fps} for a clip without a frame rate, expected num_frames. "
+            raise MediaError(
+                f"video has no frame rate: got fps {self.fps} to sample it by, expected num_frames. "
                 "Set num_frames instead of fps."
             )
         return video_fps

@@ -16,7 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from sensorium.errors import InvalidRequestError, MediaError
+from sensorium.errors import InvalidRequestError, MediaError, SensoriumError
+from sensorium.logger import get_logger
 from sensorium.multimodal.media.container import Deadline, corrupt, open_container, prepare_decoder, unknown_format
 from sensorium.multimodal.media.image import decode_image
 from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, too_large
@@ -30,6 +31,8 @@ from sensorium.multimodal.media.video_decode import (
     decode_in_sequence,
 )
 from sensorium.multimodal.media.video_index import VideoIndex, index_packets
+
+logger = get_logger(__name__)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -145,8 +148,18 @@ def choose_frames(sampler: FrameSampler, metadata: VideoMetadata, limits: MediaL
     Raises:
         MediaTooLargeError: it wants too many frames, or too many pixels by the clip's header.
         InvalidRequestError: it wants none, or one that doesn't exist.
+        MediaError: it can't deal with this clip.
     """
-    indices = [int(index) for index in sampler(metadata)]
+    try:
+        indices = [int(index) for index in sampler(metadata)]
+    except SensoriumError:
+        raise
+    except Exception as error:  # samplers come with models
+        logger.debug("frame sampler failed: %r", error)
+        raise MediaError(
+            f"video can't be sampled for this model: got {metadata.total_num_frames} frames, expected a number that "
+            "suits the model. Send a longer video, or set num_frames."
+        ) from None
     if not indices or min(indices) < 0 or max(indices) >= metadata.total_num_frames:
         raise InvalidRequestError(
             f"video sampling: got {len(indices)} frame indices, expected at least one, each from 0 to "
