@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import random
 
-import numpy as np
-import pytest
-import torch
+# Models of a few thousand weights gain nothing from threads, and lose much where test processes share the cores.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-from sensorium import logger
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+from sensorium import logger  # noqa: E402
 
 
 @pytest.fixture(autouse=True)

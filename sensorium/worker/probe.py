@@ -44,10 +44,11 @@ def probe_model(
     """
     if not config.model_config.is_multimodal_model:
         return TextDriver(model), ModelFeatures(tier="text")
+    max_rows = MULTIMODAL_REGISTRY.get_max_tokens_per_item_by_modality(config.model_config)
     features = ModelFeatures(
         atomic_items=bool(getattr(type(model), "mm_atomic_items", False)),
         placeholder_token_ids=MULTIMODAL_REGISTRY.get_placeholder_tokens(config.model_config),
-        max_item_rows=MULTIMODAL_REGISTRY.get_max_tokens_per_item_by_modality(config.model_config),
+        max_item_rows={modality: rows for modality, rows in max_rows.items() if rows},
     )
     encode, embed = _tier_one_methods(type(model))
     if encode and embed and ForwardAdapter(model).accepts("inputs_embeds"):

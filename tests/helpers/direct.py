@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from sensorium.attention import AttentionMetadata, compute_slot_mapping
 from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
+from sensorium.inputs import INPUT_REGISTRY, token_inputs
 from sensorium.model_executor.layers.decoder import head_size_of
 from sensorium.model_executor.model_loader import load_model
+from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+from tests.helpers.checkpoints import make_tokenizer
 
 
 def engine_config(path: Path, **settings: Any) -> EngineConfig:
@@ -78,6 +81,58 @@ def relative_error(got: torch.Tensor, expected: torch.Tensor) -> float:
     return float((got.float() - expected.float()).abs().max() / expected.float().abs().max())
 
 
-def parameters_of(model: nn.Module) -> dict[str, torch.Tensor]:
-    """A model's parameters by name."""
-    return dict(model.named_parameters())
+@dataclass(frozen=True)
+class Prepared:
+    """A prompt behind a model's input processor and mappers."""
+
+    token_ids: list[int]
+    kwargs: dict[str, Any]
+    """Mapped arguments, as Hugging Face's `forward` takes them."""
+    positions: np.ndarray[Any, Any]
+    """`(num_tokens,)` or, with M-RoPE, `(3, num_tokens)`."""
+    mrope_delta: int
+    placeholders: dict[str, Any]
+
+    @property
+    def batched(self) -> dict[str, Any]:
+        """The arguments as the engine passes them for one request."""
+        return MultiModalKwargs.batch([self.kwargs])
+
+    def continued(self, num_tokens: int) -> np.ndarray[Any, Any]:
+        """Positions of the prompt and `num_tokens` output tokens behind it."""
+        more = np.arange(len(self.token_ids), len(self.token_ids) + num_tokens) + self.mrope_delta
+        shape = (*self.positions.shape[:-1], num_tokens)
+        return np.concatenate((self.positions, np.broadcast_to(more, shape)), axis=-1)
+
+
+def prepare(
+    config: EngineConfig, prompt: str | list[int], data: dict[str, Any] | None = None, **mm_processor_kwargs: Any
+) -> Prepared:
+    """Run a prompt through the registered input processor and mappers of a tiny checkpoint's model."""
+    model_config = config.model_config
+    token_ids = make_tokenizer()(prompt)["input_ids"] if isinstance(prompt, str) else prompt
+    inputs: Any = INPUT_REGISTRY.process_input(
+        model_config,
+        token_inputs(token_ids, multi_modal_data=data, mm_processor_kwargs=mm_processor_kwargs or None),
+    )
+    token_ids, kwargs = inputs["prompt_token_ids"], {}
+    for modality, items in (inputs.get("multi_modal_data") or {}).items():
+        plugin = MULTIMODAL_REGISTRY.get_plugin(modality)
+        kwargs |= plugin.map_input(model_config, items, mm_processor_kwargs)
+    positions, delta = np.arange(len(token_ids)), 0
+    if model_config.uses_mrope:
+        hook: Any = model_config.model_class
+        positions, delta = hook.get_mrope_input_positions(token_ids, model_config.hf_config, kwargs)
+    return Prepared(token_ids, kwargs, positions, delta, dict(inputs.get("multi_modal_placeholders") or {}))
+
+
+@torch.inference_mode()
+def hf_logits(reference: Any, token_ids: list[int], kwargs: dict[str, Any]) -> torch.Tensor:
+    """Logits `(num_tokens, vocab_size)` of the Hugging Face model for one prompt with its media."""
+    ids = torch.tensor(token_ids)
+    if "image_grid_thw" in kwargs or "video_grid_thw" in kwargs:
+        config = reference.config
+        types = (ids == config.image_token_id) * 1 + (ids == config.video_token_id) * 2
+        kwargs = {**kwargs, "mm_token_type_ids": types[None]}
+    logits: torch.Tensor = reference(ids[None], **kwargs).logits[0]
+    return logits

@@ -37,6 +37,8 @@ VOCAB_SIZE = 64
 IMAGE_TOKEN = 7
 MARKER_TOKEN = 5
 NEGATIVE_TOKEN = -3
+NO_MEDIA_TOKENS = {IMAGE_TOKEN: -100.0, MARKER_TOKEN: -100.0}
+"""A logit bias under which no media token is generated."""
 MAX_ROWS = 8
 IMAGE_WIDTH = 4
 
@@ -370,7 +372,8 @@ def image(seed: int, rows: int) -> np.ndarray[Any, np.dtype[np.float32]]:
 def reference_tokens(model: Any, prompt: list[int], images: list[Any], num_tokens: int) -> list[int]:
     """Greedy tokens by whole passes through the model's own `forward`, without any cache.
 
-    `prompt` is expanded. This is the engine-free meaning of the class.
+    `prompt` is expanded. This is the engine-free meaning of the class. Since every pass merges media again, the output
+    must not contain their tokens: `NO_MEDIA_TOKENS` keeps them out.
     """
     ids = list(prompt)
     kwargs = {"pixel_values": [torch.from_numpy(each)[None] for each in images]} if images else {"pixel_values": None}
@@ -384,5 +387,8 @@ def reference_tokens(model: Any, prompt: list[int], images: list[Any], num_token
                 attn_metadata=AttentionMetadata.without_cache([len(ids)]),
                 **kwargs,
             )
-            ids.append(int(model.compute_logits(hidden[-1:], None).argmax()))
+            logits = model.compute_logits(hidden[-1], None)
+            for token, bias in NO_MEDIA_TOKENS.items():
+                logits[token] += bias
+            ids.append(int(logits.argmax()))
     return ids[len(prompt) :]

@@ -1,0 +1,156 @@
+"""The engine in one process: prompts in, outputs out, step by step.
+
+Joins the front (preprocessing, detokenizing) and the core. `preprocess` may run in other threads; everything else
+belongs to one thread. `LLM` drives it for whole lists of prompts; who wants the steps in their own hands uses this.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from sensorium.config import EngineConfig
+from sensorium.engine.args import EngineArgs
+from sensorium.engine.core import EngineCore
+from sensorium.engine.output_processor import OutputProcessor
+from sensorium.errors import InvalidRequestError
+from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
+from sensorium.inputs.tokenizer import get_tokenizer
+from sensorium.messages import EngineOutput, LoadReport
+from sensorium.multimodal import MULTIMODAL_REGISTRY
+from sensorium.multimodal.media import MediaLoader
+from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
+from sensorium.sampling_params import SamplingParams
+
+
+class LLMEngine:
+    """Continuous batching over one model.
+
+    Every request that `add_request` accepted ends in exactly one output with `finished`.
+    """
+
+    def __init__(
+        self, config: EngineConfig, *, skip_tokenizer: bool = False, media_loader: MediaLoader | None = None
+    ) -> None:
+        self.config = config
+        MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+        self.tokenizer: Any = None if skip_tokenizer else get_tokenizer(config.model_config)
+        self.core = EngineCore(config)
+        self.preprocessor = InputPreprocessor(config, self.core.features, self.tokenizer, media_loader)
+        self.outputs = OutputProcessor(self.tokenizer)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:
+        """Build an engine from flat settings."""
+        return cls(engine_args.create_engine_config(), skip_tokenizer=engine_args.skip_tokenizer_init)
+
+    @property
+    def report(self) -> LoadReport:
+        """What loading found out: the model's tier, the caches, where memory went."""
+        return self.core.report
+
+    def preprocess(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        *,
+        priority: int = 0,
+        arrival_time_s: float | None = None,
+        cache_salt: str | None = None,
+        pooling: bool = False,
+    ) -> ProcessedRequest:
+        """Tokenize a prompt, process its media, admit it. Safe in any thread; nothing is queued yet.
+
+        Raises:
+            RequestError: Something about the prompt, its media or the parameters is wrong.
+        """
+        return self.preprocessor.process(
+            request_id,
+            prompt,
+            params or SamplingParams(),
+            priority=priority,
+            arrival_time_s=time.monotonic() if arrival_time_s is None else arrival_time_s,
+            cache_salt=cache_salt,
+            pooling=pooling,
+        )
+
+    def add_processed(self, processed: ProcessedRequest, kind: OutputKind = OutputKind.CUMULATIVE) -> None:
+        """Queue what `preprocess` returned. `kind` says what its outputs hold from step to step.
+
+        Raises:
+            RequestError: The line is full, or the request needs more memory than there is.
+        """
+        requests = self.outputs.add_request(processed, kind)
+        added = []
+        try:
+            for request in requests:
+                self.core.add_request(request)
+                added.append(request.request_id)
+        except Exception:
+            self.core.abort(added)
+            self.outputs.remove_request(processed.engine_request.request_id)
+            raise
+
+    def add_request(
+        self,
+        request_id: str,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        arrival_time: float | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> None:
+        """Process and queue one prompt.
+
+        Args:
+            request_id: Names the request in outputs; must not be in use.
+            prompt: A string, token ids, or a dict with `prompt` or `prompt_token_ids`, `multi_modal_data` and
+                `mm_processor_kwargs`.
+            params: How to sample; defaults of `SamplingParams`.
+            arrival_time: Monotonic seconds; now if not given.
+            priority: Lower goes first under the priority policy.
+            cache_salt: Only requests with the same salt share caches.
+
+        Raises:
+            RequestError: See `preprocess` and `add_processed`.
+        """
+        if self.outputs.has_request(request_id):
+            raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
+        processed = self.preprocess(
+            request_id, prompt, params, priority=priority, arrival_time_s=arrival_time, cache_salt=cache_salt
+        )
+        self.add_processed(processed)
+
+    def abort_request(self, request_id: str | Iterable[str]) -> None:
+        """End requests. Ids that are unknown or finished are ignored."""
+        for each in [request_id] if isinstance(request_id, str) else request_id:
+            self.core.abort(self.outputs.abort(each))
+
+    def has_unfinished_requests(self) -> bool:
+        """Whether `step` has something to do."""
+        return self.core.has_unfinished_requests()
+
+    def step(self) -> list[RequestOutput | PoolingRequestOutput]:
+        """Run one step; returns the requests that have news.
+
+        Raises:
+            EngineDeadError: The engine can't go on.
+        """
+        return self._process(self.core.step())
+
+    def _process(self, news: list[EngineOutput]) -> list[RequestOutput | PoolingRequestOutput]:
+        processed = self.outputs.process(news)
+        if processed.abort_ids:
+            self.core.abort(processed.abort_ids)
+        return processed.outputs
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer; None if it was skipped."""
+        return self.tokenizer
+
+    def shutdown(self) -> None:
+        """Free the model's memory."""
+        self.core.shutdown()

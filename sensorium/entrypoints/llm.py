@@ -1,0 +1,205 @@
+"""`LLM`: a model in a script. Loads once, then answers lists of prompts."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from sensorium.engine.args import EngineArgs
+from sensorium.engine.llm_engine import LLMEngine
+from sensorium.entrypoints.batch_run import BatchRun, Job, Output
+from sensorium.entrypoints.progress import ProgressBar
+from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError
+from sensorium.inputs.chat import ChatRenderer
+from sensorium.messages import LoadReport
+from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
+from sensorium.outputs import PoolingRequestOutput, RequestOutput
+from sensorium.sampling_params import SamplingParams
+
+Conversation = Sequence[Mapping[str, Any]]
+
+
+class LLM:
+    """Runs a multimodal or text model over lists of prompts.
+
+        llm = LLM("path/to/checkpoint", limit_mm_per_prompt={"image": 4})
+        outputs = llm.generate(["Hello", {"prompt": "<image>What is this?", "multi_modal_data": {"image": image}}])
+        outputs = llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.jpg"}}]}])
+
+    Keyword arguments are the fields of `EngineArgs`. Files that prompts name are read with this process's own rights;
+    addresses on the network are fetched under the limits of `sensorium.multimodal.media`.
+    """
+
+    def __init__(self, model: str, *, media_limits: MediaLimits | None = None, **engine_args: Any) -> None:
+        """Load a model; see `EngineArgs` for the settings.
+
+        Raises:
+            ConfigError, ModelError, WeightsError: The model can't be served as asked.
+        """
+        args = EngineArgs(model=model, **engine_args)
+        self._media = MediaLoader(media_limits, FetchPolicy(allow_any_local_path=True))
+        self.engine = LLMEngine(
+            args.create_engine_config(), skip_tokenizer=args.skip_tokenizer_init, media_loader=self._media
+        )
+        self._num_threads = args.preprocess_threads
+        self._chat_template = args.chat_template
+        self._chat_renderer: ChatRenderer | None = None
+        self._runs = itertools.count()
+
+    @property
+    def report(self) -> LoadReport:
+        """What loading found out: the model's tier, the caches, where memory went."""
+        return self.engine.report
+
+    def get_tokenizer(self) -> Any:
+        """The tokenizer."""
+        return self.engine.get_tokenizer()
+
+    def generate(
+        self,
+        prompts: Any,
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        priority: Sequence[int] | None = None,
+        return_errors: bool = False,
+    ) -> list[RequestOutput]:
+        """Generate for one prompt or a list of prompts; outputs come in the order of the prompts.
+
+        Args:
+            prompts: A string, a list of token ids, a dict (`prompt` or `prompt_token_ids`, with `multi_modal_data` and
+                `mm_processor_kwargs`), or a list of these.
+            sampling_params: One for all, or one per prompt.
+            use_tqdm: Show a progress bar; by default on runs of several prompts in a terminal.
+            priority: One per prompt, for the priority policy; lower goes first.
+            return_errors: A prompt that can't be served gets an output with `error` set. Otherwise the first such
+                error is raised once the other prompts have finished.
+
+        Raises:
+            RequestError: A prompt, its media or its parameters are wrong; the message names the prompt's index.
+            EngineDeadError: The engine can't go on.
+        """
+        each = _as_list(prompts)
+        params = _per_prompt(sampling_params, len(each), "sampling_params", SamplingParams())
+        priorities = _per_prompt(priority, len(each), "priority", 0)
+        jobs = [Job(*job) for job in zip(each, params, priorities, strict=True)]
+        return self._run(jobs, use_tqdm, return_errors)
+
+    def chat(
+        self,
+        messages: Conversation | Sequence[Conversation],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool | None = None,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+        return_errors: bool = False,
+    ) -> list[RequestOutput]:
+        """Answer one conversation or a list of conversations in the OpenAI message format.
+
+        Content parts may be `text`, `image_url`, `video_url`, `audio_url`, `input_audio` (addresses, data URLs or paths),
+        or hold Python objects as `image`, `video`, `audio`.
+
+        Args:
+            messages: `[{"role": ..., "content": ...}, ...]`, or a list of these.
+            sampling_params: One for all, or one per conversation.
+            use_tqdm: As in `generate`.
+            chat_template: Instead of the checkpoint's.
+            add_generation_prompt: End with the start of an answer.
+            continue_final_message: Go on with the last message instead of starting an answer.
+            tools: Passed to the template.
+            chat_template_kwargs: More variables for the template.
+            mm_processor_kwargs: For the model's input processor and mappers.
+            return_errors: As in `generate`.
+
+        Raises:
+            RequestError: As in `generate`.
+        """
+        conversations = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        renderer = self._renderer()
+
+        def prompt_of(conversation: Any) -> Any:
+            return lambda: renderer.render(
+                conversation,
+                chat_template=chat_template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template_kwargs=chat_template_kwargs,
+                mm_processor_kwargs=mm_processor_kwargs,
+            )
+
+        params = _per_prompt(sampling_params, len(conversations), "sampling_params", SamplingParams())
+        jobs = [Job(prompt_of(each), own) for each, own in zip(conversations, params, strict=True)]
+        return self._run(jobs, use_tqdm, return_errors)
+
+    def encode(self, prompts: Any, *, use_tqdm: bool | None = None) -> list[PoolingRequestOutput]:
+        """Pool one prompt or a list of prompts into vectors `(hidden_size,)`.
+
+        Raises:
+            RequestError: A prompt or its media are wrong.
+        """
+        params = SamplingParams(max_tokens=1, detokenize=False)
+        jobs = [Job(prompt, params, pooling=True) for prompt in _as_list(prompts)]
+        return self._run(jobs, use_tqdm, return_errors=False)
+
+    def shutdown(self) -> None:
+        """Free the model's memory."""
+        self.engine.shutdown()
+
+    def _renderer(self) -> ChatRenderer:
+        if self._chat_renderer is None:
+            self._chat_renderer = ChatRenderer(
+                self.engine.config.model_config, self.get_tokenizer(), self._media, chat_template=self._chat_template
+            )
+        return self._chat_renderer
+
+    def _run(self, jobs: list[Job], use_tqdm: bool | None, return_errors: bool) -> list[Any]:
+        progress = ProgressBar(len(jobs)) if ProgressBar.wanted(use_tqdm, len(jobs)) else None
+        run = BatchRun(
+            self.engine, jobs, num_threads=self._num_threads, prefix=f"run{next(self._runs)}", progress=progress
+        )
+        results = run.run()
+        if not return_errors:
+            _raise_first(results)
+        return [_error_output(i, each) if isinstance(each, RequestError) else each for i, each in enumerate(results)]
+
+
+def _as_list(prompts: Any) -> list[Any]:
+    """A list of prompts; one prompt, token ids included, becomes a list of one."""
+    if isinstance(prompts, str | Mapping):
+        return [prompts]
+    if not isinstance(prompts, Sequence):
+        raise InvalidTypeError(f"prompts: got {type(prompts).__name__}, expected a prompt or a list of prompts.")
+    if prompts and isinstance(prompts[0], int):
+        return [prompts]
+    return list(prompts)
+
+
+def _per_prompt(values: Any, count: int, name: str, default: Any) -> list[Any]:
+    if values is None:
+        return [default] * count
+    if not isinstance(values, Sequence):
+        return [values] * count
+    if len(values) != count:
+        raise InvalidRequestError(f"{name}: got {len(values)}, expected {count}, one per prompt.")
+    return list(values)
+
+
+def _raise_first(results: Sequence[Output | RequestError]) -> None:
+    for index, result in enumerate(results):
+        error = result if isinstance(result, RequestError) else result.error
+        if error is None:
+            continue
+        if len(results) > 1:
+            error.add_note(f"This was prompt {index} of {len(results)}; return_errors=True keeps the others' outputs.")
+        raise error
+
+
+def _error_output(index: int, error: RequestError) -> RequestOutput:
+    return RequestOutput.failed(str(index), error)

@@ -1,0 +1,41 @@
+"""Greedy tokens by Hugging Face's own class on the prompt that Sensorium admitted.
+
+The reference gets the expanded ids and the mapped tensors of the request, and runs its own `generate`. That
+the ids and tensors equal those of Hugging Face's processors is shown apart from this.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from sensorium.messages import EngineRequest
+from tests.helpers.checkpoints import token_ids
+
+
+def hf_inputs(request: EngineRequest) -> dict[str, Any]:
+    """The request as keyword arguments of Hugging Face's `generate`, a batch of one."""
+    ids = torch.tensor([list(request.prompt_token_ids)])
+    inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    by_name: dict[str, list[torch.Tensor]] = {}
+    for item in request.media:
+        for name, value in (item.kwargs or {}).items():
+            by_name.setdefault(name, []).append(torch.as_tensor(value))
+    inputs |= {name: torch.cat(values) for name, values in by_name.items()}
+    if "image_grid_thw" in inputs or "video_grid_thw" in inputs:
+        types = torch.zeros_like(ids)
+        types[ids == token_ids()["<|image_pad|>"]] = 1
+        types[ids == token_ids()["<|video_pad|>"]] = 2
+        inputs["mm_token_type_ids"] = types
+    return inputs
+
+
+@torch.inference_mode()
+def hf_greedy(model: Any, request: EngineRequest, num_tokens: int) -> list[int]:
+    """`num_tokens` greedy tokens, past any end-of-sequence token."""
+    inputs = hf_inputs(request)
+    model.generation_config.eos_token_id = None
+    output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
+    tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+    return tokens

@@ -1,0 +1,100 @@
+"""Random requests of a family: text, pictures of many sizes, clips and sounds, some of them the same again."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from sensorium import SamplingParams
+from tests.helpers.serving import Planned
+
+WORDS = "look at the red bird over a small house and say what you hear or see now please".split()
+IMAGE_SIDES = (28, 40, 56, 75, 112, 130)
+SAMPLING_RATE = 16_000
+
+
+@cache
+def picture(seed: int) -> Image.Image:
+    """A picture whose size and content depend on the seed."""
+    rng = np.random.default_rng(seed)
+    width, height = rng.choice(IMAGE_SIDES, 2)
+    return Image.fromarray(rng.integers(0, 256, (int(height), int(width), 3), dtype=np.uint8))
+
+
+@cache
+def clip(seed: int) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """A clip of 2 to 6 frames `(num_frames, height, width, 3)`."""
+    rng = np.random.default_rng(seed + 1000)
+    return rng.integers(0, 256, (int(rng.integers(1, 4)) * 2, 56, int(rng.choice([56, 84])), 3), dtype=np.uint8)
+
+
+@cache
+def sound(seed: int) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
+    """Up to a second of noise."""
+    rng = np.random.default_rng(seed + 2000)
+    return rng.standard_normal(int(rng.integers(2_000, SAMPLING_RATE))).astype(np.float32) * 0.1, SAMPLING_RATE
+
+
+@dataclass(frozen=True)
+class Media:
+    """How a modality stands in a family's prompts."""
+
+    placeholder: str
+    make: Callable[[int], Any]
+    max_items: int
+
+
+QWEN_VL = {
+    "image": Media("<|vision_start|><|image_pad|><|vision_end|>", picture, 3),
+    "video": Media("<|vision_start|><|video_pad|><|vision_end|>", clip, 2),
+}
+MEDIA: dict[str, dict[str, Media]] = {
+    "llama": {},
+    "qwen2": {},
+    "llava": {"image": Media("<image>", picture, 3)},
+    "qwen2_vl": QWEN_VL,
+    "qwen2_5_vl": QWEN_VL,
+    "qwen2_audio": {"audio": Media("<|audio_bos|><|AUDIO|><|audio_eos|>", sound, 2)},
+}
+LIMITS = {"image": 3, "video": 2, "audio": 2}
+
+
+def limits(family: str) -> dict[str, int]:
+    """`limit_mm_per_prompt` that the requests of a family need."""
+    return {modality: LIMITS[modality] for modality in MEDIA[family]}
+
+
+def random_prompt(family: str, rng: random.Random) -> Any:
+    """Words with media between them; from a small pool, so that prefixes and items come again."""
+    parts: list[str] = []
+    data: dict[str, list[Any]] = {}
+    for modality, media in MEDIA[family].items():
+        for _ in range(rng.choice([0, 0, 1, 1, media.max_items])):
+            parts.append(media.placeholder)
+            data.setdefault(modality, []).append(media.make(rng.randrange(6)))
+    order = list(range(len(parts)))
+    text = ["".join(w + " " for w in rng.choices(WORDS, k=rng.randrange(0, 8))) for _ in range(len(parts) + 1)]
+    common = "you are a helpful friend who looks and listens. " if rng.random() < 0.5 else ""
+    prompt = common + (text[0] or "say ") + "".join(parts[i] + text[i + 1] for i in order)
+    return {"prompt": prompt, "multi_modal_data": data} if data else prompt
+
+
+def random_plan(
+    family: str, num_requests: int, rng: random.Random, *, spread: int, aborts: float, tag: str = ""
+) -> list[Planned]:
+    """Requests that arrive over `spread` steps, a share of which is aborted some steps later."""
+    plan = []
+    for i in range(num_requests):
+        arrival = rng.randrange(spread + 1)
+        abort = arrival + rng.randrange(1, 30) if rng.random() < aborts else None
+        params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 14), ignore_eos=True)
+        plan.append(
+            Planned(f"{tag}{i}", random_prompt(family, rng), params, arrival, abort, priority=rng.randrange(3))
+        )
+    return plan
