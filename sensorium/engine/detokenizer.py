@@ -50,16 +50,23 @@ class ByteLevelStream:
     def __init__(self, token_bytes: Callable[[int], bytes], context: Sequence[int]) -> None:
         self._token_bytes = token_bytes
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-        for token_id in context:
-            self.push(token_id)
+        self._decoder.decode(b"".join(token_bytes(token_id) for token_id in context))
+        # Bytes at the context's end that turn out to be no character were shown as such by the prompt itself.
+        self._hides_replacement = self._decoder.getstate()[0] != b""
 
     def push(self, token_id: int) -> str:
         """See `TextStream`."""
-        return self._decoder.decode(self._token_bytes(token_id))
+        return self._shown(self._decoder.decode(self._token_bytes(token_id)))
 
     def flush(self) -> str:
         """See `TextStream`."""
-        return self._decoder.decode(b"", final=True)
+        return self._shown(self._decoder.decode(b"", final=True))
+
+    def _shown(self, piece: str) -> str:
+        if piece and self._hides_replacement:
+            self._hides_replacement = False
+            return piece.removeprefix(REPLACEMENT)
+        return piece
 
 
 class WindowStream:
@@ -77,20 +84,33 @@ class WindowStream:
 
     def __init__(self, decode: Callable[[list[int]], str], context: Sequence[int]) -> None:
         self._decode = decode
-        self._window = list(context)
-        self._num_shown = len(context)
-        # A prompt may end within a character, which the output then completes.
-        self._shown = decode(self._window).rstrip(REPLACEMENT) if context else ""
+        start, end = self._whole_characters(context)
+        self._window = list(context[start:])
+        self._num_shown = end - start
+        self._shown = decode(self._window[: self._num_shown])
+        self._context_text = decode(self._window)
+
+    def _whole_characters(self, context: Sequence[int]) -> tuple[int, int]:
+        """The part of the context to go by, which begins and ends with whole characters.
+
+        A character of several tokens may lie across the context's beginning. One may also lie across its end: its
+        tokens count as new, since the output completes it.
+        """
+        for end in range(len(context), max(len(context) - 4, 0), -1):
+            for start in range(end):
+                if REPLACEMENT not in self._decode(list(context[start:end])):
+                    return start, end
+        return len(context), len(context)
 
     def push(self, token_id: int) -> str:
         """See `TextStream`."""
         self._window.append(token_id)
         text = self._decode(self._window)
-        if text == self._shown != "":  # the token stands for nothing
-            self._window.pop()
+        is_clear = text != self._shown and not text.endswith(REPLACEMENT)
+        if not is_clear and len(self._window) - self._num_shown < _MAX_HELD_TOKENS:
             return ""
-        num_held = len(self._window) - self._num_shown
-        if text.endswith(REPLACEMENT) and num_held < _MAX_HELD_TOKENS:
+        if text == self._shown:  # tokens that stand for nothing
+            del self._window[self._num_shown :]
             return ""
         return self._move(text)
 
@@ -99,11 +119,12 @@ class WindowStream:
         return self._move(self._decode(self._window)) if len(self._window) > self._num_shown else ""
 
     def _move(self, text: str) -> str:
-        piece = text[len(self._shown) :]
+        # A context that ends with U+FFFD for good, not for want of bytes, has shown it itself.
+        before = self._context_text if text.startswith(self._context_text) else self._shown
         del self._window[: self._num_shown]
         self._num_shown = len(self._window)
-        self._shown = self._decode(self._window)
-        return piece
+        self._shown = self._context_text = self._decode(self._window)
+        return text[len(before) :]
 
 
 class Detokenizer:

@@ -96,9 +96,7 @@ class OutputProcessor:
         return len(self._requests)
 
     def core_ids(self, request_id: str) -> list[str]:
-        """Ids of the request's outputs that still run in the core; aborted there, they end with reason
-        "abort".
-        """
+        """Ids under which the request still runs in the core; aborted there, its outputs end with "abort"."""
         request = self._requests.get(request_id)
         return [] if request is None else [child.child_id for child in request.children if not child.is_finished]
 
@@ -107,7 +105,8 @@ class OutputProcessor:
         request = self._requests.pop(request_id, None)
         if request is not None:
             for child in request.children:
-                self._children.pop(child.child_id, None)
+                if self._children.get(child.child_id) is child:
+                    del self._children[child.child_id]
 
     def abort(self, request_id: str) -> list[str]:
         """Forget a request whose caller no longer wants it; returns the ids to abort in the core."""
@@ -132,7 +131,9 @@ class OutputProcessor:
                 if each.finish_reason is None:
                     abort_ids.append(child.child_id)
             if each.failure is not None:
-                abort_ids += request.fail(each.failure)
+                for sibling in request.fail(each.failure):
+                    del self._children[sibling]
+                    abort_ids.append(sibling)
             if child.has_news:
                 touched[request.request_id] = request
         outputs = [output for request in touched.values() if (output := self._output(request, now_s)) is not None]
