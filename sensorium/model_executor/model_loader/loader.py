@@ -141,8 +141,8 @@ def fill_model(
         raise
     except (KeyError, ValueError, AssertionError, RuntimeError) as error:
         raise WeightsError(
-            f"loading checkpoint key {tracker.current_key!r} into {type(model).__name__}: got {error!r}, "
-            "expected it to fit. Check that config.json belongs to these weights and that load_weights knows their names."
+            f"loading checkpoint key {tracker.current_key!r} into {type(model).__name__}: got {error!r}, expected it "
+            "to fit. Check that config.json belongs to these weights and that load_weights knows their names."
         ) from error
     if unused := [name for name in tracker.unused_keys() if not _matches(name, may_be_unused)]:
         raise WeightsError(

@@ -114,12 +114,20 @@ class VisionInputs:
         fewest = math.ceil(self.processor.size["shortest_edge"] / factor**2)
         most = max(self.processor.size["longest_edge"] // factor**2, 1)
         if self.modality == "image":
-            h, w = squares_of(max(min(max_rows, most), fewest))
-            return Image.new("RGB", (w * factor, h * factor))
+            height, width = self._largest_frame(max(max_rows, fewest), most)
+            return Image.new("RGB", (width * factor, height * factor))
         num_steps = max(min(math.ceil(max_rows / most), max_rows // max(fewest, 1)), 1)
-        h, w = squares_of(max(min(max_rows // num_steps, most), fewest))
+        height, width = self._largest_frame(max(max_rows // num_steps, fewest), most)
         num_frames = num_steps * self.processor.temporal_patch_size
-        return np.zeros((num_frames, h * factor, w * factor, 3), dtype=np.uint8)
+        return np.zeros((num_frames, height * factor, width * factor, 3), dtype=np.uint8)
+
+    def _largest_frame(self, max_rows: int, most: int) -> tuple[int, int]:
+        """Height and width, in merged squares, of a frame that is resized to as many squares as can be."""
+        factor = self.processor.patch_size * self.processor.merge_size
+        # A strip keeps the height of a square when it is shrunk, and so may exceed `most`, where that is small.
+        shapes = [squares_of(min(max_rows, most)), *((1, width) for width in range(most + 1, MAX_ASPECT_RATIO + 1))]
+        rows = {shape: self.num_rows(self.grid_of_size(1, shape[0] * factor, shape[1] * factor)) for shape in shapes}
+        return max((shape for shape in shapes if rows[shape] <= max_rows), key=rows.__getitem__, default=shapes[0])
 
 
 def squares_of(num_squares: int) -> tuple[int, int]:

@@ -1,0 +1,130 @@
+"""Vision and audio towers against Hugging Face's, and the index arithmetic in front of them."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from sensorium.model_executor.model_loader import fill_model, finish_loading
+from sensorium.model_executor.models.clip import CLIPVisionModel
+from sensorium.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer, windows_of
+from sensorium.model_executor.models.qwen2_audio import Qwen2AudioEncoder, num_rows_of
+from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer, frame_starts, patch_positions
+from sensorium.model_executor.models.siglip import SiglipVisionModel
+from tests.helpers.checkpoints import make_hf_model
+from tests.helpers.direct import relative_error
+
+TOLERANCE = 1e-5
+
+
+def filled(tower: nn.Module, reference: nn.Module) -> Any:
+    """A tower with the weights of Hugging Face's, laid out for the kernels."""
+    fill_model(tower, reference.state_dict().items())
+    finish_loading(tower)
+    return tower
+
+
+def noise(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("layers", [[-1], [-2], [1], [0, -2, -1]], ids=str)
+@pytest.mark.parametrize(("family", "tower"), [("llava", CLIPVisionModel), ("llava_siglip", SiglipVisionModel)])
+@torch.inference_mode()
+def test_features_of_any_layers(family: str, tower: Any, layers: list[int]) -> None:
+    reference = make_hf_model(family).model.vision_tower
+    pixels = noise(3, 3, 56, 56)
+    states = reference(pixels, output_hidden_states=True).hidden_states
+    expected = torch.cat([states[layer] for layer in layers], dim=-1)
+    ours = filled(tower(reference.config, layers), reference)
+    assert relative_error(ours(pixels), expected) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_siglip_without_chosen_layers_ends_with_its_norm() -> None:
+    reference = make_hf_model("llava_siglip").model.vision_tower
+    pixels = noise(2, 3, 56, 56)
+    ours = filled(SiglipVisionModel(reference.config), reference)
+    assert relative_error(ours(pixels), reference(pixels).last_hidden_state) < TOLERANCE
+
+
+def test_layers_behind_the_last_feature_are_not_built() -> None:
+    reference = make_hf_model("llava").model.vision_tower
+    assert len(CLIPVisionModel(reference.config, [-2]).encoder.layers) == reference.config.num_hidden_layers - 1
+
+
+QWEN_TOWERS = [("qwen2_vl", Qwen2VisionTransformer), ("qwen2_5_vl", Qwen2_5_VisionTransformer)]
+GRIDS = [
+    [(1, 4, 4)],
+    [(1, 2, 2)],
+    [(1, 6, 10), (1, 2, 12), (1, 8, 4)],
+    [(3, 6, 4), (1, 10, 14), (2, 2, 2)],
+]
+
+
+@pytest.mark.parametrize("grids", GRIDS, ids=str)
+@pytest.mark.parametrize(("family", "tower"), QWEN_TOWERS)
+@torch.inference_mode()
+def test_items_of_many_sizes_in_one_call(family: str, tower: Any, grids: list[tuple[int, int, int]]) -> None:
+    reference = make_hf_model(family).model.visual
+    ours = filled(tower(reference.config), reference)
+    patches = noise(sum(t * h * w for t, h, w in grids), 3 * 2 * 14 * 14)
+    expected = reference(patches, grid_thw=torch.tensor(grids)).pooler_output
+    together = ours(patches, grids)
+    assert relative_error(together, expected) < TOLERANCE
+    sizes = [t * h * w for t, h, w in grids]
+    alone = [ours(part, [grid]) for part, grid in zip(patches.split(sizes), grids, strict=True)]
+    assert relative_error(together, torch.cat(alone)) < TOLERANCE
+
+
+def test_windows_of_a_small_frame() -> None:
+    order, lengths = windows_of([(1, 4, 6)], merge_size=2, window=2)
+    assert order.tolist() == [0, 1, 3, 4, 2, 5]
+    assert lengths.tolist() == [4, 2]
+
+
+def test_windows_do_not_reach_over_frames_or_items() -> None:
+    order, lengths = windows_of([(2, 4, 4), (1, 6, 4)], merge_size=2, window=2)
+    assert order.tolist() == list(range(14))
+    assert lengths.tolist() == [4, 4, 4, 2]
+
+
+def test_patch_positions_go_square_by_square() -> None:
+    rows, columns = patch_positions((1, 2, 4), merge_size=2).T.astype(int).tolist()
+    assert rows == [0, 0, 1, 1, 0, 0, 1, 1]
+    assert columns == [0, 1, 0, 1, 2, 3, 2, 3]
+    assert np.array_equal(patch_positions((3, 2, 4), 2), np.tile(patch_positions((1, 2, 4), 2), (3, 1)))
+
+
+def test_each_frame_is_a_sequence() -> None:
+    assert frame_starts([(2, 2, 4), (1, 2, 2)]).tolist() == [0, 8, 16, 20]
+
+
+@pytest.mark.parametrize("num_frames", [[100], [3], [57, 100, 4, 99], [8, 7, 6, 5]], ids=str)
+@torch.inference_mode()
+def test_sounds_of_many_lengths_in_one_call(num_frames: list[int]) -> None:
+    """Only the rows of the sound itself are computed; the reference computes all and masks."""
+    model = make_hf_model("qwen2_audio").model
+    reference = model.audio_tower
+    features = noise(len(num_frames), 16, 100)
+    ours = filled(Qwen2AudioEncoder(reference.config), reference)
+    parts = torch.split(ours(features, num_frames), [num_rows_of(each) for each in num_frames])
+    for sound, part, frames in zip(features, parts, num_frames, strict=True):
+        length = (frames - 1) // 2 + 1
+        mask = torch.zeros(1, 1, 50, 50).masked_fill(torch.arange(50) >= length, -torch.inf)
+        expected = reference(sound[None], attention_mask=mask).last_hidden_state[0, : len(part)]
+        assert relative_error(part, expected) < TOLERANCE
+
+
+@torch.inference_mode()
+def test_padding_behind_a_sound_is_never_seen() -> None:
+    reference = make_hf_model("qwen2_audio").model.audio_tower
+    ours = filled(Qwen2AudioEncoder(reference.config), reference)
+    features = noise(1, 16, 100)
+    other = features.clone()
+    other[..., 31:] = 50.0  # 29 frames have 15 rows, the last of which sees frame 30
+    assert torch.equal(ours(features, [29]), ours(other, [29]))
