@@ -154,15 +154,25 @@ class ChunkPlanner:
         return self._lifts_limits(plan) and self._cache.is_held_only_by(request.request_id)
 
     def _may_encode(self, span: MediaSpan, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
-        """The first item of a step is always encoded, whatever its size."""
-        if plan.num_rows + draft.num_rows == 0 or self._lifts_limits(plan):
+        """Whether the step has rows and time for an item.
+
+        The first item of a step may have any number of rows. An item at the very beginning of a step's first prefill
+        may take any time: there must be progress.
+        """
+        if self._lifts_limits(plan):
             return True
         num_rows = draft.num_rows + span.num_rows
-        if num_rows > plan.rows_left:
+        is_first = plan.num_rows + draft.num_rows == 0
+        if num_rows > plan.rows_left and not is_first:
             return False
-        if self.keeps_prompts_whole and not plan.num_prefill_tokens:
-            return True  # it can't be cut, and there must be progress
-        return plan.pace.admits_rows(num_rows, row - draft.start)
+        if not plan.num_prefill_tokens:
+            if self.keeps_prompts_whole:
+                return True
+            if is_first:
+                num_tokens_before = (span.start if self.keeps_items_whole else row) - draft.start
+                return num_tokens_before == 0 or num_tokens_before < plan.pace.token_room(num_rows)
+        num_tokens = (span.end if self.keeps_items_whole else row + 1) - draft.start
+        return plan.pace.admits_rows(num_rows, num_tokens)
 
     def _lifts_limits(self, plan: StepPlan) -> bool:
         """Whether a step must take all media of a prompt, however much that is."""

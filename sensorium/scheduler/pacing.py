@@ -59,13 +59,16 @@ class StepPace:
         """Encoder rows in the step."""
 
     def token_room(self, extra_rows: int = 0) -> int:
-        """Prefill tokens that can be added if `extra_rows` encoder rows are."""
+        """Prefill tokens that can be added if `extra_rows` encoder rows are. Few beside rows of unknown cost."""
         if self._seconds is None:
             return UNBOUNDED
-        if self._token_s is None:
+        num_rows = self.num_rows + extra_rows
+        if num_rows and self._row_s is None:
+            room = 0
+        elif self._token_s is None:
             room = UNMEASURED_TOKENS - self.num_tokens
         else:
-            seconds = self._seconds - (self._row_s or 0.0) * (self.num_rows + extra_rows)
+            seconds = self._seconds - (self._row_s or 0.0) * num_rows
             room = int(seconds / self._token_s) - self.num_tokens
         return max(room, 0 if self.num_tokens else MIN_PREFILL_TOKENS)
 

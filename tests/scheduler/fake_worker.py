@@ -1,14 +1,14 @@
 """A worker without a model that knows exactly what every KV slot must hold.
 
-The "KV" at position `p` is a hash over all inputs up to `p`, so that a slot tells which prefix it was computed from. The
-worker computes it from what it reads in the cache, as attention does, and compares it with what the request alone
-gives. Whatever goes wrong with shared blocks, preemption, poisoned blocks or media rows shows up as a wrong hash.
+The "KV" at position `p` is a hash over all inputs up to `p`, so that a slot tells which prefix it was computed from.
+The worker computes it from what it reads in the cache, as attention does, and compares it with what the request gives
+alone. Whatever goes wrong with shared blocks, preemption, poisoned blocks or media rows shows up as a wrong hash.
 """
 
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from random import Random
 
@@ -40,9 +40,13 @@ def next_token(state: int) -> int:
     return (state >> 7) % VOCAB_SIZE
 
 
+def media_value(item: MediaItem, row: int) -> Value:
+    return (1, zlib.crc32(item.key.encode()), row)
+
+
 def encode(item: MediaItem) -> list[Value]:
     """The item's rows."""
-    return [(1, zlib.crc32(item.key.encode()), row) for row in range(item.num_rows)]
+    return [media_value(item, row) for row in range(item.num_rows)]
 
 
 def media_rows(item: MediaItem) -> dict[int, int]:
@@ -51,7 +55,7 @@ def media_rows(item: MediaItem) -> dict[int, int]:
     return {item.offset + i: row for row, i in enumerate(positions)}
 
 
-class Sequence:
+class TrueSequence:
     """The true inputs and states of one request, extended as tokens come."""
 
     def __init__(self, request: EngineRequest) -> None:
@@ -59,12 +63,11 @@ class Sequence:
         self.token_ids = list(request.prompt_token_ids)
         self.row_at = {p: (item, row) for item in request.media for p, row in media_rows(item).items()}
         self.states: list[int] = []
-        self._encoded = {item.key: encode(item) for item in request.media}
 
     def value(self, position: int) -> Value:
         if position in self.row_at:
             item, row = self.row_at[position]
-            return self._encoded[item.key][row]
+            return media_value(item, row)
         return (0, self.token_ids[position], 0)
 
     def state(self, position: int) -> int:
@@ -77,7 +80,7 @@ class Sequence:
 
 def expected_output(request: EngineRequest, max_model_len: int) -> list[int]:
     """The tokens that the request gets when it runs alone, after the rules of `SamplingParams`."""
-    params, sequence, output = request.sampling_params, Sequence(request), list[int]()
+    params, sequence, output = request.sampling_params, TrueSequence(request), list[int]()
     while True:
         token = next_token(sequence.state(len(sequence.token_ids) - 1))
         sequence.token_ids.append(token)
@@ -90,7 +93,7 @@ def expected_output(request: EngineRequest, max_model_len: int) -> list[int]:
 
 
 def expected_prompt_logprobs(request: EngineRequest) -> list[TokenLogprobs]:
-    sequence = Sequence(request)
+    sequence = TrueSequence(request)
     return [
         TokenLogprobs(sequence.token_ids[p + 1], float(sequence.state(p)), 1)
         for p in range(len(request.prompt_token_ids) - 1)
@@ -99,7 +102,7 @@ def expected_prompt_logprobs(request: EngineRequest) -> list[TokenLogprobs]:
 
 @dataclass
 class Slot:
-    sequence: Sequence
+    sequence: TrueSequence
     block_ids: list[int] = field(default_factory=list)
     computed: int | None = None
     has_sampled: bool = False
@@ -130,6 +133,8 @@ class FakeWorker:
         self.slots: dict[str, Slot] = {}
         self.injected: set[str] = set()
         """Requests that were failed at random."""
+        self.seconds: Callable[[SchedulerOutput], tuple[float, float]] = lambda step: (1e-3, 1e-3)
+        """What a step costs: seconds of encoding, and of the forward pass."""
 
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         self._take_in(step)
@@ -137,7 +142,8 @@ class FakeWorker:
         for chunk in step.chunks:
             self._check_chunk(chunk)
         self._check_order_and_writes(step.chunks)
-        result = ModelRunnerOutput({}, {}, {}, {}, {}, encode_s=1e-3, forward_s=1e-3)
+        encode_s, forward_s = self.seconds(step)
+        result = ModelRunnerOutput({}, {}, {}, {}, {}, encode_s, forward_s)
         for chunk in step.chunks:
             self._run(chunk, bad_keys, result)
         return result
@@ -146,7 +152,7 @@ class FakeWorker:
         for request_id in step.freed_request_ids:
             self.slots.pop(request_id, None)
         for new in step.new_requests:
-            sequence = Sequence(new.request)
+            sequence = TrueSequence(new.request)
             sequence.token_ids += new.output_token_ids
             assert new.request.request_id not in self.slots
             self.slots[new.request.request_id] = Slot(sequence)

@@ -21,7 +21,7 @@ from sensorium.messages import (
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
 from sensorium.scheduler.pacing import Pacer
-from tests.scheduler.fake_worker import EOS, FakeWorker, Sequence as TrueSequence, expected_output, expected_prompt_logprobs
+from tests.scheduler.fake_worker import EOS, FakeWorker, TrueSequence, expected_output, expected_prompt_logprobs
 
 PLACEHOLDER = -3
 SEPARATOR = 41
