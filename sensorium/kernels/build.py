@@ -14,9 +14,12 @@ import shutil
 import subprocess
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import torch
 
 from sensorium.logger import get_logger
 
@@ -51,14 +54,34 @@ def build_library() -> Path:
     """
     if platform.system() != "Linux":
         raise BuildError(f"native kernels are built on Linux only, this is {platform.system()}")
-    compiler = _find_compiler()
-    openmp = _loaded_openmp()
+    compiler, openmp, sources = _find_compiler(), _loaded_openmp(), sorted(SOURCE_FOLDER.glob("*.c"))
     path = _cache_folder() / f"kernels-{_digest(compiler, openmp)}.so"
     if not path.exists():
         with _lock(path.with_suffix(".lock")):
             if not path.exists():
-                _compile(compiler, openmp, path)
+                begin = time.perf_counter()
+                compile_sources(sources, path)
+                logger.info("Compiled the CPU kernels in %.1f s with %s.", time.perf_counter() - begin, compiler.name)
     return path
+
+
+def compile_sources(sources: list[Path], path: Path) -> None:
+    """Compile C files for this machine, all at once, and link them to a shared library that appears in one step.
+
+    Raises:
+        BuildError: There is no compiler, or it failed.
+    """
+    compiler, openmp = _find_compiler(), _loaded_openmp()
+    with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(len(sources)) as pool:
+        objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
+        compile_flags = [str(compiler), *FLAGS, _machine_flag(), "-c"]
+        pairs = zip(sources, objects, strict=True)
+        list(pool.map(_run, [[*compile_flags, str(source), "-o", target] for source, target in pairs]))
+        library = Path(scratch) / path.name
+        # The object files name no OpenMP library yet: they get the one that torch uses, or else the compiler's own.
+        runtime = openmp or "-fopenmp"
+        _run([str(compiler), "-shared", *objects, runtime, "-lm", "-o", str(library)])
+        library.replace(path)
 
 
 def _find_compiler() -> Path:
@@ -70,13 +93,19 @@ def _find_compiler() -> Path:
 
 
 def _loaded_openmp() -> str | None:
-    """The OpenMP runtime that torch has loaded, so that both share one pool of threads."""
+    """The OpenMP runtime that torch has loaded, so that both share one pool of threads.
+
+    Other packages bring runtimes of their own; torch's lies beside torch, or is the one that its build found.
+    """
     try:
         maps = Path("/proc/self/maps").read_text()
     except OSError:
         return None
-    match = re.search(r"/\S*lib(?:gomp|iomp5|omp)\b[^/\s]*\.so[^/\s]*$", maps, flags=re.MULTILINE)
-    return match.group() if match else None
+    loaded = re.findall(r"/\S*lib(?:gomp|iomp5|omp)\b[^/\s]*\.so[^/\s]*$", maps, flags=re.MULTILINE)
+    root = Path(torch.__file__).parent
+    beside_torch = (str(root / "lib"), str(root.with_name("torch.libs")))
+    own = [path for path in loaded if str(Path(path).parent) in beside_torch]
+    return next(iter(own or loaded), None)
 
 
 def _machine_flag() -> str:
@@ -91,10 +120,6 @@ def _cpu_features() -> str:
         return platform.processor()
     features = (line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features")))
     return next(features, platform.processor())
-
-
-def _sources() -> list[Path]:
-    return sorted(SOURCE_FOLDER.glob("*.c"))
 
 
 def _digest(compiler: Path, openmp: str | None) -> str:
@@ -133,40 +158,14 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _compile(compiler: Path, openmp: str | None, path: Path) -> None:
-    """Compile every source at once, link, and move the result into place in one step."""
-    begin = time.perf_counter()
-    with tempfile.TemporaryDirectory(dir=path.parent) as scratch:
-        jobs = []
-        for source in _sources():
-            target = Path(scratch) / f"{source.stem}.o"
-            command = [str(compiler), *FLAGS, _machine_flag(), "-c", str(source), "-o", str(target)]
-            jobs.append((command, target, _start(command)))
-        for command, _, job in jobs:
-            _finish(command, job)
-        library = Path(scratch) / path.name
-        # The object files name no OpenMP library yet: they get the one that torch uses, or else the compiler's own.
-        runtime = [openmp] if openmp else ["-fopenmp"]
-        command = [str(compiler), "-shared", *(str(t) for _, t, _ in jobs), *runtime, "-lm", "-o", str(library)]
-        _finish(command, _start(command))
-        library.replace(path)
-    logger.info("Compiled the CPU kernels in %.1f s with %s.", time.perf_counter() - begin, compiler.name)
-
-
-def _start(command: list[str]) -> subprocess.Popen[str]:
+def _run(command: list[str]) -> None:
     try:
-        return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
     except OSError as error:
         raise BuildError(f"{command[0]} can't be started: {error}") from error
-
-
-def _finish(command: list[str], job: subprocess.Popen[str]) -> None:
-    try:
-        output, _ = job.communicate(timeout=TIMEOUT_S)
     except subprocess.TimeoutExpired:
-        job.kill()
-        job.communicate()
         raise BuildError(f"{command[0]} took more than {TIMEOUT_S:.0f} s") from None
-    if job.returncode != 0:
-        first_error = next((line for line in output.splitlines() if "error" in line), output.strip()[:200])
+    if result.returncode != 0:
+        lines = result.stderr.splitlines()
+        first_error = next((line for line in lines if "error" in line), result.stderr.strip()[:200])
         raise BuildError(f"{command[0]} failed: {first_error}")

@@ -132,7 +132,7 @@ EXPORT int sensorium_activation(const activation_args *args) {
 
 typedef struct {
     void *query_out, *key_out;
-    const void *query, *key; /* (tokens, heads, head_size), (tokens, kv_heads, head_size); a token's heads side by side */
+    const void *query, *key; /* (tokens, heads, head_size), (tokens, kv_heads, head_size); a token's heads adjoin */
     const void *cos, *sin;   /* (tokens, rotary_dim / 2) of `table_dtype`, contiguous */
     long tokens, heads, kv_heads, head_size, rotary_dim, query_stride, key_stride;
     int neox, dtype, table_dtype, threads;
@@ -141,7 +141,8 @@ typedef struct {
 INLINE void rotate_head(const int dtype, const int table_dtype, const rotary_args *args, long token, void *out,
                         const void *x) {
     const long half = args->rotary_dim / 2;
-    const void *cos = element(table_dtype, args->cos, token * half), *sin = element(table_dtype, args->sin, token * half);
+    const void *cos = element(table_dtype, args->cos, token * half);
+    const void *sin = element(table_dtype, args->sin, token * half);
     if (args->neox) {
         for (long i = 0; i < half; i += VL) {
             vf c = vload_to(table_dtype, cos, i, half), s = vload_to(table_dtype, sin, i, half);

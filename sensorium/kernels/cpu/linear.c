@@ -14,8 +14,8 @@
  * it, however many threads there are, and wherever the batch is cut.
  *
  * Loops. A chunk of rows is copied into float32 (or bfloat16 pairs), interleaved in blocks of at most MR rows;
- * threads share out the panels; a micro kernel multiplies one block of rows by one panel (by several for very few rows, where the
- * weight stream is all that matters).
+ * threads share out the panels; a micro kernel multiplies one block of rows by one panel (by several for very few
+ * rows, where the weight stream is all that matters).
  */
 #include "simd.h"
 
@@ -114,6 +114,7 @@ INLINE void micro(const int dtype, const int rows, const int panels, const float
         UNROLL for (int p = 0; p < panels; p++) {
             const char *weights = b + p * panel_bytes + s * step_bytes(dtype);
             __builtin_prefetch(weights + 2048);
+            if (step_bytes(dtype) > 64) __builtin_prefetch(weights + 2048 + 64);
 #if HAS_BF16_DOT
             if (dtype == BF16) {
                 __m512bh low = *(const __m512bh *)weights, high = *(const __m512bh *)(weights + 64);
@@ -182,19 +183,37 @@ typedef struct {
     int dtype, threads;
 } linear_args;
 
-/* Copy one block of rows into `to` [step][rows]: float32, or pairs of bfloat16 for the dot-product instruction. */
+/* VL steps of a row from step s on: float32 values, or pairs of bfloat16 for the dot-product instruction. */
+INLINE vf load_steps(const int dtype, const char *x, long s) {
+    return k_per_step(dtype) == 2 ? vload(F32, x, s) : vload(dtype, x, s);
+}
+
+INLINE float load_step(const int dtype, const char *x, long s, long k) {
+    if (k_per_step(dtype) == 1) return load1(dtype, x, s);
+    const uint16_t *h = (const uint16_t *)x + 2 * s;
+    return float_of_bits(2 * s + 1 < k ? h[0] | (uint32_t)h[1] << 16 : h[0]);
+}
+
+/* Copy one block of rows into `to` [step][rows]. */
 INLINE void interleave_rows(const int dtype, const linear_args *args, long row, long rows, float *to) {
-    for (long r = 0; r < rows; r++) {
-        const char *x = args->x + (row + r) * args->x_row_bytes;
-        if (k_per_step(dtype) == 2) {
-            const uint16_t *h = (const uint16_t *)x;
-            uint32_t *pairs = (uint32_t *)to;
-            for (long s = 0; s < args->k / 2; s++) memcpy(&pairs[s * rows + r], h + 2 * s, 4);
-            if (args->k % 2) pairs[args->k / 2 * rows + r] = h[args->k - 1];
-        } else {
-            for (long s = 0; s < args->k; s++) to[s * rows + r] = load1(dtype, x, s);
+    const char *x[MR];
+    const long steps = steps_of(dtype, args->k), whole = args->k / k_per_step(dtype);
+    for (long r = 0; r < rows; r++) x[r] = args->x + (row + r) * args->x_row_bytes;
+    long s = 0;
+    /* Squares are written step by step, each over the unused lanes of the one before; the last must not spill over
+     * the end of the block. */
+    for (; s + VL <= whole && (s + VL - 1) * rows + VL <= steps * rows; s += VL) {
+        vf square[VL];
+        if (rows == 1) {
+            *(vf_any *)(to + s) = load_steps(dtype, x[0], s);
+            continue;
         }
+        UNROLL for (int r = 0; r < VL; r++) square[r] = r < rows && r < MR ? load_steps(dtype, x[r], s) : (vf){0};
+        transpose(square);
+        UNROLL for (int i = 0; i < VL; i++) *(vf_any *)(to + (s + i) * rows) = square[i];
     }
+    for (; s < steps; s++)
+        for (long r = 0; r < rows; r++) to[s * rows + r] = load_step(dtype, x[r], s, args->k);
 }
 
 /* Add the bias to a tile, round it and store it. */
@@ -247,7 +266,9 @@ INLINE void multiply(const int dtype, const linear_args *args, float *a) {
             long begin = block_begin(blocks, i);
             interleave_rows(dtype, args, chunk_row + begin, block_begin(blocks, i + 1) - begin, a + begin * steps);
         }
-#pragma omp for schedule(static)
+        /* Small shares, taken as threads become free: another process may be using one of the cores. */
+        const long share = MAX(1, columns * bands / (16 * omp_get_num_threads()));
+#pragma omp for schedule(dynamic, share)
         for (long task = 0; task < columns * bands; task++) {
             long panel = task / bands * per_call, band = task % bands;
             multiply_tile(dtype, args, a, chunk_row, blocks, blocks.count * band / bands,

@@ -54,11 +54,26 @@ INLINE long size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 
 INLINE vf splat(float x) { return x - (vf){0}; }
 
-INLINE vf blend(vi mask, vf yes, vf no) { return (vf)((mask & (vi)yes) | (~mask & (vi)no)); }
+/* Lane by lane: `yes` where the mask is -1, `no` where it is 0. */
+INLINE vf blend(vi mask, vf yes, vf no) {
+#if defined(__AVX__) && VL == 8
+    return (vf)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
+#else
+    return (vf)((mask & (vi)yes) | (~mask & (vi)no));
+#endif
+}
 
+/* a > b ? a : b, which is b if either is NaN; likewise the smaller. */
+#if defined(__AVX512F__)
+INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
+INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
+#elif defined(__AVX__)
+INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
+INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
+#else
 INLINE vf vmax(vf a, vf b) { return blend(a > b, a, b); }
-
 INLINE vf vmin(vf a, vf b) { return blend(a < b, a, b); }
+#endif
 
 /* ---- one element -------------------------------------------------------------------------------------------- */
 
@@ -114,6 +129,28 @@ INLINE void store1(int dtype, void *p, long i, float x) {
 
 /* ---- VL elements -------------------------------------------------------------------------------------------- */
 
+INLINE vu vload_u16(const uint16_t *p) {
+#if defined(__AVX512F__)
+    return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
+#elif defined(__AVX2__)
+    return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
+#else
+    return __builtin_convertvector(*(const vh_any *)p, vu);
+#endif
+}
+
+/* The upper halves of the lanes. */
+INLINE void vstore_u16(uint16_t *p, vu x) {
+#if defined(__AVX512F__)
+    _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)(x >> 16)));
+#elif defined(__AVX2__)
+    __m256i packed = _mm256_packus_epi32((__m256i)(x >> 16), _mm256_setzero_si256());
+    _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+#else
+    *(vh_any *)p = __builtin_convertvector(x >> 16, vh);
+#endif
+}
+
 INLINE vf vload_f16(const uint16_t *p) {
 #if defined(__AVX512F__)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
@@ -148,7 +185,7 @@ INLINE vf vload(int dtype, const void *p, long i) {
     if (dtype == F32) return *(const vf_any *)((const float *)p + i);
     const uint16_t *h = (const uint16_t *)p + i;
     if (dtype == F16) return vload_f16(h);
-    return (vf)(__builtin_convertvector(*(const vh_any *)h, vu) << 16);
+    return (vf)(vload_u16(h) << 16);
 }
 
 INLINE void vstore(int dtype, void *p, long i, vf x) {
@@ -157,7 +194,7 @@ INLINE void vstore(int dtype, void *p, long i, vf x) {
     else if (dtype == F16)
         vstore_f16((uint16_t *)p + i, x);
     else
-        *(vh_any *)((uint16_t *)p + i) = __builtin_convertvector(round_to_bf16(x) >> 16, vh);
+        vstore_u16((uint16_t *)p + i, round_to_bf16(x));
 }
 
 /* The value that storing and loading again would give. */
@@ -180,24 +217,86 @@ OUTLINE void vstore_part(int dtype, void *p, long i, vf x, long n) {
     for (long j = 0; j < n; j++) store1(dtype, p, i + j, x[j]);
 }
 
-/* Sum of the lanes, in one fixed order. */
+#if defined(__clang__) || __GNUC__ >= 12
+#define SHUFFLE(a, b, ...) __builtin_shufflevector(a, b, __VA_ARGS__)
+#else
+#define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
+#endif
+
+/* Sum and largest of the lanes: halves against each other, always in the same order. */
+#if VL == 8
+#define FOLD(x, OP)                                        \
+    x = OP(x, SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7));      \
+    x = OP(x, SHUFFLE(x, x, 2, 3, 2, 3, 6, 7, 6, 7));      \
+    x = OP(x, SHUFFLE(x, x, 1, 1, 3, 3, 5, 5, 7, 7));
+#else
+#define FOLD(x, OP)                                                                                \
+    x = OP(x, SHUFFLE(x, x, 8, 9, 10, 11, 12, 13, 14, 15, 8, 9, 10, 11, 12, 13, 14, 15));          \
+    x = OP(x, SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7, 12, 13, 14, 15, 12, 13, 14, 15));              \
+    x = OP(x, SHUFFLE(x, x, 2, 3, 2, 3, 6, 7, 6, 7, 10, 11, 10, 11, 14, 15, 14, 15));              \
+    x = OP(x, SHUFFLE(x, x, 1, 1, 3, 3, 5, 5, 7, 7, 9, 9, 11, 11, 13, 13, 15, 15));
+#endif
+#define ADD(a, b) ((a) + (b))
+
 INLINE float vsum(vf x) {
-    for (int half = VL / 2; half > 0; half /= 2)
-        for (int j = 0; j < half; j++) x[j] += x[j + half];
+    FOLD(x, ADD)
     return x[0];
+}
+
+INLINE float vlargest(vf x) {
+    FOLD(x, vmax)
+    return x[0];
+}
+
+/* ---- rearranging -------------------------------------------------------------------------------------------- */
+
+/* Transpose a square of VL vectors: four by four within each quarter of the lanes, then the quarters. */
+INLINE void transpose(vf r[VL]) {
+    vf t[VL];
+#if VL == 8
+#define LOW(a, b) SHUFFLE(a, b, 0, 8, 1, 9, 4, 12, 5, 13)
+#define HIGH(a, b) SHUFFLE(a, b, 2, 10, 3, 11, 6, 14, 7, 15)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 8, 9, 4, 5, 12, 13)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 10, 11, 6, 7, 14, 15)
+#else
+#define LOW(a, b) SHUFFLE(a, b, 0, 16, 1, 17, 4, 20, 5, 21, 8, 24, 9, 25, 12, 28, 13, 29)
+#define HIGH(a, b) SHUFFLE(a, b, 2, 18, 3, 19, 6, 22, 7, 23, 10, 26, 11, 27, 14, 30, 15, 31)
+#define LOW2(a, b) SHUFFLE(a, b, 0, 1, 16, 17, 4, 5, 20, 21, 8, 9, 24, 25, 12, 13, 28, 29)
+#define HIGH2(a, b) SHUFFLE(a, b, 2, 3, 18, 19, 6, 7, 22, 23, 10, 11, 26, 27, 14, 15, 30, 31)
+#endif
+    UNROLL for (int i = 0; i < VL; i += 4) {
+        vf a = LOW(r[i], r[i + 1]), b = HIGH(r[i], r[i + 1]), c = LOW(r[i + 2], r[i + 3]), d = HIGH(r[i + 2], r[i + 3]);
+        t[i] = LOW2(a, c);
+        t[i + 1] = HIGH2(a, c);
+        t[i + 2] = LOW2(b, d);
+        t[i + 3] = HIGH2(b, d);
+    }
+    /* Now t[4 g + j] holds, in its quarter q, column 4 q + j of rows 4 g to 4 g + 3. */
+    UNROLL for (int j = 0; j < 4; j++) {
+#if VL == 8
+        r[j] = SHUFFLE(t[j], t[4 + j], 0, 1, 2, 3, 8, 9, 10, 11);
+        r[4 + j] = SHUFFLE(t[j], t[4 + j], 4, 5, 6, 7, 12, 13, 14, 15);
+#else
+        vf a = SHUFFLE(t[j], t[4 + j], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        vf b = SHUFFLE(t[j], t[4 + j], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        vf c = SHUFFLE(t[8 + j], t[12 + j], 0, 1, 2, 3, 4, 5, 6, 7, 16, 17, 18, 19, 20, 21, 22, 23);
+        vf d = SHUFFLE(t[8 + j], t[12 + j], 8, 9, 10, 11, 12, 13, 14, 15, 24, 25, 26, 27, 28, 29, 30, 31);
+        r[j] = SHUFFLE(a, c, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        r[4 + j] = SHUFFLE(a, c, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+        r[8 + j] = SHUFFLE(b, d, 0, 1, 2, 3, 8, 9, 10, 11, 16, 17, 18, 19, 24, 25, 26, 27);
+        r[12 + j] = SHUFFLE(b, d, 4, 5, 6, 7, 12, 13, 14, 15, 20, 21, 22, 23, 28, 29, 30, 31);
+#endif
+    }
 }
 
 /* ---- functions ---------------------------------------------------------------------------------------------- */
 
-/* e^x to about one unit in the last place; exactly 0 below the smallest normal result, so also for -infinity. The
- * argument is split into n ln 2 + r; e^r comes from its Taylor series (|r| <= 0.35, so the 8th term is below half a
- * unit in the last place) and 2^n is put into the exponent. */
-INLINE vf vexp(vf x) {
-    const vf low = splat(-87.33654f), high = splat(88.72283f);
-    vf clamped = vmin(vmax(x, low), high);
+/* Split x into n ln 2 + r with |r| <= 0.35, and return e^r by its Taylor series, whose 8th term would be below half a
+ * unit in the last place. */
+INLINE vf vexp_parts(vf x, vi *n) {
     const float shift = 12582912.0f; /* 1.5 * 2^23: adding it rounds to an integer */
-    vf n = (clamped * 1.44269504f + shift) - shift;
-    vf r = clamped - n * 0.693359375f + n * 2.12194440e-4f;
+    vf whole = (x * 1.44269504f + shift) - shift;
+    vf r = x - whole * 0.693359375f + whole * 2.12194440e-4f;
     vf p = splat(1.0f / 5040);
     p = p * r + 1.0f / 720;
     p = p * r + 1.0f / 120;
@@ -206,12 +305,27 @@ INLINE vf vexp(vf x) {
     p = p * r + 0.5f;
     p = p * r + 1.0f;
     p = p * r + 1.0f;
-    /* In two factors, since 2^128 is not a float. */
-    vi half = __builtin_convertvector(n, vi) >> 1, rest = __builtin_convertvector(n, vi) - half;
-    vf y = p * (vf)((half + 127) << 23) * (vf)((rest + 127) << 23);
+    *n = __builtin_convertvector(whole, vi);
+    return p;
+}
+
+/* e^x to about one unit in the last place; 0 below the smallest normal result. */
+INLINE vf vexp(vf x) {
+    const vf low = splat(-87.33654f), high = splat(88.72283f);
+    vi n;
+    vf p = vexp_parts(vmin(vmax(x, low), high), &n);
+    vi half = n >> 1; /* in two factors, since 2^128 is not a float */
+    vf y = p * (vf)((half + 127) << 23) * (vf)((n - half + 127) << 23);
     y = blend(x > high, splat(INFINITY), y);
     y = blend(x < low, (vf){0}, y);
     return blend(x != x, x, y);
+}
+
+/* e^x for x <= 0, as a softmax needs it: exactly 0 from about -87.7 down, where the exponent field of 2^n runs out. */
+INLINE vf vexp_nonpositive(vf x) {
+    vi n;
+    vf p = vexp_parts(vmax(splat(-88.0f), x), &n);
+    return p * (vf)((n + 127) << 23);
 }
 
 /* tanh: by e^2x, and near 0, where that would cancel, by an odd polynomial fitted to a relative error of 4e-9. */

@@ -1,0 +1,175 @@
+"""Compiling and caching the native library, and what happens where that can't be done."""
+
+from __future__ import annotations
+
+import logging
+import os
+import stat
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from sensorium import kernels
+from sensorium.kernels import build, native
+
+
+@pytest.fixture
+def fresh(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
+    """No library loaded, an empty cache folder."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.delenv("SENSORIUM_NATIVE", raising=False)
+    native._load.cache_clear()
+    yield tmp_path / "sensorium"
+    monkeypatch.undo()
+    native._load.cache_clear()
+
+
+@pytest.fixture
+def tiny_source(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """A source folder that compiles at once."""
+    folder = tmp_path / "source"
+    folder.mkdir()
+    (folder / "one.c").write_text("int one(void) { return 1; }\n")
+    monkeypatch.setattr(build, "SOURCE_FOLDER", folder)
+    return folder
+
+
+def _fake_compiler(folder: Path, script: str) -> Path:
+    path = folder / "gcc"
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    return path
+
+
+def _works(rows: int = 3) -> None:
+    """The public functions give right answers, whatever runs them."""
+    x, weight = torch.randn(rows, 24), torch.randn(16, 24)
+    torch.testing.assert_close(kernels.packed_linear(x, kernels.pack(weight)), x @ weight.T)
+    torch.testing.assert_close(kernels.quick_gelu(x), x * torch.sigmoid(1.702 * x))
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_second_build_reuses_the_first(fresh: Path, tiny_source: Path) -> None:
+    path = build.build_library()
+    assert path.parent == fresh
+    assert stat.S_IMODE(fresh.stat().st_mode) == 0o700
+    before = path.stat()
+    assert build.build_library() == path
+    assert path.stat().st_mtime_ns == before.st_mtime_ns
+    assert sorted(p.suffix for p in fresh.iterdir()) == [".lock", ".so"]
+
+
+@pytest.mark.usefixtures("native_kernels")
+@pytest.mark.parametrize("change", ["source", "header", "compiler", "cpu", "openmp"])
+def test_name_changes_with_all_that_the_library_depends_on(
+    change: str, fresh: Path, tiny_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compiler, openmp = build._find_compiler(), "libgomp.so.1"
+    before = build._digest(compiler, openmp)
+    if change == "source":
+        (tiny_source / "one.c").write_text("int one(void) { return 2; }\n")
+    elif change == "header":
+        (tiny_source / "new.h").write_text("")
+    elif change == "compiler":
+        compiler = _fake_compiler(tiny_source, "exit 1")
+    elif change == "cpu":
+        monkeypatch.setattr(build, "_cpu_features", lambda: "another")
+    else:
+        openmp = "libiomp5.so"
+    assert build._digest(compiler, openmp) != before
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_processes_that_start_together_compile_once(fresh: Path, tmp_path: Path) -> None:
+    """Each builds a slow source; a compiler that counts its runs tells how many did."""
+    log = tmp_path / "runs"
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    _fake_compiler(folder, f'echo run >> {log}\nsleep 0.2\nexec {build._find_compiler()} "$@"')
+    source = tmp_path / "source"
+    source.mkdir()
+    (source / "one.c").write_text("int one(void) { return 1; }\n")
+    code = (
+        "from pathlib import Path; from sensorium.kernels import build; "
+        f"build.SOURCE_FOLDER = Path({str(source)!r}); print(build.build_library())"
+    )
+    environment = {**os.environ, "PATH": f"{folder}:{os.environ['PATH']}", "PYTHONPATH": os.pathsep.join(sys.path)}
+    jobs = [
+        subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
+        for _ in range(2)
+    ]
+    paths = {job.communicate(timeout=120)[0].strip() for job in jobs}
+    assert all(job.returncode == 0 for job in jobs)
+    assert len(paths) == 1
+    assert Path(paths.pop()).exists()
+    assert log.read_text().split() == ["run", "run"]  # compile and link
+
+
+@pytest.mark.parametrize("case", ["none", "broken", "missing"])
+def test_without_a_usable_compiler_torch_takes_over(
+    case: str,
+    fresh: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """One log line with the reason, right answers, and no half-made library."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    if case == "broken":
+        _fake_compiler(folder, "echo 'linear.c:1: error: out of luck' >&2; exit 1")
+    elif case == "missing":
+        _fake_compiler(folder, "").write_text("#!/nowhere/interpreter\n")
+    monkeypatch.setenv("PATH", str(folder))
+    expected = {"none": "no C compiler", "broken": "out of luck", "missing": "can't be started"}[case]
+    with caplog.at_level(logging.INFO, logger="sensorium"):
+        _works()
+        _works()
+    assert kernels.native_refusal() is not None
+    assert expected in str(kernels.native_refusal())
+    assert [r.levelname for r in caplog.records if expected in r.getMessage()] == ["WARNING"]
+    assert not list(fresh.glob("*.so"))
+
+
+def test_switched_off_by_the_environment(without_native: None) -> None:
+    assert kernels.native_refusal() == "SENSORIUM_NATIVE=0"
+    _works()
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_a_cache_folder_of_others_is_not_trusted(
+    fresh: Path, tiny_source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever can write there could have put a library under the expected name."""
+    fresh.mkdir()
+    fresh.chmod(0o777)
+    planted = fresh / f"kernels-{build._digest(build._find_compiler(), build._loaded_openmp())}.so"
+    planted.write_text("not a library")
+    path = build.build_library()
+    assert path.parent != fresh
+    assert stat.S_IMODE(path.parent.stat().st_mode) == 0o700
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_an_unusable_home_is_no_obstacle(fresh: Path, tiny_source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    fresh.parent.joinpath("file").write_text("")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent / "file"))
+    assert build.build_library().exists()
+
+
+@pytest.mark.usefixtures("native_kernels")
+def test_threads_come_from_torchs_pool() -> None:
+    """One OpenMP runtime: a second pool would fight the first for the cores."""
+    _works(64)
+    maps = Path("/proc/self/maps").read_text()
+    own = build._loaded_openmp()
+    assert own is not None
+    assert str(Path(torch.__file__).parent) in own
+    library = build.build_library()
+    needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
+    assert Path(own).name in needed
+    assert own in maps
