@@ -84,6 +84,11 @@ class ModelRunner:
         self._sampler = Sampler()
         self._pooler = Pooler(model_config.pooler_config)
 
+    @property
+    def num_requests(self) -> int:
+        """Requests that hold a slot."""
+        return len(self._batch)
+
     @torch.inference_mode()
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """Run a step. Every chunk ends with a sampled token, with nothing (not its last chunk), or in `failures`."""

@@ -51,9 +51,9 @@ def toy_plan(rng: random.Random, count: int) -> list[Planned]:
         ids = [*ids, *(rng.randrange(8, 60) for _ in range(rng.randrange(1, 8)))]
         prompt = {"prompt_token_ids": ids} | ({"multi_modal_data": {"image": images}} if images else {})
         params = SamplingParams(
-            temperature=0, max_tokens=rng.randrange(1, 12), ignore_eos=True, logit_bias=toys.NO_MEDIA_TOKENS
+            temperature=0, max_tokens=rng.randrange(1, 24), ignore_eos=True, logit_bias=toys.NO_MEDIA_TOKENS
         )
-        plan.append(Planned(f"r{i}", prompt, params, arrival_step=rng.randrange(20)))
+        plan.append(Planned(f"r{i}", prompt, params, arrival_step=rng.randrange(6)))
     return plan
 
 

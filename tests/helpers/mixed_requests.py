@@ -86,15 +86,20 @@ def random_prompt(family: str, rng: random.Random) -> Any:
 
 
 def random_plan(
-    family: str, num_requests: int, rng: random.Random, *, spread: int, aborts: float, tag: str = ""
+    family: str,
+    num_requests: int,
+    rng: random.Random,
+    *,
+    spread: int,
+    aborts: float,
+    max_tokens: int = 14,
+    tag: str = "",
 ) -> list[Planned]:
     """Requests that arrive over `spread` steps, a share of which is aborted some steps later."""
     plan = []
     for i in range(num_requests):
         arrival = rng.randrange(spread + 1)
         abort = arrival + rng.randrange(1, 30) if rng.random() < aborts else None
-        params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, 14), ignore_eos=True)
-        plan.append(
-            Planned(f"{tag}{i}", random_prompt(family, rng), params, arrival, abort, priority=rng.randrange(3))
-        )
+        params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, max_tokens), ignore_eos=True)
+        plan.append(Planned(f"{tag}{i}", random_prompt(family, rng), params, arrival, abort, priority=rng.randrange(3)))
     return plan

@@ -66,7 +66,10 @@ def serve(engine: LLMEngine, plan: Iterable[Planned], max_steps: int = 20_000) -
 
 def alone(engine: LLMEngine, plan: Iterable[Planned]) -> dict[str, list[int]]:
     """Each request's tokens when nothing else is there."""
-    return {each.request_id: serve(engine, [Planned(each.request_id, each.prompt, each.params)]).tokens(each.request_id) for each in plan}
+    return {
+        each.request_id: serve(engine, [Planned(each.request_id, each.prompt, each.params)]).tokens(each.request_id)
+        for each in plan
+    }
 
 
 def quiet_engine(path: Path, **settings: Any) -> LLMEngine:
@@ -83,5 +86,7 @@ def quiet_engine(path: Path, **settings: Any) -> LLMEngine:
 
 def differing(got: Sequence[int], expected: Sequence[int]) -> str:
     """Where two token lists part, for messages."""
-    step = next((i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected)))
+    step = next(
+        (i for i, (a, b) in enumerate(zip(got, expected, strict=False)) if a != b), min(len(got), len(expected))
+    )
     return f"at token {step}: got {list(got[step : step + 4])}, expected {list(expected[step : step + 4])}"

@@ -1,0 +1,73 @@
+"""Two hundred random requests, disturbed in every way at once: each survivor's tokens equal those of a run alone.
+
+Text, pictures of many sizes, clips and sounds; random lengths, arrivals, priorities and aborts; pools so small that
+requests are preempted; chunks of 16 to 512 tokens; caches on and off.
+"""
+
+from __future__ import annotations
+
+import random
+from functools import cache
+from typing import Any
+
+import pytest
+
+from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.mixed_requests import limits, random_plan
+from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
+
+NUM_REQUESTS = {"qwen2_vl": 80, "llava": 40, "qwen2_audio": 50, "qwen2_5_vl": 30}
+"""Per family; two hundred in all."""
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "chunks of 16": {"max_num_batched_tokens": 16, "num_blocks": 64},
+    "chunks of 100, priorities": {"max_num_batched_tokens": 100, "scheduling_policy": "priority", "num_blocks": 56},
+    "chunks of 512, small encoder cache": {"max_num_batched_tokens": 512, "encoder_cache_rows": 40, "num_blocks": 44},
+    "no caches": {
+        "enable_prefix_caching": False,
+        "encoder_cache_rows": 0,
+        "mm_processor_cache_bytes": 0,
+        "max_num_batched_tokens": 48,
+        "num_blocks": 64,
+    },
+}
+
+PREEMPTS = ("chunks of 100, priorities", "chunks of 512, small encoder cache")
+
+
+@cache
+def plan_and_reference(family: str) -> tuple[list[Planned], dict[str, list[int]]]:
+    plan = random_plan(
+        family, NUM_REQUESTS[family], random.Random(f"{family}-mixed"), spread=40, aborts=0.15, max_tokens=40
+    )
+    engine = quiet_engine(make_checkpoint(family), limit_mm_per_prompt=limits(family))
+    return plan, alone(engine, plan)
+
+
+def test_there_are_two_hundred_requests() -> None:
+    assert sum(NUM_REQUESTS.values()) == 200
+
+
+@pytest.mark.parametrize("settings", SETTINGS)
+@pytest.mark.parametrize("family", NUM_REQUESTS)
+def test_survivors_are_undisturbed(family: str, settings: str) -> None:
+    plan, reference = plan_and_reference(family)
+    engine = make_engine(
+        make_checkpoint(family), limit_mm_per_prompt=limits(family), block_size=8, **SETTINGS[settings]
+    )
+
+    served = serve(engine, plan)
+
+    aborted = {each.request_id for each in plan if each.abort_step is not None}
+    assert {each.request_id for each in plan} - aborted <= served.outputs.keys()
+    for request_id, output in served.outputs.items():
+        assert output.error is None
+        got = served.tokens(request_id)
+        assert got == reference[request_id], f"request {request_id} {differing(got, reference[request_id])}"
+    engine.step()  # lets the worker free what the last requests held
+    engine.core.scheduler.check_idle()
+    runner = engine.core.executor.worker.runner  # type: ignore[attr-defined]
+    assert runner.num_requests == 0
+    assert engine.outputs.num_requests == 0
+    if settings in PREEMPTS:
+        assert engine.core.stats().num_preemptions > 0, "the pool is meant to be too small"
