@@ -105,6 +105,10 @@ class MultiModalPlugin(ABC):
             )
         return self._input_mappers[model_class]
 
+    def uses_default_mapper(self, model_class: type | None) -> bool:
+        """Whether the class takes this modality with the plugin's own mapper."""
+        return self.has_input_mapper(model_class) and self.get_input_mapper(model_class) == self._default_input_mapper
+
     def map_input(
         self, model_config: ModelConfig, data: Any, mm_processor_kwargs: Mapping[str, Any] | None = None
     ) -> MultiModalKwargs:
@@ -119,7 +123,7 @@ class MultiModalPlugin(ABC):
             model_config.mm_processor_kwargs,
             mm_processor_kwargs,
             mapper,
-            allow_var_kwargs=mapper == self._default_input_mapper,
+            allow_var_kwargs=self.uses_default_mapper(model_config.model_class),
         )
         mapped = mapper(InputContext(model_config), data, **kwargs)
         name = getattr(mapper, "__qualname__", type(mapper).__name__)

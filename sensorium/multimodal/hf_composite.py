@@ -50,10 +50,8 @@ def load_processor(
         ("video_processor", cached_get_video_processor),
     ):
         if settings and hasattr(processor, part):
-            with_settings = load(
-                name, trust_remote_code=trust_remote_code, revision=revision, backend=backend, **settings
-            )
-            setattr(processor, part, with_settings)
+            options = {"trust_remote_code": trust_remote_code, "revision": revision, "backend": backend}
+            setattr(processor, part, load(name, **{**settings, **options}))
     return processor
 
 
@@ -62,7 +60,7 @@ def _load(name: str, trust_remote_code: bool, revision: str | None, backend: Bac
     if backend == "pil":
         hide_torchvision()
     try:
-        processor_class = None if backend == "torchvision" else _find_class(name, revision)
+        processor_class = None if backend == "torchvision" else _find_class(name, trust_remote_code, revision)
         if processor_class is None or not set(processor_class.get_attributes()) <= set(_PARTS):
             from transformers import AutoProcessor
 
@@ -77,16 +75,21 @@ def _load(name: str, trust_remote_code: bool, revision: str | None, backend: Bac
         ) from exc
 
 
-def _find_class(name: str, revision: str | None) -> Any:
-    """The processor's class in transformers, by the checkpoint's files or its model type; None if it isn't there."""
+def _find_class(name: str, trust_remote_code: bool, revision: str | None) -> Any:
+    """The processor's class in transformers, by the checkpoint's files or its model type.
+
+    None if it isn't there, or if the checkpoint brings a class of its own that is trusted.
+    """
     transformers = importlib.import_module("transformers")
-    for filename in _FILES_NAMING_THE_CLASS:
-        class_name = read_config_file(name, filename, revision).get("processor_class")
-        if class_name is not None:
-            return getattr(transformers, class_name, None)
-    config_class = type(transformers.AutoConfig.from_pretrained(name, revision=revision))
+    files = [read_config_file(name, filename, revision) for filename in _FILES_NAMING_THE_CLASS]
+    if trust_remote_code and any("AutoProcessor" in (content.get("auto_map") or {}) for content in files):
+        return None
+    for content in files:
+        if content.get("processor_class") is not None:
+            return getattr(transformers, content["processor_class"], None)
+    config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
     mapping = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING
-    return mapping.get(config_class, None)
+    return mapping.get(type(config), None)
 
 
 def _load_part(part: str, name: str, trust_remote_code: bool, revision: str | None) -> Any:

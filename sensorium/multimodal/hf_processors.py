@@ -21,7 +21,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
-from sensorium.errors import ConfigError, InvalidRequestError, ProcessorError
+from sensorium.errors import ConfigError, InvalidRequestError, InvalidTypeError, ProcessorError
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
@@ -68,11 +68,7 @@ def cached_get_image_processor(
     Names that the processor doesn't know are ignored. Raises `ProcessorError` (a `RuntimeError`) if the checkpoint has
     no image processor, `InvalidRequestError` (a `ValueError`) if a setting has a value that it refuses.
     """
-    base = _image_processor(processor_name, trust_remote_code, revision, backend)
-    settings = {name: value for name, value in kwargs.items() if _is_setting(base, name)}
-    if not settings:
-        return base
-    return _with_settings(base, _Frozen(settings))
+    return with_settings(_image_processor(processor_name, trust_remote_code, revision, backend), kwargs)
 
 
 def cached_get_tokenizer(
@@ -99,6 +95,16 @@ def cached_get_processor(
     from sensorium.multimodal.hf_composite import load_processor
 
     return load_processor(processor_name, trust_remote_code, revision, tokenizer, backend, kwargs)
+
+
+def with_settings(base: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A Hugging Face processor with those of `kwargs` that are settings of it; the same object for the same settings.
+
+    Raises `InvalidRequestError` (a `ValueError`) for a value that the processor refuses, `InvalidTypeError` (a
+    `TypeError`) for one that isn't plain.
+    """
+    settings = {name: value for name, value in kwargs.items() if _is_setting(base, name)}
+    return _with_settings(base, _Frozen(settings)) if settings else base
 
 
 def read_config_file(processor_name: str, filename: str, revision: str | None = None) -> dict[str, Any]:
@@ -164,9 +170,12 @@ def _freeze(value: Any) -> Hashable:
         return "dict", tuple((name, _freeze(value[name])) for name in sorted(value, key=str))
     if isinstance(value, list | tuple):
         return type(value).__name__, tuple(_freeze(item) for item in value)
-    if isinstance(value, Hashable):
+    if value is None or isinstance(value, str | bytes | int | float):
         return type(value).__name__, value  # 1, 1.0 and True are equal, but not the same setting
-    return "object", id(value)
+    raise InvalidTypeError(
+        f"mm_processor_kwargs: got a value of type {type(value).__name__}, expected numbers, strings, or lists and "
+        f"dicts of them. Write the setting as plain values."
+    )
 
 
 def _is_setting(base: Any, name: str) -> bool:
@@ -183,7 +192,8 @@ def _image_processor(name: str, trust_remote_code: bool, revision: str | None, b
         raise ConfigError(f"image processor backend: got {backend!r}, expected 'pil' or 'torchvision'.")
     if backend == "pil":
         hide_torchvision()
-    from transformers import AutoImageProcessor
+    # From its own module: some versions of transformers withhold the name without torchvision.
+    from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
         return AutoImageProcessor.from_pretrained(

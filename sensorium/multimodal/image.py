@@ -15,6 +15,7 @@ from sensorium.multimodal.hf_processors import (
     processor_settings,
 )
 from sensorium.multimodal.inputs import MultiModalKwargs
+from sensorium.multimodal.resize_limits import check_picture
 from sensorium.multimodal.smart_resize import smart_resize
 from sensorium.multimodal.utils import is_list_of
 
@@ -42,15 +43,19 @@ class ImagePlugin(MultiModalPlugin):
         Pictures give what the image processor's `preprocess` returns (mostly `pixel_values`, `(num_images, 3, height,
         width)`); a tensor or a list of tensors gives `image_embeds` as it is; a `BatchFeature` passes through.
 
-        Raises `InvalidTypeError` (a `TypeError`) for anything else, `ProcessorError` (a `RuntimeError`) if the
-        checkpoint has no image processor or it fails.
+        Raises `InvalidTypeError` (a `TypeError`) for anything else, `InvalidRequestError` (a `ValueError`) if the
+        picture would become too large, `ProcessorError` (a `RuntimeError`) if the checkpoint has no image processor or
+        it fails.
         """
         import torch
         from PIL.Image import Image
 
         if isinstance(data, Image) or is_list_of(data, Image, check="all"):
             settings = processor_settings(mm_processor_kwargs) | processor_options(ctx.model_config)
-            return preprocess(cached_get_image_processor(ctx.model_config.model, **settings), data)
+            processor = cached_get_image_processor(ctx.model_config.model, **settings)
+            for image in data if isinstance(data, list) else [data]:
+                check_picture(processor, image.height, image.width)
+            return preprocess(processor, data)
         if isinstance(data, torch.Tensor) or is_list_of(data, torch.Tensor, check="all"):
             return MultiModalKwargs({"image_embeds": data})
         if isinstance(data, Mapping) and "pixel_values" in data:

@@ -25,7 +25,9 @@ from sensorium.multimodal.hf_processors import (
     cached_get_image_processor,
     hide_torchvision,
     read_config_file,
+    with_settings,
 )
+from sensorium.multimodal.resize_limits import MAX_CLIP_PIXELS, check_picture, check_pixels
 from sensorium.multimodal.smart_resize import smart_resize
 
 if TYPE_CHECKING:
@@ -101,16 +103,20 @@ class VideoProcessor:
         """From the contents of a checkpoint's file, in which other names may occur."""
         known = {field.name for field in fields(cls)}
         values = {name: value for name, value in settings.items() if name in known and value is not None}
-        return cls(**values | _size_of_pixel_bounds(settings, values.get("size")))
+        return cls(**values | _sizes(settings, values.get("size"), values.get("crop_size")))
 
     def with_settings(self, settings: Mapping[str, Any]) -> VideoProcessor:
         """With some settings replaced; names that aren't settings are ignored.
 
         Raises `InvalidRequestError` (a `ValueError`) for values that can't be used.
         """
-        known = {field.name for field in fields(self)}
+        known = {field.name for field in fields(self)} | {"min_pixels", "max_pixels"}
         values = {name: value for name, value in settings.items() if name in known}
-        processor = replace(self, **values | _size_of_pixel_bounds(settings, values.get("size", self.size)))
+        if not values:
+            return self
+        sizes = _sizes(values, values.get("size", self.size), values.get("crop_size", self.crop_size))
+        own = {name: value for name, value in values.items() if name not in ("min_pixels", "max_pixels")}
+        processor = replace(self, **own | sizes)
         processor.check()
         return processor
 
@@ -120,10 +126,9 @@ class VideoProcessor:
         sizes |= {"temporal_patch_size": self.temporal_patch_size, "patch_size": self.patch_size or 1}
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
-                raise InvalidRequestError(
-                    f"Video processor setting {name!r}: got {value!r}, expected a positive integer. "
-                    f"Correct mm_processor_kwargs."
-                )
+                raise _wrong_setting(name, value, "a positive integer")
+        if not {"shortest_edge", "longest_edge"} <= self.size.keys() and self.patch_size is not None:
+            raise _wrong_setting("size", dict(self.size), "shortest_edge and longest_edge, in pixels of a frame")
 
     def __call__(self, videos: Any, return_tensors: str = "pt", **kwargs: Any) -> Any:
         """`preprocess` with settings for this call, as Hugging Face's processors call their parts."""
@@ -136,7 +141,7 @@ class VideoProcessor:
         """
         from transformers import BatchFeature
 
-        clips = [self._normalized_frames(_as_frames(video)) for video in split_videos(videos)]
+        clips = [self._normalized_frames(video) for video in split_videos(videos)]
         if self.patch_size is None:
             return BatchFeature({"pixel_values_videos": _stack_if_equal(clips)}, tensor_type=None)
         import torch
@@ -145,12 +150,17 @@ class VideoProcessor:
         data = {"pixel_values_videos": torch.cat(patches), "video_grid_thw": torch.tensor(grids)}
         return BatchFeature(data, tensor_type=None)
 
-    def _normalized_frames(self, frames: torch.Tensor) -> torch.Tensor:
+    def _normalized_frames(self, video: Any) -> torch.Tensor:
         """Frames `(num_frames, 3, height, width)`: resized, cropped, and float32 with mean and variance taken out."""
         import torch
 
+        array = _as_array(video)
+        num_frames, height, width, _ = array.shape
+        new_size = self._new_size(num_frames, height, width) if self.do_resize else (height, width)
+        self._check_pixels((num_frames, height, width), new_size)
+        frames = _as_tensor(array)
         if self.do_resize:
-            frames = _resize(frames, self._new_size(frames), self.resample)
+            frames = _resize(frames, new_size, self.resample)
         if self.do_center_crop and self.crop_size is not None:
             frames = _center_crop(frames, self.crop_size["height"], self.crop_size["width"])
         values = frames.to(torch.float32)
@@ -158,13 +168,21 @@ class VideoProcessor:
         if not self.do_normalize:
             return values * scale
         # Subtracting on the scale of the pixels saves a pass, and rounds as the original does.
-        mean = torch.tensor(self.image_mean) * (1.0 / scale)
-        std = torch.tensor(self.image_std) * (1.0 / scale)
-        return (values - mean[:, None, None]) / std[:, None, None]
+        mean = torch.tensor(self.image_mean).reshape(-1, 1, 1) * (1.0 / scale)
+        std = torch.tensor(self.image_std).reshape(-1, 1, 1) * (1.0 / scale)
+        return values.sub_(mean).div_(std)
 
-    def _new_size(self, frames: torch.Tensor) -> tuple[int, int]:
+    def _check_pixels(self, shape: tuple[int, int, int], new_size: tuple[int, int]) -> None:
+        """Refuse a clip of this shape (frames, height, width) that would become too large."""
+        num_frames, height, width = shape
+        pixels = new_size[0] * new_size[1]
+        if self.do_center_crop and self.crop_size is not None:
+            pixels = max(pixels, self.crop_size["height"] * self.crop_size["width"])
+        check_pixels("video", height, width, pixels)
+        check_pixels(f"video of {num_frames} frames", height, width, num_frames * pixels, MAX_CLIP_PIXELS)
+
+    def _new_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing."""
-        num_frames, _, height, width = frames.shape
         if self.patch_size is not None:
             factor = self.patch_size * self.merge_size
             return smart_resize(height, width, factor, self.size["shortest_edge"], self.max_pixels(num_frames))
@@ -217,13 +235,15 @@ class FrameStackProcessor:
         """A `BatchFeature` with `pixel_values_videos` `(num_videos, num_frames, 3, height, width)`."""
         from transformers import BatchFeature
 
-        clips = [
-            self.image_processor.preprocess(
-                list(_as_frames(video).numpy()), return_tensors="pt", input_data_format="channels_first"
-            )["pixel_values"]
-            for video in split_videos(videos)
-        ]
+        clips = [self._frames(_as_array(video)) for video in split_videos(videos)]
         return BatchFeature({"pixel_values_videos": _stack_if_equal(clips)}, tensor_type=None)
+
+    def _frames(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        check_picture(self.image_processor, *array.shape[1:3])
+        processed: torch.Tensor = self.image_processor.preprocess(
+            list(_as_tensor(array).numpy()), return_tensors="pt", input_data_format="channels_first"
+        )["pixel_values"]
+        return processed
 
 
 def cached_get_video_processor(
@@ -240,11 +260,7 @@ def cached_get_video_processor(
     neither a video nor an image processor, `UnsupportedFeatureError` if it has one that is not computed here.
     """
     if backend == "torchvision":
-        from transformers import AutoVideoProcessor
-
-        return AutoVideoProcessor.from_pretrained(
-            processor_name, trust_remote_code=trust_remote_code, revision=revision, **kwargs
-        )
+        return with_settings(_torchvision_video_processor(processor_name, trust_remote_code, revision), kwargs)
     base = _video_processor(processor_name, revision)
     if base is not None:
         return base.with_settings(kwargs)
@@ -253,6 +269,13 @@ def cached_get_video_processor(
             processor_name, trust_remote_code=trust_remote_code, revision=revision, backend=backend, **kwargs
         )
     )
+
+
+@lru_cache(maxsize=16)
+def _torchvision_video_processor(processor_name: str, trust_remote_code: bool, revision: str | None) -> Any:
+    from transformers import AutoVideoProcessor
+
+    return AutoVideoProcessor.from_pretrained(processor_name, trust_remote_code=trust_remote_code, revision=revision)
 
 
 @lru_cache(maxsize=16)
@@ -284,16 +307,21 @@ def split_videos(videos: Any) -> list[Any]:
     return [np.stack([np.asarray(frame) for frame in videos])]
 
 
-def _as_frames(video: Any) -> torch.Tensor:
-    """Frames `(num_frames, height, width, 3)` as a tensor `(num_frames, 3, height, width)`, 8-bit where they are."""
-    import torch
-
+def _as_array(video: Any) -> np.ndarray[Any, Any]:
+    """Frames `(num_frames, height, width, 3)`; `InvalidTypeError` (a `TypeError`) for any other shape."""
     frames = np.asarray(video)
     if frames.ndim != 4 or frames.shape[-1] != 3 or 0 in frames.shape or frames.dtype.kind not in "uif":
         raise InvalidTypeError(
             f"Invalid video: got an array of shape {frames.shape} and type {frames.dtype}, expected "
             f"(num_frames, height, width, 3) of numbers. Stack RGB frames."
         )
+    return frames
+
+
+def _as_tensor(frames: np.ndarray[Any, Any]) -> torch.Tensor:
+    """Frames `(num_frames, height, width, 3)` as a tensor `(num_frames, 3, height, width)`, 8-bit where they are."""
+    import torch
+
     if frames.dtype != np.uint8:
         frames = frames.astype(np.float32)
     return torch.from_numpy(np.array(frames.transpose(0, 3, 1, 2), order="C"))
@@ -330,13 +358,23 @@ def _stack_if_equal(clips: list[torch.Tensor]) -> torch.Tensor | list[torch.Tens
     return torch.stack(clips) if len({clip.shape for clip in clips}) == 1 else clips
 
 
-def _size_of_pixel_bounds(settings: Mapping[str, Any], size: Mapping[str, int] | int | None) -> dict[str, Any]:
-    """`size` from the older `min_pixels` and `max_pixels`, which win over it."""
+def _wrong_setting(name: str, value: object, expected: str) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"Video processor setting {name!r}: got {value!r}, expected {expected}. Correct mm_processor_kwargs."
+    )
+
+
+def _sizes(settings: Mapping[str, Any], size: Any, crop_size: Any) -> dict[str, Any]:
+    """`size` and `crop_size` as dicts of edges; the older `min_pixels` and `max_pixels` win over `size`."""
+    for name, value in (("size", size), ("crop_size", crop_size)):
+        if not isinstance(value, Mapping | int | None):
+            raise _wrong_setting(name, value, "a dict of edges")
     merged = {"shortest_edge": size} if isinstance(size, int) else dict(size or {})
     for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if settings.get(old) is not None:
             merged[new] = settings[old]
-    return {"size": merged}
+    crop = {"height": crop_size, "width": crop_size} if isinstance(crop_size, int) else crop_size
+    return {"size": merged, "crop_size": crop}
 
 
 def _video_settings(processor_name: str, revision: str | None) -> dict[str, Any]:

@@ -108,6 +108,48 @@ def test_a_picture_that_the_processor_refuses_is_that_requests_error(qwen2_vl: P
     assert isinstance(caught.value, ProcessorError)
 
 
+@pytest.mark.parametrize(("width", "height"), [(1, 10000), (10000, 1)])
+def test_a_thin_picture_that_would_become_huge_is_refused(llava: Path, width: int, height: int) -> None:
+    """With a shortest edge of 28, one pixel by 10,000 becomes 28 by 280,000; at 224, it is half a gigapixel."""
+    assert map_media(llava, "image", Image.new("RGB", (width, height)))["pixel_values"].shape == (1, 3, 28, 28)
+    model_config = make_model_config(Model, model=llava, mm_processor_kwargs={"size": {"shortest_edge": 224}})
+    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(model_config)
+    for data in ({"image": Image.new("RGB", (width, height))}, {"video": np.zeros((1, height, width, 3), np.uint8)}):
+        with pytest.raises(ValueError, match=f"{height}x{width} pixels would become 501760000 behind the processor"):
+            MULTIMODAL_REGISTRY.map_input(model_config, data)
+
+
+@pytest.mark.parametrize(
+    ("checkpoint", "settings"),
+    [
+        ("llava", {"size": {"height": 100_000, "width": 100_000}}),
+        ("llava", {"size": {"shortest_edge": 100_000}}),
+        ("llava", {"crop_size": {"height": 100_000, "width": 100_000}}),
+        ("qwen2_vl", {"min_pixels": 10**12, "max_pixels": 10**12}),
+        ("qwen2_vl", {"size": {"shortest_edge": 10**12, "longest_edge": 10**12}}),
+    ],
+)
+def test_a_request_cannot_ask_for_a_huge_size(
+    checkpoint: str, settings: dict[str, Any], request: pytest.FixtureRequest
+) -> None:
+    config = make_model_config(Model, model=request.getfixturevalue(checkpoint))
+    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config)
+    for data in ({"image": make_image()}, {"video": make_video()}):
+        with pytest.raises(InvalidRequestError, match="expected at most 33554432"):
+            MULTIMODAL_REGISTRY.map_input(config, data, settings)
+
+
+def test_a_clip_has_a_bound_over_all_frames(qwen2_vl: Path) -> None:
+    frames = np.broadcast_to(np.zeros((1, 56, 56, 3), np.uint8), (100_000, 56, 56, 3))
+    with pytest.raises(InvalidRequestError, match="video of 100000 frames"):
+        map_media(qwen2_vl, "video", frames)
+
+
+def test_settings_are_plain_values(llava: Path) -> None:
+    with pytest.raises(TypeError, match="plain values"):
+        cached_get_image_processor(str(llava), image_mean=np.zeros(3))
+
+
 @pytest.mark.parametrize(("modality", "data"), [("image", make_image()), ("video", make_video())])
 def test_a_checkpoint_without_an_image_processor_is_that_requests_error(
     tmp_path: Path, modality: str, data: Any
@@ -268,10 +310,14 @@ def test_other_models_get_frames(llava: Path) -> None:
         ("llava_onevision", 300, 400, (384, 384)),
     ],
 )
+@pytest.mark.parametrize("crop", ["", ', "crop_size": 32'])
 def test_base_video_processors_resize_and_crop(
-    tmp_path: Path, model_type: str, height: int, width: int, shape: tuple[int, int]
+    tmp_path: Path, model_type: str, height: int, width: int, shape: tuple[int, int], crop: str
 ) -> None:
     (tmp_path / "config.json").write_text(f'{{"model_type": "{model_type}"}}')
+    (tmp_path / "preprocessor_config.json").write_text(f'{{"do_normalize": true{crop}}}')
+    if crop and model_type == "llava_next_video":
+        shape = (32, 32)
     mapped = map_media(tmp_path, "video", make_video(2, height, width))
     assert mapped["pixel_values_videos"].shape == (1, 2, 3, *shape)
 
@@ -309,6 +355,9 @@ def test_a_setting_of_a_video_must_be_a_positive_number(qwen2_vl: Path) -> None:
     MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config)
     for bad in ({"max_pixels": 0}, {"max_pixels": "many"}, {"patch_size": -1}):
         with pytest.raises(ValueError, match="expected a positive integer"):
+            MULTIMODAL_REGISTRY.map_input(config, {"video": make_video()}, bad)
+    for bad in ({"size": "large"}, {"size": {"height": 3}}, {"crop_size": [1, 2]}):
+        with pytest.raises(ValueError, match="Video processor setting"):
             MULTIMODAL_REGISTRY.map_input(config, {"video": make_video()}, bad)
     smaller = MULTIMODAL_REGISTRY.map_input(config, {"video": make_video()}, {"max_pixels": 28 * 56})
     assert smaller["video_grid_thw"].tolist() == [[2, 2, 2]]
