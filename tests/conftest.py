@@ -8,11 +8,11 @@ import random
 # Models of a few thousand weights gain nothing from threads, and lose much where test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-import numpy as np  # noqa: E402
-import pytest  # noqa: E402
-import torch  # noqa: E402
+import numpy as np
+import pytest
+import torch
 
-from sensorium import logger  # noqa: E402
+from sensorium import logger
 
 
 @pytest.fixture(autouse=True)

@@ -17,6 +17,7 @@ from sensorium.logger import get_logger, warn_once
 logger = get_logger(__name__)
 
 V = TypeVar("V")
+C = TypeVar("C", bound=type)
 
 
 class ClassRegistry(UserDict[type, V]):
@@ -39,11 +40,20 @@ class ClassRegistry(UserDict[type, V]):
         """Whether something was registered for exactly this class."""
         return key in self.data
 
-    def register(self, key: type, value: V, what: str) -> None:
-        """Store `value`; a second registration for the same class wins, with a warning that names `what`."""
-        if self.has_own(key):
-            logger.warning("Model class %s already has %s. It is overwritten by the new one.", key.__name__, what)
-        self.data[key] = value
+    def decorator(self, value: V, what: str) -> Callable[[C], C]:
+        """A class decorator that stores `value` under the class and returns the class.
+
+        A second registration for the same class wins, with a warning that names `what`.
+        """
+
+        def register(model_class: C) -> C:
+            if self.has_own(model_class):
+                name = model_class.__name__
+                logger.warning("Model class %s already has %s. It is overwritten by the new one.", name, what)
+            self.data[model_class] = value
+            return model_class
+
+        return register
 
 
 def check_callable(function: object, decorator: str) -> None:

@@ -7,7 +7,7 @@ input processor may rewrite. Types only: parsing lives with preprocessing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeGuard
+from typing import TYPE_CHECKING, Any, Literal, NotRequired, TypeAlias, TypedDict, TypeGuard, cast
 
 if TYPE_CHECKING:
     from sensorium.multimodal.inputs import (
@@ -89,22 +89,17 @@ def token_inputs(
     mm_processor_kwargs: dict[str, Any] | None = None,
 ) -> TokenInputs:
     """Build `TokenInputs`; arguments that are None leave no key."""
-    inputs = TokenInputs(type="token", prompt_token_ids=prompt_token_ids)
-    if prompt is not None:
-        inputs["prompt"] = prompt
-    if token_type_ids is not None:
-        inputs["token_type_ids"] = token_type_ids
-    if multi_modal_data is not None:
-        inputs["multi_modal_data"] = multi_modal_data
-    if multi_modal_inputs is not None:
-        inputs["multi_modal_inputs"] = multi_modal_inputs
-    if multi_modal_hashes is not None:
-        inputs["multi_modal_hashes"] = multi_modal_hashes
-    if multi_modal_placeholders is not None:
-        inputs["multi_modal_placeholders"] = multi_modal_placeholders
-    if mm_processor_kwargs is not None:
-        inputs["mm_processor_kwargs"] = mm_processor_kwargs
-    return inputs
+    optional = {
+        "prompt": prompt,
+        "token_type_ids": token_type_ids,
+        "multi_modal_data": multi_modal_data,
+        "multi_modal_inputs": multi_modal_inputs,
+        "multi_modal_hashes": multi_modal_hashes,
+        "multi_modal_placeholders": multi_modal_placeholders,
+        "mm_processor_kwargs": mm_processor_kwargs,
+    }
+    given = {name: value for name, value in optional.items() if value is not None}
+    return cast("TokenInputs", {"type": "token", "prompt_token_ids": prompt_token_ids, **given})
 
 
 DecoderOnlyInputs: TypeAlias = "TokenInputs | MultiModalInputsV2"

@@ -7,10 +7,10 @@ much memory the largest legal input takes. What a class doesn't register has a d
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from sensorium.errors import DummyDataError, ModelError, ModelLookupError
-from sensorium.inputs.callables import ClassRegistry, check_callable, resolve_mm_processor_kwargs
+from sensorium.inputs.callables import C, ClassRegistry, check_callable, resolve_mm_processor_kwargs
 from sensorium.inputs.context import InputContext
 from sensorium.logger import get_logger, warn_once
 from sensorium.sequence import SequenceData
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
     from sensorium.multimodal.registry import MultiModalRegistry
 
 logger = get_logger(__name__)
-
-C = TypeVar("C", bound=type)
 
 
 class DummyData(NamedTuple):
@@ -64,25 +62,17 @@ class InputRegistry:
     def register_dummy_data(self, factory: DummyDataFactory) -> Callable[[C], C]:
         """Class decorator: `factory` makes the model's dummy data."""
         check_callable(factory, "register_dummy_data")
-        return self._decorator(self._dummy_factories, factory, "a dummy data factory")
+        return self._dummy_factories.decorator(factory, "a dummy data factory")
 
     def register_dummy_encoder_data(self, factory: DummyDataFactory) -> Callable[[C], C]:
         """Class decorator: `factory` makes the dummy data of the encoder half (cross-attention models only)."""
         check_callable(factory, "register_dummy_encoder_data")
-        return self._decorator(self._dummy_encoder_factories, factory, "a dummy encoder data factory")
+        return self._dummy_encoder_factories.decorator(factory, "a dummy encoder data factory")
 
     def register_input_processor(self, processor: InputProcessor) -> Callable[[C], C]:
         """Class decorator: `processor` rewrites each prompt of the model, say to insert placeholder tokens."""
         check_callable(processor, "register_input_processor")
-        return self._decorator(self._processors, processor, "an input processor")
-
-    @staticmethod
-    def _decorator(registry: ClassRegistry[Any], function: Any, what: str) -> Callable[[C], C]:
-        def register(model_class: C) -> C:
-            registry.register(model_class, function, what)
-            return model_class
-
-        return register
+        return self._processors.decorator(processor, "an input processor")
 
     # Dummy data
 

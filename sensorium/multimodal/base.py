@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sensorium.errors import ConfigError, ModelError, UnregisteredModalityError
-from sensorium.inputs.callables import ClassRegistry, check_callable, resolve_mm_processor_kwargs
+from sensorium.inputs.callables import C, ClassRegistry, check_callable, resolve_mm_processor_kwargs
 from sensorium.inputs.context import InputContext
 from sensorium.logger import get_logger, warn_once
 from sensorium.multimodal.inputs import MultiModalKwargs, check_leaves
@@ -31,8 +31,6 @@ __all__ = [
 ]
 
 logger = get_logger(__name__)
-
-C = TypeVar("C", bound=type)
 
 MultiModalInputMapper: TypeAlias = Callable[..., Mapping[str, Any]]
 """`f(ctx, data, **mm_processor_kwargs)`: keyword arguments of `forward`, from one item or a list of items."""
@@ -82,13 +80,9 @@ class MultiModalPlugin(ABC):
         """Class decorator: `mapper` maps this modality's data for the class; None: the plugin's default."""
         if mapper is not None:
             check_callable(mapper, f"register_{self.get_data_key()}_input_mapper")
-        what = f"an input mapper for {self.get_data_key()!r}"
-
-        def register(model_class: C) -> C:
-            self._input_mappers.register(model_class, mapper or self._default_input_mapper, what)
-            return model_class
-
-        return register
+        return self._input_mappers.decorator(
+            mapper or self._default_input_mapper, f"an input mapper for {self.get_data_key()!r}"
+        )
 
     def has_input_mapper(self, model_class: type | None) -> bool:
         """Whether the class takes this modality."""
@@ -146,14 +140,8 @@ class MultiModalPlugin(ABC):
             self._check_max_tokens(max_mm_tokens)
         elif max_mm_tokens is not None:
             check_callable(max_mm_tokens, f"register_max_{self.get_data_key()}_tokens")
-        what = f"a maximum number of tokens for {self.get_data_key()!r}"
-
-        def register(model_class: C) -> C:
-            calc = self._default_max_multimodal_tokens if max_mm_tokens is None else max_mm_tokens
-            self._max_mm_tokens.register(model_class, calc, what)
-            return model_class
-
-        return register
+        calc = self._default_max_multimodal_tokens if max_mm_tokens is None else max_mm_tokens
+        return self._max_mm_tokens.decorator(calc, f"a maximum number of tokens for {self.get_data_key()!r}")
 
     def get_max_multimodal_tokens(self, model_config: ModelConfig) -> int:
         """The most decoder rows that one item takes; 0 if the class takes no media or registered nothing.
@@ -191,13 +179,7 @@ class MultiModalPlugin(ABC):
         """Class decorator: the ids of the tokens at whose positions rows of this modality stand."""
         if isinstance(token_ids, type) or not isinstance(token_ids, int | list | tuple):
             check_callable(token_ids, "register_placeholder_tokens")
-        what = f"placeholder tokens for {self.get_data_key()!r}"
-
-        def register(model_class: C) -> C:
-            self._placeholder_tokens.register(model_class, token_ids, what)
-            return model_class
-
-        return register
+        return self._placeholder_tokens.decorator(token_ids, f"placeholder tokens for {self.get_data_key()!r}")
 
     def get_placeholder_token_ids(self, model_config: ModelConfig) -> frozenset[int] | None:
         """The declared ids, or None where they are to be inferred."""
@@ -212,13 +194,7 @@ class MultiModalPlugin(ABC):
         """Class decorator: what stands for an item of this modality in a chat prompt."""
         if not isinstance(placeholder, str):
             check_callable(placeholder, "register_placeholder_str")
-        what = f"a placeholder string for {self.get_data_key()!r}"
-
-        def register(model_class: C) -> C:
-            self._placeholder_strs.register(model_class, placeholder, what)
-            return model_class
-
-        return register
+        return self._placeholder_strs.decorator(placeholder, f"a placeholder string for {self.get_data_key()!r}")
 
     def get_placeholder_str(self, model_config: ModelConfig, index: int = 1) -> str | None:
         """The text that stands for the `index`-th item (from 1), or None if the class declared none."""

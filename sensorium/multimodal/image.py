@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import InvalidTypeError, ProcessorError, SensoriumError
 from sensorium.inputs.context import InputContext
-from sensorium.logger import get_logger
 from sensorium.multimodal.base import MultiModalPlugin
 from sensorium.multimodal.hf_processors import (
     cached_get_image_processor,
@@ -23,8 +22,6 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 __all__ = ["ImagePlugin", "cached_get_image_processor", "rescale_image_size", "smart_resize"]
-
-logger = get_logger(__name__)
 
 DEFAULT_MAX_IMAGE_TOKENS = 3000
 """Rows of one image, for a class that doesn't say: above those of most models."""
@@ -76,7 +73,6 @@ def preprocess(processor: Any, data: Any) -> MultiModalKwargs:
     except SensoriumError:
         raise
     except Exception as exc:
-        logger.warning("%s failed: %s", type(processor).__name__, exc)
         raise ProcessorError(f"{type(processor).__name__} can't process this input: {type(exc).__name__}.") from exc
 
 

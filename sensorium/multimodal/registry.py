@@ -9,7 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Protocol
 
 from sensorium.errors import (
     ConfigError,
@@ -18,7 +18,7 @@ from sensorium.errors import (
     ModelLookupError,
     UnknownModalityError,
 )
-from sensorium.inputs.callables import ClassRegistry, check_callable
+from sensorium.inputs.callables import C, ClassRegistry, check_callable
 from sensorium.inputs.context import InputProcessingContext
 from sensorium.logger import get_logger
 from sensorium.multimodal.audio import AudioPlugin
@@ -37,8 +37,6 @@ if TYPE_CHECKING:
     from sensorium.config import ModelConfig
 
 logger = get_logger(__name__)
-
-C = TypeVar("C", bound=type)
 
 DEFAULT_LIMIT = 1
 """Items of a modality in one prompt, where `limit_mm_per_prompt` doesn't name it."""
@@ -87,6 +85,7 @@ class MultiModalRegistry:
 
     def get_plugin(self, data_type_key: str) -> MultiModalPlugin:
         """The plugin of a modality. Raises `UnknownModalityError` (a `NotImplementedError`)."""
+        _check_is_name(data_type_key)
         plugin = self._plugins.get(data_type_key)
         if plugin is None:
             raise UnknownModalityError(
@@ -298,12 +297,7 @@ class MultiModalRegistry:
     def register_processor(self, factory: ProcessorFactory) -> Callable[[C], C]:
         """Class decorator: `factory(ctx)` makes a `MergedProcessor` that stands in for processor and mappers."""
         check_callable(factory, "register_processor")
-
-        def register(model_class: C) -> C:
-            self._processor_factories.register(model_class, factory, "a merged processor")
-            return model_class
-
-        return register
+        return self._processor_factories.decorator(factory, "a merged processor")
 
     def has_processor(self, model_config: ModelConfig) -> bool:
         """Whether the model has a merged processor."""
@@ -327,3 +321,12 @@ class DuplicateKeyError(ModelError, ValueError):
 def count_items(data: object) -> int:
     """Items in a modality's data: the length of a list; anything else, even an array, is one."""
     return len(data) if isinstance(data, list) else 1
+
+
+def _check_is_name(data_type_key: object) -> None:
+    """Refuse a class in a modality's place: the sign of a decorator without parentheses."""
+    if isinstance(data_type_key, type):
+        raise ModelError(
+            f"Modality: got the class {data_type_key.__name__}, expected a name. Put parentheses with the modality "
+            f"behind the decorator: @MULTIMODAL_REGISTRY.register_...('image', ...)."
+        )

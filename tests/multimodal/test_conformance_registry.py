@@ -183,6 +183,8 @@ def test_lambdas_bound_methods_and_partials_are_mappers(function: Any, key: str)
         MULTIMODAL_REGISTRY.register_image_input_mapper,
         MULTIMODAL_REGISTRY.register_max_image_tokens,
         functools.partial(MULTIMODAL_REGISTRY.register_input_mapper, "video"),
+        MULTIMODAL_REGISTRY.register_input_mapper,
+        MULTIMODAL_REGISTRY.register_max_multimodal_tokens,
         functools.partial(MULTIMODAL_REGISTRY.register_placeholder_tokens, "image"),
         functools.partial(MULTIMODAL_REGISTRY.register_placeholder_str, "image"),
         MULTIMODAL_REGISTRY.register_processor,
