@@ -88,6 +88,16 @@ class SamplingState:
                 edits.append(token_id)
             self._drop_finished_edits(slot, edits)
 
+    def append_each(self, slots: IntArray, token_ids: IntArray) -> None:
+        """`append` of one token for each of these slots, both `(num_rows,)`."""
+        self.num_output[slots] += 1
+        if self._edits:
+            for slot, token_id in zip(slots.tolist(), token_ids.tolist(), strict=True):
+                edits = self._edits.get(slot)
+                if edits is not None:
+                    edits.append(token_id)
+                    self._drop_finished_edits(slot, edits)
+
     def edits(self, slots: IntArray) -> EditBatch | None:
         """The edits of the rows that these slots stand in; None if there are none."""
         if not self._edits:

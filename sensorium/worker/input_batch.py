@@ -24,8 +24,6 @@ class SlotState:
 
     request: EngineRequest
     slot: int
-    num_tokens: int
-    """Known tokens: prompt and output."""
     num_blocks: int = 0
     media_end: int = 0
     """First position behind the last media span."""
@@ -33,12 +31,11 @@ class SlotState:
     """Per item: `(length + 1,)` number of media rows before each position of its span; None where all are media."""
 
     @classmethod
-    def create(cls, request: EngineRequest, slot: int, num_tokens: int) -> SlotState:
+    def create(cls, request: EngineRequest, slot: int) -> SlotState:
         """State of a request that was just given `slot`."""
         return cls(
             request,
             slot,
-            num_tokens,
             media_end=max((item.end for item in request.media), default=0),
             media_rows_before=[_rows_before(item) for item in request.media],
         )
@@ -103,7 +100,7 @@ class InputBatch:
         self._token_ids[slot, :num_prompt] = request.prompt_token_ids
         self._token_ids[slot, num_prompt:num_tokens] = new.output_token_ids
         self._mrope_delta[slot] = request.mrope_delta
-        state = SlotState.create(request, slot, num_tokens)
+        state = SlotState.create(request, slot)
         self._states[request.request_id] = state
         return state
 
@@ -122,12 +119,9 @@ class InputBatch:
             self._block_table[state.slot, state.num_blocks : end] = chunk.new_block_ids
             state.num_blocks = end
 
-    def append_tokens(self, request_id: str, token_ids: Sequence[int]) -> None:
-        """Record sampled tokens."""
-        state = self._states[request_id]
-        end = state.num_tokens + len(token_ids)
-        self._token_ids[state.slot, state.num_tokens : end] = token_ids
-        state.num_tokens = end
+    def append_sampled(self, slots: Int64Array, positions: Int64Array, token_ids: Int64Array) -> None:
+        """Record one sampled token for each of these slots, at its position in the sequence; all `(num_rows,)`."""
+        self._token_ids[slots, positions] = token_ids
 
     def token_ids(self, request_id: str, start: int, end: int) -> Int64Array:
         """Known tokens `[start, end)` of a request; a view."""

@@ -83,6 +83,8 @@ class ModelRunner:
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
         self._pooler = Pooler(model_config.pooler_config)
+        self._reporting: set[str] = set()
+        """Requests whose prompt rows are looked at: those that pool, or asked for prompt log probabilities."""
 
     @property
     def num_requests(self) -> int:
@@ -115,6 +117,7 @@ class ModelRunner:
             if state is not None:
                 self._sampling.remove(state.slot)
                 self._pooler.remove(request_id)
+                self._reporting.discard(request_id)
         for new in step.new_requests:
             state = self._batch.add(new)
             request = new.request
@@ -125,6 +128,8 @@ class ModelRunner:
                 new.output_token_ids,
                 request.eos_token_ids,
             )
+            if request.pooling or request.sampling_params.prompt_logprobs is not None:
+                self._reporting.add(request.request_id)
         for chunk in step.chunks:
             self._batch.append_blocks(chunk)
         self.encoder.free(step.free_encoder_keys)
@@ -178,11 +183,12 @@ class ModelRunner:
     def _run_pass(self, chunks: list[ScheduledChunk], result: _StepResult) -> None:
         arrays = self._batch.gather(chunks)
         hidden = self._driver.forward(self._step_inputs(chunks, arrays))
-        self._report_prompt(chunks, arrays, hidden, result)
+        if self._reporting:
+            self._report_prompt(chunks, arrays, hidden, result)
         last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
         sampling = []
         for i in last:
-            if self._batch[chunks[i].request_id].request.pooling:
+            if self._reporting and self._batch[chunks[i].request_id].request.pooling:
                 result.pooled[chunks[i].request_id] = self._pooler.finish(chunks[i].request_id)
             else:
                 sampling.append(i)
@@ -258,18 +264,18 @@ class ModelRunner:
         slots = arrays.slots if len(sampling) == len(chunks) else arrays.slots[sampling]
         metadata = SamplingMetadata(len(rows), state=self._sampling, slots=slots)
         output = self._sampler(self._model.compute_logits(hidden, metadata), metadata)
-        token_ids = output.sampled_token_ids.tolist()
+        token_ids = output.sampled_token_ids.cpu().numpy()
+        # A row that failed gets a token here too; its request ends, so nobody reads it.
+        self._batch.append_sampled(slots, arrays.seq_lens[sampling].astype(np.int64), token_ids)
+        self._sampling.append_each(slots, token_ids)
         failed, logprobs = output.failed_rows, output.logprobs
-        for row, i in enumerate(sampling):
+        for row, (i, token_id) in enumerate(zip(sampling, token_ids.tolist(), strict=True)):
             request_id = chunks[i].request_id
             if row in failed:
                 result.failures[request_id] = RequestFailure(
                     "The model produced no valid logits for this request (NaN or infinity). Other requests go on."
                 )
                 continue
-            token_id = token_ids[row]
-            self._batch.append_tokens(request_id, (token_id,))
-            self._sampling.append(int(arrays.slots[i]), (token_id,))
             result.sampled[request_id] = [token_id]
             if logprobs is not None and (entry := logprobs[row]) is not None:
                 result.logprobs[request_id] = [entry]
@@ -279,6 +285,8 @@ class ModelRunner:
     ) -> None:
         """Prompt log probabilities and pooling, for the chunks that asked for them."""
         for i, chunk in enumerate(chunks):
+            if chunk.request_id not in self._reporting:
+                continue
             request = self._batch[chunk.request_id].request
             rows = slice(int(arrays.starts[i]), int(arrays.starts[i + 1]))
             if request.pooling:

@@ -144,9 +144,12 @@ def test_dummy_data_is_the_worst_legal_input(family: str) -> None:
         engine = make_engine(checkpoint(family), limit_mm_per_prompt={**dict.fromkeys(limits(family), 0), modality: 1})
         model_config = engine.config.model_config
         largest = engine.core.features.max_item_rows[modality]
-        dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, largest + 32, MULTIMODAL_REGISTRY)
+        seq_len = model_config.max_model_len
+        dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, seq_len, MULTIMODAL_REGISTRY)
         assert dummy.multi_modal_data is not None
         assert list(dummy.multi_modal_data) == [modality]
         ids = list(dummy.seq_data.prompt_token_ids)
         placeholders = MULTIMODAL_REGISTRY.get_placeholder_tokens(model_config)[modality]
-        assert sum(token in placeholders for token in ids) == largest
+        num_rows = sum(token in placeholders for token in ids)
+        # A clip that fills the whole context leaves no room for the tokens around it, and comes in steps of frames.
+        assert largest >= num_rows >= (0.97 * largest if largest > seq_len - 200 else largest)
