@@ -224,8 +224,8 @@ class _SplitCheck:
             return False, None
         media = np.logical_or.reduce(list(masks.values()))
         for modality, mask in masks.items():
-            spans = _runs(mask)
-            if len(spans) != self.dummy.counts[modality]:
+            spans = _spans(mask, self.dummy.counts[modality])
+            if spans is None:
                 return False, f"{modality} items can't be told apart in the dummy prompt: not shared between prompts"
             start, end = spans[0]
             following = np.flatnonzero(media[end:])
@@ -313,6 +313,21 @@ def _relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
     if one.shape != other.shape:
         return float("inf")
     return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-12))
+
+
+def _spans(mask: Mask, num_items: int) -> list[tuple[int, int]] | None:
+    """`(start, end)` of each item: the runs, if there are as many, or equal parts of a run of adjacent items.
+
+    Dummy items are all of the largest size. A wrong guess can do no harm: rows that are compared then differ.
+    """
+    runs = _runs(mask)
+    if len(runs) == num_items:
+        return runs
+    num_rows, remainder = divmod(int(mask.sum()), num_items)
+    if remainder:
+        return None
+    parts = [(start, start + num_rows) for first, last in runs for start in range(first, last, num_rows)]
+    return parts if len(parts) == num_items and all(mask[start:end].all() for start, end in parts) else None
 
 
 def _runs(mask: Mask) -> list[tuple[int, int]]:

@@ -1,0 +1,28 @@
+"""The documentation's Python blocks run, in order, as one program per page."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+DOCS = Path(__file__).parents[2] / "docs"
+BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+PAGES = sorted(page.name for page in DOCS.glob("*.md") if BLOCK.search(page.read_text()))
+
+
+def test_there_is_a_page_with_examples() -> None:
+    assert "adding_a_multimodal_model.md" in PAGES
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
+    for name in ("tier0", "tier1"):
+        (tmp_path / name).mkdir()
+    text = (DOCS / page).read_text()
+    namespace = {"tmp_path": tmp_path, "__name__": f"docs.{page.removesuffix('.md')}"}
+    for match in BLOCK.finditer(text):
+        line = text[: match.start(1)].count("\n")
+        # Blank lines in front, so that a traceback names the line of the page.
+        exec(compile("\n" * line + match.group(1), str(DOCS / page), "exec"), namespace)
