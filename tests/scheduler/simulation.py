@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from random import Random
+from typing import Any
 
 import numpy as np
 
@@ -23,6 +24,9 @@ from sensorium.scheduler import Scheduler
 from sensorium.scheduler.pacing import Pacer
 from tests.scheduler.fake_worker import EOS, FakeWorker, TrueSequence, expected_output, expected_prompt_logprobs
 
+Parts = Sequence[Sequence[Any]]
+"""Of a prompt: lists of token ids, and media as `(key, mask of rows)`."""
+
 PLACEHOLDER = -3
 SEPARATOR = 41
 
@@ -36,8 +40,8 @@ def item_tokens(mask: Sequence[bool]) -> list[int]:
     return [PLACEHOLDER if is_row else SEPARATOR for is_row in mask]
 
 
-def build_prompt(parts: Sequence[list[int] | tuple[str, Sequence[bool]]]) -> tuple[list[int], tuple[MediaItem, ...]]:
-    """A prompt from lists of token ids and media `(key, mask)`."""
+def build_prompt(parts: Parts) -> tuple[list[int], tuple[MediaItem, ...]]:
+    """Token ids and media of a prompt."""
     tokens: list[int] = []
     media = []
     for part in parts:
@@ -46,13 +50,13 @@ def build_prompt(parts: Sequence[list[int] | tuple[str, Sequence[bool]]]) -> tup
             media.append(make_item(key, len(tokens), mask))
             tokens += item_tokens(mask)
         else:
-            tokens += part
+            tokens += list(part)
     return tokens, tuple(media)
 
 
 def make_request(
     request_id: str,
-    parts: Sequence[list[int] | tuple[str, Sequence[bool]]],
+    parts: Parts,
     *,
     max_tokens: int | None = 4,
     priority: int = 0,

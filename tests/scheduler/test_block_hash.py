@@ -10,9 +10,7 @@ from hypothesis import strategies as st
 from sensorium.scheduler.block_hash import DIGEST_BYTES, extend_block_hashes, root_hash
 from sensorium.scheduler.request import RequestState
 from tests.scheduler.fake_worker import TrueSequence
-from tests.scheduler.simulation import PLACEHOLDER, make_request
-
-Parts = Sequence[list[int] | tuple[str, Sequence[bool]]]
+from tests.scheduler.simulation import PLACEHOLDER, Parts, make_request
 
 
 def hashes(parts: Parts, block_size: int = 4, salt: str | None = None) -> list[bytes]:

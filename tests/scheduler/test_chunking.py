@@ -12,12 +12,12 @@ from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.pacing import StepPace
 from sensorium.scheduler.request import MediaSpan, RequestState
 from sensorium.scheduler.step_plan import StepPlan
-from tests.scheduler.simulation import make_item, make_request
+from tests.scheduler.simulation import Parts, make_item, make_request
 
 ANOTHER = ("another", 0)
 
 
-def make_state(parts: Sequence[list[int] | tuple[str, Sequence[bool]]]) -> RequestState:
+def make_state(parts: Parts) -> RequestState:
     return RequestState(make_request("r", parts), (0, 0), 1000)
 
 
@@ -162,12 +162,13 @@ def test_nobody_takes_more_of_a_closed_encoder_cache() -> None:
 def test_whole_items(splits_media: bool) -> None:
     planner, _ = make_planner(splits_media=splits_media, atomic_items=True)
     state = make_state(MIXED)
-    encode = (lambda *items: list(items)) if splits_media else (lambda *items: [])
+    first, second = ([0], [1]) if splits_media else ([], [])
     assert draft(planner, state, 8) == (5, [])
-    assert draft(planner, state, 11) == (11, encode(0))
-    assert draft(planner, state, 16) == (13, encode(0))
+    assert draft(planner, state, 11) == (11, first)
+    assert draft(planner, state, 16) == (13, first)
     assert draft(planner, state, 5, start=5) is Shortage.BUDGET
-    assert draft(planner, state, 6, start=5) == (11, encode(0))
+    assert draft(planner, state, 6, start=5) == (11, first)
+    assert draft(planner, state, 6, start=12) == (18, second)
     assert draft(planner, state, 20, start=5, max_tokens=10) is Shortage.BLOCKS
     assert [planner.min_chunk(state, p) for p in (0, 5, 11, 13, 17)] == [1, 6, 1, 4, 1]
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
+from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +26,7 @@ MASKS: dict[str, tuple[bool, ...]] = {
     "empty": (False, False),
     "bad": (True,) * 6,
 }
-PREFIXES = ([], [1, 2, 3], list(range(10, 27)), [9] * 40)
+PREFIXES: tuple[list[int], ...] = ([], [1, 2, 3], list(range(10, 27)), [9] * 40)
 
 
 @dataclass(frozen=True)
@@ -95,7 +97,7 @@ scenarios = st.builds(
 
 def random_request(rng: Random, request_id: str, max_len: int) -> EngineRequest | None:
     """A request that shares prefixes and media with others; None if it came out too long."""
-    parts: list[list[int] | tuple[str, tuple[bool, ...]]] = [rng.choice(PREFIXES)]
+    parts: list[Sequence[Any]] = [rng.choice(PREFIXES)]
     for _ in range(rng.randint(0, 3)):
         kind = rng.choice(list(MASKS)[: 8 if rng.random() < 0.95 else 9])
         parts.append((f"{kind}-{rng.randint(0, 1)}", MASKS[kind]))
