@@ -79,6 +79,7 @@ class OutputProcessor:
         for index, child_id in enumerate(ids):
             child = _Child(child_id, index, request, self._detokenizer if params.detokenize else None)
             request.children.append(child)
+            request.num_running += 1
             self._children[child_id] = child
         self._requests[parent_id] = request
         return [
@@ -163,6 +164,7 @@ class _Request:
         self.request_id = self.message.request_id
         self.kind = kind
         self.children: list[_Child] = []
+        self.num_running = 0
         self.error: RequestError | None = None
         self.finished_time_s: float | None = None
         self._pooled: Any = None
@@ -174,7 +176,7 @@ class _Request:
 
     @property
     def is_finished(self) -> bool:
-        return all(child.is_finished for child in self.children)
+        return self.num_running == 0
 
     def update(self, news: EngineOutput, now_s: float, token_text: TokenText) -> None:
         """Note what concerns the request as a whole."""
@@ -285,6 +287,7 @@ class _Child:
             if self._text.stop_string is not None:
                 reason, stop_reason = FinishReason.STOP, self._text.stop_string
         self._finish_reason, self._stop_reason = reason, stop_reason
+        self.request.num_running -= 1
         self.has_news = True
 
     def completion(self, *, is_delta: bool) -> CompletionOutput:
