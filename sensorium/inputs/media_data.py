@@ -77,7 +77,7 @@ class MediaCollector:
             MediaError: Encoded media can't be fetched or decoded.
         """
         given = {modality: value for modality, value in prompt.multi_modal_data.items() if value is not None}
-        split = {modality: split_items(modality, value) for modality, value in given.items()}
+        split = {modality: self._split(modality, value) for modality, value in given.items()}
         self._registry.check_data(self._model_config, {modality: items for modality, (items, _) in split.items()})
         unknown = sorted(prompt.multi_modal_uuids.keys() - given.keys())
         if unknown:
@@ -95,6 +95,17 @@ class MediaCollector:
                 values, identities = zip(*loaded, strict=True)
                 collected.append(MediaData(modality, values, identities, is_bare))
         return collected
+
+    def _split(self, modality: str, data: Any) -> tuple[list[Any], bool]:
+        """As `split_items`. To the default image mapper a tensor is embeddings, `(num_items, num_rows,
+        hidden_size)`.
+        """
+        if modality == "image" and hasattr(data, "is_sparse") and data.dim() == 3 and len(data) > 1:
+            plugin = self._registry.get_plugin(modality)
+            if plugin.uses_default_mapper(self._model_config.model_class):
+                check_arrays(modality, data)
+                return list(data), False
+        return split_items(modality, data)
 
     def _item(
         self, modality: str, item: Any, uuid: str | None, mm_processor_kwargs: Mapping[str, Any]

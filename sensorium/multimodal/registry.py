@@ -1,7 +1,7 @@
 """`MULTIMODAL_REGISTRY`: every modality, what each model class registered for it, and the limits per prompt.
 
-Model authors decorate their classes with it; the front process checks and maps media through it; at start-up it says
-how many decoder rows the largest legal prompt takes.
+Model authors decorate their classes with it; the front process checks and maps media through it; at start-up
+it says how many decoder rows the largest legal prompt takes.
 """
 
 from __future__ import annotations
@@ -55,7 +55,9 @@ ProcessorFactory = Callable[[InputProcessingContext], MergedProcessor]
 
 
 class MultiModalRegistry:
-    """Plugins by modality. Registrations live in the plugins, so registries that share plugins share them too."""
+    """Plugins by modality. Registrations live in the plugins, so registries that share plugins share them
+    too.
+    """
 
     DEFAULT_PLUGINS: tuple[MultiModalPlugin, ...] = (ImagePlugin(), AudioPlugin(), VideoPlugin())
 
@@ -101,8 +103,8 @@ class MultiModalRegistry:
     ) -> Callable[[C], C]:
         """Class decorator: the class takes this modality, and `mapper` makes its keyword arguments.
 
-        `mapper(ctx, data, **mm_processor_kwargs)` gets one item or a list of items; None: the modality's default,
-        which hands the data to the checkpoint's Hugging Face processor.
+        `mapper(ctx, data, **mm_processor_kwargs)` gets one item or a list of items; None: the modality's
+        default, which hands the data to the checkpoint's Hugging Face processor.
         """
         return self.get_plugin(data_type_key).register_input_mapper(mapper)
 
@@ -158,8 +160,9 @@ class MultiModalRegistry:
     def init_mm_limits_per_prompt(self, model_config: ModelConfig) -> None:
         """Take over the limits of `model_config.multimodal_config`; must run before anything is mapped.
 
-        A modality that isn't named may have one item per prompt; a model that takes no media has 0 of each. Names
-        without a plugin are ignored with a warning. Raises `ConfigError` (a `ValueError`) for a negative limit.
+        A modality that isn't named may have one item per prompt; a model that takes no media has 0 of each.
+        Names without a plugin are ignored with a warning. Raises `ConfigError` (a `ValueError`) for a
+        negative limit.
         """
         if id(model_config) in self._limits:
             logger.warning("Limits of media per prompt were already set for this model, and are set again.")
@@ -184,7 +187,9 @@ class MultiModalRegistry:
         self._limits[id(model_config)] = MappingProxyType(limits)
 
     def get_mm_limits_per_prompt(self, model_config: ModelConfig) -> Mapping[str, int]:
-        """For each modality, the most items in one prompt. Raises `ModelLookupError` (a `KeyError`) before init."""
+        """For each modality, the most items in one prompt. Raises `ModelLookupError` (a `KeyError`) before
+        init.
+        """
         limits = self._limits.get(id(model_config))
         if limits is None:
             raise ModelLookupError(
@@ -207,7 +212,8 @@ class MultiModalRegistry:
                 raise InvalidRequestError(
                     f"Your model does not support multi-modal inputs: got {modality!r} data. Send text only."
                 )
-            plugin.get_input_mapper(model_config.model_class)
+            if not self.has_processor(model_config):
+                plugin.get_input_mapper(model_config.model_class)
             num_items, limit = count_items(value), limits.get(modality, DEFAULT_LIMIT)
             if num_items > limit:
                 raise InvalidRequestError(
@@ -225,8 +231,9 @@ class MultiModalRegistry:
     ) -> MultiModalKwargs:
         """Turn a prompt's media into keyword arguments of `forward`.
 
-        A list counts its members as items; anything else, a dict or an array included, is one item. Raises what
-        `check_data` and the plugins raise, and `ModelError` if two modalities' mappers return the same key.
+        A list counts its members as items; anything else, a dict or an array included, is one item. Raises
+        what `check_data` and the plugins raise, and `ModelError` if two modalities' mappers return the same
+        key.
         """
         self.check_data(model_config, data)
         merged: dict[str, Any] = {}
@@ -246,7 +253,9 @@ class MultiModalRegistry:
     def create_input_mapper(
         self, model_config: ModelConfig
     ) -> Callable[[MultiModalDataDict, Mapping[str, Any] | None], MultiModalKwargs]:
-        """`map_input` with the model bound. One set of `mm_processor_kwargs` is offered to every modality's mapper."""
+        """`map_input` with the model bound. One set of `mm_processor_kwargs` is offered to every modality's
+        mapper.
+        """
 
         def map_input(
             data: MultiModalDataDict, mm_processor_kwargs: Mapping[str, Any] | None = None
@@ -283,7 +292,9 @@ class MultiModalRegistry:
         return {modality: ids for modality, ids in declared.items() if ids is not None}
 
     def get_placeholder_str(self, model_config: ModelConfig, modality: str, index: int = 1) -> str | None:
-        """Declared text for the `index`-th item (from 1) of the modality in a chat prompt; None: not declared."""
+        """Declared text for the `index`-th item (from 1) of the modality in a chat prompt; None: not
+        declared.
+        """
         return self.get_plugin(modality).get_placeholder_str(model_config, index)
 
     def has_registrations(self, model_class: type) -> bool:

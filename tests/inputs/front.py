@@ -11,16 +11,19 @@ from typing import Any
 import numpy as np
 import torch
 from torch import nn
-from transformers import LlamaConfig
+from transformers import AutoConfig, LlamaConfig
 
 from sensorium.config import ModelFeatures
 from sensorium.inputs import INPUT_REGISTRY
+from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.model_executor.models.interfaces import SupportsMultiModal
+from sensorium.model_executor.models.registry import ModelRegistry
 from sensorium.multimodal import MULTIMODAL_REGISTRY
+from sensorium.multimodal.hf_processors import cached_get_processor
 from sensorium.multimodal.utils import repeat_and_pad_placeholder_tokens
 from sensorium.sampling_params import SamplingParams
-from tests.helpers.checkpoints import make_tokenizer, token_ids
+from tests.helpers.checkpoints import make_checkpoint, make_tokenizer, token_ids
 from tests.helpers.configs import make_engine_config
 
 IMAGE = token_ids()["<image>"]
@@ -121,7 +124,7 @@ class Front:
 
     def __init__(
         self,
-        model: type | None = None,
+        model_class: type | None = None,
         *,
         features: ModelFeatures | None = None,
         limits: Mapping[str, int] | None = None,
@@ -133,7 +136,7 @@ class Front:
     ) -> None:
         hf_config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, num_attention_heads=2, eos_token_id=2)
         config = {"hf_config": hf_config, "limits": limits or {"image": 4, "video": 4}, **config}
-        self.config = make_engine_config(new_model() if model is None else model, **config)
+        self.config = make_engine_config(new_model() if model_class is None else model_class, **config)
         for name, value in (engine or {}).items():
             object.__setattr__(self.config, name, value)
         self.preprocessor = InputPreprocessor(
@@ -151,6 +154,43 @@ class Front:
         """A prompt with a placeholder and a letter for each image."""
         body = text or "".join("<image>x" for _ in images)
         return self({"prompt": body, "multi_modal_data": {"image": list(images)}, **prompt})
+
+
+TEMPLATES = {
+    "strings": """{% for m in messages %}[{{ m['role'] }}]{{ m['content'] }}{% endfor %}\
+{% if add_generation_prompt %}[assistant]{% endif %}""",
+    "parts": """{% for m in messages %}[{{ m['role'] }}]{% for p in m['content'] %}\
+{% if p['type'] == 'text' %}{{ p['text'] }}{% elif p['type'] == 'image' %}<image>{% endif %}{% endfor %}{% endfor %}\
+{% if add_generation_prompt %}[assistant]{% endif %}""",
+    "images first": """{% for m in messages %}{{ m['role'] | upper }}: \
+{% if m['content'] is string %}{{ m['content'] }}{% else %}\
+{% for p in m['content'] if p['type'] == 'image' %}<image>\n{% endfor %}\
+{% for p in m['content'] if p['type'] == 'text' %}{{ p['text'] }} {% endfor %}{% endif %}{% endfor %}""",
+}
+"""Chat templates of the three common kinds."""
+
+
+def renderer_of(front: Front | None = None, template: str | None = TEMPLATES["parts"], **kwargs: Any) -> ChatRenderer:
+    """A chat renderer for a preprocessor's model; None as template: the checkpoint's."""
+    front = Front() if front is None else front
+    assert front.preprocessor.encoder is not None
+    tokenizer = front.preprocessor.encoder.tokenizer
+    return ChatRenderer(front.config.model_config, tokenizer, chat_template=template, **kwargs)
+
+
+def front_of(family: str, **kwargs: Any) -> Front:
+    """A preprocessor for the native class of a checkpoint of `tests.helpers.checkpoints`."""
+    path = make_checkpoint(family)
+    hf_config = AutoConfig.from_pretrained(path)
+    model_class, _ = ModelRegistry.resolve(hf_config.architectures)
+    features = features_of(tier="2", placeholder_token_ids={}, max_item_rows={})
+    limits = {"image": 8, "video": 2, "audio": 4}
+    return Front(model_class, features=features, model=path, hf_config=hf_config, limits=limits, **kwargs)
+
+
+def hf_processor(family: str) -> Any:
+    """Hugging Face's processor of the same checkpoint."""
+    return cached_get_processor(str(make_checkpoint(family)))
 
 
 def spans_of(processed: ProcessedRequest) -> list[tuple[int, int]]:

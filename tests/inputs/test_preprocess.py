@@ -20,7 +20,8 @@ from sensorium.errors import (
     UnregisteredModalityError,
 )
 from sensorium.inputs import token_inputs
-from sensorium.multimodal import MultiModalKwargs
+from sensorium.model_executor.models.interfaces import SupportsMultiModal
+from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 from sensorium.sampling_params import SamplingParams
 from tests.inputs.front import (
     IMAGE,
@@ -285,6 +286,38 @@ def test_a_processor_may_map_by_itself() -> None:
     assert item.kwargs is not None
     assert item.kwargs["pixel_values"].tolist() == [1.0]
     assert not calls
+
+
+@pytest.mark.parametrize("given_as", ["text", "ids"])
+def test_a_merged_processor_stands_in_for_processor_and_mappers(given_as: str) -> None:
+    class Merged:
+        def apply(self, prompt: Any, mm_data: Any, mm_processor_kwargs: Any) -> Any:
+            assert isinstance(prompt, str if given_as == "text" else list)
+            rows = [len(image) for image in mm_data["image"]]
+            ids = [token for count in rows for token in [IMAGE] * count + [5]]
+            offsets = [sum(rows[:index]) + index for index in range(len(rows))]
+            ranges = [{"offset": offset, "length": count} for offset, count in zip(offsets, rows, strict=True)]
+            kwargs = MultiModalKwargs({"pixel_values": torch.tensor(rows)})
+            return {
+                "type": "multimodal",
+                "prompt": "",
+                "prompt_token_ids": ids,
+                "mm_kwargs": kwargs,
+                "mm_placeholders": {"image": ranges},
+            }
+
+    model = type("MergedModel", (torch.nn.Module, SupportsMultiModal), {})
+    model = MULTIMODAL_REGISTRY.register_processor(lambda ctx: Merged())(model)
+    front = Front(model)
+    prompt: dict[str, Any] = {"prompt": "a"} if given_as == "text" else {"prompt_token_ids": [5]}
+    one = front({**prompt, "multi_modal_data": {"image": [picture(2)]}})
+    assert spans_of(one) == [(0, 2)]
+    two = front({**prompt, "multi_modal_data": {"image": [picture(2, 1), picture(3, 2)]}})
+    (group,) = two.engine_request.media
+    assert (group.offset, group.length, group.num_rows) == (0, 6, 5)
+    assert keys_of(one) != keys_of(two)
+    with pytest.raises(InvalidRequestError, match=r"At most 4 image\(s\)"):
+        front({**prompt, "multi_modal_data": {"image": [picture(2)] * 5}})
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,383 @@
+"""Chat messages to a prompt: the checkpoint's template, with a placeholder wherever a media item stands.
+
+Media stand where the template puts them; for templates that place none of a kind, in front of the message's
+text or between its texts, by the model's placeholder string; and always where the user wrote a placeholder.
+Items keep their order within each modality. What comes out is a prompt for `InputPreprocessor.process`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from sensorium.errors import InvalidRequestError, InvalidTypeError, MediaError, UnsupportedFeatureError
+from sensorium.inputs.chat_content import Embeddings, MediaPart, Message, TextPart, parse_messages
+from sensorium.inputs.chat_template import (
+    RESERVED,
+    ContentFormat,
+    TemplateProbe,
+    checkpoint_template,
+    read_template,
+    render,
+    select_template,
+)
+from sensorium.inputs.mrope import token_id_of
+from sensorium.inputs.video_sampling import CheckpointSampling
+from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
+
+if TYPE_CHECKING:
+    from sensorium.config import ModelConfig
+    from sensorium.multimodal.media import EncodedMedia, MediaLoader
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Request:
+    """A conversation, parsed and checked, and everything that rendering it needs."""
+
+    messages: list[Message]
+    template: str
+    add_generation_prompt: bool
+    continue_final_message: bool
+    tools: Sequence[Any] | None
+    variables: Mapping[str, Any]
+    mm_processor_kwargs: Mapping[str, Any]
+
+    def media(self) -> list[MediaPart]:
+        """All media in order."""
+        return [part for message in self.messages for part in message.media()]
+
+
+class ChatRenderer:
+    """Renders conversations for one model. Safe to call from several threads.
+
+    Args:
+        model_config: the model.
+        tokenizer: its Hugging Face tokenizer.
+        media_loader: fetches media that messages name; without it, media are objects.
+        chat_template: a template, or the path of a file with one, instead of the checkpoint's.
+        trust_request_chat_template: take templates that come with a request.
+        accept_objects: take Python objects as media; off where messages come over a network.
+        accept_embeddings: take embeddings in place of media.
+    """
+
+    def __init__(
+        self,
+        model_config: ModelConfig,
+        tokenizer: Any,
+        media_loader: MediaLoader | None = None,
+        *,
+        chat_template: str | None = None,
+        trust_request_chat_template: bool = False,
+        accept_objects: bool = True,
+        accept_embeddings: bool = True,
+        mm_registry: MultiModalRegistry = MULTIMODAL_REGISTRY,
+    ) -> None:
+        self._model_config = model_config
+        self._tokenizer = tokenizer
+        self._loader = media_loader
+        self._registry = mm_registry
+        self._trusts_requests = trust_request_chat_template
+        self._accept_objects = accept_objects
+        self._accept_embeddings = accept_embeddings
+        self._sampling = CheckpointSampling(model_config)
+        self._templates = (
+            read_template(chat_template) if chat_template else checkpoint_template(model_config, tokenizer)
+        )
+        taken = [
+            modality
+            for modality in mm_registry.modalities
+            if mm_registry.get_plugin(modality).has_input_mapper(model_config.model_class)
+        ]
+        self._probe = TemplateProbe(tokenizer, taken)
+
+    def render(self, messages: object, **options: Any) -> dict[str, Any]:
+        """A prompt from messages in the OpenAI format, its media fetched and not yet decoded.
+
+        Options:
+            chat_template: a template for this request, or the name of one of the checkpoint's.
+            add_generation_prompt: end with the start of an answer; on by default.
+            continue_final_message: go on with the last message instead of starting an answer.
+            tools: descriptions of tools, for the template.
+            chat_template_kwargs: more variables for the template.
+            mm_processor_kwargs: for the model's input processor and mappers.
+
+        Raises:
+            RequestError: The messages can't be rendered, or media can't be fetched. The message names the
+            part.
+        """
+        request = self._prepare(messages, **options)
+        media = [self._load(part, request) for part in request.media()]
+        return self._render(request, media)
+
+    async def arender(self, messages: object, **options: Any) -> dict[str, Any]:
+        """As `render`, for an event loop: media are fetched side by side, without a thread."""
+        request = self._prepare(messages, **options)
+        media = await asyncio.gather(*(self._aload(part, request) for part in request.media()))
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(None, self._render, request, media)
+
+    # Before fetching
+
+    def _prepare(
+        self,
+        messages: object,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Any] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> _Request:
+        variables = dict(chat_template_kwargs or {})
+        reserved = sorted(str(name) for name in variables if name in RESERVED or not isinstance(name, str))
+        if reserved:
+            raise InvalidRequestError(
+                f"chat_template_kwargs: got {reserved}, expected variables of the template. Use the request's "
+                "own fields."
+            )
+        if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
+            raise InvalidTypeError(f"tools: got a value of type {type(tools).__name__}, expected a list. Change tools.")
+        request = _Request(
+            messages=parse_messages(messages),
+            template=self._template(chat_template, has_tools=bool(tools)),
+            add_generation_prompt=add_generation_prompt and not continue_final_message,
+            continue_final_message=continue_final_message,
+            tools=tools or None,
+            variables=variables,
+            mm_processor_kwargs=mm_processor_kwargs or {},
+        )
+        self._check_media(request)
+        return request
+
+    def _template(self, asked: str | None, *, has_tools: bool) -> str:
+        if asked is None:
+            return select_template(self._templates, has_tools=has_tools)
+        if isinstance(self._templates, Mapping) and asked in self._templates:
+            return select_template(self._templates, has_tools=has_tools, name=asked)
+        if not self._trusts_requests:
+            raise UnsupportedFeatureError(
+                "chat_template: got a template with the request, expected none. The operator can allow it with "
+                "trust_request_chat_template."
+            )
+        return asked
+
+    def _check_media(self, request: _Request) -> None:
+        """Refuse media that can't be taken before anything is fetched."""
+        counts: dict[str, int] = {}
+        for part in request.media():
+            counts[part.modality] = counts.get(part.modality, 0) + 1
+            if isinstance(part.source, Embeddings):
+                if not self._accept_embeddings:
+                    raise UnsupportedFeatureError(
+                        f"{part.where}: got embeddings, expected {part.modality} content. Embeddings as input are "
+                        "switched off here."
+                    )
+                given, expected = part.source.value, "base64 of a safetensors file"
+            else:
+                given, expected = part.source, f"an address or a data URL as {part.modality}_url"
+            if not self._accept_objects and not isinstance(given, str):
+                raise InvalidTypeError(
+                    f"{part.where}: got a value of type {type(given).__name__}, expected {expected}. Change the part."
+                )
+        self._registry.check_data(self._model_config, {modality: [None] * n for modality, n in counts.items()})
+
+    # Fetching
+
+    def _load(self, part: MediaPart, request: _Request) -> Any:
+        if not part.is_encoded:
+            return self._object(part)
+        loader, sampler = self._loader_for(part, request)
+        try:
+            return loader.encoded(part.modality, part.source, sampler)
+        except MediaError as exc:
+            raise type(exc)(f"{part.where}: {exc}") from exc.__cause__
+
+    async def _aload(self, part: MediaPart, request: _Request) -> EncodedMedia | Any:
+        if not part.is_encoded:
+            return self._object(part)
+        loader, sampler = self._loader_for(part, request)
+        try:
+            return await loader.aencoded(part.modality, part.source, sampler)
+        except MediaError as exc:
+            raise type(exc)(f"{part.where}: {exc}") from exc.__cause__
+
+    def _loader_for(self, part: MediaPart, request: _Request) -> tuple[MediaLoader, Any]:
+        if self._loader is None:
+            raise UnsupportedFeatureError(
+                f"{part.where}: got an address, expected an object, since nothing here fetches media. Load it first."
+            )
+        return self._loader, self._sampling(request.mm_processor_kwargs) if part.modality == "video" else None
+
+    @staticmethod
+    def _object(part: MediaPart) -> Any:
+        if not isinstance(part.source, Embeddings):
+            return part.source
+        value = part.source.value
+        return read_embeddings(value, part.where) if isinstance(value, str) else value
+
+    # Rendering
+
+    def _render(self, request: _Request, media: Sequence[Any]) -> dict[str, Any]:
+        parts = request.media()
+        texts = _MessageWriter(self, self._probe.format_of(request.template))
+        text = render(
+            self._tokenizer,
+            request.template,
+            [texts.write(message) for message in request.messages],
+            add_generation_prompt=request.add_generation_prompt,
+            continue_final_message=request.continue_final_message,
+            tools=request.tools,
+            variables=request.variables,
+        )
+        prompt: dict[str, Any] = {"prompt": text, "add_special_tokens": self._adds_special_tokens(text)}
+        if request.mm_processor_kwargs:
+            prompt["mm_processor_kwargs"] = dict(request.mm_processor_kwargs)
+        for part, item in zip(parts, media, strict=True):
+            prompt.setdefault("multi_modal_data", {}).setdefault(part.modality, []).append(item)
+            prompt.setdefault("multi_modal_uuids", {}).setdefault(part.modality, []).append(part.uuid)
+        return prompt
+
+    def _adds_special_tokens(self, text: str) -> bool:
+        """Whether encoding still has to add special tokens.
+
+        A tokenizer's template is complete. A multimodal processor encodes what it rendered like any text,
+        unless that begins with the token that would be added.
+        """
+        bos = getattr(self._tokenizer, "bos_token", None)
+        return self._model_config.is_multimodal_model and not (bos and text.startswith(bos))
+
+    def placeholder(self, modality: str, index: int) -> str | None:
+        """The model's text for the `index`-th item (from 1) of a modality: declared, or its config's token."""
+        declared = self._registry.get_placeholder_str(self._model_config, modality, index)
+        return declared if declared is not None else self.placeholder_token(modality)
+
+    def placeholder_token(self, modality: str) -> str | None:
+        """The text of the modality's placeholder token, as far as config or class name it."""
+        token_id = token_id_of(self._model_config.hf_config, modality)
+        if token_id is None:
+            declared = self._registry.get_placeholder_token_ids(self._model_config, modality) or ()
+            token_id = next(iter(declared)) if len(declared) == 1 else None
+        if token_id is None or token_id < 0:
+            return None
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token if isinstance(token, str) else None
+
+
+class _MessageWriter:
+    """Writes the messages of one conversation in the form that its template takes. Counts items as it goes."""
+
+    def __init__(self, renderer: ChatRenderer, content_format: ContentFormat) -> None:
+        self._renderer = renderer
+        self._format = content_format
+        self._counts: dict[str, int] = {}
+
+    def write(self, message: Message) -> dict[str, Any]:
+        """A message for the template."""
+        written: dict[str, Any] = {"role": message.role, **message.fields}
+        if message.parts is None and message.text is None:
+            return written
+        written_by_user = self._written_by_user(message)
+        if message.parts is None:
+            is_string = self._format.takes_strings or not self._format.takes_parts
+            written["content"] = message.text if is_string else [{"type": "text", "text": message.text}]
+        elif self._format.takes_parts:
+            written["content"] = self._parts(message, written_by_user)
+        else:
+            written["content"] = self._string(message, written_by_user)
+        return written
+
+    def _written_by_user(self, message: Message) -> set[int]:
+        """Indices, among the message's media, of the items whose placeholders the user wrote into the text.
+
+        Items fill places in order, so if the user wrote k placeholders, the last k items need none of their
+        own. Raises `InvalidRequestError` (a `ValueError`) if there are more placeholders than items.
+        """
+        media = message.media()
+        written: set[int] = set()
+        for modality in dict.fromkeys([*self._format.placeholders, *(part.modality for part in media)]):
+            own = [index for index, part in enumerate(media) if part.modality == modality]
+            count = self._count_placeholders(modality, len(own), "\n".join(message.texts()))
+            if count > len(own):
+                raise InvalidRequestError(
+                    f"{message.where}.content: got {count} {modality} placeholders in the text for {len(own)} "
+                    f"{modality} parts, expected at most as many. Remove them, or add the media."
+                )
+            written.update(own[len(own) - count :])
+        return written
+
+    def _count_placeholders(self, modality: str, num_items: int, text: str) -> int:
+        first = self._counts.get(modality, 0) + 1
+        declared = [self._renderer.placeholder(modality, first + index) for index in range(max(num_items, 1))]
+        spelled = {text for text in declared if text}
+        by_name = sum(text.count(each) for each in spelled)
+        token = self._renderer.placeholder_token(modality)
+        return max(by_name, text.count(token) if token else 0)
+
+    def _parts(self, message: Message, written_by_user: set[int]) -> list[dict[str, Any]]:
+        """Typed parts; media that the template doesn't place become text."""
+        parts: list[dict[str, Any]] = []
+        index = 0
+        for part in message.parts or ():
+            if isinstance(part, TextPart):
+                parts.append({"type": "text", "text": part.text})
+                continue
+            placeholder = self._next_placeholder(part)
+            if index not in written_by_user:
+                known = self._format.media_parts.get(part.modality)
+                parts.append(dict(known) if known else {"type": "text", "text": _required(placeholder, part)})
+            index += 1
+        return parts
+
+    def _string(self, message: Message, written_by_user: set[int]) -> str:
+        """One string. Media come first where there is one text, as models of this kind are trained, else in
+        place.
+        """
+        lines: list[tuple[bool, str]] = []
+        index = 0
+        for part in message.parts or ():
+            if isinstance(part, TextPart):
+                lines.append((True, part.text))
+                continue
+            placeholder = self._next_placeholder(part)
+            if index not in written_by_user:
+                lines.append((False, _required(placeholder, part)))
+            index += 1
+        if sum(is_text for is_text, _ in lines) == 1:
+            lines.sort(key=lambda line: line[0])
+        return "\n".join(text for _, text in lines)
+
+    def _next_placeholder(self, part: MediaPart) -> str | None:
+        self._counts[part.modality] = self._counts.get(part.modality, 0) + 1
+        return self._renderer.placeholder(part.modality, self._counts[part.modality])
+
+
+def _required(placeholder: str | None, part: MediaPart) -> str:
+    if placeholder is None:
+        raise UnsupportedFeatureError(
+            f"{part.where}: the model's chat template has no place for {part.modality} parts. Write the model's "
+            f"placeholder into the text, or register one with register_placeholder_str({part.modality!r}, ...)."
+        )
+    return placeholder
+
+
+def read_embeddings(text: str, where: str) -> Any:
+    """Embeddings from base64 of a safetensors file: its only tensor, or all of them by name.
+
+    Raises `InvalidRequestError` (a `ValueError`) for anything else; nothing is unpickled.
+    """
+    import base64
+    import binascii
+
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    try:
+        tensors = load(base64.b64decode(text, validate=True))
+    except (binascii.Error, ValueError, SafetensorError) as exc:
+        raise InvalidRequestError(
+            f"{where}: got something else, expected base64 of a safetensors file. Encode the tensors with safetensors."
+        ) from exc
+    return next(iter(tensors.values())) if len(tensors) == 1 else tensors

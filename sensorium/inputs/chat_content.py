@@ -1,0 +1,270 @@
+"""Chat messages in the OpenAI format, parsed: roles, texts, and media with their sources.
+
+Nothing is fetched or decoded here. Errors name the message and the part, as in `messages[2].content[0]`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, TypeAlias
+
+from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+
+MODALITIES = ("image", "video", "audio")
+_AUDIO_FORMAT = re.compile(r"[a-z0-9.+-]{1,32}")
+
+
+@dataclass(frozen=True, slots=True)
+class TextPart:
+    """A piece of text."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaPart:
+    """One media item.
+
+    `source`: an address, data URL or path to load from (`is_encoded`), or an object that a mapper knows.
+    """
+
+    modality: str
+    source: Any
+    where: str
+    is_encoded: bool = False
+    uuid: str | None = None
+
+
+Part: TypeAlias = TextPart | MediaPart
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Message:
+    """One message. `parts` is None where the content was a string, `text`, or absent."""
+
+    role: str
+    where: str
+    text: str | None = None
+    parts: tuple[Part, ...] | None = None
+    fields: Mapping[str, Any] = field(default_factory=dict)
+    """What else the message has, such as `name` and `tool_calls`; for the template."""
+
+    def media(self) -> list[MediaPart]:
+        """Its media in order."""
+        return [part for part in self.parts or () if isinstance(part, MediaPart)]
+
+    def texts(self) -> list[str]:
+        """Its texts in order."""
+        if self.parts is None:
+            return [] if self.text is None else [self.text]
+        return [part.text for part in self.parts if isinstance(part, TextPart)]
+
+
+def parse_messages(messages: object) -> list[Message]:
+    """Parse a conversation.
+
+    Raises:
+        InvalidTypeError: (a `TypeError`) Something has another type than the format says.
+        InvalidRequestError: (a `ValueError`) The conversation is empty, or a part is unknown or lacks its
+        content.
+    """
+    if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
+        raise _wrong_type("messages", messages, "a list of messages")
+    if not messages:
+        raise InvalidRequestError("messages: got none, expected at least one. Add a message of role 'user'.")
+    return [_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+
+
+def _parse_message(message: object, where: str) -> Message:
+    if not isinstance(message, Mapping):
+        raise _wrong_type(where, message, "a dict with role and content")
+    role, content = message.get("role"), message.get("content")
+    if not isinstance(role, str) or not role:
+        raise _wrong_type(f"{where}.role", role, "a string such as 'user'")
+    fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    if "tool_calls" in fields:
+        fields["tool_calls"] = _parse_tool_calls(fields["tool_calls"], f"{where}.tool_calls")
+    if content is None:
+        if not fields:
+            raise _wrong_type(f"{where}.content", content, "a string or a list of parts")
+        return Message(role, where, fields=fields)
+    if isinstance(content, str):
+        return Message(role, where, text=content, fields=fields)
+    if not isinstance(content, list | tuple):
+        raise _wrong_type(f"{where}.content", content, "a string or a list of parts")
+    parts = tuple(_parse_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
+    return Message(role, where, parts=parts, fields=fields)
+
+
+def _parse_tool_calls(calls: object, where: str) -> list[Any]:
+    """Tool calls with their arguments as objects, which is what templates expect; the wire format has them as
+    JSON.
+    """
+    if not isinstance(calls, list | tuple):
+        raise _wrong_type(where, calls, "a list of tool calls")
+    parsed = []
+    for index, call in enumerate(calls):
+        if not isinstance(call, Mapping) or not isinstance(call.get("function", {}), Mapping):
+            raise _wrong_type(f"{where}[{index}]", call, "a dict with a function")
+        function = dict(call.get("function", {}))
+        if isinstance(function.get("arguments"), str):
+            function["arguments"] = _parse_arguments(function["arguments"], f"{where}[{index}].function.arguments")
+        parsed.append({**call, "function": function} if "function" in call else dict(call))
+    return parsed
+
+
+def _parse_arguments(arguments: str, where: str) -> Any:
+    try:
+        return json.loads(arguments) if arguments.strip() else {}
+    except (ValueError, RecursionError):
+        raise InvalidRequestError(f"{where}: got text that is no JSON, expected a JSON object. Correct it.") from None
+
+
+def _parse_part(part: object, where: str) -> Part:
+    if isinstance(part, str):
+        return TextPart(part)
+    if not isinstance(part, Mapping):
+        raise _wrong_type(where, part, "a dict with a type")
+    kind = part.get("type")
+    if not isinstance(kind, str) or kind not in _PARSERS:
+        raise InvalidRequestError(
+            f"{where}.type: got {kind!r:.60}, expected one of {sorted(_PARSERS)}. Change the part."
+        )
+    return _PARSERS[kind](part, where)
+
+
+_Parser: TypeAlias = Callable[[Mapping[str, Any], str], Part]
+
+
+def _text(key: str) -> _Parser:
+    def parse(part: Mapping[str, Any], where: str) -> Part:
+        _check_keys(part, ("type", key), where)
+        if not isinstance(part.get(key), str):
+            raise _wrong_type(f"{where}.{key}", part.get(key), "a string")
+        return TextPart(part[key])
+
+    return parse
+
+
+def _url(modality: str) -> _Parser:
+    """`{"type": "image_url", "image_url": {"url": ...}}`, or the address itself in place of the inner dict."""
+    key = f"{modality}_url"
+
+    def parse(part: Mapping[str, Any], where: str) -> Part:
+        _check_keys(part, ("type", key, "uuid"), where)
+        inner = _content(part, key, where)
+        if isinstance(inner, Mapping):
+            _check_keys(inner, ("url", "detail"), f"{where}.{key}")
+            _check_detail(inner.get("detail"), f"{where}.{key}.detail")
+            inner = _content(inner, "url", f"{where}.{key}")
+        if not isinstance(inner, str):
+            raise _wrong_type(f"{where}.{key}", inner, "an address as a string")
+        return MediaPart(modality, inner, where, is_encoded=True, uuid=_uuid(part, where))
+
+    return parse
+
+
+def _check_detail(detail: object, where: str) -> None:
+    """Pictures are always seen in full detail, as far as the model's own limits go."""
+    if detail not in (None, "auto", "high"):
+        raise UnsupportedFeatureError(
+            f"{where}: got {detail!r:.60}, expected 'auto' or 'high'. Send a smaller image, or set max_pixels in "
+            f"mm_processor_kwargs."
+        )
+
+
+def _input_audio(part: Mapping[str, Any], where: str) -> Part:
+    """`{"type": "input_audio", "input_audio": {"data": <base64>, "format": "wav"}}`."""
+    _check_keys(part, ("type", "input_audio", "uuid"), where)
+    where_inner = f"{where}.input_audio"
+    inner = _content(part, "input_audio", where)
+    if not isinstance(inner, Mapping):
+        raise _wrong_type(where_inner, inner, "a dict with data and format")
+    _check_keys(inner, ("data", "format"), where_inner)
+    data, audio_format = _content(inner, "data", where_inner), inner.get("format", "wav")
+    if not isinstance(data, str):
+        raise _wrong_type(f"{where_inner}.data", data, "base64 as a string")
+    if not isinstance(audio_format, str) or not _AUDIO_FORMAT.fullmatch(audio_format):
+        raise InvalidRequestError(
+            f"{where_inner}.format: got {audio_format!r:.60}, expected a short name such as 'wav' or 'mp3'. Change it."
+        )
+    source = f"data:audio/{audio_format};base64,{data}"
+    return MediaPart("audio", source, where, is_encoded=True, uuid=_uuid(part, where))
+
+
+def _object(modality: str) -> _Parser:
+    """`{"type": "image", "image": <object>}`; a string, bytes or path is loaded; `url` and `path` are as
+    good.
+    """
+
+    def parse(part: Mapping[str, Any], where: str) -> Part:
+        keys = [key for key in (modality, "url", "path") if part.get(key) is not None]
+        _check_keys(part, ("type", modality, "url", "path", "uuid"), where)
+        if len(keys) > 1:
+            raise InvalidRequestError(f"{where}: got {' and '.join(keys)}, expected one of them. Leave out the others.")
+        source = _content(part, keys[0] if keys else modality, where)
+        is_encoded = isinstance(source, str | bytes | Path)
+        return MediaPart(modality, source, where, is_encoded=is_encoded, uuid=_uuid(part, where))
+
+    return parse
+
+
+def _embeds(modality: str) -> _Parser:
+    """`{"type": "image_embeds", "image_embeds": <tensor, or dict of tensors>}`."""
+    key = f"{modality}_embeds"
+
+    def parse(part: Mapping[str, Any], where: str) -> Part:
+        _check_keys(part, ("type", key, "uuid"), where)
+        return MediaPart(modality, Embeddings(_content(part, key, where)), where, uuid=_uuid(part, where))
+
+    return parse
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Embeddings:
+    """Embeddings given instead of media: a tensor, a dict of tensors, or base64 of a safetensors file."""
+
+    value: Any
+
+
+def _content(part: Mapping[str, Any], key: str, where: str) -> Any:
+    value = part.get(key)
+    if value is None:
+        raise InvalidRequestError(
+            f"{where}.{key}: got nothing, expected the content. Send it; a uuid alone is not enough here."
+        )
+    return value
+
+
+def _uuid(part: Mapping[str, Any], where: str) -> str | None:
+    uuid = part.get("uuid")
+    if uuid is not None and not isinstance(uuid, str):
+        raise _wrong_type(f"{where}.uuid", uuid, "a string")
+    return uuid
+
+
+def _check_keys(part: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    unknown = sorted(str(key) for key in part.keys() - set(known) if part[key] is not None)
+    if unknown:
+        raise InvalidRequestError(
+            f"{where}: got the unknown fields {unknown[:8]}, expected {sorted(known)}. Remove them."
+        )
+
+
+def _wrong_type(where: str, value: object, expected: str) -> InvalidTypeError:
+    kind = "nothing" if value is None else f"a value of type {type(value).__name__}"
+    return InvalidTypeError(f"{where}: got {kind}, expected {expected}. Change {where}.")
+
+
+_PARSERS: dict[str, _Parser] = {
+    "text": _text("text"),
+    "refusal": _text("refusal"),
+    "input_audio": _input_audio,
+    **{f"{modality}_url": _url(modality) for modality in MODALITIES},
+    **{modality: _object(modality) for modality in MODALITIES},
+    **{f"{modality}_embeds": _embeds(modality) for modality in MODALITIES},
+}
