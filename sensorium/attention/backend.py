@@ -47,7 +47,10 @@ class AttentionBackend(Protocol):
         metadata: AttentionMetadata,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Write `key` and `value` `(T, Hkv, D)` to their slots, attend causally over the cache; `(T, H, D)`."""
+        """Write `key` and `value` to their slots and attend causally over the cache.
+
+        All come as `(T, heads, D)` or flat, `(T, heads * D)`; the result is like `query`.
+        """
 
     def varlen(
         self,
@@ -60,7 +63,7 @@ class AttentionBackend(Protocol):
         causal: bool,
         key_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Attend within each sequence of a flat batch, without a cache; `(T, H, D)`."""
+        """Attend within each sequence of a flat batch, without a cache: `(T, heads, D)` all, as is the result."""
 
 
 def _candidates(device_type: str) -> list[AttentionBackend]:

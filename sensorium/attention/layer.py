@@ -145,24 +145,23 @@ class Attention(_AttentionBase):
             ModelError: `attn_type` is not supported.
         """
         num_tokens = query.shape[0]
-        q = query.reshape(num_tokens, self.num_heads, self.head_size)
-        k = key.reshape(num_tokens, self.num_kv_heads, self.head_size)
-        v = value.reshape(num_tokens, self.num_kv_heads, self.head_size)
-        backend = self._backend_for(q)
-        if attn_type == AttentionType.DECODER:
-            if kv_cache is None or kv_cache.numel() == 0:
-                out = backend.varlen(q, k, v, attn_metadata.cu_seqlens_q, self.spec, causal=True)
-            else:
-                out = backend.paged(q, k, v, kv_cache, attn_metadata, self.spec)
-        elif attn_type in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
-            out = backend.varlen(q, k, v, attn_metadata.cu_seqlens_q, self.spec, causal=False)
+        backend = self._backend_for(query)
+        if attn_type == AttentionType.DECODER and kv_cache is not None and kv_cache.numel() > 0:
+            # Flat or not: with a cache at hand, backends know the head size.
+            out = backend.paged(query, key, value, kv_cache, attn_metadata, self.spec)
+        elif attn_type in (AttentionType.DECODER, AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
+            q = query.reshape(num_tokens, self.num_heads, self.head_size)
+            k = key.reshape(num_tokens, self.num_kv_heads, self.head_size)
+            v = value.reshape(num_tokens, self.num_kv_heads, self.head_size)
+            causal = attn_type == AttentionType.DECODER
+            out = backend.varlen(q, k, v, attn_metadata.cu_seqlens_q, self.spec, causal=causal)
         else:
             raise ModelError(
                 f"attention type of layer {self.prefix or '(without prefix)'}: got {attn_type!r}, expected one of "
                 f"{AttentionType.DECODER.value!r}, {AttentionType.ENCODER.value!r}, "
                 f"{AttentionType.ENCODER_ONLY.value!r}. Change attn_type; cross-attention is not supported."
             )
-        return out.reshape(num_tokens, self.num_heads * self.head_size)
+        return out if out.dim() == 2 else out.reshape(num_tokens, self.num_heads * self.head_size)
 
 
 class MultiHeadAttention(_AttentionBase):

@@ -38,6 +38,8 @@ class SdpaBackend:
     ) -> torch.Tensor:
         """See `AttentionBackend.paged`."""
         write_kv(key, value, kv_cache, metadata.slot_mapping)
+        shape = query.shape
+        query = query.reshape(shape[0], spec.num_heads, spec.head_size)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)
         query_lens = np.asarray(metadata.query_lens_host)
         starts = np.cumsum(query_lens) - query_lens
@@ -49,7 +51,7 @@ class SdpaBackend:
         for i in np.flatnonzero(query_lens > 1).tolist():
             begin, end = int(starts[i]), int(starts[i] + query_lens[i])
             out[begin:end] = _attend_chunk(query[begin:end], kv_cache, metadata, i, spec)
-        return out
+        return out.view(shape)
 
     def varlen(
         self,

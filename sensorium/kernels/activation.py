@@ -66,9 +66,9 @@ def _native(x: torch.Tensor, kind: int, *, gated: bool) -> torch.Tensor | None:
     rows = rows_of(x)
     num_rows, size = rows.shape
     size = size // 2 if gated else size
-    out = torch.empty((num_rows, size), dtype=x.dtype)
+    out = x.new_empty((*x.shape[:-1], size))
     native.activation(
         *(out.data_ptr(), rows.data_ptr(), num_rows, size, rows.stride(0)),
         *(kind, gated, DTYPE_CODES[x.dtype], torch.get_num_threads()),
     )
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], size)
+    return out

@@ -5,7 +5,8 @@ the weighted sum are computed in float32 whatever the storage type, and rounded 
 
 Conventions: `H` query heads share `Hkv` key/value heads (`H % Hkv == 0`, query head `h` reads key/value head
 `h // (H // Hkv)`); a cache is one layer's `(2, num_blocks, block_size, Hkv, D)`, keys first; a token's slot
-is `block id * block_size + offset`.
+is `block id * block_size + offset`. Beside a cache, which tells the head size, queries, keys and
+values may also come flat, `(T, H * D)`; the result has the query's form.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import itertools
 
 import torch
 
-from sensorium.kernels.native import DTYPE_CODES, native_for, rows_of, token_rows
+from sensorium.kernels.native import DTYPE_CODES, native_for, token_rows
 
 
 def write_kv_reference(
@@ -86,10 +87,11 @@ def paged_attention_reference(
     window: int | None = None,
     softcap: float | None = None,
 ) -> torch.Tensor:
-    """Causal attention of `query` `(T, H, D)` over each sequence's cached positions, its own rows included.
+    """Causal attention of `query` over each sequence's cached positions, its own rows included.
 
     Args:
-        query: `(T, H, D)`; sequence `i` owns rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]`, its last positions.
+        query: `(T, H, D)` or `(T, H * D)`; sequence `i` owns rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]`, which are its
+            last positions.
         kv_cache: `(2, num_blocks, block_size, Hkv, D)`, already holding this step's keys and values.
         block_table: `(num_seqs, max_blocks)` int32.
         cu_seqlens_q: `(num_seqs + 1,)` int32.
@@ -99,10 +101,11 @@ def paged_attention_reference(
         softcap: See `attend_reference`.
 
     Returns:
-        `(T, H, D)` in the query's dtype.
+        A tensor like `query`.
     """
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    heads = query if query.dim() == 3 else query.view(len(query), -1, head_size)
     starts = cu_seqlens_q.tolist()
     for i, seq_len in enumerate(seq_lens.tolist()):
         begin, end = starts[i], starts[i + 1]
@@ -110,9 +113,10 @@ def paged_attention_reference(
             continue
         blocks = block_table[i, : -(-seq_len // block_size)].long()
         key, value = kv_cache[:, blocks].view(2, -1, num_kv_heads, head_size)[:, :seq_len].unbind()
-        out[begin:end] = attend_reference(
-            query[begin:end], key, value, scale=scale, causal=True, window=window, softcap=softcap
+        attended = attend_reference(
+            heads[begin:end], key, value, scale=scale, causal=True, window=window, softcap=softcap
         )
+        out[begin:end] = attended.reshape(end - begin, *query.shape[1:])
     return out
 
 
@@ -174,14 +178,24 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slo
     if native is None or key.dtype != kv_cache.dtype or value.dtype != kv_cache.dtype:
         write_kv_reference(key, value, kv_cache, slot_mapping)
         return
-    keys, values = rows_of(key.flatten(1)), rows_of(value.flatten(1))
-    slots = slot_mapping.to(torch.int64).contiguous()
+    assert slot_mapping.dtype == torch.int64
+    key, value, slots = token_rows(key), token_rows(value), slot_mapping.contiguous()
+    keys, values, slot_size = _cache_halves(kv_cache)
     size = kv_cache.element_size()
-    halves = kv_cache.data_ptr(), kv_cache.data_ptr() + kv_cache.stride(0) * size
     native.write_kv(
-        *(*halves, keys.data_ptr(), values.data_ptr(), slots.data_ptr(), len(slots)),
-        *(keys.shape[1] * size, keys.stride(0) * size, values.stride(0) * size, torch.get_num_threads()),
+        *(keys, values, key.data_ptr(), value.data_ptr(), slots.data_ptr(), len(slots)),
+        *(slot_size * size, key.stride(0) * size, value.stride(0) * size, torch.get_num_threads()),
     )
+
+
+def _cache_halves(kv_cache: torch.Tensor) -> tuple[int, int, int]:
+    """The addresses of a layer's keys and values, and the elements of one slot."""
+    _, _, block_size, num_kv_heads, head_size = kv_cache.shape
+    half, block, slot, _, _ = kv_cache.stride()
+    assert slot == num_kv_heads * head_size, "the heads of a slot must lie side by side"
+    assert block == block_size * slot, "the slots of a layer must lie side by side"
+    address = kv_cache.data_ptr()
+    return address, address + half * kv_cache.element_size(), slot
 
 
 def paged_attention(
@@ -208,15 +222,16 @@ def paged_attention(
             window=window,
             softcap=softcap,
         )
+    assert block_table.dtype == cu_seqlens_q.dtype == seq_lens.dtype == torch.int32
     query = token_rows(query)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     _, _, block_size, num_kv_heads, head_size = kv_cache.shape
-    slot, keys = num_kv_heads * head_size, kv_cache.data_ptr()
-    values = keys + kv_cache.stride(0) * kv_cache.element_size()
+    keys, values, slot_size = _cache_halves(kv_cache)
+    num_heads = query.shape[1] if query.dim() == 3 else query.shape[1] // head_size
     native.attention(
         *(out.data_ptr(), query.data_ptr(), keys, values, block_table.data_ptr()),
         *(cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), len(seq_lens)),
-        *(query.shape[1], num_kv_heads, head_size, query.stride(0), slot, slot),
+        *(num_heads, num_kv_heads, head_size, query.stride(0), slot_size, slot_size),
         *(block_size, block_table.stride(0), window or 0, scale, softcap or 0.0),
         *(True, DTYPE_CODES[query.dtype], torch.get_num_threads()),
     )
@@ -249,6 +264,8 @@ def varlen_attention(
             window=window,
             softcap=softcap,
         )
+    assert cu_seqlens.dtype == torch.int32
+    assert key_lens is None or key_lens.dtype == torch.int32
     query, key, value = token_rows(query), token_rows(key), token_rows(value)
     out = torch.empty_like(query, memory_format=torch.contiguous_format)
     native.attention(

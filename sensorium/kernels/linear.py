@@ -88,13 +88,13 @@ def packed_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
     assert native is not None
     rows = rows_of(x)
     num_rows = rows.shape[0]
-    out = torch.empty((num_rows, packed.out_features), dtype=x.dtype)
+    out = x.new_empty((*x.shape[:-1], packed.out_features))
     native.linear(
         *(out.data_ptr(), rows.data_ptr(), packed.panels.data_ptr()),
         *(0 if bias is None else bias.data_ptr(), num_rows, packed.out_features, packed.in_features),
         *(rows.stride(0) * rows.element_size(), DTYPE_CODES[x.dtype], torch.get_num_threads()),
     )
-    return out if x.dim() == 2 else out.view(*x.shape[:-1], packed.out_features)
+    return out
 
 
 class _Arena:

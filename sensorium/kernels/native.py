@@ -107,5 +107,7 @@ def rows_of(x: torch.Tensor) -> torch.Tensor:
 
 
 def token_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` `(T, H, D)` with the heads of a token side by side in memory, copied only if need be."""
+    """`x` `(T, H, D)` or `(T, H * D)` with each token's channels side by side in memory, copied only if need be."""
+    if x.dim() == 2:
+        return x if x.stride(1) == 1 else x.contiguous()
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

@@ -37,13 +37,13 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if native is None:
         return rms_norm_reference(x, weight, eps)
     rows = rows_of(x)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_rows, size = rows.shape
     native.rms_norm(
         *(out.data_ptr(), 0, rows.data_ptr(), 0, weight.data_ptr(), num_rows, size, rows.stride(0), 0),
         *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
     )
-    return out.view(x.shape)
+    return out
 
 
 def add_rms_norm_reference(
@@ -62,15 +62,15 @@ def add_rms_norm(
     if native is None or residual.dtype != x.dtype or residual.shape != x.shape or not residual.is_cpu:
         return add_rms_norm_reference(x, residual, weight, eps)
     rows, residual_rows = rows_of(x), rows_of(residual)
-    out = torch.empty_like(rows, memory_format=torch.contiguous_format)
-    total = torch.empty_like(rows, memory_format=torch.contiguous_format)
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    total = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_rows, size = rows.shape
     native.rms_norm(
         *(out.data_ptr(), total.data_ptr(), rows.data_ptr(), residual_rows.data_ptr(), weight.data_ptr()),
         *(num_rows, size, rows.stride(0), residual_rows.stride(0)),
         *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
     )
-    return out.view(x.shape), total.view(x.shape)
+    return out, total
 
 
 def _native_norm(x: torch.Tensor, weight: torch.Tensor) -> NativeLibrary | None:

@@ -169,6 +169,16 @@ def test_rows_of_a_fused_projection_are_accepted() -> None:
     assert torch.equal(batch.layer(q, k, v, batch.cache.clone(), batch.metadata), want)
 
 
+@pytest.mark.parametrize("backend", [None, SdpaBackend(), TorchReferenceBackend()])
+def test_heads_may_come_as_an_axis(backend: AttentionBackend | None) -> None:
+    batch = Batch([(2, 5), (1, 4)])
+    if backend is not None:
+        _use(batch.layer, backend, batch.q)
+    want = batch.layer(batch.q, batch.k, batch.v, batch.cache.clone(), batch.metadata)
+    q, k, v = batch.q.view(3, 4, 16), batch.k.view(3, 2, 16), batch.v.view(3, 2, 16)
+    assert torch.equal(batch.layer(q, k, v, batch.cache.clone(), batch.metadata), want)
+
+
 def test_encoder_type_sees_both_ways() -> None:
     batch = Batch([(3, 3), (4, 4)])
     got = batch.layer(batch.q, batch.k, batch.v, None, batch.metadata, AttentionType.ENCODER_ONLY)

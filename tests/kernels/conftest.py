@@ -27,7 +27,7 @@ def without_native(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     native._load.cache_clear()
 
 
-@pytest.fixture(params=[1, 2, 5])
+@pytest.fixture(params=[1, 3])
 def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     """Results must not depend on how many threads share the work, also when there are more than cores."""
     before = torch.get_num_threads()

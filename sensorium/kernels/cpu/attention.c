@@ -10,10 +10,10 @@
  * key tiles begin at fixed positions, each sum runs in a fixed order, and a key that a row must not see adds an
  * exact zero.
  */
-#include "small_gemm.h"
-
-#include <omp.h>
 #include <stdlib.h>
+
+#include "parallel.h"
+#include "small_gemm.h"
 
 #define KEY_TILE 64
 #define ROW_TILE 96 /* query rows (positions times heads) of a task */
@@ -266,16 +266,23 @@ static long list_tiles(const attention_args *args, long most_rows, query_tile *t
     return count;
 }
 
-INLINE void attend_tiles(const int dtype, const attention_args *args, const query_tile *tiles, long num_tiles,
-                         float *memory, long rows, long floats, int threads) {
-#pragma omp parallel num_threads(threads)
-    {
-        workspace w;
-        carve_up(memory + omp_get_thread_num() * floats, rows, args->head_size, &w);
-        /* From the last tile on: in causal attention it is the longest. */
-#pragma omp for schedule(dynamic)
-        for (long task = num_tiles - 1; task >= 0; task--) attend(dtype, args, w, tiles[task]);
-    }
+/* What the members of a team share. */
+typedef struct {
+    const attention_args *args;
+    const query_tile *tiles;
+    long num_tiles, rows, floats; /* rows of a workspace, and its size */
+    float *memory;                /* a workspace for each member */
+    long *next_tile;
+} attention_team;
+
+static void attention_work(const void *context, member me) {
+    const attention_team *team = context;
+    const attention_args *args = team->args;
+    workspace w;
+    carve_up(team->memory + me.index * team->floats, team->rows, args->head_size, &w);
+    /* From the last tile on: in causal attention it is the longest. */
+    for (long taken; (taken = take(team->next_tile, 1)) < team->num_tiles;)
+        FOR_DTYPE(args->dtype, attend, args, w, team->tiles[team->num_tiles - 1 - taken]);
 }
 
 /* Returns 0, or -1 when memory ran out. */
@@ -285,12 +292,14 @@ EXPORT int sensorium_attention(const attention_args *args) {
     const long rows = MAX(ROW_TILE, args->heads / args->kv_heads);
     const int threads = (int)MIN(args->threads, num_tiles);
     workspace unused;
-    const long floats = carve_up(NULL, rows, args->head_size, &unused); /* of one thread */
+    const long floats = carve_up(NULL, rows, args->head_size, &unused);
     query_tile *tiles = malloc((size_t)num_tiles * sizeof(query_tile));
     float *memory = aligned_alloc(64, (size_t)(floats * threads) * sizeof(float));
     if (tiles && memory) {
+        long next_tile = 0;
+        const attention_team team = {args, tiles, num_tiles, rows, floats, memory, &next_tile};
         list_tiles(args, ROW_TILE, tiles);
-        FOR_DTYPE(args->dtype, attend_tiles, args, tiles, num_tiles, memory, rows, floats, threads);
+        run_parallel(threads, attention_work, &team);
     }
     const int result = tiles && memory ? 0 : -1;
     free(tiles);

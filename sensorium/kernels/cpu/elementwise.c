@@ -4,14 +4,10 @@
  * lie any distance apart (`*_stride`, in elements); outputs are contiguous. The rest of a row that doesn't fill a
  * vector goes through the same vector code, so an element's result doesn't depend on where it stands.
  */
-#include "simd.h"
+#include "parallel.h"
 
-#include <omp.h>
-
-/* How many threads so many elements are worth: waking one costs as much as some ten thousand of them. */
-INLINE int threads_for(long elements, int threads) { return elements < 16384 ? 1 : threads; }
-
-#define PARALLEL_ROWS _Pragma("omp parallel for num_threads(threads) schedule(static)")
+/* Waking a thread costs as much as some ten thousand elements. */
+#define ELEMENTS_PER_THREAD 16384
 
 /* Elements i to i + VL, or to `end` if that comes first. */
 INLINE vf vload_to(int dtype, const void *p, long i, long end) {
@@ -68,16 +64,19 @@ INLINE void norm_row(const int dtype, const norm_args *args, long row) {
     }
 }
 
-INLINE void norm_rows(const int dtype, const norm_args *args) {
-    const int threads = threads_for(args->rows * args->n, args->threads);
-    PARALLEL_ROWS
-    for (long row = 0; row < args->rows; row++) norm_row(dtype, args, row);
+INLINE void norm_rows(const int dtype, const norm_args *args, member me) {
+    for (long row = share_begin(args->rows, me); row < share_end(args->rows, me); row++) norm_row(dtype, args, row);
+}
+
+static void norm_work(const void *context, member me) {
+    const norm_args *args = context;
+    FOR_DTYPE(args->dtype, norm_rows, args, me);
 }
 
 /* With a residual: sum = x + residual, rounded to the storage type, and its norm; without: the norm of x. A weight of
  * the storage type meets the rounded norm; a float32 weight beside narrower rows meets the norm in float32. */
 EXPORT int sensorium_rms_norm(const norm_args *args) {
-    FOR_DTYPE(args->dtype, norm_rows, args);
+    run_parallel(threads_worth(args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), norm_work, args);
     return 0;
 }
 
@@ -107,10 +106,8 @@ typedef struct {
     int kind, gated, dtype, threads;
 } activation_args;
 
-INLINE void activate_rows(const int dtype, const activation_args *args) {
-    const int threads = threads_for(args->rows * args->n, args->threads);
-    PARALLEL_ROWS
-    for (long row = 0; row < args->rows; row++) {
+INLINE void activate_rows(const int dtype, const activation_args *args, member me) {
+    for (long row = share_begin(args->rows, me); row < share_end(args->rows, me); row++) {
         const void *x = element(dtype, args->x, row * args->x_stride);
         void *out = (char *)args->out + row * args->n * size_of(dtype);
         switch (args->kind) {
@@ -122,9 +119,14 @@ INLINE void activate_rows(const int dtype, const activation_args *args) {
     }
 }
 
+static void activation_work(const void *context, member me) {
+    const activation_args *args = context;
+    FOR_DTYPE(args->dtype, activate_rows, args, me);
+}
+
 /* out = act(x), or act(gate) * up. */
 EXPORT int sensorium_activation(const activation_args *args) {
-    FOR_DTYPE(args->dtype, activate_rows, args);
+    run_parallel(threads_worth(args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), activation_work, args);
     return 0;
 }
 
@@ -175,18 +177,22 @@ INLINE void rotate_heads(const int dtype, const rotary_args *args, long token, l
     }
 }
 
-INLINE void rotate_tokens(const int dtype, const rotary_args *args) {
-    const int threads = threads_for(args->tokens * (args->heads + args->kv_heads) * args->head_size, args->threads);
-    PARALLEL_ROWS
-    for (long token = 0; token < args->tokens; token++) {
+INLINE void rotate_tokens(const int dtype, const rotary_args *args, member me) {
+    for (long token = share_begin(args->tokens, me); token < share_end(args->tokens, me); token++) {
         rotate_heads(dtype, args, token, args->heads, args->query_stride, args->query_out, args->query);
         rotate_heads(dtype, args, token, args->kv_heads, args->key_stride, args->key_out, args->key);
     }
 }
 
+static void rotary_work(const void *context, member me) {
+    const rotary_args *args = context;
+    FOR_DTYPE(args->dtype, rotate_tokens, args, me);
+}
+
 /* The tables are of the storage type or float32. */
 EXPORT int sensorium_rotary(const rotary_args *args) {
-    FOR_DTYPE(args->dtype, rotate_tokens, args);
+    const long elements = args->tokens * (args->heads + args->kv_heads) * args->head_size;
+    run_parallel(threads_worth(elements, ELEMENTS_PER_THREAD, args->threads), rotary_work, args);
     return 0;
 }
 
@@ -200,16 +206,20 @@ typedef struct {
     int threads;
 } write_args;
 
-/* Copy each token's key and value to its slot of the two halves of a cache. */
-EXPORT int sensorium_write_kv(const write_args *args) {
+static void write_work(const void *context, member me) {
+    const write_args *args = context;
     const long row_bytes = args->row_bytes;
-    const int threads = threads_for(args->tokens * row_bytes, args->threads);
-    PARALLEL_ROWS
-    for (long token = 0; token < args->tokens; token++) {
+    for (long token = share_begin(args->tokens, me); token < share_end(args->tokens, me); token++) {
         const int64_t slot = args->slots[token];
         if (slot < 0) continue;
         memcpy(args->key_cache + slot * row_bytes, args->key + token * args->key_stride_bytes, (size_t)row_bytes);
         memcpy(args->value_cache + slot * row_bytes, args->value + token * args->value_stride_bytes, (size_t)row_bytes);
     }
+}
+
+/* Copy each token's key and value to its slot of the two halves of a cache. */
+EXPORT int sensorium_write_kv(const write_args *args) {
+    const long kilobytes = args->tokens * args->row_bytes / 1024;
+    run_parallel(threads_worth(kilobytes, 64, args->threads), write_work, args);
     return 0;
 }

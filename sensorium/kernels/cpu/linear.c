@@ -17,10 +17,9 @@
  * threads share out the panels; a micro kernel multiplies one block of rows by one panel (by several for very few
  * rows, where the weight stream is all that matters).
  */
-#include "simd.h"
-
-#include <omp.h>
 #include <stdlib.h>
+
+#include "parallel.h"
 
 #define NR (2 * VL)
 #define KC 512
@@ -78,14 +77,19 @@ typedef struct {
     int dtype, threads;
 } pack_args;
 
-EXPORT int sensorium_pack(const pack_args *args) {
-    const long n = args->n, k = args->k, panel_bytes = steps_of(args->dtype, k) * step_bytes(args->dtype);
-#pragma omp parallel for num_threads(args->threads) schedule(static)
-    for (long p = 0; p < (n + NR - 1) / NR; p++) {
+static void pack_work(const void *context, member me) {
+    const pack_args *args = context;
+    const long num_panels = (args->n + NR - 1) / NR;
+    const long panel_bytes = steps_of(args->dtype, args->k) * step_bytes(args->dtype);
+    for (long p = share_begin(num_panels, me); p < share_end(num_panels, me); p++) {
         char *panel = args->packed + p * panel_bytes;
         const char *rows = args->weight + p * NR * args->row_bytes;
-        FOR_DTYPE(args->dtype, pack_panel, panel, rows, args->row_bytes, MIN(NR, n - p * NR), k);
+        FOR_DTYPE(args->dtype, pack_panel, panel, rows, args->row_bytes, MIN(NR, args->n - p * NR), args->k);
     }
+}
+
+EXPORT int sensorium_pack(const pack_args *args) {
+    run_parallel(args->threads, pack_work, args);
     return 0;
 }
 
@@ -250,40 +254,68 @@ INLINE void multiply_tile(const int dtype, const linear_args *args, const float 
                MIN(width, args->n - panel * NR));
 }
 
-INLINE void multiply(const int dtype, const linear_args *args, float *a) {
+/* What the members of a team share. */
+typedef struct {
+    const linear_args *args;
+    float *a;        /* interleaved rows of one chunk; of each member's own if `a_apart` */
+    long a_size;     /* floats of one copy */
+    int a_apart;
+    long *next_task; /* of each chunk */
+} linear_team;
+
+INLINE long num_chunks(const linear_args *args) { return (args->m + CHUNK_ROWS - 1) / CHUNK_ROWS; }
+
+INLINE void multiply_chunk(const int dtype, const linear_team *team, long chunk, member me) {
+    const linear_args *args = team->args;
+    const long chunks = num_chunks(args), chunk_row = args->m * chunk / chunks;
+    const row_blocks blocks = split_rows(args->m * (chunk + 1) / chunks - chunk_row);
     const long steps = steps_of(dtype, args->k), num_panels = (args->n + NR - 1) / NR;
-    const long chunks = (args->m + CHUNK_ROWS - 1) / CHUNK_ROWS;
-#pragma omp parallel num_threads(args->threads)
-    for (long chunk = 0; chunk < chunks; chunk++) {
-        const long chunk_row = args->m * chunk / chunks, rows = args->m * (chunk + 1) / chunks - chunk_row;
-        const row_blocks blocks = split_rows(rows);
-        const long per_call = panels_for(blocks.base + (blocks.larger > 0));
-        const long columns = (num_panels + per_call - 1) / per_call;
-        /* Cut the rows too where there are few panels for many threads. */
-        const long bands = MIN(blocks.count, MAX(1, 4 * omp_get_num_threads() / columns));
-#pragma omp for schedule(static)
-        for (long i = 0; i < blocks.count; i++) {
-            long begin = block_begin(blocks, i);
-            interleave_rows(dtype, args, chunk_row + begin, block_begin(blocks, i + 1) - begin, a + begin * steps);
-        }
-        /* Small shares, taken as threads become free: another process may be using one of the cores. */
-        const long share = MAX(1, columns * bands / (16 * omp_get_num_threads()));
-#pragma omp for schedule(dynamic, share)
-        for (long task = 0; task < columns * bands; task++) {
-            long panel = task / bands * per_call, band = task % bands;
+    const long per_call = panels_for(blocks.base + (blocks.larger > 0));
+    const long columns = (num_panels + per_call - 1) / per_call;
+    /* Cut the rows too where there are few panels for many threads. */
+    const long bands = MIN(blocks.count, MAX(1, 4 * me.count / columns)), tasks = columns * bands;
+    /* Small amounts, taken as threads become free: another process may be using one of the cores. */
+    const long amount = MAX(1, tasks / (16 * me.count));
+
+    const member copier = team->a_apart ? (member){0, 1} : me;
+    float *a = team->a + (team->a_apart ? me.index * team->a_size : 0);
+    for (long i = share_begin(blocks.count, copier); i < share_end(blocks.count, copier); i++) {
+        const long begin = block_begin(blocks, i), rows = block_begin(blocks, i + 1) - begin;
+        interleave_rows(dtype, args, chunk_row + begin, rows, a + begin * steps);
+    }
+    if (!team->a_apart) wait_for_all(me);
+    for (long first; (first = take(&team->next_task[chunk], amount)) < tasks;)
+        for (long task = first; task < MIN(first + amount, tasks); task++) {
+            const long panel = task / bands * per_call, band = task % bands;
             multiply_tile(dtype, args, a, chunk_row, blocks, blocks.count * band / bands,
                           blocks.count * (band + 1) / bands, panel, MIN(per_call, num_panels - panel));
         }
-    }
+    if (!team->a_apart) wait_for_all(me); /* before the next chunk takes the place of this one */
+}
+
+static void linear_work(const void *context, member me) {
+    const linear_team *team = context;
+    for (long chunk = 0; chunk < num_chunks(team->args); chunk++)
+        FOR_DTYPE(team->args->dtype, multiply_chunk, team, chunk, me);
 }
 
 /* Returns 0, or -1 when memory ran out. */
 EXPORT int sensorium_linear(const linear_args *args) {
     if (args->m == 0 || args->n == 0) return 0;
-    size_t bytes = (size_t)MIN(args->m, CHUNK_ROWS) * (size_t)steps_of(args->dtype, args->k) * sizeof(float);
-    float *a = aligned_alloc(64, (bytes + 63) / 64 * 64);
-    if (!a) return -1;
-    FOR_DTYPE(args->dtype, multiply, args, a);
+    const int threads = threads_worth(args->m * args->n * args->k, 1 << 16, args->threads);
+    const long steps = steps_of(args->dtype, args->k), chunks = num_chunks(args);
+    /* Copying a few rows takes each thread less time than waiting for the others. */
+    const int a_apart = chunks == 1 && args->m * steps <= 8192;
+    const long a_size = (MIN(args->m, CHUNK_ROWS) * steps + 15) / 16 * 16;
+    const size_t a_bytes = (size_t)(a_apart ? threads * a_size : a_size) * sizeof(float);
+    float *a = aligned_alloc(64, a_bytes);
+    long *next_task = calloc((size_t)chunks, sizeof(long));
+    if (a && next_task) {
+        const linear_team team = {args, a, a_size, a_apart, next_task};
+        run_parallel(threads, linear_work, &team);
+    }
+    const int result = a && next_task ? 0 : -1;
     free(a);
-    return 0;
+    free(next_task);
+    return result;
 }
