@@ -38,11 +38,11 @@ def prompt_too_long(got: str, max_tokens: int, advice: str = "Shorten the prompt
     )
 
 
-def check_token_ids(token_ids: Sequence[int], max_token_id: int) -> None:
+def check_token_ids(token_ids: IntArray, max_token_id: int) -> None:
     """Refuse ids beyond the vocabulary. Negative ids pass: an input processor may know what they stand for."""
-    if token_ids and max(token_ids) > max_token_id:
+    if token_ids.max(initial=-1) > max_token_id:
         raise InvalidRequestError(
-            f"prompt_token_ids: got token id {max(token_ids)}, which is out of vocabulary, expected at most "
+            f"prompt_token_ids: got token id {int(token_ids.max())}, which is out of vocabulary, expected at most "
             f"{max_token_id}. Encode the prompt with the model's own tokenizer."
         )
 

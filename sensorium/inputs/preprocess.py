@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -27,7 +27,7 @@ from sensorium.logger import get_logger
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
-from sensorium.multimodal.placeholders import media_mask
+from sensorium.multimodal.placeholders import IntArray, media_mask
 from sensorium.multimodal.processor_cache import CacheStatistics, ProcessorCache
 
 if TYPE_CHECKING:
@@ -56,6 +56,16 @@ class ProcessedRequest:
         return len(self.engine_request.prompt_token_ids)
 
 
+class _Prepared(NamedTuple):
+    """The parts of an `EngineRequest` that follow from prompt and model."""
+
+    token_ids: list[int]
+    sampling_params: SamplingParams
+    items: tuple[MediaItem, ...]
+    mrope_positions: IntArray | None
+    mrope_delta: int
+
+
 class InputPreprocessor:
     """Makes requests ready for the engine core. Safe to call from several threads.
 
@@ -82,6 +92,8 @@ class InputPreprocessor:
         self.features = features
         self.encoder = None if tokenizer is None else TextEncoder(tokenizer)
         self._model_config = config.model_config
+        self._vocab_size = config.model_config.vocab_size
+        self._uses_mrope = config.model_config.uses_mrope
         sampling = CheckpointSampling(config.model_config)
         self._collector = MediaCollector(config.model_config, mm_registry, media_loader, sampling)
         self._input_registry = input_registry
@@ -121,26 +133,26 @@ class InputPreprocessor:
         try:
             parsed = parse_prompt(prompt)
             kwargs = {**(mm_processor_kwargs or {}), **parsed.mm_processor_kwargs}
-            ids, items, mrope = self._prepare(parsed, kwargs, cache_salt, pooling=pooling)
+            prepared = self._prepare(parsed, kwargs, sampling_params, cache_salt, pooling=pooling)
         except SensoriumError as error:
             if error.__cause__ is not None:
                 logger.warning("request %s is refused: %s", request_id, error, exc_info=error.__cause__)
             raise
         request = EngineRequest(
             request_id=request_id,
-            prompt_token_ids=ids,
-            sampling_params=self._resolve_sampling(sampling_params, len(ids), pooling=pooling),
+            prompt_token_ids=prepared.token_ids,
+            sampling_params=prepared.sampling_params,
             eos_token_ids=self._eos_token_ids,
-            media=items,
-            mrope_positions=mrope[0],
-            mrope_delta=mrope[1],
+            media=prepared.items,
+            mrope_positions=prepared.mrope_positions,
+            mrope_delta=prepared.mrope_delta,
             priority=priority,
             arrival_time_s=arrival_time_s,
             cache_salt=cache_salt,
             pooling=pooling,
         )
         counts: dict[str, tuple[int, ...]] = {}
-        for item in items:
+        for item in prepared.items:
             counts[item.modality] = (*counts.get(item.modality, ()), item.length)
         return ProcessedRequest(request, parsed.text, counts)
 
@@ -151,19 +163,30 @@ class InputPreprocessor:
     # Steps
 
     def _prepare(
-        self, parsed: ParsedPrompt, kwargs: Mapping[str, Any], cache_salt: str | None, *, pooling: bool
-    ) -> tuple[list[int], tuple[MediaItem, ...], tuple[Any, int]]:
-        """The expanded prompt, its media, and M-RoPE positions with their delta."""
+        self,
+        parsed: ParsedPrompt,
+        kwargs: Mapping[str, Any],
+        sampling_params: SamplingParams,
+        cache_salt: str | None,
+        *,
+        pooling: bool,
+    ) -> _Prepared:
+        """What a request is made of; cheap checks come before expensive work."""
         given = self._collector.collect(parsed, kwargs)
-        before = self._encode(parsed)
-        processed = self._run_processor(parsed, before, given, kwargs)
+        ids = self._encode(parsed)
+        before = np.array(ids, dtype=np.int64)
+        if parsed.token_ids is not None:
+            admission.check_token_ids(before, self._max_token_id(before))
+        processed = self._run_processor(parsed, ids, given, kwargs)
         after = _processed_ids(processed)
-        prompt = Prompt(np.asarray(before, dtype=np.int64), np.asarray(after, dtype=np.int64))
+        prompt = Prompt(before, before if after == ids else np.array(after, dtype=np.int64))
         media = RequestMedia(self._stage, given, processed, kwargs, cache_salt) if given else None
         placements = media.place(prompt) if media else []
         self._admit(prompt, placements, pooling=pooling)
+        sampling_params = self._resolve_sampling(sampling_params, len(after), pooling=pooling)
         items = media.items(placements, prompt.after) if media else ()
-        return after, items, self._mrope(after, items)
+        positions, delta = self._mrope(after, items)
+        return _Prepared(after, sampling_params, items, positions, delta)
 
     def _encode(self, parsed: ParsedPrompt) -> list[int]:
         """Token ids of the prompt as given: those the caller sent, checked, or those of its text."""
@@ -171,7 +194,6 @@ class InputPreprocessor:
         if parsed.token_ids is not None:
             if len(parsed.token_ids) > max_model_len:
                 raise admission.prompt_too_long(str(len(parsed.token_ids)), max_model_len)
-            admission.check_token_ids(parsed.token_ids, self._max_token_id(parsed.token_ids))
             return parsed.token_ids
         assert parsed.text is not None
         if self.encoder is None:
@@ -181,12 +203,12 @@ class InputPreprocessor:
             )
         return self.encoder.encode_bounded(parsed.text, max_model_len, add_special_tokens=parsed.add_special_tokens)
 
-    def _max_token_id(self, token_ids: Sequence[int]) -> int:
+    def _max_token_id(self, token_ids: IntArray) -> int:
         """The largest id that a caller may send: of the model's vocabulary, or of the tokenizer's, which may
         have more.
         """
-        largest = self._model_config.vocab_size - 1
-        if self.encoder is None or max(token_ids, default=0) <= largest:
+        largest = self._vocab_size - 1
+        if self.encoder is None or token_ids.max(initial=0) <= largest:
             return largest
         return max(largest, self.encoder.max_token_id)
 
@@ -234,11 +256,11 @@ class InputPreprocessor:
         for placement in placements:
             admission.check_span(placement.counts, placement.span, self.config, self.features)
         is_media = media_mask((placement.span for placement in placements), num_tokens)
-        admission.check_special_tokens(prompt.after, is_media, self._placeholder_ids, self._model_config.vocab_size)
+        admission.check_special_tokens(prompt.after, is_media, self._placeholder_ids, self._vocab_size)
 
-    def _mrope(self, token_ids: list[int], items: Sequence[MediaItem]) -> tuple[Any, int]:
+    def _mrope(self, token_ids: list[int], items: Sequence[MediaItem]) -> tuple[IntArray | None, int]:
         """M-RoPE positions and delta; none for a model without."""
-        if not self._model_config.uses_mrope:
+        if not self._uses_mrope:
             return None, 0
         if not items:
             return mrope_positions(len(token_ids), [])
@@ -258,7 +280,7 @@ class InputPreprocessor:
             params = params.with_bad_word_ids(lambda word: encoder.encode(word, add_special_tokens=False))
         return admission.resolve_sampling_params(
             params,
-            vocab_size=self._model_config.vocab_size,
+            vocab_size=self._vocab_size,
             max_model_len=self._model_config.max_model_len,
             num_prompt_tokens=num_prompt_tokens,
         )
