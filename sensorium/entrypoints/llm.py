@@ -155,7 +155,11 @@ class LLM:
     def _renderer(self) -> ChatRenderer:
         if self._chat_renderer is None:
             self._chat_renderer = ChatRenderer(
-                self.engine.config.model_config, self.get_tokenizer(), self._media, chat_template=self._chat_template
+                self.engine.config.model_config,
+                self.get_tokenizer(),
+                self._media,
+                chat_template=self._chat_template,
+                trust_request_chat_template=True,  # the caller is the program itself
             )
         return self._chat_renderer
 
