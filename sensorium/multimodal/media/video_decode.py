@@ -160,7 +160,7 @@ def _decode_run(
 ) -> bool:
     targets = [table.pts[frame] for frame in wanted]
     kept = 0
-    is_first_packet = is_before_key = True
+    is_first_packet = True
     for packet in container.demux(stream):
         if is_first_packet and table.order.get(packet.pts, len(table.pts)) > key.order:
             return False
@@ -169,10 +169,6 @@ def _decode_run(
             collector.count()
             if frame.pts is None or frame.pts > targets[kept]:
                 return False
-            if is_before_key and frame.pts >= key.pts:
-                if not frame.key_frame:  # the container called it one; the decoder doesn't
-                    return False
-                is_before_key = False
             if frame.pts == targets[kept]:
                 collector.keep(frame)
                 kept += 1

@@ -3,6 +3,7 @@
 import base64
 import io
 import struct
+from dataclasses import replace
 from pathlib import Path
 
 import av
@@ -13,11 +14,19 @@ from numpy.typing import NDArray
 from transformers.video_utils import load_video
 
 from sensorium.errors import MediaError, MediaTooLargeError, MediaTypeError
-from sensorium.multimodal.media import MediaLimits, VideoFrames, VideoMetadata, VideoSampling, decode_video
+from sensorium.multimodal.media import (
+    MediaLimits,
+    VideoFrames,
+    VideoMetadata,
+    VideoSampling,
+    decode_video,
+    video_decode,
+)
 from sensorium.multimodal.media import video as video_module
 from sensorium.multimodal.media.container import Deadline, open_container
 from sensorium.multimodal.media.encode import encode_image, encode_video, frames_to_jpeg_data_url
 from sensorium.multimodal.media.local import read_data_url
+from sensorium.multimodal.media.video_index import VideoIndex
 from tests.multimodal.media.hostile_server import HostileServer
 from tests.multimodal.media.samples import clip, encode_frames, numbered_frames, sound
 
@@ -95,6 +104,28 @@ def test_sparse_frames_equal_those_decoded_in_sequence(name: str, capfd: pytest.
         assert np.array_equal(decoded.frames, expected[indices])
 
 
+@pytest.mark.parametrize("name", ["h264 open groups", "mpeg4 with b frames", "vp9 hidden frames"])
+def test_seeks_that_land_too_late_are_noticed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A demuxer that jumps beyond the frame wanted: the clip is decoded from the start instead."""
+    format, codec, options = SEEKABLE[name]
+    data = encode_frames(numbered_frames(150), format, codec, "yuv420p", options)
+    real = video_module.index_packets
+
+    def misleads(*args: object) -> VideoIndex:
+        index = real(*args)  # type: ignore[arg-type]
+        assert index.seek_table is not None
+        keys = index.seek_table.keys
+        later = [*keys[1:], keys[-1]]
+        wrong = tuple(replace(key, seek_time=other.seek_time) for key, other in zip(keys, later, strict=True))
+        return replace(index, seek_table=replace(index.seek_table, keys=wrong))
+
+    expected = in_sequence(data)
+    monkeypatch.setattr(video_module, "index_packets", misleads)
+    for num_frames in (3, 7):
+        decoded = decode_video(data, sampler=VideoSampling(num_frames=num_frames))
+        assert np.array_equal(decoded.frames, expected[list(decoded.metadata.frames_indices)])
+
+
 def test_seeking_skips_most_of_a_long_clip(monkeypatch: pytest.MonkeyPatch) -> None:
     data = encode_video(numbered_frames(600), 30, "mp4", {"g": "20"})
     limits = MediaLimits(max_video_decoded_frames=250)
@@ -157,8 +188,6 @@ def test_packets_that_hold_no_frame_lead_to_a_second_choice(monkeypatch: pytest.
     real = video_module.index_packets
 
     def overstates(*args: object) -> object:
-        from dataclasses import replace
-
         return replace(real(*args), num_frames=90, seek_table=None)  # type: ignore[arg-type]
 
     monkeypatch.setattr(video_module, "index_packets", overstates)
@@ -166,6 +195,19 @@ def test_packets_that_hold_no_frame_lead_to_a_second_choice(monkeypatch: pytest.
     assert decoded.metadata.total_num_frames == 60
     assert decoded.metadata.frames_indices == (0, 12, 24, 36, 48)
     assert decoded.metadata.duration_s == 6.0
+
+
+def test_container_that_calls_ordinary_frames_key_frames() -> None:
+    """Decoding can't start there; only decoding from the start gives the true pictures."""
+    data = encode_frames(
+        numbered_frames(150), "mov", "mpeg4", "yuv420p", {"g": "30", "bf": "0", "sc_threshold": "1000000000"}
+    )
+    keys = np.array([1, 31, 61, 91, 121], ">u4")
+    assert keys.tobytes() in data
+    lying = data.replace(keys.tobytes(), (keys + [0, 15, 15, 15, 15]).astype(">u4").tobytes())
+    decoded = decode_video(lying, sampler=VideoSampling(num_frames=3))
+    assert decoded.metadata.frames_indices == (0, 50, 100)
+    assert np.array_equal(decoded.frames, in_sequence(data)[[0, 50, 100]])
 
 
 def test_declared_size_smaller_than_the_stream() -> None:
@@ -178,6 +220,16 @@ def test_declared_size_smaller_than_the_stream() -> None:
         with pytest.raises(MediaError):
             decode_video(each, limits)
         assert decode_video(each).frames.shape == (3, 480, 640, 3)
+
+
+def test_decoders_refuse_huge_frames_by_themselves(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The last fence: even if no size that we see is beyond the budget, nothing of that size is allocated."""
+    monkeypatch.setattr(video_module, "check_frame_size", lambda *args: None)
+    monkeypatch.setattr(video_decode, "check_frame_size", lambda *args: None)
+    data = encode_video(np.zeros((3, 480, 640, 3), np.uint8), 10, "mp4")
+    with pytest.raises(MediaError, match="corrupt"):
+        decode_video(data, MediaLimits(max_video_frame_pixels=480 * 640 // 4 - 1))
+    assert decode_video(data, MediaLimits(max_video_frame_pixels=480 * 640)).frames.shape == (3, 480, 640, 3)
 
 
 # --- orientation and transparency ---
