@@ -98,7 +98,9 @@ class TransformersAnswerer:
             inputs.update(self._images(images=images, input_data_format="channels_last", return_tensors="pt"))
         if clips := [item.data for item in media if item.modality == "video"]:
             patches = [patchify(torch.from_numpy(clip)[None]) for clip in clips]
-            sides = [(clip.shape[1] // self._images.patch_size, clip.shape[2] // self._images.patch_size) for clip in clips]
+            sides = [
+                (clip.shape[1] // self._images.patch_size, clip.shape[2] // self._images.patch_size) for clip in clips
+            ]
             inputs["pixel_values_videos"] = torch.cat([patch.flatten(0, 1) for patch in patches])
             inputs["video_grid_thw"] = torch.tensor(
                 [(len(patch), *side) for patch, side in zip(patches, sides, strict=True)]
@@ -142,7 +144,10 @@ def _openai_part(part: dict[str, Any]) -> dict[str, Any]:
         case "image":
             return {"type": "image_url", "image_url": {"url": _data_url("image/png", _png(part["image"]))}}
         case "video":
-            return {"type": "video_url", "video_url": {"url": _data_url("video/x-matroska", _lossless_clip(part["video"]))}}
+            return {
+                "type": "video_url",
+                "video_url": {"url": _data_url("video/x-matroska", _lossless_clip(part["video"]))},
+            }
         case "audio":
             audio = base64.b64encode(_wav(part["audio"])).decode()
             return {"type": "input_audio", "input_audio": {"data": audio, "format": "wav"}}

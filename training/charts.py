@@ -94,7 +94,9 @@ def sample_chart(rng: random.Random, width: int, height: int, split: str) -> Cha
 def ask_value(chart: Chart, rng: random.Random) -> Turn | None:
     """The value of a bar, or that there is no such bar."""
     label = rng.choice(chart.labels) if rng.random() < 0.9 else rng.choice(_LABELS)
-    question = rng.choice((f"What is the value of bar {label}?", f"What is the value of {label}?", f"How high is bar {label}?"))
+    question = rng.choice(
+        (f"What is the value of bar {label}?", f"What is the value of {label}?", f"How high is bar {label}?")
+    )
     if label not in chart.labels:
         return Turn("absent", question, f"I can't tell: there is no bar {label}.")
     return Turn("chart", question, f"The value of {label} is {chart.values[chart.labels.index(label)]}.")
@@ -124,7 +126,9 @@ def ask_bar_count(chart: Chart, rng: random.Random) -> Turn | None:
 def ask_bar_color(chart: Chart, rng: random.Random) -> Turn | None:
     """The colour of a bar."""
     index = rng.randrange(len(chart.labels))
-    return Turn("chart", f"What color is bar {chart.labels[index]}?", f"Bar {chart.labels[index]} is {chart.colors[index]}.")
+    return Turn(
+        "chart", f"What color is bar {chart.labels[index]}?", f"Bar {chart.labels[index]} is {chart.colors[index]}."
+    )
 
 
 def ask_description(chart: Chart, rng: random.Random) -> Turn | None:

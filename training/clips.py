@@ -120,7 +120,9 @@ def ask_motion(clip: Clip, rng: random.Random) -> Turn | None:
     """Which way a shape moves."""
     actor = rng.choice(clip.actors)
     name = actor.shape.name
-    question = rng.choice((f"Which way does the {name} move?", f"Where does the {name} move?", f"How does the {name} move?"))
+    question = rng.choice(
+        (f"Which way does the {name} move?", f"Where does the {name} move?", f"How does the {name} move?")
+    )
     answer = f"The {name} moves {actor.direction}." if actor.direction else f"The {name} does not move."
     return Turn("motion", question, answer)
 

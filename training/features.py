@@ -65,7 +65,9 @@ def log_mel(waveforms: Tensor) -> Tensor:
 def mel_filters() -> Tensor:
     """Triangular filters on Slaney's mel scale with area normalisation: float32 ``(201, NUM_MEL_BINS)``."""
     fft_hertz = torch.linspace(0, SAMPLE_RATE / 2, 1 + _N_FFT // 2, dtype=torch.float64)
-    edge_mels = torch.linspace(_hertz_to_mel(0.0), _hertz_to_mel(SAMPLE_RATE / 2), NUM_MEL_BINS + 2, dtype=torch.float64)
+    edge_mels = torch.linspace(
+        _hertz_to_mel(0.0), _hertz_to_mel(SAMPLE_RATE / 2), NUM_MEL_BINS + 2, dtype=torch.float64
+    )
     edges = torch.tensor([_mel_to_hertz(float(mel)) for mel in edge_mels], dtype=torch.float64)
     slopes = edges[None, :] - fft_hertz[:, None]
     widths = edges.diff()
@@ -92,5 +94,3 @@ def _mel_to_hertz(mel: float) -> float:
 
 
 _LOG_STEP = float(torch.log(torch.tensor(6.4, dtype=torch.float64)))
-
-

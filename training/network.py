@@ -47,7 +47,9 @@ class Batch:
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU are asynchronous."""
         names = self.__slots__
-        return Batch(**{name: None if (tensor := getattr(self, name)) is None else tensor.pin_memory() for name in names})
+        return Batch(
+            **{name: None if (tensor := getattr(self, name)) is None else tensor.pin_memory() for name in names}
+        )
 
 
 class RMSNorm(nn.Module):
@@ -105,9 +107,7 @@ class VisionAttention(nn.Module):
     def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor | None) -> Tensor:
         """``(batch, patches, size)``; ``mask`` is ``(patches, patches)``, True where attention is allowed."""
         query, key, value = (_split_heads(layer(hidden_states), self.num_heads) for layer in (self.q, self.k, self.v))
-        attended = F.scaled_dot_product_attention(
-            rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask
-        )
+        attended = F.scaled_dot_product_attention(rotate(query, cos, sin), rotate(key, cos, sin), value, attn_mask=mask)
         return self.proj(_merge_heads(attended))  # type: ignore[no-any-return]
 
 

@@ -104,7 +104,9 @@ def sample_text(rng: random.Random, max_length: int) -> str:
     if form < 0.35:
         return "".join(rng.choices(string.digits, k=min(length, 6)))
     if form < 0.42:
-        return rng.choice((f"{rng.randint(0, 99)}%", f"${rng.randint(0, 999)}", f"{rng.randint(0, 99)}.{rng.randint(0, 9)}"))
+        return rng.choice(
+            (f"{rng.randint(0, 99)}%", f"${rng.randint(0, 999)}", f"{rng.randint(0, 99)}.{rng.randint(0, 9)}")
+        )
     if form < 0.52:
         return "".join(rng.choices(_CODE_LETTERS + "23456789", k=max(length, 2)))
     words = [word for word in _printed_words() if len(word) <= max_length]

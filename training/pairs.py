@@ -108,9 +108,7 @@ def ask_more(pair: Pair, rng: random.Random) -> Turn | None:
     """Which picture has more shapes."""
     difference = len(pair.first.shapes) - len(pair.second.shapes)
     answers = {0: "Both images have the same number of shapes.", 1: "The first image has more shapes."}
-    return Turn(
-        "compare", "Which image has more shapes?", answers.get(difference, "The second image has more shapes.")
-    )
+    return Turn("compare", "Which image has more shapes?", answers.get(difference, "The second image has more shapes."))
 
 
 def ask_count_in_one(pair: Pair, rng: random.Random) -> Turn | None:

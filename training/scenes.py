@@ -111,7 +111,9 @@ def ask_color(scene: Scene, rng: random.Random) -> Turn | None:
     """The colour of the only shape of its kind, or that there is none."""
     kind = rng.choice([s.kind for s in scene.shapes]) if scene.shapes and rng.random() < 0.85 else rng.choice(KINDS)
     matches = [shape for shape in scene.shapes if shape.kind == kind]
-    question = rng.choice((f"What color is the {kind}?", f"What is the color of the {kind}?", f"Which color is the {kind}?"))
+    question = rng.choice(
+        (f"What color is the {kind}?", f"What is the color of the {kind}?", f"Which color is the {kind}?")
+    )
     if not matches:
         return Turn("absent", question, f"I can't tell: there is no {kind}.")
     return Turn("scene", question, f"The {kind} is {matches[0].color}.") if len(matches) == 1 else None
@@ -125,7 +127,9 @@ def ask_kind(scene: Scene, rng: random.Random) -> Turn | None:
     question = rng.choice((f"What is the {color} shape?", f"What shape is {color}?", f"Which shape is {color}?"))
     if not matches:
         return Turn("absent", question, f"I can't tell: there is no {color} shape.")
-    return Turn("scene", question, f"The {color} shape is {with_article(matches[0].kind)}.") if len(matches) == 1 else None
+    return (
+        Turn("scene", question, f"The {color} shape is {with_article(matches[0].kind)}.") if len(matches) == 1 else None
+    )
 
 
 def ask_place(scene: Scene, rng: random.Random) -> Turn | None:
@@ -231,7 +235,9 @@ def ask_json(scene: Scene, rng: random.Random) -> Turn | None:
     if form < 0.65:
         counts = Counter(shape.color for shape in scene.shapes)
         table = {color: counts[color] for color in COLOR_NAMES if counts[color]}
-        return Turn("json", "Count the shapes by color. Answer in JSON.", json.dumps(table)) if len(table) <= 4 else None
+        return (
+            Turn("json", "Count the shapes by color. Answer in JSON.", json.dumps(table)) if len(table) <= 4 else None
+        )
     name = pick_name(scene, rng, 1.0)
     matches = [shape for shape in scene.shapes if shape.name == name]
     if form < 0.8:

@@ -51,9 +51,7 @@ class SpeechBank:
             samples = decode_mu_law(archive["samples"])
             ends = np.cumsum(archive["lengths"])
         clips = np.split(samples, ends[:-1])
-        waveforms = {
-            word: clips[index * len(voices) : (index + 1) * len(voices)] for index, word in enumerate(words)
-        }
+        waveforms = {word: clips[index * len(voices) : (index + 1) * len(voices)] for index, word in enumerate(words)}
         return cls(waveforms, voices)
 
 

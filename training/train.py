@@ -164,7 +164,9 @@ def main() -> None:
     trainer.load()
     ramp = int(arguments.ramp * settings.steps * settings.micro_batches)
     data = Batches(settings.seed, arguments.bank, settings.tokens, ramp)
-    probe = Probe(arguments.held_out_bank, arguments.probe_items, batches_per_world=3) if arguments.probe_items else None
+    probe = (
+        Probe(arguments.held_out_bank, arguments.probe_items, batches_per_world=3) if arguments.probe_items else None
+    )
     run(trainer, data, probe, arguments.max_seconds, arguments.save_every)
 
 

@@ -22,7 +22,7 @@ from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
 
-FAMILIES = ("llama", "qwen2", "llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio")
+FAMILIES = ("llama", "qwen2", "llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
 MULTIMODAL = FAMILIES[2:]
 
 WAYS: dict[str, dict[str, Any]] = {

@@ -203,6 +203,43 @@ def qwen2_audio_config() -> transformers.PretrainedConfig:
     )
 
 
+def qwen2_5_omni_thinker_config() -> transformers.PretrainedConfig:
+    ids, media_ids = token_ids(), qwen_media_ids()
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "out_hidden_size": HIDDEN_SIZE,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": PATCH_SIZE,
+        "window_size": 56,
+        "fullatt_block_indexes": [1],
+    }
+    audio = {
+        "num_mel_bins": 16,
+        "encoder_layers": 2,
+        "encoder_attention_heads": 2,
+        "encoder_ffn_dim": 48,
+        "d_model": 32,
+        "output_dim": HIDDEN_SIZE,
+        "max_source_positions": 50,
+        "n_window": 20,  # chunks of 40 frames, of which a sound has up to three
+    }
+    return transformers.Qwen2_5OmniThinkerConfig(
+        text_config=qwen_text_settings(),
+        vision_config=vision,
+        audio_config=audio,
+        image_token_index=media_ids["image_token_id"],
+        video_token_index=media_ids["video_token_id"],
+        audio_token_index=ids["<|AUDIO|>"],
+        audio_start_token_id=ids["<|audio_bos|>"],
+        audio_end_token_id=ids["<|audio_eos|>"],
+        vision_start_token_id=media_ids["vision_start_token_id"],
+        vision_end_token_id=media_ids["vision_end_token_id"],
+        position_id_per_seconds=4,
+    )
+
+
 QWEN_VL_NAMES = {"model.language_model.": "model.", "model.visual.": "visual."}
 LLAVA_NAMES = {
     "model.language_model.": "language_model.model.",
@@ -266,6 +303,17 @@ AUDIO_FILES: dict[str, Mapping[str, Any]] = {
     },
 }
 
+OMNI_NAMES = {**QWEN_VL_NAMES, "model.audio_tower.": "audio_tower."}
+OMNI_FILES: dict[str, Mapping[str, Any]] = {
+    **QWEN_VL_FILES,
+    # One file for pictures and sounds, as on the hub.
+    "preprocessor_config.json": {
+        **QWEN_VL_FILES["preprocessor_config.json"],
+        **AUDIO_FILES["preprocessor_config.json"],
+        "processor_class": "Qwen2_5OmniProcessor",
+    },
+}
+
 LLAVA = "LlavaForConditionalGeneration"
 FAMILIES: dict[str, Family] = {
     "llama": Family("LlamaForCausalLM", lambda: transformers.LlamaConfig(**text_settings())),
@@ -312,6 +360,13 @@ FAMILIES: dict[str, Family] = {
         AUDIO_NAMES,
         {"AUDIO": "<|audio_bos|><|AUDIO|><|audio_eos|>"},
         AUDIO_FILES,
+    ),
+    "qwen2_5_omni_thinker": Family(
+        "Qwen2_5OmniThinkerForConditionalGeneration",
+        qwen2_5_omni_thinker_config,
+        OMNI_NAMES,
+        {**QWEN_PLACEHOLDERS, "AUDIO": "<|audio_bos|><|AUDIO|><|audio_eos|>"},
+        OMNI_FILES,
     ),
 }
 

@@ -6,6 +6,7 @@ the ids and tensors equal those of Hugging Face's processors is shown apart from
 
 from __future__ import annotations
 
+import inspect
 from typing import Any
 
 import torch
@@ -35,6 +36,8 @@ def hf_inputs(request: EngineRequest) -> dict[str, Any]:
 def hf_greedy(model: Any, request: EngineRequest, num_tokens: int) -> list[int]:
     """`num_tokens` greedy tokens, past any end-of-sequence token."""
     inputs = hf_inputs(request)
+    if "mm_token_type_ids" not in inspect.signature(model.forward).parameters:
+        inputs.pop("mm_token_type_ids", None)
     model.generation_config.eos_token_id = None
     output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
     tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()

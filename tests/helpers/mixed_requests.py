@@ -54,13 +54,15 @@ QWEN_VL = {
     "image": Media("<|vision_start|><|image_pad|><|vision_end|>", picture, 3),
     "video": Media("<|vision_start|><|video_pad|><|vision_end|>", clip, 2),
 }
+AUDIO = Media("<|audio_bos|><|AUDIO|><|audio_eos|>", sound, 2)
 MEDIA: dict[str, dict[str, Media]] = {
     "llama": {},
     "qwen2": {},
     "llava": {"image": Media("<image>", picture, 3)},
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,
-    "qwen2_audio": {"audio": Media("<|audio_bos|><|AUDIO|><|audio_eos|>", sound, 2)},
+    "qwen2_audio": {"audio": AUDIO},
+    "qwen2_5_omni_thinker": {**QWEN_VL, "audio": AUDIO},
 }
 LIMITS = {"image": 3, "video": 2, "audio": 2}
 
