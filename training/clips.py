@@ -47,8 +47,7 @@ class Clip:
     def render(self, rng: random.Random) -> Pixels:
         """The clip as pixels ``(frames, height, width, 3)``."""
         smooth = 2 if rng.random() < 0.5 else 1
-        frames = np.stack([self._frame(index, smooth) for index in range(self.num_frames)])
-        return frames
+        return np.stack([self._frame(index, smooth) for index in range(self.num_frames)])
 
     def _frame(self, index: int, supersample: int) -> Pixels:
         canvas = Image.new("RGB", (self.width * supersample, self.height * supersample), self.background)

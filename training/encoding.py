@@ -136,4 +136,4 @@ class _Writer:
         positions = np.stack([axis.ravel() for axis in np.meshgrid(*axes, indexing="ij")]) + self._next
         self._positions.append(positions)
         self._next = int(positions.max()) + 1
-        return positions.shape[1]
+        return int(positions.shape[1])

@@ -37,7 +37,7 @@ def patchify(frames: Tensor) -> Tensor:
         *(rows // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE),
         *(columns // MERGE_SIZE, MERGE_SIZE, PATCH_SIZE, channels),
     )
-    #   b, slot, frame, row block, row, y, column block, column, x, c -> b, slot, row block, column block, row, column, c, ...
+    # To: batch, slot, row block, column block, row, column | channel, frame, y, x.
     patches = blocks.permute(0, 1, 3, 6, 4, 7, 9, 2, 5, 8)
     flat = patches.reshape(batch * slots, rows * columns, -1)
     return flat.float() / 127.5 - 1.0

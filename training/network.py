@@ -7,6 +7,7 @@ compares them); what differs is that nothing is ragged, which lets a GPU run tho
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,18 +39,16 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         """The batch on another device."""
-        moved: dict[str, Any] = {
-            name: None if (tensor := getattr(self, name)) is None else tensor.to(device, non_blocking=True)
-            for name in self.__slots__
-        }
-        return Batch(**moved)
+        return self._each(lambda tensor: tensor.to(device, non_blocking=True))
 
     def pin_memory(self) -> Batch:
         """The batch in page-locked memory, from which copies to a GPU are asynchronous."""
-        names = self.__slots__
-        return Batch(
-            **{name: None if (tensor := getattr(self, name)) is None else tensor.pin_memory() for name in names}
-        )
+        return self._each(lambda tensor: tensor.pin_memory())
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> Batch:
+        tensors: dict[str, Any] = {name: getattr(self, name) for name in self.__slots__}
+        changed: dict[str, Any] = {name: None if each is None else change(each) for name, each in tensors.items()}
+        return Batch(**changed)
 
 
 class RMSNorm(nn.Module):
@@ -88,7 +87,7 @@ def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 def _split_heads(states: Tensor, num_heads: int) -> Tensor:
-    return states.unflatten(-1, (num_heads, -1)).transpose(1, 2)
+    return states.view(*states.shape[:2], num_heads, -1).transpose(1, 2)
 
 
 def _merge_heads(states: Tensor) -> Tensor:
@@ -253,7 +252,7 @@ class AudioTower(nn.Module):
         self.proj = nn.Linear(size, AUDIO_CONFIG["output_dim"])
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
-        """``(batch, samples)``, a whole number of chunks, to ``(batch, rows, hidden_size)``; rows past an end are junk."""
+        """``(batch, samples)``, whole chunks, to ``(batch, rows, hidden_size)``; rows past a clip's end are junk."""
         chunk = 2 * AUDIO_CONFIG["n_window"]
         with torch.autocast(waveforms.device.type, enabled=False):
             mel = log_mel(waveforms)
@@ -342,7 +341,7 @@ def _mrope(positions: Tensor) -> tuple[Tensor, Tensor]:
     head_dim = TEXT_CONFIG["hidden_size"] // TEXT_CONFIG["num_attention_heads"]
     rope = TEXT_CONFIG["rope_parameters"]
     angles = positions[..., None].float() * _inverse_frequencies(head_dim, positions.device, rope["rope_theta"])
-    sections = angles.split(rope["mrope_section"], dim=-1)
+    sections = torch.split(angles, rope["mrope_section"], dim=-1)
     mixed = torch.cat([section[axis] for axis, section in enumerate(sections)], dim=-1)
     mixed = torch.cat((mixed, mixed), dim=-1)[:, None]
     return mixed.cos(), mixed.sin()

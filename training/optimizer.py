@@ -26,7 +26,8 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     for _ in range(_NUM_ITERATIONS):
         gram = x @ x.mT
         x = a * x + (b * gram + c * gram @ gram) @ x
-    return x.mT if is_tall else x
+    result: Tensor = x.mT if is_tall else x
+    return result
 
 
 class Muon(torch.optim.Optimizer):
@@ -41,14 +42,14 @@ class Muon(torch.optim.Optimizer):
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         """Update every matrix that has a gradient."""
         for group in self.param_groups:
-            by_shape: dict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            by_shape: dict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     by_shape[parameter.shape].append(parameter)
             for parameters in by_shape.values():
                 self._step_stack(parameters, group)
 
-    def _step_stack(self, parameters: list[nn.Parameter], group: dict[str, Any]) -> None:
+    def _step_stack(self, parameters: list[Tensor], group: dict[str, Any]) -> None:
         for parameter in parameters:
             if "momentum" not in self.state[parameter]:
                 self.state[parameter]["momentum"] = torch.zeros_like(parameter)
@@ -65,7 +66,8 @@ class Muon(torch.optim.Optimizer):
 
 def build_optimizers(network: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the two-dimensional weights inside towers and decoder, AdamW for the rest."""
-    matrices, others = [], []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in network.named_parameters():
         is_table = "embed" in name or name.startswith("lm_head") or "bos_eos" in name
         (matrices if parameter.ndim == 2 and not is_table else others).append(parameter)

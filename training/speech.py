@@ -58,13 +58,16 @@ class SpeechBank:
 def encode_mu_law(samples: npt.NDArray[np.float32]) -> npt.NDArray[np.uint8]:
     """Compress samples in [-1, 1] to 8 bits (ITU-T G.711's curve, mu = 255, without its segments)."""
     compressed = np.sign(samples) * np.log1p(255.0 * np.abs(samples)) / np.log(256.0)
-    return np.round((compressed + 1.0) * 127.5).astype(np.uint8)
+    codes: npt.NDArray[np.uint8] = np.round((compressed + 1.0) * 127.5).astype(np.uint8)
+    return codes
 
 
 def decode_mu_law(codes: npt.NDArray[np.uint8]) -> npt.NDArray[np.float32]:
     """The inverse of :func:`encode_mu_law`, up to its rounding."""
     compressed = codes.astype(np.float32) / 127.5 - 1.0
-    return (np.sign(compressed) * np.expm1(np.abs(compressed) * np.log(256.0)) / 255.0).astype(np.float32)
+    samples = np.sign(compressed) * np.expm1(np.abs(compressed) * np.log(256.0)) / 255.0
+    decoded: npt.NDArray[np.float32] = samples.astype(np.float32)
+    return decoded
 
 
 def voices_of(split: str) -> list[str]:
@@ -80,12 +83,13 @@ def speak(word: str, voice: str, words_per_minute: int, pitch: int) -> npt.NDArr
     spoken = subprocess.run(command, check=True, capture_output=True).stdout
     with wave.open(io.BytesIO(spoken)) as reader:
         rate = reader.getframerate()
-        # A stream's header does not know its length, so the frame count it states is not to be trusted.
-        raw = np.frombuffer(spoken[44:], dtype="<i2").astype(np.float32) / 32768.0
+    # Written to a pipe, the header doesn't know the number of frames: everything behind its 44 bytes is sound.
+    raw = np.frombuffer(spoken[44:], dtype="<i2").astype(np.float32) / 32768.0
     samples = resample(raw, SAMPLE_RATE / rate)
     loud = np.flatnonzero(np.abs(samples) > 0.02 * np.abs(samples).max())
     trimmed = samples[max(loud[0] - 160, 0) : loud[-1] + 320]
-    return (0.9 * trimmed / np.abs(trimmed).max()).astype(np.float32)
+    scaled: npt.NDArray[np.float32] = (0.9 * trimmed / np.abs(trimmed).max()).astype(np.float32)
+    return scaled
 
 
 def resample(samples: npt.NDArray[np.float32], ratio: float) -> npt.NDArray[np.float32]:

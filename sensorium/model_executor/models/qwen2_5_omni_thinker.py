@@ -255,7 +255,7 @@ class ThinkerAudioEncoder(WhisperEncoder):
         chunks = []
         for sound, n in zip(features, num_frames, strict=True):
             own = F.pad(sound[:, :n], (0, -n % self.chunk))
-            chunks.append(own.unflatten(1, (-1, self.chunk)).transpose(0, 1))
+            chunks.append(own.view(own.shape[0], -1, self.chunk).transpose(0, 1))
         return torch.cat(chunks).to(self.conv1.weight.dtype)
 
     def _embed(self, chunks: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
@@ -316,16 +316,14 @@ class Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5_VLForConditionalGenerat
         """See `MediaLanguageModel`."""
         return [*super().placeholder_token_ids(), self.config.audio_token_id]
 
-    def encode_media(
-        self, input_features: Any = None, feature_attention_mask: Any = None, audio_embeds: Any = None, **kwargs: Any
-    ) -> dict[int, Sequence[torch.Tensor]]:
+    def encode_media(self, *vision: Any, **kwargs: Any) -> dict[int, Sequence[torch.Tensor]]:
         """See `MediaLanguageModel`; pictures and clips as Qwen2-VL's, sounds as Qwen2-Audio's."""
-        encoded = super().encode_media(**kwargs)
-        token_id = self.config.audio_token_id
-        if audio_embeds is not None:
-            encoded[token_id] = given_rows(audio_embeds)
-        elif input_features is not None:
-            num_frames = stacked(feature_attention_mask, 1).sum(-1).tolist()
-            rows = self.audio_tower(stacked(input_features, 2), num_frames)
+        encoded = super().encode_media(*vision, **kwargs)
+        token_id, features = self.config.audio_token_id, kwargs.get("input_features")
+        if kwargs.get("audio_embeds") is not None:
+            encoded[token_id] = given_rows(kwargs["audio_embeds"])
+        elif features is not None:
+            num_frames = stacked(kwargs["feature_attention_mask"], 1).sum(-1).tolist()
+            rows = self.audio_tower(stacked(features, 2), num_frames)
             encoded[token_id] = torch.split(rows, [num_rows_of(each) for each in num_frames])
         return encoded
