@@ -30,15 +30,11 @@ def config_of(family: str) -> Any:
     return Qwen2_5_VLConfig(vision_config={"spatial_merge_size": 2, "tokens_per_second": 4}, **ids)
 
 
-def reference(
-    config: Any, ids: list[int], images: list[Any], videos: list[Any], seconds: list[float] | None
-) -> Any:
+def reference(config: Any, ids: list[int], images: list[Any], videos: list[Any], seconds: list[float] | None) -> Any:
     """Hugging Face's own method, called on an object that has only what it reads."""
     model: Any = Qwen2VLModel if isinstance(config, Qwen2VLConfig) else Qwen2_5_VLModel
     stand_in = SimpleNamespace(config=config)
-    stand_in.get_vision_position_ids = lambda *args, **kwargs: model.get_vision_position_ids(
-        stand_in, *args, **kwargs
-    )
+    stand_in.get_vision_position_ids = lambda *args, **kwargs: model.get_vision_position_ids(stand_in, *args, **kwargs)
     token_ids = torch.tensor([ids])
     extra = {} if seconds is None else {"second_per_grid_ts": torch.tensor(seconds)}
     positions, delta = model.get_rope_index(
@@ -72,9 +68,7 @@ def test_positions_equal_hugging_face_on_random_mixes(family: str) -> None:
     config = config_of(family.partition(" ")[0])
     for _ in range(40):
         ids, images, videos = random_prompt(rng, int(rng.integers(0, 5)))
-        seconds = (
-            rng.uniform(0.05, 3.0, len(videos)).astype(np.float32).tolist() if "times" in family else None
-        )
+        seconds = rng.uniform(0.05, 3.0, len(videos)).astype(np.float32).tolist() if "times" in family else None
         expected, expected_delta = reference(config, ids, images, videos, seconds)
         positions, delta = get_mrope_positions(
             ids,
@@ -123,9 +117,5 @@ def test_tokens_that_do_not_match_the_grids_are_refused(ids: list[int], grids: A
 
 def test_one_time_for_each_video() -> None:
     config = config_of("qwen2_5_vl")
-    with pytest.raises(
-        InvalidRequestError, match="second_per_grid_ts: got 2 values, expected one for each of 1"
-    ):
-        get_mrope_positions(
-            [VIDEO], hf_config=config, video_grid_thw=[[1, 2, 2]], second_per_grid_ts=[1.0, 2.0]
-        )
+    with pytest.raises(InvalidRequestError, match="second_per_grid_ts: got 2 values, expected one for each of 1"):
+        get_mrope_positions([VIDEO], hf_config=config, video_grid_thw=[[1, 2, 2]], second_per_grid_ts=[1.0, 2.0])
