@@ -52,6 +52,11 @@ def copy_weight(target: torch.Tensor, loaded: torch.Tensor, what: str) -> None:
     target.copy_(loaded)
 
 
+def without_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """A stand-in for a parameter whose values lie elsewhere: its shape and dtype, on the meta device."""
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)
+
+
 def refuse_quantization(quant_config: object, prefix: str) -> None:
     """Raise `ModelError` if a layer is asked to be quantized, which nothing here does yet."""
     if quant_config is not None:
@@ -101,10 +106,11 @@ class LinearBase(nn.Module):
 
     def process_weights_after_loading(self) -> None:
         """Lay the weight out for the kernels. The plain copy is given up where the layout is another one."""
-        packed = pack(self.weight)
-        if packed.plain is None or packed.plain.data_ptr() != self.weight.data_ptr():
-            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
-        self._packed = packed
+        self._packed = pack(self.weight)
+        if self._packed.panels is not None:
+            self.weight = without_memory(self.weight)
+            # As a buffer it counts among the model's tensors.
+            self.register_buffer("packed_weight", self._packed.panels, persistent=False)
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
         """`(..., input_size)` to `(..., output_size)`, and the bias if it was not added."""

@@ -9,7 +9,12 @@ from torch import nn
 from torch.nn import functional as F
 
 from sensorium.kernels import PackedWeight, pack, packed_linear
-from sensorium.model_executor.layers.linear import copy_weight, new_parameter, refuse_quantization
+from sensorium.model_executor.layers.linear import (
+    copy_weight,
+    new_parameter,
+    refuse_quantization,
+    without_memory,
+)
 
 DEFAULT_VOCAB_PADDING_SIZE = 64
 
@@ -115,11 +120,11 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def process_weights_after_loading(self) -> None:
         """Lay the table out for the kernels. The plain copy is given up unless the embeddings need it."""
-        packed = pack(self.weight)
-        is_copy = packed.plain is None or packed.plain.data_ptr() != self.weight.data_ptr()
-        if is_copy and not self._is_tied:
-            self.weight = nn.Parameter(self.weight.to("meta"), requires_grad=False)
-        self._packed = packed
+        self._packed = pack(self.weight)
+        if self._packed.panels is not None:
+            if not self._is_tied:
+                self.weight = without_memory(self.weight)
+            self.register_buffer("packed_weight", self._packed.panels, persistent=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """A head is applied by `LogitsProcessor`, not called."""
