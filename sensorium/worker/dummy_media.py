@@ -95,7 +95,10 @@ def vary(item: Any, seed: int) -> Any:
     if isinstance(item, np.ndarray):
         if item.dtype == np.uint8:
             return rng.integers(0, 256, item.shape, dtype=np.uint8)
-        return (rng.standard_normal(item.shape) * 0.1).astype(item.dtype) if item.dtype.kind == "f" else item
+        if item.dtype.kind != "f":
+            return item
+        noise = rng.standard_normal(item.shape) * 0.1
+        return np.asarray(noise, dtype=item.dtype)
     if isinstance(item, torch.Tensor):
         if not item.is_floating_point():
             return item
@@ -104,8 +107,8 @@ def vary(item: Any, seed: int) -> Any:
         from PIL import Image
 
         width, height = item.size
-        noise = Image.fromarray(rng.integers(0, 256, (height, width, 3), dtype=np.uint8))
-        return noise.convert(item.mode)
+        pixels = rng.integers(0, 256, (height, width, 3), dtype=np.uint8)
+        return Image.fromarray(pixels).convert(item.mode)
     return item
 
 

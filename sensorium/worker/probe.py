@@ -24,8 +24,7 @@ from sensorium.model_executor.drivers import (
     TextDriver,
 )
 from sensorium.model_executor.drivers.carrier import Carrier, find_candidates
-from sensorium.model_executor.drivers.embeddings import EMBED_METHODS, ENCODE_METHODS
-from sensorium.model_executor.models.interfaces import overrides
+from sensorium.model_executor.models.interfaces import EMBED_INPUT_METHODS, EMBED_MULTIMODAL_METHODS, find_override
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media
 from sensorium.worker.kv_cache import LayerShape
@@ -50,16 +49,11 @@ def probe_model(
         placeholder_token_ids=MULTIMODAL_REGISTRY.get_placeholder_tokens(config.model_config),
         max_item_rows={modality: rows for modality, rows in max_rows.items() if rows},
     )
-    encode, embed = _tier_one_methods(type(model))
+    encode = find_override(type(model), EMBED_MULTIMODAL_METHODS)
+    embed = find_override(type(model), EMBED_INPUT_METHODS)
     if encode and embed and ForwardAdapter(model).accepts("inputs_embeds"):
         return _probe_tier_one(model, config, features, encode, embed, device)
     return _probe_tier_zero(model, config, features, shapes, device)
-
-
-def _tier_one_methods(cls: type) -> tuple[str | None, str | None]:
-    encode = next((name for name in ENCODE_METHODS if overrides(cls, name)), None)
-    embed = next((name for name in EMBED_METHODS if overrides(cls, name)), None)
-    return encode, embed
 
 
 def _probe_tier_one(

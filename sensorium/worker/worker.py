@@ -12,6 +12,7 @@ from torch import nn
 from sensorium.attention import Attention
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
+from sensorium.inputs import INPUT_REGISTRY
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
 from sensorium.model_executor.drivers import ModelDriver
@@ -61,6 +62,11 @@ class Worker:
             torch.set_num_threads(config.device_config.num_threads)
         with self._stage("load weights"):
             self._model = load_model(config).eval()
+        if INPUT_REGISTRY.has_dummy_encoder_data(type(self._model)):
+            raise ModelError(
+                f"{type(self._model).__name__}: got dummy encoder data, expected a model without cross-attention. "
+                "Models with an encoder sequence of their own are not served yet."
+            )
         layers = [module for module in self._model.modules() if isinstance(module, Attention)]
         if not layers:
             raise ModelError(

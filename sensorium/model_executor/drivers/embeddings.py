@@ -21,9 +21,6 @@ from sensorium.model_executor.drivers.base import (
 from sensorium.model_executor.drivers.encoder_outputs import split_rows
 from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
 
-ENCODE_METHODS = ("get_multimodal_embeddings", "embed_multimodal", "process_mm_inputs")
-EMBED_METHODS = ("get_input_embeddings", "embed_input_ids")
-
 
 class EmbeddingsDriver:
     """Encodes items in batches, embeds text, puts rows where they belong, and calls `forward(inputs_embeds=...)`.
