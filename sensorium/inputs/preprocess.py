@@ -267,9 +267,9 @@ class InputPreprocessor:
         kwargs = JoinedKwargs([item.kwargs or {} for item in items])
         hf_config = self._model_config.hf_config
         hook = getattr(self._model_config.model_class, _MROPE_HOOK, None)
-        if hook is None:
-            return positions_from_kwargs(token_ids, hf_config, kwargs)
         with request_errors(_MROPE_HOOK, "prompt"):
+            if hook is None:
+                return positions_from_kwargs(token_ids, hf_config, kwargs)
             return checked_positions(hook(token_ids, hf_config, kwargs), len(token_ids))
 
     def _resolve_sampling(self, params: SamplingParams, num_prompt_tokens: int, *, pooling: bool) -> SamplingParams:

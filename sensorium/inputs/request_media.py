@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from sensorium.errors import ProcessorError
 from sensorium.inputs import admission
 from sensorium.inputs.media_data import MediaData
@@ -221,7 +223,10 @@ class RequestMedia:
             return rows
         vision_config = getattr(self._stage.config.model_config.hf_config, "vision_config", None)
         merge = getattr(vision_config, "spatial_merge_size", None)
-        return None if merge is None else int(grid.prod(-1).sum()) // merge**2
+        grid = np.asarray(grid)
+        if merge is None or grid.size % 3:
+            return None
+        return int(grid.reshape(-1, 3).prod(axis=-1).sum()) // int(merge) ** 2
 
     # Mapping
 

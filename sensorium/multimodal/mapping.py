@@ -7,6 +7,7 @@ becomes n calls with one-element lists, so that each item can be cached, encoded
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
@@ -77,7 +78,8 @@ class MediaMapper:
     def _call(self, modality: str, data: Any, mm_processor_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         plugin = self._registry.get_plugin(modality)
         with request_errors(f"{modality} input mapper", f"{modality} data"):
-            return plugin.map_input(self._model_config, data, mm_processor_kwargs)
+            mapped = plugin.map_input(self._model_config, data, mm_processor_kwargs)
+        return own_memory(mapped, data)
 
 
 @contextmanager
@@ -104,6 +106,50 @@ def _error_class(exc: Exception) -> type[RequestError]:
     if isinstance(exc, TypeError):
         return InvalidTypeError
     return InvalidRequestError if isinstance(exc, ValueError) else ProcessorError
+
+
+def own_memory(mapped: Mapping[str, Any], data: Any) -> Mapping[str, Any]:
+    """`mapped` with copies in place of values that lie in the caller's memory.
+
+    A mapper may wrap an array instead of copying it. What is cached, or waits for its step, must not change
+    when the caller fills the same array anew.
+    """
+    taken = list(_memory(data))
+    if not taken:
+        return mapped
+    owned = {key: _copied_where_shared(value, taken) for key, value in mapped.items()}
+    return mapped if all(owned[key] is value for key, value in mapped.items()) else type(mapped)(owned)  # type: ignore[call-arg]
+
+
+def _memory(value: Any) -> Iterator[tuple[int, int]]:
+    """Address ranges of the arrays and tensors in nested data."""
+    if isinstance(value, Mapping):
+        for item in value.values():
+            yield from _memory(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _memory(item)
+    elif (extent := _extent(value)) is not None:
+        yield extent
+
+
+def _extent(value: Any) -> tuple[int, int] | None:
+    if isinstance(value, np.ndarray):
+        return np.lib.array_utils.byte_bounds(value) if value.size else None
+    if hasattr(value, "untyped_storage") and value.device.type == "cpu":
+        storage = value.untyped_storage()
+        return storage.data_ptr(), storage.data_ptr() + storage.nbytes()
+    return None
+
+
+def _copied_where_shared(value: Any, taken: Sequence[tuple[int, int]]) -> Any:
+    if isinstance(value, list | tuple):
+        items = [_copied_where_shared(item, taken) for item in value]
+        return value if all(map(operator.is_, items, value)) else items
+    extent = _extent(value)
+    if extent is None or not any(start < extent[1] and extent[0] < end for start, end in taken):
+        return value
+    return value.copy() if isinstance(value, np.ndarray) else value.clone()
 
 
 def check_distinct(kwargs_by_modality: Mapping[str, Sequence[Mapping[str, Any]]]) -> None:

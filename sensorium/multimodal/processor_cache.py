@@ -104,18 +104,6 @@ class ProcessorCache:
                 self._num_bytes -= freed
                 self._evictions += 1
 
-    def discard(self, key: str) -> None:
-        """Forget a key, say because its rows turned out wrong. Unknown keys are fine."""
-        with self._lock:
-            if (entry := self._entries.pop(key, None)) is not None:
-                self._num_bytes -= entry[1]
-
-    def clear(self) -> None:
-        """Forget everything that is kept; running computations go on."""
-        with self._lock:
-            self._entries.clear()
-            self._num_bytes = 0
-
     def statistics(self) -> CacheStatistics:
         """A consistent reading of all counts."""
         with self._lock:

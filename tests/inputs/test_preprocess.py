@@ -489,11 +489,30 @@ def test_a_repeated_item_is_mapped_once() -> None:
     assert (statistics.hits, statistics.misses) == (1, 1)
 
 
+@pytest.mark.parametrize("kind", ["array", "tensor", "view"])
+def test_an_array_that_its_caller_fills_anew_changes_nothing_that_is_kept(kind: str) -> None:
+    def wrap(ctx: Any, data: Any) -> Any:
+        return {"pixel_values": [torch.as_tensor(item) for item in data], "constant": torch.ones(1)}
+
+    front = Front(new_model(mappers={"image": wrap}))
+    buffer = np.ones((6, 4), np.float32)
+    image = torch.from_numpy(buffer) if kind == "tensor" else buffer[::2] if kind == "view" else buffer
+    first = front.images(image).engine_request.media[0]
+    buffer[:] = 7
+    other = front.images(image).engine_request.media[0]
+    buffer[:] = 1
+    again = front.images(image).engine_request.media[0]
+    assert first.key == again.key != other.key
+    values = [float(item.kwargs["pixel_values"][0].mean()) for item in (first, other, again) if item.kwargs]
+    assert values == [1.0, 7.0, 1.0]
+    assert front.preprocessor.statistics().misses == 2
+
+
 def test_many_threads_give_the_results_of_one() -> None:
     front = Front()
     prompts = [[picture(1 + seed % 4, seed % 5), picture(2, seed % 3)] for seed in range(40)]
     expected = [front.images(*images) for images in prompts]
-    fresh = Front(type(front.config.model_config.model_class)("Same", (front.config.model_config.model_class,), {}))
+    fresh = Front(front.config.model_config.model_class)
     with ThreadPoolExecutor(8) as pool:
         found = list(pool.map(lambda images: fresh.images(*images), prompts))
     for one, other in zip(expected, found, strict=True):

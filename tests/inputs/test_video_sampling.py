@@ -78,6 +78,8 @@ def test_a_clip_is_an_array_that_knows_its_times() -> None:
     assert first.shape == (8, 32, 32, 3)
     assert first.metadata is not None
     assert (first.metadata["fps"], first.metadata["total_num_frames"]) == (4.0, 8)
+    assert isinstance(second, VideoArray)
+    assert second.metadata is not None
     assert second.shape == (2, 32, 32, 3)
     assert second.metadata["frames_indices"] == [0, 4]
     assert keys_of(all_frames) != keys_of(sampled)
@@ -98,8 +100,9 @@ def test_frames_with_metadata_may_be_given() -> None:
 def test_what_is_made_of_the_frames_has_no_times_of_theirs() -> None:
     frames = VideoArray(np.zeros((4, 2, 2, 3)), {"fps": 1.0})
     assert frames.metadata == {"fps": 1.0}
-    assert frames[::2].metadata is None
-    assert frames.copy().metadata is None
+    for made in (frames[::2], frames.copy()):
+        assert isinstance(made, VideoArray)
+        assert made.metadata is None
     assert type(np.asarray(frames)) is np.ndarray
 
 
