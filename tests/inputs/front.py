@@ -6,6 +6,7 @@ An image is an array `(rows, 4)` and takes one decoder row per array row; the ma
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from sensorium.config import ModelFeatures
 from sensorium.inputs import INPUT_REGISTRY
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
+from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.model_executor.models.interfaces import SupportsMultiModal
 from sensorium.model_executor.models.registry import ModelRegistry
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -132,17 +134,20 @@ class Front:
         media_loader: Any = None,
         engine: Mapping[str, Any] | None = None,
         accept_embeddings: bool = True,
+        model: Path | None = None,
         **config: Any,
     ) -> None:
         hf_config = LlamaConfig(vocab_size=VOCAB_SIZE, hidden_size=HIDDEN_SIZE, num_attention_heads=2, eos_token_id=2)
         config = {"hf_config": hf_config, "limits": limits or {"image": 4, "video": 4}, **config}
+        config |= {} if model is None else {"model": model}
         self.config = make_engine_config(new_model() if model_class is None else model_class, **config)
         for name, value in (engine or {}).items():
             object.__setattr__(self.config, name, value)
+        own_tokenizer = make_tokenizer() if model is None else get_tokenizer(self.config.model_config)
         self.preprocessor = InputPreprocessor(
             self.config,
             features_of() if features is None else features,
-            make_tokenizer() if tokenizer else None,
+            own_tokenizer if tokenizer else None,
             media_loader,
             accept_embeddings=accept_embeddings,
         )
@@ -178,9 +183,9 @@ def renderer_of(front: Front | None = None, template: str | None = TEMPLATES["pa
     return ChatRenderer(front.config.model_config, tokenizer, chat_template=template, **kwargs)
 
 
-def front_of(family: str, **kwargs: Any) -> Front:
-    """A preprocessor for the native class of a checkpoint of `tests.helpers.checkpoints`."""
-    path = make_checkpoint(family)
+def front_of(family: str, path: Path | None = None, **kwargs: Any) -> Front:
+    """A preprocessor for the native class of a checkpoint of `tests.helpers.checkpoints`, or a copy of one."""
+    path = make_checkpoint(family) if path is None else path
     hf_config = AutoConfig.from_pretrained(path)
     model_class, _ = ModelRegistry.resolve(hf_config.architectures)
     features = features_of(tier="2", placeholder_token_ids={}, max_item_rows={})

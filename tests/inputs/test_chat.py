@@ -7,6 +7,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import shutil
 import wave
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 from sensorium.errors import (
     InvalidRequestError,
@@ -27,14 +30,15 @@ from sensorium.errors import (
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.chat_content import parse_messages
 from sensorium.multimodal import MULTIMODAL_REGISTRY
+from sensorium.multimodal.hf_processors import cached_get_processor
 from sensorium.multimodal.media import EncodedMedia, FetchPolicy, MediaLoader
+from tests.helpers.checkpoints import make_checkpoint, make_tokenizer
 from tests.helpers.processors import make_image
 from tests.inputs.front import (
     TEMPLATES,
     Calls,
     Front,
     front_of,
-    hf_processor,
     map_pictures,
     new_model,
     renderer_of,
@@ -95,10 +99,26 @@ def ways_to_render(renderer: ChatRenderer) -> list[Any]:
 # Against Hugging Face
 
 
+def with_first_token(family: str, path: Path) -> Path:
+    """A checkpoint whose tokenizer puts a first token before every text, as Llama's does."""
+    shutil.copytree(make_checkpoint(family), path)
+    tokenizer = make_tokenizer()
+    first = ("<|endoftext|>", tokenizer.convert_tokens_to_ids("<|endoftext|>"))
+    tokenizer.bos_token = first[0]
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"{first[0]} $A", special_tokens=[first])
+    tokenizer.chat_template = AutoTokenizer.from_pretrained(path).chat_template
+    tokenizer.save_pretrained(path)
+    return path
+
+
 @pytest.mark.parametrize("family", ["llava", "qwen2_vl"])
 @pytest.mark.parametrize("add_generation_prompt", [True, False])
-def test_prompts_and_ids_equal_hugging_face(family: str, add_generation_prompt: bool) -> None:
-    front = front_of(family)
+@pytest.mark.parametrize("first_token", [True, False])
+def test_prompts_and_ids_equal_hugging_face(
+    family: str, add_generation_prompt: bool, first_token: bool, tmp_path: Path
+) -> None:
+    path = with_first_token(family, tmp_path / "checkpoint") if first_token else make_checkpoint(family)
+    front = front_of(family, path)
     images = [make_image(60, 40, seed=1), make_image(80, 60, seed=2)]
     messages = [
         {"role": "system", "content": "You see."},
@@ -107,11 +127,15 @@ def test_prompts_and_ids_equal_hugging_face(family: str, add_generation_prompt: 
         {"role": "user", "content": [text("And "), image(images[1]), text("here?")]},
     ]
     prompt = renderer_of(front, None).render(messages, add_generation_prompt=add_generation_prompt)
-    reference = hf_processor(family)
-    expected = reference.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
+    processor = cached_get_processor(str(path))
+    expected = processor.apply_chat_template(messages, add_generation_prompt=add_generation_prompt)
     assert prompt["prompt"] == expected
-    ids = reference(text=expected, images=images, return_tensors="pt")["input_ids"][0].tolist()
-    assert list(front(prompt).engine_request.prompt_token_ids) == ids
+    encoded = processor.apply_chat_template(
+        messages, add_generation_prompt=add_generation_prompt, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    ids = list(front(prompt).engine_request.prompt_token_ids)
+    assert ids == encoded["input_ids"][0].tolist()
+    assert (ids[0] == processor.tokenizer.bos_token_id) == first_token
 
 
 def test_text_models_add_no_special_tokens_to_a_rendered_chat() -> None:

@@ -10,9 +10,11 @@ from typing import Any
 import pytest
 
 from sensorium.errors import ConfigError, InvalidRequestError, UnsupportedFeatureError
+from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.chat_template import TemplateProbe
 from tests.helpers.checkpoints import make_checkpoint, make_tokenizer
-from tests.inputs.front import TEMPLATES, Front, renderer_of
+from tests.helpers.configs import make_model_config
+from tests.inputs.front import TEMPLATES, Front, new_model, renderer_of
 
 USER = [{"role": "user", "content": "a"}]
 
@@ -77,7 +79,7 @@ def test_no_template_is_the_request_s_error_and_a_wrong_path_the_operator_s(tmp_
         renderer_of(template="no/such/file.jinja")
     (tmp_path / "chat_template.json").write_text("{")
     with pytest.raises(ConfigError, match="no JSON"):
-        renderer_of(Front(model=tmp_path), None)
+        ChatRenderer(make_model_config(new_model(), model=tmp_path), make_tokenizer())
 
 
 def test_named_templates() -> None:
