@@ -12,6 +12,7 @@ from sensorium.entrypoints.batch_run import BatchRun, Job, Output
 from sensorium.entrypoints.progress import ProgressBar
 from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError
 from sensorium.inputs.chat import ChatRenderer
+from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.messages import LoadReport
 from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
@@ -137,6 +138,19 @@ class LLM:
         params = _per_prompt(sampling_params, len(conversations), "sampling_params", SamplingParams())
         jobs = [Job(prompt_of(each), own) for each, own in zip(conversations, params, strict=True)]
         return self._run(jobs, use_tqdm, return_errors)
+
+    def preprocess_chat(
+        self, messages: Conversation, sampling_params: SamplingParams | None = None, **options: Any
+    ) -> ProcessedRequest:
+        """A conversation as the engine would admit it: expanded ids, media spans and tensors. Nothing is run.
+
+        `options` are those of `chat` for the template.
+
+        Raises:
+            RequestError: The conversation, its media or the parameters are wrong.
+        """
+        prompt = self._renderer().render(messages, **options)
+        return self.engine.preprocess("preview", prompt, sampling_params)
 
     def encode(self, prompts: Any, *, use_tqdm: bool | None = None) -> list[PoolingRequestOutput]:
         """Pool one prompt or a list of prompts into vectors `(hidden_size,)`.
