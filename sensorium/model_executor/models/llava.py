@@ -63,24 +63,27 @@ def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
     data = inputs.get("multi_modal_data") or {}
     if "image" not in data:
         return inputs
-    hf_config, num_rows = ctx.get_hf_config(), rows_per_image(ctx)
-    images = [each for item in as_items(data["image"]) for each in separate(item)]
-    for image in images:
-        if isinstance(image, torch.Tensor):
-            check_embeddings(image, num_rows, hf_config.get_text_config().hidden_size, "image_embeds")
-    token_id = hf_config.image_token_id
+    token_id, num_rows = ctx.get_hf_config().image_token_id, rows_per_image(ctx)
+    counts = [num_images_of(item, num_rows, ctx) for item in as_items(data["image"])]
     token_ids, ranges = expand_placeholders(
-        inputs["prompt_token_ids"], {token_id: [num_rows] * len(images)}, {token_id: "image"}
+        inputs["prompt_token_ids"],
+        {token_id: [num_rows] * sum(counts)},
+        {token_id: "image"},
+        ctx.model_config.max_model_len,
     )
     inputs["prompt_token_ids"] = token_ids
-    inputs["multi_modal_data"] = {**data, "image": images}
-    inputs["multi_modal_placeholders"] = {"image": ranges[token_id]}
+    if len(ranges[token_id]) == len(counts):  # otherwise an item has several ranges, which are found by their tokens
+        inputs["multi_modal_placeholders"] = {"image": ranges[token_id]}
     return inputs
 
 
-def separate(image: Any) -> list[Any]:
-    """One tensor of given rows may hold several images, `(images, rows, hidden_size)`."""
-    return list(image) if isinstance(image, torch.Tensor) and image.dim() == 3 else [image]
+def num_images_of(item: Any, num_rows: int, ctx: InputContext) -> int:
+    """1; for given rows `(images, rows, hidden_size)` the number of images."""
+    if not isinstance(item, torch.Tensor):
+        return 1
+    num_images = len(item) if item.dim() == 3 else 1
+    check_embeddings(item, num_images * num_rows, ctx.get_hf_config().get_text_config().hidden_size, "image_embeds")
+    return num_images
 
 
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from sensorium.config import EngineConfig
 from sensorium.errors import InvalidRequestError, InvalidTypeError
+from sensorium.inputs.admission import check_length
 from sensorium.multimodal import PlaceholderRange
 
 if TYPE_CHECKING:
@@ -28,7 +29,10 @@ def as_items(data: Any) -> list[Any]:
 
 
 def expand_placeholders(
-    token_ids: Sequence[int], row_counts: Mapping[int, Sequence[int]], names: Mapping[int, str]
+    token_ids: Sequence[int],
+    row_counts: Mapping[int, Sequence[int]],
+    names: Mapping[int, str],
+    max_model_len: int,
 ) -> tuple[list[int], dict[int, list[PlaceholderRange]]]:
     """Replace the k-th occurrence of each placeholder token by as many as its item has rows.
 
@@ -40,11 +44,16 @@ def expand_placeholders(
         token_ids: The prompt.
         row_counts: Placeholder token id to the number of rows of each item.
         names: Placeholder token id to the modality's name, for error messages.
+        max_model_len: Nothing is expanded beyond this, however many rows are asked for.
 
     Raises:
-        InvalidRequestError: The number of placeholders fits neither the items nor their rows.
+        InvalidRequestError: The number of placeholders fits neither the items nor their rows, or the prompt would be
+            too long.
     """
     pending = {}
+    num_text = sum(1 for token_id in token_ids if token_id not in row_counts)
+    rows = {names[token_id]: counts for token_id, counts in row_counts.items()}
+    check_length(num_text + sum(map(sum, row_counts.values())), rows, max_model_len, pooling=True)
     for token_id, counts in row_counts.items():
         found = sum(1 for each in token_ids if each == token_id)
         if found == len(counts):

@@ -120,7 +120,9 @@ def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
         return inputs
     sounds, token_id = as_items(data["audio"]), ctx.get_hf_config().audio_token_id
     counts = [num_rows_of_sound(sound, ctx) for sound in sounds]
-    token_ids, ranges = expand_placeholders(inputs["prompt_token_ids"], {token_id: counts}, {token_id: "audio"})
+    token_ids, ranges = expand_placeholders(
+        inputs["prompt_token_ids"], {token_id: counts}, {token_id: "audio"}, ctx.model_config.max_model_len
+    )
     inputs["prompt_token_ids"] = token_ids
     inputs["multi_modal_placeholders"] = {"audio": ranges[token_id]}
     return inputs

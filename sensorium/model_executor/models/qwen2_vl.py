@@ -53,7 +53,7 @@ def input_processor(
     grids = {kind.token_id: [kind.grids(item) for item in as_items(data[kind.modality])] for kind in kinds}
     counts = {kind.token_id: [kind.num_rows(grid) for each in grids[kind.token_id] for grid in each] for kind in kinds}
     names = {kind.token_id: kind.modality for kind in kinds}
-    token_ids, ranges = expand_placeholders(inputs["prompt_token_ids"], counts, names)
+    token_ids, ranges = expand_placeholders(inputs["prompt_token_ids"], counts, names, ctx.model_config.max_model_len)
     inputs["prompt_token_ids"] = token_ids
     # A dict with several grids is one item with several ranges, which are found by their tokens.
     inputs["multi_modal_placeholders"] = {
@@ -99,13 +99,13 @@ def _map(kind: VisionInputs, data: Item | list[Item]) -> MultiModalKwargs:
 def max_image_tokens(ctx: InputContext, *, min_pixels: int | None = None, max_pixels: int | None = None) -> int:
     """Rows of the largest picture that fits into the model's length."""
     kind = VisionInputs(ctx, "image", min_pixels=min_pixels, max_pixels=max_pixels)
-    return kind.num_rows(*kind.grids(kind.largest(kind.max_rows)))
+    return kind.num_rows(kind.grid_of_size(*kind.largest_size(kind.max_rows)))
 
 
 def max_video_tokens(ctx: InputContext, *, min_pixels: int | None = None, max_pixels: int | None = None) -> int:
     """Rows of the largest clip that fits into the model's length."""
     kind = VisionInputs(ctx, "video", min_pixels=min_pixels, max_pixels=max_pixels)
-    return kind.num_rows(*kind.grids(kind.largest(kind.max_rows)))
+    return kind.num_rows(kind.grid_of_size(*kind.largest_size(kind.max_rows)))
 
 
 def dummy_data(

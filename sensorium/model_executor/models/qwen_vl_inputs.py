@@ -109,17 +109,26 @@ class VisionInputs:
         return t * h * w // self.merge_size**2
 
     def largest(self, max_rows: int) -> Item:
-        """The picture or clip with the most rows, of at most `max_rows` if the smallest legal one allows it."""
+        """A blank picture or clip of the largest size."""
+        num_frames, height, width = self.largest_size(max_rows)
+        if self.modality == "image":
+            return Image.new("RGB", (width, height))
+        return np.zeros((num_frames, height, width, 3), dtype=np.uint8)
+
+    def largest_size(self, max_rows: int) -> tuple[int, int, int]:
+        """Frames (1 for a picture), height and width in pixels of the item with the most rows.
+
+        These are at most `max_rows` if the smallest legal item allows it.
+        """
         factor = self.processor.patch_size * self.processor.merge_size
         fewest = math.ceil(self.processor.size["shortest_edge"] / factor**2)
         most = max(self.processor.size["longest_edge"] // factor**2, 1)
-        if self.modality == "image":
-            height, width = self._largest_frame(max(max_rows, fewest), most)
-            return Image.new("RGB", (width * factor, height * factor))
-        num_steps = max(min(math.ceil(max_rows / most), max_rows // max(fewest, 1)), 1)
+        num_steps = 1
+        if self.modality == "video":
+            num_steps = max(min(math.ceil(max_rows / most), max_rows // max(fewest, 1)), 1)
         height, width = self._largest_frame(max(max_rows // num_steps, fewest), most)
-        num_frames = num_steps * self.processor.temporal_patch_size
-        return np.zeros((num_frames, height * factor, width * factor, 3), dtype=np.uint8)
+        depth = 1 if self.modality == "image" else self.processor.temporal_patch_size
+        return num_steps * depth, height * factor, width * factor
 
     def _largest_frame(self, max_rows: int, most: int) -> tuple[int, int]:
         """Height and width, in merged squares, of a frame that is resized to as many squares as can be."""

@@ -46,13 +46,13 @@ def config_of(family: str, **settings: Any) -> Any:
 def test_placeholders_expand(
     tokens: list[int], counts: list[int], expected: list[int], ranges: list[tuple[int, int]]
 ) -> None:
-    expanded, found = expand_placeholders(tokens, {PAD: counts}, {PAD: "image"})
+    expanded, found = expand_placeholders(tokens, {PAD: counts}, {PAD: "image"}, 100)
     assert expanded == expected
     assert [(each["offset"], each["length"]) for each in found[PAD]] == ranges
 
 
 def test_placeholders_of_two_modalities_shift_one_another() -> None:
-    expanded, found = expand_placeholders([8, 9, 8], {9: [3], 8: [2, 1]}, {9: "image", 8: "video"})
+    expanded, found = expand_placeholders([8, 9, 8], {9: [3], 8: [2, 1]}, {9: "image", 8: "video"}, 100)
     assert expanded == [8, 8, 9, 9, 9, 8]
     assert [each["offset"] for each in found[8]] == [0, 5]
     assert [each["offset"] for each in found[9]] == [2]
@@ -61,12 +61,20 @@ def test_placeholders_of_two_modalities_shift_one_another() -> None:
 @pytest.mark.parametrize("tokens", [[1, 2], [9], [9, 9, 9], [9] * 6])
 def test_a_wrong_number_of_placeholders_is_refused(tokens: list[int]) -> None:
     with pytest.raises(InvalidRequestError, match=rf"image placeholders.*got {tokens.count(9)}, expected 2"):
-        expand_placeholders(tokens, {PAD: [2, 3]}, {PAD: "image"})
+        expand_placeholders(tokens, {PAD: [2, 3]}, {PAD: "image"}, 100)
+
+
+def test_nothing_is_expanded_beyond_the_models_length() -> None:
+    """A request may ask for any number of rows by its pixel bounds; that many placeholders were once written first."""
+    with pytest.raises(InvalidRequestError, match=r"too long to fit into the model: got \d+ \(\d+ from 1 image item"):
+        expand_placeholders([1, 9, 1], {PAD: [10**12]}, {PAD: "image"}, 100)
+    with pytest.raises(InvalidRequestError, match="too long to fit into the model"):
+        prepare(config_of("qwen2_vl"), IMAGE, {"image": make_image()}, min_pixels=10**12, max_pixels=10**13)
 
 
 def test_an_expanded_item_must_be_in_one_piece() -> None:
     with pytest.raises(InvalidRequestError, match="run shorter than 3"):
-        expand_placeholders([9, 9, 9, 9, 1, 9, 9], {PAD: [3, 3]}, {PAD: "image"})
+        expand_placeholders([9, 9, 9, 9, 1, 9, 9], {PAD: [3, 3]}, {PAD: "image"}, 100)
 
 
 def test_stacking_is_undone() -> None:

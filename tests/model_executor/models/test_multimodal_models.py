@@ -190,6 +190,17 @@ def test_one_dict_may_hold_the_rows_of_several_images() -> None:
     assert relative_error(logits, expected) < TOLERANCE
 
 
+def test_one_tensor_may_hold_the_rows_of_several_images() -> None:
+    case = LLAVA_CASES[2]
+    model, config, prepared = loaded("llava", case)
+    with torch.inference_mode():
+        rows = torch.stack(model.get_multimodal_embeddings(**prepared.batched))
+    again = prepare(config, case.prompt, {"image": rows})
+    assert again.token_ids == prepared.token_ids
+    expected = DirectRun(model, config).step(prepared.token_ids, **prepared.batched)
+    assert relative_error(DirectRun(model, config).step(again.token_ids, **again.batched), expected) < TOLERANCE
+
+
 def test_a_text_row_in_a_batch_with_media_is_untouched() -> None:
     """The embeddings method puts rows at placeholders only."""
     model, _, prepared = loaded("llava", LLAVA_CASES[1])
