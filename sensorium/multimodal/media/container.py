@@ -1,8 +1,8 @@
 """Opening sound and clip containers with FFmpeg (through PyAV), fenced in.
 
 The demuxer is the one that `sniff.py` named; nested protocols and other demuxers are switched off, so a container can't
-make the library open anything else. Only decoders on our lists run. Reads fail once the deadline has passed, which
-ends loops inside a demuxer. Library errors leave this module as our own.
+make the library open anything else. Only decoders on our lists run. Once the deadline has passed there is nothing more
+to read, which ends loops inside a demuxer. Library errors leave this module as our own.
 """
 
 from __future__ import annotations
@@ -49,9 +49,14 @@ class Deadline:
         self._limit_s = limits.max_decode_s
         self._end = time.monotonic() + limits.max_decode_s
 
+    @property
+    def has_passed(self) -> bool:
+        """Whether time is up."""
+        return time.monotonic() > self._end
+
     def check(self) -> None:
-        """Raise `MediaTooLargeError` if the point has passed."""
-        if time.monotonic() > self._end:
+        """Raise `MediaTooLargeError` if time is up."""
+        if self.has_passed:
             raise too_large(
                 f"{self._modality} takes too long to decode",
                 f"more than {self._limit_s:g} s",
@@ -62,15 +67,17 @@ class Deadline:
 
 
 class _DeadlineReader(io.BytesIO):
-    """The encoded bytes, unreadable after the deadline. BytesIO shares the buffer of the bytes given: no copy."""
+    """The encoded bytes, which end when time is up: every demuxer stops at the end of its file.
+
+    BytesIO shares the memory of the bytes given: no copy.
+    """
 
     def __init__(self, data: bytes, deadline: Deadline) -> None:
         super().__init__(data)
         self._deadline = deadline
 
     def read(self, size: int | None = -1, /) -> bytes:
-        self._deadline.check()
-        return super().read(size)
+        return b"" if self._deadline.has_passed else super().read(size)
 
 
 @contextmanager
@@ -102,10 +109,13 @@ def open_container(
         ) as container:
             yield container
     except MediaError:
+        deadline.check()
         raise
     except (av.error.FFmpegError, ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
         logger.debug("%s decoder failed: %r", modality, error)
+        deadline.check()
         raise corrupt(modality) from None
+    deadline.check()  # a file that ended because time was up looks like a short one
 
 
 def _max_pixels(limits: MediaLimits) -> str:

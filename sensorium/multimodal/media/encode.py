@@ -40,9 +40,18 @@ def to_data_url(data: bytes, media_type: str) -> str:
 
 
 def encode_image(image: Image, format: str = "PNG", **options: Any) -> bytes:
-    """Encode a PIL image; `options` go to Pillow's `save`."""
+    """Encode a PIL image; `options` go to Pillow's `save`.
+
+    Raises:
+        InvalidRequestError: this build of Pillow can't write the format.
+    """
     buffer = io.BytesIO()
-    image.save(buffer, format=format, **options)
+    try:
+        image.save(buffer, format=format, **options)
+    except KeyError:
+        raise InvalidRequestError(
+            f"image format: got {format!r}, expected one that Pillow writes, such as PNG or JPEG. Set format."
+        ) from None
     return buffer.getvalue()
 
 

@@ -54,6 +54,8 @@ def test_data_urls_name_their_type() -> None:
 
 
 def test_wrong_arguments() -> None:
+    with pytest.raises(InvalidRequestError, match="image format"):
+        image_to_data_url(PIL.Image.new("RGB", (1, 1)), "xyz")
     with pytest.raises(InvalidRequestError, match="audio format"):
         encode_audio(tone(0.1, 8_000), 8_000, "xyz")
     with pytest.raises(InvalidRequestError, match="video format"):
