@@ -77,6 +77,19 @@ class TransformersAnswerer:
             text = text.replace(f"{begin}{placeholder}{end}", f"{begin}{placeholder * count}{end}", 1)
         return text
 
+    def token_ids(self, item: Item) -> torch.Tensor:
+        """The prompt as token ids ``(1, length)``."""
+        ids: torch.Tensor = self._tokenizer(self.prompt(item), return_tensors="pt")["input_ids"]
+        return ids
+
+    @torch.no_grad()
+    def logits(self, item: Item) -> torch.Tensor:
+        """Logits of the prompt ``(1, length, vocab_size)``."""
+        ids = self.token_ids(item)
+        inputs = self._media_inputs(item.media)
+        logits: torch.Tensor = self._model(input_ids=ids, attention_mask=torch.ones_like(ids), **inputs).logits
+        return logits
+
     @torch.no_grad()
     def _answer_batch(self, items: Sequence[Item]) -> list[str]:
         inputs = self._tokenizer([self.prompt(item) for item in items], padding=True, return_tensors="pt")
@@ -118,10 +131,10 @@ class TransformersAnswerer:
 class SensoriumAnswerer:
     """The checkpoint in Sensorium, all items in one call, so that the engine batches them as it likes."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, **engine_args: Any) -> None:
         from sensorium import LLM, SamplingParams
 
-        self._llm = LLM(str(folder), limit_mm_per_prompt={"image": 2})
+        self._llm = LLM(str(folder), limit_mm_per_prompt={"image": 2}, **engine_args)
         self._params = SamplingParams(temperature=0.0, max_tokens=MAX_NEW_TOKENS)
 
     def answers(self, items: Sequence[Item]) -> list[str]:
