@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import json
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 from tqdm import tqdm
@@ -36,7 +36,7 @@ _WORLDS_OF = {
     "absent": ("scene", "page", "chart", "clip", "sound", "none"),
     "json": ("scene", "page", "chart", "clip", "sound"),
 }
-_ENGINES = {"transformers": TransformersAnswerer, "sensorium": SensoriumAnswerer}
+_ENGINES: dict[str, Callable[[Path], Answerer]] = {"transformers": TransformersAnswerer, "sensorium": SensoriumAnswerer}
 _CHUNK = 64
 
 

@@ -1,4 +1,4 @@
-"""The loss curve of a run as an SVG file: ``python -m training.plot LOG.jsonl CURVE.svg``. No plotting library needed."""
+"""The loss curve of a run as an SVG file: ``python -m training.plot LOG.jsonl CURVE.svg``."""
 
 from __future__ import annotations
 
@@ -33,11 +33,10 @@ def curve(records: list[tuple[int, float]]) -> str:
         height = f"{y(tick):.1f}"
         parts.append(f'<path d="M{_MARGIN} {height} H{_WIDTH - _MARGIN // 2}" stroke="#ddd"/>')
         parts.append(f'<text x="{_MARGIN - 6}" y="{height}" text-anchor="end" font-size="12" dy="4">{tick:g}</text>')
+    foot = _HEIGHT - _MARGIN + 18
     for quarter in range(5):
         step = last * quarter / 4
-        parts.append(
-            f'<text x="{x(step):.1f}" y="{_HEIGHT - _MARGIN + 18}" text-anchor="middle" font-size="12">{step:.0f}</text>'
-        )
+        parts.append(f'<text x="{x(step):.1f}" y="{foot}" text-anchor="middle" font-size="12">{step:.0f}</text>')
     parts += [
         f'<polyline points="{points}" fill="none" stroke="#1f77b4" stroke-width="1.5"/>',
         f'<text x="{_WIDTH / 2}" y="{_HEIGHT - 8}" text-anchor="middle" font-size="13">step</text>',

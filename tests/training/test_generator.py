@@ -168,7 +168,8 @@ def test_clips_move_and_blink_as_told() -> None:
                 assert signs == DIRECTIONS[actor.direction]
             runs = "".join("x" if seen else " " for seen in actor.visible).split()
             assert actor.blinks == len(runs) - 1
-            assert actor.visible[0] and actor.visible[-1]
+            assert actor.visible[0]
+            assert actor.visible[-1]
         for ask in (ask_motion, ask_blinks):
             turn = ask(clip, rng)
             assert turn is not None
