@@ -24,7 +24,7 @@ import torch
 from sensorium.logger import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterator, Sequence
 
 logger = get_logger(__name__)
 
@@ -65,8 +65,10 @@ def build_library() -> Path:
     return path
 
 
-def compile_sources(sources: list[Path], path: Path) -> None:
+def compile_sources(sources: list[Path], path: Path, extra_flags: Sequence[str] = ()) -> None:
     """Compile C files for this machine, all at once, and link them to a shared library that appears in one step.
+
+    `extra_flags` come last, so that they override the usual ones.
 
     Raises:
         BuildError: There is no compiler, or it failed.
@@ -74,7 +76,7 @@ def compile_sources(sources: list[Path], path: Path) -> None:
     compiler, openmp = _find_compiler(), _loaded_openmp()
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(len(sources)) as pool:
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
-        compile_flags = [str(compiler), *FLAGS, _machine_flag(), "-c"]
+        compile_flags = [str(compiler), *FLAGS, _machine_flag(), *extra_flags, "-c"]
         pairs = zip(sources, objects, strict=True)
         list(pool.map(_run, [[*compile_flags, str(source), "-o", target] for source, target in pairs]))
         library = Path(scratch) / path.name

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+import platform
 import stat
 import subprocess
 import sys
@@ -15,6 +16,9 @@ import torch
 
 from sensorium import kernels
 from sensorium.kernels import build, native
+from sensorium.kernels.activation import gelu_reference, silu_and_mul_reference
+from sensorium.kernels.attention import varlen_attention_reference
+from sensorium.kernels.norm import rms_norm_reference
 
 
 @pytest.fixture
@@ -173,3 +177,53 @@ def test_threads_come_from_torchs_pool() -> None:
     needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
     assert Path(own).name in needed
     assert own in maps
+
+
+VARIANTS = {
+    # The vectors and the layout of AVX512-BF16, put together from shorter vectors and plain arithmetic.
+    "wide": ["-O0", "-DVL=16", "-DBF16_PAIRS=1", "-Wno-psabi"],
+    # No vector extension beyond what every machine of this kind has.
+    "plain": ["-O0", "-Wno-psabi", *(["-march=x86-64"] if platform.machine() == "x86_64" else ["-mcpu=generic"])],
+}
+
+
+@pytest.fixture(params=VARIANTS)
+def other_machine(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kernels as they are compiled for another kind of machine."""
+    path = tmp_path / "kernels.so"
+    build.compile_sources(sorted(build.SOURCE_FOLDER.glob("*.c")), path, VARIANTS[request.param])
+    library = native.NativeLibrary(path)
+    monkeypatch.setattr(native, "_load", lambda: (library, None))
+
+
+@pytest.mark.usefixtures("native_kernels", "other_machine")
+def test_other_machines_compute_the_same() -> None:
+    """What this machine's instructions don't reach: other vector lengths, other layouts of packed weights."""
+    torch.manual_seed(0)
+    for dtype, tolerance in ((torch.float32, 2e-5), (torch.bfloat16, 2e-2), (torch.float16, 3e-3)):
+        for n, k in ((1, 1), (33, 31), (70, 600)):
+            weight, bias, x = (torch.randn(shape).to(dtype) for shape in ((n, k), (n,), (27, k)))
+            packed = kernels.pack(weight)
+            whole = kernels.packed_linear(x, packed, bias)
+            want = (x.double() @ weight.double().T + bias.double()).to(dtype)
+            torch.testing.assert_close(whole, want, atol=tolerance * k**0.5, rtol=tolerance)
+            for rows in (1, 2, 3, 5, 7, 12, 13):
+                assert torch.equal(kernels.packed_linear(x[:rows], packed, bias), whole[:rows])
+        starts = torch.tensor([0, 70, 71, 90], dtype=torch.int32)
+        for head_size in (16, 20, 72):
+            query, key, value = (torch.randn(90, heads, head_size).to(dtype) for heads in (6, 2, 2))
+            options = {"scale": 0.2, "causal": True, "window": 50, "softcap": 20.0}
+            torch.testing.assert_close(
+                kernels.varlen_attention(query, key, value, starts, **options),  # type: ignore[arg-type]
+                varlen_attention_reference(query, key, value, starts, **options),  # type: ignore[arg-type]
+                atol=tolerance,
+                rtol=tolerance,
+            )
+        x, weight = torch.randn(5, 46).to(dtype), torch.randn(46).to(dtype)
+        for got, expected in (
+            (kernels.rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6)),
+            (kernels.gelu(x), gelu_reference(x)),
+            (kernels.gelu(x, "tanh"), gelu_reference(x, "tanh")),
+            (kernels.silu_and_mul(x), silu_and_mul_reference(x)),
+        ):
+            torch.testing.assert_close(got, expected, atol=tolerance, rtol=tolerance)

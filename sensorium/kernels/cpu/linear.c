@@ -23,7 +23,7 @@
 
 #define NR (2 * VL)
 #define KC 512
-#if defined(__AVX512F__)
+#if VL == 16
 #define MR 12
 #else
 #define MR 6
@@ -31,14 +31,18 @@
 #define MAX_PANELS 4      /* that one call of a micro kernel takes */
 #define CHUNK_ROWS 192    /* rows whose copy should stay in the L2 and L3 caches */
 
-#if defined(__AVX512BF16__)
-#define HAS_BF16_DOT 1
+/* Whether bfloat16 weights are packed in pairs for the dot-product instruction; may be set from outside, to try out
+ * that layout without the instruction. */
+#if !defined(BF16_PAIRS)
+#if defined(USE_AVX512) && defined(__AVX512BF16__)
+#define BF16_PAIRS 1
 #else
-#define HAS_BF16_DOT 0
+#define BF16_PAIRS 0
+#endif
 #endif
 
 /* How many k make one step of a micro kernel. */
-INLINE long k_per_step(int dtype) { return HAS_BF16_DOT && dtype == BF16 ? 2 : 1; }
+INLINE long k_per_step(int dtype) { return BF16_PAIRS && dtype == BF16 ? 2 : 1; }
 
 INLINE long steps_of(int dtype, long k) { return (k + k_per_step(dtype) - 1) / k_per_step(dtype); }
 
@@ -52,7 +56,7 @@ EXPORT long sensorium_packed_bytes(int dtype, long n, long k) {
 
 /* Where weight (column, k) stands in its panel, counted in elements. */
 INLINE long packed_index(int dtype, long column, long k) {
-    if (dtype == BF16 && HAS_BF16_DOT) return k / 2 * (2 * NR) + column * 2 + k % 2;
+    if (dtype == BF16 && BF16_PAIRS) return k / 2 * (2 * NR) + column * 2 + k % 2;
     if (dtype == BF16) return k * NR + column % VL * 2 + column / VL;
     return k * NR + column;
 }
@@ -107,6 +111,16 @@ INLINE void load_weights(const int dtype, const char *b, vf *low, vf *high) {
     }
 }
 
+/* sum + the dot product, in each lane, of two pairs of bfloat16. */
+INLINE vf dot_pairs(vf sum, vu pair, vu weights) {
+#if defined(USE_AVX512) && defined(__AVX512BF16__)
+    return (vf)_mm512_dpbf16_ps((__m512)sum, (__m512bh)pair, (__m512bh)weights);
+#else
+    sum += (vf)(pair << 16) * (vf)(weights << 16);
+    return sum + (vf)(pair & 0xffff0000u) * (vf)(weights & 0xffff0000u);
+#endif
+}
+
 /* tile[row][column] (+)= sum over `steps` steps. `a` is interleaved: [step][rows]. */
 INLINE void micro(const int dtype, const int rows, const int panels, const float *a, const char *b, long panel_bytes,
                   long steps, float *tile, long tile_width, int first) {
@@ -119,17 +133,15 @@ INLINE void micro(const int dtype, const int rows, const int panels, const float
             const char *weights = b + p * panel_bytes + s * step_bytes(dtype);
             __builtin_prefetch(weights + 2048);
             if (step_bytes(dtype) > 64) __builtin_prefetch(weights + 2048 + 64);
-#if HAS_BF16_DOT
-            if (dtype == BF16) {
-                __m512bh low = *(const __m512bh *)weights, high = *(const __m512bh *)(weights + 64);
+            if (BF16_PAIRS && dtype == BF16) {
+                const vu low = *(const vu *)weights, high = *(const vu *)(weights + VL * 4);
                 UNROLL for (int r = 0; r < rows; r++) {
-                    __m512bh pair = (__m512bh)_mm512_set1_epi32(((const int32_t *)a)[s * rows + r]);
-                    acc[r][2 * p] = (vf)_mm512_dpbf16_ps((__m512)acc[r][2 * p], pair, low);
-                    acc[r][2 * p + 1] = (vf)_mm512_dpbf16_ps((__m512)acc[r][2 * p + 1], pair, high);
+                    const vu pair = ((const uint32_t *)a)[s * rows + r] - (vu){0};
+                    acc[r][2 * p] = dot_pairs(acc[r][2 * p], pair, low);
+                    acc[r][2 * p + 1] = dot_pairs(acc[r][2 * p + 1], pair, high);
                 }
                 continue;
             }
-#endif
             vf low, high;
             load_weights(dtype, weights, &low, &high);
             UNROLL for (int r = 0; r < rows; r++) {

@@ -17,10 +17,20 @@
 #include <immintrin.h>
 #endif
 
+/* Lanes of a vector; may be set from outside, to try out the other length. */
+#if !defined(VL)
 #if defined(__AVX512F__)
 #define VL 16
 #else
 #define VL 8
+#endif
+#endif
+
+/* Which intrinsics fit vectors of this length. */
+#if VL == 16 && defined(__AVX512F__)
+#define USE_AVX512 1
+#elif VL == 8 && defined(__AVX2__) && defined(__F16C__)
+#define USE_AVX2 1
 #endif
 
 #define INLINE static inline __attribute__((always_inline))
@@ -56,7 +66,7 @@ INLINE vf splat(float x) { return x - (vf){0}; }
 
 /* Lane by lane: `yes` where the mask is -1, `no` where it is 0. */
 INLINE vf blend(vi mask, vf yes, vf no) {
-#if defined(__AVX__) && VL == 8
+#if defined(USE_AVX2)
     return (vf)_mm256_blendv_ps((__m256)no, (__m256)yes, (__m256)mask);
 #else
     return (vf)((mask & (vi)yes) | (~mask & (vi)no));
@@ -64,10 +74,10 @@ INLINE vf blend(vi mask, vf yes, vf no) {
 }
 
 /* a > b ? a : b, which is b if either is NaN; likewise the smaller. */
-#if defined(__AVX512F__)
+#if defined(USE_AVX512)
 INLINE vf vmax(vf a, vf b) { return (vf)_mm512_max_ps((__m512)a, (__m512)b); }
 INLINE vf vmin(vf a, vf b) { return (vf)_mm512_min_ps((__m512)a, (__m512)b); }
-#elif defined(__AVX__)
+#elif defined(USE_AVX2)
 INLINE vf vmax(vf a, vf b) { return (vf)_mm256_max_ps((__m256)a, (__m256)b); }
 INLINE vf vmin(vf a, vf b) { return (vf)_mm256_min_ps((__m256)a, (__m256)b); }
 #else
@@ -130,9 +140,9 @@ INLINE void store1(int dtype, void *p, long i, float x) {
 /* ---- VL elements -------------------------------------------------------------------------------------------- */
 
 INLINE vu vload_u16(const uint16_t *p) {
-#if defined(__AVX512F__)
+#if defined(USE_AVX512)
     return (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(__AVX2__)
+#elif defined(USE_AVX2)
     return (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128((const __m128i *)p));
 #else
     return __builtin_convertvector(*(const vh_any *)p, vu);
@@ -141,9 +151,9 @@ INLINE vu vload_u16(const uint16_t *p) {
 
 /* The upper halves of the lanes. */
 INLINE void vstore_u16(uint16_t *p, vu x) {
-#if defined(__AVX512F__)
+#if defined(USE_AVX512)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtepi32_epi16((__m512i)(x >> 16)));
-#elif defined(__AVX2__)
+#elif defined(USE_AVX2)
     __m256i packed = _mm256_packus_epi32((__m256i)(x >> 16), _mm256_setzero_si256());
     _mm_storeu_si128((__m128i *)p, _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
 #else
@@ -152,9 +162,9 @@ INLINE void vstore_u16(uint16_t *p, vu x) {
 }
 
 INLINE vf vload_f16(const uint16_t *p) {
-#if defined(__AVX512F__)
+#if defined(USE_AVX512)
     return (vf)_mm512_cvtph_ps(_mm256_loadu_si256((const __m256i *)p));
-#elif defined(__F16C__) && defined(__AVX__)
+#elif defined(USE_AVX2)
     return (vf)_mm256_cvtph_ps(_mm_loadu_si128((const __m128i *)p));
 #else
     vf x;
@@ -164,9 +174,9 @@ INLINE vf vload_f16(const uint16_t *p) {
 }
 
 INLINE void vstore_f16(uint16_t *p, vf x) {
-#if defined(__AVX512F__)
+#if defined(USE_AVX512)
     _mm256_storeu_si256((__m256i *)p, _mm512_cvtps_ph((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
-#elif defined(__F16C__) && defined(__AVX__)
+#elif defined(USE_AVX2)
     _mm_storeu_si128((__m128i *)p, _mm256_cvtps_ph((__m256)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
 #else
     for (int i = 0; i < VL; i++) p[i] = half_of_float(x[i]);

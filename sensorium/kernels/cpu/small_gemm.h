@@ -5,7 +5,7 @@
 #include "simd.h"
 
 /* The largest block of rows: with two vectors of columns, 12 sums of 16 registers, or 24 of 32. */
-#if defined(__AVX512F__)
+#if VL == 16
 #define GEMM_ROWS 12
 #else
 #define GEMM_ROWS 6
