@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 
@@ -144,12 +144,15 @@ def main() -> None:
     parser.add_argument("--bank", type=Path, default=Path(".assets/speech_train.npz"))
     parser.add_argument("--held-out-bank", type=Path, default=Path(".assets/speech_held_out.npz"))
     parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--tokens", type=int, default=49152)
-    parser.add_argument("--micro-batches", type=int, default=6)
+    # Large batches on a GPU: launching the kernels of a step takes longer than small ones run.
+    tokens = 131072 if torch.cuda.is_available() else 4096
+    parser.add_argument("--tokens", type=int, default=tokens, help="rows of the language model in a micro-batch")
+    parser.add_argument("--micro-batches", type=int, default=2, help="micro-batches in a step, each of one layout")
     parser.add_argument("--learning-rate", type=float, default=3e-3)
     parser.add_argument("--warmup", type=int, default=100)
     parser.add_argument("--decay", type=float, default=0.4)
     parser.add_argument("--ramp", type=float, default=0.12, help="share of the run in which the difficulty grows")
+    parser.add_argument("--init", type=Path, help="weights to start from, as model.safetensors has them")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--max-seconds", type=float, default=float("inf"))
@@ -161,6 +164,8 @@ def main() -> None:
     settings = Settings(**{name: getattr(arguments, name) for name in names})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     trainer = Trainer(settings, arguments.out, device)
+    if arguments.init is not None:
+        trainer.network.load_state_dict(load_file(arguments.init))
     trainer.load()
     ramp = int(arguments.ramp * settings.steps * settings.micro_batches)
     data = Batches(settings.seed, arguments.bank, settings.tokens, ramp)
