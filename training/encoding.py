@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +45,7 @@ def tokenizer() -> Tokenizer:
     return Tokenizer.from_file(str(MODEL_FOLDER / "tokenizer.json"))
 
 
-@cache
+@lru_cache(maxsize=1 << 16)
 def _ids_of(text: str) -> tuple[int, ...]:
     return tuple(tokenizer().encode(text).ids)
 

@@ -50,13 +50,13 @@ def train_tokenizer(texts: Iterator[str]) -> Tokenizer:
     return tokenizer
 
 
-def corpus(seed: int = 0, items_per_world: int = 3000) -> Iterator[str]:
+def corpus(bank: Path, seed: int = 0, items_per_world: int = 3000) -> Iterator[str]:
     """Questions and answers of the generator, and the frame of the chat template."""
     from training.speech import SpeechBank
     from training.worlds import WORLD_WEIGHTS, Source, layout_of, sample_item
 
     rng = random.Random(seed)
-    source = Source("train", SpeechBank.load(Path(".assets/speech_train.npz")))
+    source = Source("train", SpeechBank.load(bank))
     for world in WORLD_WEIGHTS:
         for _ in range(items_per_world):
             item = sample_item(rng, layout_of(world, rng), source, num_turns=2)
@@ -72,9 +72,10 @@ def main() -> None:
     """Train the tokenizer and write ``tokenizer.json``."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--bank", type=Path, default=Path(".assets/speech_train.npz"))
     arguments = parser.parse_args()
     arguments.folder.mkdir(parents=True, exist_ok=True)
-    train_tokenizer(corpus()).save(str(arguments.folder / "tokenizer.json"))
+    train_tokenizer(corpus(arguments.bank)).save(str(arguments.folder / "tokenizer.json"))
 
 
 if __name__ == "__main__":
