@@ -40,7 +40,7 @@ class RowParams:
     position: Array
     """int64: number of tokens the request has generated."""
 
-    def rows(self, index: Array | slice) -> RowParams:
+    def rows(self, index: Array) -> RowParams:
         """The parameters of some of the rows."""
         return RowParams(
             self.temperature[index],
@@ -157,11 +157,9 @@ def draw_from_all(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
     counters = torch.arange(_GROUP_COUNTER, _GROUP_COUNTER + sums.shape[1], device=logits.device)
     group = (sums.double().log_() + gumbel_noise(params, counters)).argmax(dim=-1, keepdim=True)
 
-    ids = group * GROUP_SIZE + torch.arange(GROUP_SIZE, device=logits.device)
-    is_outside = ids >= vocab_size
-    ids = ids.clamp_(max=vocab_size - 1)
-    scores = weights.gather(1, ids).log_().masked_fill_(is_outside, -torch.inf)
-    return _draw(scores, ids, params)
+    # Past the vocabulary's end the last token repeats: with the same noise each time, it is one candidate all the same.
+    ids = (group * GROUP_SIZE + torch.arange(GROUP_SIZE, device=logits.device)).clamp_(max=vocab_size - 1)
+    return _draw(weights.gather(1, ids).log_(), ids, params)
 
 
 def draw_from_top_k(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
