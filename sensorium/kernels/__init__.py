@@ -6,6 +6,7 @@ it is.
 """
 
 from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_and_mul
+from sensorium.kernels.argmax import greedy_argmax
 from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear
 from sensorium.kernels.native import native_refusal
@@ -17,6 +18,7 @@ __all__ = [
     "add_rms_norm",
     "gelu",
     "gelu_and_mul",
+    "greedy_argmax",
     "native_refusal",
     "pack",
     "packed_linear",

@@ -46,6 +46,7 @@ class NativeLibrary:
 
     __slots__ = (
         "activation",
+        "argmax",
         "attention",
         "linear",
         "pack",
@@ -59,6 +60,7 @@ class NativeLibrary:
         library = ctypes.CDLL(str(path))
         self.rms_norm = NativeFunction(library, "sensorium_rms_norm", "@5P4lf3i")
         self.activation = NativeFunction(library, "sensorium_activation", "@2P3l4i")
+        self.argmax = NativeFunction(library, "sensorium_argmax", "@2P3l2i")
         self.rotary = NativeFunction(library, "sensorium_rotary", "@6P7l4i")
         self.write_kv = NativeFunction(library, "sensorium_write_kv", "@5P4li")
         self.attention = NativeFunction(library, "sensorium_attention", "@7P10l2f3i")

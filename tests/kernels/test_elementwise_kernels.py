@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from sensorium import kernels
-from sensorium.kernels import activation, norm, rotary
+from sensorium.kernels import activation, argmax, norm, rotary
 from sensorium.kernels.attention import write_kv_reference
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -152,3 +152,30 @@ def test_write_kv(dtype: torch.dtype, tokens: int) -> None:
     write_kv_reference(key.unflatten(1, (2, 12)), value, caches[1], slots)
     assert torch.equal(caches[0], caches[1])
     assert bool(caches[0].any()) == bool((slots >= 0).any())
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 1000])
+def test_greedy_argmax(dtype: torch.dtype, size: int) -> None:
+    """The largest wherever it stands; the first of equals; a NaN before all."""
+    torch.manual_seed(size)
+    rows = [torch.randn(size) for _ in range(40)]
+    for place in range(0, size, 7):
+        peak = torch.randn(size)
+        peak[place:] = 9.0
+        rows.append(peak)
+        with_nan = torch.randn(size)
+        with_nan[place] = torch.nan
+        with_nan[-1] = torch.nan
+        rows.append(with_nan)
+    rows += [torch.full((size,), -torch.inf), torch.full((size,), torch.inf), torch.zeros(size)]
+    logits = torch.stack(rows).to(dtype)
+    got = kernels.greedy_argmax(logits)
+    assert torch.equal(got, argmax.greedy_argmax_reference(logits))
+    values = logits.nan_to_num(nan=torch.inf, posinf=torch.inf, neginf=-torch.inf)
+    assert torch.equal(values.gather(1, got[:, None])[:, 0], values.amax(dim=1))
+    wider = torch.randn(3, size + 9).to(dtype)
+    assert torch.equal(
+        kernels.greedy_argmax(wider[:, 4 : size + 4]), kernels.greedy_argmax(wider[:, 4 : size + 4].clone())
+    )
+    assert kernels.greedy_argmax(logits[:0]).shape == (0,)

@@ -1,4 +1,5 @@
-/* Normalisation, activations, rotary embedding and cache writes: what stands between a layer's matrix products.
+/* Normalisation, activations, rotary embedding and cache writes, which stand between a layer's matrix products, and the
+ * greedy choice of a token.
  *
  * Every function works row by row and shares the rows among threads where there is enough to do. Rows of inputs may
  * lie any distance apart (`*_stride`, in elements); outputs are contiguous. The rest of a row that doesn't fill a
@@ -7,7 +8,7 @@
 #include "parallel.h"
 
 /* Waking a thread costs as much as some ten thousand elements. */
-#define ELEMENTS_PER_THREAD 16384
+#define ELEMENTS_PER_THREAD 32768
 
 /* Elements i to i + VL, or to `end` if that comes first. */
 INLINE vf vload_to(int dtype, const void *p, long i, long end) {
@@ -76,7 +77,7 @@ static void norm_work(const void *context, member me) {
 /* With a residual: sum = x + residual, rounded to the storage type, and its norm; without: the norm of x. A weight of
  * the storage type meets the rounded norm; a float32 weight beside narrower rows meets the norm in float32. */
 EXPORT int sensorium_rms_norm(const norm_args *args) {
-    run_parallel(threads_worth(args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), norm_work, args);
+    run_parallel(threads_worth(args->rows, args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), norm_work, args);
     return 0;
 }
 
@@ -126,7 +127,7 @@ static void activation_work(const void *context, member me) {
 
 /* out = act(x), or act(gate) * up. */
 EXPORT int sensorium_activation(const activation_args *args) {
-    run_parallel(threads_worth(args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), activation_work, args);
+    run_parallel(threads_worth(args->rows, args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), activation_work, args);
     return 0;
 }
 
@@ -192,7 +193,7 @@ static void rotary_work(const void *context, member me) {
 /* The tables are of the storage type or float32. */
 EXPORT int sensorium_rotary(const rotary_args *args) {
     const long elements = args->tokens * (args->heads + args->kv_heads) * args->head_size;
-    run_parallel(threads_worth(elements, ELEMENTS_PER_THREAD, args->threads), rotary_work, args);
+    run_parallel(threads_worth(args->tokens, elements, ELEMENTS_PER_THREAD, args->threads), rotary_work, args);
     return 0;
 }
 
@@ -220,6 +221,70 @@ static void write_work(const void *context, member me) {
 /* Copy each token's key and value to its slot of the two halves of a cache. */
 EXPORT int sensorium_write_kv(const write_args *args) {
     const long kilobytes = args->tokens * args->row_bytes / 1024;
-    run_parallel(threads_worth(kilobytes, 64, args->threads), write_work, args);
+    run_parallel(threads_worth(args->tokens, kilobytes, 64, args->threads), write_work, args);
+    return 0;
+}
+
+/* ---- greedy choice ------------------------------------------------------------------------------------------ */
+
+typedef struct {
+    int64_t *out;   /* (rows,) */
+    const void *x;  /* (rows, n) */
+    long rows, n, x_stride;
+    int dtype, threads;
+} argmax_args;
+
+INLINE int any_lane(vi mask) {
+    for (int i = 0; i < VL; i++)
+        if (mask[i]) return 1;
+    return 0;
+}
+
+/* First where the values are NaN, if any is; else first where they equal the largest. Two passes: the second one
+ * reads from the cache, and most of it only compares. */
+INLINE long argmax_row(const int dtype, const void *x, long n) {
+    vf largest[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
+    vi nan = {0};
+    long i = 0;
+    for (; i + 4 * VL <= n; i += 4 * VL)
+        UNROLL for (int j = 0; j < 4; j++) {
+            vf value = vload(dtype, x, i + j * VL);
+            largest[j] = vmax(value, largest[j]);
+            nan |= value != value;
+        }
+    float best = vlargest(vmax(vmax(largest[0], largest[1]), vmax(largest[2], largest[3])));
+    int any_nan = any_lane(nan);
+    for (; i < n; i++) {
+        float value = load1(dtype, x, i);
+        best = value > best ? value : best;
+        any_nan |= value != value;
+    }
+    for (i = 0; i + 4 * VL <= n; i += 4 * VL) {
+        vi found = {0};
+        UNROLL for (int j = 0; j < 4; j++) {
+            vf value = vload(dtype, x, i + j * VL);
+            found |= any_nan ? value != value : value == best;
+        }
+        if (any_lane(found)) break;
+    }
+    for (; i < n; i++) {
+        float value = load1(dtype, x, i);
+        if (any_nan ? value != value : value == best) return i;
+    }
+    return 0;
+}
+
+INLINE void argmax_rows(const int dtype, const argmax_args *args, member me) {
+    for (long row = share_begin(args->rows, me); row < share_end(args->rows, me); row++)
+        args->out[row] = argmax_row(dtype, element(dtype, args->x, row * args->x_stride), args->n);
+}
+
+static void argmax_work(const void *context, member me) {
+    const argmax_args *args = context;
+    FOR_DTYPE(args->dtype, argmax_rows, args, me);
+}
+
+EXPORT int sensorium_argmax(const argmax_args *args) {
+    run_parallel(threads_worth(args->rows, args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), argmax_work, args);
     return 0;
 }

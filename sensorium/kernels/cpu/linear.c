@@ -314,7 +314,7 @@ static void linear_work(const void *context, member me) {
 /* Returns 0, or -1 when memory ran out. */
 EXPORT int sensorium_linear(const linear_args *args) {
     if (args->m == 0 || args->n == 0) return 0;
-    const int threads = threads_worth(args->m * args->n * args->k, 1 << 16, args->threads);
+    const int threads = threads_worth(args->m * args->n, args->m * args->n * args->k, 1 << 16, args->threads);
     const long steps = steps_of(args->dtype, args->k), chunks = num_chunks(args);
     /* Copying a few rows takes each thread less time than waiting for the others. */
     const int a_apart = chunks == 1 && args->m * steps <= 8192;

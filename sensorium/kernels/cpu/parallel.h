@@ -41,7 +41,10 @@ INLINE long share_end(long n, member me) { return n * (me.index + 1) / me.count;
 /* The next `amount` items of a common list, for whoever comes first. */
 INLINE long take(long *next, long amount) { return __atomic_fetch_add(next, amount, __ATOMIC_RELAXED); }
 
-/* How many threads so much work is worth; `unit` is what pays for waking another one. */
-INLINE int threads_worth(long work, long unit, int threads) { return (int)MIN(threads, 1 + work / unit); }
+/* How many threads `items` that can't be divided, of so much work together, are worth; `unit` of work pays for waking
+ * another thread. */
+INLINE int threads_worth(long items, long work, long unit, int threads) {
+    return (int)MIN(MIN(threads, items), 1 + work / unit);
+}
 
 #endif

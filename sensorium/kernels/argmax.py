@@ -1,0 +1,34 @@
+"""The greedy choice of a token."""
+
+from __future__ import annotations
+
+import torch
+
+from sensorium.kernels.native import DTYPE_CODES, native_for, rows_of
+
+
+def greedy_argmax_reference(logits: torch.Tensor) -> torch.Tensor:
+    """The index `(rows,)` int64 of the largest of each row of `logits` `(rows, vocab_size)`.
+
+    Of equal values the first counts; the first NaN counts as the largest, so that it doesn't go unnoticed.
+    """
+    # `torch.argmax` promises no order among equal values.
+    is_nan = logits.isnan()
+    largest = logits.masked_fill(is_nan, float("-inf")).amax(dim=-1, keepdim=True)
+    chosen = torch.where(is_nan.any(dim=-1, keepdim=True), is_nan, logits == largest)
+    return chosen.int().argmax(dim=-1)
+
+
+def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
+    """See `greedy_argmax_reference`."""
+    native = native_for(logits)
+    if native is None:
+        return greedy_argmax_reference(logits)
+    rows = rows_of(logits)
+    num_rows, vocab_size = rows.shape
+    out = torch.empty(num_rows, dtype=torch.int64)
+    native.argmax(
+        *(out.data_ptr(), rows.data_ptr(), num_rows, vocab_size, rows.stride(0)),
+        *(DTYPE_CODES[logits.dtype], torch.get_num_threads()),
+    )
+    return out
