@@ -1,5 +1,8 @@
 """The decoder that most language models share: pre-norm attention with rotary positions, and a gated MLP.
 
+Within a layer, parts are run by `forward` instead of being called: a decoding step is short enough for the hooks of
+`nn.Module.__call__`, which nothing uses there, to be felt. Layers and attention are called.
+
 A model file says with `DecoderOptions` where it differs. Parameter names are those of Llama checkpoints, with
 the query, key and value projections fused into `qkv_proj`, and gate and up into `gate_up_proj`.
 
@@ -102,12 +105,11 @@ class DecoderAttention(nn.Module):
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
         """`(num_tokens, hidden_size)` to the same, given the step's rotary angles."""
-        qkv, _ = self.qkv_proj(hidden_states)
-        query, key, value = self.qkv_proj.split(qkv)
+        qkv, _ = self.qkv_proj.forward(hidden_states)
+        query, key, value = self.qkv_proj.split_heads(qkv)
         query, key = self.rotary_emb.rotate(cos_sin, query, key)
-        attended = self.attn(query, key, value, kv_cache, attn_metadata)
-        output: torch.Tensor = self.o_proj(attended)[0]
-        return output
+        attended: torch.Tensor = self.attn(query, key, value, kv_cache, attn_metadata)
+        return self.o_proj.forward(attended)[0]
 
 
 class GatedMLP(nn.Module):
@@ -137,9 +139,8 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(num_tokens, hidden_size)` to the same."""
-        gate_up, _ = self.gate_up_proj(hidden_states)
-        output: torch.Tensor = self.down_proj(self.act_fn(gate_up))[0]
-        return output
+        gate_up, _ = self.gate_up_proj.forward(hidden_states)
+        return self.down_proj.forward(self.act_fn.forward(gate_up))[0]
 
 
 class DecoderLayer(nn.Module):
@@ -178,12 +179,12 @@ class DecoderLayer(nn.Module):
         """The layer's output, and the residual that is still to be added to it."""
         if residual is None:
             residual = hidden_states
-            hidden_states = self.input_layernorm(hidden_states)
+            hidden_states = self.input_layernorm.forward(hidden_states)
         else:
-            hidden_states, residual = self.input_layernorm(hidden_states, residual)
-        hidden_states = self.self_attn(cos_sin, hidden_states, kv_cache, attn_metadata)
-        hidden_states, residual = self.post_attention_layernorm(hidden_states, residual)
-        return self.mlp(hidden_states), residual
+            hidden_states, residual = self.input_layernorm.forward(hidden_states, residual)
+        hidden_states = self.self_attn.forward(cos_sin, hidden_states, kv_cache, attn_metadata)
+        hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
+        return self.mlp.forward(hidden_states), residual
 
 
 class Decoder(nn.Module):

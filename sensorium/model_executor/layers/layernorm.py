@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import overload
+
 import torch
 from torch import nn
 
@@ -21,6 +23,12 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.variance_epsilon = eps
         self.weight = new_parameter(hidden_size, dtype=dtype)
+
+    @overload
+    def forward(self, x: torch.Tensor, residual: None = None) -> torch.Tensor: ...
+
+    @overload
+    def forward(self, x: torch.Tensor, residual: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     def forward(
         self, x: torch.Tensor, residual: torch.Tensor | None = None

@@ -248,7 +248,13 @@ class QKVParallelLinear(ColumnParallelLinear):
 
     def split(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """The query `(..., q_size)`, key and value `(..., kv_size)` parts of an output, as views."""
-        query, key, value = torch.split(qkv, [self.q_size, self.kv_size, self.kv_size], dim=-1)
+        query, key, value = qkv.split_with_sizes((self.q_size, self.kv_size, self.kv_size), dim=-1)
+        return query, key, value
+
+    def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The same of an output `(num_tokens, ...)` with an axis of heads, `(num_tokens, heads, head_size)` each."""
+        heads = qkv.view(len(qkv), -1, self.head_size)
+        query, key, value = heads.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return query, key, value
 
     def _part(self, shard: str) -> tuple[int, int]:

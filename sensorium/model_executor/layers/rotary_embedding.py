@@ -103,25 +103,19 @@ class RotaryEmbedding(nn.Module):
             return angles.cos(), angles.sin()
         return angles.cos() * self.scale, angles.sin() * self.scale
 
-    def rotate(self, cos_sin: CosSin, query: torch.Tensor, key: torch.Tensor) -> CosSin:
-        """Query and key rotated; each `(num_tokens, heads * head_size)`, or with an axis of heads."""
-        num_tokens = query.shape[0]
+    def rotate(self, cos_sin: CosSin, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Query `(num_tokens, num_heads, head_size)` and key `(num_tokens, num_kv_heads, head_size)`, rotated."""
+        rotary_dim = None if self.rotary_dim == self.head_size else self.rotary_dim
         cos, sin = cos_sin
-        rotated_query, rotated_key = rotary_embedding(
-            query.view(num_tokens, -1, self.head_size),
-            key.view(num_tokens, -1, self.head_size),
-            cos,
-            sin,
-            is_neox_style=self.is_neox_style,
-            rotary_dim=None if self.rotary_dim == self.head_size else self.rotary_dim,
-        )
-        return rotated_query.view(query.shape), rotated_key.view(key.shape)
+        return rotary_embedding(query, key, cos, sin, is_neox_style=self.is_neox_style, rotary_dim=rotary_dim)
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate `query` and `key` by the angles of `positions`; shapes as in `cos_sin` and `rotate`."""
-        return self.rotate(self.cos_sin(positions), query, key)
+        """Rotate by the angles of `positions` (see `cos_sin`); the heads may be an axis, or side by side in one."""
+        heads = (len(query), -1, self.head_size)
+        rotated_query, rotated_key = self.rotate(self.cos_sin(positions), query.view(heads), key.view(heads))
+        return rotated_query.view(query.shape), rotated_key.view(key.shape)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
