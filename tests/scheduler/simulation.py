@@ -129,6 +129,7 @@ class Simulation:
         self.requests: dict[str, EngineRequest] = {}
         self.outcomes: dict[str, Outcome] = {}
         self.steps: list[SchedulerOutput] = []
+        self._last_step_was_for_one = False
 
     def add(self, request: EngineRequest) -> bool:
         """Add a request; False if the line is full."""
@@ -152,6 +153,7 @@ class Simulation:
         assert bool(step.chunks) == had_work, "a step is empty if and only if there is nothing to do"
         self.scheduler.check()
         self._check_budgets(step)
+        self._check_streams(step)
         result = self.worker.execute(step)
         self._check_encoder_rows(step)
         self.abort(abort_in_flight)
@@ -221,6 +223,20 @@ class Simulation:
         is_alone = len(step.chunks) == 1 and not config.enable_chunked_prefill
         rows = [self.requests[each.request_id].media[each.item].num_rows for each in step.encoder_inputs]
         assert sum(rows) <= config.max_num_encoder_rows or len(rows) == 1 or is_alone
+
+    def _check_streams(self, step: SchedulerOutput) -> None:
+        """Every stream has its token in every step, unless the step is for one request or all blocks are in use."""
+        slots = self.worker.slots
+        streams = {request_id for request_id, slot in slots.items() if slot.has_sampled}
+        missing = streams - {chunk.request_id for chunk in step.chunks} - set(step.freed_request_ids)
+        if missing and self.worker.max_sampled == 1 and self.scheduler.stats().num_free_blocks:
+            may_run_alone = self.worker.keeps_items_whole or not self.limits.scheduler.enable_chunked_prefill
+            assert may_run_alone, f"streams without a token: {missing}"
+            assert len(step.chunks) == 1
+            assert not self._last_step_was_for_one, "two steps without the streams"
+            self._last_step_was_for_one = True
+        else:
+            self._last_step_was_for_one = False
 
     def _check_encoder_rows(self, step: SchedulerOutput) -> None:
         config = self.limits.scheduler

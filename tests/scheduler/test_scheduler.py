@@ -162,6 +162,16 @@ def test_media_are_part_of_a_prefix_and_swapped_lengths_share_nothing() -> None:
     assert cached == [0, 0, 8, 16], "c shares the two blocks that hold x alone"
 
 
+@pytest.mark.parametrize("variant", [{"splits_media": False}, {"atomic_items": True}], ids=str)
+def test_a_cached_prefix_ends_inside_no_item_that_must_stay_whole(variant: dict[str, bool]) -> None:
+    simulation = make_simulation(**variant)  # type: ignore[arg-type]
+    simulation.add(make_request("a", [[1] * 5, image(17), [2] * 3], max_tokens=1))
+    simulation.step()
+    simulation.add(make_request("b", [[1] * 5, image(17), [3] * 3], max_tokens=1))
+    assert chunks(simulation.step()) == {"b": (4, 21)}, "20 tokens are cached, but the item ends at 22"
+    simulation.finish()
+
+
 def test_requests_with_different_salts_share_nothing() -> None:
     simulation = make_simulation()
     for i, salt in enumerate([None, "one", "two", "one"]):
@@ -241,15 +251,49 @@ def test_a_preempted_request_finds_its_blocks_again_where_they_were_not_needed()
     assert resumed >= 28, "the end of a sequence is reused before its beginning"
 
 
-def test_a_prompt_is_admitted_only_when_all_of_it_fits() -> None:
-    """Else it would take blocks from the streams, be preempted by them, and be prefilled again."""
-    simulation = make_simulation(blocks=16, tokens=8)
-    simulation.add(make_request("a", [[1] * 30], max_tokens=20, ignore_eos=True))
-    for _ in range(4):
-        simulation.step()
-    simulation.add(make_request("b", [[2] * 40], max_tokens=4))
+def test_a_prompt_is_admitted_only_where_streams_can_grow_beside_it() -> None:
+    """Else it would take the last blocks, be preempted for the next token of a stream, and be prefilled again."""
+    simulation = make_simulation(blocks=8)
+    simulation.add(make_request("a", [[1] * 15], max_tokens=4, ignore_eos=True))
+    simulation.step()
+    simulation.add(make_request("b", [[2] * 16], max_tokens=2))
+    assert set(chunks(simulation.step())) == {"a"}, "four blocks are free, and b needs four"
     simulation.finish()
     assert simulation.scheduler.stats().num_preemptions == 0
+
+
+def test_a_prompt_is_admitted_only_where_prefills_that_have_begun_can_end_beside_it() -> None:
+    simulation = make_simulation(blocks=16, rows=8)
+    simulation.add(make_request("a", [[1] * 3, image(8, "x"), image(8, "y"), [1] * 11], max_tokens=2))
+    simulation.add(make_request("b", [[2] * 40], max_tokens=2))
+    assert chunks(simulation.step()) == {"a": (0, 11)}, "y waits for the next step's encoder budget"
+    assert "b" not in chunks(simulation.step())
+    simulation.finish()
+    assert simulation.scheduler.stats().num_preemptions == 0
+
+
+def test_encoded_rows_may_leave_with_the_victim_that_held_them() -> None:
+    """An urgent request counted on the rows of an image that the one it displaces was using: they must be encoded
+    again, since a cache that is too small for them drops them with their last holder."""
+    simulation = make_simulation(seqs=1, tokens=16, cache_rows=0, policy="priority")
+    simulation.add(make_request("low", [image(40, "x")], priority=1))
+    simulation.step()
+    simulation.add(make_request("urgent", [[2] * 5, image(40, "x")], priority=0))
+    step = simulation.step()
+    assert (set(chunks(step)), step.free_encoder_keys, encoded(simulation, step)) == ({"urgent"}, ("x",), ["x"])
+    simulation.finish()
+
+
+def test_an_overtaken_request_and_an_oversized_one_never_wait_for_each_other() -> None:
+    """`held` waits one step for a prefix; `big` gets in meanwhile and then needs a step for itself. `held` is the
+    older one but has no room while `big` is there, so `big` must go on."""
+    simulation = make_simulation(tokens=16, blocks=34, splits_media=False)
+    simulation.add(make_request("first", [[1] * 12], max_tokens=1))
+    simulation.add(make_request("held", [[1] * 112], max_tokens=2))
+    simulation.add(make_request("big", [[2] * 3, image(40)], max_tokens=2))
+    assert set(chunks(simulation.step())) == {"first", "big"}
+    assert chunks(simulation.step()) == {"big": (3, 40)}
+    simulation.finish()
 
 
 def test_priority_takes_slots_and_first_come_does_not() -> None:
@@ -365,8 +409,10 @@ def test_a_worse_holder_of_encoder_rows_gives_way() -> None:
     simulation.add(make_request("high", [[2] * 2, image(20, "y")], max_tokens=1, priority=0))
     simulation.step()
     assert simulation.scheduler.stats().num_preemptions == 0, "two tokens of text stand before its image"
-    assert "high" in chunks(simulation.step())
-    assert simulation.scheduler.stats().num_preemptions == 1
+    step = simulation.step()
+    assert step.freed_request_ids == ("low",)
+    assert [new.request.request_id for new in step.new_requests] == [], "a victim doesn't return in the same step"
+    assert set(chunks(step)) == {"high"}
     simulation.finish()
 
 

@@ -24,8 +24,9 @@ MASKS: dict[str, tuple[bool, ...]] = {
     "large": (True,) * 23,
     "huge": (True,) * 40,
     "empty": (False, False),
-    "bad": (True,) * 6,
 }
+BAD = (True,) * 6
+"""An item that can't be encoded."""
 PREFIXES: tuple[list[int], ...] = ([], [1, 2, 3], list(range(10, 27)), [9] * 40)
 
 
@@ -95,12 +96,12 @@ scenarios = st.builds(
 )
 
 
-def random_request(rng: Random, request_id: str, max_len: int) -> EngineRequest | None:
+def random_request(rng: Random, request_id: str, max_len: int, kinds: Sequence[str]) -> EngineRequest | None:
     """A request that shares prefixes and media with others; None if it came out too long."""
-    parts: list[Sequence[Any]] = [rng.choice(PREFIXES)]
+    parts: list[Sequence[Any]] = [rng.choice(PREFIXES if len(kinds) > 3 else PREFIXES[:2])]
     for _ in range(rng.randint(0, 3)):
-        kind = rng.choice(list(MASKS)[: 8 if rng.random() < 0.95 else 9])
-        parts.append((f"{kind}-{rng.randint(0, 1)}", MASKS[kind]))
+        kind = rng.choice(kinds) if rng.random() < 0.97 else "bad"
+        parts.append((f"{kind}-{rng.randint(0, 1)}", MASKS.get(kind, BAD)))
         parts.append([rng.randint(0, 3) for _ in range(rng.choice([0, 0, 1, 5]))])
     parts.append([rng.randint(0, 49) for _ in range(rng.randint(0, 12))])
     length = sum(len(part if isinstance(part, list) else part[1]) for part in parts)
@@ -130,7 +131,9 @@ def play(scenario: Scenario) -> Simulation:
         failure_rate=scenario.failure_rate,
         pacer=scenario.pacer,
     )
-    arrivals = [random_request(rng, f"r{i}", scenario.limits.max_model_len) for i in range(scenario.num_requests)]
+    kinds = rng.sample(list(MASKS), rng.randint(1, len(MASKS)))
+    max_len = scenario.limits.max_model_len
+    arrivals = [random_request(rng, f"r{i}", max_len, kinds) for i in range(scenario.num_requests)]
     pending = [request for request in arrivals if request is not None]
     num_tokens = sum(len(r.prompt_token_ids) + (r.sampling_params.max_tokens or 0) for r in pending)
     while pending or simulation.scheduler.has_unfinished_requests():
