@@ -8,7 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TypeVar
 
 from training.catalog import STRANGERS
 from training.charts import CHART_ASKERS, sample_chart
@@ -19,6 +19,10 @@ from training.pairs import PAIR_ASKERS, sample_pair
 from training.scenes import MAX_SHAPES, SCENE_ASKERS, sample_scene
 from training.sounds import SOUND_ASKERS, sample_sound
 from training.speech import SpeechBank
+
+_Ask = Callable[[random.Random], Turn | None]
+_Sampled = tuple[tuple[Media, ...], _Ask]
+_Subject = TypeVar("_Subject")
 
 SKILLS = (
     *("scene", "counting", "compare", "reading", "chart", "motion", "blinking"),
@@ -109,9 +113,7 @@ def sample_item(
             return Item(media, turns, system, question_first=rng.random() < 0.12)
 
 
-def _ask(
-    ask: Callable[[random.Random], Turn | None], rng: random.Random, num_turns: int, skills: Sequence[str]
-) -> tuple[Turn, ...]:
+def _ask(ask: _Ask, rng: random.Random, num_turns: int, skills: Sequence[str]) -> tuple[Turn, ...]:
     """Up to ``num_turns`` turns with different answers; fewer if they don't come up in a fair number of tries."""
     turns: dict[str, Turn] = {}
     for _ in range(12 * num_turns):
@@ -123,12 +125,19 @@ def _ask(
     return tuple(turns.values())
 
 
-def _asker(subject: Any, askers: Sequence[tuple[Callable[[Any, random.Random], Turn | None], float]]) -> Any:
+def _asker(subject: _Subject, askers: Sequence[tuple[Callable[[_Subject, random.Random], Turn | None], float]]) -> _Ask:
+    """Asks one of the questions about ``subject``, each as often as its weight says."""
     functions, weights = zip(*askers, strict=True)
-    return lambda rng: rng.choices(functions, weights)[0](subject, rng)
+
+    def ask(rng: random.Random) -> Turn | None:
+        [function] = rng.choices(functions, weights)
+        turn: Turn | None = function(subject, rng)
+        return turn
+
+    return ask
 
 
-def _scene(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _scene(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     few_names = rng.random() < 0.45
     count = rng.randint(0 if rng.random() < 0.15 else 1, source.grown(MAX_SHAPES, 2))
     if not few_names and rng.random() < 0.5:
@@ -137,47 +146,47 @@ def _scene(rng: random.Random, layout: Layout, source: Source) -> Any:
     return (Media("image", scene.render(rng)),), _asker(scene, SCENE_ASKERS)
 
 
-def _pair(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _pair(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     pair = sample_pair(rng, layout.width, layout.height)
     return tuple(Media("image", scene.render(rng)) for scene in (pair.first, pair.second)), _asker(pair, PAIR_ASKERS)
 
 
-def _page(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _page(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     page = sample_page(rng, layout.width, layout.height, source.split, source.grown(8, 2))
     return (Media("image", page.render(rng)),), _asker(page, PAGE_ASKERS)
 
 
-def _chart(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _chart(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     chart = sample_chart(rng, layout.width, layout.height, source.split)
     return (Media("image", chart.render(rng)),), _asker(chart, CHART_ASKERS)
 
 
-def _clip(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _clip(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     clip = sample_clip(rng, layout.width, layout.height, layout.num_frames)
     return (Media("video", clip.render(rng)),), _asker(clip, CLIP_ASKERS)
 
 
-def _sound(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _sound(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     assert source.bank is not None
     sound = sample_sound(rng, source.bank, source.grown(5, 1))
     return (Media("audio", sound.waveform),), _asker(sound, SOUND_ASKERS)
 
 
-def _both(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _both(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     """An image and a sound in one request, the question about either."""
     image, ask_image = _scene(rng, layout, source)
     sound, ask_sound = _sound(rng, layout, source)
     media = (*image, *sound) if rng.random() < 0.5 else (*sound, *image)
-    # What is absent from one medium may be in the other, so only what is there is asked for.
 
     def ask(rng: random.Random) -> Turn | None:
-        turn: Turn | None = (ask_image if rng.random() < 0.5 else ask_sound)(rng)
+        """What is absent from one medium may be in the other, so only what is there is asked for."""
+        turn = (ask_image if rng.random() < 0.5 else ask_sound)(rng)
         return None if turn is None or turn.skill == "absent" or turn.question == "What do you see?" else turn
 
     return media, ask
 
 
-def _none(rng: random.Random, layout: Layout, source: Source) -> Any:
+def _none(rng: random.Random, layout: Layout, source: Source) -> _Sampled:
     """No media at all: small talk, and questions about what was not sent."""
 
     def ask(rng: random.Random) -> Turn | None:
@@ -202,7 +211,7 @@ def _none(rng: random.Random, layout: Layout, source: Source) -> Any:
     return (), ask
 
 
-_WORLDS: dict[str, Callable[[random.Random, Layout, Source], Any]] = {
+_WORLDS: dict[str, Callable[[random.Random, Layout, Source], _Sampled]] = {
     "scene": _scene,
     "pair": _pair,
     "page": _page,
