@@ -1,0 +1,391 @@
+"""`AsyncLLMEngine`: many requests at once from an event loop, over an engine core in a process of its own.
+
+    caller -> pool of threads: tokenize, map media, encode -> channel -> core process
+    caller <- stream <- event loop: detokenize, stop strings <- channel <- core process
+
+The event loop only moves messages and text: prompts are prepared in a bounded pool, and steps run elsewhere. Owns the
+streams of all open requests. Everything here belongs to the event loop on which the engine was started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import AsyncIterator, Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, TypeVar
+
+from sensorium.config import EngineConfig
+from sensorium.engine.args import EngineArgs
+from sensorium.engine.codec import EncodedMessage, encode_add, encode_request
+from sensorium.engine.core_client import CoreClient
+from sensorium.engine.core_messages import News
+from sensorium.engine.core_process import CoreFactory
+from sensorium.engine.output_processor import OutputProcessor
+from sensorium.engine.output_stream import OutputStream
+from sensorium.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestAbortedError
+from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
+from sensorium.inputs.tokenizer import get_tokenizer
+from sensorium.logger import get_logger
+from sensorium.messages import LoadReport
+from sensorium.multimodal import MULTIMODAL_REGISTRY
+from sensorium.multimodal.media import MediaLoader
+from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
+from sensorium.sampling_params import SamplingParams
+from sensorium.scheduler.stats import SchedulerStats
+
+logger = get_logger(__name__)
+
+_HEALTH_TIMEOUT_S = 30.0
+_T = TypeVar("_T")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineLoad:
+    """How much work an engine has at this moment."""
+
+    num_open: int
+    """Requests that have not ended."""
+    num_waiting: int
+    """Those of them that have shown no output: in preparation, in line, or in prefill."""
+
+
+class AsyncLLMEngine:
+    """Serves requests concurrently. Made by `start`, ended by `shutdown`.
+
+    Every request that was opened ends: with an output that is `finished`, or with an exception; and what it held goes
+    back when its reader stops reading, for whatever reason.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        report: LoadReport,
+        client: CoreClient,
+        tokenizer: Any | None,
+        media_loader: MediaLoader | None,
+        *,
+        preprocess_threads: int,
+        accept_embeddings: bool,
+    ) -> None:
+        """For `start`."""
+        self.config = config
+        self.report = report
+        self.tokenizer = tokenizer
+        self.preprocessor = InputPreprocessor(
+            config, report.features, tokenizer, media_loader, accept_embeddings=accept_embeddings
+        )
+        self.pool = ThreadPoolExecutor(max(preprocess_threads, 1), thread_name_prefix="sensorium-preprocess")
+        self.stats: SchedulerStats | None = None
+        """The core's latest; None before its first."""
+        self._client = client
+        self._outputs = OutputProcessor(tokenizer)
+        self._streams: dict[str, OutputStream] = {}
+        self._waiting: set[str] = set()
+        self._ids = itertools.count()
+        self._is_shutting_down = False
+        self._all_closed = asyncio.Event()
+        self._all_closed.set()
+
+    @classmethod
+    async def start(
+        cls,
+        args: EngineArgs,
+        *,
+        media_loader: MediaLoader | None = None,
+        make_core: CoreFactory | None = None,
+        accept_embeddings: bool = False,
+        log_level: str = "INFO",
+    ) -> AsyncLLMEngine:
+        """Start an engine core and everything in front of it.
+
+        Args:
+            args: settings.
+            media_loader: turns encoded media into objects; without it, media are objects.
+            make_core: runs the core in a thread of this process, as `core_client.IN_THIS_PROCESS` does; by default it
+                gets a process of its own.
+            accept_embeddings: whether requests may bring embeddings instead of media.
+            log_level: of the core's process.
+
+        Raises:
+            ConfigError, ModelError, WeightsError: The model can't be served as asked.
+            EngineDeadError: The core ended while it was loading.
+        """
+        hub: _Hub = _Hub()
+        client = CoreClient(args, hub.news, hub.death, make=make_core, log_level=log_level)
+        try:
+            # The core imports and loads meanwhile.
+            config, tokenizer = await asyncio.to_thread(_resolve, args)
+            report = await client.ready()
+            engine = cls(
+                config,
+                report,
+                client,
+                tokenizer,
+                media_loader,
+                preprocess_threads=args.preprocess_threads,
+                accept_embeddings=accept_embeddings,
+            )
+        except BaseException:
+            await client.stop(timeout_s=0.0 if client.failure is None else 5.0)
+            raise
+        hub.engine = engine
+        return engine
+
+    # State
+
+    @property
+    def is_running(self) -> bool:
+        """Whether requests can be opened."""
+        return self._client.failure is None and not self._is_shutting_down
+
+    @property
+    def core_pid(self) -> int:
+        """Id of the process that the core runs in."""
+        return self._client.pid
+
+    def load(self) -> EngineLoad:
+        """How much work there is."""
+        return EngineLoad(len(self._streams), len(self._waiting))
+
+    async def check_health(self, *, generate: bool = False, timeout_s: float = _HEALTH_TIMEOUT_S) -> None:
+        """Return if the engine is well; with `generate`, only after the model has made one real token.
+
+        Raises:
+            EngineDeadError: It is not, or has made no token in time.
+        """
+        self._check_running()
+        if not generate:
+            return
+        prompt = {"prompt_token_ids": [self._plain_token_id()]}
+        params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
+        try:
+            async with asyncio.timeout(timeout_s):
+                async for _ in self.generate(prompt, params):
+                    pass
+        except TimeoutError:
+            raise EngineDeadError(f"the engine: got no token within {timeout_s:g} s. Look at its load.") from None
+
+    # Requests
+
+    async def generate(
+        self,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        request_id: str | None = None,
+        *,
+        kind: OutputKind = OutputKind.CUMULATIVE,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
+    ) -> AsyncIterator[RequestOutput]:
+        """Generate for one prompt; yields outputs, the last of which is `finished`.
+
+        Stopping to read, closing the iterator or cancelling the task that reads ends the request.
+
+        Args:
+            prompt: A string, token ids, or a dict as `LLM.generate` takes it.
+            params: How to sample; defaults of `SamplingParams`.
+            request_id: A name that is not in use; made up if not given.
+            kind: What outputs hold.
+            priority: Lower goes first under the priority policy.
+            cache_salt: Only requests with the same salt share caches.
+            mm_processor_kwargs: For the model's input processor and mappers.
+
+        Raises:
+            RequestError: The prompt, its media or the parameters are wrong, or the engine has too much to do.
+            RequestAbortedError: `abort` or a shutdown ended it.
+            EngineDeadError: The engine can't go on.
+        """
+        name = request_id or self._new_id()
+        prepare = partial(
+            self.preprocessor.process,
+            name,
+            prompt,
+            params or SamplingParams(),
+            priority=priority,
+            arrival_time_s=time.monotonic(),
+            cache_salt=cache_salt,
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+        stream = self._open(name, kind)
+        try:
+            await self._submit(name, prepare, kind)
+            while True:
+                output = await stream.get()
+                if output.error is not None:
+                    raise output.error
+                assert isinstance(output, RequestOutput)
+                yield output
+                if output.finished:
+                    return
+        finally:
+            self._close(name)
+
+    async def encode(
+        self, prompt: Any, request_id: str | None = None, *, priority: int = 0, cache_salt: str | None = None
+    ) -> PoolingRequestOutput:
+        """Pool one prompt into a vector `(hidden_size,)`.
+
+        Raises:
+            RequestError, RequestAbortedError, EngineDeadError: See `generate`.
+        """
+        name = request_id or self._new_id()
+        prepare = partial(
+            self.preprocessor.process,
+            name,
+            prompt,
+            SamplingParams(max_tokens=1, detokenize=False),
+            priority=priority,
+            arrival_time_s=time.monotonic(),
+            cache_salt=cache_salt,
+            pooling=True,
+        )
+        stream = self._open(name, OutputKind.FINAL_ONLY)
+        try:
+            await self._submit(name, prepare, OutputKind.FINAL_ONLY)
+            output = await stream.get()
+        finally:
+            self._close(name)
+        if output.error is not None:
+            raise output.error
+        assert isinstance(output, PoolingRequestOutput)
+        return output
+
+    async def preprocess(
+        self, prompt: Any, params: SamplingParams | None = None, *, mm_processor_kwargs: Mapping[str, Any] | None = None
+    ) -> ProcessedRequest:
+        """What `generate` would send to the core, without sending it. Raises `RequestError`."""
+        self._check_running()
+        prepare = partial(
+            self.preprocessor.process,
+            self._new_id(),
+            prompt,
+            params or SamplingParams(),
+            mm_processor_kwargs=mm_processor_kwargs,
+        )
+        return await self._in_pool(prepare)
+
+    def abort(self, request_id: str) -> None:
+        """End a request: its reader gets `RequestAbortedError`. Ids that are not open are ignored."""
+        stream = self._streams.get(request_id)
+        if stream is not None:
+            self._client.abort(self._outputs.abort(request_id))
+            stream.fail(RequestAbortedError("the request was ended before it finished."))
+
+    async def shutdown(self, drain_s: float = 0.0) -> None:
+        """Refuse new requests, give open ones `drain_s` to finish, abort the rest, end the core.
+
+        May be called again.
+        """
+        self._is_shutting_down = True
+        try:
+            async with asyncio.timeout(drain_s):
+                await self._all_closed.wait()
+        except TimeoutError:
+            logger.warning("%d requests have not finished within %g s and are aborted", len(self._streams), drain_s)
+        for request_id in list(self._streams):
+            self.abort(request_id)
+        self.pool.shutdown(wait=False, cancel_futures=True)
+        await self._client.stop()
+
+    # Inside
+
+    def _new_id(self) -> str:
+        return f"request-{next(self._ids)}"
+
+    def _plain_token_id(self) -> int:
+        """The smallest id that doesn't stand for media."""
+        media = frozenset().union(*self.report.features.placeholder_token_ids.values())
+        return next(token_id for token_id in itertools.count() if token_id not in media)
+
+    def _check_running(self) -> None:
+        if self._client.failure is not None:
+            raise EngineDeadError(str(self._client.failure))
+        if self._is_shutting_down:
+            raise EngineDeadError("the engine is shutting down. Send the request again later.")
+
+    def _open(self, request_id: str, kind: OutputKind) -> OutputStream:
+        self._check_running()
+        if request_id in self._streams:
+            raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
+        most = self.config.scheduler_config.max_waiting_requests
+        if most is not None and len(self._waiting) >= most:
+            raise OverloadedError(
+                f"waiting requests: got {len(self._waiting)}, expected fewer than {most}. Retry later."
+            )
+        stream = self._streams[request_id] = OutputStream(kind)
+        self._waiting.add(request_id)
+        self._all_closed.clear()
+        return stream
+
+    def _close(self, request_id: str) -> None:
+        """Forget a request, and end it in the core if it still runs there."""
+        self._client.abort(self._outputs.abort(request_id))
+        self._waiting.discard(request_id)
+        self._streams.pop(request_id, None)
+        if not self._streams:
+            self._all_closed.set()
+
+    async def _submit(self, request_id: str, prepare: Callable[[], ProcessedRequest], kind: OutputKind) -> None:
+        """Prepare a request in the pool and send it to the core, unless it has been aborted meanwhile."""
+        processed, encoded = await self._in_pool(lambda: _encoded(prepare()))
+        self._check_running()
+        stream = self._streams[request_id]
+        if stream.has_failed:
+            encoded.close()
+            return
+        requests = self._outputs.add_request(processed, kind)
+        outputs = [(request.request_id, request.sampling_params) for request in requests]
+        self._client.add(encode_add(encoded, outputs))
+
+    async def _in_pool(self, call: Callable[[], _T]) -> _T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+        except RuntimeError:
+            self._check_running()  # a pool that has been shut down says no more than that
+            raise
+
+    def _take_news(self, news: News) -> None:
+        if news.stats is not None:
+            self.stats = news.stats
+        processed = self._outputs.process(news.outputs)
+        self._client.abort(processed.abort_ids)
+        for output in processed.outputs:
+            self._waiting.discard(output.request_id)
+            stream = self._streams.get(output.request_id)
+            if stream is not None:
+                stream.put(output)
+
+    def _core_died(self, error: EngineDeadError) -> None:
+        for stream in self._streams.values():
+            stream.fail(EngineDeadError(str(error)))
+
+
+class _Hub:
+    """What the client calls back, before there is an engine and after."""
+
+    def __init__(self) -> None:
+        self.engine: AsyncLLMEngine | None = None
+
+    def news(self, news: News) -> None:
+        if self.engine is not None:
+            self.engine._take_news(news)
+
+    def death(self, error: EngineDeadError) -> None:
+        if self.engine is not None:
+            self.engine._core_died(error)
+
+
+def _resolve(args: EngineArgs) -> tuple[EngineConfig, Any | None]:
+    """The front's part of loading: settings, limits and tokenizer; no weights."""
+    config = args.create_engine_config()
+    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+    return config, None if args.skip_tokenizer_init else get_tokenizer(config.model_config)
+
+
+def _encoded(processed: ProcessedRequest) -> tuple[ProcessedRequest, EncodedMessage]:
+    return processed, encode_request(processed.engine_request)

@@ -1,0 +1,258 @@
+"""Messages to bytes and back, without pickle; tensors through shared memory.
+
+A message is msgpack with a schema. Large arrays and tensors stand in it as references into a *segment*: a piece of
+anonymous shared memory, written once by the sender, handed over as an open file with the message, and mapped by the
+receiver in place. Nothing has a name that could leak: memory goes back when the last tensor over it is gone, or when
+either process ends, however it ends.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import tempfile
+from collections.abc import Mapping
+from typing import Any
+
+import msgspec
+import numpy as np
+import torch
+
+from sensorium.engine.core_messages import Add, ToCore, ToFront
+from sensorium.errors import ModelError
+from sensorium.messages import EngineRequest
+from sensorium.sampling_params import SamplingParams
+
+_INLINE_BYTES = 2048
+"""Arrays up to this size travel inside the message."""
+_ALIGNMENT = 64
+_TENSOR, _ARRAY, _TUPLE = 1, 2, 3
+"""Codes of msgpack extensions."""
+
+
+class _ArrayRef(msgspec.Struct, frozen=True, array_like=True):
+    """A tensor or array: its bytes, or where they are in the segment."""
+
+    dtype: str
+    shape: tuple[int, ...]
+    data: bytes | int
+
+
+class EncodedMessage:
+    """Bytes of a message, and the open file of its segment if it has one. Whoever holds it last closes it."""
+
+    __slots__ = ("fd", "payload")
+
+    def __init__(self, payload: bytes, fd: int | None = None) -> None:
+        self.payload = payload
+        self.fd = fd
+
+    def close(self) -> None:
+        """Give the segment up. May be called again."""
+        fd, self.fd = self.fd, None
+        if fd is not None:
+            os.close(fd)
+
+    def __del__(self) -> None:
+        self.close()
+
+
+def encode(message: ToCore | ToFront) -> EncodedMessage:
+    """A message without a segment: everything in line."""
+    return EncodedMessage(msgspec.msgpack.encode(message, enc_hook=_Writer(inline_bytes=None).hook))
+
+
+def encode_request(request: EngineRequest) -> EncodedMessage:
+    """A request with its media in a segment; the payload goes into `Add.request`.
+
+    Raises:
+        ModelError: A mapped keyword argument has a type that can't leave the process.
+    """
+    writer = _Writer(inline_bytes=_INLINE_BYTES)
+    media = [{**_fields(item), "kwargs": _pack(item.kwargs, "kwargs")} for item in request.media]
+    payload = msgspec.msgpack.encode({**_fields(request), "media": media}, enc_hook=writer.hook)
+    return EncodedMessage(payload, writer.finish())
+
+
+def encode_add(request: EncodedMessage, outputs: list[tuple[str, SamplingParams]]) -> EncodedMessage:
+    """The message that queues `outputs` of an encoded request, whose segment it takes over."""
+    fd, request.fd = request.fd, None
+    return EncodedMessage(msgspec.msgpack.encode(Add(msgspec.Raw(request.payload), outputs)), fd)
+
+
+def decode_to_core(payload: bytes) -> ToCore:
+    """Raises `msgspec.MsgspecError` if it is no such message."""
+    return _to_core.decode(payload)
+
+
+def decode_to_front(payload: bytes) -> ToFront:
+    """Raises `msgspec.MsgspecError` if it is no such message."""
+    return _to_front.decode(payload)
+
+
+def decode_request(payload: msgspec.Raw, fd: int | None) -> EngineRequest:
+    """A request whose tensors lie over its segment. Closes `fd`.
+
+    Raises `msgspec.MsgspecError` if it is no request.
+    """
+    reader = _Reader(None if fd is None else _map(fd))
+    decoder = msgspec.msgpack.Decoder(EngineRequest, dec_hook=_expect, ext_hook=reader.hook)
+    return decoder.decode(payload)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    return {name: getattr(value, name) for name in value.__dataclass_fields__}
+
+
+def _pack(value: Any, where: str) -> Any:
+    """Mapped values in a form that keeps tuples; refuses what can't be sent."""
+    if value is None or isinstance(value, bool | int | float | str | bytes | torch.Tensor | np.ndarray | np.generic):
+        return value
+    if isinstance(value, Mapping):
+        return {key: _pack(member, f"{where}[{key!r}]") for key, member in value.items()}
+    if isinstance(value, list):
+        return [_pack(member, where) for member in value]
+    if isinstance(value, tuple):
+        return _Packed(tuple(_pack(member, where) for member in value))
+    raise ModelError(
+        f"mapped {where}: got a {type(value).__name__}, expected tensors, arrays, numbers, strings, and lists, tuples "
+        "and dicts of them. Change what the model's input mapper returns."
+    )
+
+
+class _Packed:
+    """A tuple on its way through `_Writer.hook`; msgspec would write a plain tuple as a list."""
+
+    __slots__ = ("members",)
+
+    def __init__(self, members: tuple[Any, ...]) -> None:
+        self.members = members
+
+
+class _Writer:
+    """Writes arrays in line or into a segment. Used for one message."""
+
+    def __init__(self, inline_bytes: int | None) -> None:
+        self._inline_bytes = inline_bytes
+        self._pieces: list[tuple[int, np.ndarray[Any, Any]]] = []
+        self._size = 0
+
+    def hook(self, value: Any) -> Any:
+        """`enc_hook` of msgspec: whatever it can't write by itself."""
+        if isinstance(value, torch.Tensor):
+            flat = value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
+            name = str(value.dtype).removeprefix("torch.")
+            return self._reference(_TENSOR, name, tuple(value.shape), flat)
+        if isinstance(value, np.ndarray | np.generic) and not value.dtype.hasobject:
+            array = np.ascontiguousarray(value)
+            return self._reference(_ARRAY, array.dtype.str, value.shape, array.reshape(-1).view(np.uint8))
+        if isinstance(value, _Packed):
+            return msgspec.msgpack.Ext(_TUPLE, msgspec.msgpack.encode(list(value.members), enc_hook=self.hook))
+        raise ModelError(f"message to the engine core: got a {type(value).__name__}, expected plain values and arrays.")
+
+    def _reference(self, code: int, dtype: str, shape: tuple[int, ...], flat: np.ndarray[Any, Any]) -> Any:
+        data: bytes | int
+        if self._inline_bytes is None or flat.nbytes <= self._inline_bytes:
+            data = flat.tobytes()
+        else:
+            data = self._size
+            self._pieces.append((data, flat))
+            self._size += -(-flat.nbytes // _ALIGNMENT) * _ALIGNMENT
+        return msgspec.msgpack.Ext(code, msgspec.msgpack.encode(_ArrayRef(dtype, shape, data)))
+
+    def finish(self) -> int | None:
+        """The open file of the segment; None if nothing went there."""
+        if not self._pieces:
+            return None
+        fd = _anonymous_file()
+        try:
+            os.ftruncate(fd, self._size)
+            for offset, flat in self._pieces:
+                _write_all(fd, flat, offset)
+        except BaseException:
+            os.close(fd)
+            raise
+        return fd
+
+
+class _Reader:
+    """Reads arrays of one message."""
+
+    def __init__(self, segment: torch.Tensor | None) -> None:
+        self._segment = segment
+
+    def hook(self, code: int, data: memoryview) -> Any:
+        """`ext_hook` of msgspec."""
+        if code == _TUPLE:
+            return tuple(msgspec.msgpack.decode(bytes(data), ext_hook=self.hook))
+        reference = _array_ref.decode(data)
+        if code == _ARRAY:
+            return self._array(reference)
+        if code == _TENSOR:
+            return self._tensor(reference)
+        raise msgspec.ValidationError(f"message: got an extension of code {code}, expected 1 to 3.")
+
+    def _tensor(self, reference: _ArrayRef) -> torch.Tensor:
+        dtype = getattr(torch, reference.dtype, None)
+        if not isinstance(dtype, torch.dtype):
+            raise msgspec.ValidationError(f"message: got the dtype {reference.dtype!r}, expected one of torch's.")
+        return self._bytes(reference, dtype.itemsize).view(dtype).reshape(reference.shape)
+
+    def _array(self, reference: _ArrayRef) -> np.ndarray[Any, Any]:
+        dtype = np.dtype(reference.dtype)
+        if dtype.hasobject:
+            raise msgspec.ValidationError("message: got an array of objects, expected numbers.")
+        return self._bytes(reference, dtype.itemsize).numpy().view(dtype).reshape(reference.shape)
+
+    def _bytes(self, reference: _ArrayRef, item_bytes: int) -> torch.Tensor:
+        """`(num_bytes,)` uint8 of an array, in the segment or, writable too, from the message."""
+        num_bytes = math.prod(reference.shape) * item_bytes
+        if num_bytes == 0:
+            return torch.empty(0, dtype=torch.uint8)
+        if isinstance(reference.data, bytes):
+            return torch.frombuffer(bytearray(reference.data), dtype=torch.uint8)
+        if self._segment is None:
+            raise msgspec.ValidationError("message: got a reference into shared memory, but none came with it.")
+        return self._segment[reference.data : reference.data + num_bytes]
+
+
+def _expect(expected: type, value: Any) -> Any:
+    """`dec_hook` of msgspec: fields of types that only an extension can bring."""
+    if isinstance(value, np.ndarray):
+        return value
+    raise msgspec.ValidationError(f"message: got a {type(value).__name__}, expected {expected}.")
+
+
+def _anonymous_file() -> int:
+    """A file without a name: memory where the system has such files, else on the disk."""
+    if hasattr(os, "memfd_create"):
+        return os.memfd_create("sensorium-media")
+    with tempfile.TemporaryFile() as file:
+        return os.dup(file.fileno())
+
+
+def _write_all(fd: int, flat: np.ndarray[Any, Any], offset: int) -> None:
+    view = flat.data.cast("B")
+    while view:
+        written = os.pwrite(fd, view, offset)
+        view, offset = view[written:], offset + written
+
+
+def _map(fd: int) -> torch.Tensor:
+    """The segment as bytes, in private memory, so that nothing done to a tensor in place reaches anyone else.
+
+    Python's own `mmap` would keep a file open for as long as the memory is in use.
+    """
+    try:
+        return torch.from_file(f"/dev/fd/{fd}", shared=False, size=os.fstat(fd).st_size, dtype=torch.uint8)
+    finally:
+        os.close(fd)
+
+
+def _inline_hook(code: int, data: memoryview) -> Any:
+    return _Reader(None).hook(code, data)
+
+
+_array_ref = msgspec.msgpack.Decoder(_ArrayRef)
+_to_core: msgspec.msgpack.Decoder[ToCore] = msgspec.msgpack.Decoder(ToCore, ext_hook=_inline_hook)
+_to_front: msgspec.msgpack.Decoder[ToFront] = msgspec.msgpack.Decoder(ToFront, ext_hook=_inline_hook)

@@ -1,0 +1,75 @@
+"""What the front and the engine core say to each other when they are two processes.
+
+    front  --Start, Add, Abort, Stop-->  core
+    front  <--Ready, StartFailed, News, Died--  core
+
+Values with a schema: `codec.py` reads nothing into anything but these types.
+"""
+
+from __future__ import annotations
+
+from typing import TypeAlias
+
+import msgspec
+
+from sensorium.engine.args import EngineArgs
+from sensorium.messages import EngineOutput, LoadReport
+from sensorium.sampling_params import SamplingParams
+from sensorium.scheduler.stats import SchedulerStats
+
+
+class Start(msgspec.Struct, frozen=True, tag=True):
+    """Load a model. The first message, and sent once."""
+
+    args: EngineArgs
+
+
+class Add(msgspec.Struct, frozen=True, tag=True):
+    """Put a request in line, once for each of its outputs."""
+
+    request: msgspec.Raw
+    """An encoded `EngineRequest`. Its bulk (media tensors) is in the segment that travels with the message."""
+    outputs: list[tuple[str, SamplingParams]]
+    """Request id and parameters of each output; the rest they share."""
+
+
+class Abort(msgspec.Struct, frozen=True, tag=True):
+    """End requests; ids that are unknown or finished are ignored."""
+
+    request_ids: list[str]
+
+
+class Stop(msgspec.Struct, frozen=True, tag=True):
+    """Free everything and end."""
+
+
+class Ready(msgspec.Struct, frozen=True, tag=True):
+    """The model is loaded."""
+
+    report: LoadReport
+
+
+class StartFailed(msgspec.Struct, frozen=True, tag=True):
+    """The model can't be served; the core has ended."""
+
+    error: str
+    """Name of a class of `sensorium.errors`."""
+    message: str
+
+
+class News(msgspec.Struct, frozen=True, tag=True):
+    """What a step brought."""
+
+    outputs: list[EngineOutput]
+    stats: SchedulerStats | None = None
+    """Now and then, and whenever the core runs out of work."""
+
+
+class Died(msgspec.Struct, frozen=True, tag=True):
+    """The core can't go on, and has ended."""
+
+    message: str
+
+
+ToCore: TypeAlias = Start | Add | Abort | Stop
+ToFront: TypeAlias = Ready | StartFailed | News | Died

@@ -1,0 +1,200 @@
+"""The engine core as a process of its own: takes requests from a channel, steps, sends news.
+
+One thread receives and decodes; the main thread owns the core. The process ends when it is told to, when a step fails,
+or when the front is gone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from queue import SimpleQueue
+
+from sensorium import logger as package_logger
+from sensorium.engine.args import EngineArgs
+from sensorium.engine.channel import BlockingChannel, socket_from
+from sensorium.engine.codec import EncodedMessage, decode_request, decode_to_core, encode
+from sensorium.engine.core import EngineCore
+from sensorium.engine.core_messages import Abort, Add, Died, News, Ready, Start, StartFailed, Stop, ToFront
+from sensorium.errors import EngineDeadError, SensoriumError
+from sensorium.logger import get_logger
+from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure
+
+logger = get_logger(__name__)
+
+_STATS_INTERVAL_S = 0.25
+_ORPHAN_GRACE_S = 10.0
+"""How long a step may go on after the front is gone."""
+
+CoreFactory = Callable[[EngineArgs], EngineCore]
+
+
+class _Added:
+    """A decoded `Add`."""
+
+    __slots__ = ("requests",)
+
+    def __init__(self, requests: list[EngineRequest]) -> None:
+        self.requests = requests
+
+
+_Order = _Added | Abort | Stop
+
+
+def make_core(args: EngineArgs) -> EngineCore:
+    """Load a model, as the settings say."""
+    return EngineCore(args.create_engine_config())
+
+
+class CoreServer:
+    """Runs one core over one channel. `serve` is the whole life of it."""
+
+    def __init__(
+        self, sock: socket.socket, make: CoreFactory = make_core, on_orphaned: Callable[[], None] | None = None
+    ) -> None:
+        """`on_orphaned` is called, in another thread, as soon as the front is gone."""
+        self._channel = BlockingChannel(sock)
+        self._make = make
+        self._on_orphaned = on_orphaned
+        self._orders: SimpleQueue[_Order] = SimpleQueue()
+        self._args: SimpleQueue[EngineArgs | None] = SimpleQueue()
+        self._stats_time_s = 0.0
+
+    def serve(self) -> bool:
+        """Load, step until told to stop, free everything. Returns whether all went well."""
+        receiver = threading.Thread(target=self._receive, name="sensorium-core-receiver", daemon=True)
+        receiver.start()
+        core: EngineCore | None = None
+        try:
+            args = self._args.get()
+            if args is None:
+                return True
+            core = self._load(args)
+            if core is None:
+                return False
+            self._send(Ready(core.report))
+            return self._run(core)
+        except OSError:
+            logger.info("the front is gone")
+            return True
+        finally:
+            self._channel.close()
+            if core is not None:
+                core.shutdown()
+
+    def _load(self, args: EngineArgs) -> EngineCore | None:
+        try:
+            return self._make(args)
+        except SensoriumError as error:
+            self._send(StartFailed(type(error).__name__, str(error)))
+        except Exception as error:
+            logger.exception("loading failed")
+            self._send(StartFailed(EngineDeadError.__name__, f"loading failed: {type(error).__name__}: {error}"))
+        return None
+
+    def _run(self, core: EngineCore) -> bool:
+        while True:
+            if not self._take_orders(core):
+                return True
+            if not core.has_unfinished_requests():
+                continue
+            try:
+                outputs = core.step()
+            except EngineDeadError as error:
+                self._send(Died(str(error)))
+                return False
+            except Exception as error:
+                logger.exception("a step failed")
+                self._send(Died(f"the engine has ended: {type(error).__name__}. Restart it."))
+                return False
+            self._tell(core, outputs)
+
+    def _take_orders(self, core: EngineCore) -> bool:
+        """Do what has been asked for; wait for something if there is nothing else to do. False: stop."""
+        while not self._orders.empty() or not core.has_unfinished_requests():
+            order = self._orders.get()
+            if isinstance(order, Stop):
+                return False
+            if isinstance(order, Abort):
+                core.abort(order.request_ids)  # the front knows already
+                self._tell(core, [])
+            else:
+                self._add(core, order.requests)
+        return True
+
+    def _add(self, core: EngineCore, requests: list[EngineRequest]) -> None:
+        for request in requests:
+            try:
+                core.add_request(request)
+            except SensoriumError as error:
+                failure = RequestFailure(str(error), error.status)
+                news = EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, failure=failure)
+                self._tell(core, [news])
+
+    def _tell(self, core: EngineCore, outputs: list[EngineOutput]) -> None:
+        now_s = time.monotonic()
+        is_due = now_s - self._stats_time_s >= _STATS_INTERVAL_S or not core.has_unfinished_requests()
+        if is_due:
+            self._stats_time_s = now_s
+        if outputs or is_due:
+            self._send(News(outputs, core.stats() if is_due else None))
+
+    def _send(self, message: ToFront) -> None:
+        self._channel.send(encode(message))
+
+    def _receive(self) -> None:
+        """The receiving thread: decodes, so that the main thread only steps."""
+        try:
+            for frame in self._channel.receive():
+                if self._take(frame):
+                    return
+        except Exception:
+            logger.exception("a message from the front can't be read")
+        self._args.put(None)
+        self._orders.put(Stop())
+        if self._on_orphaned is not None:
+            self._on_orphaned()
+
+    def _take(self, frame: EncodedMessage) -> bool:
+        """Pass a message on to the main thread; returns whether it was the last."""
+        message = decode_to_core(frame.payload)
+        if isinstance(message, Start):
+            self._args.put(message.args)
+        elif isinstance(message, Add):
+            fd, frame.fd = frame.fd, None
+            base = decode_request(message.request, fd)
+            requests = [replace(base, request_id=name, sampling_params=params) for name, params in message.outputs]
+            self._orders.put(_Added(requests))
+        else:
+            self._orders.put(message)
+        return isinstance(message, Stop)
+
+
+def _exit_soon() -> None:
+    """End this process even if its step never returns."""
+    timer = threading.Timer(_ORPHAN_GRACE_S, os._exit, [1])
+    timer.daemon = True
+    timer.start()
+
+
+def main() -> int:
+    """The process. Arguments: the number of the socket's file, and a log level."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)  # meant for the front, which says when to stop
+    sock = socket_from(sys.argv[1])
+    package_logger.configure(sys.argv[2])
+    try:
+        return 0 if CoreServer(sock, on_orphaned=_exit_soon).serve() else 1
+    finally:
+        logging.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""What one reader of the asynchronous engine waits on. A slow reader costs memory for its own output, and no time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import replace
+
+from sensorium.outputs import CompletionOutput, OutputKind, PoolingRequestOutput, RequestOutput
+
+Output = RequestOutput | PoolingRequestOutput
+
+
+class OutputStream:
+    """News of one request, between the engine, which never waits, and a reader, who may be slow.
+
+    What the reader hasn't taken is joined into one output when it comes back.
+    """
+
+    def __init__(self, kind: OutputKind) -> None:
+        self._kind = kind
+        self._unread: list[Output] = []
+        self._error: BaseException | None = None
+        self._has_news = asyncio.Event()
+
+    @property
+    def has_failed(self) -> bool:
+        """Whether `fail` was called."""
+        return self._error is not None
+
+    def put(self, output: Output) -> None:
+        """Give the reader an output."""
+        if self._kind is not OutputKind.DELTA:
+            self._unread.clear()  # each holds everything
+        self._unread.append(output)
+        self._has_news.set()
+
+    def fail(self, error: BaseException) -> None:
+        """End the stream: the reader gets what there is, then the error."""
+        if self._error is None:
+            self._error = error
+        self._has_news.set()
+
+    async def get(self) -> Output:
+        """The next output, with all the news there are. Raises what `fail` was told."""
+        await self._has_news.wait()
+        if not self._unread:
+            assert self._error is not None
+            raise self._error
+        unread, self._unread = self._unread, []
+        if self._error is None:
+            self._has_news.clear()
+        return unread[0] if len(unread) == 1 else join_deltas(unread)
+
+
+def join_deltas(outputs: Sequence[Output]) -> Output:
+    """One delta that says what several say in a row.
+
+    For example, `"Hel"` and `"lo"` of output 0 become `"Hello"` of output 0.
+    """
+    last = outputs[-1]
+    if not isinstance(last, RequestOutput):
+        return last
+    by_index: dict[int, list[CompletionOutput]] = {}
+    prompt_logprobs = None
+    for output in outputs:
+        assert isinstance(output, RequestOutput)
+        prompt_logprobs = output.prompt_logprobs if prompt_logprobs is None else prompt_logprobs
+        for completion in output.outputs:
+            by_index.setdefault(completion.index, []).append(completion)
+    joined = [_join(by_index[index]) for index in sorted(by_index)]
+    return replace(last, outputs=joined, prompt_logprobs=prompt_logprobs)
+
+
+def _join(deltas: Sequence[CompletionOutput]) -> CompletionOutput:
+    last = deltas[-1]
+    if len(deltas) == 1:
+        return last
+    logprobs = None if last.logprobs is None else [entry for delta in deltas for entry in delta.logprobs or ()]
+    return replace(
+        last,
+        text="".join(delta.text for delta in deltas),
+        token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
+        logprobs=logprobs,
+    )
