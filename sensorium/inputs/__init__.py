@@ -1,7 +1,7 @@
 """How prompts become token ids with placeholders: `INPUT_REGISTRY`, prompt types, contexts.
 
-A model author registers an input processor, and a factory of dummy data, with `INPUT_REGISTRY`. Importing this package
-loads neither torch nor transformers.
+A model author registers an input processor, and a factory of dummy data, with `INPUT_REGISTRY`. Importing
+this package loads neither torch nor transformers.
 """
 
 from sensorium.inputs.context import InputContext, InputProcessingContext

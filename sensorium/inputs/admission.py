@@ -161,11 +161,14 @@ def _bad_values(modality: str, got: str, expected: str) -> InvalidRequestError:
     return InvalidRequestError(f"{modality} data: got {got}, expected {expected}. Correct multi_modal_data.")
 
 
-def check_embeddings(modality: str, kwargs: Mapping[str, Any], span: Span, hidden_size: int, *, accepted: bool) -> None:
+def check_embeddings(
+    modality: str, kwargs: Mapping[str, Any], num_placeholders: int | None, hidden_size: int | None, *, accepted: bool
+) -> None:
     """Refuse embeddings given as input that don't fit the rows they are to fill.
 
     `kwargs`: mapped keyword arguments of an item; those whose name ends in `_embeds` hold tensors of shape
-    `(num_rows, hidden_size)`, with any number of axes in front.
+    `(num_rows, hidden_size)`, with up to two axes in front. `num_placeholders`, `hidden_size`: None where
+    unknown.
     """
     for name, value in kwargs.items():
         if not name.endswith(EMBEDDINGS_SUFFIX):
@@ -176,9 +179,9 @@ def check_embeddings(modality: str, kwargs: Mapping[str, Any], span: Span, hidde
                 "switched off here."
             )
         num_rows = sum(_embedding_rows(modality, leaf, hidden_size) for leaf in iter_leaves(value))
-        if num_rows != span.num_rows:
+        if num_placeholders not in (None, num_rows):
             raise InvalidRequestError(
-                f"Attempted to assign {num_rows} = {num_rows} multimodal tokens to {span.num_rows} placeholders: "
+                f"Attempted to assign {num_rows} = {num_rows} multimodal tokens to {num_placeholders} placeholders: "
                 f"{modality} embeddings need one row for each. Send as many rows as the input processor expects."
             )
 
@@ -190,12 +193,12 @@ def embedding_rows(kwargs: Mapping[str, Any]) -> int | None:
     return sum(int(np.prod(shape[:-1])) for shape in shapes) if shapes else None
 
 
-def _embedding_rows(modality: str, leaf: Any, hidden_size: int) -> int:
+def _embedding_rows(modality: str, leaf: Any, hidden_size: int | None) -> int:
     shape = tuple(getattr(leaf, "shape", ()))
-    if len(shape) not in (2, 3, 4) or shape[-1] != hidden_size:
+    if len(shape) not in (2, 3, 4) or hidden_size not in (None, shape[-1]):
         raise InvalidRequestError(
-            f"{modality} embeddings: got shape {shape}, expected (num_rows, {hidden_size}) or "
-            f"(num_items, num_rows, {hidden_size}). Send the rows that the decoder takes."
+            f"{modality} embeddings: got shape {shape}, expected (num_rows, {hidden_size or 'hidden_size'}) "
+            f"or (num_items, num_rows, {hidden_size or 'hidden_size'}). Send the rows that the decoder takes."
         )
     is_float = leaf.dtype.kind == "f" if isinstance(leaf, np.ndarray) else leaf.is_floating_point()
     if not is_float:

@@ -1,7 +1,7 @@
 """Callables that model authors register: which one serves a class, and which keyword arguments reach it.
 
-Owns the lookup by class and the rule that filters `mm_processor_kwargs`; knows nothing of what the callables do.
-Called by the two registries.
+Owns the lookup by class and the rule that filters `mm_processor_kwargs`; knows nothing of what the callables
+do. Called by the two registries.
 """
 
 from __future__ import annotations
@@ -57,7 +57,8 @@ class ClassRegistry(UserDict[type, V]):
 
 
 def check_callable(function: object, decorator: str) -> None:
-    """Refuse what can't be called with a context, above all a class: the sign of a decorator without parentheses.
+    """Refuse what can't be called with a context, above all a class: the sign of a decorator without
+    parentheses.
 
     Raises `ModelError` (a `TypeError`).
     """
@@ -79,14 +80,15 @@ def resolve_mm_processor_kwargs(
 ) -> dict[str, Any]:
     """The keyword arguments with which a registered callable is called.
 
-    There are two sources: the engine option `mm_processor_kwargs` (`init_kwargs`) and the prompt's field of that name
-    (`request_kwargs`). Each is filtered against the callable's signature; then the request's win over the engine's,
-    and a name in neither is left to the callable's own default.
+    There are two sources: the engine option `mm_processor_kwargs` (`init_kwargs`) and the prompt's field of
+    that name (`request_kwargs`). Each is filtered against the callable's signature; then the request's win
+    over the engine's, and a name in neither is left to the callable's own default.
 
-    A name passes if it is a keyword-only parameter of the callable. Others are dropped with a warning, never an
-    error, because one set is offered to the callables of all modalities. `functools.partial` counts a bound keyword,
-    and every parameter behind it, as keyword-only. With `allow_var_kwargs` a `**kwargs` takes every name that is no
-    positional parameter: so it is with the built-in mappers, which hand all to a Hugging Face processor that picks.
+    A name passes if it is a keyword-only parameter of the callable. Others are dropped with a warning, never
+    an error, because one set is offered to the callables of all modalities. `functools.partial` counts a
+    bound keyword, and every parameter behind it, as keyword-only. With `allow_var_kwargs` a `**kwargs` takes
+    every name that is no positional parameter: so it is with the built-in mappers, which hand all to a
+    Hugging Face processor that picks.
 
     For example, with `f(ctx, data, *, num_crops=4)`, engine `{"num_crops": 8, "ctx": 0}` and request
     `{"num_crops": 16}`, the call is `f(ctx, data, num_crops=16)`.
@@ -103,7 +105,9 @@ def resolve_mm_processor_kwargs(
 
 
 def accepted_kwargs(function: Callable[..., Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """The part of `kwargs` that a call to a Hugging Face processor takes: every name it has, or all with `**kwargs`."""
+    """The part of `kwargs` that a call to a Hugging Face processor takes: every name it has, or all with
+    `**kwargs`.
+    """
     parameters = inspect.signature(function).parameters
     if any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return dict(kwargs)

@@ -37,10 +37,11 @@ class InputContext:
         return self.model_config.get_multimodal_config()
 
     def get_hf_processor(self, typ: Any = None, /, **kwargs: Any) -> Any:
-        """The checkpoint's Hugging Face processor, made with the engine's `mm_processor_kwargs` overlaid by `kwargs`.
+        """The checkpoint's Hugging Face processor, made with the engine's `mm_processor_kwargs` overlaid by
+        `kwargs`.
 
-        Raises `ModelError` (a `TypeError`) if it is not an instance of `typ`, `ProcessorError` (a `RuntimeError`) if
-        the checkpoint has none.
+        Raises `ModelError` (a `TypeError`) if it is not an instance of `typ`, `ProcessorError` (a
+        `RuntimeError`) if the checkpoint has none.
         """
         return self._get_hf_processor(typ, None, kwargs)
 
@@ -71,11 +72,12 @@ class InputProcessingContext(InputContext):
         processor_data: Mapping[str, object],
         inference_kwargs: Mapping[str, object],
     ) -> Any:
-        """Run a Hugging Face processor on a prompt and its media; returns its `BatchFeature` of torch tensors.
+        """Run a Hugging Face processor on a prompt and its media; returns its `BatchFeature` of torch
+        tensors.
 
         `processor_data` are its media arguments (`images`, `videos`, `audio`); of the engine's and of
-        `inference_kwargs` the names that it takes are passed on. Raises `ProcessorError` (a `RuntimeError`) for any
-        failure inside.
+        `inference_kwargs` the names that it takes are passed on. Raises `ProcessorError` (a `RuntimeError`)
+        for any failure inside.
         """
         kwargs = {**(self.model_config.mm_processor_kwargs or {}), **inference_kwargs}
         try:

@@ -1,7 +1,7 @@
 """Prompts as callers write them, and inputs as processors see them.
 
-A prompt (`PromptType`) is a string or a dict; preprocessing turns it into inputs (`TokenInputs` and its kin), which an
-input processor may rewrite. Types only: parsing lives with preprocessing.
+A prompt (`PromptType`) is a string or a dict; preprocessing turns it into inputs (`TokenInputs` and its kin),
+which an input processor may rewrite. Types only: parsing lives with preprocessing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,9 @@ class TextPrompt(TypedDict):
     prompt: str
     multi_modal_data: NotRequired[MultiModalDataDict]
     multi_modal_uuids: NotRequired[Mapping[str, Any]]
-    """By modality: names by which the caller vouches for items' identity, instead of a digest of their content."""
+    """By modality: names by which the caller vouches for items' identity, instead of a digest of their
+    content.
+    """
     mm_processor_kwargs: NotRequired[dict[str, Any]]
 
 

@@ -100,8 +100,8 @@ class InputPreprocessor:
         self._mm_registry = mm_registry
         self._cache = ProcessorCache(config.cache_config.mm_processor_cache_bytes)
         mapper = MediaMapper(self._model_config, mm_registry, self._cache)
-        self._stage = MediaStage(config, features, mm_registry, mapper, accept_embeddings)
-        self._placeholder_ids = self._stage.all_placeholder_ids()
+        self._stage = MediaStage(config, features, mm_registry, mapper, accept_embeddings=accept_embeddings)
+        self._placeholder_ids: frozenset[int] = frozenset().union(*self._stage.placeholder_ids.values())
         self._eos_token_ids = eos_token_ids(self._model_config, tokenizer)
         try:
             mm_registry.get_mm_limits_per_prompt(self._model_config)

@@ -1,7 +1,8 @@
 """`INPUT_REGISTRY`: input processors and dummy data, registered per model class.
 
-The input processor runs in the front process, once per request; dummy data is made once, at start-up, to find out how
-much memory the largest legal input takes. What a class doesn't register has a default: the identity, and zeros.
+The input processor runs in the front process, once per request; dummy data is made once, at start-up, to find
+out how much memory the largest legal input takes. What a class doesn't register has a default: the identity,
+and zeros.
 """
 
 from __future__ import annotations
@@ -33,10 +34,14 @@ class DummyData(NamedTuple):
 
 
 DummyDataFactory: TypeAlias = Callable[..., DummyData | tuple[Any, ...]]
-"""`f(ctx, seq_len, mm_counts, **mm_processor_kwargs)`: at least `seq_len` ids, holding `mm_counts` items of media."""
+"""`f(ctx, seq_len, mm_counts, **mm_processor_kwargs)`: at least `seq_len` ids, holding `mm_counts` items of
+media.
+"""
 
 InputProcessor: TypeAlias = Callable[..., Any]
-"""`f(ctx, inputs, **mm_processor_kwargs)`: the inputs, with a placeholder token wherever a media row will stand."""
+"""`f(ctx, inputs, **mm_processor_kwargs)`: the inputs, with a placeholder token wherever a media row will
+stand.
+"""
 
 
 class _ModalityCounts(dict[str, int]):
@@ -92,12 +97,14 @@ class InputRegistry:
         mm_registry: MultiModalRegistry,
         is_encoder_data: bool = False,
     ) -> DummyData:
-        """The model's dummy data: at least `seq_len` tokens, with as many items of each modality as the limits allow.
+        """The model's dummy data: at least `seq_len` tokens, with as many items of each modality as the
+        limits allow.
 
         The input processor is not applied to it; the input mapper is, by whoever runs it.
 
-        Raises `DummyDataError` (an `AssertionError`) if the factory made fewer tokens (for an encoder half, only a
-        warning) or fewer items; `ModelLookupError` (a `KeyError`) if it asks for the count of an unknown modality.
+        Raises `DummyDataError` (an `AssertionError`) if the factory made fewer tokens (for an encoder half,
+        only a warning) or fewer items; `ModelLookupError` (a `KeyError`) if it asks for the count of an
+        unknown modality.
         """
         registry = self._dummy_encoder_factories if is_encoder_data else self._dummy_factories
         factory = _lookup(registry, model_config, _default_dummy_data)
@@ -119,13 +126,13 @@ class InputRegistry:
     def process_input(self, model_config: ModelConfig, inputs: ProcessorInputs) -> ProcessorInputs:
         """Run the model's input processor on one request.
 
-        A registered processor gets a copy, so that one which changes its argument does no harm; without one, `inputs`
-        itself comes back. The result always has `mm_processor_kwargs`: where a processor left them out, they are the
-        resolved ones together with what else the request asked for (a mapper may know names that the processor
-        doesn't).
+        A registered processor gets a copy, so that one which changes its argument does no harm; without one,
+        `inputs` itself comes back. The result always has `mm_processor_kwargs`: where a processor left them
+        out, they are the resolved ones together with what else the request asked for (a mapper may know names
+        that the processor doesn't).
 
-        Raises `ModelError` (a `TypeError`) if the processor returns something that isn't inputs; what the processor
-        itself raises passes through.
+        Raises `ModelError` (a `TypeError`) if the processor returns something that isn't inputs; what the
+        processor itself raises passes through.
         """
         request_kwargs = cast("Mapping[str, Any]", inputs).get("mm_processor_kwargs") or {}
         processor = _lookup(self._processors, model_config, None)

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -35,18 +34,36 @@ if TYPE_CHECKING:
 _PLAIN = (int, float, str, bool, bytes, type(None))
 
 
-@dataclass(frozen=True, slots=True, eq=False)
 class MediaStage:
-    """What placing and mapping need to know of the model."""
+    """What placing and mapping need to know of the model; the same for all requests.
 
-    config: EngineConfig
-    features: ModelFeatures
-    registry: MultiModalRegistry
-    mapper: MediaMapper
-    accept_embeddings: bool = True
+    `placeholder_ids`: per modality, the ids that stand where its rows go: observed at load, declared, or
+    named by the config. Empty where nothing is known.
+    """
 
-    def placeholder_ids(self, modality: str) -> frozenset[int]:
-        """Ids that stand where the modality's rows go: observed at load, declared, or named by the config."""
+    def __init__(
+        self,
+        config: EngineConfig,
+        features: ModelFeatures,
+        registry: MultiModalRegistry,
+        mapper: MediaMapper,
+        *,
+        accept_embeddings: bool = True,
+    ) -> None:
+        self.config = config
+        self.features = features
+        self.registry = registry
+        self.mapper = mapper
+        self.accept_embeddings = accept_embeddings
+        self.hidden_size: int | None = getattr(config.model_config.hf_text_config, "hidden_size", None)
+        model_class = config.model_config.model_class
+        taken = {m for m in registry.modalities if registry.get_plugin(m).has_input_mapper(model_class)}
+        self.placeholder_ids = {
+            modality: self._placeholder_ids(modality)
+            for modality in sorted(taken | features.placeholder_token_ids.keys())
+        }
+
+    def _placeholder_ids(self, modality: str) -> frozenset[int]:
         model_config = self.config.model_config
         if ids := self.features.placeholder_token_ids.get(modality):
             return ids
@@ -54,12 +71,6 @@ class MediaStage:
             return ids
         token_id = token_id_of(model_config.hf_config, modality)
         return frozenset() if token_id is None else frozenset({token_id})
-
-    def all_placeholder_ids(self) -> frozenset[int]:
-        """Placeholder ids of all modalities that the model takes."""
-        model_class = self.config.model_config.model_class
-        taken = [m for m in self.registry.modalities if self.registry.get_plugin(m).has_input_mapper(model_class)]
-        return frozenset().union(*map(self.placeholder_ids, taken), *self.features.placeholder_token_ids.values())
 
 
 class _ModalityMedia:
@@ -178,12 +189,12 @@ class RequestMedia:
                 media.modality,
                 media.num_items,
                 prompt,
-                self._stage.placeholder_ids(media.modality),
+                self._stage.placeholder_ids.get(media.modality, frozenset()),
                 ranges=self._ranges.get(media.modality),
                 rows_hint=lambda total, media=media: self._rows_hint(media, total),  # type: ignore[misc]
             )
             if not found:
-                return [self._everywhere(prompt)]
+                return [self._everywhere(media, prompt)]
             if len(found) > 1 and not self._maps_alone(media):
                 found = [group(found, len(prompt.after))]
             placements += found
@@ -195,14 +206,13 @@ class RequestMedia:
     def _maps_alone(self, media: _ModalityMedia) -> bool:
         return media.items is not None and self._stage.features.maps_items_alone
 
-    def _everywhere(self, prompt: Prompt) -> Placement:
+    def _everywhere(self, unplaced: _ModalityMedia, prompt: Prompt) -> Placement:
         """All media at all of the prompt: right for a model that computes text and media in one piece.
 
         Raises `InvalidRequestError` (a `ValueError`) for other models.
         """
         if self._stage.features.splits_media:
-            media = next(iter(self._media.values()))
-            raise miscounted(media.modality, 0, media.num_items)
+            raise miscounted(unplaced.modality, 0, unplaced.num_items)
         indices = tuple(tuple(range(media.num_items)) for media in self._media.values())
         return Placement(tuple(self._media), indices, Span(0, len(prompt.after)))
 
@@ -247,9 +257,10 @@ class RequestMedia:
 
     def _item(self, placement: Placement, kwargs: Mapping[str, Any], key: str) -> MediaItem:
         modality, span = "+".join(placement.modalities), placement.span
-        hidden_size = self._stage.config.model_config.hf_text_config.hidden_size
         accepted = self._stage.accept_embeddings
-        admission.check_embeddings(modality, kwargs, span, hidden_size, accepted=accepted)
+        # Of several modalities in one span, some may be embeddings and some not: their rows can't be counted here.
+        num_rows = span.num_rows if len(placement.modalities) == 1 else None
+        admission.check_embeddings(modality, kwargs, num_rows, self._stage.hidden_size, accepted=accepted)
         return MediaItem(
             modality=modality,
             key=key,
