@@ -80,16 +80,18 @@ class WhisperEncoder(nn.Module):
             num_frames: How many frames of each sound are its own.
         """
         lengths = [rows_of_frames(each) for each in num_frames]
-        longest = max(lengths)
-        # The last row that is needed sees one frame more than its two.
-        used = features[..., : 2 * longest + 1].to(self.conv1.weight.dtype)
-        embedded = F.gelu(self.conv2(F.gelu(self.conv1(used)))).transpose(1, 2)[:, :longest]
-        embedded = embedded + self.embed_positions.weight[:longest]
-        hidden_states = torch.cat([each[:length] for each, length in zip(embedded, lengths, strict=True)])
+        hidden_states = torch.cat([self._embed_sound(*each) for each in zip(features, lengths, strict=True)])
         starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
         for layer in self.layers:
             hidden_states = layer(hidden_states, cu_seqlens=starts)
         return hidden_states
+
+    def _embed_sound(self, features: torch.Tensor, length: int) -> torch.Tensor:
+        """The first `length` rows in front of the layers, of one sound: a convolution over several rounds otherwise."""
+        # The last row sees one frame more than its two.
+        used = features[None, :, : 2 * length + 1].to(self.conv1.weight.dtype)
+        rows = F.gelu(self.conv2(F.gelu(self.conv1(used))))[0].t()[:length]
+        return rows + self.embed_positions.weight[:length]
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fill the tower from a checkpoint's names, relative to it."""
