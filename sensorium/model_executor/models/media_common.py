@@ -16,10 +16,10 @@ if TYPE_CHECKING:
 
 
 def language_config(config: EngineConfig) -> EngineConfig:
-    """The configuration of a multimodal model's decoder. Whether the head is tied is said by the whole's config."""
+    """The configuration of a multimodal model's decoder. That its head is tied may stand in the whole's config."""
     whole = config.model_config.hf_config
     text = copy.copy(whole.get_text_config())
-    text.tie_word_embeddings = bool(getattr(whole, "tie_word_embeddings", False))
+    text.tie_word_embeddings = any(getattr(each, "tie_word_embeddings", False) for each in (whole, text))
     return config.with_hf_config(text)
 
 
