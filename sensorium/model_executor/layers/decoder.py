@@ -29,18 +29,10 @@ from sensorium.model_executor.layers.linear import (
 )
 from sensorium.model_executor.layers.rotary_embedding import CosSin, RotaryEmbedding, get_rope
 from sensorium.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
-from sensorium.model_executor.model_loader.weight_utils import load_fused_weights
+from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-FUSED_WEIGHTS: dict[str, tuple[str, int | str]] = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
 
 
 @dataclass(frozen=True, slots=True)

@@ -28,14 +28,6 @@ from sensorium.model_executor.layers.linear import (
 )
 from sensorium.model_executor.layers.rotary_embedding import CosSin
 
-FUSED_WEIGHTS: dict[str, tuple[str, int | str]] = {
-    "q_proj": ("qkv_proj", "q"),
-    "k_proj": ("qkv_proj", "k"),
-    "v_proj": ("qkv_proj", "v"),
-    "gate_proj": ("gate_up_proj", 0),
-    "up_proj": ("gate_up_proj", 1),
-}
-
 
 class PatchEmbedding(ReplicatedLinear):
     """A convolution whose kernel and stride are equal, as the matrix multiplication that it is.

@@ -137,7 +137,7 @@ def fill_model(
     try:
         with torch.no_grad(), tracker:
             reported = load_weights(tracker.watch(wanted))
-    except WeightsError:
+    except (WeightsError, torch.OutOfMemoryError):
         raise
     except (KeyError, ValueError, AssertionError, RuntimeError) as error:
         raise WeightsError(

@@ -15,12 +15,22 @@ from sensorium.errors import WeightsError
 from sensorium.model_executor.models.weights import default_weight_loader
 
 __all__ = [
+    "FUSED_WEIGHTS",
     "checkpoint_files",
     "default_weight_loader",
     "load_fused_weights",
     "load_parameter",
     "safetensors_weights",
 ]
+
+FUSED_WEIGHTS: Mapping[str, tuple[str, int | str]] = {
+    "q_proj": ("qkv_proj", "q"),
+    "k_proj": ("qkv_proj", "k"),
+    "v_proj": ("qkv_proj", "v"),
+    "gate_proj": ("gate_up_proj", 0),
+    "up_proj": ("gate_up_proj", 1),
+}
+"""Where the parts of attention and MLP go, as most checkpoints call them."""
 
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"

@@ -14,14 +14,13 @@ import torch
 from torch import nn
 
 from sensorium.model_executor.layers.encoder import (
-    FUSED_WEIGHTS,
     EncoderAttention,
     EncoderLayer,
     EncoderMLP,
     PatchEmbedding,
 )
 from sensorium.model_executor.layers.rotary_embedding import CosSin
-from sensorium.model_executor.model_loader.weight_utils import load_fused_weights
+from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 from sensorium.model_executor.models.utils import WeightsMapper
 
 if TYPE_CHECKING:

@@ -9,13 +9,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sensorium.model_executor.layers.encoder import (
-    FUSED_WEIGHTS,
-    EncoderAttention,
-    EncoderLayer,
-    EncoderMLP,
-)
-from sensorium.model_executor.model_loader.weight_utils import load_fused_weights
+from sensorium.errors import ModelError
+from sensorium.model_executor.layers.encoder import EncoderAttention, EncoderLayer, EncoderMLP
+from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 from sensorium.model_executor.weight_tracking import ignore_weight
 
 if TYPE_CHECKING:
@@ -46,6 +42,11 @@ class FeatureEncoder(nn.Module):
         super().__init__()
         depth = config.num_hidden_layers
         self.feature_layers = [layer + depth + 1 if layer < 0 else layer for layer in feature_layers]
+        if any(not 0 <= layer <= depth for layer in self.feature_layers):
+            raise ModelError(
+                f"vision_feature_layer: got {list(feature_layers)}, expected numbers from {-depth - 1} to {depth}. "
+                "Correct config.json."
+            )
         self.num_layers = max(self.feature_layers)
         hidden_size = config.hidden_size
 
@@ -72,11 +73,12 @@ class FeatureEncoder(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(B, S, hidden_size)` to `(B, S, hidden_size * feature layers)`."""
-        outputs = [hidden_states]
-        for layer in self.layers:
+        kept = {0: hidden_states}
+        for index, layer in enumerate(self.layers, start=1):
             hidden_states = layer(hidden_states)
-            outputs.append(hidden_states)
-        features = [outputs[layer] for layer in self.feature_layers]
+            if index in self.feature_layers:
+                kept[index] = hidden_states
+        features = [kept[layer] for layer in self.feature_layers]
         return features[0] if len(features) == 1 else torch.cat(features, dim=-1)
 
 

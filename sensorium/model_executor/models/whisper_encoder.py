@@ -16,12 +16,11 @@ from torch import nn
 from torch.nn import functional as F
 
 from sensorium.model_executor.layers.encoder import (
-    FUSED_WEIGHTS,
     EncoderAttention,
     EncoderLayer,
     EncoderMLP,
 )
-from sensorium.model_executor.model_loader.weight_utils import load_fused_weights
+from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 from sensorium.model_executor.models.utils import WeightsMapper
 
 if TYPE_CHECKING:

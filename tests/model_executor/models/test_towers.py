@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from sensorium.errors import ModelError
 from sensorium.model_executor.model_loader import fill_model, finish_loading
 from sensorium.model_executor.models.clip import CLIPVisionModel
 from sensorium.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer, windows_of
@@ -128,3 +129,9 @@ def test_padding_behind_a_sound_is_never_seen() -> None:
     other = features.clone()
     other[..., 31:] = 50.0  # 29 frames have 15 rows, the last of which sees frame 30
     assert torch.equal(ours(features, [29]), ours(other, [29]))
+
+
+def test_a_feature_layer_that_is_not_there_is_refused() -> None:
+    reference = make_hf_model("llava").model.vision_tower
+    with pytest.raises(ModelError, match=r"vision_feature_layer: got \[-5\], expected numbers from -4 to 3"):
+        CLIPVisionModel(reference.config, [-5])
