@@ -151,6 +151,20 @@ class AsyncLLMEngine:
         """How much work there is."""
         return EngineLoad(len(self._streams), len(self._waiting))
 
+    def check_accepts(self) -> None:
+        """Return if a request that came now would be taken.
+
+        Raises:
+            OverloadedError: As many wait as may.
+            EngineDeadError: The engine can't go on, or is shutting down.
+        """
+        self._check_running()
+        num_waiting, most = len(self._waiting), self.config.scheduler_config.max_waiting_requests
+        if most is not None and num_waiting >= most:
+            raise OverloadedError(
+                f"waiting requests: got {num_waiting}, expected fewer than {most}. Send the request again later."
+            )
+
     async def check_health(self, *, generate: bool = False, timeout_s: float = _HEALTH_TIMEOUT_S) -> None:
         """Return if the engine is well; with `generate`, only after the model has made one real token.
 
@@ -267,7 +281,7 @@ class AsyncLLMEngine:
             params or SamplingParams(),
             mm_processor_kwargs=mm_processor_kwargs,
         )
-        return await self._in_pool(prepare)
+        return await self.in_pool(prepare)
 
     def abort(self, request_id: str) -> None:
         """End a request: its reader gets `RequestAbortedError`. Ids that are not open are ignored."""
@@ -309,14 +323,9 @@ class AsyncLLMEngine:
             raise EngineDeadError("the engine is shutting down. Send the request again later.")
 
     def _open(self, request_id: str, kind: OutputKind) -> OutputStream:
-        self._check_running()
+        self.check_accepts()
         if request_id in self._streams:
             raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
-        most = self.config.scheduler_config.max_waiting_requests
-        if most is not None and len(self._waiting) >= most:
-            raise OverloadedError(
-                f"waiting requests: got {len(self._waiting)}, expected fewer than {most}. Retry later."
-            )
         stream = self._streams[request_id] = OutputStream(kind)
         self._waiting.add(request_id)
         self._all_closed.clear()
@@ -332,7 +341,7 @@ class AsyncLLMEngine:
 
     async def _submit(self, request_id: str, prepare: Callable[[], ProcessedRequest], kind: OutputKind) -> None:
         """Prepare a request in the pool and send it to the core, unless it has been aborted meanwhile."""
-        processed, encoded = await self._in_pool(lambda: _encoded(prepare()))
+        processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
         self._check_running()
         stream = self._streams[request_id]
         if stream.has_failed:
@@ -342,7 +351,8 @@ class AsyncLLMEngine:
         outputs = [(request.request_id, request.sampling_params) for request in requests]
         self._client.add(encode_add(encoded, outputs))
 
-    async def _in_pool(self, call: Callable[[], _T]) -> _T:
+    async def in_pool(self, call: Callable[[], _T]) -> _T:
+        """What `call` returns, run in the pool that prepares requests."""
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, call)
         except RuntimeError:

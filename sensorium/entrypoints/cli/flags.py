@@ -1,0 +1,146 @@
+"""Command-line flags from dataclasses: one flag per field, its help the field's docstring, its default the field's.
+
+max_model_len: int | None = None          -->   --max-model-len INT
+enable_prefix_caching: bool = True        -->   --enable-prefix-caching, --no-enable-prefix-caching
+limit_mm_per_prompt: Mapping[str, int]    -->   --limit-mm-per-prompt '{"image": 4}'
+api_key: tuple[str, ...]                  -->   --api-key A --api-key B
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import inspect
+import json
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+from sensorium.errors import ConfigError
+
+_T = TypeVar("_T")
+
+
+def add_flags(parser: argparse.ArgumentParser, kind: type, *, leave_out: Sequence[str] = ()) -> None:
+    """Add a group of flags for the fields of a dataclass. What isn't given stays out of the parsed result."""
+    group = parser.add_argument_group(kind.__name__)
+    hints, helps = typing.get_type_hints(kind), field_docs(kind)
+    for field in fields(kind):
+        if field.name not in leave_out:
+            text = helps.get(field.name, "").replace("%", "%%")
+            default = "" if _default(field) in (None, MISSING) else f" [{_default(field)}]".replace("%", "%%")
+            group.add_argument(
+                "--" + field.name.replace("_", "-"),
+                dest=field.name,
+                default=argparse.SUPPRESS,
+                help=text + default,
+                **_form(hints[field.name]),
+            )
+
+
+def build(kind: Callable[..., _T], values: Mapping[str, Any]) -> _T:
+    """The dataclass from parsed flags, of which those that it has no field for are left to others."""
+    names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
+    return kind(**{name: value for name, value in values.items() if name in names})
+
+
+def read_config(path: str, kinds: Sequence[type]) -> dict[str, Any]:
+    """Values from a YAML file, by field name or flag name.
+
+    Raises:
+        ConfigError: There is no such file, it is no mapping, or it names something unknown.
+    """
+    import yaml
+
+    try:
+        content = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError(
+            f"config: got {path!r}, expected a YAML file ({type(error).__name__}). Set --config."
+        ) from error
+    if not isinstance(content, Mapping):
+        raise ConfigError(f"config: got a {type(content).__name__} in {path!r}, expected names and values. Correct it.")
+    values = {str(name).replace("-", "_"): value for name, value in content.items()}
+    types_of = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    unknown = sorted(values.keys() - types_of.keys())
+    if unknown:
+        raise ConfigError(f"config: got the unknown names {unknown} in {path!r}, expected names of flags. Remove them.")
+    return {name: _as_given(name, value, types_of[name]) for name, value in values.items()}
+
+
+def field_docs(kind: type) -> dict[str, str]:
+    """What is written about each field: the string below it, or its line under "Attributes:" of the class."""
+    tree = ast.parse(inspect.getsource(kind))
+    (definition,) = tree.body
+    assert isinstance(definition, ast.ClassDef)
+    docs = _attribute_lines(inspect.getdoc(kind) or "")
+    for here, below in zip(definition.body, definition.body[1:], strict=False):
+        is_text = isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant)
+        if isinstance(here, ast.AnnAssign) and isinstance(here.target, ast.Name) and is_text:
+            docs[here.target.id] = " ".join(str(below.value.value).split())  # type: ignore[attr-defined]
+    return docs
+
+
+def _attribute_lines(text: str) -> dict[str, str]:
+    docs: dict[str, str] = {}
+    name = None
+    for line in text.partition("Attributes:")[2].partition("Raises:")[0].splitlines():
+        head, colon, rest = line.strip().partition(": ")
+        if colon and head.isidentifier():
+            name = head
+            docs[name] = rest
+        elif name is not None and line.strip():
+            docs[name] += " " + line.strip()
+    return docs
+
+
+def _default(field: Field[Any]) -> Any:
+    return None if field.default in (MISSING, ()) else field.default
+
+
+def _form(hint: Any) -> dict[str, Any]:
+    """Arguments of `add_argument` for a field's type."""
+    hint = _without_none(hint)
+    origin = typing.get_origin(hint)
+    if hint is bool:
+        return {"action": argparse.BooleanOptionalAction}
+    if origin is tuple:
+        return {"action": "append", "type": typing.get_args(hint)[0], "metavar": "VALUE"}
+    if origin is not None and issubclass(origin, Mapping):
+        return {"type": _json_object, "metavar": "JSON"}
+    if hint in (int, float, str):
+        return {"type": hint, "metavar": hint.__name__.upper()}
+    raise TypeError(f"a field of type {hint} has no form as a flag")
+
+
+def _without_none(hint: Any) -> Any:
+    if typing.get_origin(hint) in (types.UnionType, typing.Union):
+        (hint,) = [each for each in typing.get_args(hint) if each is not type(None)]
+    return hint
+
+
+def _json_object(text: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError:
+        value = None
+    if not isinstance(value, dict):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected a JSON object")
+    return value
+
+
+def _as_given(name: str, value: Any, hint: Any) -> Any:
+    """A value of a YAML file, checked as a flag would be."""
+    plain = _without_none(hint)
+    origin = typing.get_origin(plain)
+    if origin is tuple:
+        return tuple(str(each) for each in (value if isinstance(value, list) else [value]))
+    expected = Mapping if origin is not None else (int, float) if plain is float else plain
+    if value is None and plain is not hint:
+        return None
+    if not isinstance(value, expected) or (isinstance(value, bool) and plain is not bool):
+        raise ConfigError(f"{name}: got {value!r} in the config file, expected {plain}. Correct it.")
+    return value

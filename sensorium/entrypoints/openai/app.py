@@ -1,0 +1,153 @@
+"""The application: routes, the one error path, and what stands in front of both."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+import sensorium
+from sensorium.entrypoints.openai.chat import ChatRoutes
+from sensorium.entrypoints.openai.completions import CompletionRoutes
+from sensorium.entrypoints.openai.context import ServerContext
+from sensorium.entrypoints.openai.errors import HttpError, error_response
+from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
+from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, RequestLog
+from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, parse_body
+from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.inputs.tokenizer import TextEncoder
+
+
+def create_app(
+    context: ServerContext,
+    *,
+    api_keys: Sequence[str] = (),
+    allowed_origins: Sequence[str] = (),
+    max_body_bytes: int = 128 << 20,
+    max_waiting_bytes: int = 1 << 30,
+) -> Starlette:
+    """An ASGI application over a running engine, which stays its owner's to shut down.
+
+    Args:
+        context: the engine and what goes with it.
+        api_keys: keys of which every request but those for health must bear one; without any, all may come in.
+        allowed_origins: origins of pages that browsers may let use this server; "*" for all.
+        max_body_bytes: bound on one body.
+        max_waiting_bytes: bound on all bodies whose answers have not begun.
+    """
+    chat, completions, plain = ChatRoutes(context), CompletionRoutes(context), PlainRoutes(context)
+    routes = [
+        Route("/v1/chat/completions", chat.completions, methods=["POST"]),
+        Route("/v1/chat/token_cost", chat.token_cost, methods=["POST"]),
+        Route("/v1/completions", completions.completions, methods=["POST"]),
+        Route("/v1/embeddings", completions.embeddings, methods=["POST"]),
+        Route("/v1/models", plain.models),
+        Route("/v1/models/{name:path}", plain.model),
+        Route("/tokenize", plain.tokenize, methods=["POST"]),
+        Route("/detokenize", plain.detokenize, methods=["POST"]),
+        Route("/health", plain.health),
+        Route("/ping", plain.ping, methods=["GET", "POST"]),
+        Route("/version", plain.version),
+        Route("/metrics", plain.metrics),
+    ]
+    middleware = [Middleware(RequestLog)]
+    if allowed_origins:
+        # In front of the keys: a browser's preflight bears none.
+        middleware.append(
+            Middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
+        )
+    if api_keys:
+        middleware.append(Middleware(ApiKeys, keys=api_keys))
+    middleware.append(Middleware(BodyBounds, max_body_bytes=max_body_bytes, max_waiting_bytes=max_waiting_bytes))
+    handlers = {HTTPException: _http_exception, Exception: _failure, SensoriumError: _failure}
+    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
+
+
+class PlainRoutes:
+    """Everything that is about the server rather than for a model to answer."""
+
+    def __init__(self, context: ServerContext) -> None:
+        self._context = context
+        tokenizer = context.engine.tokenizer
+        self._encoder = None if tokenizer is None else TextEncoder(tokenizer)
+
+    async def models(self, request: Request) -> Response:
+        """`GET /v1/models`."""
+        return JsonResponse({"object": "list", "data": [self._model(name) for name in self._context.model_names]})
+
+    async def model(self, request: Request) -> Response:
+        """`GET /v1/models/<name>`."""
+        return JsonResponse(self._model(self._context.check_model(request.path_params["name"])))
+
+    async def tokenize(self, request: Request) -> Response:
+        """`POST /tokenize`."""
+        body = parse_body(TokenizeBody, await read_json(request))
+        self._context.check_model(body.model)
+        self._context.tokenizer()
+        assert self._encoder is not None
+        most = self._context.engine.config.model_config.max_model_len
+        encoder, text, adds = self._encoder, body.prompt, body.add_special_tokens
+        tokens = await self._context.engine.in_pool(lambda: encoder.encode_bounded(text, most, add_special_tokens=adds))
+        return JsonResponse({"tokens": tokens, "count": len(tokens), "max_model_len": most})
+
+    async def detokenize(self, request: Request) -> Response:
+        """`POST /detokenize`."""
+        body = parse_body(DetokenizeBody, await read_json(request))
+        self._context.check_model(body.model)
+        tokenizer, tokens = self._context.tokenizer(), body.tokens
+        config = self._context.engine.config.model_config
+        if len(tokens) > config.max_model_len or not all(0 <= each < config.vocab_size for each in tokens):
+            raise InvalidRequestError(
+                f"tokens: got {len(tokens)} ids or one outside the vocabulary, expected at most {config.max_model_len} "
+                f"ids of 0 to {config.vocab_size - 1}. Change tokens."
+            )
+        text = await self._context.engine.in_pool(lambda: tokenizer.decode(tokens))
+        return JsonResponse({"prompt": text})
+
+    async def health(self, request: Request) -> Response:
+        """`GET /health`: 200 while the engine runs; with `?generate=1`, once the model has made a real token."""
+        wanted = request.query_params.get("generate", "0") in ("1", "true")
+        await while_connected(request, self._context.engine.check_health(generate=wanted))
+        return JsonResponse({"status": "ok"})
+
+    async def ping(self, request: Request) -> Response:
+        """`GET /ping`: 200 while the engine runs."""
+        await self._context.engine.check_health()
+        return Response()
+
+    async def version(self, request: Request) -> Response:
+        """`GET /version`."""
+        return JsonResponse({"version": sensorium.__version__})
+
+    async def metrics(self, request: Request) -> Response:
+        """`GET /metrics`."""
+        return Response(self._context.metrics.render(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    def _model(self, name: str) -> dict[str, object]:
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._context.created_s,
+            "owned_by": "sensorium",
+            "max_model_len": self._context.engine.config.model_config.max_model_len,
+        }
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    return error_response(error)
+
+
+async def _http_exception(request: Request, error: HTTPException) -> Response:
+    """What the routing refuses: a path or method that isn't there."""
+    if error.status_code == 405:
+        message = f"method: got {request.method:.16}, expected {(error.headers or {}).get('Allow', 'another')}."
+        return error_response(HttpError(405, message, headers=error.headers))
+    if error.status_code == 404:
+        return error_response(HttpError(404, "path: got one that this server doesn't have. See docs/serving.md."))
+    return error_response(HttpError(error.status_code, "the request could not be read."))

@@ -1,0 +1,84 @@
+"""What all routes of a server share."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from sensorium.engine.async_llm_engine import AsyncLLMEngine
+from sensorium.entrypoints.openai.errors import HttpError
+from sensorium.entrypoints.openai.metrics import ServerMetrics
+from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.inputs.chat import ChatRenderer
+from sensorium.outputs import OutputKind, RequestOutput
+from sensorium.sampling_params import SamplingParams
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ServerContext:
+    """One engine, under one or several names."""
+
+    engine: AsyncLLMEngine
+    renderer: ChatRenderer | None
+    """None without a tokenizer."""
+    model_names: tuple[str, ...]
+    """The first is the one that answers bear."""
+    metrics: ServerMetrics
+    allow_mm_processor_kwargs: bool = False
+    drain_s: float = 30.0
+    created_s: int = field(default_factory=lambda: int(time.time()))
+
+    def check_model(self, name: str | None) -> str:
+        """The name to answer with; none stands for the model that there is. Raises `HttpError`."""
+        if name is not None and name not in self.model_names:
+            raise HttpError(404, f"model: got {name!r:.120}, expected one of {list(self.model_names)}. See /v1/models.")
+        return name or self.model_names[0]
+
+    def check_kwargs(self, kwargs: dict[str, Any] | None) -> None:
+        """Raises `UnsupportedFeatureError` where requests may not choose how media are processed."""
+        if kwargs and not self.allow_mm_processor_kwargs:
+            raise UnsupportedFeatureError(
+                "mm_processor_kwargs: got values with the request, expected none. The operator can allow them with "
+                "--allow-mm-processor-kwargs."
+            )
+
+    def chat(self) -> ChatRenderer:
+        """The renderer of chats. Raises `UnsupportedFeatureError` without a tokenizer."""
+        if self.renderer is None:
+            raise UnsupportedFeatureError(
+                "messages: got a chat, expected token ids, since the server runs without a tokenizer."
+            )
+        return self.renderer
+
+    def tokenizer(self) -> Any:
+        """The tokenizer. Raises `UnsupportedFeatureError` if there is none."""
+        if self.engine.tokenizer is None:
+            raise UnsupportedFeatureError("text: got text, expected token ids, since there is no tokenizer here.")
+        return self.engine.tokenizer
+
+    async def generate(
+        self, prompt: Any, params: SamplingParams, kind: OutputKind, *, priority: int, cache_salt: str | None
+    ) -> AsyncIterator[RequestOutput]:
+        """`AsyncLLMEngine.generate`, counted."""
+        if priority and self.engine.config.scheduler_config.policy != "priority":
+            raise InvalidRequestError(
+                "priority: got a priority, expected none under this server's policy. The operator can set "
+                "--scheduling-policy priority."
+            )
+        watch = self.metrics.watch()
+        outputs = self.engine.generate(prompt, params, kind=kind, priority=priority, cache_salt=cache_salt)
+        try:
+            async for output in outputs:
+                watch.take(output)
+                yield output
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            watch.failed(error)
+            raise
+        finally:
+            await outputs.aclose()  # type: ignore[attr-defined]
+            watch.close()

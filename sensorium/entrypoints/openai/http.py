@@ -1,0 +1,190 @@
+"""Reading bodies and writing streams: what all routes share of HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing, suppress
+from typing import Any, TypeVar
+
+import msgspec
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import Response
+from starlette.types import Receive, Scope, Send
+
+from sensorium.entrypoints.openai.errors import error_body
+from sensorium.errors import InvalidRequestError, RequestAbortedError, SensoriumError
+from sensorium.logger import get_logger
+
+logger = get_logger(__name__)
+
+MAX_NESTING = 32
+_PARSE_IN_THREAD_BYTES = 1 << 20
+_T = TypeVar("_T")
+
+
+async def read_json(request: Request) -> Any:
+    """The body as plain values.
+
+    Raises:
+        InvalidRequestError: It is no JSON, or nested too deeply.
+        RequestAbortedError: The client is gone.
+    """
+    try:
+        body = await request.body()
+    except ClientDisconnect:
+        raise RequestAbortedError("the client has gone.") from None
+    if len(body) > _PARSE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(_parse, body)
+    return _parse(body)
+
+
+def _parse(body: bytes) -> Any:
+    try:
+        content = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequestError("the body: got something that is no JSON, expected a JSON object.") from None
+    except RecursionError:
+        raise _too_deep() from None
+    level = [content]
+    for _ in range(MAX_NESTING):
+        level = [member for value in level for member in _members(value)]
+        if not level:
+            return content
+    raise _too_deep()
+
+
+def _members(value: object) -> list[Any]:
+    if isinstance(value, dict):
+        return [each for each in value.values() if isinstance(each, dict | list)]
+    if isinstance(value, list):
+        return [each for each in value if isinstance(each, dict | list)]
+    return []
+
+
+def _too_deep() -> InvalidRequestError:
+    return InvalidRequestError(f"the body: got values nested too deeply, expected at most {MAX_NESTING} levels.")
+
+
+async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
+    """The result of `work`, which is cancelled if the client goes.
+
+    Raises:
+        RequestAbortedError: It has gone.
+    """
+    task = asyncio.ensure_future(work)
+    watcher = asyncio.ensure_future(_disconnected(request))
+    try:
+        await asyncio.wait((task, watcher), return_when=asyncio.FIRST_COMPLETED)
+        if task.done():
+            return task.result()
+        raise RequestAbortedError("the client has gone.")
+    finally:
+        for each in (task, watcher):
+            each.cancel()
+        with suppress(asyncio.CancelledError, Exception):
+            await task  # its `finally` blocks are done before anyone goes on
+
+
+async def _disconnected(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass
+
+
+class JsonResponse(Response):
+    """A JSON body, written quickly."""
+
+    media_type = "application/json"
+
+    def render(self, content: Any) -> bytes:
+        """See Starlette."""
+        return msgspec.json.encode(content)
+
+
+class EventStream(Response):
+    """Server-sent events: one `data:` line per item, `[DONE]` at the end, an error event where it breaks off.
+
+    The iterator is closed when the client goes, before anything else happens.
+    """
+
+    def __init__(self, items: AsyncIterator[Any]) -> None:
+        super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
+        del self.headers["Content-Length"]
+        self._items = items
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        await send({"type": "http.response.start", "status": self.status_code, "headers": self.raw_headers})
+        writer = asyncio.ensure_future(self._write(send))
+        watcher = asyncio.ensure_future(_disconnected(Request(scope, receive)))
+        try:
+            await asyncio.wait((writer, watcher), return_when=asyncio.FIRST_COMPLETED)
+            if writer.done():
+                writer.result()
+        finally:
+            for each in (writer, watcher):
+                each.cancel()
+            with suppress(asyncio.CancelledError, Exception):
+                await writer
+
+    async def _write(self, send: Send) -> None:
+        async with aclosing(self._items) as items:  # type: ignore[type-var]
+            try:
+                async for item in items:
+                    await self._send_event(send, msgspec.json.encode(item))
+            except SensoriumError as error:
+                await self._send_event(send, msgspec.json.encode(error_body(str(error), error.status)))
+            except Exception:
+                logger.exception("a stream broke off")
+                text = "internal error: the answer could not be completed."
+                await self._send_event(send, msgspec.json.encode(error_body(text, 500)))
+            await self._send_event(send, b"[DONE]")
+        await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+    @staticmethod
+    async def _send_event(send: Send, data: bytes) -> None:
+        await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+
+
+async def with_first(items: AsyncIterator[_T]) -> AsyncIterator[_T]:
+    """The same items, of which the first has been waited for: what fails before it is no stream yet."""
+    try:
+        first = await anext(items)
+    except BaseException:
+        await items.aclose()  # type: ignore[attr-defined]
+        raise
+
+    async def chain() -> AsyncIterator[_T]:
+        async with aclosing(items):  # type: ignore[type-var]
+            yield first
+            async for item in items:
+                yield item
+
+    return chain()
+
+
+async def merged(sources: list[AsyncIterator[_T]]) -> AsyncIterator[tuple[int, _T]]:
+    """Items of several iterators as they come, each with its iterator's index. An error of one ends all."""
+    if len(sources) == 1:
+        async with aclosing(sources[0]) as source:  # type: ignore[type-var]
+            async for item in source:
+                yield 0, item
+        return
+    pending = {asyncio.ensure_future(anext(source)): index for index, source in enumerate(sources)}
+    try:
+        while pending:
+            done, _ = await asyncio.wait(pending, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                index = pending.pop(task)
+                try:
+                    item = task.result()
+                except StopAsyncIteration:
+                    continue
+                yield index, item
+                pending[asyncio.ensure_future(anext(sources[index]))] = index
+    finally:
+        for task in pending:
+            task.cancel()
+        await asyncio.gather(*pending, return_exceptions=True)
+        for source in sources:
+            await source.aclose()  # type: ignore[attr-defined]

@@ -1,0 +1,154 @@
+"""What stands in front of every route: keys, bounds, request ids, a log line. Plain ASGI, nothing buffered.
+
+From the outside in: request id and log, then keys, then the bounds on bodies.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections.abc import Sequence
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from sensorium.entrypoints.openai.errors import HttpError, error_response
+from sensorium.logger import get_logger
+
+logger = get_logger(__name__)
+
+OPEN_PATHS = frozenset({"/health", "/ping"})
+"""Everything else needs a key, routes that don't exist included."""
+REQUEST_ID_HEADER = "X-Request-Id"
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+
+
+class RequestLog:
+    """Names each request, answers with the name, and logs one line of facts without any contents."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
+        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        start_s, status = time.monotonic(), 0
+
+        async def send_named(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+            await send(message)
+
+        try:
+            await self._app(scope, receive, send_named)
+        finally:
+            if logger.isEnabledFor(logging.INFO):
+                facts = {
+                    "request_id": request_id,
+                    "method": scope["method"],
+                    "path": scope["path"][:128],
+                    "status": status,
+                    "seconds": round(time.monotonic() - start_s, 4),
+                }
+                logger.info("%s", json.dumps(facts))
+
+
+class ApiKeys:
+    """Lets nothing through without one of the keys. Compares digests in constant time, all of them every time."""
+
+    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+        self._app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(scope):
+            error = HttpError(
+                401,
+                "API key: got none that is valid, expected 'Authorization: Bearer <key>'. Send a key of this server.",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error_response(error)(scope, receive, send)
+            return
+        await self._app(scope, receive, send)
+
+    def _is_allowed(self, scope: Scope) -> bool:
+        scheme, _, token = Headers(scope=scope).get("Authorization", "").partition(" ")
+        digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
+        matches = [hmac.compare_digest(digest, own) for own in self._digests]
+        return any(matches) and scheme.lower() == "bearer"
+
+
+class BodyBounds:
+    """Bounds the bytes of one body, and those of all bodies whose answers have not begun, while they arrive."""
+
+    def __init__(self, app: ASGIApp, max_body_bytes: int, max_waiting_bytes: int) -> None:
+        self._app = app
+        self._max_body_bytes = max_body_bytes
+        self._max_waiting_bytes = max_waiting_bytes
+        self._num_waiting_bytes = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        num_bytes = 0
+
+        def release() -> None:
+            nonlocal num_bytes
+            self._num_waiting_bytes -= num_bytes
+            num_bytes = 0
+
+        async def receive_bounded() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            size = len(message.get("body", b""))
+            num_bytes += size
+            self._num_waiting_bytes += size
+            self._check(num_bytes)
+            return message
+
+        async def send_and_release(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                release()
+            await send(message)
+
+        try:
+            declared = Headers(scope=scope).get("Content-Length", "0")
+            self._check_one(int(declared) if declared.isdecimal() and len(declared) < 20 else self._max_body_bytes + 1)
+            await self._app(scope, receive_bounded, send_and_release)
+        except HttpError as error:
+            await error_response(error)(scope, receive, send)
+        finally:
+            release()
+
+    def _check(self, num_bytes: int) -> None:
+        self._check_one(num_bytes)
+        if self._num_waiting_bytes > self._max_waiting_bytes:
+            raise HttpError(
+                503,
+                f"waiting request bodies: got more than {self._max_waiting_bytes} bytes, expected fewer. "
+                "Send the request again later.",
+                headers={"Retry-After": "2"},
+            )
+
+    def _check_one(self, num_bytes: int) -> None:
+        if num_bytes > self._max_body_bytes:
+            raise HttpError(
+                413,
+                f"the body: got more than {self._max_body_bytes} bytes, expected at most so many. "
+                "Send smaller media, or raise max_body_bytes.",
+            )

@@ -1,0 +1,220 @@
+"""Bodies of requests, as this server takes them. A field that is not here is refused by name.
+
+Bounds of sampling values are those of `SamplingParams`, messages are checked by the chat renderer: here only shapes.
+"""
+
+from __future__ import annotations
+
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from sensorium.entrypoints.openai.errors import invalid_body
+from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.sampling_params import SamplingParams
+
+MAX_PROMPTS = 256
+"""Most prompts in one body."""
+
+_Body = TypeVar("_Body", bound=BaseModel)
+
+_SAMPLING_FIELDS = (
+    *("n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p"),
+    *("seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "bad_words", "skip_special_tokens"),
+    *("spaces_between_special_tokens", "include_stop_str_in_output"),
+)
+
+
+class Body(BaseModel):
+    """Refuses fields that it doesn't have, and values of another type."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class StreamOptions(Body):
+    """What a stream holds beside the answer."""
+
+    include_usage: bool = False
+    include_obfuscation: bool | None = None
+    """Padding against an eavesdropper; only "off" is implemented."""
+
+
+class ResponseFormat(Body):
+    """The form of the answer. Only text so far."""
+
+    type: str
+
+
+class SamplingBody(Body):
+    """What both kinds of completions share."""
+
+    model: str | None = None
+    n: int | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    presence_penalty: float | None = None
+    frequency_penalty: float | None = None
+    seed: int | None = None
+    stop: str | list[str] | None = None
+    logit_bias: dict[str, float] | None = None
+    max_tokens: int | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    user: str | None = None
+    """For the caller's own books."""
+    response_format: ResponseFormat | None = None
+
+    top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
+    min_tokens: int | None = None
+    stop_token_ids: list[int] | None = None
+    ignore_eos: bool | None = None
+    bad_words: list[str] | None = None
+    skip_special_tokens: bool | None = None
+    spaces_between_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    priority: int = 0
+    cache_salt: str | None = None
+    mm_processor_kwargs: dict[str, Any] | None = None
+
+    def include_usage(self) -> bool:
+        """Whether a stream ends with the numbers of tokens. Raises `InvalidRequestError`."""
+        if self.stream_options is None:
+            return False
+        if not self.stream:
+            raise InvalidRequestError("stream_options: got options without stream, expected none. Set stream to true.")
+        if self.stream_options.include_obfuscation:
+            raise UnsupportedFeatureError(
+                "stream_options.include_obfuscation: got true, expected false. Streams are not padded here."
+            )
+        return self.stream_options.include_usage
+
+    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+        """Raises `RequestError` if a value is out of bounds, or a format is asked for that can't be held to."""
+        if self.response_format is not None and self.response_format.type != "text":
+            raise UnsupportedFeatureError(
+                f"response_format: got the type {self.response_format.type!r:.60}, expected 'text'. "
+                "This build can't hold answers to a schema: remove response_format."
+            )
+        values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
+        return SamplingParams(**values, logit_bias=self._biases(), max_tokens=max_tokens, logprobs=logprobs)
+
+    def _biases(self) -> dict[int, float]:
+        try:
+            return {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()}
+        except ValueError:
+            raise InvalidRequestError("logit_bias: got a key that is no token id, expected integers.") from None
+
+
+class ChatPrompt(Body):
+    """What a chat's prompt is made of."""
+
+    messages: list[Any]
+    chat_template: str | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+    add_generation_prompt: bool = True
+    continue_final_message: bool = False
+    mm_processor_kwargs: dict[str, Any] | None = None
+
+    def render_options(self) -> dict[str, Any]:
+        """Options of `ChatRenderer.render`."""
+        return {
+            "chat_template": self.chat_template,
+            "chat_template_kwargs": self.chat_template_kwargs,
+            "add_generation_prompt": self.add_generation_prompt,
+            "continue_final_message": self.continue_final_message,
+            "mm_processor_kwargs": self.mm_processor_kwargs,
+        }
+
+
+class ChatBody(ChatPrompt, SamplingBody):
+    """`/v1/chat/completions`."""
+
+    max_completion_tokens: int | None = None
+    logprobs: bool | None = None
+    top_logprobs: int | None = None
+
+    def params(self) -> SamplingParams:
+        """Without a bound, an answer may fill the context. Raises `RequestError`."""
+        if self.max_tokens is not None and self.max_completion_tokens is not None:
+            raise InvalidRequestError(
+                "max_tokens: got max_tokens and max_completion_tokens, expected one. Remove max_tokens."
+            )
+        if self.top_logprobs is not None and not self.logprobs:
+            raise InvalidRequestError("top_logprobs: got a number without logprobs, expected none. Set logprobs.")
+        bound = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
+        return self.sampling_params(max_tokens=bound, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+
+
+class CompletionBody(SamplingBody):
+    """`/v1/completions`."""
+
+    prompt: str | list[int] | list[str] | list[list[int]]
+    logprobs: int | None = None
+
+    def params(self) -> SamplingParams:
+        """Sixteen tokens unless the body says otherwise, as OpenAI has it. Raises `RequestError`."""
+        return self.sampling_params(
+            max_tokens=16 if self.max_tokens is None else self.max_tokens, logprobs=self.logprobs
+        )
+
+    def prompts(self) -> list[Any]:
+        """Each prompt by itself. Raises `InvalidRequestError`."""
+        prompts: list[Any] = list(self.prompt) if isinstance(self.prompt, list) else [self.prompt]
+        if prompts and isinstance(prompts[0], int):
+            prompts = [prompts]
+        if not 0 < len(prompts) <= MAX_PROMPTS:
+            raise InvalidRequestError(f"prompt: got {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}.")
+        return prompts
+
+
+class TokenizeBody(Body):
+    """`/tokenize`."""
+
+    model: str | None = None
+    prompt: str
+    add_special_tokens: bool = True
+
+
+class DetokenizeBody(Body):
+    """`/detokenize`."""
+
+    model: str | None = None
+    tokens: list[int]
+
+
+class TokenCostBody(ChatPrompt):
+    """`/v1/chat/token_cost`: what a chat would take, without generating."""
+
+    model: str | None = None
+
+
+class EmbeddingBody(Body):
+    """`/v1/embeddings`."""
+
+    model: str | None = None
+    input: str | list[int] | list[str] | list[list[int]]
+    encoding_format: str = "float"
+    user: str | None = None
+
+    def prompts(self) -> list[Any]:
+        """Each input by itself. Raises `InvalidRequestError`."""
+        if self.encoding_format not in ("float", "base64"):
+            raise InvalidRequestError(
+                f"encoding_format: got {self.encoding_format!r:.60}, expected 'float' or 'base64'. Change it."
+            )
+        inputs: list[Any] = list(self.input) if isinstance(self.input, list) else [self.input]
+        if inputs and isinstance(inputs[0], int):
+            inputs = [inputs]
+        if not 0 < len(inputs) <= MAX_PROMPTS:
+            raise InvalidRequestError(f"input: got {len(inputs)} inputs, expected 1 to {MAX_PROMPTS}.")
+        return inputs
+
+
+def parse_body(kind: type[_Body], content: object) -> _Body:
+    """A body of one kind. Raises `InvalidRequestError` that names the field at fault."""
+    try:
+        return kind.model_validate(content)
+    except ValidationError as error:
+        raise invalid_body(error) from None

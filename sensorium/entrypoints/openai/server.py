@@ -1,0 +1,137 @@
+"""From settings to a server that listens: engine, application, uvicorn; and an orderly end of all three."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from dataclasses import replace
+
+import uvicorn
+from starlette.applications import Starlette
+
+from sensorium.engine.args import EngineArgs
+from sensorium.engine.async_llm_engine import AsyncLLMEngine
+from sensorium.engine.core_process import CoreFactory
+from sensorium.entrypoints.openai.app import create_app
+from sensorium.entrypoints.openai.context import ServerContext
+from sensorium.entrypoints.openai.metrics import ServerMetrics
+from sensorium.entrypoints.openai.server_args import ServerArgs
+from sensorium.inputs.chat import ChatRenderer
+from sensorium.logger import get_logger
+from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
+
+logger = get_logger(__name__)
+
+DEFAULT_MAX_WAITING_REQUESTS = 1024
+_MAX_HEADER_BYTES = 64 << 10
+_KEEP_ALIVE_S = 30
+_NUM_OTHER_THREADS = 8
+"""Threads for what is no preprocessing: name look-ups, large bodies, chat templates. They mostly wait."""
+_WATCH_INTERVAL_S = 0.2
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@asynccontextmanager
+async def running_app(
+    engine_args: EngineArgs,
+    args: ServerArgs | None = None,
+    limits: MediaLimits | None = None,
+    *,
+    make_core: CoreFactory | None = None,
+) -> AsyncIterator[tuple[Starlette, AsyncLLMEngine]]:
+    """An engine and the application over it, for as long as the context lasts; see `AsyncLLMEngine.start`."""
+    args = args or ServerArgs()
+    if engine_args.max_waiting_requests is None:
+        engine_args = replace(engine_args, max_waiting_requests=DEFAULT_MAX_WAITING_REQUESTS)
+    policy = FetchPolicy(
+        allow_remote=args.allow_remote_media,
+        allowed_hosts=args.allowed_media_host,
+        allowed_networks=args.allowed_media_network,
+        allowed_local_media_path=engine_args.allowed_local_media_path,
+    )
+    loader = MediaLoader(limits, policy)
+    engine = await AsyncLLMEngine.start(
+        engine_args,
+        media_loader=loader,
+        make_core=make_core,
+        accept_embeddings=args.allow_embeddings,
+        log_level=args.log_level,
+    )
+    try:
+        pool = ThreadPoolExecutor(_NUM_OTHER_THREADS, thread_name_prefix="sensorium-front")
+        asyncio.get_running_loop().set_default_executor(pool)
+        yield _app(engine, engine_args, args, loader), engine
+    finally:
+        await engine.shutdown(args.drain_s)
+
+
+def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, loader: MediaLoader) -> Starlette:
+    renderer = None
+    if engine.tokenizer is not None:
+        renderer = ChatRenderer(
+            engine.config.model_config,
+            engine.tokenizer,
+            loader,
+            chat_template=engine_args.chat_template,
+            trust_request_chat_template=args.trust_request_chat_template,
+            accept_objects=False,
+            accept_embeddings=args.allow_embeddings,
+        )
+    context = ServerContext(
+        engine,
+        renderer,
+        args.served_model_name or (engine_args.model,),
+        ServerMetrics(engine),
+        allow_mm_processor_kwargs=args.allow_mm_processor_kwargs,
+    )
+    return create_app(
+        context,
+        api_keys=args.api_key,
+        allowed_origins=args.allowed_origin,
+        max_body_bytes=args.max_body_bytes,
+        max_waiting_bytes=args.max_waiting_bytes,
+    )
+
+
+async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits) -> int:
+    """Serve until told to stop, or until the engine dies. Returns the exit status of the process."""
+    if not args.api_key and args.host not in _LOOPBACK:
+        logger.warning("No API key is set, and the server listens on %s: whoever reaches it may use it.", args.host)
+    async with running_app(engine_args, args, limits) as (app, engine):
+        server = uvicorn.Server(uvicorn_config(app, args))
+        watcher = asyncio.create_task(_watch(engine, server))
+        try:
+            await server.serve()
+        finally:
+            watcher.cancel()
+        return 0 if engine.is_running else 1
+
+
+def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:
+    """How uvicorn is to run `app`."""
+    return uvicorn.Config(
+        app,
+        host=args.host,
+        port=args.port,
+        http="h11",  # the implementation that bounds headers
+        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
+        ws="none",
+        lifespan="off",
+        limit_concurrency=args.max_connections,
+        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_graceful_shutdown=max(1, round(args.drain_s)),
+        ssl_certfile=args.ssl_certfile,
+        ssl_keyfile=args.ssl_keyfile,
+        access_log=False,
+        server_header=False,
+        log_level=args.log_level.lower(),
+    )
+
+
+async def _watch(engine: AsyncLLMEngine, server: uvicorn.Server) -> None:
+    """Stop the server once the engine is dead; whoever runs the process starts both anew."""
+    while engine.is_running:
+        await asyncio.sleep(_WATCH_INTERVAL_S)
+    server.should_exit = True

@@ -1,0 +1,61 @@
+"""Settings of the server itself; those of the engine are `EngineArgs`, those of media `MediaLimits`."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from sensorium.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ServerArgs:
+    """How a server listens and whom it lets in."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; "0.0.0.0" for all."""
+    port: int = 8000
+    """Port to listen on; 0 for any that is free."""
+    api_key: tuple[str, ...] = ()
+    """Keys of which every request but those for health must bear one; may be given several times."""
+    served_model_name: tuple[str, ...] = ()
+    """Names of the model in requests; the name it was given by default."""
+    allowed_origin: tuple[str, ...] = ()
+    """Origins of web pages that may use the server from a browser; "*" for all."""
+    ssl_certfile: str | None = None
+    """Certificate for TLS."""
+    ssl_keyfile: str | None = None
+    """Key of the certificate."""
+    log_level: str = "INFO"
+    """"DEBUG", "INFO", "WARNING" or "ERROR"."""
+    drain_s: float = 30.0
+    """How long open requests may go on after the server was told to stop."""
+    max_body_bytes: int = 128 << 20
+    """Bound on one request body."""
+    max_waiting_bytes: int = 1 << 30
+    """Bound on all bodies whose answers have not begun."""
+    max_connections: int = 4096
+    """Connections at once; beyond it, 503."""
+
+    allow_remote_media: bool = True
+    """Fetch media from public addresses that requests name."""
+    allowed_media_host: tuple[str, ...] = ()
+    """The only hosts to fetch media from; any public host by default."""
+    allowed_media_network: tuple[str, ...] = ()
+    """Networks, such as 10.1.0.0/16, to fetch from although they are not public."""
+    allow_embeddings: bool = False
+    """Take embeddings (safetensors) instead of media."""
+    allow_mm_processor_kwargs: bool = False
+    """Let requests choose how their media are processed."""
+    trust_request_chat_template: bool = False
+    """Let requests bring chat templates."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 1 << 16:
+            raise ConfigError(f"port: got {self.port}, expected 0 to 65535. Set port.")
+        if any(not key for key in self.api_key):
+            raise ConfigError("api_key: got an empty key, expected at least one character. Remove it.")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("ssl_certfile and ssl_keyfile: got one of them, expected both or none.")
+        for name in ("max_body_bytes", "max_waiting_bytes", "max_connections"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1. Set {name}.")

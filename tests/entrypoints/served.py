@@ -1,0 +1,102 @@
+"""A real server on a free port of the loopback, in a thread, for tests that talk to it over HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import io
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import uvicorn
+from PIL import Image
+
+from sensorium import EngineArgs
+from sensorium.engine.async_llm_engine import AsyncLLMEngine
+from sensorium.engine.core_client import IN_THIS_PROCESS
+from sensorium.entrypoints.openai.server import uvicorn_config, running_app
+from sensorium.entrypoints.openai.server_args import ServerArgs
+
+SETTINGS: dict[str, Any] = {"device": "cpu", "num_blocks": 512, "max_num_seqs": 16, "max_model_len": 1024}
+START_TIMEOUT_S = 120.0
+
+
+@dataclass
+class Served:
+    """A running server, and its engine to look into."""
+
+    url: str
+    engine: AsyncLLMEngine
+    loop: asyncio.AbstractEventLoop
+    server: uvicorn.Server
+
+    def settle(self, timeout_s: float = 10.0) -> None:
+        """Wait until nothing of any request is left."""
+        deadline_s = time.monotonic() + timeout_s
+        while not self._is_idle():
+            assert time.monotonic() < deadline_s, (self.engine.load(), self.engine.stats)
+            time.sleep(0.02)
+
+    def _is_idle(self) -> bool:
+        stats = self.engine.stats
+        is_core_idle = stats is not None and not (stats.num_running or stats.num_waiting or stats.kv_cache_usage)
+        return is_core_idle and not self.engine.load().num_open
+
+
+@dataclass
+class _Start:
+    ready: threading.Event = field(default_factory=threading.Event)
+    served: Served | None = None
+    error: BaseException | None = None
+
+
+@contextmanager
+def served(path: Path, server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Served]:
+    """Serve a checkpoint as "tiny" until the block ends."""
+    args = ServerArgs(port=0, drain_s=1.0, served_model_name=("tiny",), log_level="WARNING", **(server or {}))
+    start = _Start()
+    thread = threading.Thread(target=_run, args=(EngineArgs(str(path), **{**SETTINGS, **engine}), args, start))
+    thread.start()
+    try:
+        assert start.ready.wait(START_TIMEOUT_S)
+        if start.error is not None:
+            raise start.error
+        assert start.served is not None
+        yield start.served
+    finally:
+        if start.served is not None:
+            start.served.server.should_exit = True
+        thread.join(START_TIMEOUT_S)
+        assert not thread.is_alive()
+
+
+def _run(engine_args: EngineArgs, args: ServerArgs, start: _Start) -> None:
+    async def run() -> None:
+        async with running_app(engine_args, args, make_core=IN_THIS_PROCESS) as (app, engine):
+            server = uvicorn.Server(uvicorn_config(app, args))
+            task = asyncio.create_task(server.serve())
+            while not server.started:
+                await asyncio.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            start.served = Served(f"http://127.0.0.1:{port}", engine, asyncio.get_running_loop(), server)
+            start.ready.set()
+            await task
+
+    try:
+        asyncio.run(run())
+    except BaseException as error:
+        start.error = error
+    finally:
+        start.ready.set()
+
+
+def data_url(picture: Image.Image) -> str:
+    """A picture as requests carry it."""
+    buffer = io.BytesIO()
+    picture.save(buffer, "PNG")
+    return "data:image/png;base64," + base64.b64encode(buffer.getvalue()).decode()
