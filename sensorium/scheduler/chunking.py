@@ -170,9 +170,9 @@ class ChunkPlanner:
                 return True
             if is_first:
                 num_tokens_before = (span.start if self.keeps_items_whole else row) - draft.start
-                return num_tokens_before == 0 or num_tokens_before < plan.pace.token_room(num_rows)
-        num_tokens = (span.end if self.keeps_items_whole else row + 1) - draft.start
-        return plan.pace.admits_rows(num_rows, num_tokens)
+                return num_tokens_before < plan.pace.token_room(num_rows)  # which is never 0 here
+        least_end = draft.end if self.keeps_prompts_whole else span.end if self.keeps_items_whole else row + 1
+        return plan.pace.admits_rows(num_rows, least_end - draft.start)
 
     def _lifts_limits(self, plan: StepPlan) -> bool:
         """Whether a step must take all media of a prompt, however much that is."""

@@ -47,8 +47,7 @@ class StepPlanner:
     ) -> None:
         self._max_num_tokens = config.max_num_batched_tokens
         self._max_num_rows = config.max_num_encoder_rows
-        # Each running request gets at least one token a step.
-        self._max_num_running = min(config.max_num_seqs, config.max_num_batched_tokens)
+        self._max_num_running = config.max_num_seqs
         self._table = table
         self._kv_cache = kv_cache
         self._chunks = chunks

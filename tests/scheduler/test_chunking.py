@@ -233,3 +233,15 @@ def test_the_pace_never_splits_a_whole_item_or_a_whole_prompt() -> None:
     assert draft(whole_items, big, 200, pace=slow) == (60, [0])
     whole_prompts, _ = make_planner(chunked=False, capacity=1000)
     assert draft(whole_prompts, big, 200, pace=slow) == (120, [0])
+
+
+@pytest.mark.parametrize("mode", [{"atomic_items": True}, {"chunked": False}], ids=str)
+def test_behind_another_prefill_an_item_needs_time_to_be_encoded(mode: dict[str, bool]) -> None:
+    planner, _ = make_planner(**mode)
+    state = make_state([image(60)])
+    for seconds, expected in ((0.8, False), (1.3, True)):
+        plan = StepPlan(200, 100)
+        plan.pace = StepPace(seconds, 0.01, 0.01)
+        plan.add_prefill(5, ())
+        result = planner.draft(state, plan, start=0, max_tokens=1000)
+        assert isinstance(result, ChunkDraft) == expected, "5 + 60 tokens and 60 rows take 1.25 s"

@@ -1,3 +1,0 @@
-"""The messages under their former address; they are a leaf that every room may import."""
-
-from sensorium.messages import *  # noqa: F403
