@@ -103,7 +103,7 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of conversations in the OpenAI message format.
 
-        Content parts may be `text`, `image_url`, `video_url`, `audio_url`, `input_audio` (addresses, data URLs or paths),
+        Content parts may be `text`, `image_url`, `video_url`, `audio_url`, `input_audio` (addresses, data URLs, paths),
         or hold Python objects as `image`, `video`, `audio`.
 
         Args:

@@ -13,7 +13,7 @@ from sensorium.config import CacheConfig, SchedulerConfig
 from sensorium.errors import ConfigError
 
 DEFAULT_CPU_BYTES = 4 << 30
-"""On a CPU the cache takes at most this by default. Its pages are touched only as they are used, but in time all are."""
+"""The cache takes at most this on a CPU by default. Pages are touched only as they are used, but in time all are."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,7 +14,26 @@ from PIL import Image
 from sensorium import SamplingParams
 from tests.helpers.serving import Planned
 
-WORDS = "look at the red bird over a small house and say what you hear or see now please".split()
+WORDS = [
+    "look",
+    "at",
+    "the",
+    "red",
+    "bird",
+    "over",
+    "a",
+    "small",
+    "house",
+    "and",
+    "say",
+    "what",
+    "you",
+    "hear",
+    "or",
+    "see",
+    "now",
+    "please",
+]
 IMAGE_SIDES = (28, 40, 56, 75, 112, 130)
 SAMPLING_RATE = 16_000
 

@@ -22,7 +22,6 @@ from typing import Any
 import numpy as np
 import torch
 from safetensors.torch import save_file
-from sensorium.model_executor.models.utils import AutoWeightsLoader
 from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
@@ -30,6 +29,7 @@ from sensorium.attention import Attention, AttentionMetadata
 from sensorium.inputs import INPUT_REGISTRY, DummyData
 from sensorium.model_executor.models.interfaces import SupportsMultiModal
 from sensorium.model_executor.models.registry import ModelRegistry
+from sensorium.model_executor.models.utils import AutoWeightsLoader
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.sequence import SequenceData
 
@@ -344,9 +344,8 @@ TOY_MODELS = (SeedPageModel, TextByIdsModel, NegativeIdModel, MarkerModel, OwnMe
 
 def save_checkpoint(cls: type, directory: Path, seed: int = 0) -> Path:
     """Write a checkpoint with seeded random weights for one of these classes."""
-    from sensorium.model_executor.adapter import construct_model
-
     from sensorium.config import EngineConfig, ModelConfig
+    from sensorium.model_executor.adapter import construct_model
 
     config = ToyConfig(architectures=[cls.__name__], dtype="float32")
     config.save_pretrained(directory)
