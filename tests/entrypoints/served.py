@@ -19,7 +19,7 @@ from PIL import Image
 from sensorium import EngineArgs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_client import IN_THIS_PROCESS
-from sensorium.entrypoints.openai.server import uvicorn_config, running_app
+from sensorium.entrypoints.openai.server import running_app, uvicorn_config
 from sensorium.entrypoints.openai.server_args import ServerArgs
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "num_blocks": 512, "max_num_seqs": 16, "max_model_len": 1024}

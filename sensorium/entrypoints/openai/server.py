@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+import signal
+from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
 
 import uvicorn
@@ -100,13 +101,31 @@ async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits) 
     if not args.api_key and args.host not in _LOOPBACK:
         logger.warning("No API key is set, and the server listens on %s: whoever reaches it may use it.", args.host)
     async with running_app(engine_args, args, limits) as (app, engine):
-        server = uvicorn.Server(uvicorn_config(app, args))
+        server = _Server(uvicorn_config(app, args))
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, server.stop)
         watcher = asyncio.create_task(_watch(engine, server))
         try:
             await server.serve()
         finally:
             watcher.cancel()
         return 0 if engine.is_running else 1
+
+
+class _Server(uvicorn.Server):
+    """Stops by `stop`. Uvicorn's own way is to let a signal end the process once its connections are closed, which
+    would leave no time for the engine.
+    """
+
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Leave signals alone."""
+        yield
+
+    def stop(self) -> None:
+        """Finish open requests; asked a second time, don't."""
+        self.force_exit = self.should_exit
+        self.should_exit = True
 
 
 def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:

@@ -1,0 +1,119 @@
+"""The command line: every setting has a flag, a config file and flags agree, and the process serves and ends well."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import fields
+from pathlib import Path
+
+import httpx
+import pytest
+
+from sensorium.engine.args import EngineArgs
+from sensorium.entrypoints.cli.flags import field_docs
+from sensorium.entrypoints.cli.main import main, make_parser
+from sensorium.entrypoints.cli.serve import settings
+from sensorium.entrypoints.openai.server_args import ServerArgs
+from sensorium.errors import ConfigError
+from sensorium.multimodal.media.limits import MediaLimits
+from tests.helpers.checkpoints import make_checkpoint
+
+
+def parse(*arguments: str) -> tuple[EngineArgs, ServerArgs, MediaLimits]:
+    return settings(make_parser().parse_args(["serve", *arguments]))
+
+
+@pytest.mark.parametrize("kind", [EngineArgs, ServerArgs, MediaLimits])
+def test_every_field_is_a_flag_with_help(kind: type, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["serve", "--help"])
+    text = capsys.readouterr().out
+    for field in fields(kind):
+        if field.name not in ("model", "tensor_parallel_size"):
+            assert f"--{field.name.replace('_', '-')}" in text
+            assert field_docs(kind)[field.name], field.name
+
+
+def test_defaults_are_those_of_the_settings() -> None:
+    assert parse("a-model") == (EngineArgs("a-model"), ServerArgs(), MediaLimits())
+
+
+def test_flags_of_all_kinds() -> None:
+    engine, server, limits = parse(
+        *("m", "--max-model-len", "64", "--no-enable-prefix-caching", "--limit-mm-per-prompt", '{"image": 4}'),
+        *("--api-key", "a", "--api-key", "b", "--max-token-gap-s", "0.5", "--max-image-pixels", "1000", "--port", "0"),
+    )
+    assert (engine.max_model_len, engine.enable_prefix_caching, engine.max_token_gap_s) == (64, False, 0.5)
+    assert engine.limit_mm_per_prompt == {"image": 4}
+    assert (server.api_key, server.port, limits.max_image_pixels) == (("a", "b"), 0, 1000)
+
+
+def test_a_config_file_fills_in_and_flags_win(tmp_path: Path) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(
+        "model: one\nmax-model-len: 64\nmax_num_seqs: 3\napi_key: [a, b]\nhf_overrides: {x: 1}\ndrain_s: 5\n"
+    )
+    engine, server, _ = parse("--config", str(path), "--max-num-seqs", "5")
+    assert (engine.model, engine.max_model_len, engine.max_num_seqs) == ("one", 64, 5)
+    assert (engine.hf_overrides, server.api_key, server.drain_s) == ({"x": 1}, ("a", "b"), 5)
+    assert parse("two", "--config", str(path))[0].model == "two"
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [("nonsense: 1", "nonsense"), ("port: x", "port"), ("port: true", "port"), ("- a", "mapping|list"), ("{", "YAML")],
+)
+def test_a_config_file_that_is_wrong_is_refused(tmp_path: Path, text: str, match: str) -> None:
+    path = tmp_path / "config.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError, match=match):
+        parse("m", "--config", str(path))
+
+
+def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["serve", "m", "--port", "99999"]) == 2
+    assert capsys.readouterr().err == "sensorium: port: got 99999, expected 0 to 65535. Set port.\n"
+
+
+def start(path: Path) -> tuple[subprocess.Popen[str], str]:
+    """A server process that is ready, and its address."""
+    command = [sys.executable, "-m", "sensorium.entrypoints.cli.main", "serve", str(path), "--port", "0"]
+    flags = ["--num-blocks", "128", "--max-model-len", "1024", "--drain-s", "5"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return process, found[0]
+    raise AssertionError("".join(lines))
+
+
+@pytest.mark.parametrize("how", ["stop", "core dies"])
+def test_the_process_serves_and_ends_with_the_right_status(how: str) -> None:
+    process, url = start(make_checkpoint("qwen2_vl"))
+    with process:
+        try:
+            assert httpx.get(f"{url}/health?generate=1", trust_env=False, timeout=60).is_success
+            (core,) = _children(process.pid)
+            if how == "stop":
+                process.send_signal(signal.SIGTERM)
+            else:
+                os.kill(core, signal.SIGKILL)
+            assert process.wait(30) == (0 if how == "stop" else 1)
+            deadline_s = time.monotonic() + 10
+            while Path(f"/proc/{core}").exists():
+                assert time.monotonic() < deadline_s, "the core outlives its front"
+                time.sleep(0.05)
+        finally:
+            process.kill()
+
+
+def _children(pid: int) -> list[int]:
+    return [int(text) for text in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
