@@ -1,7 +1,7 @@
 """The main job in a minute: the bundled model looks at a picture, watches a clip and listens to a sound.
 
-Everything is drawn and rendered here, so nothing is downloaded. Sensorium generates the answers in one batch, then Hugging
-Face's own class one by one, and the tokens are compared.
+Everything is drawn and rendered here, so nothing is downloaded. Sensorium generates the answers in one batch, then
+Hugging Face's own class one by one, and the tokens are compared.
 """
 
 from __future__ import annotations
