@@ -73,9 +73,7 @@ def input_processor(
         names[token_id] = "audio"
     if not counts:
         return inputs
-    token_ids, ranges = expand_placeholders(
-        inputs["prompt_token_ids"], counts, names, ctx.model_config.max_model_len
-    )
+    token_ids, ranges = expand_placeholders(inputs["prompt_token_ids"], counts, names, ctx.model_config.max_model_len)
     inputs["prompt_token_ids"] = token_ids
     inputs["multi_modal_placeholders"] = {names[each]: ranges[each] for each in counts if each not in several}
     return inputs
