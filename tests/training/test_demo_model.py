@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from safetensors import safe_open
 
-from training.answering import SensoriumAnswerer, TransformersAnswerer
+from training.answering import NetworkAnswerer, SensoriumAnswerer, TransformersAnswerer
 from training.encoding import MODEL_FOLDER
 from training.evaluate import held_out_items
 from training.network import Thinker
@@ -40,6 +40,15 @@ def test_held_out_items_are_answered(skill: str, held_out: Source, answerer: Tra
     right = [item.turns[0].answer for item in items]
     wrong = [(expected, got) for expected, got in zip(right, answers, strict=True) if expected != got]
     assert ITEMS - len(wrong) >= LEAST[skill], wrong
+
+
+def test_one_forward_pass_judges_as_generation_does(held_out: Source, answerer: TransformersAnswerer) -> None:
+    items = [item for skill in ("counting", "chart", "digits") for item in held_out_items(skill, 4, held_out)]
+    expected = [item.turns[0].answer for item in items]
+    generated, predicted = answerer.answers(items), NetworkAnswerer(MODEL_FOLDER).answers(items)
+    right = [answer == reference for answer, reference in zip(generated, expected, strict=True)]
+    assert [answer == reference for answer, reference in zip(predicted, expected, strict=True)] == right
+    assert True in right
 
 
 def test_sensorium_answers_as_transformers_does(held_out: Source, answerer: TransformersAnswerer) -> None:
