@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -106,6 +107,25 @@ def test_numbers_that_are_none_are_refused(client: httpx.Client, value: str) -> 
     refused(client.post("/v1/chat/completions", content=body), 400)
 
 
+def test_one_bad_input_refuses_the_embeddings_of_all(server: Served, client: httpx.Client) -> None:
+    for body, text in (
+        ({"input": ["fine", "x" * 5000]}, "too long"),
+        ({"input": []}, "input: got 0"),
+        ({"input": "x", "encoding_format": "hex"}, "encoding_format"),
+        ({"input": "x", "dimensions": 3}, "dimensions"),
+    ):
+        refused(client.post("/v1/embeddings", json=body), 400, text)
+    server.settle()
+
+
+def test_tokens_there_and_back(client: httpx.Client) -> None:
+    answer = client.post("/tokenize", json={"prompt": "Grüße"}).json()
+    assert answer["count"] == len(answer["tokens"]) > 0
+    assert client.post("/detokenize", json={"tokens": answer["tokens"]}).json() == {"prompt": "Grüße"}
+    refused(client.post("/detokenize", json={"tokens": [-1]}), 400, "tokens")
+    refused(client.post("/tokenize", json={"prompt": "x" * 10**5}), 400, "too long")
+
+
 def test_unknown_models_routes_and_methods(client: httpx.Client) -> None:
     refused(client.post("/v1/chat/completions", json={**CHAT, "model": "gpt"}), 404, "model: got 'gpt'")
     refused(client.get("/v1/models/gpt"), 404)
@@ -177,6 +197,26 @@ def test_every_key_opens(server: Served, key: str) -> None:
 def test_health_is_open_and_can_make_a_token(server: Served) -> None:
     for path in ("/health", "/ping", "/health?generate=1"):
         assert httpx.get(server.url + path, trust_env=False).status_code == 200
+
+
+def test_many_who_ask_for_a_token_at_once_get_one(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The route is open, so it must not be a way to keep the model busy."""
+    checks = []
+    check = server.engine.check_health
+
+    async def slow(**options: Any) -> None:
+        checks.append(options)
+        await asyncio.sleep(0.5)
+        await check(**options)
+
+    monkeypatch.setattr(server.engine, "check_health", slow)
+    url = f"{server.url}/health?generate=1"
+    threads = [threading.Thread(target=httpx.get, args=(url,), kwargs={"trust_env": False}) for _ in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(checks) < 4
 
 
 def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, server: Served) -> None:

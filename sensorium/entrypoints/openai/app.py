@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Sequence
 
 from starlette.applications import Starlette
@@ -76,6 +77,7 @@ class PlainRoutes:
         self._context = context
         tokenizer = context.engine.tokenizer
         self._encoder = None if tokenizer is None else TextEncoder(tokenizer)
+        self._token_check: asyncio.Task[None] | None = None
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
@@ -113,8 +115,14 @@ class PlainRoutes:
     async def health(self, request: Request) -> Response:
         """`GET /health`: 200 while the engine runs; with `?generate=1`, once the model has made a real token."""
         wanted = request.query_params.get("generate", "0") in ("1", "true")
-        await while_connected(request, self._context.engine.check_health(generate=wanted))
+        await while_connected(request, self._check_token() if wanted else self._context.engine.check_health())
         return JsonResponse({"status": "ok"})
+
+    async def _check_token(self) -> None:
+        """One check for all who ask at once: the route needs no key, and must not be a way to make work."""
+        if self._token_check is None or self._token_check.done():
+            self._token_check = asyncio.create_task(self._context.engine.check_health(generate=True))
+        await asyncio.shield(self._token_check)
 
     async def ping(self, request: Request) -> Response:
         """`GET /ping`: 200 while the engine runs."""

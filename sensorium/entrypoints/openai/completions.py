@@ -55,9 +55,14 @@ class CompletionRoutes:
         return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
     async def _pool(self, prompts: list[Any]) -> list[PoolingRequestOutput]:
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(self._context.engine.encode(prompt)) for prompt in prompts]
-        return [task.result() for task in tasks]
+        self._context.engine.check_accepts()
+        tasks = [asyncio.ensure_future(self._context.engine.encode(prompt)) for prompt in prompts]
+        try:
+            return await asyncio.gather(*tasks)
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _generate(self, body: CompletionBody, prompts: list[Any], params: SamplingParams, kind: OutputKind) -> Numbered:
         self._context.engine.check_accepts()

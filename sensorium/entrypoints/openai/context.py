@@ -28,7 +28,6 @@ class ServerContext:
     """The first is the one that answers bear."""
     metrics: ServerMetrics
     allow_mm_processor_kwargs: bool = False
-    drain_s: float = 30.0
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> str:

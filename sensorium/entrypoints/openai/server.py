@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import signal
 from collections.abc import AsyncIterator, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ logger = get_logger(__name__)
 DEFAULT_MAX_WAITING_REQUESTS = 1024
 _MAX_HEADER_BYTES = 64 << 10
 _KEEP_ALIVE_S = 30
+_FILES_PER_CONNECTION = 2
+"""A socket, and a segment of media on its way to the core."""
 _NUM_OTHER_THREADS = 8
 """Threads for what is no preprocessing: name look-ups, large bodies, chat templates. They mostly wait."""
 _WATCH_INTERVAL_S = 0.2
@@ -100,6 +103,7 @@ async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits) 
     """Serve until told to stop, or until the engine dies. Returns the exit status of the process."""
     if not args.api_key and args.host not in _LOOPBACK:
         logger.warning("No API key is set, and the server listens on %s: whoever reaches it may use it.", args.host)
+    _raise_file_limit(_FILES_PER_CONNECTION * args.max_connections)
     async with running_app(engine_args, args, limits) as (app, engine):
         server = _Server(uvicorn_config(app, args))
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -147,6 +151,16 @@ def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:
         server_header=False,
         log_level=args.log_level.lower(),
     )
+
+
+def _raise_file_limit(wanted: int) -> None:
+    """Let the process open as many files as its connections need, as far as the system allows."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+    if most < wanted:
+        logger.warning("open files: got a limit of %d, expected %d. Raise it, or lower max_connections.", most, wanted)
 
 
 async def _watch(engine: AsyncLLMEngine, server: uvicorn.Server) -> None:
