@@ -144,11 +144,6 @@ class RequestState:
         return len(self.token_ids)
 
     @property
-    def num_output_tokens(self) -> int:
-        """Tokens sampled so far."""
-        return len(self.token_ids) - self.num_prompt_tokens
-
-    @property
     def is_finished(self) -> bool:
         """Whether the final output went out."""
         return self.status is RequestStatus.FINISHED
