@@ -82,6 +82,16 @@ def test_positions_equal_hugging_face_on_random_mixes(family: str) -> None:
         assert delta == expected_delta
 
 
+def test_times_are_rounded_as_in_hugging_face() -> None:
+    # 10 frames of 4 * 0.175 positions are 6.9999999: in single precision 7, in double precision cut off to 6.
+    config = config_of("qwen2_5_vl")
+    ids, grids, seconds = [TEXT] + [VIDEO] * 11, [[11, 2, 2]], [0.175]
+    expected, _ = reference(config, ids, [], grids, seconds)
+    positions, _ = get_mrope_positions(ids, hf_config=config, video_grid_thw=grids, second_per_grid_ts=seconds)
+    np.testing.assert_array_equal(positions, expected)
+    assert positions[0, -1] == 1 + 7
+
+
 def test_worked_example_of_the_docstring() -> None:
     positions, delta = mrope_positions(7, [MRopeBox(offset=2, t=1, h=2, w=2)])
     assert positions.tolist() == [[0, 1, 2, 2, 2, 2, 4], [0, 1, 2, 2, 3, 3, 4], [0, 1, 2, 3, 2, 3, 4]]

@@ -259,6 +259,26 @@ def test_a_processor_may_replace_an_item_and_the_replacement_counts_as_content()
     assert item.kwargs["salt"] == 7
 
 
+@pytest.mark.parametrize("as_list", [True, False])
+def test_what_a_processor_takes_from_the_prompt_is_part_of_identity(as_list: bool) -> None:
+    """As in Molmo, whose processor puts the length of the prompt beside the image."""
+
+    def attach(ctx: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        expanded = expand(ctx, inputs)
+        length = len(expanded["prompt_token_ids"])
+        items = [{"image": image, "seq_len": length} for image in inputs["multi_modal_data"]["image"]]
+        return {**expanded, "multi_modal_data": {"image": items if as_list else {"items": items}}}
+
+    def mapper(ctx: Any, data: Any) -> dict[str, Any]:
+        return {"seq_len": (data if as_list else data["items"])[0]["seq_len"]}
+
+    front = Front(new_model(processor=attach, mappers={"image": mapper}))
+    image = picture(3)
+    short, same, long = (front.images(image, text=text) for text in ("<image>a", "<image>b", "<image>abc"))
+    assert keys_of(short) == keys_of(same) != keys_of(long)
+    assert [each.engine_request.media[0].kwargs["seq_len"] for each in (short, long)] == [4, 6]  # type: ignore[index]
+
+
 def test_a_processor_may_turn_the_list_into_one_object() -> None:
     def process(ctx: Any, inputs: dict[str, Any]) -> dict[str, Any]:
         expanded = expand(ctx, inputs)

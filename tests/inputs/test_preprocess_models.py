@@ -114,6 +114,15 @@ def test_paths_bytes_and_encoded_media_are_one_item(image_file: Path) -> None:
     assert loader.cache.stats().misses == 1
 
 
+def test_a_name_replaces_the_bytes_of_encoded_media(image_file: Path) -> None:
+    front = front_of("llava", media_loader=MediaLoader(policy=FetchPolicy(allow_any_local_path=True)))
+    named, plain = (
+        front.images(image_file, text="<image>", multi_modal_uuids={"image": [uuid]}) for uuid in ("cat", None)
+    )
+    other = front.images(make_image(50, 50), text="<image>", multi_modal_uuids={"image": ["cat"]})
+    assert keys_of(named) == keys_of(other) != keys_of(plain)
+
+
 def test_an_encoded_image_maps_as_the_decoded_one(image_file: Path) -> None:
     front = front_of("llava", media_loader=MediaLoader(policy=FetchPolicy(allow_any_local_path=True)))
     encoded = front.images(image_file, text="<image>").engine_request.media[0]
