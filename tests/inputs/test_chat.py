@@ -246,6 +246,16 @@ def test_addresses_paths_and_data_urls_are_fetched_and_not_decoded(tmp_path: Pat
             assert item.data == data
 
 
+def test_every_kind_of_part_may_have_a_name() -> None:
+    renderer = renderer_of(media_loader=MediaLoader())
+    parts = [
+        {"type": "image_url", "image_url": data_url(png()), "uuid": "a"},
+        {"type": "image", "image": make_image(), "uuid": "b"},
+        {"type": "image_embeds", "image_embeds": torch.ones(1, 16), "uuid": "c"},
+    ]
+    assert renderer.render(user(*parts))["multi_modal_uuids"] == {"image": ["a", "b", "c"]}
+
+
 def test_sounds_come_inline() -> None:
     calls = Calls()
     model = new_model(mappers={"audio": map_pictures("audio", calls)})

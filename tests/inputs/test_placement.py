@@ -221,6 +221,28 @@ def test_interleaved_groups_of_two_modalities() -> None:
         Front(new_model(mappers=mappers), features=features_of(maps_items_alone=False))(prompt)
 
 
+def test_a_group_holds_only_the_items_whose_places_alternate() -> None:
+    def processor(ctx: Any, inputs: dict[str, Any]) -> dict[str, Any]:
+        ids = [IMAGE, IMAGE, 5, IMAGE, VIDEO, IMAGE, VIDEO]
+        ranges = {"image": [(0, 2), (3, 3)], "video": [(4, 3)]}
+        placeholders = {
+            name: [{"offset": offset, "length": length} for offset, length in each] for name, each in ranges.items()
+        }
+        return {**inputs, "prompt_token_ids": ids, "multi_modal_placeholders": placeholders}
+
+    calls = Calls()
+    mappers = {"image": map_pictures("image", calls), "video": map_pictures("video", calls, "video_values")}
+    front = Front(new_model(mappers=mappers, processor=processor), features=features_of(tier="0 auto-split"))
+    images, clip = [picture(2, 1), picture(2, 2)], picture(2, 3)[None]
+    prompt = {"prompt": "a", "multi_modal_data": {"image": images, "video": [clip]}}
+    alone, group = front(prompt).engine_request.media
+    assert (alone.modality, alone.offset, alone.num_rows) == ("image", 0, 2)
+    assert (group.modality, group.offset, group.num_rows, group.index) == ("image+video", 3, 4, 1)
+    assert group.kwargs is not None
+    (pixels,) = group.kwargs["pixel_values"]
+    np.testing.assert_array_equal(pixels, images[1])
+
+
 def test_the_config_s_token_is_used_where_nothing_was_observed() -> None:
     features = features_of(placeholder_token_ids={})
     front = Front(features=features)
