@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.codec import EncodedMessage, encode_add, encode_request
+from sensorium.engine.core import within_blocks
 from sensorium.engine.core_client import CoreClient
 from sensorium.engine.core_messages import News
 from sensorium.engine.core_process import CoreFactory
@@ -72,7 +73,7 @@ class AsyncLLMEngine:
         accept_embeddings: bool,
     ) -> None:
         """For `start`."""
-        self.config = config
+        self.config = config = within_blocks(config, report)
         self.report = report
         self.tokenizer = tokenizer
         self.preprocessor = InputPreprocessor(

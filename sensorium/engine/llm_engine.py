@@ -33,11 +33,11 @@ class LLMEngine:
     def __init__(
         self, config: EngineConfig, *, skip_tokenizer: bool = False, media_loader: MediaLoader | None = None
     ) -> None:
-        self.config = config
         MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
         self.tokenizer: Any = None if skip_tokenizer else get_tokenizer(config.model_config)
         self.core = EngineCore(config)
-        self.preprocessor = InputPreprocessor(config, self.core.features, self.tokenizer, media_loader)
+        self.config = self.core.config
+        self.preprocessor = InputPreprocessor(self.config, self.core.features, self.tokenizer, media_loader)
         self.outputs = OutputProcessor(self.tokenizer)
 
     @classmethod
