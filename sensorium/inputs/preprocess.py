@@ -28,11 +28,11 @@ from sensorium.messages import EngineRequest, MediaItem
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
 from sensorium.multimodal.placeholders import IntArray, media_mask
-from sensorium.multimodal.processor_cache import CacheStatistics, ProcessorCache
+from sensorium.multimodal.processor_cache import ProcessorCache
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelConfig, ModelFeatures
-    from sensorium.multimodal.media import MediaLoader
+    from sensorium.multimodal.media import CacheStats, MediaLoader
     from sensorium.sampling_params import SamplingParams
 
 logger = get_logger(__name__)
@@ -156,7 +156,7 @@ class InputPreprocessor:
             counts[item.modality] = (*counts.get(item.modality, ()), item.length)
         return ProcessedRequest(request, parsed.text, counts)
 
-    def statistics(self) -> CacheStatistics:
+    def statistics(self) -> CacheStats:
         """Hits and sizes of the cache of mapped media."""
         return self._cache.statistics()
 
