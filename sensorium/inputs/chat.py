@@ -222,11 +222,11 @@ class ChatRenderer:
 
     def _render(self, request: _Request, media: Sequence[Any]) -> dict[str, Any]:
         parts = request.media()
-        texts = _MessageWriter(self, self._probe.format_of(request.template))
+        writer = _MessageWriter(self, self._probe.format_of(request.template))
         text = render(
             self._tokenizer,
             request.template,
-            [texts.write(message) for message in request.messages],
+            [writer.write(message) for message in request.messages],
             add_generation_prompt=request.add_generation_prompt,
             continue_final_message=request.continue_final_message,
             tools=request.tools,
@@ -311,8 +311,7 @@ class _MessageWriter:
     def _count_placeholders(self, modality: str, num_items: int, text: str) -> int:
         first = self._counts.get(modality, 0) + 1
         declared = [self._renderer.placeholder(modality, first + index) for index in range(max(num_items, 1))]
-        spelled = {text for text in declared if text}
-        by_name = sum(text.count(each) for each in spelled)
+        by_name = sum(text.count(placeholder) for placeholder in {each for each in declared if each})
         token = self._renderer.placeholder_token(modality)
         return max(by_name, text.count(token) if token else 0)
 
