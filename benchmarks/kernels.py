@@ -6,8 +6,10 @@ The shapes are those of a Qwen2-0.5B decoder (hidden size 896, 24 layers, 14 que
 feed-forward size 4864, vocabulary 32000) and of a vision tower of 12 layers of 768 over images of 576 patches. Weights
 and caches of all layers are walked through in turn, so that they come from memory as in a real step.
 
-Every figure is the best of the runs that fit into `--seconds`: on a shared machine the best run is the one that was
-least disturbed. The last line is one JSON object with all figures.
+A case is a list of calls, one for each layer or operation. They run in turn, again and again for `--seconds`, and the
+figure is the sum of each call's best time: on a shared machine that is the time of an undisturbed step. With one thread
+it is processor time, so that moments in which other processes had the core don't count. The last line is one JSON
+object with all figures.
 """
 
 from __future__ import annotations
@@ -17,8 +19,9 @@ import ctypes
 import json
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -43,21 +46,27 @@ BATCHES = (1, 4, 16, 64)
 Report = dict[str, Any]
 
 
+Call = Callable[[], object]
+
+
 @dataclass
 class Clock:
-    """Times functions: the best run of those that fit into `seconds`."""
+    """Times lists of calls."""
 
     seconds: float
+    now: Callable[[], float] = time.perf_counter
 
-    def best(self, function: Callable[[], object]) -> float:
-        """Seconds of the fastest call, after one to warm up."""
-        function()
-        best, end = float("inf"), time.perf_counter() + self.seconds
-        while time.perf_counter() < end:
-            begin = time.perf_counter()
-            function()
-            best = min(best, time.perf_counter() - begin)
-        return best
+    def best(self, *calls: Call) -> float:
+        """The sum of each call's best time, in rounds over all of them; the first round warms up unless it is long."""
+        best = [float("inf")] * len(calls)
+        end = time.perf_counter() + self.seconds
+        while True:
+            for i, call in enumerate(calls):
+                begin = self.now()
+                call()
+                best[i] = min(best[i], self.now() - begin)
+            if time.perf_counter() >= end:
+                return sum(best)
 
 
 @dataclass
@@ -72,28 +81,31 @@ class Limits:
         return max(num_bytes / self.bytes_per_s, flops / self.flops_per_s[dtype])
 
 
-def measure_limits(threads: int, seconds: float) -> Limits:
+def measure_limits(threads: int, clock: Clock) -> Limits:
     """Compile and run the loops of `limits.c`; without a compiler, use torch's sum and matrix product."""
-    clock = Clock(seconds)
-    data = torch.ones(1 << 26)
+    chunks = torch.ones(1 << 26).chunk(16)  # of 16 MiB; together more than any cache
+    num_bytes = sum(chunk.nbytes for chunk in chunks)
     try:
         library = _compile_limits()
     except build.BuildError:
         square = torch.ones(1024, 1024)
         flops = 2 * 1024**3 / clock.best(lambda: square @ square)
-        read = data.numel() * 4 / clock.best(data.sum)
+        read = num_bytes / clock.best(*(chunk.sum for chunk in chunks))
         return Limits(read, dict.fromkeys((torch.float32, torch.bfloat16, torch.float16), flops))
-    for name in ("limits_read", "limits_fma", "limits_bf16_dot"):
-        getattr(library, name).restype = ctypes.c_double
-    address, count = ctypes.c_void_p(data.data_ptr()), ctypes.c_long(data.numel())
-    read_s = min(library.limits_read(address, count, threads) for _ in range(5))
-    rounds = 5_000_000
-    fma_s = min(library.limits_fma(ctypes.c_long(rounds), threads) for _ in range(3))
-    dot_s = min(library.limits_bf16_dot(ctypes.c_long(rounds), threads) for _ in range(3))
-    per_round = 12 * 2 * library.limits_vector_length() * threads
-    fma = rounds * per_round / fma_s
-    dot = rounds * per_round * 2 / dot_s if dot_s > 0 else fma
-    return Limits(data.numel() * 4 / read_s, {torch.float32: fma, torch.float16: fma, torch.bfloat16: dot})
+    rounds = 1_000_000
+    reads = [partial(library.limits_read, _address(chunk), ctypes.c_long(chunk.numel()), threads) for chunk in chunks]
+    read_s = clock.best(*reads)
+    fma_s = clock.best(partial(library.limits_fma, ctypes.c_long(rounds), threads))
+    flops = 12 * 2 * library.limits_vector_length() * rounds * threads
+    fma = flops / fma_s
+    has_dot = library.limits_bf16_dot(ctypes.c_long(1), 1) == 0
+    dot_s = clock.best(partial(library.limits_bf16_dot, ctypes.c_long(rounds), threads)) if has_dot else 0
+    dot = 2 * flops / dot_s if has_dot else fma
+    return Limits(num_bytes / read_s, {torch.float32: fma, torch.float16: fma, torch.bfloat16: dot})
+
+
+def _address(x: torch.Tensor) -> ctypes.c_void_p:
+    return ctypes.c_void_p(x.data_ptr())
 
 
 def _compile_limits() -> ctypes.CDLL:
@@ -124,42 +136,27 @@ class Decoder:
             if with_torch:
                 self.plain[name] = weights
 
-    def linears(self, rows: int, *, native: bool) -> Callable[[], None]:
-        """A function that runs every linear layer of a step once."""
+    def linears(self, rows: int, *, native: bool) -> list[Call]:
+        """Every linear layer of a step."""
         inputs = {size: torch.randn(rows, size).to(self.dtype) for size in (HIDDEN, FFN)}
+        if native:
+            packed = (p for weights in self.packed.values() for p in weights)
+            return [partial(kernels.packed_linear, inputs[p.in_features], p) for p in packed]
+        return [partial(F.linear, inputs[w.shape[1]], w) for weights in self.plain.values() for w in weights]
 
-        def run_native() -> None:
-            for weights in self.packed.values():
-                for packed in weights:
-                    kernels.packed_linear(inputs[packed.in_features], packed)
-
-        def run_torch() -> None:
-            for weights in self.plain.values():
-                for weight in weights:
-                    F.linear(inputs[weight.shape[1]], weight)
-
-        return run_native if native else run_torch
-
-    def elementwise(self, rows: int, *, native: bool) -> Callable[[], None]:
-        """A function that runs the norms, rotations and activations of a step once."""
-        make = {"dtype": self.dtype}
-        hidden, weight = torch.randn(rows, HIDDEN).to(**make), torch.ones(HIDDEN, **make)
-        fused, gate_up = torch.randn(rows, QKV).to(**make), torch.randn(rows, 2 * FFN).to(**make)
-        query, key, _ = fused.unflatten(1, (-1, HEAD_SIZE)).split([HEADS, KV_HEADS, KV_HEADS], dim=1)
+    def elementwise(self, rows: int, *, native: bool) -> list[Call]:
+        """The norms, rotations and activations of a step."""
+        hidden, weight = torch.randn(rows, HIDDEN).to(self.dtype), torch.ones(HIDDEN, dtype=self.dtype)
+        fused, gate_up = torch.randn(rows, QKV).to(self.dtype), torch.randn(rows, 2 * FFN).to(self.dtype)
+        heads = fused.view(rows, -1, HEAD_SIZE)
+        query, key = heads[:, :HEADS], heads[:, HEADS : HEADS + KV_HEADS]
         cos, sin = torch.rand(2, rows, HEAD_SIZE // 2).unbind()
         add_norm = kernels.add_rms_norm if native else norm.add_rms_norm_reference
         rotate = kernels.rotary_embedding if native else rotary.rotary_embedding_reference
         activate = kernels.silu_and_mul if native else activation.silu_and_mul_reference
-
-        def run() -> None:
-            for _ in range(LAYERS):
-                add_norm(hidden, hidden, weight, 1e-6)
-                rotate(query, key, cos, sin)
-                add_norm(hidden, hidden, weight, 1e-6)
-                activate(gate_up)
-            add_norm(hidden, hidden, weight, 1e-6)
-
-        return run
+        normalise: Call = partial(add_norm, hidden, hidden, weight, 1e-6)
+        layer: list[Call] = [normalise, partial(rotate, query, key, cos, sin), normalise, partial(activate, gate_up)]
+        return [*(layer * LAYERS), normalise]
 
 
 class PagedStep:
@@ -185,122 +182,114 @@ class PagedStep:
         self.num_bytes = LAYERS * sum(2 * s * KV_HEADS * HEAD_SIZE * self.key.element_size() for _, s in lens)
         self.flops = LAYERS * sum(4 * HEADS * HEAD_SIZE * (q * (s - q) + q * (q + 1) / 2) for q, s in lens)
 
-    def run(self, *, native: bool) -> None:
-        """Attend in every layer."""
-        metadata, spec = self.metadata, self.spec
-        for cache in self.caches:
-            if native:
-                kernels.write_kv(self.key, self.value, cache, metadata.slot_mapping)
-                kernels.paged_attention(
-                    self.query,
-                    cache,
-                    metadata.block_table,
-                    metadata.cu_seqlens_q,
-                    metadata.seq_lens,
-                    scale=spec.scale,
-                )
-            else:
-                SdpaBackend().paged(self.query, self.key, self.value, cache, metadata, spec)
+    def layers(self, *, native: bool) -> list[Call]:
+        """Cache writes and attention of every layer."""
+        run = self._native_layer if native else self._torch_layer
+        return [partial(run, cache) for cache in self.caches]
+
+    def _native_layer(self, cache: torch.Tensor) -> None:
+        metadata = self.metadata
+        kernels.write_kv(self.key, self.value, cache, metadata.slot_mapping)
+        tables = metadata.block_table, metadata.cu_seqlens_q, metadata.seq_lens
+        kernels.paged_attention(self.query, cache, *tables, scale=self.spec.scale)
+
+    def _torch_layer(self, cache: torch.Tensor) -> None:
+        SdpaBackend().paged(self.query, self.key, self.value, cache, self.metadata, self.spec)
+
+
+@dataclass
+class Case:
+    """Kernels, what does the same in plain torch, and the work that there is in any case."""
+
+    name: str
+    dtype: torch.dtype
+    rows: int
+    calls: Sequence[Call]
+    torch_calls: Sequence[Call]
+    num_bytes: float = 0
+    """That must be read from memory."""
+    flops: float = 0
 
 
 class Bench:
     """Runs the cases and keeps their figures."""
 
-    def __init__(self, limits: Limits, seconds: float, *, with_torch: bool) -> None:
+    def __init__(self, limits: Limits, clock: Clock, *, with_torch: bool) -> None:
         self.limits = limits
-        self.clock = Clock(seconds)
+        self.clock = clock
         self.with_torch = with_torch
         self.figures: list[Report] = []
 
-    def case(
-        self,
-        name: str,
-        dtype: torch.dtype,
-        rows: int,
-        work: tuple[float, float],
-        function: Callable[[], object],
-        twin: Callable[[], object],
-    ) -> None:
-        """Time a kernel against plain torch; `work` is the bytes that must be read and the flops."""
-        num_bytes, flops = work
-        seconds = self.clock.best(function)
-        torch_s = self.clock.best(twin) if self.with_torch else None
-        least = self.limits.least_seconds(num_bytes, flops, dtype)
+    def run(self, case: Case) -> None:
+        """Time a case and print its line."""
+        seconds = self.clock.best(*case.calls)
+        torch_s = self.clock.best(*case.torch_calls) if self.with_torch else None
+        least = self.limits.least_seconds(case.num_bytes, case.flops, case.dtype)
         figure = {
-            "case": name,
-            "dtype": str(dtype).removeprefix("torch."),
-            "rows": rows,
+            "case": case.name,
+            "dtype": str(case.dtype).removeprefix("torch."),
+            "rows": case.rows,
             "ms": round(seconds * 1e3, 3),
-            "gb_per_s": round(num_bytes / seconds / 1e9, 1),
-            "gflop_per_s": round(flops / seconds / 1e9, 1),
-            "of_limit": round(least / seconds, 3),
+            "gb_per_s": round(case.num_bytes / seconds / 1e9, 1),
+            "gflop_per_s": round(case.flops / seconds / 1e9, 1),
+            "of_limit": round(least / seconds, 3) if least else None,
             "torch_ms": None if torch_s is None else round(torch_s * 1e3, 3),
         }
         self.figures.append(figure)
+        share = f"{least / seconds:7.0%}" if least else f"{'-':>7s}"
         faster = "" if torch_s is None else f"{torch_s * 1e3:10.2f} {torch_s / seconds:7.1f}x"
         print(
-            f"{figure['dtype']:9s} {name:28s} {rows:5d} {seconds * 1e3:9.2f} {figure['gb_per_s']:7.1f} "
-            f"{figure['gflop_per_s']:8.1f} {least / seconds:7.0%} {faster}",
+            f"{figure['dtype']:9s} {case.name:28s} {case.rows:5d} {seconds * 1e3:9.2f} {figure['gb_per_s']:7.1f} "
+            f"{figure['gflop_per_s']:8.1f} {share} {faster}",
             flush=True,
         )
 
     def decoder(self, dtype: torch.dtype) -> None:
-        """A decoder step's linear layers, attention and element-wise operations, apart."""
+        """A decoder step's linear layers, element-wise operations, attention and greedy choice, apart."""
         decoder = Decoder(dtype, with_torch=self.with_torch)
-        parameters = decoder.num_bytes / decoder.packed["o"][0].dtype.itemsize
         for rows in (*BATCHES, 224):
-            self.case(
-                *("decoder linears", dtype, rows, (decoder.num_bytes, 2 * rows * parameters)),
-                *(decoder.linears(rows, native=True), decoder.linears(rows, native=False)),
-            )
+            calls = decoder.linears(rows, native=True), decoder.linears(rows, native=False)
+            flops = 2 * rows * decoder.num_bytes / dtype.itemsize
+            self.run(Case("decoder linears", dtype, rows, *calls, decoder.num_bytes, flops))
         for rows in (*BATCHES, 224):
-            # Element-wise work has no limit worth stating: its inputs are in the caches.
-            self.case(
-                *("decoder element-wise", dtype, rows, (0, 0)),
-                *(decoder.elementwise(rows, native=True), decoder.elementwise(rows, native=False)),
-            )
+            # No limit worth stating: the inputs are in the caches.
+            calls = decoder.elementwise(rows, native=True), decoder.elementwise(rows, native=False)
+            self.run(Case("decoder element-wise", dtype, rows, *calls))
         for rows in BATCHES:
             self.attention(f"attention, context {CONTEXT}", [(1, CONTEXT)] * rows, dtype)
         self.attention("attention, prefill", [(224, 224)], dtype)
         self.attention("attention, chunk at 2048", [(256, 2048)], dtype)
+        logits = torch.randn(16, VOCAB).to(dtype)
+        choose: Call = partial(kernels.greedy_argmax, logits)
+        self.run(Case("greedy choice", dtype, 16, [choose], [partial(logits.argmax, dim=-1)]))
 
     def attention(self, name: str, lens: list[tuple[int, int]], dtype: torch.dtype) -> None:
         """Attention and cache writes of a step, in every layer."""
         step = PagedStep(lens, dtype)
-        self.case(
-            *(name, dtype, step.metadata.num_tokens, (step.num_bytes, step.flops)),
-            *(lambda: step.run(native=True), lambda: step.run(native=False)),
-        )
+        calls = step.layers(native=True), step.layers(native=False)
+        self.run(Case(name, dtype, step.metadata.num_tokens, *calls, step.num_bytes, step.flops))
 
     def vision(self, dtype: torch.dtype) -> None:
-        """A vision tower's linear layers and attention for one image."""
-        weights = [w for s in VISION_LINEARS.values() for w in random_weights(s, VISION_LAYERS, dtype)]
-        packed = [kernels.pack(w) for w in weights]
-        inputs = {size: torch.randn(VISION_PATCHES, size).to(dtype) for size in (768, 3072)}
-        parameters = sum(w.numel() for w in weights)
-        self.case(
-            *("vision linears", dtype, VISION_PATCHES),
-            (sum(w.nbytes for w in weights), 2 * VISION_PATCHES * parameters),
-            lambda: [kernels.packed_linear(inputs[p.in_features], p) for p in packed],
-            lambda: [F.linear(inputs[w.shape[1]], w) for w in weights],
-        )
-        query, key, value = torch.randn(3, VISION_PATCHES, VISION_HEADS, 64).to(dtype).unbind()
-        starts = torch.tensor([0, VISION_PATCHES], dtype=torch.int32)
+        """A vision tower's linear layers for one image, and attention and activations of one of its layers."""
+        rows = VISION_PATCHES
+        weights = [w for shape in VISION_LINEARS.values() for w in random_weights(shape, VISION_LAYERS, dtype)]
+        inputs = {size: torch.randn(rows, size).to(dtype) for size in (768, 3072)}
+        packed: list[Call] = [partial(kernels.packed_linear, inputs[w.shape[1]], kernels.pack(w)) for w in weights]
+        plain: list[Call] = [partial(F.linear, inputs[w.shape[1]], w) for w in weights]
+        num_bytes, flops = sum(w.nbytes for w in weights), 2 * rows * sum(w.numel() for w in weights)
+        self.run(Case("vision linears", dtype, rows, packed, plain, num_bytes, flops))
+        query, key, value = torch.randn(3, rows, VISION_HEADS, 64).to(dtype).unbind()
+        starts = torch.tensor([0, rows], dtype=torch.int32)
         spec = AttentionSpec(VISION_HEADS, VISION_HEADS, 64, 0.125)
-        self.case(
-            *("vision attention, one layer", dtype, VISION_PATCHES, (0, 4 * VISION_PATCHES**2 * 768)),
-            lambda: kernels.varlen_attention(query, key, value, starts, scale=0.125, causal=False),
-            lambda: SdpaBackend().varlen(query, key, value, starts, spec, causal=False),
-        )
-        hidden = torch.randn(VISION_PATCHES, 3072).to(dtype)
+        attend: Call = partial(kernels.varlen_attention, query, key, value, starts, scale=0.125, causal=False)
+        sdpa: Call = partial(SdpaBackend().varlen, query, key, value, starts, spec, causal=False)
+        self.run(Case("vision attention, one layer", dtype, rows, [attend], [sdpa], 0, 4 * rows**2 * 768))
+        hidden = torch.randn(rows, 3072).to(dtype)
         for name, ours, twin in (
             ("gelu", kernels.gelu, F.gelu),
             ("quick_gelu", kernels.quick_gelu, activation.quick_gelu_reference),
         ):
-            self.case(
-                *(f"vision {name}, one layer", dtype, VISION_PATCHES, (2 * hidden.nbytes, 0)),
-                *(lambda ours=ours: ours(hidden), lambda twin=twin: twin(hidden)),
-            )
+            self.run(Case(f"vision {name}, one layer", dtype, rows, [partial(ours, hidden)], [partial(twin, hidden)]))
 
 
 def main() -> None:
@@ -317,7 +306,8 @@ def main() -> None:
     torch.manual_seed(0)
     torch.set_num_threads(args.threads)
     torch.set_grad_enabled(False)
-    limits = measure_limits(args.threads, args.seconds)
+    clock = Clock(args.seconds, time.thread_time if args.threads == 1 else time.perf_counter)
+    limits = measure_limits(args.threads, clock)
     peaks = ", ".join(
         f"{limits.flops_per_s[dtype] / 1e9:.0f} GFLOP/s {str(dtype).removeprefix('torch.')}"
         for dtype in (torch.bfloat16, torch.float32)
@@ -325,7 +315,7 @@ def main() -> None:
     print(f"{args.threads} threads: reads {limits.bytes_per_s / 1e9:.1f} GB/s, {peaks}")
     print(f"native kernels: {kernels.native_refusal() or 'yes'}")
     print(f"{'':9s} {'':28s} {'rows':>5s} {'ms':>9s} {'GB/s':>7s} {'GFLOP/s':>8s} {'of lim.':>7s} {'torch ms':>10s}")
-    bench = Bench(limits, args.seconds, with_torch=not args.no_torch)
+    bench = Bench(limits, clock, with_torch=not args.no_torch)
     for name in args.dtype:
         dtype = getattr(torch, name)
         if args.only != "vision":

@@ -66,54 +66,77 @@ static long carve_up(float *memory, long rows, long head_size, workspace *w) {
 
 /* ---- loading ------------------------------------------------------------------------------------------------ */
 
-/* Where the keys and values of one tile lie. */
+/* Where the keys and values of one tile lie, from the task's first key/value head on. */
 typedef struct {
     const char *keys[KEY_TILE], *values[KEY_TILE];
+    long count;
 } tile_rows;
 
-/* Find positions [begin, begin + count) of a sequence, run by run of slots that follow one another, and ask for their
- * cache lines: blocks lie anywhere, so the hardware can't foresee them. */
-INLINE void find_rows(const int dtype, const attention_args *args, long sequence, long kv_head, long begin, long count,
+/* Find the keys of a tile that begins at position `begin`, none from `end` on: run by run of slots that follow one
+ * another. */
+INLINE void find_rows(const int dtype, const attention_args *args, query_tile tile, long begin, long end,
                       tile_rows *rows) {
-    const long row_bytes = args->head_size * size_of(dtype), head = kv_head * row_bytes;
-    for (long j = 0; j < count;) {
-        long place = args->starts[sequence] + begin + j, run = count - j;
+    const long head = tile.first_head * args->head_size * size_of(dtype);
+    rows->count = MAX(0, MIN(KEY_TILE, end - begin));
+    for (long j = 0; j < rows->count;) {
+        long place = args->starts[tile.sequence] + begin + j, run = rows->count - j;
         if (args->block_table) {
-            const int32_t *blocks = args->block_table + sequence * args->max_blocks;
+            const int32_t *blocks = args->block_table + tile.sequence * args->max_blocks;
             const long block = (begin + j) / args->block_size, offset = begin + j - block * args->block_size;
             place = blocks[block] * args->block_size + offset;
             run = MIN(run, args->block_size - offset);
         }
-        for (const long end = j + run; j < end; j++, place++) {
+        for (const long stop = j + run; j < stop; j++, place++) {
             rows->keys[j] = args->key + place * args->key_stride * size_of(dtype) + head;
             rows->values[j] = args->value + place * args->value_stride * size_of(dtype) + head;
-            for (long i = 0; i < row_bytes; i += 64) {
-                __builtin_prefetch(rows->keys[j] + i, 0, 2);
-                __builtin_prefetch(rows->values[j] + i, 0, 2);
-            }
         }
     }
+}
+
+/* Ask for one of `parts` parts of the rows, `row_bytes` each, in the order in which they lie: blocks lie anywhere, so
+ * the hardware can't foresee them, but it helps on within each. */
+INLINE void prefetch_rows(const tile_rows *rows, long row_bytes, long part, long parts) {
+    const long first = rows->count * part / parts, last = rows->count * (part + 1) / parts;
+    for (long j = first; j < last; j++)
+        for (long i = 0; i < row_bytes; i += 64) __builtin_prefetch(rows->keys[j] + i, 0, 2);
+    for (long j = first; j < last; j++)
+        for (long i = 0; i < row_bytes; i += 64) __builtin_prefetch(rows->values[j] + i, 0, 2);
 }
 
 INLINE vf vload_head(const int dtype, const void *p, long i, long head_size) {
     return i + VL <= head_size ? vload(dtype, p, i) : vload_part(dtype, p, i, head_size - i);
 }
 
-/* Widen `count` keys and values into the workspace; keys are transposed, and columns up to the next whole vector are
- * filled with zeros. */
-INLINE void load_rows(const int dtype, long head_size, const tile_rows *rows, long count, workspace w) {
-    const long width = round_up(head_size, VL);
-    for (long j = 0; j < count; j += VL)
-        for (long i = 0; i < head_size; i += VL) {
-            vf square[VL];
+/* Widen one head of the keys, `offset` bytes into each row, and transpose them; columns up to the next whole vector
+ * are filled with zeros. */
+INLINE void load_keys(const int dtype, long head_size, const tile_rows *rows, long offset, float *to) {
+    for (long j = 0; j < rows->count; j += VL) {
+        vf square[VL];
+        long i = 0;
+        if (dtype == BF16) /* as pairs of channels, which are told apart after the transposition */
+            for (; i + 2 * VL <= head_size; i += 2 * VL) {
+                UNROLL for (int r = 0; r < VL; r++)
+                    square[r] = j + r < rows->count ? vload(F32, rows->keys[j + r] + offset, i / 2) : (vf){0};
+                transpose(square);
+                UNROLL for (int r = 0; r < VL; r++) {
+                    *(vu *)(to + (i + 2 * r) * KEY_TILE + j) = (vu)square[r] << 16;
+                    *(vu *)(to + (i + 2 * r + 1) * KEY_TILE + j) = (vu)square[r] & 0xffff0000u;
+                }
+            }
+        for (; i < head_size; i += VL) {
             UNROLL for (int r = 0; r < VL; r++)
-                square[r] = j + r < count ? vload_head(dtype, rows->keys[j + r], i, head_size) : (vf){0};
+                square[r] = j + r < rows->count ? vload_head(dtype, rows->keys[j + r] + offset, i, head_size) : (vf){0};
             transpose(square);
-            UNROLL for (int r = 0; r < VL; r++) *(vf *)(w.keys + (i + r) * KEY_TILE + j) = square[r];
+            UNROLL for (int r = 0; r < VL; r++) *(vf *)(to + (i + r) * KEY_TILE + j) = square[r];
         }
-    for (long j = 0; j < count; j++)
+    }
+}
+
+INLINE void load_values(const int dtype, long head_size, const tile_rows *rows, long offset, float *to) {
+    const long width = round_up(head_size, VL);
+    for (long j = 0; j < rows->count; j++)
         for (long i = 0; i < width; i += VL)
-            *(vf *)(w.values + j * width + i) = vload_head(dtype, rows->values[j], i, head_size);
+            *(vf *)(to + j * width + i) = vload_head(dtype, rows->values[j] + offset, i, head_size);
 }
 
 /* Row r of a key/value head is query position `first + r / group`, head `r % group` of the group. */
@@ -219,29 +242,34 @@ OUTLINE void attend_to_tile(const attention_args *args, query_tile tile, sight s
 }
 
 INLINE void attend(const int dtype, const attention_args *args, workspace w, query_tile tile) {
-    const long head_size = args->head_size, width = round_up(head_size, VL);
+    const long head_size = args->head_size, width = round_up(head_size, VL), head_bytes = head_size * size_of(dtype);
+    const long heads = tile.last_head - tile.first_head;
     const long rows = (tile.last - tile.first) * (args->heads / args->kv_heads); /* of each key/value head */
-    const long all_rows = rows * (tile.last_head - tile.first_head);
     const sight seen = sight_of(args, tile);
-    long begin = seen.first_key / KEY_TILE * KEY_TILE, head = tile.first_head;
-    tile_rows next;
+    const long first_tile = seen.first_key / KEY_TILE * KEY_TILE;
+    tile_rows found[2], *now = &found[0], *next = &found[1];
 
-    find_rows(dtype, args, tile.sequence, head, begin, MIN(KEY_TILE, seen.last_key - begin), &next);
-    for (long h = tile.first_head; h < tile.last_head; h++)
-        load_queries(dtype, args, tile, h, w.query + (h - tile.first_head) * rows * head_size);
-    memset(w.sums, 0, (size_t)(all_rows * width) * sizeof(float));
-    memset(w.normalisers, 0, (size_t)all_rows * sizeof(float));
-    for (long r = 0; r < all_rows; r++) w.maxima[r] = -INFINITY;
+    find_rows(dtype, args, tile, first_tile, seen.last_key, next);
+    prefetch_rows(next, heads * head_bytes, 0, 1);
+    for (long h = 0; h < heads; h++)
+        load_queries(dtype, args, tile, tile.first_head + h, w.query + h * rows * head_size);
+    memset(w.sums, 0, (size_t)(heads * rows * width) * sizeof(float));
+    memset(w.normalisers, 0, (size_t)(heads * rows) * sizeof(float));
+    for (long r = 0; r < heads * rows; r++) w.maxima[r] = -INFINITY;
 
-    while (begin < seen.last_key) {
-        const long now = begin, count = MIN(KEY_TILE, seen.last_key - now), row = (head - tile.first_head) * rows;
-        load_rows(dtype, head_size, &next, count, w);
-        if (++head == tile.last_head) head = tile.first_head, begin += KEY_TILE;
-        find_rows(dtype, args, tile.sequence, head, begin, MIN(KEY_TILE, seen.last_key - begin), &next);
-        attend_to_tile(args, tile, seen, now, count, from_row(w, row, head_size));
+    for (long begin = first_tile; begin < seen.last_key; begin += KEY_TILE) {
+        tile_rows *done = now;
+        now = next, next = done;
+        find_rows(dtype, args, tile, begin + KEY_TILE, seen.last_key, next);
+        for (long h = 0; h < heads; h++) {
+            load_keys(dtype, head_size, now, h * head_bytes, w.keys);
+            load_values(dtype, head_size, now, h * head_bytes, w.values);
+            prefetch_rows(next, heads * head_bytes, h, heads);
+            attend_to_tile(args, tile, seen, begin, now->count, from_row(w, h * rows, head_size));
+        }
     }
-    for (long h = tile.first_head; h < tile.last_head; h++)
-        store_rows(dtype, args, tile, h, from_row(w, (h - tile.first_head) * rows, head_size));
+    for (long h = 0; h < heads; h++)
+        store_rows(dtype, args, tile, tile.first_head + h, from_row(w, h * rows, head_size));
 }
 
 /* ---- driver ------------------------------------------------------------------------------------------------- */

@@ -10,6 +10,10 @@
 /* Waking a thread costs as much as some ten thousand elements. */
 #define ELEMENTS_PER_THREAD 32768
 
+INLINE int threads_for_rows(long rows, long n, int threads) {
+    return threads_worth(rows, rows * n, ELEMENTS_PER_THREAD, threads);
+}
+
 /* Elements i to i + VL, or to `end` if that comes first. */
 INLINE vf vload_to(int dtype, const void *p, long i, long end) {
     return i + VL <= end ? vload(dtype, p, i) : vload_part(dtype, p, i, end - i);
@@ -77,7 +81,7 @@ static void norm_work(const void *context, member me) {
 /* With a residual: sum = x + residual, rounded to the storage type, and its norm; without: the norm of x. A weight of
  * the storage type meets the rounded norm; a float32 weight beside narrower rows meets the norm in float32. */
 EXPORT int sensorium_rms_norm(const norm_args *args) {
-    run_parallel(threads_worth(args->rows, args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), norm_work, args);
+    run_parallel(threads_for_rows(args->rows, args->n, args->threads), norm_work, args);
     return 0;
 }
 
@@ -127,7 +131,7 @@ static void activation_work(const void *context, member me) {
 
 /* out = act(x), or act(gate) * up. */
 EXPORT int sensorium_activation(const activation_args *args) {
-    run_parallel(threads_worth(args->rows, args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), activation_work, args);
+    run_parallel(threads_for_rows(args->rows, args->n, args->threads), activation_work, args);
     return 0;
 }
 
@@ -192,8 +196,8 @@ static void rotary_work(const void *context, member me) {
 
 /* The tables are of the storage type or float32. */
 EXPORT int sensorium_rotary(const rotary_args *args) {
-    const long elements = args->tokens * (args->heads + args->kv_heads) * args->head_size;
-    run_parallel(threads_worth(args->tokens, elements, ELEMENTS_PER_THREAD, args->threads), rotary_work, args);
+    const long token_size = (args->heads + args->kv_heads) * args->head_size;
+    run_parallel(threads_for_rows(args->tokens, token_size, args->threads), rotary_work, args);
     return 0;
 }
 
@@ -285,6 +289,6 @@ static void argmax_work(const void *context, member me) {
 }
 
 EXPORT int sensorium_argmax(const argmax_args *args) {
-    run_parallel(threads_worth(args->rows, args->rows * args->n, ELEMENTS_PER_THREAD, args->threads), argmax_work, args);
+    run_parallel(threads_for_rows(args->rows, args->n, args->threads), argmax_work, args);
     return 0;
 }

@@ -54,24 +54,50 @@ EXPORT long sensorium_packed_bytes(int dtype, long n, long k) {
     return (n + NR - 1) / NR * steps_of(dtype, k) * step_bytes(dtype);
 }
 
+/* A weight (n, k) with rows `row_bytes` apart, from the first row of a panel on, of which `columns` there are. */
+typedef struct {
+    const char *first;
+    long row_bytes, columns, k;
+} panel_rows;
+
+INLINE float weight_at(const int dtype, const panel_rows *rows, long column, long k) {
+    if (column >= rows->columns || k >= rows->k) return 0;
+    return load1(dtype, rows->first + column * rows->row_bytes, k);
+}
+
 /* Where weight (column, k) stands in its panel, counted in elements. */
-INLINE long packed_index(int dtype, long column, long k) {
+INLINE long packed_index(const int dtype, long column, long k) {
     if (dtype == BF16 && BF16_PAIRS) return k / 2 * (2 * NR) + column * 2 + k % 2;
     if (dtype == BF16) return k * NR + column % VL * 2 + column / VL;
     return k * NR + column;
 }
 
-INLINE void pack_panel(int dtype, char *panel, const char *weight, long row_bytes, long columns, long k) {
-    memset(panel, 0, (size_t)(steps_of(dtype, k) * step_bytes(dtype)));
-    for (long c = 0; c < columns; c++) {
-        const char *row = weight + c * row_bytes;
-        for (long i = 0; i < k; i++) {
-            if (dtype == F32)
-                ((float *)panel)[packed_index(dtype, c, i)] = ((const float *)row)[i];
-            else
-                ((uint16_t *)panel)[packed_index(dtype, c, i)] = ((const uint16_t *)row)[i];
+/* A step of a panel is a row of 32-bit units: one float32, two bfloat16 of one column, or two narrow floats of two
+ * columns. Load unit `unit` of VL steps from step s on. */
+INLINE vf load_units(const int dtype, const panel_rows *rows, long unit, long s) {
+    if (dtype == F32 || k_per_step(dtype) == 2)
+        return unit < rows->columns ? vload(F32, rows->first + unit * rows->row_bytes, s) : (vf){0};
+    const long low = dtype == BF16 ? unit : 2 * unit, high = dtype == BF16 ? unit + VL : 2 * unit + 1;
+    vu pair = {0};
+    if (low < rows->columns) pair = vload_u16((const uint16_t *)(rows->first + low * rows->row_bytes) + s);
+    if (high < rows->columns)
+        pair |= vload_u16((const uint16_t *)(rows->first + high * rows->row_bytes) + s) << 16;
+    return (vf)pair;
+}
+
+INLINE void pack_panel(const int dtype, char *panel, const panel_rows *rows) {
+    const long steps = steps_of(dtype, rows->k), whole = rows->k / k_per_step(dtype), units = step_bytes(dtype) / 4;
+    long s = 0;
+    for (; s + VL <= whole; s += VL)
+        for (long unit = 0; unit < units; unit += VL) {
+            vf square[VL];
+            UNROLL for (int j = 0; j < VL; j++) square[j] = load_units(dtype, rows, unit + j, s);
+            transpose(square);
+            UNROLL for (int i = 0; i < VL; i++) *(vf *)(panel + (s + i) * step_bytes(dtype) + unit * 4) = square[i];
         }
-    }
+    for (long k = s * k_per_step(dtype); k < steps * k_per_step(dtype); k++)
+        for (long column = 0; column < NR; column++)
+            store1(dtype, panel, packed_index(dtype, column, k), weight_at(dtype, rows, column, k));
 }
 
 typedef struct {
@@ -87,8 +113,9 @@ static void pack_work(const void *context, member me) {
     const long panel_bytes = steps_of(args->dtype, args->k) * step_bytes(args->dtype);
     for (long p = share_begin(num_panels, me); p < share_end(num_panels, me); p++) {
         char *panel = args->packed + p * panel_bytes;
-        const char *rows = args->weight + p * NR * args->row_bytes;
-        FOR_DTYPE(args->dtype, pack_panel, panel, rows, args->row_bytes, MIN(NR, args->n - p * NR), args->k);
+        const char *first = args->weight + p * NR * args->row_bytes;
+        const panel_rows rows = {first, args->row_bytes, MIN(NR, args->n - p * NR), args->k};
+        FOR_DTYPE(args->dtype, pack_panel, panel, &rows);
     }
 }
 
