@@ -111,7 +111,8 @@ def _address(x: torch.Tensor) -> ctypes.c_void_p:
 def _compile_limits() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "limits.so"
-        build.compile_sources([Path(__file__).with_name("limits.c")], path)
+        sources = [Path(__file__).with_name("limits.c"), build.SOURCE_FOLDER / "pool.c"]
+        build.compile_sources(sources, path, ["-I", str(build.SOURCE_FOLDER)])
         return ctypes.CDLL(str(path))
 
 

@@ -9,13 +9,14 @@ from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_an
 from sensorium.kernels.argmax import greedy_argmax
 from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear
-from sensorium.kernels.native import native_refusal
+from sensorium.kernels.native import claim_threads, native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
 from sensorium.kernels.rotary import rotary_embedding
 
 __all__ = [
     "PackedWeight",
     "add_rms_norm",
+    "claim_threads",
     "gelu",
     "gelu_and_mul",
     "greedy_argmax",

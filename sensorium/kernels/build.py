@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import os
 import platform
-import re
 import shutil
 import subprocess
 import tempfile
@@ -18,8 +17,6 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
-
-import torch
 
 from sensorium.logger import get_logger
 
@@ -39,6 +36,7 @@ FLAGS = (
     "-fno-math-errno",
     "-fno-trapping-math",
 )
+LIBRARIES = ("-lm",)
 TIMEOUT_S = 180.0
 
 
@@ -54,8 +52,8 @@ def build_library() -> Path:
     """
     if platform.system() != "Linux":
         raise BuildError(f"native kernels are built on Linux only, this is {platform.system()}")
-    compiler, openmp, sources = _find_compiler(), _loaded_openmp(), sorted(SOURCE_FOLDER.glob("*.c"))
-    path = _cache_folder() / f"kernels-{_digest(compiler, openmp)}.so"
+    compiler, sources = _find_compiler(), sorted(SOURCE_FOLDER.glob("*.c"))
+    path = _cache_folder() / f"kernels-{_digest(compiler)}.so"
     if not path.exists():
         with _lock(path.with_suffix(".lock")):
             if not path.exists():
@@ -73,16 +71,14 @@ def compile_sources(sources: list[Path], path: Path, extra_flags: Sequence[str] 
     Raises:
         BuildError: There is no compiler, or it failed.
     """
-    compiler, openmp = _find_compiler(), _loaded_openmp()
+    compiler = _find_compiler()
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(len(sources)) as pool:
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
         compile_flags = [str(compiler), *FLAGS, _machine_flag(), *extra_flags, "-c"]
         pairs = zip(sources, objects, strict=True)
         list(pool.map(_run, [[*compile_flags, str(source), "-o", target] for source, target in pairs]))
         library = Path(scratch) / path.name
-        # The object files name no OpenMP library yet: they get the one that torch uses, or else the compiler's own.
-        runtime = openmp or "-fopenmp"
-        _run([str(compiler), "-shared", *objects, runtime, "-lm", "-o", str(library)])
+        _run([str(compiler), "-shared", "-pthread", *objects, *LIBRARIES, "-o", str(library)])
         library.replace(path)
 
 
@@ -92,22 +88,6 @@ def _find_compiler() -> Path:
         if found is not None:
             return Path(found).resolve()
     raise BuildError(f"no C compiler found (looked for {', '.join(COMPILERS)})")
-
-
-def _loaded_openmp() -> str | None:
-    """The OpenMP runtime that torch has loaded, so that both share one pool of threads.
-
-    Other packages bring runtimes of their own; torch's lies beside torch, or is the one that its build found.
-    """
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return None
-    loaded = re.findall(r"/\S*lib(?:gomp|iomp5|omp)\b[^/\s]*\.so[^/\s]*$", maps, flags=re.MULTILINE)
-    root = Path(torch.__file__).parent
-    beside_torch = (str(root / "lib"), str(root.with_name("torch.libs")))
-    own = [path for path in loaded if str(Path(path).parent) in beside_torch]
-    return next(iter(own or loaded), None)
 
 
 def _machine_flag() -> str:
@@ -124,9 +104,9 @@ def _cpu_features() -> str:
     return next(features, platform.processor())
 
 
-def _digest(compiler: Path, openmp: str | None) -> str:
+def _digest(compiler: Path) -> str:
     stat = compiler.stat()
-    parts = [compiler, stat.st_size, stat.st_mtime_ns, openmp, *FLAGS, platform.machine(), _cpu_features()]
+    parts = [compiler, stat.st_size, stat.st_mtime_ns, *FLAGS, *LIBRARIES, platform.machine(), _cpu_features()]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode())
     for path in sorted(SOURCE_FOLDER.iterdir()):
         if path.suffix in (".c", ".h"):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -94,6 +96,34 @@ def native_library() -> NativeLibrary | None:
 def native_refusal() -> str | None:
     """Why the native kernels don't run here, or `None` when they do."""
     return _load()[1]
+
+
+_claimed_threads = 0
+
+
+def num_threads() -> int:
+    """How many threads a kernel may use: as many as torch, or those that `claim_threads` took from it."""
+    return _claimed_threads or torch.get_num_threads()
+
+
+@contextmanager
+def claim_threads() -> Iterator[None]:
+    """Let the kernels have all of torch's threads, and torch's own operations one, until the end of the block.
+
+    Where both kinds alternate, two pools whose idle threads look out for work push each other off the cores. What is
+    left for torch beside the kernels is too little to share out anyway. Does nothing without the native kernels.
+    """
+    global _claimed_threads
+    if native_library() is None or _claimed_threads:
+        yield
+        return
+    _claimed_threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(_claimed_threads)
+        _claimed_threads = 0
 
 
 def native_for(x: torch.Tensor) -> NativeLibrary | None:

@@ -68,23 +68,21 @@ def test_second_build_reuses_the_first(fresh: Path, tiny_source: Path) -> None:
 
 
 @pytest.mark.usefixtures("native_kernels")
-@pytest.mark.parametrize("change", ["source", "header", "compiler", "cpu", "openmp"])
+@pytest.mark.parametrize("change", ["source", "header", "compiler", "cpu"])
 def test_name_changes_with_all_that_the_library_depends_on(
     change: str, fresh: Path, tiny_source: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compiler, openmp = build._find_compiler(), "libgomp.so.1"
-    before = build._digest(compiler, openmp)
+    compiler = build._find_compiler()
+    before = build._digest(compiler)
     if change == "source":
         (tiny_source / "one.c").write_text("int one(void) { return 2; }\n")
     elif change == "header":
         (tiny_source / "new.h").write_text("")
     elif change == "compiler":
         compiler = _fake_compiler(tiny_source, "exit 1")
-    elif change == "cpu":
-        monkeypatch.setattr(build, "_cpu_features", lambda: "another")
     else:
-        openmp = "libiomp5.so"
-    assert build._digest(compiler, openmp) != before
+        monkeypatch.setattr(build, "_cpu_features", lambda: "another")
+    assert build._digest(compiler) != before
 
 
 @pytest.mark.usefixtures("native_kernels")
@@ -151,7 +149,7 @@ def test_a_cache_folder_of_others_is_not_trusted(
     """Whoever can write there could have put a library under the expected name."""
     fresh.mkdir()
     fresh.chmod(0o777)
-    planted = fresh / f"kernels-{build._digest(build._find_compiler(), build._loaded_openmp())}.so"
+    planted = fresh / f"kernels-{build._digest(build._find_compiler())}.so"
     planted.write_text("not a library")
     path = build.build_library()
     assert path.parent != fresh
@@ -163,20 +161,6 @@ def test_an_unusable_home_is_no_obstacle(fresh: Path, tiny_source: Path, monkeyp
     fresh.parent.joinpath("file").write_text("")
     monkeypatch.setenv("XDG_CACHE_HOME", str(fresh.parent / "file"))
     assert build.build_library().exists()
-
-
-@pytest.mark.usefixtures("native_kernels")
-def test_threads_come_from_torchs_pool() -> None:
-    """One OpenMP runtime: a second pool would fight the first for the cores."""
-    _works(64)
-    maps = Path("/proc/self/maps").read_text()
-    own = build._loaded_openmp()
-    assert own is not None
-    assert str(Path(torch.__file__).parent) in own
-    library = build.build_library()
-    needed = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=True).stdout
-    assert Path(own).name in needed
-    assert own in maps
 
 
 VARIANTS = {

@@ -12,7 +12,7 @@
  */
 #include <stdlib.h>
 
-#include "parallel.h"
+#include "pool.h"
 #include "small_gemm.h"
 
 #define KEY_TILE 64
@@ -294,23 +294,20 @@ static long list_tiles(const attention_args *args, long most_rows, query_tile *t
     return count;
 }
 
-/* What the members of a team share. */
 typedef struct {
     const attention_args *args;
     const query_tile *tiles;
     long num_tiles, rows, floats; /* rows of a workspace, and its size */
-    float *memory;                /* a workspace for each member */
-    long *next_tile;
-} attention_team;
+    float *memory;                /* a workspace for each thread */
+} attention_job;
 
-static void attention_work(const void *context, member me) {
-    const attention_team *team = context;
-    const attention_args *args = team->args;
+static void attention_task(const void *context, long first, long last, long thread) {
+    const attention_job *job = context;
     workspace w;
-    carve_up(team->memory + me.index * team->floats, team->rows, args->head_size, &w);
+    carve_up(job->memory + thread * job->floats, job->rows, job->args->head_size, &w);
     /* From the last tile on: in causal attention it is the longest. */
-    for (long taken; (taken = take(team->next_tile, 1)) < team->num_tiles;)
-        FOR_DTYPE(args->dtype, attend, args, w, team->tiles[team->num_tiles - 1 - taken]);
+    for (long task = first; task < last; task++)
+        FOR_DTYPE(job->args->dtype, attend, job->args, w, job->tiles[job->num_tiles - 1 - task]);
 }
 
 /* Returns 0, or -1 when memory ran out. */
@@ -324,10 +321,9 @@ EXPORT int sensorium_attention(const attention_args *args) {
     query_tile *tiles = malloc((size_t)num_tiles * sizeof(query_tile));
     float *memory = aligned_alloc(64, (size_t)(floats * threads) * sizeof(float));
     if (tiles && memory) {
-        long next_tile = 0;
-        const attention_team team = {args, tiles, num_tiles, rows, floats, memory, &next_tile};
+        const attention_job job = {args, tiles, num_tiles, rows, floats, memory};
         list_tiles(args, ROW_TILE, tiles);
-        run_parallel(threads, attention_work, &team);
+        sensorium_parallel_for(threads, num_tiles, 1, attention_task, &job);
     }
     const int result = tiles && memory ? 0 : -1;
     free(tiles);

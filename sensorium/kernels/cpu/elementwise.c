@@ -5,13 +5,12 @@
  * lie any distance apart (`*_stride`, in elements); outputs are contiguous. The rest of a row that doesn't fill a
  * vector goes through the same vector code, so an element's result doesn't depend on where it stands.
  */
-#include "parallel.h"
+#include "pool.h"
 
-/* Waking a thread costs as much as some ten thousand elements. */
-#define ELEMENTS_PER_THREAD 32768
-
-INLINE int threads_for_rows(long rows, long n, int threads) {
-    return threads_worth(rows, rows * n, ELEMENTS_PER_THREAD, threads);
+/* Do `function` on rows of n elements each. Waking a thread costs as much as some ten thousand elements. */
+static void share_rows(long rows, long n, int threads, task_function *function, const void *args) {
+    threads = threads_worth(rows * n, 32768, threads);
+    sensorium_parallel_for(threads, rows, fair_amount(rows, threads), function, args);
 }
 
 /* Elements i to i + VL, or to `end` if that comes first. */
@@ -69,19 +68,20 @@ INLINE void norm_row(const int dtype, const norm_args *args, long row) {
     }
 }
 
-INLINE void norm_rows(const int dtype, const norm_args *args, member me) {
-    for (long row = share_begin(args->rows, me); row < share_end(args->rows, me); row++) norm_row(dtype, args, row);
+INLINE void norm_rows(const int dtype, const norm_args *args, long first, long last) {
+    for (long row = first; row < last; row++) norm_row(dtype, args, row);
 }
 
-static void norm_work(const void *context, member me) {
+static void norm_task(const void *context, long first, long last, long thread) {
+    (void)thread;
     const norm_args *args = context;
-    FOR_DTYPE(args->dtype, norm_rows, args, me);
+    FOR_DTYPE(args->dtype, norm_rows, args, first, last);
 }
 
 /* With a residual: sum = x + residual, rounded to the storage type, and its norm; without: the norm of x. A weight of
  * the storage type meets the rounded norm; a float32 weight beside narrower rows meets the norm in float32. */
 EXPORT int sensorium_rms_norm(const norm_args *args) {
-    run_parallel(threads_for_rows(args->rows, args->n, args->threads), norm_work, args);
+    share_rows(args->rows, args->n, args->threads, norm_task, args);
     return 0;
 }
 
@@ -111,8 +111,8 @@ typedef struct {
     int kind, gated, dtype, threads;
 } activation_args;
 
-INLINE void activate_rows(const int dtype, const activation_args *args, member me) {
-    for (long row = share_begin(args->rows, me); row < share_end(args->rows, me); row++) {
+INLINE void activate_rows(const int dtype, const activation_args *args, long first, long last) {
+    for (long row = first; row < last; row++) {
         const void *x = element(dtype, args->x, row * args->x_stride);
         void *out = (char *)args->out + row * args->n * size_of(dtype);
         switch (args->kind) {
@@ -124,14 +124,15 @@ INLINE void activate_rows(const int dtype, const activation_args *args, member m
     }
 }
 
-static void activation_work(const void *context, member me) {
+static void activation_task(const void *context, long first, long last, long thread) {
+    (void)thread;
     const activation_args *args = context;
-    FOR_DTYPE(args->dtype, activate_rows, args, me);
+    FOR_DTYPE(args->dtype, activate_rows, args, first, last);
 }
 
 /* out = act(x), or act(gate) * up. */
 EXPORT int sensorium_activation(const activation_args *args) {
-    run_parallel(threads_for_rows(args->rows, args->n, args->threads), activation_work, args);
+    share_rows(args->rows, args->n, args->threads, activation_task, args);
     return 0;
 }
 
@@ -182,22 +183,23 @@ INLINE void rotate_heads(const int dtype, const rotary_args *args, long token, l
     }
 }
 
-INLINE void rotate_tokens(const int dtype, const rotary_args *args, member me) {
-    for (long token = share_begin(args->tokens, me); token < share_end(args->tokens, me); token++) {
+INLINE void rotate_tokens(const int dtype, const rotary_args *args, long first, long last) {
+    for (long token = first; token < last; token++) {
         rotate_heads(dtype, args, token, args->heads, args->query_stride, args->query_out, args->query);
         rotate_heads(dtype, args, token, args->kv_heads, args->key_stride, args->key_out, args->key);
     }
 }
 
-static void rotary_work(const void *context, member me) {
+static void rotary_task(const void *context, long first, long last, long thread) {
+    (void)thread;
     const rotary_args *args = context;
-    FOR_DTYPE(args->dtype, rotate_tokens, args, me);
+    FOR_DTYPE(args->dtype, rotate_tokens, args, first, last);
 }
 
 /* The tables are of the storage type or float32. */
 EXPORT int sensorium_rotary(const rotary_args *args) {
     const long token_size = (args->heads + args->kv_heads) * args->head_size;
-    run_parallel(threads_for_rows(args->tokens, token_size, args->threads), rotary_work, args);
+    share_rows(args->tokens, token_size, args->threads, rotary_task, args);
     return 0;
 }
 
@@ -211,10 +213,11 @@ typedef struct {
     int threads;
 } write_args;
 
-static void write_work(const void *context, member me) {
+static void write_task(const void *context, long first, long last, long thread) {
+    (void)thread;
     const write_args *args = context;
     const long row_bytes = args->row_bytes;
-    for (long token = share_begin(args->tokens, me); token < share_end(args->tokens, me); token++) {
+    for (long token = first; token < last; token++) {
         const int64_t slot = args->slots[token];
         if (slot < 0) continue;
         memcpy(args->key_cache + slot * row_bytes, args->key + token * args->key_stride_bytes, (size_t)row_bytes);
@@ -224,8 +227,7 @@ static void write_work(const void *context, member me) {
 
 /* Copy each token's key and value to its slot of the two halves of a cache. */
 EXPORT int sensorium_write_kv(const write_args *args) {
-    const long kilobytes = args->tokens * args->row_bytes / 1024;
-    run_parallel(threads_worth(args->tokens, kilobytes, 64, args->threads), write_work, args);
+    share_rows(args->tokens, args->row_bytes, args->threads, write_task, args);
     return 0;
 }
 
@@ -278,17 +280,18 @@ INLINE long argmax_row(const int dtype, const void *x, long n) {
     return 0;
 }
 
-INLINE void argmax_rows(const int dtype, const argmax_args *args, member me) {
-    for (long row = share_begin(args->rows, me); row < share_end(args->rows, me); row++)
+INLINE void argmax_rows(const int dtype, const argmax_args *args, long first, long last) {
+    for (long row = first; row < last; row++)
         args->out[row] = argmax_row(dtype, element(dtype, args->x, row * args->x_stride), args->n);
 }
 
-static void argmax_work(const void *context, member me) {
+static void argmax_task(const void *context, long first, long last, long thread) {
+    (void)thread;
     const argmax_args *args = context;
-    FOR_DTYPE(args->dtype, argmax_rows, args, me);
+    FOR_DTYPE(args->dtype, argmax_rows, args, first, last);
 }
 
 EXPORT int sensorium_argmax(const argmax_args *args) {
-    run_parallel(threads_for_rows(args->rows, args->n, args->threads), argmax_work, args);
+    share_rows(args->rows, args->n, args->threads, argmax_task, args);
     return 0;
 }

@@ -19,7 +19,7 @@
  */
 #include <stdlib.h>
 
-#include "parallel.h"
+#include "pool.h"
 
 #define NR (2 * VL)
 #define KC 512
@@ -107,11 +107,11 @@ typedef struct {
     int dtype, threads;
 } pack_args;
 
-static void pack_work(const void *context, member me) {
+static void pack_task(const void *context, long first_panel, long last_panel, long thread) {
+    (void)thread;
     const pack_args *args = context;
-    const long num_panels = (args->n + NR - 1) / NR;
     const long panel_bytes = steps_of(args->dtype, args->k) * step_bytes(args->dtype);
-    for (long p = share_begin(num_panels, me); p < share_end(num_panels, me); p++) {
+    for (long p = first_panel; p < last_panel; p++) {
         char *panel = args->packed + p * panel_bytes;
         const char *first = args->weight + p * NR * args->row_bytes;
         const panel_rows rows = {first, args->row_bytes, MIN(NR, args->n - p * NR), args->k};
@@ -120,7 +120,8 @@ static void pack_work(const void *context, member me) {
 }
 
 EXPORT int sensorium_pack(const pack_args *args) {
-    run_parallel(args->threads, pack_work, args);
+    const long num_panels = (args->n + NR - 1) / NR;
+    sensorium_parallel_for(args->threads, num_panels, fair_amount(num_panels, args->threads), pack_task, args);
     return 0;
 }
 
@@ -293,68 +294,68 @@ INLINE void multiply_tile(const int dtype, const linear_args *args, const float 
                MIN(width, args->n - panel * NR));
 }
 
-/* What the members of a team share. */
+/* The work on one chunk of rows, which is done in two goes: first copy the rows, then multiply. */
 typedef struct {
     const linear_args *args;
-    float *a;        /* interleaved rows of one chunk; of each member's own if `a_apart` */
-    long a_size;     /* floats of one copy */
-    int a_apart;
-    long *next_task; /* of each chunk */
-} linear_team;
+    float *a;          /* the copy, [block][step][rows of the block] */
+    long first_row;    /* of the chunk */
+    row_blocks blocks;
+    long panels, panels_per_task, bands; /* a task is some panels times one band of the blocks */
+} linear_chunk;
 
-INLINE long num_chunks(const linear_args *args) { return (args->m + CHUNK_ROWS - 1) / CHUNK_ROWS; }
-
-INLINE void multiply_chunk(const int dtype, const linear_team *team, long chunk, member me) {
-    const linear_args *args = team->args;
-    const long chunks = num_chunks(args), chunk_row = args->m * chunk / chunks;
-    const row_blocks blocks = split_rows(args->m * (chunk + 1) / chunks - chunk_row);
-    const long steps = steps_of(dtype, args->k), num_panels = (args->n + NR - 1) / NR;
-    const long per_call = panels_for(blocks.base + (blocks.larger > 0));
-    const long columns = (num_panels + per_call - 1) / per_call;
-    /* Cut the rows too where there are few panels for many threads. */
-    const long bands = MIN(blocks.count, MAX(1, 4 * me.count / columns)), tasks = columns * bands;
-    /* Small amounts, taken as threads become free: another process may be using one of the cores. */
-    const long amount = MAX(1, tasks / (16 * me.count));
-
-    const member copier = team->a_apart ? (member){0, 1} : me;
-    float *a = team->a + (team->a_apart ? me.index * team->a_size : 0);
-    for (long i = share_begin(blocks.count, copier); i < share_end(blocks.count, copier); i++) {
-        const long begin = block_begin(blocks, i), rows = block_begin(blocks, i + 1) - begin;
-        interleave_rows(dtype, args, chunk_row + begin, rows, a + begin * steps);
+INLINE void copy_blocks(const int dtype, const linear_chunk *chunk, long first, long last) {
+    const long steps = steps_of(dtype, chunk->args->k);
+    for (long i = first; i < last; i++) {
+        const long begin = block_begin(chunk->blocks, i), rows = block_begin(chunk->blocks, i + 1) - begin;
+        interleave_rows(dtype, chunk->args, chunk->first_row + begin, rows, chunk->a + begin * steps);
     }
-    if (!team->a_apart) wait_for_all(me);
-    for (long first; (first = take(&team->next_task[chunk], amount)) < tasks;)
-        for (long task = first; task < MIN(first + amount, tasks); task++) {
-            const long panel = task / bands * per_call, band = task % bands;
-            multiply_tile(dtype, args, a, chunk_row, blocks, blocks.count * band / bands,
-                          blocks.count * (band + 1) / bands, panel, MIN(per_call, num_panels - panel));
-        }
-    if (!team->a_apart) wait_for_all(me); /* before the next chunk takes the place of this one */
 }
 
-static void linear_work(const void *context, member me) {
-    const linear_team *team = context;
-    for (long chunk = 0; chunk < num_chunks(team->args); chunk++)
-        FOR_DTYPE(team->args->dtype, multiply_chunk, team, chunk, me);
+static void copy_task(const void *context, long first, long last, long thread) {
+    (void)thread;
+    const linear_chunk *chunk = context;
+    FOR_DTYPE(chunk->args->dtype, copy_blocks, chunk, first, last);
+}
+
+INLINE void multiply_tiles(const int dtype, const linear_chunk *chunk, long first, long last) {
+    for (long task = first; task < last; task++) {
+        const long panel = task / chunk->bands * chunk->panels_per_task, band = task % chunk->bands;
+        const long first_block = chunk->blocks.count * band / chunk->bands;
+        const long last_block = chunk->blocks.count * (band + 1) / chunk->bands;
+        multiply_tile(dtype, chunk->args, chunk->a, chunk->first_row, chunk->blocks, first_block, last_block, panel,
+                      MIN(chunk->panels_per_task, chunk->panels - panel));
+    }
+}
+
+static void multiply_task(const void *context, long first, long last, long thread) {
+    (void)thread;
+    const linear_chunk *chunk = context;
+    FOR_DTYPE(chunk->args->dtype, multiply_tiles, chunk, first, last);
+}
+
+static void multiply_chunk(const linear_args *args, float *a, long first_row, long rows, int threads) {
+    const row_blocks blocks = split_rows(rows);
+    const long panels = (args->n + NR - 1) / NR, panels_per_task = panels_for(blocks.base + (blocks.larger > 0));
+    const long columns = (panels + panels_per_task - 1) / panels_per_task;
+    /* Cut the rows too where there are few panels for many threads. */
+    const long bands = MIN(blocks.count, MAX(1, 4 * threads / columns)), tasks = columns * bands;
+    const linear_chunk chunk = {args, a, first_row, blocks, panels, panels_per_task, bands};
+    sensorium_parallel_for(threads_worth(rows * args->k, 32768, threads), blocks.count, 1, copy_task, &chunk);
+    sensorium_parallel_for(threads, tasks, fair_amount(tasks, threads), multiply_task, &chunk);
 }
 
 /* Returns 0, or -1 when memory ran out. */
 EXPORT int sensorium_linear(const linear_args *args) {
     if (args->m == 0 || args->n == 0) return 0;
-    const int threads = threads_worth(args->m * args->n, args->m * args->n * args->k, 1 << 16, args->threads);
-    const long steps = steps_of(args->dtype, args->k), chunks = num_chunks(args);
-    /* Copying a few rows takes each thread less time than waiting for the others. */
-    const int a_apart = chunks == 1 && args->m * steps <= 8192;
-    const long a_size = (MIN(args->m, CHUNK_ROWS) * steps + 15) / 16 * 16;
-    const size_t a_bytes = (size_t)(a_apart ? threads * a_size : a_size) * sizeof(float);
-    float *a = aligned_alloc(64, a_bytes);
-    long *next_task = calloc((size_t)chunks, sizeof(long));
-    if (a && next_task) {
-        const linear_team team = {args, a, a_size, a_apart, next_task};
-        run_parallel(threads, linear_work, &team);
+    const int threads = threads_worth(args->m * args->n * args->k, 1 << 16, args->threads);
+    const long chunks = (args->m + CHUNK_ROWS - 1) / CHUNK_ROWS;
+    const size_t bytes = (size_t)(MIN(args->m, CHUNK_ROWS) * steps_of(args->dtype, args->k)) * sizeof(float);
+    float *a = aligned_alloc(64, (bytes + 63) / 64 * 64);
+    if (!a) return -1;
+    for (long chunk = 0; chunk < chunks; chunk++) {
+        const long first_row = args->m * chunk / chunks;
+        multiply_chunk(args, a, first_row, args->m * (chunk + 1) / chunks - first_row, threads);
     }
-    const int result = a && next_task ? 0 : -1;
     free(a);
-    free(next_task);
-    return result;
+    return 0;
 }

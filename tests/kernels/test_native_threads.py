@@ -1,0 +1,103 @@
+"""The kernels' own threads: callers at the same time, forked children, more threads than cores."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+
+from sensorium import kernels
+from sensorium.kernels import native
+
+pytestmark = pytest.mark.usefixtures("native_kernels")
+
+
+class Work:
+    """A product large enough to be shared out, and its right answer."""
+
+    def __init__(self, seed: int) -> None:
+        torch.manual_seed(seed)
+        weight, self.x = torch.randn(512, 256), torch.randn(8, 256)
+        self.packed = kernels.pack(weight)
+        self.want = self.run()
+        torch.testing.assert_close(self.want, self.x @ weight.T)
+
+    def run(self) -> torch.Tensor:
+        return kernels.packed_linear(self.x, self.packed)
+
+    def is_right(self, times: int = 1) -> bool:
+        return all(torch.equal(self.run(), self.want) for _ in range(times))
+
+
+@pytest.mark.parametrize("count", [2, 3, 7])
+def test_many_jobs_in_a_row(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also with pauses after which the workers sleep."""
+    monkeypatch.setattr(native, "_claimed_threads", count)
+    work = Work(0)
+    assert work.is_right(300)
+    for pause_s in (0, 0.0001, 0.001, 0.01):
+        time.sleep(pause_s)
+        assert work.is_right()
+
+
+def test_callers_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whoever finds the threads taken works alone; nobody gets another's rows."""
+    monkeypatch.setattr(native, "_claimed_threads", 3)
+    works = [Work(seed) for seed in range(4)]
+    with ThreadPoolExecutor(4) as pool:
+        assert all(pool.map(lambda work: work.is_right(150), works))
+
+
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_forked_child_gets_workers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has none of its parent's threads, and must not wait for them."""
+    monkeypatch.setattr(native, "_claimed_threads", 3)
+    work = Work(0)
+    assert work.is_right()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if work.is_right(20) else 1)
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline:
+        pid, status = os.waitpid(child, os.WNOHANG)
+        if pid:
+            break
+        time.sleep(0.01)
+    else:
+        os.kill(child, 9)
+        os.waitpid(child, 0)
+        pytest.fail("the child hangs")
+    assert os.waitstatus_to_exitcode(status) == 0
+    assert work.is_right(20)
+
+
+def test_claiming_threads_leaves_torch_one() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert native.num_threads() == 3
+        with kernels.claim_threads():
+            assert (torch.get_num_threads(), native.num_threads()) == (1, 3)
+            with kernels.claim_threads():
+                assert (torch.get_num_threads(), native.num_threads()) == (1, 3)
+            assert Work(0).is_right()
+        assert (torch.get_num_threads(), native.num_threads()) == (3, 3)
+        with pytest.raises(KeyError), kernels.claim_threads():
+            raise KeyError
+        assert (torch.get_num_threads(), native.num_threads()) == (3, 3)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_workers_sleep_when_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_claimed_threads", 4)
+    assert Work(0).is_right(5)
+    time.sleep(0.05)
+    begin = time.process_time()
+    time.sleep(0.2)
+    assert time.process_time() - begin < 0.1
+    assert threading.active_count() < 20  # they are no Python threads
