@@ -27,15 +27,7 @@ logger = get_logger(__name__)
 
 SOURCE_FOLDER = Path(__file__).parent / "cpu"
 COMPILERS = ("gcc", "cc", "clang")
-FLAGS = (
-    "-std=gnu11",
-    "-O3",
-    "-fPIC",
-    "-fopenmp",
-    "-fvisibility=hidden",
-    "-fno-math-errno",
-    "-fno-trapping-math",
-)
+FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 LIBRARIES = ("-lm",)
 TIMEOUT_S = 180.0
 
