@@ -60,6 +60,10 @@ class Worker:
         config = self._config
         if config.device_config.num_threads is not None:
             torch.set_num_threads(config.device_config.num_threads)
+        if self._device.type == "cuda" and config.model_config.dtype == torch.float32:
+            # Torch lets convolutions round their float32 inputs to TF32, three decimal digits. Who asks for float32
+            # wants it.
+            torch.backends.cudnn.allow_tf32 = False
         with self._stage("load weights"):
             self._model = load_model(config).eval()
         if INPUT_REGISTRY.has_dummy_encoder_data(type(self._model)):

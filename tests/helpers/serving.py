@@ -9,6 +9,7 @@ from typing import Any
 
 from sensorium import EngineArgs, LLMEngine, RequestOutput, SamplingParams
 from sensorium.multimodal.media import FetchPolicy, MediaLoader
+from tests.helpers.device import TEST_DEVICE
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Served:
 
 
 def make_engine(path: Path, **settings: Any) -> LLMEngine:
-    """An engine on the CPU over a small cache."""
-    defaults = {"device": "cpu", "num_blocks": 256, "max_num_seqs": 16}
+    """An engine on the device under test, over a small cache."""
+    defaults = {"device": TEST_DEVICE, "num_blocks": 256, "max_num_seqs": 16}
     args = EngineArgs(model=str(path), **{**defaults, **settings})
     loader = MediaLoader(policy=FetchPolicy(allow_any_local_path=True))
     return LLMEngine(args.create_engine_config(), skip_tokenizer=args.skip_tokenizer_init, media_loader=loader)

@@ -237,7 +237,7 @@ class NegativeIdModel(ToyHead, SupportsMultiModal):
         pixel_values: torch.Tensor | None = None,
     ) -> torch.Tensor:
         is_text = input_ids >= 0
-        embeds = torch.zeros(len(input_ids), self.lm_head.in_features)
+        embeds = torch.zeros(len(input_ids), self.lm_head.in_features, device=input_ids.device)
         embeds[is_text] = self.language_model.get_input_embeddings(input_ids[is_text])
         if pixel_values is not None:
             embeds[~is_text] = self.vision(torch.cat(leaves(pixel_values)))
@@ -375,16 +375,17 @@ def reference_tokens(model: Any, prompt: list[int], images: list[Any], num_token
     must not contain their tokens: `NO_MEDIA_TOKENS` keeps them out.
     """
     ids = list(prompt)
-    kwargs = {"pixel_values": [torch.from_numpy(each)[None] for each in images]} if images else {"pixel_values": None}
+    device = next(model.parameters()).device
+    pixels = [torch.from_numpy(each)[None].to(device) for each in images]
     layers = sum(isinstance(module, Attention) for module in model.modules())
     with torch.inference_mode():
         for _ in range(num_tokens):
             hidden = model(
-                input_ids=torch.tensor(ids),
-                positions=torch.arange(len(ids)),
+                input_ids=torch.tensor(ids, device=device),
+                positions=torch.arange(len(ids), device=device),
                 kv_caches=[torch.empty(0)] * layers,
-                attn_metadata=AttentionMetadata.without_cache([len(ids)]),
-                **kwargs,
+                attn_metadata=AttentionMetadata.without_cache([len(ids)], device=device),
+                pixel_values=pixels or None,
             )
             logits = model.compute_logits(hidden[-1], None)
             for token, bias in NO_MEDIA_TOKENS.items():
