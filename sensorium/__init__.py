@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from sensorium.model_executor.models.registry import ModelRegistry
     from sensorium.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
     from sensorium.sampling_params import SamplingParams
+    from sensorium.structured_outputs import StructuredOutputs
 
 __version__ = "0.1.0"
 
@@ -30,6 +31,7 @@ _HOMES = {
     "EngineArgs": "sensorium.engine.args",
     "ModelRegistry": "sensorium.model_executor.models.registry",
     "SamplingParams": "sensorium.sampling_params",
+    "StructuredOutputs": "sensorium.structured_outputs",
     "RequestOutput": "sensorium.outputs",
     "CompletionOutput": "sensorium.outputs",
     "PoolingRequestOutput": "sensorium.outputs",
@@ -44,6 +46,7 @@ __all__ = [
     "PoolingRequestOutput",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputs",
     "__version__",
 ]
 

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
+from sensorium.structured_outputs import StructuredOutputs
 
 MAX_N = 128
 """Most outputs for one prompt: each occupies a slot and its own KV blocks."""
@@ -89,6 +90,8 @@ class SamplingParams:
     """Words that must not be generated; they take effect through the ids that `with_bad_word_ids` adds."""
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     """Token sequences that must not be completed."""
+    structured_outputs: StructuredOutputs | None = None
+    """The form that the output must have: JSON, a schema, a grammar and the like."""
     detokenize: bool = True
     """Turn the output into text. Without it, no stop strings."""
     skip_special_tokens: bool = True
@@ -346,6 +349,12 @@ def _biases(name: str, value: Any) -> dict[int, float]:
     return {token_id(name, _key_as_int(key)): bias(name, number) for key, number in value.items()}
 
 
+def _structured_outputs(name: str, value: Any) -> StructuredOutputs | None:
+    if value is not None and not isinstance(value, StructuredOutputs):
+        raise _wrong_type(name, value, "StructuredOutputs")
+    return value
+
+
 def _key_as_int(key: Any) -> Any:
     return int(key) if isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdigit() else key
 
@@ -370,6 +379,7 @@ _CHECKS: dict[str, _Check] = {
     "logit_bias": _biases,
     "bad_words": _strings(MAX_BAD_WORDS, MAX_BAD_WORD_CHARS),
     "bad_words_token_ids": _token_sequences,
+    "structured_outputs": _structured_outputs,
     "detokenize": _flag,
     "skip_special_tokens": _flag,
     "spaces_between_special_tokens": _flag,
