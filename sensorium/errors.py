@@ -11,6 +11,7 @@ extension API have learnt to catch, so `except ValueError` written for another e
     ├── WeightsError                   500   (ValueError)    checkpoint and model don't match
     │   └── WeightShapeError           500   (AssertionError) one tensor doesn't fit its parameter
     ├── EngineDeadError                503   (RuntimeError)  the engine core is gone
+    │   └── EngineRestartingError      503   (RuntimeError)  another one is on its way; try again later
     ├── RequestAbortedError            499   (RuntimeError)  the caller or a shutdown ended the request
     └── RequestError                   400   one request is at fault; others never notice
         ├── InvalidRequestError        400   (ValueError)    a value is out of bounds
@@ -67,6 +68,14 @@ class EngineDeadError(SensoriumError, RuntimeError):
     """The engine core has ended; no request can be served any more."""
 
     status = 503
+
+
+class EngineRestartingError(EngineDeadError):
+    """The engine core has ended, and a new one is loading. `retry_after_s` tells when another try makes sense."""
+
+    def __init__(self, message: str, *, retry_after_s: float) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
 
 
 class RequestAbortedError(SensoriumError, RuntimeError):

@@ -22,12 +22,19 @@ from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.codec import EncodedMessage, encode_add, encode_request
 from sensorium.engine.core import within_blocks
-from sensorium.engine.core_client import CoreClient
 from sensorium.engine.core_messages import News
 from sensorium.engine.core_process import CoreFactory
+from sensorium.engine.core_supervisor import CoreSupervisor
 from sensorium.engine.output_processor import OutputProcessor
 from sensorium.engine.output_stream import OutputStream
-from sensorium.errors import EngineDeadError, InvalidRequestError, OverloadedError, RequestAbortedError
+from sensorium.errors import (
+    EngineDeadError,
+    EngineRestartingError,
+    InvalidRequestError,
+    OverloadedError,
+    RequestAbortedError,
+    SensoriumError,
+)
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.logger import get_logger
@@ -65,7 +72,7 @@ class AsyncLLMEngine:
         self,
         config: EngineConfig,
         report: LoadReport,
-        client: CoreClient,
+        core: CoreSupervisor,
         tokenizer: Any | None,
         media_loader: MediaLoader | None,
         *,
@@ -82,7 +89,7 @@ class AsyncLLMEngine:
         self.pool = ThreadPoolExecutor(max(preprocess_threads, 1), thread_name_prefix="sensorium-preprocess")
         self.stats: SchedulerStats | None = None
         """The core's latest; None before its first."""
-        self._client = client
+        self._core = core
         self._outputs = OutputProcessor(tokenizer)
         self._streams: dict[str, OutputStream] = {}
         self._waiting: set[str] = set()
@@ -99,6 +106,7 @@ class AsyncLLMEngine:
         media_loader: MediaLoader | None = None,
         make_core: CoreFactory | None = None,
         accept_embeddings: bool = False,
+        max_restarts: int = 0,
         log_level: str = "INFO",
     ) -> AsyncLLMEngine:
         """Start an engine core and everything in front of it.
@@ -109,6 +117,8 @@ class AsyncLLMEngine:
             make_core: runs the core in a thread of this process, as `core_client.IN_THIS_PROCESS` does; by default it
                 gets a process of its own.
             accept_embeddings: whether requests may bring embeddings instead of media.
+            max_restarts: how many deaths of the core in a row are answered with a new one. Requests that were open end
+                with an error all the same.
             log_level: of the core's process.
 
         Raises:
@@ -116,22 +126,22 @@ class AsyncLLMEngine:
             EngineDeadError: The core ended while it was loading.
         """
         hub: _Hub = _Hub()
-        client = CoreClient(args, hub.news, hub.death, make=make_core, log_level=log_level)
+        core = CoreSupervisor(args, hub.news, hub.death, make=make_core, log_level=log_level, max_restarts=max_restarts)
         try:
             # The core imports and loads meanwhile.
             config, tokenizer = await asyncio.to_thread(_resolve, args)
-            report = await client.ready()
+            report = await core.ready()
             engine = cls(
                 config,
                 report,
-                client,
+                core,
                 tokenizer,
                 media_loader,
                 preprocess_threads=args.preprocess_threads,
                 accept_embeddings=accept_embeddings,
             )
         except BaseException:
-            await client.stop(timeout_s=0.0 if client.failure is None else 5.0)
+            await core.stop(timeout_s=0.0 if core.failure is None else 5.0)
             raise
         hub.engine = engine
         return engine
@@ -141,12 +151,22 @@ class AsyncLLMEngine:
     @property
     def is_running(self) -> bool:
         """Whether requests can be opened."""
-        return self._client.failure is None and not self._is_shutting_down
+        return self._core.failure is None and not self._is_shutting_down
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether the core has ended for good."""
+        return self._core.has_ended
+
+    @property
+    def num_restarts(self) -> int:
+        """How often a new core took a dead one's place."""
+        return self._core.num_restarts
 
     @property
     def core_pid(self) -> int:
         """Id of the process that the core runs in."""
-        return self._client.pid
+        return self._core.pid
 
     def load(self) -> EngineLoad:
         """How much work there is."""
@@ -157,7 +177,7 @@ class AsyncLLMEngine:
 
         Raises:
             OverloadedError: As many wait as may.
-            EngineDeadError: The engine can't go on, or is shutting down.
+            EngineDeadError: The engine can't go on, is being restarted, or is shutting down.
         """
         self._check_running()
         num_waiting, most = len(self._waiting), self.config.scheduler_config.max_waiting_requests
@@ -288,7 +308,7 @@ class AsyncLLMEngine:
         """End a request: its reader gets `RequestAbortedError`. Ids that are not open are ignored."""
         stream = self._streams.get(request_id)
         if stream is not None:
-            self._client.abort(self._outputs.abort(request_id))
+            self._core.abort(self._outputs.abort(request_id))
             stream.fail(RequestAbortedError("the request was ended before it finished."))
 
     async def shutdown(self, drain_s: float = 0.0) -> None:
@@ -305,7 +325,7 @@ class AsyncLLMEngine:
         for request_id in list(self._streams):
             self.abort(request_id)
         self.pool.shutdown(wait=False, cancel_futures=True)
-        await self._client.stop()
+        await self._core.stop()
 
     # Inside
 
@@ -318,8 +338,8 @@ class AsyncLLMEngine:
         return next(token_id for token_id in itertools.count() if token_id not in media)
 
     def _check_running(self) -> None:
-        if self._client.failure is not None:
-            raise EngineDeadError(str(self._client.failure))
+        if self._core.failure is not None:
+            raise _dead(self._core.failure)
         if self._is_shutting_down:
             raise EngineDeadError("the engine is shutting down. Send the request again later.")
 
@@ -334,7 +354,7 @@ class AsyncLLMEngine:
 
     def _close(self, request_id: str) -> None:
         """Forget a request, and end it in the core if it still runs there."""
-        self._client.abort(self._outputs.abort(request_id))
+        self._core.abort(self._outputs.abort(request_id))
         self._waiting.discard(request_id)
         self._streams.pop(request_id, None)
         if not self._streams:
@@ -350,7 +370,7 @@ class AsyncLLMEngine:
             return
         requests = self._outputs.add_request(processed, kind)
         outputs = [(request.request_id, request.sampling_params) for request in requests]
-        self._client.add(encode_add(encoded, outputs))
+        self._core.add(encode_add(encoded, outputs))
 
     async def in_pool(self, call: Callable[[], _T]) -> _T:
         """What `call` returns, run in the pool that prepares requests."""
@@ -364,7 +384,7 @@ class AsyncLLMEngine:
         if news.stats is not None:
             self.stats = news.stats
         processed = self._outputs.process(news.outputs)
-        self._client.abort(processed.abort_ids)
+        self._core.abort(processed.abort_ids)
         for output in processed.outputs:
             self._waiting.discard(output.request_id)
             stream = self._streams.get(output.request_id)
@@ -373,11 +393,18 @@ class AsyncLLMEngine:
 
     def _core_died(self, error: EngineDeadError) -> None:
         for stream in self._streams.values():
-            stream.fail(EngineDeadError(str(error)))
+            stream.fail(_dead(error))
+
+
+def _dead(error: SensoriumError) -> EngineDeadError:
+    """An error of its own for each who is told, so that tracebacks don't grow together."""
+    if isinstance(error, EngineRestartingError):
+        return EngineRestartingError(str(error), retry_after_s=error.retry_after_s)
+    return EngineDeadError(str(error))
 
 
 class _Hub:
-    """What the client calls back, before there is an engine and after."""
+    """What the core calls back, before there is an engine and after."""
 
     def __init__(self) -> None:
         self.engine: AsyncLLMEngine | None = None

@@ -80,12 +80,12 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "sensorium: port: got 99999, expected 0 to 65535. Set port.\n"
 
 
-def start(path: Path) -> tuple[subprocess.Popen[str], str]:
+def start(path: Path, *more_flags: str) -> tuple[subprocess.Popen[str], str]:
     """A server process that is ready, and its address."""
     command = [sys.executable, "-m", "sensorium.entrypoints.cli.main", "serve", str(path), "--port", "0"]
     flags = ["--num-blocks", "128", "--max-model-len", "1024", "--drain-s", "5"]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([*command, *flags], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen([*command, *flags, *more_flags], stderr=subprocess.PIPE, text=True, env=environment)
     assert process.stderr is not None
     lines = []
     for line in process.stderr:
@@ -95,13 +95,15 @@ def start(path: Path) -> tuple[subprocess.Popen[str], str]:
     raise AssertionError("".join(lines))
 
 
-@pytest.mark.parametrize("how", ["stop", "core dies"])
+@pytest.mark.parametrize("how", ["stop", "core dies", "core dies twice"])
 def test_the_process_serves_and_ends_with_the_right_status(how: str) -> None:
-    process, url = start(make_checkpoint("qwen2_vl"))
+    process, url = start(make_checkpoint("qwen2_vl"), *(["--restart-core", "1"] if "twice" in how else []))
     with process:
         try:
             assert httpx.get(f"{url}/health?generate=1", trust_env=False, timeout=60).is_success
             (core,) = _children(process.pid)
+            if how == "core dies twice":
+                core = _kill_and_await_another(core, process.pid, url)
             if how == "stop":
                 process.send_signal(signal.SIGTERM)
             else:
@@ -113,6 +115,16 @@ def test_the_process_serves_and_ends_with_the_right_status(how: str) -> None:
                 time.sleep(0.05)
         finally:
             process.kill()
+
+
+def _kill_and_await_another(core: int, front: int, url: str) -> int:
+    os.kill(core, signal.SIGKILL)
+    deadline_s = time.monotonic() + 60
+    while core in _children(front) or not httpx.get(f"{url}/health?generate=1", trust_env=False).is_success:
+        assert time.monotonic() < deadline_s, "no new core"
+        time.sleep(0.1)
+    (another,) = _children(front)
+    return another
 
 
 def _children(pid: int) -> list[int]:

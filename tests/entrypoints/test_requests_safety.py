@@ -376,9 +376,28 @@ def test_the_death_of_the_engine_is_told(checkpoint: Path) -> None:
             refused(httpx.post(running.url + "/v1/chat/completions", json=CHAT, trust_env=False), 503, "has ended")
 
 
+def test_a_new_engine_takes_the_place_of_a_dead_one(checkpoint: Path) -> None:
+    with served(checkpoint, {"restart_core": 1}) as running, httpx.Client(base_url=running.url, timeout=30) as client:
+        with client.stream("POST", "/v1/chat/completions", json=_long()) as response:
+            lines = response.iter_lines()
+            next(lines)
+            running.loop.call_soon_threadsafe(_kill, running.engine)
+            assert "is being started anew" in "\n".join(lines)
+        answer = client.post("/v1/chat/completions", json=CHAT)
+        refused(answer, 503, "is being started anew")
+        assert 1 <= int(answer.headers["Retry-After"]) <= 60
+        refused(client.get("/health"), 503, "is being started anew")
+        deadline_s = time.monotonic() + 60
+        while not client.get("/health").is_success:
+            assert time.monotonic() < deadline_s
+            time.sleep(0.05)
+        assert client.post("/v1/chat/completions", json=CHAT).is_success
+        assert "sensorium_core_restarts_total 1.0" in client.get("/metrics").text
+
+
 def _long() -> dict[str, Any]:
     return {**CHAT, "max_tokens": 900, "stream": True, "ignore_eos": True}
 
 
 def _kill(engine: AsyncLLMEngine) -> None:
-    engine._client._closed()  # what the channel calls when the other end is gone
+    engine._core._client._closed()  # what the channel calls when the other end is gone

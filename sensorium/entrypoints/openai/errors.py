@@ -11,7 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from sensorium.errors import InvalidRequestError, OverloadedError, SensoriumError
+from sensorium.errors import EngineRestartingError, InvalidRequestError, OverloadedError, SensoriumError
 from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
@@ -59,7 +59,7 @@ def error_response(error: BaseException) -> JSONResponse:
         logger.error("a request failed", exc_info=error)
         return JSONResponse(error_body("internal error: the request could not be served.", 500), 500)
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
-    if isinstance(error, OverloadedError):
+    if isinstance(error, OverloadedError | EngineRestartingError):
         headers["Retry-After"] = str(min(max(round(error.retry_after_s), 1), _MAX_RETRY_S))
     elif error.status == 503:
         headers.setdefault("Retry-After", "5")

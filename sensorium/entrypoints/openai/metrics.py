@@ -111,6 +111,8 @@ class _EngineCollector(Collector):  # type: ignore[misc]
         load = self._engine.load()
         yield GaugeMetricFamily("sensorium_open_requests", "Requests that have not ended.", value=load.num_open)
         yield GaugeMetricFamily("sensorium_unstarted_requests", "Requests without output yet.", value=load.num_waiting)
+        restarts = self._engine.num_restarts
+        yield CounterMetricFamily("sensorium_core_restarts", "Cores that took a dead one's place.", value=restarts)
         cache = self._engine.preprocessor.statistics()
         yield CounterMetricFamily("sensorium_processor_cache_hits", "Media found mapped.", value=cache.hits)
         yield CounterMetricFamily("sensorium_processor_cache_misses", "Media that were mapped.", value=cache.misses)

@@ -61,6 +61,7 @@ async def running_app(
         media_loader=loader,
         make_core=make_core,
         accept_embeddings=args.allow_embeddings,
+        max_restarts=args.restart_core,
         log_level=args.log_level,
     )
     try:
@@ -113,7 +114,7 @@ async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits) 
             await server.serve()
         finally:
             watcher.cancel()
-        return 0 if engine.is_running else 1
+        return 1 if engine.has_ended else 0
 
 
 class _Server(uvicorn.Server):
@@ -164,7 +165,7 @@ def _raise_file_limit(wanted: int) -> None:
 
 
 async def _watch(engine: AsyncLLMEngine, server: uvicorn.Server) -> None:
-    """Stop the server once the engine is dead; whoever runs the process starts both anew."""
-    while engine.is_running:
+    """Stop the server once the engine is dead for good; whoever runs the process starts both anew."""
+    while not engine.has_ended:
         await asyncio.sleep(_WATCH_INTERVAL_S)
     server.should_exit = True

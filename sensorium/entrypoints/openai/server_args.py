@@ -29,6 +29,8 @@ class ServerArgs:
     """"DEBUG", "INFO", "WARNING" or "ERROR"."""
     drain_s: float = 30.0
     """How long open requests may go on after the server was told to stop."""
+    restart_core: int = 0
+    """Start a new engine core when it dies, up to so many times in a row; 0 ends the server instead."""
     max_body_bytes: int = 128 << 20
     """Bound on one request body."""
     max_waiting_bytes: int = 1 << 30
@@ -56,6 +58,8 @@ class ServerArgs:
             raise ConfigError("api_key: got an empty key, expected at least one character. Remove it.")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile: got one of them, expected both or none.")
+        if self.restart_core < 0:
+            raise ConfigError(f"restart_core: got {self.restart_core}, expected at least 0. Set restart_core.")
         for name in ("max_body_bytes", "max_waiting_bytes", "max_connections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1. Set {name}.")

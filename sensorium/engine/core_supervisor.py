@@ -1,0 +1,178 @@
+"""Keeps an engine core there: starts one, and starts another in its place when it dies, as often as allowed."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from sensorium.config import ModelFeatures
+from sensorium.engine.args import EngineArgs
+from sensorium.engine.codec import EncodedMessage
+from sensorium.engine.core_client import CoreClient
+from sensorium.engine.core_messages import News
+from sensorium.engine.core_process import CoreFactory
+from sensorium.errors import EngineDeadError, EngineRestartingError, SensoriumError
+from sensorium.logger import get_logger
+from sensorium.messages import LoadReport
+
+logger = get_logger(__name__)
+
+_FIRST_DELAY_S = 1.0
+_LONGEST_DELAY_S = 30.0
+_STEADY_S = 600.0
+"""A core that has run so long was well: its death is the first in a row."""
+_END_GRACE_S = 5.0
+"""For a core that has said that it ends, or can't be understood."""
+
+
+class CoreSupervisor:
+    """The engine core of this moment. Requests don't outlive their core; the front and its caches do.
+
+    Args:
+        args: settings, which each core resolves by itself.
+        on_news: called on the event loop with what each step brought.
+        on_death: called with each death of a core that was ready, before a new one is started.
+        make: makes cores in a thread of this process; by default each gets a process of its own.
+        max_restarts: how many deaths in a row are answered with a new core.
+        delay_s: seconds before the second restart in a row; doubled with each one after it. The first is at once.
+    """
+
+    def __init__(
+        self,
+        args: EngineArgs,
+        on_news: Callable[[News], None],
+        on_death: Callable[[EngineDeadError], None],
+        *,
+        make: CoreFactory | None = None,
+        log_level: str = "INFO",
+        max_restarts: int = 0,
+        delay_s: float = _FIRST_DELAY_S,
+    ) -> None:
+        self._args = args
+        self._on_news = on_news
+        self._on_death = on_death
+        self._make = make
+        self._log_level = log_level
+        self._max_restarts = max_restarts
+        self._delay_s = delay_s
+        self._client = self._new_client()
+        self._report: LoadReport | None = None
+        self._failure: SensoriumError | None = None
+        self._has_ended = False
+        self._num_in_a_row = 0
+        self._num_restarts = 0
+        self._ready_time_s = 0.0
+        self._load_s = 0.0
+        self._restart_task: asyncio.Task[None] | None = None
+
+    @property
+    def failure(self) -> SensoriumError | None:
+        """Why there is no core to use at this moment; None if there is one."""
+        return self._failure or self._client.failure
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether there will be no core any more."""
+        return self._has_ended
+
+    @property
+    def num_restarts(self) -> int:
+        """Cores that took a dead one's place."""
+        return self._num_restarts
+
+    @property
+    def pid(self) -> int:
+        """Id of the process that the core runs in."""
+        return self._client.pid
+
+    async def ready(self) -> LoadReport:
+        """Wait until the first core has loaded the model.
+
+        Raises:
+            ConfigError, ModelError, WeightsError: It can't be served.
+            EngineDeadError: The core ended.
+        """
+        start_s = time.monotonic()
+        self._report = await self._client.ready()
+        self._ready_time_s = time.monotonic()
+        self._load_s = self._ready_time_s - start_s
+        # Later cores get as much memory for their cache, so that what was admitted stays admissible.
+        self._args = replace(self._args, num_blocks=self._report.num_blocks, block_size=self._report.block_size)
+        return self._report
+
+    def add(self, request: EncodedMessage) -> None:
+        """Send an encoded `Add`."""
+        self._client.add(request)
+
+    def abort(self, request_ids: list[str]) -> None:
+        """End requests in the core. A core that never heard of them ignores it."""
+        self._client.abort(request_ids)
+
+    async def stop(self, timeout_s: float = 30.0) -> None:
+        """Let the core free everything and end; kill it if it takes longer than that."""
+        if self._restart_task is not None and not self._restart_task.done():
+            self._restart_task.cancel()
+            await asyncio.wait([self._restart_task])
+        await self._client.stop(timeout_s)
+
+    def _new_client(self) -> CoreClient:
+        return CoreClient(self._args, self._on_news, self._died, make=self._make, log_level=self._log_level)
+
+    def _died(self, error: EngineDeadError) -> None:
+        if time.monotonic() - self._ready_time_s > _STEADY_S:
+            self._num_in_a_row = 0
+        if self._num_in_a_row < self._max_restarts:
+            self._failure = error = EngineRestartingError(
+                "the engine has ended, and is being started anew. Send the request again later.",
+                retry_after_s=self._delay() + self._load_s,
+            )
+            self._restart_task = asyncio.get_running_loop().create_task(self._restart())
+        else:
+            self._has_ended = True
+        self._on_death(error)
+
+    def _delay(self) -> float:
+        """Seconds before the next restart."""
+        if self._num_in_a_row == 0:
+            return 0.0
+        return min(self._delay_s * 2.0 ** (self._num_in_a_row - 1), _LONGEST_DELAY_S)
+
+    async def _restart(self) -> None:
+        while self._num_in_a_row < self._max_restarts:
+            await asyncio.sleep(self._delay())
+            self._num_in_a_row += 1
+            logger.warning("starting a new engine core, %d of at most %d", self._num_in_a_row, self._max_restarts)
+            await self._client.stop(_END_GRACE_S)
+            self._client = self._new_client()
+            try:
+                report = await self._client.ready()
+            except SensoriumError as error:
+                logger.error("the new engine core could not start: %s", error)
+                continue
+            self._take(report)
+            return
+        self._end(f"the engine has ended, and {self._max_restarts} new ones in a row could not start. Restart it.")
+
+    def _take(self, report: LoadReport) -> None:
+        if self._client.failure is not None:
+            return  # it died before it was taken, which is the next restart's business
+        assert self._report is not None
+        if _traits(report) != _traits(self._report):
+            self._end("the engine has ended, and the model is not the same any more. Restart it.")
+            return
+        self._num_restarts += 1
+        self._ready_time_s = time.monotonic()
+        self._failure = None
+        logger.warning("the new engine core is ready")
+
+    def _end(self, message: str) -> None:
+        logger.error("%s", message)
+        self._failure = EngineDeadError(message)
+        self._has_ended = True
+
+
+def _traits(report: LoadReport) -> tuple[ModelFeatures, int, int]:
+    """What the front relies on."""
+    return replace(report.features, notes=()), report.num_blocks, report.block_size
