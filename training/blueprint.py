@@ -94,6 +94,13 @@ CONFIG: dict[str, Any] = {
     "position_id_per_seconds": POSITION_IDS_PER_SECOND,
     "seconds_per_chunk": 2,
     "tie_word_embeddings": False,
+    # How the sentences of training say it; for servers that transcribe.
+    "transcription": {
+        "answer": "I hear: {text}.",
+        "no_speech": "I can't tell: there is no speech.",
+        "language_hint": "",
+        "languages": ["en"],
+    },
 }
 GENERATION_CONFIG: dict[str, Any] = {
     "do_sample": False,

@@ -26,10 +26,11 @@ from sensorium.inputs.chat_template import (
 from sensorium.inputs.mrope import token_id_of
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
+from sensorium.multimodal.media import EncodedMedia
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
-    from sensorium.multimodal.media import EncodedMedia, MediaLoader
+    from sensorium.multimodal.media import MediaLoader
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -178,7 +179,7 @@ class ChatRenderer:
                 given, expected = part.source.value, "base64 of a safetensors file"
             else:
                 given, expected = part.source, f"an address or a data URL as {part.modality}_url"
-            if not self._accept_objects and not isinstance(given, str):
+            if not self._accept_objects and not isinstance(given, str | EncodedMedia):
                 raise InvalidTypeError(
                     f"{part.where}: got a value of type {type(given).__name__}, expected {expected}. Change the part."
                 )

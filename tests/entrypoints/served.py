@@ -21,6 +21,7 @@ from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_client import IN_THIS_PROCESS
 from sensorium.entrypoints.openai.server import running_app, uvicorn_config
 from sensorium.entrypoints.openai.server_args import ServerArgs
+from sensorium.multimodal.media import MediaLimits
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "num_blocks": 512, "max_num_seqs": 16, "max_model_len": 1024}
 START_TIMEOUT_S = 120.0
@@ -56,11 +57,14 @@ class _Start:
 
 
 @contextmanager
-def served(path: Path, server: dict[str, Any] | None = None, **engine: Any) -> Iterator[Served]:
+def served(
+    path: Path | str, server: dict[str, Any] | None = None, limits: MediaLimits | None = None, **engine: Any
+) -> Iterator[Served]:
     """Serve a checkpoint as "tiny" until the block ends."""
     args = ServerArgs(port=0, drain_s=1.0, served_model_name=("tiny",), log_level="WARNING", **(server or {}))
     start = _Start()
-    thread = threading.Thread(target=_run, args=(EngineArgs(str(path), **{**SETTINGS, **engine}), args, start))
+    engine_args = EngineArgs(str(path), **{**SETTINGS, **engine})
+    thread = threading.Thread(target=_run, args=(engine_args, args, limits, start))
     thread.start()
     try:
         assert start.ready.wait(START_TIMEOUT_S)
@@ -75,9 +79,9 @@ def served(path: Path, server: dict[str, Any] | None = None, **engine: Any) -> I
         assert not thread.is_alive()
 
 
-def _run(engine_args: EngineArgs, args: ServerArgs, start: _Start) -> None:
+def _run(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None, start: _Start) -> None:
     async def run() -> None:
-        async with running_app(engine_args, args, make_core=IN_THIS_PROCESS) as (app, engine):
+        async with running_app(engine_args, args, limits, make_core=IN_THIS_PROCESS) as (app, engine):
             server = uvicorn.Server(uvicorn_config(app, args))
             task = asyncio.create_task(server.serve())
             while not server.started:

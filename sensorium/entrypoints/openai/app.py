@@ -21,6 +21,7 @@ from sensorium.entrypoints.openai.errors import HttpError, error_response
 from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
 from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, RequestLog
 from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, parse_body
+from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.inputs.tokenizer import TextEncoder
 
@@ -28,6 +29,7 @@ from sensorium.inputs.tokenizer import TextEncoder
 def create_app(
     context: ServerContext,
     *,
+    transcriptions: TranscriptionRoutes | None = None,
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     max_body_bytes: int = 128 << 20,
@@ -37,17 +39,20 @@ def create_app(
 
     Args:
         context: the engine and what goes with it.
+        transcriptions: how the model is asked to transcribe, if not in its own way.
         api_keys: keys of which every request but those for health must bear one; without any, all may come in.
         allowed_origins: origins of pages that browsers may let use this server; "*" for all.
         max_body_bytes: bound on one body.
         max_waiting_bytes: bound on all bodies whose answers have not begun.
     """
     chat, completions, plain = ChatRoutes(context), CompletionRoutes(context), PlainRoutes(context)
+    transcriptions = transcriptions or TranscriptionRoutes(context)
     routes = [
         Route("/v1/chat/completions", chat.completions, methods=["POST"]),
         Route("/v1/chat/token_cost", chat.token_cost, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),
         Route("/v1/embeddings", completions.embeddings, methods=["POST"]),
+        Route("/v1/audio/transcriptions", transcriptions.transcriptions, methods=["POST"]),
         Route("/v1/models", plain.models),
         Route("/v1/models/{name:path}", plain.model),
         Route("/tokenize", plain.tokenize, methods=["POST"]),

@@ -13,6 +13,7 @@ from sensorium.entrypoints.openai.errors import HttpError
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.chat import ChatRenderer
+from sensorium.multimodal.media import MediaLoader
 from sensorium.outputs import OutputKind, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
@@ -27,6 +28,7 @@ class ServerContext:
     model_names: tuple[str, ...]
     """The first is the one that answers bear."""
     metrics: ServerMetrics
+    media_loader: MediaLoader
     allow_mm_processor_kwargs: bool = False
     created_s: int = field(default_factory=lambda: int(time.time()))
 

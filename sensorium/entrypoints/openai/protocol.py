@@ -212,6 +212,37 @@ class EmbeddingBody(Body):
         return inputs
 
 
+class TranscriptionForm(BaseModel):
+    """`/v1/audio/transcriptions`: the fields beside the file, as texts."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: str | None = None
+    language: str | None = None
+    prompt: str | None = None
+    response_format: str = "json"
+    temperature: float = 0.0
+    stream: bool = False
+    max_tokens: int | None = None
+    """Without it, a transcript that doesn't end is refused."""
+
+    def check_format(self) -> None:
+        """Raises `UnsupportedFeatureError` for a form of answer that there isn't."""
+        if self.response_format not in ("json", "text", "verbose_json"):
+            raise UnsupportedFeatureError(
+                f"response_format: got {self.response_format!r:.40}, expected 'json', 'text' or 'verbose_json'. "
+                "The model tells no times: change response_format."
+            )
+        if self.stream and self.response_format != "json":
+            raise UnsupportedFeatureError(
+                f"response_format: got {self.response_format!r:.40} with stream, expected 'json'. Change one of them."
+            )
+
+    def params(self) -> SamplingParams:
+        """Raises `RequestError` if a value is out of bounds."""
+        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
+
+
 def parse_body(kind: type[_Body], content: object) -> _Body:
     """A body of one kind. Raises `InvalidRequestError` that names the field at fault."""
     try:

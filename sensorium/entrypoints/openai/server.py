@@ -20,6 +20,7 @@ from sensorium.entrypoints.openai.app import create_app
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.entrypoints.openai.server_args import ServerArgs
+from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.logger import get_logger
 from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
@@ -89,10 +90,14 @@ def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, load
         renderer,
         args.served_model_name or (engine_args.model,),
         ServerMetrics(engine),
+        loader,
         allow_mm_processor_kwargs=args.allow_mm_processor_kwargs,
     )
     return create_app(
         context,
+        transcriptions=TranscriptionRoutes(
+            context, instruction=args.transcription_instruction, answer=args.transcription_answer
+        ),
         api_keys=args.api_key,
         allowed_origins=args.allowed_origin,
         max_body_bytes=args.max_body_bytes,

@@ -50,6 +50,10 @@ class ServerArgs:
     """Let requests choose how their media are processed."""
     trust_request_chat_template: bool = False
     """Let requests bring chat templates."""
+    transcription_instruction: str | None = None
+    """What the model is told to do with a sound that is to be transcribed; the model's own words by default."""
+    transcription_answer: str | None = None
+    """How it answers, with {text} for the transcript, such as "I hear: {text}."; the model's own way by default."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.port < 1 << 16:

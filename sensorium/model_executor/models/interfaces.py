@@ -16,6 +16,8 @@ from sensorium.multimodal.base import supports_multimodal
 if TYPE_CHECKING:
     import torch
 
+    from sensorium.config import ModelConfig
+    from sensorium.inputs.transcription import TranscriptionStyle
     from sensorium.multimodal.inputs import NestedTensors
     from sensorium.sequence import IntermediateTensors
 
@@ -29,6 +31,7 @@ __all__ = [
     "SupportsLoRA",
     "SupportsMultiModal",
     "SupportsPP",
+    "SupportsTranscription",
     "check_supports_multimodal",
     "find_override",
     "has_inner_state",
@@ -140,6 +143,19 @@ class SupportsCrossEncoding(Protocol):
     """A model that scores pairs of texts."""
 
     supports_cross_encoding: ClassVar[Literal[True]] = True
+
+
+@runtime_checkable
+class SupportsTranscription(Protocol):
+    """A model that is asked in its own words to transcribe, or that hears only sounds of a certain length whole.
+
+    Models without it are asked in the default words.
+    """
+
+    @classmethod
+    def get_transcription_style(cls, model_config: ModelConfig) -> TranscriptionStyle:
+        """How it is asked and how it answers. Called once, in the front process."""
+        ...
 
 
 def _has_flag(model: object, flag: str) -> bool:

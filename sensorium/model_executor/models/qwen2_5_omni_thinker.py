@@ -16,9 +16,10 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sensorium.config import EngineConfig
+from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import InvalidRequestError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
+from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.model_executor.layers.linear import ReplicatedLinear
 from sensorium.model_executor.models.media_common import as_items, expand_placeholders, stacked
 from sensorium.model_executor.models.qwen2_5_vl import (
@@ -29,6 +30,7 @@ from sensorium.model_executor.models.qwen2_audio import (
     feature_extractor,
     given_rows,
     map_sounds,
+    max_audio_s,
     max_audio_tokens,
     num_rows_of,
     num_rows_of_sound,
@@ -304,6 +306,11 @@ class Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5_VLForConditionalGenerat
         self.audio_tower: nn.Module = ThinkerAudioEncoder(
             self.config.audio_config, config.quant_config, prefix=maybe_prefix(prefix, "audio_tower")
         )
+
+    @classmethod
+    def get_transcription_style(cls, model_config: ModelConfig) -> TranscriptionStyle:
+        """See `SupportsTranscription`."""
+        return TranscriptionStyle(max_audio_s=max_audio_s(model_config))
 
     @classmethod
     def get_mrope_input_positions(

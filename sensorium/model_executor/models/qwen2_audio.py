@@ -18,6 +18,7 @@ import torch
 from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
+from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.logger import get_logger, warn_once
 from sensorium.model_executor.layers.linear import ReplicatedLinear
 from sensorium.model_executor.models.media_common import (
@@ -86,6 +87,12 @@ def heard_samples(sound: Sound, extractor: Any) -> np.ndarray[Any, np.dtype[np.f
         seconds = extractor.n_samples / extractor.sampling_rate
         warn_once(logger, f"Sounds longer than {seconds:g} s are cut off there, as the reference does.")
     return resampled[: extractor.n_samples]
+
+
+def max_audio_s(model_config: ModelConfig) -> float:
+    """Seconds of a sound that are heard."""
+    extractor = feature_extractor(model_config)
+    return float(extractor.n_samples / extractor.sampling_rate)
 
 
 def num_rows_of(num_frames: int) -> int:
@@ -210,6 +217,11 @@ class Qwen2AudioForConditionalGeneration(MediaLanguageModel):
         self.language_model = Qwen2ForCausalLM(
             config=language_config(config), prefix=maybe_prefix(prefix, "language_model")
         )
+
+    @classmethod
+    def get_transcription_style(cls, model_config: ModelConfig) -> TranscriptionStyle:
+        """See `SupportsTranscription`."""
+        return TranscriptionStyle(max_audio_s=max_audio_s(model_config))
 
     def placeholder_token_ids(self) -> list[int]:
         """See `MediaLanguageModel`."""

@@ -1,0 +1,154 @@
+"""`/v1/audio/transcriptions`: a sound as a file, its words as text.
+
+A model that hears is told to write down what is said; see `inputs.transcription`. What is longer than the model hears
+is refused, and so is a transcript that has no end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+from sensorium.entrypoints.openai.context import ServerContext
+from sensorium.entrypoints.openai.http import EventStream, JsonResponse, while_connected, with_first
+from sensorium.entrypoints.openai.multipart import read_form
+from sensorium.entrypoints.openai.protocol import TranscriptionForm, parse_body
+from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.inputs.transcription import TranscriptionStyle, TranscriptReader, transcription_style
+from sensorium.multimodal import MULTIMODAL_REGISTRY
+from sensorium.multimodal.media import EncodedMedia
+from sensorium.outputs import OutputKind, RequestOutput
+
+
+class TranscriptionRoutes:
+    """Transcribes sounds.
+
+    Args:
+        context: the engine and what goes with it.
+        instruction: what the model is told, instead of its own words for it.
+        answer: how it answers, with `{text}` for the transcript, instead of its own way.
+    """
+
+    def __init__(self, context: ServerContext, *, instruction: str | None = None, answer: str | None = None) -> None:
+        self._context = context
+        self._settings = {"instruction": instruction, "answer": answer}
+        self._known_style: TranscriptionStyle | None = None
+
+    async def transcriptions(self, request: Request) -> Response:
+        """`POST /v1/audio/transcriptions`."""
+        self._check_hears()
+        loader = self._context.media_loader
+        upload = await read_form(
+            request, file_name="file", modality="audio", max_file_bytes=loader.limits.max_audio_bytes
+        )
+        form = parse_body(TranscriptionForm, upload.fields)
+        self._context.check_model(form.model)
+        form.check_format()
+        sound = EncodedMedia("audio", upload.file)
+        transcript = _Transcript(form, await self._style())
+        if form.stream:
+            outputs = await while_connected(request, with_first(self._generate(transcript, sound, OutputKind.DELTA)))
+            return EventStream(transcript.events(outputs))
+        output = await while_connected(request, self._whole(transcript, sound))
+        return transcript.response(output)
+
+    def _check_hears(self) -> None:
+        model_class = self._context.engine.config.model_config.model_class
+        if not MULTIMODAL_REGISTRY.get_plugin("audio").has_input_mapper(model_class):
+            raise UnsupportedFeatureError(
+                f"model: got {self._context.model_names[0]!r}, which takes no audio, expected a model that hears."
+            )
+
+    async def _style(self) -> TranscriptionStyle:
+        if self._known_style is None:
+            config = self._context.engine.config.model_config
+            self._known_style = await self._context.engine.in_pool(
+                lambda: transcription_style(config, **self._settings)
+            )
+        return self._known_style
+
+    async def _generate(
+        self, transcript: _Transcript, sound: EncodedMedia, kind: OutputKind
+    ) -> AsyncIterator[RequestOutput]:
+        messages, params = transcript.messages(sound), transcript.form.params()
+        self._context.engine.check_accepts()  # before anything is decoded
+        renderer, loader = self._context.chat(), self._context.media_loader
+        clip = await self._context.engine.in_pool(lambda: loader.decode(sound))
+        transcript.take_duration(clip.duration_s)  # type: ignore[union-attr]
+        prompt = await renderer.arender(messages)
+        outputs = self._context.generate(prompt, params, kind, priority=0, cache_salt=None)
+        async with aclosing(outputs):  # type: ignore[type-var]
+            async for output in outputs:
+                transcript.check_end(output)
+                yield output
+
+    async def _whole(self, transcript: _Transcript, sound: EncodedMedia) -> RequestOutput:
+        async with aclosing(self._generate(transcript, sound, OutputKind.FINAL_ONLY)) as outputs:  # type: ignore[type-var]
+            return await anext(outputs)
+
+
+class _Transcript:
+    """One answer in OpenAI's forms."""
+
+    def __init__(self, form: TranscriptionForm, style: TranscriptionStyle) -> None:
+        self.form = form
+        self._style = style
+        self._duration_s = 0.0
+        self._num_tokens = 0
+
+    def messages(self, sound: EncodedMedia) -> list[dict[str, Any]]:
+        """The chat that asks for it. Raises `InvalidRequestError` for a language that there isn't."""
+        told = self._style.told(self.form.language, self.form.prompt)
+        return [{"role": "user", "content": [{"type": "audio", "audio": sound}, {"type": "text", "text": told}]}]
+
+    def take_duration(self, duration_s: float) -> None:
+        """Note and check how long the sound is. Raises `InvalidRequestError`."""
+        self._style.check_duration(duration_s)
+        self._duration_s = duration_s
+
+    def check_end(self, output: RequestOutput) -> None:
+        """Raises `InvalidRequestError` for a transcript that breaks off where nobody asked for it."""
+        if self.form.max_tokens is None and output.outputs and output.outputs[0].finish_reason == "length":
+            raise InvalidRequestError(
+                "file: got a sound whose transcript doesn't end within the model's context. Send a shorter sound, or "
+                "set max_tokens to get its beginning."
+            )
+
+    def response(self, output: RequestOutput) -> Response:
+        """The answer in one piece."""
+        (whole,) = output.outputs
+        text = TranscriptReader(self._style).take(whole.text, is_last=True)
+        self._num_tokens = len(whole.token_ids)
+        if self.form.response_format == "text":
+            return PlainTextResponse(text)
+        body: dict[str, Any] = {"text": text, "usage": self._usage(output)}
+        if self.form.response_format == "verbose_json":
+            language = self.form.language or "unknown"
+            body = {"task": "transcribe", "language": language, "duration": self._duration_s, **body}
+        return JsonResponse(body)
+
+    async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Any]:
+        """The answer in pieces: `transcript.text.delta`s, then `transcript.text.done` with all of it."""
+        reader, pieces = TranscriptReader(self._style), []
+        async with aclosing(outputs):  # type: ignore[type-var]
+            async for output in outputs:
+                (delta,) = output.outputs
+                self._num_tokens += len(delta.token_ids)
+                if piece := reader.take(delta.text, is_last=delta.finished):
+                    pieces.append(piece)
+                    yield {"type": "transcript.text.delta", "delta": piece}
+        yield {"type": "transcript.text.done", "text": "".join(pieces), "usage": self._usage(output)}
+
+    def _usage(self, output: RequestOutput) -> dict[str, Any]:
+        num_prompt, num_audio = len(output.prompt_token_ids), sum(output.media_token_counts.get("audio", ()))
+        return {
+            "type": "tokens",
+            "input_tokens": num_prompt,
+            "input_token_details": {"audio_tokens": num_audio, "text_tokens": num_prompt - num_audio},
+            "output_tokens": self._num_tokens,
+            "total_tokens": num_prompt + self._num_tokens,
+        }
