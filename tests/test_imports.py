@@ -26,7 +26,7 @@ ROOMS = (
 )
 """From left to right: a room may import rooms to its right, and leaves."""
 
-LEAVES = ("inputs", "multimodal")
+LEAVES = ("inputs", "multimodal", "parsing")
 """Importable by all; they import no room."""
 
 WITHOUT_TORCH = ("sensorium", "sensorium.scheduler", "sensorium.config", "sensorium.messages", "sensorium.outputs")

@@ -1,0 +1,42 @@
+"""A model's text, taken apart: reasoning, content, calls of functions. Knows text only: no engine, no HTTP.
+
+`AnswerParser` takes one answer apart, whole or as it streams. `FORMATS` are the forms in which models write calls,
+`REASONING_FORMATS` those of reasoning; `find_tool_format` and `find_reasoning_format` tell by the chat template which a
+model has.
+"""
+
+from sensorium.parsing.answer import AnswerParser
+from sensorium.parsing.detect import find_reasoning_format, find_tool_format
+from sensorium.parsing.events import (
+    Content,
+    Event,
+    ParsedAnswer,
+    ParsedCall,
+    Reasoning,
+    ToolCallArguments,
+    ToolCallStart,
+    collect,
+)
+from sensorium.parsing.formats import FORMATS, ToolFormat
+from sensorium.parsing.reasoning import REASONING_FORMATS, ReasoningFormat
+from sensorium.parsing.tools import Tool, Tools
+
+__all__ = [
+    "FORMATS",
+    "REASONING_FORMATS",
+    "AnswerParser",
+    "Content",
+    "Event",
+    "ParsedAnswer",
+    "ParsedCall",
+    "Reasoning",
+    "ReasoningFormat",
+    "Tool",
+    "ToolCallArguments",
+    "ToolCallStart",
+    "ToolFormat",
+    "Tools",
+    "collect",
+    "find_reasoning_format",
+    "find_tool_format",
+]

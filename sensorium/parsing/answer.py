@@ -1,0 +1,77 @@
+"""An answer's text, taken apart as it comes: reasoning, content, calls."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from sensorium.parsing.events import Content, Event, ParsedAnswer, collect
+from sensorium.parsing.formats import ToolFormat
+from sensorium.parsing.reader import Reader, Steps
+from sensorium.parsing.reasoning import ReasoningFormat
+from sensorium.parsing.sink import Sink
+from sensorium.parsing.tools import Tools
+
+
+class AnswerParser:
+    """Takes one answer apart. However its text is cut into pieces, the events say the same.
+
+        parser = AnswerParser(reasoning=REASONING_FORMATS["think"], tool_format=FORMATS["hermes"], tools=tools)
+        events = parser.push("<think>Hm.</think>") + parser.push("Hello") + parser.finish()
+
+    Nothing that the model wrote is lost but marks, the white space around them, and calls beyond `max_calls`: what
+    looks like a call and is none is content. Linear in the text.
+
+    Args:
+        reasoning: how the model marks its reasoning; None: it isn't looked for.
+        is_reasoning_open: the prompt ended within reasoning.
+        tool_format: how the model writes calls; None: they aren't looked for.
+        tools: the functions that it may call.
+        max_calls: calls beyond are dropped; None for any number.
+    """
+
+    def __init__(
+        self,
+        *,
+        reasoning: ReasoningFormat | None = None,
+        is_reasoning_open: bool = False,
+        tool_format: ToolFormat | None = None,
+        tools: Tools | None = None,
+        max_calls: int | None = None,
+    ) -> None:
+        self._reader = Reader()
+        self._sink = Sink(max_calls)
+        self._is_plain = reasoning is None and tool_format is None
+        self._steps = self._read(reasoning, is_reasoning_open, tool_format, tools or Tools(()))
+
+    def push(self, text: str) -> list[Event]:
+        """More of the answer; returns what is certain now."""
+        if self._is_plain:
+            return [Content(text)] if text else []
+        if text:
+            self._reader.push(text)
+            next(self._steps, None)
+        return self._sink.take()
+
+    def finish(self) -> list[Event]:
+        """The answer has ended; returns the rest."""
+        if self._is_plain:
+            return []
+        self._reader.close()
+        for _ in self._steps:
+            raise AssertionError("a parser waits for text behind the end")
+        self._sink.finish()
+        return self._sink.take()
+
+    def _read(
+        self, reasoning: ReasoningFormat | None, is_open: bool, tool_format: ToolFormat | None, tools: Tools
+    ) -> Steps[None]:
+        if reasoning is not None:
+            yield from reasoning.read(self._reader, self._sink, is_open=is_open)
+        if tool_format is not None:
+            yield from tool_format.read(self._reader, self._sink, tools)
+        yield from self._reader.rest(self._sink.content)
+
+    def parse(self, pieces: Iterable[str]) -> ParsedAnswer:
+        """A whole answer, of one piece or several."""
+        events = [event for piece in pieces for event in self.push(piece)]
+        return collect([*events, *self.finish()])

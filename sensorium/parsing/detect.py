@@ -1,0 +1,89 @@
+"""Which forms a model uses, by its chat template.
+
+A template that shows past calls shows how the model writes them: it is rendered on a conversation with a call, and what
+stands there is what the model was trained on. Where that can't be had, its own text is looked through.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, TypeVar
+
+from sensorium.errors import ConfigError
+from sensorium.parsing.formats import FORMATS, ToolFormat
+from sensorium.parsing.reasoning import REASONING_FORMATS, ReasoningFormat
+
+AUTO, NONE = "auto", "none"
+
+_T = TypeVar("_T")
+
+Render = Callable[[list[Mapping[str, Any]], list[Mapping[str, Any]]], str | None]
+"""Renders messages and tools by a template; None where it refuses them."""
+
+_PROBE = "qxzprobe"
+_TOOL = {
+    "type": "function",
+    "function": {
+        "name": _PROBE,
+        "description": _PROBE,
+        "parameters": {"type": "object", "properties": {"qxzkey": {"type": "string"}}, "required": ["qxzkey"]},
+    },
+}
+_CALL = {"id": "qxzcall00", "type": "function", "function": {"name": _PROBE, "arguments": {"qxzkey": "qxzvalue"}}}
+_QUESTION: Mapping[str, Any] = {"role": "user", "content": "q"}
+_ANSWER: Mapping[str, Any] = {"role": "assistant", "content": "", "tool_calls": [_CALL]}
+_RESULT: Mapping[str, Any] = {"role": "tool", "tool_call_id": "qxzcall00", "name": _PROBE, "content": "r"}
+
+
+def shows_tools(render: Render) -> bool:
+    """Whether a template tells the model which tools there are."""
+    return _PROBE in (render([_QUESTION], [_TOOL]) or "")
+
+
+def find_tool_format(template: str, render: Render | None = None, asked: str = AUTO) -> ToolFormat | None:
+    """The form of calls that `asked` names, or that a template has; None if there is none.
+
+    Raises `ConfigError` (a `ValueError`) for a name that there isn't.
+    """
+    if asked != AUTO:
+        return _named("tool_parser", asked, FORMATS)
+    for text in (_rendered_call(render), template):
+        for each in FORMATS.values():
+            if each.is_shown_by(text):
+                return each
+    return None
+
+
+def find_reasoning_format(template: str, asked: str = AUTO) -> ReasoningFormat | None:
+    """The marks of reasoning that `asked` names, or that a template has; None if there are none.
+
+    Raises `ConfigError` (a `ValueError`) for a name that there isn't.
+    """
+    if asked != AUTO:
+        return _named("reasoning_parser", asked, REASONING_FORMATS)
+    return next((each for each in REASONING_FORMATS.values() if each.end in template), None)
+
+
+def check_names(tool_parser: str, reasoning_parser: str) -> None:
+    """Raises `ConfigError` (a `ValueError`) for names that there aren't."""
+    find_tool_format("", None, tool_parser)
+    find_reasoning_format("", reasoning_parser)
+
+
+def _rendered_call(render: Render | None) -> str:
+    """What a template makes of a call; empty if it shows none."""
+    if render is None:
+        return ""
+    for messages in ([_QUESTION, _ANSWER, _RESULT], [_QUESTION, _ANSWER]):
+        shown = render(messages, [])
+        if shown is not None and _PROBE in shown and "qxzvalue" in shown:
+            return shown
+    return ""
+
+
+def _named(setting: str, asked: str, formats: Mapping[str, _T]) -> _T | None:
+    if asked == NONE:
+        return None
+    if asked not in formats:
+        raise ConfigError(f"{setting}: got {asked!r:.60}, expected one of {[AUTO, NONE, *formats]}. Set {setting}.")
+    return formats[asked]

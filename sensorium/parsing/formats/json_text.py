@@ -1,0 +1,94 @@
+"""Calls as JSON without marks around them: the whole answer is a call, or several.
+
+Llama 3    {"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}     perhaps behind <|python_tag|>
+plain      {"name": "f", "arguments": {"a": 1}}    or a list of such, perhaps in a fence of ```json
+
+JSON is taken for a call only if it names a function that the request offers and has no members but a call's: a
+model may just as well answer in JSON.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import ClassVar
+
+from sensorium.parsing.call_object import CallObject, Outcome
+from sensorium.parsing.formats.base import ToolFormat
+from sensorium.parsing.reader import WHITESPACE, Reader, Steps
+from sensorium.parsing.sink import Sink
+from sensorium.parsing.tools import Tools
+
+PYTHON_TAG = "<|python_tag|>"
+FENCE, FENCE_NAME = "```", "json"
+_SEPARATORS = re.compile(r"[\s;,]*")
+_CLOSERS = re.compile(r"[\s}\]]*")
+
+
+class JsonText(ToolFormat):
+    """Plain JSON."""
+
+    name = "json"
+    begins: ClassVar[tuple[str, ...]] = ()
+    """Marks behind which calls may stand anywhere in an answer."""
+
+    def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
+        """See `ToolFormat`."""
+        reader.mark()
+        yield from reader.run(WHITESPACE)
+        while True:
+            for begin in self.begins:
+                yield from reader.take(begin)
+            yield from _read_calls(reader, sink, tools)
+            if not self.begins:
+                yield from reader.rest(sink.content)
+                return
+            found = yield from reader.until(self.begins, sink.content)
+            if found is None:
+                return
+            reader.mark(found)
+
+    def is_shown_by(self, text: str) -> bool:
+        """See `ToolFormat`."""
+        return re.search(r'"name":\s?"[^"]*",\s?"arguments":\s?\{', text) is not None
+
+
+class LlamaJson(JsonText):
+    """As Llama 3 writes it."""
+
+    name = "llama3"
+    markers = (PYTHON_TAG,)
+    begins = (PYTHON_TAG,)
+
+    def is_shown_by(self, text: str) -> bool:
+        """See `ToolFormat`."""
+        return PYTHON_TAG in text or re.search(r'"name":\s?"[^"]*",\s?"parameters":\s?\{', text) is not None
+
+
+def _read_calls(reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
+    """Calls one after another. What is none goes to the content, with everything marked before it."""
+    has_fence = yield from reader.take(FENCE)
+    if has_fence:
+        yield from reader.take(FENCE_NAME)
+    yield from reader.run(WHITESPACE)
+    yield from reader.take("[")
+    has_calls = False
+    while (yield from _at_brace(reader)):
+        outcome = yield from CallObject(reader, sink, tools.__contains__, only_calls=True).read()
+        if outcome is not Outcome.CALL:
+            sink.content(reader.unmark())
+            return
+        has_calls = True
+        reader.mark()
+        yield from reader.run(_SEPARATORS)
+    read = reader.unmark()
+    if not has_calls:
+        sink.content(read)
+        return
+    yield from reader.run(_CLOSERS)
+    if has_fence:
+        yield from reader.take(FENCE)
+
+
+def _at_brace(reader: Reader) -> Steps[bool]:
+    yield from reader.run(WHITESPACE)
+    return (yield from reader.peek(1)) == "{"

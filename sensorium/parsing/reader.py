@@ -1,0 +1,137 @@
+"""Text that arrives in pieces, read by generators that wait where it ends.
+
+A parser is a generator that reads as if all text were there:
+
+    found = yield from reader.until(("<tool_call>",), sink.content)
+
+Where the text ends and more may come, it yields; `push` and `close` let it go on. Every read takes all that it can, so
+that what stays unread is shorter than the longest literal: the work is linear in the text, however it is cut.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Generator
+from functools import lru_cache
+from typing import TypeAlias, TypeVar
+
+from sensorium.parsing.json_scanner import JsonScanner
+
+_T = TypeVar("_T")
+Steps: TypeAlias = Generator[None, None, _T]
+Emit: TypeAlias = Callable[[str], None]
+
+WHITESPACE = re.compile(r"\s*")
+
+
+class Reader:
+    """The text of one answer. Reads never go back; what was read since `mark` can be had again by `unmark`."""
+
+    def __init__(self) -> None:
+        self._text = ""
+        self._at = 0
+        self._is_closed = False
+        self._marked: list[str] | None = None
+
+    def push(self, text: str) -> None:
+        """Add text."""
+        self._text = self._text[self._at :] + text
+        self._at = 0
+
+    def close(self) -> None:
+        """No more text will come."""
+        self._is_closed = True
+
+    def mark(self, before: str = "") -> None:
+        """Keep what is read from here on, behind `before`."""
+        self._marked = [before]
+
+    def unmark(self) -> str:
+        """What was read since `mark`; keeps no more of it."""
+        marked, self._marked = self._marked, None
+        return "".join(marked or ())
+
+    def take(self, literal: str) -> Steps[bool]:
+        """Whether `literal` comes next; if so, it is read."""
+        while True:
+            ahead = self._text[self._at : self._at + len(literal)]
+            if ahead == literal:
+                self._read_to(self._at + len(literal))
+                return True
+            if self._is_closed or not literal.startswith(ahead):
+                return False
+            yield
+
+    def peek(self, count: int) -> Steps[str]:
+        """The next characters, unread; fewer only where the text ends."""
+        while len(self._text) - self._at < count and not self._is_closed:
+            yield
+        return self._text[self._at : self._at + count]
+
+    def run(self, characters: re.Pattern[str]) -> Steps[str]:
+        """All that matches a pattern of the form `[...]*`."""
+        pieces = []
+        while True:
+            match = characters.match(self._text, self._at)
+            assert match is not None
+            pieces.append(self._read_to(match.end()))
+            if self._at < len(self._text) or self._is_closed:
+                return "".join(pieces)
+            yield
+
+    def until(self, literals: tuple[str, ...], emit: Emit) -> Steps[str | None]:
+        """The first of the literals that comes, read; None where the text ends. What stands before goes to `emit`."""
+        pattern = _any_of(literals)
+        while True:
+            match = pattern.search(self._text, self._at)
+            if match is not None:
+                emit(self._read_to(match.start()))
+                self._read_to(match.end())
+                return match.group()
+            if self._is_closed:
+                emit(self._read_to(len(self._text)))
+                return None
+            emit(self._read_to(len(self._text) - self._open_length(literals)))
+            yield
+
+    def json(self, scanner: JsonScanner, emit: Emit) -> Steps[bool]:
+        """Read a JSON value to its end; False where it is none, of which the beginning has been read."""
+        while True:
+            pieces: list[str] = []
+            self._read_to(scanner.feed(self._text, self._at, pieces))
+            emit("".join(pieces))
+            if scanner.is_done or scanner.is_broken:
+                return scanner.is_done
+            if self._is_closed:
+                return False
+            yield
+
+    def rest(self, emit: Emit) -> Steps[None]:
+        """Everything that is left."""
+        while True:
+            emit(self._read_to(len(self._text)))
+            if self._is_closed:
+                return
+            yield
+
+    def _read_to(self, end: int) -> str:
+        piece = self._text[self._at : end]
+        self._at = end
+        if self._marked is not None:
+            self._marked.append(piece)
+        return piece
+
+    def _open_length(self, literals: tuple[str, ...]) -> int:
+        """Characters at the end that may be the beginning of a literal."""
+        longest = min(max(map(len, literals)) - 1, len(self._text) - self._at)
+        for length in range(longest, 0, -1):
+            tail = self._text[-length:]
+            if any(literal.startswith(tail) for literal in literals):
+                return length
+        return 0
+
+
+@lru_cache(maxsize=64)
+def _any_of(literals: tuple[str, ...]) -> re.Pattern[str]:
+    longest_first = sorted(literals, key=len, reverse=True)
+    return re.compile("|".join(re.escape(literal) for literal in longest_first))

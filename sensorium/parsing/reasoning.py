@@ -1,0 +1,53 @@
+"""Text that a model writes for itself before it answers, between two marks.
+
+Qwen 3, DeepSeek, GLM and most others     <think> ... </think>
+Seed-OSS                                  <seed:think> ... </seed:think>
+Magistral                                 [THINK] ... [/THINK], special tokens
+
+Templates differ in who writes the first mark: the model, or the end of the prompt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+from sensorium.parsing.reader import WHITESPACE, Reader, Steps
+from sensorium.parsing.sink import Sink
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningFormat:
+    """A pair of marks."""
+
+    name: str
+    begin: str
+    end: str
+
+    def is_open_in(self, prompt: str) -> bool:
+        """Whether a rendered prompt ends within reasoning, so that the answer begins there."""
+        return prompt.rstrip().endswith(self.begin)
+
+    def read(self, reader: Reader, sink: Sink, *, is_open: bool) -> Steps[None]:
+        """Read an answer to the end of its reasoning, if it begins with any."""
+        space = yield from reader.run(WHITESPACE)
+        has_begin = yield from reader.take(self.begin)  # some models repeat it
+        if not is_open and not has_begin:
+            sink.content(space)
+            return
+        yield from reader.until((self.end,), sink.reasoning)
+        sink.end_reasoning()
+
+
+REASONING_FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
+    {
+        each.name: each
+        for each in (
+            ReasoningFormat("seed", "<seed:think>", "</seed:think>"),
+            ReasoningFormat("mistral", "[THINK]", "[/THINK]"),
+            ReasoningFormat("think", "<think>", "</think>"),
+        )
+    }
+)
+"""By name. In this order they are looked for in chat templates."""

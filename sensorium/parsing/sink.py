@@ -1,0 +1,105 @@
+"""Where a parser writes: turns what it found into events, and keeps white space where it belongs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from itertools import groupby
+from typing import Any
+
+from sensorium.parsing.events import Content, Event, Reasoning, ToolCallArguments, ToolCallStart
+
+
+class Sink:
+    """Collects the events of one answer.
+
+    White space around calls and around reasoning is layout, and left out. Until it is known whether it stands there, it
+    is held back. An answer that is text alone keeps every character.
+    """
+
+    def __init__(self, max_calls: int | None = None) -> None:
+        """`max_calls`: calls beyond are dropped; None for any number."""
+        self._events: list[Event] = []
+        self._max_calls = max_calls
+        self.num_calls = 0
+        """Calls begun, dropped ones included."""
+        self._is_layout = False
+        """White space at the beginning of content is none of it."""
+        self._has_content = False
+        self._content_space: list[str] = []
+        self._has_reasoning = False
+        self._reasoning_space: list[str] = []
+
+    def take(self) -> list[Event]:
+        """The events since the last time; neighbours of a kind are joined."""
+        events, self._events = self._events, []
+        return [_joined(list(group)) for _, group in groupby(events, key=_kind)]
+
+    def content(self, text: str) -> None:
+        """Text for the reader."""
+        if not self._has_content and self._is_layout:
+            text = text.lstrip()
+        shown = text.rstrip()
+        if shown:
+            self._has_content = True
+            self._events.append(Content("".join((*self._content_space, shown))))
+            self._content_space.clear()
+        if len(shown) < len(text):
+            self._content_space.append(text[len(shown) :])
+
+    def reasoning(self, text: str) -> None:
+        """Text that the model writes for itself."""
+        if not self._has_reasoning:
+            text = text.lstrip()
+        shown = text.rstrip()
+        if shown:
+            self._has_reasoning = True
+            self._events.append(Reasoning("".join((*self._reasoning_space, shown))))
+            self._reasoning_space.clear()
+        if len(shown) < len(text):
+            self._reasoning_space.append(text[len(shown) :])
+
+    def end_reasoning(self) -> None:
+        """What follows is content."""
+        self._expect_layout()
+
+    def start_call(self, name: str) -> None:
+        """A call of a function, whose arguments follow."""
+        self._expect_layout()
+        self.num_calls += 1
+        if self._is_wanted:
+            self._events.append(ToolCallStart(self.num_calls - 1, name))
+
+    def arguments(self, text: str) -> None:
+        """More arguments of the last call."""
+        if text and self._is_wanted:
+            self._events.append(ToolCallArguments(self.num_calls - 1, text))
+
+    def finish(self) -> None:
+        """The answer has ended."""
+        if not self._is_layout:
+            self._events.extend(Content(space) for space in self._content_space)
+        self._content_space.clear()
+
+    @property
+    def _is_wanted(self) -> bool:
+        return self._max_calls is None or self.num_calls <= self._max_calls
+
+    def _expect_layout(self) -> None:
+        self._is_layout = True
+        if not self._has_content:
+            self._content_space.clear()
+
+
+def _kind(event: Event) -> Any:
+    if isinstance(event, ToolCallArguments):
+        return ToolCallArguments, event.index
+    return id(event) if isinstance(event, ToolCallStart) else type(event)
+
+
+def _joined(events: Sequence[Event]) -> Event:
+    """Events of one kind as one."""
+    first = events[0]
+    if len(events) == 1 or isinstance(first, ToolCallStart):
+        return first
+    return replace(first, text="".join(event.text for event in events if not isinstance(event, ToolCallStart)))
