@@ -75,6 +75,21 @@ def test_a_config_file_that_is_wrong_is_refused(tmp_path: Path, text: str, match
         parse("m", "--config", str(path))
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bench", "--help"], ["serve", "--help"]])
+def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
+    heavy = {"torch", "transformers", "starlette", "matplotlib", "pydantic", "av"}
+    code = f"""
+import sys
+from sensorium.entrypoints.cli.main import main
+try:
+    main({arguments!r})
+except SystemExit as end:
+    print("status", end.code, sorted({heavy!r} & set(sys.modules)))
+"""
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.splitlines()[-1] == "status 0 []"
+
+
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "m", "--port", "99999"]) == 2
     assert capsys.readouterr().err == "sensorium: port: got 99999, expected 0 to 65535. Set port.\n"

@@ -4,6 +4,7 @@ max_model_len: int | None = None          -->   --max-model-len INT
 enable_prefix_caching: bool = True        -->   --enable-prefix-caching, --no-enable-prefix-caching
 limit_mm_per_prompt: Mapping[str, int]    -->   --limit-mm-per-prompt '{"image": 4}'
 api_key: tuple[str, ...]                  -->   --api-key A --api-key B
+text_words: Span                          -->   --text-words SPAN, for a class with a `parse`
 """
 
 from __future__ import annotations
@@ -17,21 +18,55 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Protocol, Self, TypeVar
 
 from sensorium.errors import ConfigError
 
 _T = TypeVar("_T")
 
 
-def add_flags(parser: argparse.ArgumentParser, kind: type, *, leave_out: Sequence[str] = ()) -> None:
-    """Add a group of flags for the fields of a dataclass. What isn't given stays out of the parsed result."""
+class Parsed(Protocol):
+    """What a field's own type has, if it is not one of the plain ones."""
+
+    @classmethod
+    def parse(cls, text: str) -> Self:
+        """The value as people write it. Raises `ConfigError`."""
+
+
+def add_config(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that names a file of settings."""
+    parser.add_argument("--config", metavar="FILE", help="a YAML file with values of the flags below; flags win")
+
+
+def read_settings(parsed: argparse.Namespace, kinds: Sequence[type]) -> dict[str, Any]:
+    """All values by field name: those of the config file, and over them those of the flags.
+
+    Raises:
+        ConfigError: The config file can't be used.
+    """
+    values = read_config(parsed.config, kinds) if parsed.config else {}
+    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
+    return values | {name: value for name, value in given.items() if value is not None}
+
+
+def add_flags(
+    parser: argparse.ArgumentParser,
+    kind: type,
+    *,
+    leave_out: Sequence[str] = (),
+    defaults: Mapping[str, Any] | None = None,
+) -> None:
+    """Add a group of flags for the fields of a dataclass. What isn't given stays out of the parsed result.
+
+    `defaults` are the command's own, where they differ from the class's: for the help alone.
+    """
     group = parser.add_argument_group(kind.__name__)
     hints, helps = typing.get_type_hints(kind), field_docs(kind)
     for field in fields(kind):
         if field.name not in leave_out:
             text = helps.get(field.name, "").replace("%", "%%")
-            default = "" if _default(field) in (None, MISSING) else f" [{_default(field)}]".replace("%", "%%")
+            value = (defaults or {}).get(field.name, _default(field))
+            default = "" if value is None else f" [{value}]".replace("%", "%%")
             group.add_argument(
                 "--" + field.name.replace("_", "-"),
                 dest=field.name,
@@ -98,7 +133,10 @@ def _attribute_lines(text: str) -> dict[str, str]:
 
 
 def _default(field: Field[Any]) -> Any:
-    return None if field.default in (MISSING, ()) else field.default
+    """What the help shows; None for nothing."""
+    if isinstance(field.default, tuple):
+        return " ".join(map(str, field.default)) or None
+    return None if field.default is MISSING else field.default
 
 
 def _form(hint: Any) -> dict[str, Any]:
@@ -107,12 +145,14 @@ def _form(hint: Any) -> dict[str, Any]:
     origin = typing.get_origin(hint)
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
-    if origin is tuple:
-        return {"action": "append", "type": typing.get_args(hint)[0], "metavar": "VALUE"}
     if origin is not None and issubclass(origin, Mapping):
         return {"type": _json_object, "metavar": "JSON"}
+    if origin is not None and issubclass(origin, Sequence):
+        return {"action": "append", **_form(typing.get_args(hint)[0])}
     if hint in (int, float, str):
         return {"type": hint, "metavar": hint.__name__.upper()}
+    if hasattr(hint, "parse"):
+        return {"type": _as_argument(hint), "metavar": hint.__name__.upper()}
     raise TypeError(f"a field of type {hint} has no form as a flag")
 
 
@@ -120,6 +160,16 @@ def _without_none(hint: Any) -> Any:
     if typing.get_origin(hint) in (types.UnionType, typing.Union):
         (hint,) = [each for each in typing.get_args(hint) if each is not type(None)]
     return hint
+
+
+def _as_argument(kind: type[Parsed]) -> Callable[[str], Parsed]:
+    def parse(text: str) -> Parsed:
+        try:
+            return kind.parse(text)
+        except ConfigError as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+
+    return parse
 
 
 def _json_object(text: str) -> dict[str, Any]:
@@ -136,11 +186,18 @@ def _as_given(name: str, value: Any, hint: Any) -> Any:
     """A value of a YAML file, checked as a flag would be."""
     plain = _without_none(hint)
     origin = typing.get_origin(plain)
-    if origin is tuple:
-        return tuple(str(each) for each in (value if isinstance(value, list) else [value]))
+    if origin is not None and issubclass(origin, Sequence):
+        (kind, *_) = typing.get_args(plain)
+        return tuple(_one_of_several(each, kind) for each in (value if isinstance(value, list) else [value]))
+    if hasattr(plain, "parse"):
+        return plain.parse(str(value))
     expected = Mapping if origin is not None else (int, float) if plain is float else plain
     if value is None and plain is not hint:
         return None
     if not isinstance(value, expected) or (isinstance(value, bool) and plain is not bool):
         raise ConfigError(f"{name}: got {value!r} in the config file, expected {plain}. Correct it.")
     return value
+
+
+def _one_of_several(value: Any, kind: Any) -> Any:
+    return kind.parse(str(value)) if hasattr(kind, "parse") else kind(value)

@@ -1,22 +1,55 @@
-"""The `sensorium` command: finds the subcommand and reports errors in one line."""
+"""The `sensorium` command: finds the subcommand and reports errors in one line.
+
+A subcommand's module is imported when its arguments are needed, so that `sensorium --help` loads nothing.
+"""
 
 from __future__ import annotations
 
 import argparse
+import importlib
+import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sensorium
-from sensorium.entrypoints.cli import serve
 from sensorium.errors import SensoriumError
+
+_HERE = "sensorium.entrypoints.cli"
+_COMMANDS = {
+    "serve": (f"{_HERE}.serve", "serve a model over HTTP, as OpenAI's API has it"),
+    "bench": (f"{_HERE}.bench", "measure a server, or a model in this process"),
+}
+"""By name: the module with `fill(parser)`, and the help. `fill` sets the default `run`, which takes what was parsed."""
+
+
+class LazyParser(argparse.ArgumentParser):
+    """A parser whose arguments are added by its module once it is asked to parse."""
+
+    def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._module = module
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """See argparse."""
+        if self._module is not None:
+            module, self._module = self._module, None
+            importlib.import_module(module).fill(self)
+        return super().parse_known_args(args, namespace)
+
+
+def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[str, str]]) -> None:
+    """Add subcommands, given as in `_COMMANDS`."""
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=LazyParser)
+    for name, (module, text) in commands.items():
+        subparsers.add_parser(name, module=module, help=text, description=f"{text[0].upper()}{text[1:]}.")
 
 
 def make_parser() -> argparse.ArgumentParser:
     """The whole command line."""
-    parser = argparse.ArgumentParser("sensorium", description="Serve multimodal models.")
-    parser.add_argument("--version", action="version", version=sensorium.__version__)
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    serve.add_parser(commands)
+    parser = argparse.ArgumentParser("sensorium", description="Run and serve multimodal models.")
+    parser.add_argument("--version", action="version", version=f"sensorium {sensorium.__version__}")
+    add_commands(parser, _COMMANDS)
     return parser
 
 
@@ -30,6 +63,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
+    except BrokenPipeError:  # whoever read the output has gone; there is nobody to tell
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return status
 
 

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-from typing import Any
 
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
-from sensorium.entrypoints.cli.flags import add_flags, build, read_config
+from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.multimodal.media.limits import MediaLimits
 
 _KINDS = (ServerArgs, EngineArgs, MediaLimits)
 
 
-def add_parser(commands: Any) -> None:
-    """Add the command to those of `sensorium`."""
-    parser = commands.add_parser("serve", help="serve a model over HTTP, as OpenAI's API has it")
+def fill(parser: argparse.ArgumentParser) -> None:
+    """Add the command's arguments."""
     parser.add_argument("model", nargs="?", help='a directory, a name on the model hub, or "demo"')
-    parser.add_argument("--config", metavar="FILE", help="a YAML file with values of the flags below; flags win")
+    add_config(parser)
     for kind in _KINDS:
         add_flags(parser, kind, leave_out=["model"])
     parser.set_defaults(run=run)
@@ -31,9 +29,7 @@ def settings(parsed: argparse.Namespace) -> tuple[EngineArgs, ServerArgs, MediaL
     Raises:
         ConfigError: A value can't be used.
     """
-    values = read_config(parsed.config, _KINDS) if parsed.config else {}
-    given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
-    values |= {name: value for name, value in given.items() if value is not None}
+    values = read_settings(parsed, _KINDS)
     return build(EngineArgs, {"model": "demo", **values}), build(ServerArgs, values), build(MediaLimits, values)
 
 

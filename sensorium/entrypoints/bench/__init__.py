@@ -1,0 +1,1 @@
+"""Benchmarks: random workloads, a light load generator, statistics, charts. Commands are in `entrypoints/cli`."""
