@@ -71,9 +71,10 @@ def _candidates(device_type: str) -> list[AttentionBackend]:
     from sensorium.attention.cpu import CpuBackend
     from sensorium.attention.sdpa import SdpaBackend
     from sensorium.attention.torch_reference import TorchReferenceBackend
+    from sensorium.attention.triton import TritonBackend
 
     fallbacks: list[AttentionBackend] = [SdpaBackend(), TorchReferenceBackend()]
-    return [CpuBackend(), *fallbacks] if device_type == "cpu" else fallbacks
+    return [CpuBackend() if device_type == "cpu" else TritonBackend(), *fallbacks]
 
 
 @lru_cache(maxsize=64)

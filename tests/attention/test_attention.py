@@ -19,6 +19,7 @@ from sensorium.attention import (
 from sensorium.attention.backend import AttentionBackend, AttentionSpec, select_backend
 from sensorium.attention.sdpa import SdpaBackend
 from sensorium.attention.torch_reference import TorchReferenceBackend
+from sensorium.attention.triton import TritonBackend
 from sensorium.errors import ModelError
 
 
@@ -238,8 +239,13 @@ def test_cross_attention_is_refused() -> None:
 
 
 def test_softcap_finds_a_backend_that_has_it() -> None:
-    spec = AttentionSpec(4, 2, 16, 0.25, softcap=30.0)
+    spec = AttentionSpec(4, 2, 512, 0.25, softcap=30.0)
     assert select_backend(spec, "cuda", torch.float32).name == TorchReferenceBackend.name
+
+
+def test_cuda_runs_by_triton() -> None:
+    pytest.importorskip("triton", reason="Triton is not installed")
+    assert select_backend(AttentionSpec(4, 2, 64, 0.25), "cuda", torch.bfloat16).name == TritonBackend.name
 
 
 def test_metadata_from_numpy() -> None:
