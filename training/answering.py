@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from training.blueprint import FRAMES_PER_SECOND, SAMPLE_RATE, TEMPORAL_PATCH_SIZE
-from training.dialogue import Item, Media
+from training.dialogue import FULL_SCALE, Item, Media
 from training.encoding import IGNORE, merged_grid, num_audio_tokens, tokenizer
 from training.features import patchify
 from training.loader import collate
@@ -225,7 +225,7 @@ def _wav(waveform: np.ndarray[Any, np.dtype[np.float32]]) -> bytes:
         writer.setnchannels(1)
         writer.setsampwidth(2)
         writer.setframerate(SAMPLE_RATE)
-        writer.writeframes((waveform * 32767).astype("<i2").tobytes())
+        writer.writeframes((waveform * FULL_SCALE).astype("<i2").tobytes())
     return buffer.getvalue()
 
 

@@ -11,6 +11,8 @@ import numpy.typing as npt
 Modality = Literal["image", "video", "audio"]
 Pixels = npt.NDArray[np.uint8]
 Waveform = npt.NDArray[np.float32]
+# Sounds have 16 bits, as in files: a sample is a whole number of steps, of which 1.0 has so many.
+FULL_SCALE = 32768
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,11 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from training.blueprint import MERGE_SIZE, PATCH_SIZE, TEMPORAL_PATCH_SIZE, TOKEN_ID
-from training.dialogue import Item
+from training.dialogue import FULL_SCALE, Item
 from training.encoding import IGNORE, encode_item
 from training.network import Batch
 from training.speech import SpeechBank
-from training.worlds import Layout, Source, sample_item, sample_layout
+from training.worlds import Layout, Source, layout_of, sample_item, world_of
 
 # Whole chunks of two seconds that hold the longest sound.
 MAX_SAMPLES = 96_000
@@ -42,8 +42,9 @@ _MEDIA_IDS = tuple(TOKEN_ID[name] for name in ("<|IMAGE|>", "<|VIDEO|>", "<|AUDI
 class Batches(Dataset[Batch]):
     """Batch number ``index`` is a function of ``(seed, index)`` alone.
 
-    ``tokens`` sets the size of a batch: about so many rows of the language model. ``ramp`` is the number of batches
-    over which the difficulty grows to its full value.
+    ``tokens`` sets the size of a batch: about so many rows of the language model, of which those of a picture count
+    double, for the vision tower has four patches for each. ``ramp`` is the number of batches over which the difficulty
+    grows to its full value.
     """
 
     seed: int
@@ -52,11 +53,15 @@ class Batches(Dataset[Batch]):
     ramp: int
 
     def __getitem__(self, index: int) -> Batch:
+        return self.make(world_of(index), index)
+
+    def make(self, world: str, index: int) -> Batch:
+        """A batch of a given world."""
         rng = random.Random(f"{self.seed} {index}")
-        layout = sample_layout(rng)
+        layout = layout_of(world, rng)
         difficulty = min(1.0, 0.25 + 0.75 * index / max(self.ramp, 1))
         source = Source("train", _load_bank(self.bank), difficulty)
-        size = max(self.tokens // _expected_length(layout), 1)
+        size = max(self.tokens // _expected_cost(layout), 1)
         items = [sample_item(rng, layout, source, rng.choice(_TURNS[layout.world])) for _ in range(size)]
         return collate(items)
 
@@ -66,13 +71,13 @@ def _load_bank(path: Path) -> SpeechBank:
     return SpeechBank.load(path)
 
 
-def _expected_length(layout: Layout) -> int:
-    """Rows of an item in the language model, by rule of thumb."""
+def _expected_cost(layout: Layout) -> int:
+    """Rows of an item in the language model by rule of thumb, those of pictures counted double."""
     side = PATCH_SIZE * MERGE_SIZE
     pictures = 2 if layout.world == "pair" else max(layout.num_frames // TEMPORAL_PATCH_SIZE, 1)
     visual = pictures * (layout.height // side) * (layout.width // side)
     audio = 125 if layout.world in ("sound", "both") else 0
-    return visual + audio + 25 * (_TURNS[layout.world][-1] + 1)
+    return 2 * visual + audio + 25 * (_TURNS[layout.world][-1] + 1)
 
 
 def collate(items: list[Item]) -> Batch:
@@ -91,9 +96,9 @@ def collate(items: list[Item]) -> Batch:
     frames = torch.from_numpy(np.stack(pictures)) if pictures else None
     if frames is not None and frames.ndim == 4:
         frames = frames[:, None]
-    audio = np.zeros((len(waveforms), MAX_SAMPLES), np.float32)
+    audio = np.zeros((len(waveforms), MAX_SAMPLES), np.int16)
     for row, waveform in enumerate(waveforms):
-        audio[row, : len(waveform)] = waveform
+        audio[row, : len(waveform)] = waveform * FULL_SCALE
     slots, rows = _place_media(ids)
     return Batch(
         input_ids=torch.from_numpy(ids),
@@ -121,14 +126,15 @@ def _place_media(ids: npt.NDArray[np.int64]) -> tuple[npt.NDArray[np.int64], npt
     return slots, rows
 
 
-def batches(dataset: Batches, start: int, stop: int, num_workers: int) -> Iterator[Batch]:
-    """Batches ``start`` to ``stop`` in order."""
+def batches(dataset: Batches, indices: range, num_workers: int) -> Iterator[Batch]:
+    """The batches of these numbers, in order. Workers start at once, and share the bank of spoken words."""
+    _load_bank(dataset.bank)
     loader = DataLoader(
         dataset,
         batch_size=None,
-        sampler=range(start, stop),
+        sampler=indices,
         num_workers=num_workers,
-        prefetch_factor=6 if num_workers else None,
+        prefetch_factor=4 if num_workers else None,
         worker_init_fn=_limit_threads,
         pin_memory=torch.cuda.is_available(),
     )

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from training.blueprint import AUDIO_CONFIG, TEXT_CONFIG, VISION_CONFIG
+from training.dialogue import FULL_SCALE
 from training.features import HOP_LENGTH, log_mel, patchify
 
 
@@ -24,7 +25,7 @@ class Batch:
     """Items of one layout on one device.
 
     ``input_ids`` and ``labels`` are ``(batch, length)``, ``positions`` is ``(3, batch, length)``. ``frames`` is uint8
-    ``(pictures, num_frames, height, width, 3)``; ``waveforms`` is float32 ``(batch, samples)`` with ``num_samples``
+    ``(pictures, num_frames, height, width, 3)``; ``waveforms`` is int16 ``(batch, samples)`` with ``num_samples``
     ``(batch,)``. Row ``media_rows[i]`` of the media features stands at token ``media_slots[i]`` of the flattened batch.
     """
 
@@ -126,6 +127,17 @@ class VisionBlock(nn.Module):
         return hidden_states + self.mlp(self.norm2(hidden_states))  # type: ignore[no-any-return]
 
 
+class VisionBlocks(nn.ModuleList):
+    """The blocks of the vision tower one after another: the part of it that is compiled as a whole."""
+
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor, mask: Tensor) -> Tensor:
+        """``(batch, patches, size)`` to the same; ``mask`` is for the blocks that attend within windows."""
+        for index, block in enumerate(self):
+            is_full = index in VISION_CONFIG["fullatt_block_indexes"]
+            hidden_states = block(hidden_states, cos, sin, None if is_full else mask)
+        return hidden_states
+
+
 class PatchEmbed(nn.Module):
     """Linear embedding of patches; a convolution in the checkpoint, a matrix product here."""
 
@@ -162,7 +174,7 @@ class VisionTower(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.patch_embed = PatchEmbed()
-        self.blocks = nn.ModuleList([VisionBlock() for _ in range(VISION_CONFIG["depth"])])
+        self.blocks = VisionBlocks([VisionBlock() for _ in range(VISION_CONFIG["depth"])])
         self.merger = PatchMerger()
 
     def forward(self, frames: Tensor) -> Tensor:
@@ -173,11 +185,7 @@ class VisionTower(nn.Module):
         window = VISION_CONFIG["window_size"] // VISION_CONFIG["patch_size"]
         tile = place[0] // window * 4096 + place[1] // window
         mask = tile[:, None] == tile[None, :]
-        hidden_states = self.patch_embed(patchify(frames))
-        for index, block in enumerate(self.blocks):
-            is_full = index in VISION_CONFIG["fullatt_block_indexes"]
-            hidden_states = block(hidden_states, cos, sin, None if is_full else mask)
-        return self.merger(hidden_states)  # type: ignore[no-any-return]
+        return self.merger(self.blocks(self.patch_embed(patchify(frames)), cos, sin, mask))  # type: ignore[no-any-return]
 
 
 def _patch_places(rows: int, columns: int, device: torch.device) -> Tensor:
@@ -237,6 +245,16 @@ class AudioLayer(nn.Module):
         return hidden_states + self.fc2(F.gelu(self.fc1(self.final_layer_norm(hidden_states))))  # type: ignore[no-any-return]
 
 
+class AudioLayers(nn.ModuleList):
+    """The layers of the audio tower one after another: the part of it that is compiled as a whole."""
+
+    def forward(self, hidden_states: Tensor, mask: Tensor) -> Tensor:
+        """``(chunks, length, size)`` to the same; ``mask`` as for one layer."""
+        for layer in self:
+            hidden_states = layer(hidden_states, mask)
+        return hidden_states
+
+
 class AudioTower(nn.Module):
     """Whisper's encoder on chunks of two seconds that don't see each other."""
 
@@ -247,15 +265,15 @@ class AudioTower(nn.Module):
         self.conv2 = nn.Conv1d(size, size, kernel_size=3, stride=2, padding=1)
         # In the checkpoint's format, but used by nothing.
         self.audio_bos_eos_token = nn.Embedding(2, AUDIO_CONFIG["output_dim"])
-        self.layers = nn.ModuleList([AudioLayer() for _ in range(AUDIO_CONFIG["encoder_layers"])])
+        self.layers = AudioLayers([AudioLayer() for _ in range(AUDIO_CONFIG["encoder_layers"])])
         self.ln_post = nn.LayerNorm(size)
         self.proj = nn.Linear(size, AUDIO_CONFIG["output_dim"])
 
     def forward(self, waveforms: Tensor, num_samples: Tensor) -> Tensor:
-        """``(batch, samples)``, whole chunks, to ``(batch, rows, hidden_size)``; rows past a clip's end are junk."""
+        """int16 ``(batch, samples)``, whole chunks, to ``(batch, rows, hidden_size)``; rows past the end are junk."""
         chunk = 2 * AUDIO_CONFIG["n_window"]
         with torch.autocast(waveforms.device.type, enabled=False):
-            mel = log_mel(waveforms)
+            mel = log_mel(waveforms.float() / FULL_SCALE)
         batch, bins, frames = mel.shape
         num_frames = (num_samples + HOP_LENGTH - 1) // HOP_LENGTH
         real = (torch.arange(frames, device=mel.device) < num_frames[:, None]).view(-1, 1, chunk)
@@ -266,8 +284,7 @@ class AudioTower(nn.Module):
         # A chunk past the end has no real frame; it attends to its first one, for a softmax needs something.
         mask = real[:, :, ::2].clone()
         mask[..., 0] = True
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, mask[:, None])
+        hidden_states = self.layers(hidden_states, mask[:, None])
         pooled = hidden_states.reshape(batch, -1, 2, hidden_states.shape[-1]).mean(dim=2)
         return self.proj(self.ln_post(pooled))  # type: ignore[no-any-return]
 
@@ -317,6 +334,16 @@ class TextLayer(nn.Module):
         return hidden_states + self.mlp(self.post_attention_layernorm(hidden_states))  # type: ignore[no-any-return]
 
 
+class TextLayers(nn.ModuleList):
+    """The layers of the decoder one after another: the part of it that is compiled as a whole."""
+
+    def forward(self, hidden_states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """``(batch, length, size)`` to the same."""
+        for layer in self:
+            hidden_states = layer(hidden_states, cos, sin)
+        return hidden_states
+
+
 class TextModel(nn.Module):
     """The decoder without its head."""
 
@@ -324,16 +351,12 @@ class TextModel(nn.Module):
         super().__init__()
         size = TEXT_CONFIG["hidden_size"]
         self.embed_tokens = nn.Embedding(TEXT_CONFIG["vocab_size"], size)
-        self.layers = nn.ModuleList([TextLayer() for _ in range(TEXT_CONFIG["num_hidden_layers"])])
+        self.layers = TextLayers([TextLayer() for _ in range(TEXT_CONFIG["num_hidden_layers"])])
         self.norm = RMSNorm(size)
 
     def forward(self, inputs_embeds: Tensor, positions: Tensor) -> Tensor:
         """``(batch, length, size)`` and ``(3, batch, length)`` to ``(batch, length, size)``."""
-        cos, sin = _mrope(positions)
-        hidden_states = inputs_embeds
-        for layer in self.layers:
-            hidden_states = layer(hidden_states, cos, sin)
-        return self.norm(hidden_states)  # type: ignore[no-any-return]
+        return self.norm(self.layers(inputs_embeds, *_mrope(positions)))  # type: ignore[no-any-return]
 
 
 def _mrope(positions: Tensor) -> tuple[Tensor, Tensor]:
@@ -366,11 +389,13 @@ class Thinker(nn.Module):
             rows.append(self.visual(batch.frames).flatten(0, 1))
         if batch.waveforms is not None and batch.num_samples is not None:
             rows.append(self.audio_tower(batch.waveforms, batch.num_samples).flatten(0, 1))
+        flat = embeds.flatten(0, 1)
         if rows:
             # Every slot and row is named once: a gather with repeated rows would be many times slower backwards.
             features = torch.cat([row.to(embeds.dtype) for row in rows]).index_select(0, batch.media_rows)
-            embeds = embeds.flatten(0, 1).index_copy(0, batch.media_slots, features).view_as(embeds)
-        return self.model(embeds, batch.positions)  # type: ignore[no-any-return]
+            flat = flat.index_copy(0, batch.media_slots, features)
+        # A view with and without media: for compiled code a tensor that isn't one would be another kind of input.
+        return self.model(flat.view_as(embeds), batch.positions)  # type: ignore[no-any-return]
 
     def forward(self, batch: Batch) -> Tensor:
         """Mean cross-entropy over the answers' tokens."""
@@ -378,9 +403,12 @@ class Thinker(nn.Module):
         return F.cross_entropy(logits.float().flatten(0, 1), batch.labels[:, 1:].flatten())
 
     def compile_blocks(self) -> None:
-        """Compile each kind of block once, for any batch and length."""
-        for block in (*self.visual.blocks, *self.audio_tower.layers, *self.model.layers):
-            block.compile(dynamic=True)
+        """Compile the blocks of each tower and of the decoder as one function each, for any batch and length.
+
+        Entering compiled code costs the host about as much as starting its kernels: once per tower, not per block.
+        """
+        for blocks in (self.visual.blocks, self.audio_tower.layers, self.model.layers):
+            blocks.compile(dynamic=True)
 
 
 def _initialise(module: nn.Module) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from training.catalog import DIGITS, SPOKEN_WORDS
-from training.dialogue import Turn, Waveform
+from training.dialogue import FULL_SCALE, Turn, Waveform
 from training.speech import SAMPLE_RATE, SpeechBank, resample
 
 MAX_SECONDS = 5.0
@@ -44,7 +44,7 @@ def sample_sound(rng: random.Random, bank: SpeechBank, max_words: int = 5, kind:
 
 
 def degrade(rng: random.Random, clean: Waveform, speech: bool) -> Waveform:
-    """Silence around, gain, noise of some colour at 12 to 40 dB below the signal, and clipping to [-1, 1]."""
+    """Silence around, gain, noise of some colour at 12 to 40 dB below the signal, and rounding to 16 bits."""
     before, after = (int(rng.uniform(0.03, 0.5) * SAMPLE_RATE) for _ in range(2))
     padded = np.pad(clean, (before, after))
     noise = np.random.default_rng(rng.getrandbits(32)).standard_normal(len(padded), dtype=np.float32)
@@ -53,7 +53,8 @@ def degrade(rng: random.Random, clean: Waveform, speech: bool) -> Waveform:
     power = float(np.sqrt(np.mean(clean**2))) if len(clean) and clean.any() else 0.02
     level = power * 10 ** (-rng.uniform(12, 40) / 20) if rng.random() < 0.75 else 0.0
     gain = 10 ** (-rng.uniform(0, 20) / 20)
-    return np.clip((padded + level * noise) * gain, -1, 1).astype(np.float32)
+    steps = np.clip(np.rint((padded + level * noise) * (gain * FULL_SCALE)), -FULL_SCALE, FULL_SCALE - 1)
+    return (steps / FULL_SCALE).astype(np.float32)
 
 
 def _sample_speech(rng: random.Random, bank: SpeechBank, words: tuple[str, ...]) -> Waveform:

@@ -68,21 +68,30 @@ _CLIP_LENGTHS = (8, 8, 12, 12, 16)
 
 # How often each world is drawn, in batches.
 WORLD_WEIGHTS = {
-    "scene": 4.5,
-    "page": 5.5,
-    "sound": 4.0,
+    "scene": 7.0,
+    "page": 4.5,
+    "sound": 3.2,
     "clip": 3.5,
-    "pair": 2.0,
-    "chart": 2.0,
+    "pair": 3.2,
+    "chart": 2.8,
     "both": 0.6,
     "none": 0.12,
 }
+_GOLDEN_RATIO = (5**0.5 - 1) / 2
 
 
-def sample_layout(rng: random.Random) -> Layout:
-    """The layout of a batch."""
-    world = rng.choices(tuple(WORLD_WEIGHTS), tuple(WORLD_WEIGHTS.values()))[0]
-    return layout_of(world, rng)
+def world_of(index: int) -> str:
+    """The world of batch number ``index``.
+
+    Multiples of the golden ratio, taken modulo one, lie evenly: any few batches in a row hold the worlds about as
+    often as their weights say, and so does every n-th batch.
+    """
+    mark = index * _GOLDEN_RATIO % 1.0 * sum(WORLD_WEIGHTS.values())
+    for world, weight in WORLD_WEIGHTS.items():
+        mark -= weight
+        if mark < 0:
+            return world
+    return world
 
 
 def layout_of(world: str, rng: random.Random) -> Layout:

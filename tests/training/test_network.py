@@ -18,9 +18,8 @@ from training.dialogue import Item
 from training.encoding import MODEL_FOLDER, encode_item
 from training.features import log_mel, patchify
 from training.loader import collate
-from training.network import Batch, Thinker
+from training.network import Thinker
 from training.optimizer import Muon, build_optimizers, orthogonalise
-from training.train import Settings, Trainer
 from training.worlds import WORLD_WEIGHTS, Source, layout_of, sample_item
 
 
@@ -115,37 +114,3 @@ def test_every_parameter_has_one_optimizer() -> None:
         parameter for optimizer in (muon, adam) for group in optimizer.param_groups for parameter in group["params"]
     ]
     assert len(held) == len({id(parameter) for parameter in held}) == len(list(network.parameters()))
-
-
-SETTINGS = Settings(steps=4, tokens=1, micro_batches=1, learning_rate=2e-3, warmup=2, decay=0.5, seed=0, workers=0)
-
-
-def small_batch(source: Source) -> Batch:
-    rng = random.Random(9)
-    layout = layout_of("none", rng)
-    return collate([sample_item(rng, layout, source, 2) for _ in range(2)])
-
-
-def test_loss_falls_and_a_resumed_run_continues_exactly(tmp_path: Path, source: Source) -> None:
-    batch = small_batch(source)
-    whole = Trainer(SETTINGS, tmp_path / "whole", torch.device("cpu"))
-    losses = [float(whole.train_step(iter([batch]), step / 4)) for step in range(4)]
-    assert losses[-1] < 0.8 * losses[0]
-
-    (tmp_path / "parts").mkdir()
-    first = Trainer(SETTINGS, tmp_path / "parts", torch.device("cpu"))
-    for step in range(2):
-        first.train_step(iter([batch]), step / 4)
-    first.save()
-    second = Trainer(SETTINGS, tmp_path / "parts", torch.device("cpu"))
-    second.load()
-    assert second.step == 2
-    resumed = [float(second.train_step(iter([batch]), step / 4)) for step in range(2, 4)]
-    assert resumed == pytest.approx(losses[2:], rel=1e-5)
-
-
-def test_the_learning_rate_warms_up_and_decays_to_zero() -> None:
-    assert SETTINGS.rate(0, 0.0) == pytest.approx(1e-3)
-    assert SETTINGS.rate(2, 0.4) == pytest.approx(2e-3)
-    assert SETTINGS.rate(3, 0.75) == pytest.approx(1e-3)
-    assert SETTINGS.rate(4, 1.0) == 0
