@@ -103,6 +103,7 @@ class ChatRenderer:
             tools: descriptions of tools, for the template.
             chat_template_kwargs: more variables for the template.
             mm_processor_kwargs: for the model's input processor and mappers.
+            places: what errors call each message, instead of `messages[0]` and so on.
 
         Raises:
             RequestError: The messages can't be rendered, or media can't be fetched. The message names the
@@ -131,6 +132,7 @@ class ChatRenderer:
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        places: Sequence[str] | None = None,
     ) -> _Request:
         variables = dict(chat_template_kwargs or {})
         reserved = sorted(str(name) for name in variables if name in RESERVED or not isinstance(name, str))
@@ -142,7 +144,7 @@ class ChatRenderer:
         if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
             raise InvalidTypeError(f"tools: got a value of type {type(tools).__name__}, expected a list. Change tools.")
         request = _Request(
-            messages=parse_messages(messages),
+            messages=parse_messages(messages, places),
             template=self._template(chat_template, has_tools=bool(tools)),
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,

@@ -64,8 +64,8 @@ class Message:
         return [part.text for part in self.parts if isinstance(part, TextPart)]
 
 
-def parse_messages(messages: object) -> list[Message]:
-    """Parse a conversation.
+def parse_messages(messages: object, places: Sequence[str] | None = None) -> list[Message]:
+    """Parse a conversation. `places`: what errors call each message, instead of `messages[0]` and so on.
 
     Raises:
         InvalidTypeError: (a `TypeError`) Something has another type than the format says.
@@ -76,7 +76,9 @@ def parse_messages(messages: object) -> list[Message]:
         raise _wrong_type("messages", messages, "a list of messages")
     if not messages:
         raise InvalidRequestError("messages: got none, expected at least one. Add a message of role 'user'.")
-    return [_parse_message(message, f"messages[{index}]") for index, message in enumerate(messages)]
+    if places is None:
+        places = [f"messages[{index}]" for index in range(len(messages))]
+    return [_parse_message(message, where) for message, where in zip(messages, places, strict=True)]
 
 
 def _parse_message(message: object, where: str) -> Message:

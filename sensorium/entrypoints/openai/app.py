@@ -21,6 +21,8 @@ from sensorium.entrypoints.openai.errors import HttpError, error_response
 from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
 from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, RequestLog
 from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, parse_body
+from sensorium.entrypoints.openai.responses.routes import ResponseRoutes
+from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.inputs.tokenizer import TextEncoder
@@ -30,6 +32,7 @@ def create_app(
     context: ServerContext,
     *,
     transcriptions: TranscriptionRoutes | None = None,
+    responses: ResponseStore | None = None,
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
     max_body_bytes: int = 128 << 20,
@@ -40,6 +43,7 @@ def create_app(
     Args:
         context: the engine and what goes with it.
         transcriptions: how the model is asked to transcribe, if not in its own way.
+        responses: keeps responses; none are kept by default.
         api_keys: keys of which every request but those for health must bear one; without any, all may come in.
         allowed_origins: origins of pages that browsers may let use this server; "*" for all.
         max_body_bytes: bound on one body.
@@ -53,6 +57,7 @@ def create_app(
         Route("/v1/completions", completions.completions, methods=["POST"]),
         Route("/v1/embeddings", completions.embeddings, methods=["POST"]),
         Route("/v1/audio/transcriptions", transcriptions.transcriptions, methods=["POST"]),
+        *ResponseRoutes(context, ResponseStore(0, 0) if responses is None else responses).routes(),
         Route("/v1/models", plain.models),
         Route("/v1/models/{name:path}", plain.model),
         Route("/tokenize", plain.tokenize, methods=["POST"]),

@@ -104,13 +104,15 @@ class JsonResponse(Response):
 class EventStream(Response):
     """Server-sent events: one `data:` line per item, `[DONE]` at the end, an error event where it breaks off.
 
-    The iterator is closed when the client goes, before anything else happens.
+    The iterator is closed when the client goes, before anything else happens. With `is_named`, each event has its
+    item's `type` for a name, and the last item is the end.
     """
 
-    def __init__(self, items: AsyncIterator[Any]) -> None:
+    def __init__(self, items: AsyncIterator[Any], *, is_named: bool = False) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["Content-Length"]
         self._items = items
+        self._is_named = is_named
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -131,19 +133,21 @@ class EventStream(Response):
         async with aclosing(self._items) as items:  # type: ignore[type-var]
             try:
                 async for item in items:
-                    await self._send_event(send, msgspec.json.encode(item))
+                    name = b"event: " + item["type"].encode() + b"\n" if self._is_named else b""
+                    await self._send_event(send, msgspec.json.encode(item), name)
             except SensoriumError as error:
                 await self._send_event(send, msgspec.json.encode(error_body(str(error), error.status)))
             except Exception:
                 logger.exception("a stream broke off")
                 text = "internal error: the answer could not be completed."
                 await self._send_event(send, msgspec.json.encode(error_body(text, 500)))
-            await self._send_event(send, b"[DONE]")
+            if not self._is_named:
+                await self._send_event(send, b"[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     @staticmethod
-    async def _send_event(send: Send, data: bytes) -> None:
-        await send({"type": "http.response.body", "body": b"data: " + data + b"\n\n", "more_body": True})
+    async def _send_event(send: Send, data: bytes, name: bytes = b"") -> None:
+        await send({"type": "http.response.body", "body": name + b"data: " + data + b"\n\n", "more_body": True})
 
 
 async def with_first(items: AsyncIterator[_T]) -> AsyncIterator[_T]:

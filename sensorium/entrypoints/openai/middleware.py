@@ -66,7 +66,10 @@ class RequestLog:
 
 
 class ApiKeys:
-    """Lets nothing through without one of the keys. Compares digests in constant time, all of them every time."""
+    """Lets nothing through without one of the keys. Compares digests in constant time, all of them every time.
+
+    The digest of a request's key stays with it as `tenant`: what requests leave behind is for the same key only.
+    """
 
     def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
         self._app = app
@@ -88,6 +91,7 @@ class ApiKeys:
         scheme, _, token = Headers(scope=scope).get("Authorization", "").partition(" ")
         digest = hashlib.sha256(token.strip().encode("utf-8", "surrogateescape")).digest()
         matches = [hmac.compare_digest(digest, own) for own in self._digests]
+        scope.setdefault("state", {})["tenant"] = digest
         return any(matches) and scheme.lower() == "bearer"
 
 

@@ -19,6 +19,7 @@ from sensorium.engine.core_process import CoreFactory
 from sensorium.entrypoints.openai.app import create_app
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.metrics import ServerMetrics
+from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.inputs.chat import ChatRenderer
@@ -98,6 +99,7 @@ def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, load
         transcriptions=TranscriptionRoutes(
             context, instruction=args.transcription_instruction, answer=args.transcription_answer
         ),
+        responses=ResponseStore(args.max_stored_responses, args.max_stored_response_bytes),
         api_keys=args.api_key,
         allowed_origins=args.allowed_origin,
         max_body_bytes=args.max_body_bytes,

@@ -1,0 +1,146 @@
+"""A response in OpenAI's form: its head, its events, and itself at the end."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from sensorium.entrypoints.openai.answers import chat_logprobs
+from sensorium.entrypoints.openai.responses.body import ResponseBody
+from sensorium.entrypoints.openai.responses.items import new_id
+from sensorium.entrypoints.openai.responses.output import Event, OutputWriter
+from sensorium.errors import SensoriumError
+from sensorium.logger import get_logger
+from sensorium.outputs import RequestOutput
+
+logger = get_logger(__name__)
+
+
+class ResponseAnswer:
+    """One response, from its beginning to its end."""
+
+    def __init__(self, body: ResponseBody, model: str, *, is_stored: bool) -> None:
+        self.id = new_id("resp")
+        self._body = body
+        self._writer = OutputWriter()
+        self._usage = _Usage()
+        text: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
+        if body.text is not None and body.text.format is not None:
+            text["format"] = body.text.format.model_dump(by_alias=True, exclude_none=True)
+        self._head: dict[str, Any] = {
+            "id": self.id,
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "background": False,
+            "error": None,
+            "incomplete_details": None,
+            "instructions": body.instructions,
+            "max_output_tokens": body.max_output_tokens,
+            "metadata": body.metadata or {},
+            "model": model,
+            "output": [],
+            "parallel_tool_calls": True,
+            "previous_response_id": body.previous_response_id,
+            "prompt_cache_key": body.prompt_cache_key,
+            "reasoning": {"effort": None, "summary": None},
+            "safety_identifier": body.safety_identifier,
+            "service_tier": "default",
+            "store": is_stored,
+            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "text": text,
+            "tool_choice": "auto",
+            "tools": [],
+            "top_logprobs": body.num_logprobs or 0,
+            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "truncation": "disabled",
+            "usage": None,
+            "user": body.user,
+        }
+
+    @property
+    def response(self) -> dict[str, Any]:
+        """The response as it stands."""
+        return dict(self._head)
+
+    def not_stored(self) -> dict[str, Any]:
+        """The response, which turned out too large to be kept."""
+        self._head["store"] = False
+        return self.response
+
+    async def events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Event]:
+        """Everything that happens, numbered, from `response.created` to `response.completed` or `.incomplete`.
+
+        Raises what `outputs` raises.
+        """
+        number = 0
+        async with aclosing(self._events(outputs)) as events:  # type: ignore[type-var]
+            async for event in events:
+                yield {**event, "sequence_number": number}
+                number += 1
+
+    async def stream(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Event]:
+        """As `events`, but a failure is the last of them: `response.failed`."""
+        number = 0
+        try:
+            async with aclosing(self.events(outputs)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    number = event["sequence_number"] + 1
+                    yield event
+        except SensoriumError as error:
+            yield {**self._failed(str(error)), "sequence_number": number}
+        except Exception:
+            logger.exception("a stream broke off")
+            text = "internal error: the answer could not be completed."
+            yield {**self._failed(text), "sequence_number": number}
+
+    async def _events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Event]:
+        yield {"type": "response.created", "response": self.response}
+        yield {"type": "response.in_progress", "response": self.response}
+        reason = None
+        async with aclosing(outputs):  # type: ignore[type-var]
+            async for output in outputs:
+                (delta,) = output.outputs
+                self._usage.take(output)
+                reason = delta.finish_reason
+                logprobs = chat_logprobs(delta, self._body.num_logprobs or 0)
+                for event in self._writer.text(delta.text, [] if logprobs is None else logprobs["content"]):
+                    yield event
+        status = "incomplete" if reason == "length" else "completed"
+        for event in self._writer.end(status):
+            yield event
+        self._head |= {"status": status, "output": self._writer.items, "usage": self._usage.body()}
+        if status == "incomplete":
+            self._head["incomplete_details"] = {"reason": "max_output_tokens"}
+        else:
+            self._head["completed_at"] = int(time.time())
+        yield {"type": f"response.{status}", "response": self.response}
+
+    def _failed(self, message: str) -> Event:
+        error = {"code": "server_error", "message": message}
+        self._head |= {"status": "failed", "error": error, "output": self._writer.items}
+        return {"type": "response.failed", "response": self.response}
+
+
+class _Usage:
+    """Counts the tokens of one request, delta by delta."""
+
+    def __init__(self) -> None:
+        self._num_input = self._num_cached = self._num_output = 0
+
+    def take(self, output: RequestOutput) -> None:
+        """Count an output."""
+        self._num_input, self._num_cached = len(output.prompt_token_ids), output.num_cached_tokens
+        self._num_output += sum(len(each.token_ids) for each in output.outputs)
+
+    def body(self) -> dict[str, Any]:
+        """The `usage` of a response."""
+        return {
+            "input_tokens": self._num_input,
+            "input_tokens_details": {"cached_tokens": self._num_cached, "cache_write_tokens": 0},
+            "output_tokens": self._num_output,
+            "output_tokens_details": {"reasoning_tokens": 0},
+            "total_tokens": self._num_input + self._num_output,
+        }

@@ -1,0 +1,195 @@
+"""Input items as they come: checked for form, written out in full, named. Errors say where: `input[2].content[0]`.
+
+Items are plain dicts in OpenAI's form, since they are kept and given back as such. Media are not looked at here.
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, TypeAlias
+
+from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+
+MAX_ITEMS = 4096
+"""Most items in one body."""
+ROLES = ("user", "assistant", "system", "developer")
+STATES = ("in_progress", "completed", "incomplete")
+
+Item: TypeAlias = dict[str, Any]
+_Reader: TypeAlias = Callable[[Mapping[str, Any], str], Item]
+
+
+def new_id(kind: str) -> str:
+    """A name that nobody can guess: `resp_...`, `msg_...`, `fc_...`, `rs_...`, `call_...`."""
+    return f"{kind}_{uuid.uuid4().hex}"
+
+
+def read_items(given: object, where: str = "input") -> list[Item]:
+    """The items of a body's input: a string, or a list of items.
+
+    Raises:
+        InvalidTypeError, InvalidRequestError: One is not of its form.
+        UnsupportedFeatureError: One is of a kind that can't be taken here.
+    """
+    if isinstance(given, str):
+        return [_message({"role": "user", "content": given}, where)]
+    if not isinstance(given, list):
+        raise _wrong_type(where, given, "a string or a list of items")
+    if len(given) > MAX_ITEMS:
+        raise InvalidRequestError(f"{where}: got {len(given)} items, expected at most {MAX_ITEMS}. Send fewer.")
+    return [_item(each, f"{where}[{index}]") for index, each in enumerate(given)]
+
+
+def _item(given: object, where: str) -> Item:
+    if not isinstance(given, Mapping):
+        raise _wrong_type(where, given, "an object")
+    kind = given.get("type", "message" if "role" in given else None)
+    if not isinstance(kind, str) or kind not in _ITEMS:
+        raise UnsupportedFeatureError(
+            f"{where}.type: got {kind!r:.60}, expected one of {sorted(_ITEMS)}. Remove the item."
+        )
+    item = _ITEMS[kind](given, where)
+    if item.get("status") not in (None, *STATES):
+        raise InvalidRequestError(f"{where}.status: got {item['status']!r:.60}, expected one of {list(STATES)}.")
+    return item
+
+
+def _message(given: Mapping[str, Any], where: str) -> Item:
+    _check_keys(given, ("type", "id", "role", "content", "status"), where)
+    role = given.get("role")
+    if role not in ROLES:
+        raise InvalidRequestError(f"{where}.role: got {role!r:.60}, expected one of {list(ROLES)}. Change it.")
+    kind = "output_text" if role == "assistant" else "input_text"
+    return {
+        "type": "message",
+        "id": _own_id(given, "msg", where),
+        "role": role,
+        "status": given.get("status") or "completed",
+        "content": _parts(given.get("content"), f"{where}.content", kind),
+    }
+
+
+def _parts(content: object, where: str, text_kind: str) -> list[Item]:
+    if isinstance(content, str):
+        return [_text_part(text_kind, content)]
+    if not isinstance(content, list):
+        raise _wrong_type(where, content, "a string or a list of parts")
+    return [_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
+
+
+def _text_part(kind: str, text: str) -> Item:
+    return {"type": kind, "text": text, **({"annotations": []} if kind == "output_text" else {})}
+
+
+def _part(given: object, where: str) -> Item:
+    if not isinstance(given, Mapping):
+        raise _wrong_type(where, given, "an object")
+    kind = given.get("type")
+    if not isinstance(kind, str) or kind not in _PARTS:
+        raise UnsupportedFeatureError(
+            f"{where}.type: got {kind!r:.60}, expected one of {sorted(_PARTS)}. Change the part."
+        )
+    return _PARTS[kind](given, where)
+
+
+def _text(kind: str, *more: str) -> _Reader:
+    key = "refusal" if kind == "refusal" else "text"
+
+    def read(given: Mapping[str, Any], where: str) -> Item:
+        _check_keys(given, ("type", key, *more), where)
+        text = _string(given, key, where)
+        return {"type": kind, key: text} if key == "refusal" else _text_part(kind, text)
+
+    return read
+
+
+def _media(kind: str, *keys: str) -> _Reader:
+    """A part with media: what it holds is checked where it is loaded."""
+
+    def read(given: Mapping[str, Any], where: str) -> Item:
+        if given.get("file_id") is not None:
+            raise UnsupportedFeatureError(f"{where}.file_id: got a file, expected none: there are no files here.")
+        _check_keys(given, ("type", "file_id", "uuid", *keys), where)
+        return {key: value for key, value in given.items() if value is not None}
+
+    return read
+
+
+def _function_call(given: Mapping[str, Any], where: str) -> Item:
+    _check_keys(given, ("type", "id", "call_id", "name", "arguments", "status"), where)
+    return {
+        "type": "function_call",
+        "id": _own_id(given, "fc", where),
+        "call_id": _string(given, "call_id", where),
+        "name": _string(given, "name", where),
+        "arguments": _string(given, "arguments", where),
+        "status": given.get("status") or "completed",
+    }
+
+
+def _function_call_output(given: Mapping[str, Any], where: str) -> Item:
+    _check_keys(given, ("type", "id", "call_id", "output", "status"), where)
+    output = given.get("output")
+    return {
+        "type": "function_call_output",
+        "id": _own_id(given, "fco", where),
+        "call_id": _string(given, "call_id", where),
+        "output": output if isinstance(output, str) else _parts(output, f"{where}.output", "input_text"),
+        "status": given.get("status") or "completed",
+    }
+
+
+def _reasoning(given: Mapping[str, Any], where: str) -> Item:
+    _check_keys(given, ("type", "id", "summary", "content", "status"), where)
+    texts = {}
+    for key, kind in (("summary", "summary_text"), ("content", "reasoning_text")):
+        parts = given.get(key) or []
+        if not isinstance(parts, list) or not all(isinstance(each, Mapping) for each in parts):
+            raise _wrong_type(f"{where}.{key}", parts, "a list of parts")
+        texts[key] = [
+            {"type": kind, "text": _string(each, "text", f"{where}.{key}[{index}]")} for index, each in enumerate(parts)
+        ]
+    status = given.get("status") or "completed"
+    return {"type": "reasoning", "id": _own_id(given, "rs", where), **texts, "status": status}
+
+
+def _own_id(given: Mapping[str, Any], kind: str, where: str) -> str:
+    return new_id(kind) if given.get("id") is None else _string(given, "id", where)
+
+
+def _string(given: Mapping[str, Any], key: str, where: str) -> str:
+    value = given.get(key)
+    if not isinstance(value, str):
+        raise _wrong_type(f"{where}.{key}", value, "a string")
+    return value
+
+
+def _check_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
+    unknown = sorted(str(key)[:60] for key in given.keys() - set(known) if given[key] is not None)
+    if unknown:
+        raise InvalidRequestError(
+            f"{where}.{unknown[0]}: got a field that this server doesn't implement, expected one of {sorted(known)}. "
+            "Remove it."
+        )
+
+
+def _wrong_type(where: str, value: object, expected: str) -> InvalidTypeError:
+    kind = "nothing" if value is None else f"a value of type {type(value).__name__}"
+    return InvalidTypeError(f"{where}: got {kind}, expected {expected}. Change {where}.")
+
+
+_ITEMS: dict[str, _Reader] = {
+    "message": _message,
+    "function_call": _function_call,
+    "function_call_output": _function_call_output,
+    "reasoning": _reasoning,
+}
+_PARTS: dict[str, _Reader] = {
+    "input_text": _text("input_text"),
+    "output_text": _text("output_text", "annotations", "logprobs"),
+    "refusal": _text("refusal"),
+    "input_image": _media("input_image", "image_url", "detail"),
+    "input_video": _media("input_video", "video_url"),
+    "input_audio": _media("input_audio", "input_audio", "audio_url"),
+}

@@ -1,0 +1,209 @@
+"""`/v1/responses`, and what can be done with one that was kept."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import aclosing
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+
+from sensorium.entrypoints.openai.context import ServerContext
+from sensorium.entrypoints.openai.errors import HttpError
+from sensorium.entrypoints.openai.http import EventStream, JsonResponse, read_json, while_connected, with_first
+from sensorium.entrypoints.openai.protocol import parse_body
+from sensorium.entrypoints.openai.responses.answer import ResponseAnswer
+from sensorium.entrypoints.openai.responses.body import ResponseBody
+from sensorium.entrypoints.openai.responses.conversation import Conversation
+from sensorium.entrypoints.openai.responses.items import read_items
+from sensorium.entrypoints.openai.responses.output import Event
+from sensorium.entrypoints.openai.responses.store import KeptItem, KeptResponse, ResponseStore
+from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.outputs import OutputKind, RequestOutput
+from sensorium.sampling_params import SamplingParams
+
+_MAX_PAGE = 100
+
+
+class ResponseRoutes:
+    """Answers with responses, and keeps them."""
+
+    def __init__(self, context: ServerContext, store: ResponseStore) -> None:
+        self._context = context
+        self._store = store
+
+    def routes(self) -> list[Route]:
+        """All routes."""
+        return [
+            Route("/v1/responses", self.create, methods=["POST"]),
+            Route("/v1/responses/input_tokens", self.input_tokens, methods=["POST"]),
+            Route("/v1/responses/{id}", self.retrieve, methods=["GET"]),
+            Route("/v1/responses/{id}", self.delete, methods=["DELETE"]),
+            Route("/v1/responses/{id}/input_items", self.input_items, methods=["GET"]),
+        ]
+
+    async def create(self, request: Request) -> Response:
+        """`POST /v1/responses`."""
+        body = parse_body(ResponseBody, await read_json(request))
+        turn = self._turn(request, body)
+        params = body.params()
+        answer = ResponseAnswer(body, self._context.check_model(body.model), is_stored=turn.is_stored)
+        outputs = await while_connected(request, with_first(self._generate(body, turn, params)))
+        if body.stream:
+            return EventStream(self._kept(answer.stream(outputs), answer, turn), is_named=True)
+
+        async def finish() -> None:
+            async with aclosing(self._kept(answer.events(outputs), answer, turn)) as events:  # type: ignore[type-var]
+                async for _ in events:
+                    pass
+
+        await while_connected(request, finish())
+        return JsonResponse(answer.response)
+
+    async def input_tokens(self, request: Request) -> Response:
+        """`POST /v1/responses/input_tokens`: the prompt tokens that a body would take; nothing is generated."""
+        body = parse_body(ResponseBody, await read_json(request))
+        self._context.check_model(body.model)
+        num_tokens = await while_connected(request, self._count(body, self._turn(request, body)))
+        return JsonResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
+
+    async def retrieve(self, request: Request) -> Response:
+        """`GET /v1/responses/<id>`."""
+        if request.query_params.get("stream", "false") != "false":
+            raise UnsupportedFeatureError("stream: got true, expected false: a response that is kept is given whole.")
+        return JsonResponse(self._find(request).body)
+
+    async def delete(self, request: Request) -> Response:
+        """`DELETE /v1/responses/<id>`."""
+        self._find(request)
+        self._store.delete(_tenant(request), request.path_params["id"])
+        return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
+
+    async def input_items(self, request: Request) -> Response:
+        """`GET /v1/responses/<id>/input_items`: what the client sent with it, in pages, the latest first."""
+        kept = self._find(request)
+        return JsonResponse(_page([item.content for item in kept.earlier + kept.given], request))
+
+    # Inside
+
+    def _turn(self, request: Request, body: ResponseBody) -> _Turn:
+        """The conversation that a body goes on with. Raises `RequestError`, and 404 for a response that isn't kept."""
+        body.check()
+        self._context.check_kwargs(body.mm_processor_kwargs)
+        given = [] if body.input is None else read_items(body.input)
+        earlier: tuple[KeptItem, ...] = ()
+        if body.previous_response_id is not None:
+            earlier = self._kept_response(request, body.previous_response_id, "previous_response_id").conversation()
+        return _Turn(_tenant(request), body, earlier, given, is_stored=body.store is not False and self._store.is_on)
+
+    def _find(self, request: Request) -> KeptResponse:
+        return self._kept_response(request, request.path_params["id"], "response")
+
+    def _kept_response(self, request: Request, response_id: str, name: str) -> KeptResponse:
+        found = self._store.get(_tenant(request), response_id)
+        if found is None:
+            raise HttpError(
+                404,
+                f"{name}: got {response_id!r:.80}, expected the id of a response that is kept. Responses are kept in "
+                "memory, the latest ones: send the conversation as input.",
+            )
+        return found
+
+    async def _prompt(self, body: ResponseBody, turn: _Turn) -> dict[str, Any]:
+        self._context.engine.check_accepts()  # before anything is fetched
+        return await self._context.chat().arender(
+            turn.conversation.messages,
+            places=turn.conversation.places,
+            chat_template_kwargs=body.chat_template_kwargs,
+            mm_processor_kwargs=body.mm_processor_kwargs,
+        )
+
+    async def _count(self, body: ResponseBody, turn: _Turn) -> int:
+        prompt = await self._prompt(body, turn)
+        processed = await self._context.engine.preprocess(prompt, SamplingParams(max_tokens=None))
+        return processed.num_prompt_tokens
+
+    async def _generate(self, body: ResponseBody, turn: _Turn, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        prompt = await self._prompt(body, turn)
+        outputs = self._context.generate(
+            prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
+        )
+        async with aclosing(outputs):  # type: ignore[type-var]
+            async for output in outputs:
+                yield output
+
+    async def _kept(self, events: AsyncIterator[Event], answer: ResponseAnswer, turn: _Turn) -> AsyncIterator[Event]:
+        """The same events; the response is kept before the last of them is told."""
+        async with aclosing(events):  # type: ignore[type-var]
+            async for event in events:
+                if turn.is_stored and event["type"] in ("response.completed", "response.incomplete"):
+                    self._keep(answer, turn, event)
+                yield event
+
+    def _keep(self, answer: ResponseAnswer, turn: _Turn, event: Event) -> None:
+        if not self._store.put(turn.tenant, answer.id, turn.with_answer(answer.response)):
+            event["response"] = answer.not_stored()
+
+
+class _Turn:
+    """What a body adds to which conversation."""
+
+    def __init__(
+        self,
+        tenant: bytes,
+        body: ResponseBody,
+        earlier: tuple[KeptItem, ...],
+        given: list[dict[str, Any]],
+        *,
+        is_stored: bool,
+    ) -> None:
+        if not earlier and not given:
+            raise InvalidRequestError("input: got nothing, expected a text or items. Add input.")
+        self.tenant = tenant
+        self.is_stored = is_stored
+        self._earlier = earlier
+        self._given = given
+        self.conversation = Conversation(body.instructions)
+        self.conversation.add([item.content for item in earlier], "previous_response_id.input")
+        self.conversation.add(given, "input")
+
+    def with_answer(self, response: dict[str, Any]) -> KeptResponse:
+        """All that is kept."""
+        output = tuple(map(KeptItem, response["output"]))
+        return KeptResponse(response, self._earlier, tuple(map(KeptItem, self._given)), output)
+
+
+def _tenant(request: Request) -> bytes:
+    """Whose responses a request may see: those of its API key."""
+    return getattr(request.state, "tenant", b"")
+
+
+def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:
+    """Items from `after` on, `limit` of them. Raises `InvalidRequestError`."""
+    query = request.query_params
+    unknown = sorted(query.keys() - {"after", "limit", "order", "include"})
+    if unknown:
+        raise InvalidRequestError(
+            f"{unknown[0]:.60}: got a parameter that there isn't, expected after, limit or order."
+        )
+    limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
+    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:4]) <= _MAX_PAGE:
+        raise InvalidRequestError(f"limit: got {limit!r:.60}, expected 1 to {_MAX_PAGE}. Change limit.")
+    if order not in ("asc", "desc"):
+        raise InvalidRequestError(f"order: got {order!r:.60}, expected 'asc' or 'desc'. Change order.")
+    ordered = items if order == "asc" else items[::-1]
+    if after is not None:
+        places = [index for index, item in enumerate(ordered) if item["id"] == after]
+        if not places:
+            raise InvalidRequestError(f"after: got {after!r:.80}, expected the id of an item. Change after.")
+        ordered = ordered[places[0] + 1 :]
+    page = ordered[: int(limit)]
+    return {
+        "object": "list",
+        "data": page,
+        "first_id": page[0]["id"] if page else None,
+        "last_id": page[-1]["id"] if page else None,
+        "has_more": len(ordered) > len(page),
+    }
