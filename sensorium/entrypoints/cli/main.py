@@ -18,6 +18,7 @@ from sensorium.errors import SensoriumError
 _HERE = "sensorium.entrypoints.cli"
 _COMMANDS = {
     "serve": (f"{_HERE}.serve", "serve a model over HTTP, as OpenAI's API has it"),
+    "run-batch": (f"{_HERE}.run_batch", "answer a file of requests in OpenAI's batch format"),
     "bench": (f"{_HERE}.bench", "measure a server, or a model in this process"),
 }
 """By name: the module with `fill(parser)`, and the help. `fill` sets the default `run`, which takes what was parsed."""

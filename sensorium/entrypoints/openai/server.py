@@ -51,13 +51,7 @@ async def running_app(
     args = args or ServerArgs()
     if engine_args.max_waiting_requests is None:
         engine_args = replace(engine_args, max_waiting_requests=DEFAULT_MAX_WAITING_REQUESTS)
-    policy = FetchPolicy(
-        allow_remote=args.allow_remote_media,
-        allowed_hosts=args.allowed_media_host,
-        allowed_networks=args.allowed_media_network,
-        allowed_local_media_path=engine_args.allowed_local_media_path,
-    )
-    loader = MediaLoader(limits, policy)
+    loader = make_media_loader(engine_args, args, limits)
     engine = await AsyncLLMEngine.start(
         engine_args,
         media_loader=loader,
@@ -72,6 +66,17 @@ async def running_app(
         yield _app(engine, engine_args, args, loader), engine
     finally:
         await engine.shutdown(args.drain_s)
+
+
+def make_media_loader(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None) -> MediaLoader:
+    """What fetches and decodes the media that requests name, within what the operator allows."""
+    policy = FetchPolicy(
+        allow_remote=args.allow_remote_media,
+        allowed_hosts=args.allowed_media_host,
+        allowed_networks=args.allowed_media_network,
+        allowed_local_media_path=engine_args.allowed_local_media_path,
+    )
+    return MediaLoader(limits, policy)
 
 
 def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, loader: MediaLoader) -> Starlette:

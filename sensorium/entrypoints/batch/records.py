@@ -1,0 +1,118 @@
+"""Lines of batch files: what comes in, and what goes out.
+
+    in   {"custom_id": "a", "method": "POST", "url": "/v1/chat/completions", "body": {...}}
+    out  {"id": "batch_req_...", "custom_id": "a", "response": {"status_code": 200, "request_id": "...", "body": {...}},
+          "error": null}
+
+Source: OpenAI's API reference, "Batch", the request input and request output objects.
+"""
+
+from __future__ import annotations
+
+import uuid
+
+import msgspec
+
+from sensorium.errors import InvalidRequestError
+
+RECORD_START = b'{"id":"batch_req_'
+"""How every line that goes out begins."""
+_MAX_ID_CHARS = 512
+
+
+class BatchLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """One request. Its body is left as it stands: the server reads it."""
+
+    custom_id: str
+    url: str
+    body: msgspec.Raw
+    method: str = "POST"
+
+
+class LineError(msgspec.Struct, frozen=True):
+    """Why a line never became a request."""
+
+    code: str
+    message: str
+    line: int
+    """Its number in the input, from 1: what a run that goes on knows it by."""
+
+
+class Response(msgspec.Struct, frozen=True):
+    """A server's answer."""
+
+    status_code: int
+    request_id: str
+    body: msgspec.Raw
+
+
+class Record(msgspec.Struct, frozen=True):
+    """One line of output."""
+
+    id: str
+    custom_id: str | None
+    response: Response | None
+    error: LineError | None
+
+    @classmethod
+    def answered(cls, custom_id: str, response: Response) -> Record:
+        """A request that was answered, well or with an error of its own."""
+        return cls(_new_id(), custom_id, response, None)
+
+    @classmethod
+    def refused(cls, custom_id: str | None, number: int, message: str) -> Record:
+        """A line that is no request."""
+        return cls(_new_id(), custom_id, None, LineError("invalid_line", f"line {number}: {message}", number))
+
+    @property
+    def is_success(self) -> bool:
+        """Whether there is an answer as asked for."""
+        return self.response is not None and 200 <= self.response.status_code < 300
+
+
+def _new_id() -> str:
+    return f"batch_req_{uuid.uuid4().hex}"
+
+
+class _OnlyId(msgspec.Struct):
+    custom_id: str | None = None
+
+
+class _Streaming(msgspec.Struct):
+    stream: bool | None = None
+
+
+def parse_line(text: bytes) -> BatchLine:
+    """Raises `InvalidRequestError` for a line that is no request."""
+    try:
+        line = msgspec.json.decode(text, type=BatchLine)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise InvalidRequestError(f"got a line that is no request ({error}). Correct it.") from None
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        raise InvalidRequestError("got text that is no JSON, expected one JSON object a line. Correct it.") from None
+    if not 0 < len(line.custom_id) <= _MAX_ID_CHARS:
+        raise InvalidRequestError(
+            f"custom_id: got {len(line.custom_id)} characters, expected 1 to {_MAX_ID_CHARS}. Change it."
+        )
+    if line.method != "POST":
+        raise InvalidRequestError(f"method: got {line.method!r:.40}, expected 'POST'. Change it.")
+    if not bytes(line.body).lstrip().startswith(b"{"):
+        raise InvalidRequestError("body: got something else, expected a JSON object. Change it.")
+    if _is_streaming(line.body):
+        raise InvalidRequestError("body.stream: got true, expected false: a line has one answer. Remove stream.")
+    return line
+
+
+def _is_streaming(body: msgspec.Raw) -> bool:
+    try:
+        return bool(msgspec.json.decode(body, type=_Streaming).stream)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return False  # the server says what is wrong with it
+
+
+def custom_id_of(text: bytes) -> str | None:
+    """The id of a line that is otherwise wrong, if it can be read."""
+    try:
+        return msgspec.json.decode(text, type=_OnlyId).custom_id
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
