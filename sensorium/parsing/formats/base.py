@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from typing import ClassVar
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
+from sensorium.parsing.lark import Lark
 from sensorium.parsing.reader import Reader, Steps
 from sensorium.parsing.sink import Sink
-from sensorium.parsing.tools import CALLED_NAME, Tools
+from sensorium.parsing.tools import CALLED_NAME, Tool, Tools
 
 
 class ToolFormat(ABC):
-    """A form of calls. Has no state."""
+    """A form of calls: how it is read, and the grammar of what is written. Has no state."""
 
     name: ClassVar[str]
     markers: ClassVar[tuple[str, ...]] = ()
@@ -26,6 +28,50 @@ class ToolFormat(ABC):
     @abstractmethod
     def is_shown_by(self, text: str) -> bool:
         """Whether `text`, a call as a template writes it or the template itself, has this form."""
+
+    @abstractmethod
+    def calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """An expression for one call or several."""
+
+    @abstractmethod
+    def text_and_calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """An expression for text in which calls may stand."""
+
+
+class MarkedFormat(ToolFormat):
+    """A form whose calls begin with a mark, so that they may stand anywhere in an answer."""
+
+    begin: ClassVar[str]
+    separator: ClassVar[str] = ""
+    """What stands between two calls."""
+
+    @abstractmethod
+    def call(self, lark: Lark, tool: Tool) -> str:
+        """An expression for a call of a tool, from behind its mark on."""
+
+    def calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """See `ToolFormat`."""
+        call = lark.rule(f"{lark.text(self.begin)} {self._any_call(lark, tools)}")
+        return f"{call} ({lark.text(self.separator)} {call})*" if is_parallel else call
+
+    def text_and_calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """See `ToolFormat`."""
+        call = lark.rule(f"{lark.text_to(self.begin)} {self._any_call(lark, tools)}")
+        tail = lark.rule("TEXT")
+        return f"{call}* {tail}" if is_parallel else f"({call} | {tail})"
+
+    def _any_call(self, lark: Lark, tools: Tools) -> str:
+        return lark.rule(" | ".join(self.call(lark, tool) for tool in tools))
+
+
+def arguments_of(lark: Lark, tool: Tool) -> str:
+    """An expression for a tool's arguments as a JSON object."""
+    return lark.json(schema_of(tool), is_strict=tool.is_strict)
+
+
+def schema_of(tool: Tool) -> Mapping[str, Any]:
+    """The schema of a tool's arguments, an object."""
+    return {"type": "object", **tool.parameters}
 
 
 def is_name(name: str) -> bool:

@@ -13,13 +13,15 @@ import re
 from typing import ClassVar
 
 from sensorium.parsing.call_object import CallObject, Outcome
-from sensorium.parsing.formats.base import ToolFormat
+from sensorium.parsing.formats.base import ToolFormat, arguments_of
+from sensorium.parsing.lark import Lark
 from sensorium.parsing.reader import WHITESPACE, Reader, Steps
 from sensorium.parsing.sink import Sink
 from sensorium.parsing.tools import Tools
 
 PYTHON_TAG = "<|python_tag|>"
 FENCE, FENCE_NAME = "```", "json"
+_NO_JSON = r"/[^\s{\[`](.|\n)*/"
 _SEPARATORS = re.compile(r"[\s;,]*")
 _CLOSERS = re.compile(r"[\s}\]]*")
 
@@ -30,6 +32,24 @@ class JsonText(ToolFormat):
     name = "json"
     begins: ClassVar[tuple[str, ...]] = ()
     """Marks behind which calls may stand anywhere in an answer."""
+    arguments_key: ClassVar[str] = "arguments"
+
+    def calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """See `ToolFormat`. Several are a list."""
+        call = self._any_call(lark, tools)
+        return (
+            f"({call} | {lark.text('[')} {call} ({lark.text(', ')} {call})* {lark.text(']')})" if is_parallel else call
+        )
+
+    def text_and_calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """See `ToolFormat`. What begins as JSON is a call."""
+        text = lark.rule(_NO_JSON)
+        return f"({self.calls(lark, tools, is_parallel=is_parallel)} | {text}?)"
+
+    def _any_call(self, lark: Lark, tools: Tools) -> str:
+        heads = {tool.name: lark.text(f'{{"name": "{tool.name}", "{self.arguments_key}": ') for tool in tools}
+        calls = (f"{heads[tool.name]} {arguments_of(lark, tool)} {lark.text('}')}" for tool in tools)
+        return lark.rule(" | ".join(calls))
 
     def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
         """See `ToolFormat`."""
@@ -58,6 +78,12 @@ class LlamaJson(JsonText):
     name = "llama3"
     markers = (PYTHON_TAG,)
     begins = (PYTHON_TAG,)
+    arguments_key = "parameters"
+
+    def calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """See `ToolFormat`."""
+        call = self._any_call(lark, tools)
+        return f"{call} ({lark.text('; ')} {call})*" if is_parallel else call
 
     def is_shown_by(self, text: str) -> bool:
         """See `ToolFormat`."""

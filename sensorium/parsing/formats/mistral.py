@@ -9,23 +9,51 @@ from __future__ import annotations
 import re
 
 from sensorium.parsing.call_object import CallObject, Outcome
-from sensorium.parsing.formats.base import ToolFormat, is_name
+from sensorium.parsing.formats.base import MarkedFormat, arguments_of, is_name
 from sensorium.parsing.json_scanner import JsonScanner
+from sensorium.parsing.lark import Lark
 from sensorium.parsing.reader import WHITESPACE, Reader, Steps
 from sensorium.parsing.sink import Sink
-from sensorium.parsing.tools import Tools
+from sensorium.parsing.tools import Tool, Tools
 
 BEGIN, CALL_ID, ARGS = "[TOOL_CALLS]", "[CALL_ID]", "[ARGS]"
 _NAME_RUN = re.compile(r"[a-zA-Z0-9_.-]*")
 _CLOSERS = re.compile(r"[\s}\]]*")
 
 
-class Mistral(ToolFormat):
+class Mistral(MarkedFormat):
     """Both forms."""
 
     name = "mistral"
     markers = (BEGIN, CALL_ID, ARGS)
     call_id_chars = 9
+
+    begin = BEGIN
+
+    def call(self, lark: Lark, tool: Tool) -> str:
+        """See `MarkedFormat`. Models that know the newer form have a token for it."""
+        arguments = arguments_of(lark, tool)
+        if lark.is_token(ARGS):
+            return f"{lark.text(tool.name + ARGS)} {arguments}"
+        return f"{lark.text(_object_head(tool))} {arguments} {lark.text('}')}"
+
+    def calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """See `ToolFormat`."""
+        if lark.is_token(ARGS):
+            return super().calls(lark, tools, is_parallel=is_parallel)
+        return f"{lark.text(BEGIN)} {self._list(lark, tools, is_parallel=is_parallel)}"
+
+    def text_and_calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        """See `ToolFormat`."""
+        if lark.is_token(ARGS):
+            return super().text_and_calls(lark, tools, is_parallel=is_parallel)
+        calls = lark.rule(f"{lark.text_to(BEGIN)} {self._list(lark, tools, is_parallel=is_parallel)}")
+        return f"({calls} | {lark.rule('TEXT')})"
+
+    def _list(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
+        call = self._any_call(lark, tools)
+        more = f"({lark.text(', ')} {call})*" if is_parallel else ""
+        return f"{lark.text(' [')} {call} {more} {lark.text(']')}"
 
     def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
         """See `ToolFormat`."""
@@ -43,6 +71,10 @@ class Mistral(ToolFormat):
     def is_shown_by(self, text: str) -> bool:
         """See `ToolFormat`."""
         return BEGIN in text
+
+
+def _object_head(tool: Tool) -> str:
+    return f'{{"name": "{tool.name}", "arguments": '
 
 
 def _read_list(reader: Reader, sink: Sink) -> Steps[Outcome]:

@@ -10,43 +10,41 @@ wherever the tag stands; the formats differ in what a model is held to.
 
 from __future__ import annotations
 
-import re
 from typing import ClassVar
 
-from sensorium.parsing.call_object import CallObject, Outcome
-from sensorium.parsing.call_parameters import ParameterWriter
-from sensorium.parsing.formats.base import ToolFormat, is_name
-from sensorium.parsing.reader import WHITESPACE, Reader, Steps
+from sensorium.parsing.formats.base import MarkedFormat, arguments_of
+from sensorium.parsing.formats.tagged_reading import (
+    BEGIN,
+    END,
+    FUNCTION,
+    FUNCTION_END,
+    KEY,
+    KEY_END,
+    PARAMETER,
+    PARAMETER_END,
+    VALUE,
+    VALUE_END,
+    read_tagged,
+)
+from sensorium.parsing.lark import Lark
+from sensorium.parsing.parameter_form import ParameterForm
+from sensorium.parsing.reader import Reader, Steps
 from sensorium.parsing.sink import Sink
-from sensorium.parsing.tools import Tools
+from sensorium.parsing.tools import Tool, Tools
 
-BEGIN, END = "<tool_call>", "</tool_call>"
-_FUNCTION, _FUNCTION_END = "<function=", "</function>"
-_PARAMETER, _PARAMETER_END = "<parameter=", "</parameter>"
-_KEY, _KEY_END, _VALUE, _VALUE_END = "<arg_key>", "</arg_key>", "<arg_value>", "</arg_value>"
-_NAME_RUN = re.compile(r"[a-zA-Z0-9_.-]*")
-_CLOSERS = re.compile(r"[\s}\]]*")
+_HERMES_TAIL = "}\n" + END
 
 
-class _Tagged(ToolFormat):
-    """Reads all three."""
+class _Tagged(MarkedFormat):
+    """What the three have in common."""
 
+    begin = BEGIN
+    separator = "\n"
     begins: ClassVar[tuple[str, ...]] = (BEGIN,)
 
     def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
         """See `ToolFormat`."""
-        while True:
-            begin = yield from reader.until(self.begins, sink.content)
-            if begin is None:
-                return
-            reader.mark(begin)
-            outcome = yield from _read_call(begin, reader, sink, tools)
-            if outcome is Outcome.NONE:
-                sink.content(reader.unmark())
-            elif outcome is Outcome.BROKEN:
-                yield from reader.until((END,), sink.arguments)
-            else:
-                yield from _read_end(reader, sink)
+        yield from read_tagged(self.begins, reader, sink, tools)
 
 
 class Hermes(_Tagged):
@@ -59,107 +57,42 @@ class Hermes(_Tagged):
         """See `ToolFormat`."""
         return BEGIN in text
 
+    def call(self, lark: Lark, tool: Tool) -> str:
+        """See `MarkedFormat`."""
+        head = lark.text(f'\n{{"name": "{tool.name}", "arguments": ')
+        return f"{head} {arguments_of(lark, tool)} {lark.text(_HERMES_TAIL)}"
+
 
 class QwenCoder(_Tagged):
     """Tags within tags. The outer ones are sometimes left out."""
 
     name = "qwen3_coder"
     markers = (BEGIN, END)
-    begins = (BEGIN, _FUNCTION)
+    begins = (BEGIN, FUNCTION)
+    parameters = ParameterForm(PARAMETER, ">\n", f"\n{PARAMETER_END}\n")
 
     def is_shown_by(self, text: str) -> bool:
         """See `ToolFormat`."""
-        return _FUNCTION in text and _PARAMETER in text
+        return FUNCTION in text and PARAMETER in text
+
+    def call(self, lark: Lark, tool: Tool) -> str:
+        """See `MarkedFormat`."""
+        head, tail = lark.text(f"\n{FUNCTION}{tool.name}>\n"), lark.text(f"{FUNCTION_END}\n{END}")
+        return f"{head} {self.parameters.of(lark, tool)} {tail}"
 
 
 class Glm(_Tagged):
     """A name, then keys and values."""
 
     name = "glm"
-    markers = (BEGIN, END, _KEY, _KEY_END, _VALUE, _VALUE_END)
+    markers = (BEGIN, END, KEY, KEY_END, VALUE, VALUE_END)
+    parameters = ParameterForm(KEY, f"{KEY_END}\n{VALUE}", f"{VALUE_END}\n")
 
     def is_shown_by(self, text: str) -> bool:
         """See `ToolFormat`."""
-        return _KEY in text
+        return KEY in text
 
-
-def _read_call(begin: str, reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
-    if begin == _FUNCTION:
-        return (yield from _read_function(reader, sink, tools))
-    yield from reader.run(WHITESPACE)
-    if (yield from reader.peek(1)) == "{":
-        return (yield from CallObject(reader, sink, is_name, only_calls=False).read())
-    if (yield from reader.take(_FUNCTION)):
-        return (yield from _read_function(reader, sink, tools))
-    return (yield from _read_keys(reader, sink, tools))
-
-
-def _read_end(reader: Reader, sink: Sink) -> Steps[None]:
-    """The closing tag, if it is there. A brace too many before it is no content."""
-    reader.mark()
-    yield from reader.run(_CLOSERS)
-    has_end = yield from reader.take(END)
-    read = reader.unmark()
-    if not has_end:
-        sink.content(read)
-
-
-def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
-    """From the function's name on."""
-    name = yield from reader.run(_NAME_RUN)
-    if not is_name(name) or not (yield from reader.take(">")):
-        return Outcome.NONE
-    reader.unmark()
-    sink.start_call(name)
-    writer = ParameterWriter(reader, sink)
-    writer.begin()
-    tag: str | None = _PARAMETER_END
-    while tag in (_PARAMETER, _PARAMETER_END):
-        if tag == _PARAMETER:
-            tag = yield from _read_parameter(name, reader, sink, tools, writer)
-        else:
-            yield from reader.run(WHITESPACE)
-            tag = yield from reader.until((_PARAMETER, _FUNCTION_END, END), sink.content)
-    if tag is not None:  # else it was cut off, and what is missing is not made up
-        writer.end()
-    return Outcome.CALL
-
-
-def _read_parameter(
-    function: str, reader: Reader, sink: Sink, tools: Tools, writer: ParameterWriter
-) -> Steps[str | None]:
-    """A parameter from its name on; returns the tag that ended it."""
-    pieces: list[str] = []
-    if (yield from reader.until((">",), pieces.append)) is None:
-        return None
-    name = "".join(pieces)
-    schema = tools.schema_of(function, name)
-    ends = (_PARAMETER_END, _PARAMETER, _FUNCTION_END)
-    return (yield from writer.parameter(name, schema, ends, has_frame=True))
-
-
-def _read_keys(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
-    """From the function's name on: keys and values up to the closing tag."""
-    name = yield from reader.run(_NAME_RUN)
-    yield from reader.run(WHITESPACE)
-    if not is_name(name) or (yield from reader.peek(len(_KEY))) not in (_KEY, END[: len(_KEY)]):
-        return Outcome.NONE
-    reader.unmark()
-    sink.start_call(name)
-    writer = ParameterWriter(reader, sink)
-    writer.begin()
-    while True:
-        yield from reader.run(WHITESPACE)
-        tag = yield from reader.until((_KEY, END), sink.content)
-        if tag != _KEY:
-            break
-        key: list[str] = []
-        yield from reader.until((_KEY_END,), key.append)
-        if (yield from reader.until((_VALUE,), sink.content)) is None:
-            return Outcome.CALL
-        parameter = "".join(key).strip()
-        if (yield from writer.parameter(parameter, tools.schema_of(name, parameter), (_VALUE_END,))) is None:
-            return Outcome.CALL
-    if tag == END:
-        writer.end()
-    return Outcome.CALL
+    def call(self, lark: Lark, tool: Tool) -> str:
+        """See `MarkedFormat`."""
+        head = lark.text(f"{tool.name}\n")
+        return f"{head} {self.parameters.of(lark, tool)} {lark.text(END)}"
