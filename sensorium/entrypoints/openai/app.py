@@ -20,12 +20,14 @@ from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.errors import HttpError, error_response
 from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
 from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, RequestLog
+from sensorium.entrypoints.openai.playground import playground_routes
 from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, parse_body
 from sensorium.entrypoints.openai.responses.routes import ResponseRoutes
 from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.inputs.tokenizer import TextEncoder
+from sensorium.multimodal import MULTIMODAL_REGISTRY
 
 
 def create_app(
@@ -37,6 +39,7 @@ def create_app(
     allowed_origins: Sequence[str] = (),
     max_body_bytes: int = 128 << 20,
     max_waiting_bytes: int = 1 << 30,
+    playground: bool = True,
 ) -> Starlette:
     """An ASGI application over a running engine, which stays its owner's to shut down.
 
@@ -48,6 +51,7 @@ def create_app(
         allowed_origins: origins of pages that browsers may let use this server; "*" for all.
         max_body_bytes: bound on one body.
         max_waiting_bytes: bound on all bodies whose answers have not begun.
+        playground: serve a page to try the model at `/`.
     """
     chat, completions, plain = ChatRoutes(context), CompletionRoutes(context), PlainRoutes(context)
     transcriptions = transcriptions or TranscriptionRoutes(context)
@@ -67,6 +71,7 @@ def create_app(
         Route("/version", plain.version),
         Route("/metrics", plain.metrics),
     ]
+    pages = playground_routes() if playground else []
     middleware = [Middleware(RequestLog)]
     if allowed_origins:
         # In front of the keys: a browser's preflight bears none.
@@ -74,10 +79,10 @@ def create_app(
             Middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
         )
     if api_keys:
-        middleware.append(Middleware(ApiKeys, keys=api_keys))
+        middleware.append(Middleware(ApiKeys, keys=api_keys, page_paths=[page.path for page in pages]))
     middleware.append(Middleware(BodyBounds, max_body_bytes=max_body_bytes, max_waiting_bytes=max_waiting_bytes))
     handlers = {HTTPException: _http_exception, Exception: _failure, SensoriumError: _failure}
-    return Starlette(routes=routes, middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
+    return Starlette(routes=[*routes, *pages], middleware=middleware, exception_handlers=handlers)  # type: ignore[arg-type]
 
 
 class PlainRoutes:
@@ -154,7 +159,15 @@ class PlainRoutes:
             "created": self._context.created_s,
             "owned_by": "sensorium",
             "max_model_len": self._context.engine.config.model_config.max_model_len,
+            "limit_mm_per_prompt": self._media_limits(),
         }
+
+    def _media_limits(self) -> dict[str, int]:
+        """The most items of one request, for each modality that the model takes."""
+        config = self._context.engine.config.model_config
+        limits = MULTIMODAL_REGISTRY.get_mm_limits_per_prompt(config)
+        taken = (name for name in limits if MULTIMODAL_REGISTRY.get_plugin(name).has_input_mapper(config.model_class))
+        return {name: limits[name] for name in taken if limits[name]}
 
 
 async def _failure(request: Request, error: Exception) -> Response:

@@ -23,7 +23,7 @@ from sensorium.logger import get_logger
 logger = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
-"""Everything else needs a key, routes that don't exist included."""
+"""Everything else needs a key, routes that don't exist included; but for reading a page that holds no data."""
 REQUEST_ID_HEADER = "X-Request-Id"
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
@@ -69,15 +69,18 @@ class ApiKeys:
     """Lets nothing through without one of the keys. Compares digests in constant time, all of them every time.
 
     The digest of a request's key stays with it as `tenant`: what requests leave behind is for the same key only.
+
+    `page_paths`: exact paths of static files that anyone may read.
     """
 
-    def __init__(self, app: ASGIApp, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, keys: Sequence[str], page_paths: Sequence[str] = ()) -> None:
         self._app = app
+        self._page_paths = frozenset(page_paths)
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
-        if scope["type"] == "http" and scope["path"] not in OPEN_PATHS and not self._is_allowed(scope):
+        if scope["type"] == "http" and not self._is_open(scope) and not self._is_allowed(scope):
             error = HttpError(
                 401,
                 "API key: got none that is valid, expected 'Authorization: Bearer <key>'. Send a key of this server.",
@@ -86,6 +89,10 @@ class ApiKeys:
             await error_response(error)(scope, receive, send)
             return
         await self._app(scope, receive, send)
+
+    def _is_open(self, scope: Scope) -> bool:
+        is_page = scope["path"] in self._page_paths and scope["method"] in ("GET", "HEAD")
+        return is_page or scope["path"] in OPEN_PATHS
 
     def _is_allowed(self, scope: Scope) -> bool:
         scheme, _, token = Headers(scope=scope).get("Authorization", "").partition(" ")

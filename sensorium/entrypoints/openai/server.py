@@ -109,6 +109,7 @@ def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, load
         allowed_origins=args.allowed_origin,
         max_body_bytes=args.max_body_bytes,
         max_waiting_bytes=args.max_waiting_bytes,
+        playground=args.playground,
     )
 
 

@@ -21,6 +21,8 @@ class ServerArgs:
     """Names of the model in requests; the name it was given by default."""
     allowed_origin: tuple[str, ...] = ()
     """Origins of web pages that may use the server from a browser; "*" for all."""
+    playground: bool = True
+    """Serve a page to try the model from a browser at "/". It is open without a key; what it asks for is not."""
     ssl_certfile: str | None = None
     """Certificate for TLS."""
     ssl_keyfile: str | None = None
