@@ -47,6 +47,7 @@ class NativeLibrary:
     """The functions of the compiled library. The formats mirror the `*_args` structs of the C files."""
 
     __slots__ = (
+        "_use_tiles",
         "activation",
         "argmax",
         "attention",
@@ -72,6 +73,16 @@ class NativeLibrary:
         packed_bytes.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long]
         packed_bytes.restype = ctypes.c_long
         self.packed_bytes = packed_bytes
+        self._use_tiles = library.sensorium_use_tiles
+        self.use_tiles(True)
+
+    def use_tiles(self, wanted: bool) -> bool:
+        """Use the machine's matrix tiles (Intel AMX) for bfloat16 or not; returns whether they are in use.
+
+        They are not where the machine or the compiler has none, or the system refuses them. A row's result depends on
+        it in the last bits, so nothing may change it while a model runs.
+        """
+        return bool(self._use_tiles(wanted))
 
 
 @cache

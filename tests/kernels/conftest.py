@@ -34,3 +34,13 @@ def num_threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture(params=["tiles", "vectors"])
+def tiles(request: pytest.FixtureRequest, native_kernels: None) -> Iterator[bool]:
+    """Whether bfloat16 goes by the machine's matrix tiles. Where it has none, both runs go by vectors."""
+    library = native.native_library()
+    assert library is not None
+    before = library.use_tiles(True)
+    yield library.use_tiles(request.param == "tiles")
+    library.use_tiles(before)

@@ -20,7 +20,7 @@ ROWS = [1, 2, 3, 4, 5, 6, 7, 12, 13, 16, 64, 193, 400]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(("n", "k"), SHAPES)
-def test_equals_the_product_rounded_once(dtype: torch.dtype, n: int, k: int) -> None:
+def test_equals_the_product_rounded_once(dtype: torch.dtype, n: int, k: int, tiles: bool) -> None:
     """In float64 the product is exact enough to say what one rounding of it is."""
     torch.manual_seed(n)
     weight, bias = torch.randn(n, k).to(dtype), torch.randn(n).to(dtype)
@@ -45,10 +45,10 @@ def test_float32_is_within_1e_5_of_torch() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_threads_do_not_change_the_result(dtype: torch.dtype, num_threads: int) -> None:
+def test_threads_do_not_change_the_result(dtype: torch.dtype, num_threads: int, tiles: bool) -> None:
     """Also where there are so few columns that rows are shared out too."""
     torch.manual_seed(0)
-    for n, k, rows in ((24, 600, 300), (300, 64, 3)):
+    for n, k, rows in ((24, 600, 300), (300, 64, 3), (1000, 40, 70)):
         weight, x = torch.randn(n, k).to(dtype), torch.randn(rows, k).to(dtype)
         packed = pack(weight)
         alone = torch.cat([packed_linear(row[None], packed) for row in x])
@@ -75,7 +75,7 @@ def test_shapes_and_strides() -> None:
         torch.testing.assert_close(packed_linear(x, pack(view)), F.linear(x, view))
 
 
-def test_special_values_stay_in_their_row() -> None:
+def test_special_values_stay_in_their_row(tiles: bool) -> None:
     weight = torch.randn(40, 30).to(torch.bfloat16)
     x = torch.randn(3, 30).to(torch.bfloat16)
     clean = packed_linear(x, pack(weight))

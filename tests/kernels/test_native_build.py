@@ -166,6 +166,8 @@ def test_an_unusable_home_is_no_obstacle(fresh: Path, tiny_source: Path, monkeyp
 VARIANTS = {
     # The vectors and the layout of AVX512-BF16, put together from shorter vectors and plain arithmetic.
     "wide": ["-O0", "-DVL=16", "-DBF16_PAIRS=1", "-Wno-psabi"],
+    # The same with matrix tiles, emulated.
+    "tiles": ["-O1", "-DVL=16", "-DBF16_PAIRS=1", "-DTILES=2", "-Wno-psabi"],
     # No vector extension beyond what every machine of this kind has.
     "plain": ["-O0", "-Wno-psabi", *(["-march=x86-64"] if platform.machine() == "x86_64" else ["-mcpu=generic"])],
 }

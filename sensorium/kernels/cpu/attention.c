@@ -48,8 +48,6 @@ typedef struct {
     float *maxima, *normalisers; /* [rows] */
 } workspace;
 
-INLINE long round_up(long n, long step) { return (n + step - 1) / step * step; }
-
 /* Lay the parts out from `memory` on, each aligned to a cache line, and return how many floats they take. */
 static long carve_up(float *memory, long rows, long head_size, workspace *w) {
     const long width = round_up(head_size, VL);

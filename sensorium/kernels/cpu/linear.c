@@ -1,13 +1,4 @@
-/* x @ weight.T + bias with a packed weight.
- *
- * Layout. The weight's N rows (output features) are cut into panels of NR = 2 * VL, the last one filled up with
- * zeros. A panel holds, for each input feature k in turn, the NR weights that meet x[k], so that one pass over a
- * panel is one contiguous stream:
- *
- *   float32, float16      [N / NR][K][NR]
- *   bfloat16              [N / NR][K][VL][2]       lane i of a load holds columns i (low half) and i + VL (high half):
- *                                                  a shift and a mask widen 2 * VL weights
- *   bfloat16, AVX512-BF16 [N / NR][K / 2][NR][2]   pairs of k, as the dot-product instruction wants them
+/* x @ weight.T + bias with a packed weight, by vectors; with tiles, bfloat16 goes another way (linear_tiles.c).
  *
  * Order of summation. For every output: k runs in order within blocks of KC, the blocks' sums are added in order, and
  * the bias comes last. It depends on K alone. So a row's result is the same bit for bit whatever rows stand beside
@@ -19,9 +10,8 @@
  */
 #include <stdlib.h>
 
-#include "pool.h"
+#include "linear.h"
 
-#define NR (2 * VL)
 #define KC 512
 #if VL == 16
 #define MR 12
@@ -31,27 +21,10 @@
 #define MAX_PANELS 4      /* that one call of a micro kernel takes */
 #define CHUNK_ROWS 192    /* rows whose copy should stay in the L2 and L3 caches */
 
-/* Whether bfloat16 weights are packed in pairs for the dot-product instruction; may be set from outside, to try out
- * that layout without the instruction. */
-#if !defined(BF16_PAIRS)
-#if defined(USE_AVX512) && defined(__AVX512BF16__)
-#define BF16_PAIRS 1
-#else
-#define BF16_PAIRS 0
-#endif
-#endif
-
-/* How many k make one step of a micro kernel. */
-INLINE long k_per_step(int dtype) { return BF16_PAIRS && dtype == BF16 ? 2 : 1; }
-
-INLINE long steps_of(int dtype, long k) { return (k + k_per_step(dtype) - 1) / k_per_step(dtype); }
-
-INLINE long step_bytes(int dtype) { return NR * size_of(dtype) * k_per_step(dtype); }
-
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
 EXPORT long sensorium_packed_bytes(int dtype, long n, long k) {
-    return (n + NR - 1) / NR * steps_of(dtype, k) * step_bytes(dtype);
+    return (n + NR - 1) / NR * panel_steps(dtype, k) * step_bytes(dtype);
 }
 
 /* A weight (n, k) with rows `row_bytes` apart, from the first row of a panel on, of which `columns` there are. */
@@ -86,7 +59,8 @@ INLINE vf load_units(const int dtype, const panel_rows *rows, long unit, long s)
 }
 
 INLINE void pack_panel(const int dtype, char *panel, const panel_rows *rows) {
-    const long steps = steps_of(dtype, rows->k), whole = rows->k / k_per_step(dtype), units = step_bytes(dtype) / 4;
+    const long steps = panel_steps(dtype, rows->k), whole = rows->k / k_per_step(dtype);
+    const long units = step_bytes(dtype) / 4;
     long s = 0;
     for (; s + VL <= whole; s += VL)
         for (long unit = 0; unit < units; unit += VL) {
@@ -110,7 +84,7 @@ typedef struct {
 static void pack_task(const void *context, long first_panel, long last_panel, long thread) {
     (void)thread;
     const pack_args *args = context;
-    const long panel_bytes = steps_of(args->dtype, args->k) * step_bytes(args->dtype);
+    const long panel_bytes = panel_steps(args->dtype, args->k) * step_bytes(args->dtype);
     for (long p = first_panel; p < last_panel; p++) {
         char *panel = args->packed + p * panel_bytes;
         const char *first = args->weight + p * NR * args->row_bytes;
@@ -218,15 +192,6 @@ INLINE row_blocks split_rows(long rows) {
 
 INLINE long block_begin(row_blocks blocks, long i) { return i * blocks.base + MIN(i, blocks.larger); }
 
-typedef struct {
-    void *out;         /* (m, n) of `dtype` */
-    const char *x;     /* (m, k) of `dtype`, rows x_row_bytes apart */
-    const char *packed;
-    const void *bias;  /* (n,) of `dtype`, or null */
-    long m, n, k, x_row_bytes;
-    int dtype, threads;
-} linear_args;
-
 /* VL steps of a row from step s on: float32 values, or pairs of bfloat16 for the dot-product instruction. */
 INLINE vf load_steps(const int dtype, const char *x, long s) {
     return k_per_step(dtype) == 2 ? vload(F32, x, s) : vload(dtype, x, s);
@@ -260,28 +225,12 @@ INLINE void interleave_rows(const int dtype, const linear_args *args, long row, 
         for (long r = 0; r < rows; r++) to[s * rows + r] = load_step(dtype, x[r], s, args->k);
 }
 
-/* Add the bias to a tile, round it and store it. */
-INLINE void store_tile(const int dtype, const linear_args *args, const float *tile, long tile_width, long row,
-                       long rows, long column, long columns) {
-    for (long r = 0; r < rows; r++) {
-        const float *from = tile + r * tile_width;
-        long to = (row + r) * args->n + column, c = 0;
-        for (; c + VL <= columns; c += VL) {
-            vf x = *(const vf *)(from + c);
-            if (args->bias) x += vload(dtype, args->bias, column + c);
-            vstore(dtype, args->out, to + c, x);
-        }
-        for (; c < columns; c++)
-            store1(dtype, args->out, to + c, from[c] + (args->bias ? load1(dtype, args->bias, column + c) : 0));
-    }
-}
-
 /* Rows of blocks [first_block, last_block) times `panels` panels from `panel` on. */
 INLINE void multiply_tile(const int dtype, const linear_args *args, const float *a, long chunk_row, row_blocks blocks,
                           long first_block, long last_block, long panel, long panels) {
     float tile[MAX(CHUNK_ROWS, 4 * MAX_PANELS) * NR] __attribute__((aligned(64)));
     const long steps = steps_of(dtype, args->k), block_steps = KC / k_per_step(dtype), width = panels * NR;
-    const long panel_bytes = steps * step_bytes(dtype), row = block_begin(blocks, first_block);
+    const long panel_bytes = panel_steps(dtype, args->k) * step_bytes(dtype), row = block_begin(blocks, first_block);
     const char *weights = args->packed + panel * panel_bytes;
 
     for (long s = 0; s < steps; s += block_steps)
@@ -290,7 +239,7 @@ INLINE void multiply_tile(const int dtype, const linear_args *args, const float 
             micro_for_rows(dtype, rows, panels, a + begin * steps + s * rows, weights + s * step_bytes(dtype),
                            panel_bytes, MIN(block_steps, steps - s), tile + (begin - row) * width, width, s == 0);
         }
-    store_tile(dtype, args, tile, width, chunk_row + row, block_begin(blocks, last_block) - row, panel * NR,
+    store_block(dtype, args, tile, width, chunk_row + row, block_begin(blocks, last_block) - row, panel * NR,
                MIN(width, args->n - panel * NR));
 }
 
@@ -347,6 +296,7 @@ static void multiply_chunk(const linear_args *args, float *a, long first_row, lo
 /* Returns 0, or -1 when memory ran out. */
 EXPORT int sensorium_linear(const linear_args *args) {
     if (args->m == 0 || args->n == 0) return 0;
+    if (sensorium_tiles_on && args->dtype == BF16) return sensorium_linear_by_tiles(args);
     const int threads = threads_worth(args->m * args->n * args->k, 1 << 16, args->threads);
     const long chunks = (args->m + CHUNK_ROWS - 1) / CHUNK_ROWS;
     const size_t bytes = (size_t)(MIN(args->m, CHUNK_ROWS) * steps_of(args->dtype, args->k)) * sizeof(float);

@@ -60,6 +60,8 @@ enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
         else function(F16, __VA_ARGS__);                     \
     } while (0)
 
+INLINE long round_up(long n, long step) { return (n + step - 1) / step * step; }
+
 INLINE long size_of(int dtype) { return dtype == F32 ? 4 : 2; }
 
 INLINE vf splat(float x) { return x - (vf){0}; }
@@ -183,12 +185,25 @@ INLINE void vstore_f16(uint16_t *p, vf x) {
 #endif
 }
 
-/* Float bits rounded to bfloat16, in the upper half of each lane. */
+/* Float bits rounded to bfloat16, in the upper half of each lane. Where the machine has an instruction for it, numbers
+ * too small for a normal float32 become zero. */
 INLINE vu round_to_bf16(vf x) {
+#if defined(USE_AVX512) && defined(__AVX512BF16__)
+    return (vu)_mm512_cvtepu16_epi32((__m256i)_mm512_cvtneps_pbh((__m512)x)) << 16;
+#else
     vu bits = (vu)x;
     vu rounded = bits + 0x7fff + (bits >> 16 & 1);
     vu nan = (vu)(x != x);
     return ((rounded & ~nan) | ((bits | 0x400000) & nan)) & 0xffff0000u;
+#endif
+}
+
+INLINE void vstore_bf16(uint16_t *p, vf x) {
+#if defined(USE_AVX512) && defined(__AVX512BF16__)
+    _mm256_storeu_si256((__m256i *)p, (__m256i)_mm512_cvtneps_pbh((__m512)x));
+#else
+    vstore_u16(p, round_to_bf16(x));
+#endif
 }
 
 INLINE vf vload(int dtype, const void *p, long i) {
@@ -204,7 +219,7 @@ INLINE void vstore(int dtype, void *p, long i, vf x) {
     else if (dtype == F16)
         vstore_f16((uint16_t *)p + i, x);
     else
-        vstore_u16((uint16_t *)p + i, round_to_bf16(x));
+        vstore_bf16((uint16_t *)p + i, x);
 }
 
 /* The value that storing and loading again would give. */

@@ -1,0 +1,11 @@
+/* Working memory that is kept from call to call, so that the system doesn't have to clear new pages for each. */
+#ifndef SENSORIUM_WORKSPACE_H
+#define SENSORIUM_WORKSPACE_H
+
+/* Take at least so many bytes, of any content, from the start of a page on; null when there are none. */
+char *sensorium_open_workspace(long bytes);
+
+/* Give them back. */
+void sensorium_close_workspace(char *memory);
+
+#endif
