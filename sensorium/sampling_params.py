@@ -24,6 +24,7 @@ MAX_LOGPROBS = 128
 MAX_STOP_STRINGS = 64
 MAX_STOP_STRING_CHARS = 1024
 MAX_STOP_TOKEN_IDS = 1024
+MAX_VISIBLE_SPECIAL_TOKEN_IDS = 64
 MAX_BAD_WORDS = 256
 MAX_BAD_WORD_CHARS = 256
 MAX_BAD_WORD_SEQUENCES = 4 * MAX_BAD_WORDS
@@ -95,6 +96,8 @@ class SamplingParams:
     detokenize: bool = True
     """Turn the output into text. Without it, no stop strings."""
     skip_special_tokens: bool = True
+    visible_special_token_ids: Sequence[int] = ()
+    """Special tokens that stay in the text nevertheless, such as those that set calls apart."""
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
     """Keep the stop string, or the text of the stop token, at the end of the output's text."""
@@ -382,6 +385,7 @@ _CHECKS: dict[str, _Check] = {
     "structured_outputs": _structured_outputs,
     "detokenize": _flag,
     "skip_special_tokens": _flag,
+    "visible_special_token_ids": _token_ids(MAX_VISIBLE_SPECIAL_TOKEN_IDS),
     "spaces_between_special_tokens": _flag,
     "include_stop_str_in_output": _flag,
 }

@@ -113,6 +113,11 @@ class EngineArgs:
     """"last", "mean" or "cls" for `encode`; the model's own, or "last"."""
     chat_template: str | None = None
     """A chat template, or the path of a file with one, instead of the checkpoint's."""
+    tool_parser: str = "auto"
+    """How the model writes calls of functions: "hermes", "qwen3_coder", "glm", "mistral", "llama3", "json", "none", or
+    "auto" to go by the chat template."""
+    reasoning_parser: str = "auto"
+    """How the model marks its reasoning: "think", "seed", "mistral", "none", or "auto" to go by the chat template."""
 
     def create_engine_config(self) -> EngineConfig:
         """Resolve everything that can be known before the weights are read.

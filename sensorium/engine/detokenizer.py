@@ -228,7 +228,8 @@ class IncrementalDetokenizer:
 
     def __init__(self, detokenizer: Detokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
         special_ids = detokenizer.special_ids
-        self._hidden_ids = special_ids if params.skip_special_tokens else frozenset[int]()
+        visible_ids = params.visible_special_token_ids if params.skip_special_tokens else special_ids
+        self._hidden_ids = special_ids.difference(visible_ids)
         self._joined_ids = frozenset[int]() if params.spaces_between_special_tokens else special_ids
         self._stream = detokenizer.stream(prompt_token_ids, self._hidden_ids)
         self._stops = StopStringMatcher(params.stop) if params.stop else None

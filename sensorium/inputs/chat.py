@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError, MediaError, UnsupportedFeatureError
 from sensorium.inputs.chat_content import Embeddings, MediaPart, Message, TextPart, parse_messages
+from sensorium.inputs.chat_forms import AnswerForms, FormsFinder
 from sensorium.inputs.chat_template import (
     RESERVED,
     ContentFormat,
@@ -24,6 +25,7 @@ from sensorium.inputs.chat_template import (
     select_template,
 )
 from sensorium.inputs.mrope import token_id_of
+from sensorium.inputs.tool_messages import concern_tools, with_tools_told
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.media import EncodedMedia
@@ -61,6 +63,9 @@ class ChatRenderer:
         trust_request_chat_template: take templates that come with a request.
         accept_objects: take Python objects as media; off where messages come over a network.
         accept_embeddings: take embeddings in place of media.
+        tool_parser: how the model writes calls: a name of `sensorium.parsing.FORMATS`, "none", or "auto" to go by the
+            template.
+        reasoning_parser: the same for reasoning, of `sensorium.parsing.REASONING_FORMATS`.
     """
 
     def __init__(
@@ -73,6 +78,8 @@ class ChatRenderer:
         trust_request_chat_template: bool = False,
         accept_objects: bool = True,
         accept_embeddings: bool = True,
+        tool_parser: str = "auto",
+        reasoning_parser: str = "auto",
         mm_registry: MultiModalRegistry = MULTIMODAL_REGISTRY,
     ) -> None:
         self._model_config = model_config
@@ -92,6 +99,16 @@ class ChatRenderer:
             if mm_registry.get_plugin(modality).has_input_mapper(model_config.model_class)
         ]
         self._probe = TemplateProbe(tokenizer, taken)
+        self._finder = FormsFinder(tokenizer, tool_parser, reasoning_parser)
+
+    def answer_forms(self, *, chat_template: str | None = None, has_tools: bool = False) -> AnswerForms:
+        """How answers to prompts of a template are to be taken apart; `chat_template` as for `render`.
+
+        Raises:
+            RequestError: There is no such template.
+        """
+        template = self._template(chat_template, has_tools=has_tools)
+        return self._finder.forms_of(template) if has_tools else self._finder.reasoning_of(template)
 
     def render(self, messages: object, **options: Any) -> dict[str, Any]:
         """A prompt from messages in the OpenAI format, its media fetched and not yet decoded.
@@ -143,9 +160,13 @@ class ChatRenderer:
             )
         if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
             raise InvalidTypeError(f"tools: got a value of type {type(tools).__name__}, expected a list. Change tools.")
+        parsed = parse_messages(messages, places)
+        template = self._template(chat_template, has_tools=bool(tools))
+        if tools or concern_tools(parsed):
+            parsed, tools = self._with_tools(parsed, tools, template)
         request = _Request(
-            messages=parse_messages(messages, places),
-            template=self._template(chat_template, has_tools=bool(tools)),
+            messages=parsed,
+            template=template,
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
             tools=tools or None,
@@ -154,6 +175,17 @@ class ChatRenderer:
         )
         self._check_media(request)
         return request
+
+    def _with_tools(
+        self, messages: list[Message], tools: Sequence[Any] | None, template: str
+    ) -> tuple[list[Message], Sequence[Any] | None]:
+        """Messages and tools as the template takes them."""
+        forms = self._finder.forms_of(template)
+        if forms.shows_tools:
+            return messages, tools
+        if tools:
+            forms.calls()  # or an error that says why there are none
+        return with_tools_told(messages, tools, has_system=self._probe.takes_system(template)), None
 
     def _template(self, asked: str | None, *, has_tools: bool) -> str:
         if asked is None:
@@ -281,12 +313,14 @@ class _MessageWriter:
         """A message for the template."""
         written: dict[str, Any] = {"role": message.role, **message.fields}
         if message.parts is None and message.text is None:
+            if "tool_calls" in written:  # some templates look into content without asking whether there is any
+                written["content"] = "" if self._format.takes_strings else []
             return written
         written_by_user = self._written_by_user(message)
         if message.parts is None:
             is_string = self._format.takes_strings or not self._format.takes_parts
             written["content"] = message.text if is_string else [{"type": "text", "text": message.text}]
-        elif self._format.takes_parts:
+        elif self._format.takes_parts and (message.role != "tool" or self._format.takes_tool_parts):
             written["content"] = self._parts(message, written_by_user)
         else:
             written["content"] = self._string(message, written_by_user)

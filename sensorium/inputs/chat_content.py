@@ -90,6 +90,7 @@ def _parse_message(message: object, where: str) -> Message:
     fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
     if "tool_calls" in fields:
         fields["tool_calls"] = _parse_tool_calls(fields["tool_calls"], f"{where}.tool_calls")
+    _parse_reasoning(fields, where)
     if content is None:
         if not fields:
             raise _wrong_type(f"{where}.content", content, "a string or a list of parts")
@@ -102,9 +103,18 @@ def _parse_message(message: object, where: str) -> Message:
     return Message(role, where, parts=parts, fields=fields)
 
 
+def _parse_reasoning(fields: dict[str, Any], where: str) -> None:
+    """Past reasoning goes by two names among servers, and by either among templates."""
+    for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
+        if name in fields:
+            if not isinstance(fields[name], str):
+                raise _wrong_type(f"{where}.{name}", fields[name], "a string")
+            fields.setdefault(other, fields[name])
+
+
 def _parse_tool_calls(calls: object, where: str) -> list[Any]:
     """Tool calls with their arguments as objects, which is what templates expect; the wire format has them as
-    JSON.
+    JSON. Arguments that are no JSON, as a model may have written them, stay text.
     """
     if not isinstance(calls, list | tuple):
         raise _wrong_type(where, calls, "a list of tool calls")
@@ -114,16 +124,16 @@ def _parse_tool_calls(calls: object, where: str) -> list[Any]:
             raise _wrong_type(f"{where}[{index}]", call, "a dict with a function")
         function = dict(call.get("function", {}))
         if isinstance(function.get("arguments"), str):
-            function["arguments"] = _parse_arguments(function["arguments"], f"{where}[{index}].function.arguments")
+            function["arguments"] = _parse_arguments(function["arguments"])
         parsed.append({**call, "function": function} if "function" in call else dict(call))
     return parsed
 
 
-def _parse_arguments(arguments: str, where: str) -> Any:
+def _parse_arguments(arguments: str) -> Any:
     try:
         return json.loads(arguments) if arguments.strip() else {}
     except (ValueError, RecursionError):
-        raise InvalidRequestError(f"{where}: got text that is no JSON, expected a JSON object. Correct it.") from None
+        return arguments
 
 
 def _parse_part(part: object, where: str) -> Part:

@@ -62,6 +62,8 @@ class ContentFormat:
     """Per modality that the template places: the part that it recognizes."""
     placeholders: Mapping[str, str]
     """Per modality that the template places: what it writes for an item."""
+    takes_tool_parts: bool = False
+    """Results of tools may be typed parts."""
 
 
 def checkpoint_template(model_config: ModelConfig, tokenizer: Any) -> str | Mapping[str, str] | None:
@@ -169,6 +171,7 @@ class TemplateProbe:
         self._tokenizer = tokenizer
         self._modalities = tuple(modalities)
         self.format_of = lru_cache(maxsize=_MAX_TEMPLATES)(self._format_of)
+        self.takes_system = lru_cache(maxsize=_MAX_TEMPLATES)(self._takes_system)
 
     def _format_of(self, template: str) -> ContentFormat:
         """What a template does with content."""
@@ -183,7 +186,13 @@ class TemplateProbe:
                         media_parts[modality] = part
                         placeholders[modality] = _inserted(base, rendered)
                         break
-        found = ContentFormat(self._takes_strings(template), base is not None, media_parts, placeholders)
+        found = ContentFormat(
+            self._takes_strings(template),
+            base is not None,
+            media_parts,
+            placeholders,
+            takes_tool_parts=base is not None and self._takes_tool_parts(template),
+        )
         logger.info(
             "chat template: takes %s, places %s",
             " and ".join(
@@ -197,6 +206,26 @@ class TemplateProbe:
     def _takes_strings(self, template: str) -> bool:
         return _FIRST in (self._try(template, _FIRST) or "")
 
+    def _takes_system(self, template: str) -> bool:
+        """Whether a template shows the system's message."""
+        shown = []
+        for as_content in (str, lambda text: [{"type": "text", "text": text}]):
+            contents = ("system", as_content(_FIRST)), ("user", as_content(_SECOND))
+            shown.append(self._render(template, [{"role": role, "content": content} for role, content in contents]))
+        return any(_FIRST in (each or "") for each in shown)
+
+    def _takes_tool_parts(self, template: str) -> bool:
+        """Whether a template shows a tool's result that is a list of parts."""
+        call = {"id": "qxzcall00", "type": "function", "function": {"name": "f", "arguments": {}}}
+        parts = [{"type": "text", "text": _FIRST}, {"type": "text", "text": _SECOND}]
+        messages: list[Mapping[str, Any]] = [
+            {"role": "user", "content": "u"},
+            {"role": "assistant", "content": "", "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": "qxzcall00", "name": "f", "content": parts},
+        ]
+        rendered = self._render(template, messages) or ""
+        return _FIRST in rendered and _SECOND in rendered and not _prints_parts(rendered)
+
     def _parts(self, template: str, media_part: Mapping[str, str] | None = None) -> str | None:
         """A message of two texts, with a media part in between, rendered; None if the template shows no such
         parts.
@@ -208,17 +237,26 @@ class TemplateProbe:
         if rendered is None or _FIRST not in rendered or _SECOND not in rendered:
             return None
         # A template that knows strings only may print the list as it is.
-        return None if "'type'" in rendered or '"type"' in rendered else rendered
+        return None if _prints_parts(rendered) else rendered
 
     def _try(self, template: str, content: object) -> str | None:
         user: Mapping[str, Any] = {"role": "user", "content": content}
         system: Mapping[str, Any] = {"role": "system", "content": "s"}
         for messages in ([user], [system, user]):
-            try:
-                return render(self._tokenizer, template, messages)
-            except InvalidRequestError:
-                continue
+            rendered = self._render(template, messages)
+            if rendered is not None:
+                return rendered
         return None
+
+    def _render(self, template: str, messages: Sequence[Mapping[str, Any]]) -> str | None:
+        try:
+            return render(self._tokenizer, template, messages)
+        except InvalidRequestError:
+            return None
+
+
+def _prints_parts(rendered: str) -> bool:
+    return "'type'" in rendered or '"type"' in rendered
 
 
 def _spellings(modality: str) -> tuple[Mapping[str, str], ...]:

@@ -6,6 +6,7 @@ stands there is what the model was trained on. Where that can't be had, its own 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
@@ -20,6 +21,7 @@ _T = TypeVar("_T")
 Render = Callable[[list[Mapping[str, Any]], list[Mapping[str, Any]]], str | None]
 """Renders messages and tools by a template; None where it refuses them."""
 
+_TOOLS = re.compile(r"\{[{%][^{}%]*\btools\b")
 _PROBE = "qxzprobe"
 _TOOL = {
     "type": "function",
@@ -35,9 +37,9 @@ _ANSWER: Mapping[str, Any] = {"role": "assistant", "content": "", "tool_calls": 
 _RESULT: Mapping[str, Any] = {"role": "tool", "tool_call_id": "qxzcall00", "name": _PROBE, "content": "r"}
 
 
-def shows_tools(render: Render) -> bool:
-    """Whether a template tells the model which tools there are."""
-    return _PROBE in (render([_QUESTION], [_TOOL]) or "")
+def shows_tools(template: str, render: Render) -> bool:
+    """Whether a template does something with tools: shows them, or at least asks for them."""
+    return _TOOLS.search(template) is not None or _PROBE in (render([_QUESTION], [_TOOL]) or "")
 
 
 def find_tool_format(template: str, render: Render | None = None, asked: str = AUTO) -> ToolFormat | None:

@@ -132,4 +132,4 @@ def test_variables_tools_and_other_fields_reach_the_template() -> None:
     ]
     tools = [{"type": "function", "function": {"name": "weather"}}]
     prompt = renderer_of(template=template).render(messages, tools=tools, chat_template_kwargs={"thinking": "yes"})
-    assert prompt["prompt"] == "yes weather weather Rome False"
+    assert prompt["prompt"] == "yes weather weather Rome True"
