@@ -1,0 +1,223 @@
+"""What a server holds after thousands of requests: given up, hostile, or with pictures.
+
+    python -m benchmarks.endurance aborts --requests 2000
+    python -m benchmarks.endurance mixed --requests 2000
+    python -m benchmarks.endurance images --requests 10000
+
+Each starts `sensorium serve`, sends requests over HTTP, compares good answers with those of a quiet run, and checks
+that requests, KV blocks, tasks, open files and threads are back at what they were. Memory is compared with that
+after the first hundred requests. Prints figures, and one JSON line; exits with status 1 if anything is not as it should be.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import random
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, field
+
+from benchmarks.good_requests import good_requests, image_request
+from benchmarks.hostile_requests import HOSTILE
+from benchmarks.http_client import Connection
+from benchmarks.http_server import ServerProcess, serving
+
+CHAT = "/v1/chat/completions"
+NUM_WARM = 100
+MAX_GROWTH_MIB = 32.0
+"""Beyond the hundredth request: allocators keep a little of the largest moment."""
+SERVER_FLAGS = (
+    *("--max-model-len", "512", "--num-blocks", "1024", "--max-num-seqs", "32", "--max-waiting-requests", "4096"),
+    *("--mm-processor-cache-bytes", str(8 << 20), "--encoder-cache-rows", "4096", "--log-level", "WARNING"),
+    *("--limit-mm-per-prompt", '{"image": 2}'),
+)
+"""Caches small enough to be full, and turning over, after a hundred requests."""
+GAUGES = ("open_requests", "unstarted_requests", "num_running", "num_waiting", "kv_cache_usage")
+
+
+@dataclass
+class Run:
+    """One run against one server, and what it has seen."""
+
+    server: ServerProcess
+    num_requests: int
+    width: int
+    expected: dict[int, bytes] = field(default_factory=dict)
+    """Answers of a quiet run by request."""
+    counts: dict[str, int] = field(default_factory=dict)
+
+    def count(self, what: str) -> None:
+        """Note that something happened."""
+        self.counts[what] = self.counts.get(what, 0) + 1
+
+
+Worker = Callable[[Run, Connection, int], Awaitable[None]]
+
+
+async def ask(connection: Connection, body: bytes) -> bytes:
+    """The text of a whole answer; raises `AssertionError` if there is none."""
+    answer = await connection.request("POST", CHAT, body)
+    assert answer.status == 200, (answer.status, answer.body[:300])
+    text: str = answer.json()["choices"][0]["message"]["content"]
+    return text.encode()
+
+
+async def check_good(run: Run, connection: Connection, name: int, body: bytes) -> None:
+    """Ask, and compare with the quiet run's answer, or be that run."""
+    text = await ask(connection, body)
+    if run.expected.setdefault(name, text) == text:
+        run.count("good_equal")
+    else:
+        run.count("good_differ")
+
+
+async def in_turn(run: Run, indices: Iterable[int], work: Worker) -> None:
+    """Work through the indices, `run.width` at a time, each worker on its own connection."""
+    todo = iter(indices)
+
+    async def worker() -> None:
+        async with Connection(run.server.url) as connection:
+            for index in todo:
+                await work(run, connection, index)
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(run.width):
+            group.create_task(worker())
+
+
+async def abort_one(run: Run, connection: Connection, index: int) -> None:
+    """Start a stream and hang up at some moment of its life; every twentieth is patient."""
+    rng = random.Random(index)
+    good = good_requests()
+    name = index % len(good)
+    if index % 20 == 0:
+        await check_good(run, connection, name, good[name])
+        return
+    body = json.dumps({**json.loads(good[name]), "stream": True, "max_tokens": 64}).encode()
+    try:
+        async with asyncio.timeout(rng.expovariate(5.0)):
+            async for _ in connection.stream(CHAT, body):
+                pass
+        run.count("finished")
+    except TimeoutError:
+        run.count("hung_up")
+    finally:
+        connection.close()
+
+
+async def mix_one(run: Run, connection: Connection, index: int) -> None:
+    """A good request, or for two of three a hostile one."""
+    good = good_requests()
+    if index % 3 == 0:
+        name = index // 3 % len(good)
+        await check_good(run, connection, name, good[name])
+        return
+    attack = HOSTILE[index % len(HOSTILE)]
+    outcome = await attack(connection, index)
+    run.count(f"hostile_{outcome}")
+
+
+async def show_one(run: Run, connection: Connection, index: int) -> None:
+    """A picture that nobody has sent before, or every fifth time one of fifty that come again and again."""
+    name = index % 50 if index % 5 == 0 else 1000 + index
+    text = await ask(connection, image_request(name))
+    if name < 50:
+        run.count("repeated_equal" if run.expected.setdefault(name, text) == text else "repeated_differ")
+    else:
+        run.count("distinct")
+
+
+WORKERS: dict[str, Worker] = {"aborts": abort_one, "mixed": mix_one, "images": show_one}
+
+
+async def quiet_run(run: Run) -> None:
+    """Every good request alone, for its answer."""
+    async with Connection(run.server.url) as connection:
+        for name, body in enumerate(good_requests()):
+            await check_good(run, connection, name, body)
+
+
+async def settle(run: Run) -> float:
+    """Seconds until nothing of any request was left."""
+    start_s = time.monotonic()
+    while any(run.server.metrics().get(name) for name in GAUGES):
+        if time.monotonic() - start_s > 30:
+            break
+        await asyncio.sleep(0.05)
+    settled_s = time.monotonic() - start_s
+    await asyncio.sleep(1.5)  # the server closes what clients have left
+    return settled_s
+
+
+def held(run: Run) -> dict[str, float]:
+    """What the server holds at this moment."""
+    metrics = run.server.metrics()
+    names = (*GAUGES, "event_loop_tasks", "waiting_media_bytes")
+    return {**run.server.footprint(), **{name: metrics[name] for name in names if name in metrics}}
+
+
+async def watch(run: Run, start_s: float) -> None:
+    """A line now and then, so that slowness can be told from a hang."""
+    while True:
+        await asyncio.sleep(10)
+        footprint = run.server.footprint()
+        seconds, done = time.monotonic() - start_s, sum(run.counts.values())
+        memory = f"front {footprint['front_mib']:.0f} MiB, core {footprint['core_mib']:.0f} MiB"
+        print(f"{seconds:6.0f} s  {done:6} requests  {memory}", file=sys.stderr)
+
+
+async def measure(run: Run, work: Worker) -> dict[str, object]:
+    """The whole run: quiet, warm, long; with what was held before and after."""
+    if work is not show_one:
+        await quiet_run(run)
+    await in_turn(run, range(NUM_WARM), work)
+    await settle(run)
+    before = held(run)
+    run.counts.clear()
+    start_s = time.monotonic()
+    watcher = asyncio.create_task(watch(run, start_s))
+    await in_turn(run, range(NUM_WARM, NUM_WARM + run.num_requests), work)
+    seconds = time.monotonic() - start_s
+    watcher.cancel()
+    settled_s = await settle(run)
+    after = held(run)
+    figures = {"requests": run.num_requests, "seconds": round(seconds, 1), "settled_s": round(settled_s, 2)}
+    figures["requests_per_s"] = round(run.num_requests / seconds, 1)
+    return {**figures, **run.counts, "checks": checks(run, before, after), "before": before, "after": after}
+
+
+def checks(run: Run, before: dict[str, float], after: dict[str, float]) -> dict[str, bool]:
+    """Everything that has to hold."""
+    same = [name for name in before if name.endswith(("_files", "_threads", "_tasks", "_bytes"))]
+    grown = [after[name] - before[name] for name in before if name.endswith("_mib")]
+    return {
+        "exact": not any(run.counts.get(name) for name in ("good_differ", "repeated_differ")),
+        "hostile_refused": not run.counts.get("hostile_wrong"),
+        "idle": not any(after[name] for name in GAUGES),
+        "baseline": all(after[name] <= before[name] for name in same),
+        "memory_flat": max(grown) <= MAX_GROWTH_MIB,
+    }
+
+
+def main() -> int:
+    """Parse, run, print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", choices=WORKERS)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--requests", type=int, default=2000)
+    parser.add_argument("--width", type=int, default=32, help="requests under way at once")
+    args = parser.parse_args()
+    with serving(args.model, *SERVER_FLAGS) as server:
+        run = Run(server, args.requests, args.width)
+        figures = asyncio.run(measure(run, WORKERS[args.run]))
+    print(json.dumps({"run": args.run, **figures}))
+    found = figures["checks"]
+    assert isinstance(found, dict)
+    return 0 if all(found.values()) else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
