@@ -14,7 +14,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -40,7 +40,7 @@ from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.multimodal.media import MediaLoader
+from sensorium.multimodal.media import MediaLease, MediaLoader
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler.stats import SchedulerStats
@@ -59,6 +59,8 @@ class EngineLoad:
     """Requests that have not ended."""
     num_waiting: int
     """Those of them that have shown no output: in preparation, in line, or in prefill."""
+    num_media_bytes: int = 0
+    """Bytes of media, fetched and mapped, that those hold of the budget."""
 
 
 class AsyncLLMEngine:
@@ -92,7 +94,9 @@ class AsyncLLMEngine:
         self._core = core
         self._outputs = OutputProcessor(tokenizer)
         self._streams: dict[str, OutputStream] = {}
-        self._waiting: set[str] = set()
+        self._waiting: dict[str, MediaLease | None] = {}
+        """Requests without output yet, and what they hold of the budget of media."""
+        self._media_budget = None if media_loader is None else media_loader.budget
         self._ids = itertools.count()
         self._is_shutting_down = False
         self._all_closed = asyncio.Event()
@@ -170,7 +174,8 @@ class AsyncLLMEngine:
 
     def load(self) -> EngineLoad:
         """How much work there is."""
-        return EngineLoad(len(self._streams), len(self._waiting))
+        held = 0 if self._media_budget is None else self._media_budget.num_bytes
+        return EngineLoad(len(self._streams), len(self._waiting), held)
 
     def check_accepts(self) -> None:
         """Return if a request that came now would be taken.
@@ -249,6 +254,7 @@ class AsyncLLMEngine:
         stream = self._open(name, kind)
         try:
             await self._submit(name, prepare, kind)
+            del prompt, prepare  # the media that they hold
             while True:
                 output = await stream.get()
                 if output.error is not None:
@@ -348,14 +354,14 @@ class AsyncLLMEngine:
         if request_id in self._streams:
             raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
         stream = self._streams[request_id] = OutputStream(kind)
-        self._waiting.add(request_id)
+        self._waiting[request_id] = None
         self._all_closed.clear()
         return stream
 
     def _close(self, request_id: str) -> None:
         """Forget a request, and end it in the core if it still runs there."""
         self._core.abort(self._outputs.abort(request_id))
-        self._waiting.discard(request_id)
+        self._waiting.pop(request_id, None)
         self._streams.pop(request_id, None)
         if not self._streams:
             self._all_closed.set()
@@ -368,6 +374,8 @@ class AsyncLLMEngine:
         if stream.has_failed:
             encoded.close()
             return
+        if self._media_budget is not None:
+            self._waiting[request_id] = self._media_budget.lease(encoded.segment_bytes())
         requests = self._outputs.add_request(processed, kind)
         outputs = [(request.request_id, request.sampling_params) for request in requests]
         self._core.add(encode_add(encoded, outputs))
@@ -386,7 +394,7 @@ class AsyncLLMEngine:
         processed = self._outputs.process(news.outputs)
         self._core.abort(processed.abort_ids)
         for output in processed.outputs:
-            self._waiting.discard(output.request_id)
+            self._waiting.pop(output.request_id, None)
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)
@@ -426,4 +434,7 @@ def _resolve(args: EngineArgs) -> tuple[EngineConfig, Any | None]:
 
 
 def _encoded(processed: ProcessedRequest) -> tuple[ProcessedRequest, EncodedMessage]:
-    return processed, encode_request(processed.engine_request)
+    """A request for the core, and what the front still needs of it, which is none of its media."""
+    message = processed.engine_request
+    encoded = encode_request(message)
+    return replace(processed, engine_request=replace(message, media=(), mrope_positions=None)), encoded

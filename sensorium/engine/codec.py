@@ -47,6 +47,10 @@ class EncodedMessage:
         self.payload = payload
         self.fd = fd
 
+    def segment_bytes(self) -> int:
+        """Size of the segment; 0 without one."""
+        return 0 if self.fd is None else os.fstat(self.fd).st_size
+
     def close(self) -> None:
         """Give the segment up. May be called again."""
         fd, self.fd = self.fd, None

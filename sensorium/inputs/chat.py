@@ -8,9 +8,9 @@ Items keep their order within each modality. What comes out is a prompt for `Inp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Coroutine, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError, MediaError, UnsupportedFeatureError
 from sensorium.inputs.chat_content import Embeddings, MediaPart, Message, TextPart, parse_messages
@@ -33,6 +33,9 @@ from sensorium.multimodal.media import EncodedMedia
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
     from sensorium.multimodal.media import MediaLoader
+
+
+_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -133,7 +136,7 @@ class ChatRenderer:
     async def arender(self, messages: object, **options: Any) -> dict[str, Any]:
         """As `render`, for an event loop: media are fetched side by side, without a thread."""
         request = self._prepare(messages, **options)
-        media = await asyncio.gather(*(self._aload(part, request) for part in request.media()))
+        media = await _all_or_none([self._aload(part, request) for part in request.media()])
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self._render, request, media)
 
@@ -388,6 +391,17 @@ class _MessageWriter:
     def _next_placeholder(self, part: MediaPart) -> str | None:
         self._counts[part.modality] = self._counts.get(part.modality, 0) + 1
         return self._renderer.placeholder(part.modality, self._counts[part.modality])
+
+
+async def _all_or_none(work: list[Coroutine[Any, Any, _T]]) -> list[_T]:
+    """All results in order; the first failure, or being cancelled, ends what is still under way."""
+    tasks = [asyncio.ensure_future(each) for each in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _required(placeholder: str | None, part: MediaPart) -> str:

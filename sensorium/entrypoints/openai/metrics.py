@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Callable, Iterator
 
@@ -111,6 +112,9 @@ class _EngineCollector(Collector):  # type: ignore[misc]
         load = self._engine.load()
         yield GaugeMetricFamily("sensorium_open_requests", "Requests that have not ended.", value=load.num_open)
         yield GaugeMetricFamily("sensorium_unstarted_requests", "Requests without output yet.", value=load.num_waiting)
+        yield GaugeMetricFamily("sensorium_waiting_media_bytes", "Media of those requests.", value=load.num_media_bytes)
+        num_tasks = len(asyncio.all_tasks())
+        yield GaugeMetricFamily("sensorium_event_loop_tasks", "Tasks of the server's event loop.", value=num_tasks)
         restarts = self._engine.num_restarts
         yield CounterMetricFamily("sensorium_core_restarts", "Cores that took a dead one's place.", value=restarts)
         cache = self._engine.preprocessor.statistics()

@@ -24,7 +24,7 @@ from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.logger import get_logger
-from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
+from sensorium.multimodal.media import FetchPolicy, MediaBudget, MediaLimits, MediaLoader
 
 logger = get_logger(__name__)
 
@@ -76,7 +76,7 @@ def make_media_loader(engine_args: EngineArgs, args: ServerArgs, limits: MediaLi
         allowed_networks=args.allowed_media_network,
         allowed_local_media_path=engine_args.allowed_local_media_path,
     )
-    return MediaLoader(limits, policy)
+    return MediaLoader(limits, policy, budget=MediaBudget(args.max_waiting_media_bytes))
 
 
 def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, loader: MediaLoader) -> Starlette:

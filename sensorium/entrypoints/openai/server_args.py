@@ -37,6 +37,8 @@ class ServerArgs:
     """Bound on one request body."""
     max_waiting_bytes: int = 1 << 30
     """Bound on all bodies whose answers have not begun."""
+    max_waiting_media_bytes: int = 4 << 30
+    """Bound on all media, fetched and mapped, of requests whose answers have not begun; beyond it, 429."""
     max_connections: int = 4096
     """Connections at once; beyond it, 503."""
 
@@ -70,7 +72,7 @@ class ServerArgs:
             raise ConfigError("ssl_certfile and ssl_keyfile: got one of them, expected both or none.")
         if self.restart_core < 0:
             raise ConfigError(f"restart_core: got {self.restart_core}, expected at least 0. Set restart_core.")
-        for name in ("max_body_bytes", "max_waiting_bytes", "max_connections"):
+        for name in ("max_body_bytes", "max_waiting_bytes", "max_waiting_media_bytes", "max_connections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1. Set {name}.")
         for name in ("max_stored_responses", "max_stored_response_bytes"):

@@ -48,7 +48,7 @@ class TranscriptionRoutes:
         form = parse_body(TranscriptionForm, upload.fields)
         self._context.check_model(form.model)
         form.check_format()
-        sound = EncodedMedia("audio", upload.file)
+        sound = loader.encoded("audio", upload.file)
         transcript = _Transcript(form, await self._style())
         if form.stream:
             outputs = await while_connected(request, with_first(self._generate(transcript, sound, OutputKind.DELTA)))

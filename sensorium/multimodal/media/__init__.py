@@ -14,6 +14,7 @@ Everything that goes wrong is a `sensorium.errors.MediaError` with our own words
 """
 
 from sensorium.multimodal.media.audio import AudioClip, decode_audio
+from sensorium.multimodal.media.budget import MediaBudget, MediaLease
 from sensorium.multimodal.media.cache import CacheStats, DecodedMediaCache
 from sensorium.multimodal.media.digest import EncodedMedia
 from sensorium.multimodal.media.fetch import FetchedMedia, MediaFetcher
@@ -33,7 +34,9 @@ __all__ = [
     "FetchPolicy",
     "FetchedMedia",
     "FrameSampler",
+    "MediaBudget",
     "MediaFetcher",
+    "MediaLease",
     "MediaLimits",
     "MediaLoader",
     "VideoFrames",

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from sensorium.errors import UnknownModalityError
 from sensorium.multimodal.media.audio import AudioClip, decode_audio
+from sensorium.multimodal.media.budget import MediaLease
 from sensorium.multimodal.media.image import decode_image
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.multimodal.media.local import is_jpeg_frames
@@ -31,12 +32,14 @@ class EncodedMedia:
         data: the encoded bytes.
         media_type: type of a data URL; only "video/jpeg" changes how bytes are read.
         sampler: which frames of a clip are wanted; without effect on other modalities.
+        lease: holds the bytes in a budget for as long as they are here.
     """
 
     modality: str
     data: bytes = field(repr=False)
     media_type: str | None = None
     sampler: FrameSampler = field(default_factory=VideoSampling)
+    lease: MediaLease | None = field(default=None, repr=False, compare=False)
 
     def __post_init__(self) -> None:
         if self.modality not in ("image", "audio", "video"):

@@ -18,7 +18,7 @@ import threading
 import weakref
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 from sensorium.errors import MediaForbiddenError, MediaTypeError, MediaUnavailableError
 from sensorium.logger import get_logger
 from sensorium.multimodal.media.address import IPAddress, Resolver, SystemResolver, resolve_and_check
+from sensorium.multimodal.media.budget import MediaBudget, MediaLease
 from sensorium.multimodal.media.limits import MediaLimits, bytes_too_large, check_encoded_bytes
 from sensorium.multimodal.media.local import extend_bounded, path_of_file_url, read_data_url, read_local_file
 from sensorium.multimodal.media.policy import FetchPolicy
@@ -44,10 +45,14 @@ _INLINE_CHARS = 1 << 16  # data URLs up to this long are decoded on the event lo
 
 @dataclass(frozen=True, slots=True)
 class FetchedMedia:
-    """The bytes of an item as they came. `media_type` is known for data URLs only; elsewhere the content tells."""
+    """The bytes of an item as they came. `media_type` is known for data URLs only; elsewhere the content tells.
+
+    `lease` holds the bytes in the fetcher's budget, if it has one, for as long as somebody refers to it.
+    """
 
     data: bytes
     media_type: str | None = None
+    lease: MediaLease | None = field(default=None, repr=False, compare=False)
 
 
 class MediaFetcher:
@@ -59,6 +64,7 @@ class MediaFetcher:
     Args:
         resolver: how names become addresses; the operating system's resolver by default.
         ssl_context: how TLS peers are verified; public authorities by default.
+        budget: bounds what all fetches together hold; without it, nothing does.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class MediaFetcher:
         *,
         resolver: Resolver | None = None,
         ssl_context: ssl.SSLContext | None = None,
+        budget: MediaBudget | None = None,
     ) -> None:
+        self.budget = budget
         self.limits = limits or MediaLimits()
         self.policy = policy or FetchPolicy()
         self._networks = self.policy.networks()
@@ -93,6 +101,7 @@ class MediaFetcher:
             MediaForbiddenError: scheme, host, address, port or file is not allowed.
             MediaTooLargeError: the item exceeds its bytes.
             MediaUnavailableError: the source is missing, answers with an error, breaks off or is too slow.
+            OverloadedError: the budget is spent.
             MediaError: the source text is malformed.
         """
         if isinstance(source, str) and _is_remote(source):
@@ -105,19 +114,22 @@ class MediaFetcher:
         """Sources that need no network."""
         if isinstance(source, bytes):
             check_encoded_bytes(modality, len(source), self.limits)
-            return FetchedMedia(source)
+            return self._held(source)
         if isinstance(source, Path):
-            return FetchedMedia(read_local_file(source, modality, self.limits, self.policy))
+            return self._held(read_local_file(source, modality, self.limits, self.policy))
         scheme = scheme_of(source)
         if scheme == "data":
-            return FetchedMedia(*read_data_url(source, modality, self.limits))
+            return self._held(*read_data_url(source, modality, self.limits))
         if scheme is not None and scheme != "file":
             raise MediaForbiddenError(
                 f"{modality} source is not allowed: got an unknown scheme, expected http, https, data or file. "
                 "Correct the URL, or give the bytes."
             )
         path = Path(source) if scheme is None else path_of_file_url(source)
-        return FetchedMedia(read_local_file(path, modality, self.limits, self.policy))
+        return self._held(read_local_file(path, modality, self.limits, self.policy))
+
+    def _held(self, data: bytes, media_type: str | None = None) -> FetchedMedia:
+        return FetchedMedia(data, media_type, None if self.budget is None else self.budget.lease(len(data)))
 
     async def _fetch_remote(self, source: str, modality: str) -> FetchedMedia:
         timeout_s = self.limits.fetch_timeout_s(modality)
@@ -138,8 +150,8 @@ class MediaFetcher:
         for _ in range(self.limits.max_redirects + 1):
             addresses = await self._check(url)
             answer = await self._request_any(url, addresses, modality)
-            if isinstance(answer, bytes):
-                return FetchedMedia(answer)
+            if isinstance(answer, FetchedMedia):
+                return answer
             target = url.join(answer)
             if url.scheme == "https" and target.scheme == "http":
                 raise MediaForbiddenError(
@@ -167,7 +179,7 @@ class MediaFetcher:
             )
         return await resolve_and_check(url.host, url.port, resolver=self._resolver, allowed_networks=self._networks)
 
-    async def _request_any(self, url: RemoteUrl, addresses: Sequence[IPAddress], modality: str) -> bytes | str:
+    async def _request_any(self, url: RemoteUrl, addresses: Sequence[IPAddress], modality: str) -> FetchedMedia | str:
         """Request `url` from the first address that accepts a connection: the body, or where it redirects to."""
         import httpx
 
@@ -191,7 +203,7 @@ class MediaFetcher:
 
     async def _request(
         self, url: RemoteUrl, address: IPAddress, modality: str, connect_timeout_s: float
-    ) -> bytes | str:
+    ) -> FetchedMedia | str:
         import httpx
 
         # A fresh client each time: a pooled TLS connection would be verified for another name at the same address.
@@ -220,7 +232,7 @@ class MediaFetcher:
             finally:
                 await response.aclose()
 
-    async def _read_body(self, response: httpx.Response, modality: str) -> bytes:
+    async def _read_body(self, response: httpx.Response, modality: str) -> FetchedMedia:
         if response.status_code != 200:
             raise MediaUnavailableError(
                 f"{modality} can't be fetched: got HTTP status {response.status_code}, expected 200. Check the URL."
@@ -234,9 +246,12 @@ class MediaFetcher:
         if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
             raise bytes_too_large(modality, int(declared), max_bytes)
         body = bytearray()
+        lease = None if self.budget is None else self.budget.lease()
         async for chunk in response.aiter_raw():
+            if lease is not None:
+                lease.grow(len(chunk))
             extend_bounded(body, chunk, modality, max_bytes)
-        return bytes(body)
+        return FetchedMedia(bytes(body), lease=lease)
 
     @cached_property
     def _ssl_context(self) -> ssl.SSLContext:

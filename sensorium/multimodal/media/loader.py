@@ -6,6 +6,7 @@ from concurrent.futures import Executor
 from typing import TYPE_CHECKING, cast
 
 from sensorium.multimodal.media.audio import AudioClip
+from sensorium.multimodal.media.budget import MediaBudget
 from sensorium.multimodal.media.cache import DecodedMediaCache
 from sensorium.multimodal.media.digest import EncodedMedia
 from sensorium.multimodal.media.fetch import MediaFetcher, MediaSource
@@ -16,6 +17,10 @@ from sensorium.multimodal.media.video import VideoFrames
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+
+_BYTES_PER_PIXEL = 4
+"""That Pillow takes in memory for a pixel of three channels."""
 
 
 class MediaLoader:
@@ -31,6 +36,7 @@ class MediaLoader:
         pool: bounded executor for decoding in the asynchronous methods; the event loop's own by default.
         fetcher: replaces the one made from `limits` and `policy`.
         cache: replaces the one of `limits.max_decoded_cache_bytes`.
+        budget: bounds the encoded bytes that all items together hold.
     """
 
     def __init__(
@@ -41,21 +47,23 @@ class MediaLoader:
         pool: Executor | None = None,
         fetcher: MediaFetcher | None = None,
         cache: DecodedMediaCache[Image | AudioClip | VideoFrames] | None = None,
+        budget: MediaBudget | None = None,
     ) -> None:
         self.limits = limits or MediaLimits()
-        self.fetcher = fetcher or MediaFetcher(self.limits, policy)
+        self.fetcher = fetcher or MediaFetcher(self.limits, policy, budget=budget)
+        self.budget = budget
         self.cache = cache or make_cache(self.limits.max_decoded_cache_bytes)
         self._pool = pool
 
     def encoded(self, modality: str, source: MediaSource, sampler: FrameSampler | None = None) -> EncodedMedia:
         """Fetch without decoding. Raises as `MediaFetcher.afetch` does."""
         fetched = self.fetcher.fetch(source, modality)
-        return EncodedMedia(modality, fetched.data, fetched.media_type, sampler or VideoSampling())
+        return EncodedMedia(modality, fetched.data, fetched.media_type, sampler or VideoSampling(), fetched.lease)
 
     async def aencoded(self, modality: str, source: MediaSource, sampler: FrameSampler | None = None) -> EncodedMedia:
         """As `encoded`."""
         fetched = await self.fetcher.afetch(source, modality)
-        return EncodedMedia(modality, fetched.data, fetched.media_type, sampler or VideoSampling())
+        return EncodedMedia(modality, fetched.data, fetched.media_type, sampler or VideoSampling(), fetched.lease)
 
     def decode(self, media: EncodedMedia) -> Image | AudioClip | VideoFrames:
         """The canonical form, from the cache if the same item was decoded before."""
@@ -100,7 +108,7 @@ def _num_bytes(media: Image | AudioClip | VideoFrames) -> int:
         return media.samples.nbytes
     if isinstance(media, VideoFrames):
         return media.frames.nbytes
-    return media.width * media.height * 3
+    return media.width * media.height * _BYTES_PER_PIXEL
 
 
 def _copy(media: Image | AudioClip | VideoFrames) -> Image | AudioClip | VideoFrames:

@@ -1,0 +1,86 @@
+"""Bytes of media that are held for requests, counted over all of them while they arrive, and bounded."""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+
+from sensorium.errors import OverloadedError
+
+
+class MediaBudget:
+    """A bound on bytes that many requests share. Thread-safe.
+
+    Invariant: more than `max_bytes` are held only by a single holder, so that an item within its own limits can always
+    be had, alone if need be.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._lock = threading.Lock()
+        self._num_bytes = 0
+        self._returned: deque[int] = deque()
+        """What came back and isn't counted off yet: the garbage collector returns bytes at any moment, even while this
+        very thread holds the lock."""
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes held now."""
+        with self._lock:
+            self._count_off()
+            return self._num_bytes
+
+    def lease(self, num_bytes: int = 0) -> MediaLease:
+        """A holder of so many bytes. Raises `OverloadedError` as `MediaLease.grow` does."""
+        lease = MediaLease(self)
+        lease.grow(num_bytes)
+        return lease
+
+    def take(self, num_bytes: int, already: int) -> None:
+        """For `MediaLease`: hold more bytes for someone who has `already` some."""
+        with self._lock:
+            self._count_off()
+            others = self._num_bytes - already
+            if others and self._num_bytes + num_bytes > self._max_bytes:
+                raise OverloadedError(
+                    f"waiting media: got more than {self._max_bytes} bytes, expected fewer. "
+                    "Send the request again later.",
+                    retry_after_s=2.0,
+                )
+            self._num_bytes += num_bytes
+
+    def give_back(self, num_bytes: int) -> None:
+        """For `MediaLease`: hold so much less."""
+        self._returned.append(num_bytes)
+
+    def _count_off(self) -> None:
+        while self._returned:
+            self._num_bytes -= self._returned.popleft()
+
+
+class MediaLease:
+    """Some bytes of a budget. They go back with `release`, or when nobody refers to the lease any more."""
+
+    __slots__ = ("_budget", "_num_bytes")
+
+    def __init__(self, budget: MediaBudget) -> None:
+        self._budget = budget
+        self._num_bytes = 0
+
+    def grow(self, num_bytes: int) -> None:
+        """Hold so much more.
+
+        Raises:
+            OverloadedError: The budget is spent, and others hold some of it.
+        """
+        self._budget.take(num_bytes, self._num_bytes)
+        self._num_bytes += num_bytes
+
+    def release(self) -> None:
+        """Give everything back. May be called again."""
+        num_bytes, self._num_bytes = self._num_bytes, 0
+        if num_bytes:
+            self._budget.give_back(num_bytes)
+
+    def __del__(self) -> None:
+        self.release()
