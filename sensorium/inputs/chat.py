@@ -8,13 +8,14 @@ Items keep their order within each modality. What comes out is a prompt for `Inp
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
-from sensorium.errors import InvalidRequestError, InvalidTypeError, MediaError, UnsupportedFeatureError
-from sensorium.inputs.chat_content import Embeddings, MediaPart, Message, TextPart, parse_messages
+from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+from sensorium.inputs.chat_content import MediaPart, Message, TextPart, parse_messages
 from sensorium.inputs.chat_forms import AnswerForms, FormsFinder
+from sensorium.inputs.chat_media import ChatMedia
 from sensorium.inputs.chat_template import (
     RESERVED,
     ContentFormat,
@@ -25,17 +26,14 @@ from sensorium.inputs.chat_template import (
     select_template,
 )
 from sensorium.inputs.mrope import token_id_of
+from sensorium.inputs.named_media import NamedMedia
 from sensorium.inputs.tool_messages import concern_tools, with_tools_told
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
-from sensorium.multimodal.media import EncodedMedia
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
     from sensorium.multimodal.media import MediaLoader
-
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -49,6 +47,7 @@ class _Request:
     tools: Sequence[Any] | None
     variables: Mapping[str, Any]
     mm_processor_kwargs: Mapping[str, Any]
+    scope: bytes
 
     def media(self) -> list[MediaPart]:
         """All media in order."""
@@ -69,6 +68,7 @@ class ChatRenderer:
         tool_parser: how the model writes calls: a name of `sensorium.parsing.FORMATS`, "none", or "auto" to go by the
             template.
         reasoning_parser: the same for reasoning, of `sensorium.parsing.REASONING_FORMATS`.
+        named_media: keeps media that have a `uuid`; without it, a `uuid` is the item's identity.
     """
 
     def __init__(
@@ -83,16 +83,22 @@ class ChatRenderer:
         accept_embeddings: bool = True,
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
+        named_media: NamedMedia | None = None,
         mm_registry: MultiModalRegistry = MULTIMODAL_REGISTRY,
     ) -> None:
         self._model_config = model_config
         self._tokenizer = tokenizer
-        self._loader = media_loader
         self._registry = mm_registry
         self._trusts_requests = trust_request_chat_template
-        self._accept_objects = accept_objects
-        self._accept_embeddings = accept_embeddings
-        self._sampling = CheckpointSampling(model_config)
+        self._media = ChatMedia(
+            model_config,
+            mm_registry,
+            CheckpointSampling(model_config),
+            media_loader,
+            named_media,
+            accept_objects,
+            accept_embeddings,
+        )
         self._templates = (
             read_template(chat_template) if chat_template else checkpoint_template(model_config, tokenizer)
         )
@@ -123,6 +129,7 @@ class ChatRenderer:
             tools: descriptions of tools, for the template.
             chat_template_kwargs: more variables for the template.
             mm_processor_kwargs: for the model's input processor and mappers.
+            scope: whose names of media count; see `NamedMedia`.
             places: what errors call each message, instead of `messages[0]` and so on.
 
         Raises:
@@ -130,13 +137,13 @@ class ChatRenderer:
             part.
         """
         request = self._prepare(messages, **options)
-        media = [self._load(part, request) for part in request.media()]
+        media = self._media.load(request.media(), request.mm_processor_kwargs, request.scope)
         return self._render(request, media)
 
     async def arender(self, messages: object, **options: Any) -> dict[str, Any]:
         """As `render`, for an event loop: media are fetched side by side, without a thread."""
         request = self._prepare(messages, **options)
-        media = await _all_or_none([self._aload(part, request) for part in request.media()])
+        media = await self._media.aload(request.media(), request.mm_processor_kwargs, request.scope)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(None, self._render, request, media)
 
@@ -153,6 +160,7 @@ class ChatRenderer:
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         places: Sequence[str] | None = None,
+        scope: bytes = b"",
     ) -> _Request:
         variables = dict(chat_template_kwargs or {})
         reserved = sorted(str(name) for name in variables if name in RESERVED or not isinstance(name, str))
@@ -175,8 +183,9 @@ class ChatRenderer:
             tools=tools or None,
             variables=variables,
             mm_processor_kwargs=mm_processor_kwargs or {},
+            scope=scope,
         )
-        self._check_media(request)
+        self._media.check(request.media())
         return request
 
     def _with_tools(
@@ -202,60 +211,6 @@ class ChatRenderer:
             )
         return asked
 
-    def _check_media(self, request: _Request) -> None:
-        """Refuse media that can't be taken before anything is fetched."""
-        counts: dict[str, int] = {}
-        for part in request.media():
-            counts[part.modality] = counts.get(part.modality, 0) + 1
-            if isinstance(part.source, Embeddings):
-                if not self._accept_embeddings:
-                    raise UnsupportedFeatureError(
-                        f"{part.where}: got embeddings, expected {part.modality} content. Embeddings as input are "
-                        "switched off here."
-                    )
-                given, expected = part.source.value, "base64 of a safetensors file"
-            else:
-                given, expected = part.source, f"an address or a data URL as {part.modality}_url"
-            if not self._accept_objects and not isinstance(given, str | EncodedMedia):
-                raise InvalidTypeError(
-                    f"{part.where}: got a value of type {type(given).__name__}, expected {expected}. Change the part."
-                )
-        self._registry.check_data(self._model_config, {modality: [None] * n for modality, n in counts.items()})
-
-    # Fetching
-
-    def _load(self, part: MediaPart, request: _Request) -> Any:
-        if not part.is_encoded:
-            return self._object(part)
-        loader, sampler = self._loader_for(part, request)
-        try:
-            return loader.encoded(part.modality, part.source, sampler)
-        except MediaError as exc:
-            raise type(exc)(f"{part.where}: {exc}") from exc.__cause__
-
-    async def _aload(self, part: MediaPart, request: _Request) -> EncodedMedia | Any:
-        if not part.is_encoded:
-            return self._object(part)
-        loader, sampler = self._loader_for(part, request)
-        try:
-            return await loader.aencoded(part.modality, part.source, sampler)
-        except MediaError as exc:
-            raise type(exc)(f"{part.where}: {exc}") from exc.__cause__
-
-    def _loader_for(self, part: MediaPart, request: _Request) -> tuple[MediaLoader, Any]:
-        if self._loader is None:
-            raise UnsupportedFeatureError(
-                f"{part.where}: got an address, expected an object, since nothing here fetches media. Load it first."
-            )
-        return self._loader, self._sampling(request.mm_processor_kwargs) if part.modality == "video" else None
-
-    @staticmethod
-    def _object(part: MediaPart) -> Any:
-        if not isinstance(part.source, Embeddings):
-            return part.source
-        value = part.source.value
-        return read_embeddings(value, part.where) if isinstance(value, str) else value
-
     # Rendering
 
     def _render(self, request: _Request, media: Sequence[Any]) -> dict[str, Any]:
@@ -275,7 +230,8 @@ class ChatRenderer:
             prompt["mm_processor_kwargs"] = dict(request.mm_processor_kwargs)
         for part, item in zip(parts, media, strict=True):
             prompt.setdefault("multi_modal_data", {}).setdefault(part.modality, []).append(item)
-            prompt.setdefault("multi_modal_uuids", {}).setdefault(part.modality, []).append(part.uuid)
+            if self._media.named is None:
+                prompt.setdefault("multi_modal_uuids", {}).setdefault(part.modality, []).append(part.uuid)
         return prompt
 
     def _adds_special_tokens(self, text: str) -> bool:
@@ -393,17 +349,6 @@ class _MessageWriter:
         return self._renderer.placeholder(part.modality, self._counts[part.modality])
 
 
-async def _all_or_none(work: list[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """All results in order; the first failure, or being cancelled, ends what is still under way."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-
-
 def _required(placeholder: str | None, part: MediaPart) -> str:
     if placeholder is None:
         raise UnsupportedFeatureError(
@@ -411,23 +356,3 @@ def _required(placeholder: str | None, part: MediaPart) -> str:
             f"placeholder into the text, or register one with register_placeholder_str({part.modality!r}, ...)."
         )
     return placeholder
-
-
-def read_embeddings(text: str, where: str) -> Any:
-    """Embeddings from base64 of a safetensors file: its only tensor, or all of them by name.
-
-    Raises `InvalidRequestError` (a `ValueError`) for anything else; nothing is unpickled.
-    """
-    import base64
-    import binascii
-
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    try:
-        tensors = load(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError, SafetensorError) as exc:
-        raise InvalidRequestError(
-            f"{where}: got something else, expected base64 of a safetensors file. Encode the tensors with safetensors."
-        ) from exc
-    return next(iter(tensors.values())) if len(tensors) == 1 else tensors

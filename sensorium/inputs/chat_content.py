@@ -29,7 +29,8 @@ class TextPart:
 class MediaPart:
     """One media item.
 
-    `source`: an address, data URL or path to load from (`is_encoded`), or an object that a mapper knows.
+    `source`: an address, data URL or path to load from (`is_encoded`), or an object that a mapper knows; None where
+    only the name was given.
     """
 
     modality: str
@@ -168,14 +169,15 @@ def _url(modality: str) -> _Parser:
 
     def parse(part: Mapping[str, Any], where: str) -> Part:
         _check_keys(part, ("type", key, "uuid"), where)
-        inner = _content(part, key, where)
+        uuid = _uuid(part, where)
+        inner = _content(part, key, where, uuid)
         if isinstance(inner, Mapping):
             _check_keys(inner, ("url", "detail"), f"{where}.{key}")
             _check_detail(inner.get("detail"), f"{where}.{key}.detail")
-            inner = _content(inner, "url", f"{where}.{key}")
-        if not isinstance(inner, str):
+            inner = _content(inner, "url", f"{where}.{key}", uuid)
+        if inner is not None and not isinstance(inner, str):
             raise _wrong_type(f"{where}.{key}", inner, "an address as a string")
-        return MediaPart(modality, inner, where, is_encoded=True, uuid=_uuid(part, where))
+        return MediaPart(modality, inner, where, is_encoded=True, uuid=uuid)
 
     return parse
 
@@ -192,8 +194,10 @@ def _check_detail(detail: object, where: str) -> None:
 def _input_audio(part: Mapping[str, Any], where: str) -> Part:
     """`{"type": "input_audio", "input_audio": {"data": <base64>, "format": "wav"}}`."""
     _check_keys(part, ("type", "input_audio", "uuid"), where)
-    where_inner = f"{where}.input_audio"
-    inner = _content(part, "input_audio", where)
+    where_inner, uuid = f"{where}.input_audio", _uuid(part, where)
+    inner = _content(part, "input_audio", where, uuid)
+    if inner is None:
+        return MediaPart("audio", None, where, is_encoded=True, uuid=uuid)
     if not isinstance(inner, Mapping):
         raise _wrong_type(where_inner, inner, "a dict with data and format")
     _check_keys(inner, ("data", "format"), where_inner)
@@ -205,7 +209,7 @@ def _input_audio(part: Mapping[str, Any], where: str) -> Part:
             f"{where_inner}.format: got {audio_format!r:.60}, expected a short name such as 'wav' or 'mp3'. Change it."
         )
     source = f"data:audio/{audio_format};base64,{data}"
-    return MediaPart("audio", source, where, is_encoded=True, uuid=_uuid(part, where))
+    return MediaPart("audio", source, where, is_encoded=True, uuid=uuid)
 
 
 def _object(modality: str) -> _Parser:
@@ -218,9 +222,10 @@ def _object(modality: str) -> _Parser:
         _check_keys(part, ("type", modality, "url", "path", "uuid"), where)
         if len(keys) > 1:
             raise InvalidRequestError(f"{where}: got {' and '.join(keys)}, expected one of them. Leave out the others.")
-        source = _content(part, keys[0] if keys else modality, where)
+        uuid = _uuid(part, where)
+        source = _content(part, keys[0] if keys else modality, where, uuid)
         is_encoded = isinstance(source, str | bytes | Path)
-        return MediaPart(modality, source, where, is_encoded=is_encoded, uuid=_uuid(part, where))
+        return MediaPart(modality, source, where, is_encoded=is_encoded, uuid=uuid)
 
     return parse
 
@@ -231,7 +236,9 @@ def _embeds(modality: str) -> _Parser:
 
     def parse(part: Mapping[str, Any], where: str) -> Part:
         _check_keys(part, ("type", key, "uuid"), where)
-        return MediaPart(modality, Embeddings(_content(part, key, where)), where, uuid=_uuid(part, where))
+        uuid = _uuid(part, where)
+        content = _content(part, key, where, uuid)
+        return MediaPart(modality, None if content is None else Embeddings(content), where, uuid=uuid)
 
     return parse
 
@@ -243,12 +250,11 @@ class Embeddings:
     value: Any
 
 
-def _content(part: Mapping[str, Any], key: str, where: str) -> Any:
+def _content(part: Mapping[str, Any], key: str, where: str, uuid: str | None = None) -> Any:
+    """What a part holds; None only where it has a name instead."""
     value = part.get(key)
-    if value is None:
-        raise InvalidRequestError(
-            f"{where}.{key}: got nothing, expected the content. Send it; a uuid alone is not enough here."
-        )
+    if value is None and uuid is None:
+        raise InvalidRequestError(f"{where}.{key}: got nothing, expected the content. Send it.")
     return value
 
 

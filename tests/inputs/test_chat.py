@@ -24,11 +24,13 @@ from sensorium.errors import (
     InvalidTypeError,
     MediaError,
     MediaForbiddenError,
+    MediaUnavailableError,
     RequestError,
     UnsupportedFeatureError,
 )
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.chat_content import parse_messages
+from sensorium.inputs.named_media import NamedMedia
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.multimodal.hf_processors import cached_get_processor
 from sensorium.multimodal.media import EncodedMedia, FetchPolicy, MediaLoader
@@ -70,9 +72,9 @@ def image_token_front() -> Front:
     return front
 
 
-def png(path: Path | None = None) -> bytes:
+def png(path: Path | None = None, seed: int = 0) -> bytes:
     buffer = io.BytesIO()
-    make_image().save(buffer, "PNG")
+    make_image(seed=seed).save(buffer, "PNG")
     if path is not None:
         path.write_bytes(buffer.getvalue())
     return buffer.getvalue()
@@ -93,7 +95,7 @@ def wav() -> bytes:
 
 
 def ways_to_render(renderer: ChatRenderer) -> list[Any]:
-    return [renderer.render, lambda messages: asyncio.run(renderer.arender(messages))]
+    return [renderer.render, lambda messages, **options: asyncio.run(renderer.arender(messages, **options))]
 
 
 # Against Hugging Face
@@ -256,6 +258,38 @@ def test_every_kind_of_part_may_have_a_name() -> None:
     assert renderer.render(user(*parts))["multi_modal_uuids"] == {"image": ["a", "b", "c"]}
 
 
+def test_without_a_place_to_keep_media_a_name_alone_is_refused() -> None:
+    with pytest.raises(InvalidRequestError, match=r"messages\[0\].content\[0\]: .* a uuid alone is not enough here"):
+        renderer_of().render(user({"type": "image", "uuid": "a"}))
+
+
+def test_media_are_found_by_their_names_and_named_by_their_contents() -> None:
+    """Where messages come over a network, a name must not be an identity: anybody could have chosen it."""
+    renderer = renderer_of(media_loader=MediaLoader(), named_media=NamedMedia(1 << 20))
+    sent = {"type": "image_url", "image_url": data_url(png()), "uuid": "a"}
+    embeds = {"type": "image_embeds", "image_embeds": torch.ones(1, 16), "uuid": "b"}
+    renderer.render(user(sent, embeds), scope=b"me")
+    again = [{"type": "image_url", "uuid": "a"}, {"type": "image_embeds", "image_embeds": None, "uuid": "b"}]
+    for render in ways_to_render(renderer):
+        prompt = render(user(*again), scope=b"me")
+        picture, tensor = prompt["multi_modal_data"]["image"]
+        assert (picture.data, tensor.shape) == (png(), (1, 16))
+        assert "multi_modal_uuids" not in prompt
+        for scope, name in ((b"you", "a"), (b"me", "c")):
+            with pytest.raises(MediaUnavailableError, match=r"content\[0\].uuid: got '.' without content"):
+                render(user({"type": "image_url", "uuid": name}), scope=scope)
+        with pytest.raises(InvalidRequestError, match="uuid: got 600 characters"):
+            render(user({**sent, "uuid": "x" * 600}))
+    other = {"type": "image_url", "image_url": data_url(png(seed=7)), "uuid": "a"}
+    first, second = renderer.render(user(again[0], other), scope=b"me")["multi_modal_data"]["image"]
+    assert first.data == second.data, "the latest one, of the same request too"
+
+
+def test_errors_call_messages_what_they_are_told() -> None:
+    with pytest.raises(InvalidRequestError, match=r"input\[3\].content\[0\].type: got 'smell'"):
+        renderer_of().render(user({"type": "smell"}), places=["input[3]"])
+
+
 def test_sounds_come_inline() -> None:
     calls = Calls()
     model = new_model(mappers={"audio": map_pictures("audio", calls)})
@@ -353,7 +387,6 @@ def test_too_many_items_are_refused_before_anything_is_fetched() -> None:
         (user({"type": "image_url", "image_url": 3}), InvalidTypeError, "expected an address"),
         (user({"type": "image_url", "image_url": {"url": "x", "detail": "low"}}), UnsupportedFeatureError, "detail"),
         (user({"type": "image_url", "image_url": "x", "size": 3}), InvalidRequestError, r"unknown fields \['size'\]"),
-        (user({"type": "image", "uuid": "a"}), InvalidRequestError, "a uuid alone is not enough"),
         (user(image(uuid=3)), InvalidTypeError, "uuid"),
         (user({"type": "image", "image": 1, "url": "x"}), InvalidRequestError, "expected one of them"),
         (user({"type": "input_audio", "input_audio": "x"}), InvalidTypeError, "a dict with data and format"),

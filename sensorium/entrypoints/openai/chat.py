@@ -31,19 +31,19 @@ class ChatRoutes:
         params = body.params()
         wants_usage = body.include_usage()
         if not body.stream:
-            output = await while_connected(request, self._whole(body, params))
+            output = await while_connected(request, self._whole(request, body, params))
             return JsonResponse(answer.whole(output))
-        outputs = await while_connected(request, self._started(body, params))
+        outputs = await while_connected(request, self._started(request, body, params))
         return EventStream(answer.chunks(outputs, include_usage=wants_usage))
 
     async def token_cost(self, request: Request) -> Response:
         """`POST /v1/chat/token_cost`: prompt tokens of a chat, media counted one by one, without generating."""
         body = parse_body(TokenCostBody, await read_json(request))
         self._context.check_model(body.model)
-        return JsonResponse(await while_connected(request, self._cost(body)))
+        return JsonResponse(await while_connected(request, self._cost(request, body)))
 
-    async def _cost(self, body: TokenCostBody) -> dict[str, Any]:
-        prompt = await self._render(body)
+    async def _cost(self, request: Request, body: TokenCostBody) -> dict[str, Any]:
+        prompt = await self._context.render(request, body.messages, **body.render_options())
         processed = await self._context.engine.preprocess(prompt, SamplingParams(max_tokens=None))
         return {
             "prompt_tokens": processed.num_prompt_tokens,
@@ -51,24 +51,23 @@ class ChatRoutes:
             "max_model_len": self._context.engine.config.model_config.max_model_len,
         }
 
-    async def _render(self, body: ChatBody | TokenCostBody) -> dict[str, Any]:
-        self._context.check_kwargs(body.mm_processor_kwargs)
-        self._context.engine.check_accepts()  # before anything is fetched
-        return await self._context.chat().arender(body.messages, **body.render_options())
-
-    async def _generate(self, body: ChatBody, params: SamplingParams, kind: OutputKind) -> AsyncIterator[RequestOutput]:
-        prompt = await self._render(body)
+    async def _generate(
+        self, request: Request, body: ChatBody, params: SamplingParams, kind: OutputKind
+    ) -> AsyncIterator[RequestOutput]:
+        prompt = await self._context.render(request, body.messages, **body.render_options())
         outputs = self._context.generate(prompt, params, kind, priority=body.priority, cache_salt=body.cache_salt)
+        del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 yield output
 
-    async def _whole(self, body: ChatBody, params: SamplingParams) -> RequestOutput:
-        async with aclosing(self._generate(body, params, OutputKind.FINAL_ONLY)) as outputs:  # type: ignore[type-var]
+    async def _whole(self, request: Request, body: ChatBody, params: SamplingParams) -> RequestOutput:
+        generated = self._generate(request, body, params, OutputKind.FINAL_ONLY)
+        async with aclosing(generated) as outputs:  # type: ignore[type-var]
             return await anext(outputs)
 
-    async def _started(self, body: ChatBody, params: SamplingParams) -> AsyncIterator[RequestOutput]:
-        return await with_first(self._generate(body, params, OutputKind.DELTA))
+    async def _started(self, request: Request, body: ChatBody, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        return await with_first(self._generate(request, body, params, OutputKind.DELTA))
 
 
 class _ChatAnswer:

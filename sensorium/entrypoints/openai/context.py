@@ -8,8 +8,11 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from typing import Any
 
+from starlette.requests import Request
+
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.entrypoints.openai.errors import HttpError
+from sensorium.entrypoints.openai.http import tenant_of
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.chat import ChatRenderer
@@ -54,6 +57,21 @@ class ServerContext:
             )
         return self.renderer
 
+    async def render(
+        self,
+        request: Request,
+        messages: list[Any],
+        *,
+        mm_processor_kwargs: dict[str, Any] | None = None,
+        **options: Any,
+    ) -> dict[str, Any]:
+        """The prompt of a chat, for `generate`; `options` as `ChatRenderer.render` has them. Raises `RequestError`."""
+        self.check_kwargs(mm_processor_kwargs)
+        self.engine.check_accepts()  # before anything is fetched
+        return await self.chat().arender(
+            messages, scope=tenant_of(request), mm_processor_kwargs=mm_processor_kwargs, **options
+        )
+
     def tokenizer(self) -> Any:
         """The tokenizer. Raises `UnsupportedFeatureError` if there is none."""
         if self.engine.tokenizer is None:
@@ -71,6 +89,7 @@ class ServerContext:
             )
         watch = self.metrics.watch()
         outputs = self.engine.generate(prompt, params, kind=kind, priority=priority, cache_salt=cache_salt)
+        del prompt  # the media that it holds
         try:
             async for output in outputs:
                 watch.take(output)

@@ -66,6 +66,12 @@ def _too_deep() -> InvalidRequestError:
     return InvalidRequestError(f"the body: got values nested too deeply, expected at most {MAX_NESTING} levels.")
 
 
+def tenant_of(request: Request) -> bytes:
+    """Who sent a request, as far as API keys tell: what it leaves behind is for its tenant only."""
+    tenant: bytes = getattr(request.state, "tenant", b"")
+    return tenant
+
+
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
     """The result of `work`, which is cancelled if the client goes.
 

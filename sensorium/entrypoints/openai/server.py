@@ -23,6 +23,7 @@ from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.inputs.chat import ChatRenderer
+from sensorium.inputs.named_media import NamedMedia
 from sensorium.logger import get_logger
 from sensorium.multimodal.media import FetchPolicy, MediaBudget, MediaLimits, MediaLoader
 
@@ -90,6 +91,7 @@ def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, load
             trust_request_chat_template=args.trust_request_chat_template,
             accept_objects=False,
             accept_embeddings=args.allow_embeddings,
+            named_media=NamedMedia(args.max_named_media_bytes),
         )
     context = ServerContext(
         engine,

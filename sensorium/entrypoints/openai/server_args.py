@@ -54,6 +54,8 @@ class ServerArgs:
     """Let requests choose how their media are processed."""
     trust_request_chat_template: bool = False
     """Let requests bring chat templates."""
+    max_named_media_bytes: int = 256 << 20
+    """Media kept under the names that requests gave them, so that they need not be sent again; 0 keeps none."""
     max_stored_responses: int = 4096
     """Responses of /v1/responses kept in memory to be come back to; 0 keeps none."""
     max_stored_response_bytes: int = 256 << 20
@@ -75,6 +77,6 @@ class ServerArgs:
         for name in ("max_body_bytes", "max_waiting_bytes", "max_waiting_media_bytes", "max_connections"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1. Set {name}.")
-        for name in ("max_stored_responses", "max_stored_response_bytes"):
+        for name in ("max_named_media_bytes", "max_stored_responses", "max_stored_response_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 0. Set {name}.")

@@ -51,9 +51,9 @@ class TranscriptionRoutes:
         sound = loader.encoded("audio", upload.file)
         transcript = _Transcript(form, await self._style())
         if form.stream:
-            outputs = await while_connected(request, with_first(self._generate(transcript, sound, OutputKind.DELTA)))
-            return EventStream(transcript.events(outputs))
-        output = await while_connected(request, self._whole(transcript, sound))
+            generated = self._generate(request, transcript, sound, OutputKind.DELTA)
+            return EventStream(transcript.events(await while_connected(request, with_first(generated))))
+        output = await while_connected(request, self._whole(request, transcript, sound))
         return transcript.response(output)
 
     def _check_hears(self) -> None:
@@ -72,22 +72,24 @@ class TranscriptionRoutes:
         return self._known_style
 
     async def _generate(
-        self, transcript: _Transcript, sound: EncodedMedia, kind: OutputKind
+        self, request: Request, transcript: _Transcript, sound: EncodedMedia, kind: OutputKind
     ) -> AsyncIterator[RequestOutput]:
         messages, params = transcript.messages(sound), transcript.form.params()
         self._context.engine.check_accepts()  # before anything is decoded
-        renderer, loader = self._context.chat(), self._context.media_loader
+        loader = self._context.media_loader
         clip = await self._context.engine.in_pool(lambda: loader.decode(sound))
         transcript.take_duration(clip.duration_s)  # type: ignore[union-attr]
-        prompt = await renderer.arender(messages)
+        prompt = await self._context.render(request, messages)
         outputs = self._context.generate(prompt, params, kind, priority=0, cache_salt=None)
+        del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 transcript.check_end(output)
                 yield output
 
-    async def _whole(self, transcript: _Transcript, sound: EncodedMedia) -> RequestOutput:
-        async with aclosing(self._generate(transcript, sound, OutputKind.FINAL_ONLY)) as outputs:  # type: ignore[type-var]
+    async def _whole(self, request: Request, transcript: _Transcript, sound: EncodedMedia) -> RequestOutput:
+        generated = self._generate(request, transcript, sound, OutputKind.FINAL_ONLY)
+        async with aclosing(generated) as outputs:  # type: ignore[type-var]
             return await anext(outputs)
 
 

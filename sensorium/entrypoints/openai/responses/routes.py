@@ -12,7 +12,14 @@ from starlette.routing import Route
 
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.errors import HttpError
-from sensorium.entrypoints.openai.http import EventStream, JsonResponse, read_json, while_connected, with_first
+from sensorium.entrypoints.openai.http import (
+    EventStream,
+    JsonResponse,
+    read_json,
+    tenant_of,
+    while_connected,
+    with_first,
+)
 from sensorium.entrypoints.openai.protocol import parse_body
 from sensorium.entrypoints.openai.responses.answer import ResponseAnswer
 from sensorium.entrypoints.openai.responses.body import ResponseBody
@@ -50,7 +57,7 @@ class ResponseRoutes:
         turn = self._turn(request, body)
         params = body.params()
         answer = ResponseAnswer(body, self._context.check_model(body.model), is_stored=turn.is_stored)
-        outputs = await while_connected(request, with_first(self._generate(body, turn, params)))
+        outputs = await while_connected(request, with_first(self._generate(request, body, turn, params)))
         if body.stream:
             return EventStream(self._kept(answer.stream(outputs), answer, turn), is_named=True)
 
@@ -66,7 +73,7 @@ class ResponseRoutes:
         """`POST /v1/responses/input_tokens`: the prompt tokens that a body would take; nothing is generated."""
         body = parse_body(ResponseBody, await read_json(request))
         self._context.check_model(body.model)
-        num_tokens = await while_connected(request, self._count(body, self._turn(request, body)))
+        num_tokens = await while_connected(request, self._count(request, body, self._turn(request, body)))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     async def retrieve(self, request: Request) -> Response:
@@ -78,7 +85,7 @@ class ResponseRoutes:
     async def delete(self, request: Request) -> Response:
         """`DELETE /v1/responses/<id>`."""
         self._find(request)
-        self._store.delete(_tenant(request), request.path_params["id"])
+        self._store.delete(tenant_of(request), request.path_params["id"])
         return JsonResponse({"id": request.path_params["id"], "object": "response", "deleted": True})
 
     async def input_items(self, request: Request) -> Response:
@@ -91,18 +98,17 @@ class ResponseRoutes:
     def _turn(self, request: Request, body: ResponseBody) -> _Turn:
         """The conversation that a body goes on with. Raises `RequestError`, and 404 for a response that isn't kept."""
         body.check()
-        self._context.check_kwargs(body.mm_processor_kwargs)
         given = [] if body.input is None else read_items(body.input)
         earlier: tuple[KeptItem, ...] = ()
         if body.previous_response_id is not None:
             earlier = self._kept_response(request, body.previous_response_id, "previous_response_id").conversation()
-        return _Turn(_tenant(request), body, earlier, given, is_stored=body.store is not False and self._store.is_on)
+        return _Turn(tenant_of(request), body, earlier, given, is_stored=body.store is not False and self._store.is_on)
 
     def _find(self, request: Request) -> KeptResponse:
         return self._kept_response(request, request.path_params["id"], "response")
 
     def _kept_response(self, request: Request, response_id: str, name: str) -> KeptResponse:
-        found = self._store.get(_tenant(request), response_id)
+        found = self._store.get(tenant_of(request), response_id)
         if found is None:
             raise HttpError(
                 404,
@@ -111,25 +117,28 @@ class ResponseRoutes:
             )
         return found
 
-    async def _prompt(self, body: ResponseBody, turn: _Turn) -> dict[str, Any]:
-        self._context.engine.check_accepts()  # before anything is fetched
-        return await self._context.chat().arender(
+    async def _prompt(self, request: Request, body: ResponseBody, turn: _Turn) -> dict[str, Any]:
+        return await self._context.render(
+            request,
             turn.conversation.messages,
             places=turn.conversation.places,
             chat_template_kwargs=body.chat_template_kwargs,
             mm_processor_kwargs=body.mm_processor_kwargs,
         )
 
-    async def _count(self, body: ResponseBody, turn: _Turn) -> int:
-        prompt = await self._prompt(body, turn)
+    async def _count(self, request: Request, body: ResponseBody, turn: _Turn) -> int:
+        prompt = await self._prompt(request, body, turn)
         processed = await self._context.engine.preprocess(prompt, SamplingParams(max_tokens=None))
         return processed.num_prompt_tokens
 
-    async def _generate(self, body: ResponseBody, turn: _Turn, params: SamplingParams) -> AsyncIterator[RequestOutput]:
-        prompt = await self._prompt(body, turn)
+    async def _generate(
+        self, request: Request, body: ResponseBody, turn: _Turn, params: SamplingParams
+    ) -> AsyncIterator[RequestOutput]:
+        prompt = await self._prompt(request, body, turn)
         outputs = self._context.generate(
             prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
         )
+        del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 yield output
@@ -173,11 +182,6 @@ class _Turn:
         """All that is kept."""
         output = tuple(map(KeptItem, response["output"]))
         return KeptResponse(response, self._earlier, tuple(map(KeptItem, self._given)), output)
-
-
-def _tenant(request: Request) -> bytes:
-    """Whose responses a request may see: those of its API key."""
-    return getattr(request.state, "tenant", b"")
 
 
 def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:
