@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any
 
@@ -55,7 +58,7 @@ def encode_frames(
     from fractions import Fraction
 
     buffer = io.BytesIO()
-    with av.open(buffer, "w", format=format) as container:
+    with _same_scheduling(), av.open(buffer, "w", format=format) as container:
         stream: Any = container.add_stream(codec, rate=10, options=options)
         stream.height, stream.width, stream.pix_fmt = frames.shape[1], frames.shape[2], pix_fmt
         if times is not None:
@@ -67,6 +70,18 @@ def encode_frames(
             container.mux(stream.encode(frame))
         container.mux(stream.encode(None))
     return buffer.getvalue()
+
+
+@contextmanager
+def _same_scheduling() -> Iterator[None]:
+    """Keep this thread's scheduling policy: run by root, the encoder of AV1 makes its caller a real-time thread, which
+    others on the machine, and then our own threads, would wait for.
+    """
+    policy, parameters = os.sched_getscheduler(0), os.sched_getparam(0)
+    try:
+        yield
+    finally:
+        os.sched_setscheduler(0, policy, parameters)
 
 
 def wav(samples: NDArray[Any], sampling_rate: int, *, claimed_bytes: int | None = None) -> bytes:
