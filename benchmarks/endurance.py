@@ -40,7 +40,7 @@ SERVER_FLAGS = (
     *("--max-decoded-cache-bytes", str(2 << 20), "--limit-mm-per-prompt", '{"image": 2}'),
 )
 """Caches small enough to be full, and turning over, after a hundred requests."""
-GAUGES = ("open_requests", "unstarted_requests", "num_running", "num_waiting", "kv_cache_usage")
+GAUGES = ("open_requests", "unstarted_requests", "running_requests", "waiting_requests", "kv_cache_usage_ratio")
 
 
 @dataclass

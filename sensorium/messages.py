@@ -178,6 +178,8 @@ class EngineOutput:
     failure: RequestFailure | None = None
     num_cached_tokens: int = 0
     """Prompt tokens whose KV came from the prefix cache."""
+    scheduled_time_s: float | None = None
+    """When it first got a share of a step, in seconds of the monotonic clock, which processes share."""
     pooled: Any = None
 
 

@@ -69,6 +69,10 @@ class RequestMetrics:
     """When things happened to a request, in seconds of the engine's monotonic clock. None: not yet, or never."""
 
     arrival_time_s: float
+    queued_time_s: float | None = None
+    """When the prepared request went to the scheduler."""
+    scheduled_time_s: float | None = None
+    """When it first got a share of a step."""
     first_token_time_s: float | None = None
     last_token_time_s: float | None = None
     finished_time_s: float | None = None

@@ -14,6 +14,7 @@ import itertools
 import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import copy_context
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, TypeVar
@@ -37,13 +38,14 @@ from sensorium.errors import (
 )
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
-from sensorium.logger import get_logger
+from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
 from sensorium.messages import LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.multimodal.media import MediaLease, MediaLoader
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler.stats import SchedulerStats
+from sensorium.stages import stage
 
 logger = get_logger(__name__)
 
@@ -111,7 +113,7 @@ class AsyncLLMEngine:
         make_core: CoreFactory | None = None,
         accept_embeddings: bool = False,
         max_restarts: int = 0,
-        log_level: str = "INFO",
+        log: LogSettings = DEFAULT_LOG,
     ) -> AsyncLLMEngine:
         """Start an engine core and everything in front of it.
 
@@ -123,14 +125,14 @@ class AsyncLLMEngine:
             accept_embeddings: whether requests may bring embeddings instead of media.
             max_restarts: how many deaths of the core in a row are answered with a new one. Requests that were open end
                 with an error all the same.
-            log_level: of the core's process.
+            log: how the core's process writes its log.
 
         Raises:
             ConfigError, ModelError, WeightsError: The model can't be served as asked.
             EngineDeadError: The core ended while it was loading.
         """
         hub: _Hub = _Hub()
-        core = CoreSupervisor(args, hub.news, hub.death, make=make_core, log_level=log_level, max_restarts=max_restarts)
+        core = CoreSupervisor(args, hub.news, hub.death, make=make_core, log=log, max_restarts=max_restarts)
         try:
             # The core imports and loads meanwhile.
             config, tokenizer = await asyncio.to_thread(_resolve, args)
@@ -368,7 +370,8 @@ class AsyncLLMEngine:
 
     async def _submit(self, request_id: str, prepare: Callable[[], ProcessedRequest], kind: OutputKind) -> None:
         """Prepare a request in the pool and send it to the core, unless it has been aborted meanwhile."""
-        processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
+        with stage("prepare"):
+            processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
         self._check_running()
         stream = self._streams[request_id]
         if stream.has_failed:
@@ -381,9 +384,9 @@ class AsyncLLMEngine:
         self._core.add(encode_add(encoded, outputs))
 
     async def in_pool(self, call: Callable[[], _T]) -> _T:
-        """What `call` returns, run in the pool that prepares requests."""
+        """What `call` returns, run in the pool that prepares requests, in the caller's context."""
         try:
-            return await asyncio.get_running_loop().run_in_executor(self.pool, call)
+            return await asyncio.get_running_loop().run_in_executor(self.pool, copy_context().run, call)
         except RuntimeError:
             self._check_running()  # a pool that has been shut down says no more than that
             raise

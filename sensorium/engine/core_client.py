@@ -23,7 +23,7 @@ from sensorium.engine.codec import EncodedMessage, decode_to_front, encode
 from sensorium.engine.core_messages import Abort, Died, News, Ready, Start, StartFailed, Stop
 from sensorium.engine.core_process import CoreFactory, CoreServer, make_core
 from sensorium.errors import EngineDeadError, SensoriumError
-from sensorium.logger import get_logger
+from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
 from sensorium.messages import LoadReport
 
 logger = get_logger(__name__)
@@ -48,7 +48,7 @@ class CoreClient:
         on_death: Callable[[EngineDeadError], None],
         *,
         make: CoreFactory | None = None,
-        log_level: str = "INFO",
+        log: LogSettings = DEFAULT_LOG,
     ) -> None:
         self._on_news = on_news
         self._on_death = on_death
@@ -56,7 +56,7 @@ class CoreClient:
         self._is_stopping = False
         self._failure: SensoriumError | None = None
         own, other = channel_pair()
-        self._core: _Process | _Thread = _Process(other, log_level) if make is None else _Thread(other, make)
+        self._core: _Process | _Thread = _Process(other, log) if make is None else _Thread(other, make)
         self._channel = AsyncChannel(own, self._receive, self._closed)
         self._channel.send(encode(Start(args)))
 
@@ -141,9 +141,9 @@ def _error_of(message: StartFailed) -> SensoriumError:
 class _Process:
     """A core in a process of its own, with nothing inherited but its socket."""
 
-    def __init__(self, sock: socket.socket, log_level: str) -> None:
+    def __init__(self, sock: socket.socket, log: LogSettings) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-        command = [sys.executable, "-m", "sensorium.engine.core_process", str(sock.fileno()), log_level]
+        command = [sys.executable, "-m", "sensorium.engine.core_process", str(sock.fileno()), log.level, log.form]
         with sock:
             self._process = subprocess.Popen(
                 command, pass_fds=[sock.fileno()], env=environment, stdin=subprocess.DEVNULL

@@ -185,11 +185,11 @@ def _exit_soon() -> None:
 
 
 def main() -> int:
-    """The process. Arguments: the number of the socket's file, and a log level."""
+    """The process. Arguments: the number of the socket's file, then the level and the form of the log."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the front, which says when to stop
     sock = socket_from(sys.argv[1])
-    package_logger.configure(sys.argv[2])
+    package_logger.configure(package_logger.LogSettings(*sys.argv[2:4]))
     try:
         return 0 if CoreServer(sock, on_orphaned=_exit_soon).serve() else 1
     finally:

@@ -14,7 +14,7 @@ from sensorium.engine.core_client import CoreClient
 from sensorium.engine.core_messages import News
 from sensorium.engine.core_process import CoreFactory
 from sensorium.errors import EngineDeadError, EngineRestartingError, SensoriumError
-from sensorium.logger import get_logger
+from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
 from sensorium.messages import LoadReport
 
 logger = get_logger(__name__)
@@ -46,7 +46,7 @@ class CoreSupervisor:
         on_death: Callable[[EngineDeadError], None],
         *,
         make: CoreFactory | None = None,
-        log_level: str = "INFO",
+        log: LogSettings = DEFAULT_LOG,
         max_restarts: int = 0,
         delay_s: float = _FIRST_DELAY_S,
     ) -> None:
@@ -54,7 +54,7 @@ class CoreSupervisor:
         self._on_news = on_news
         self._on_death = on_death
         self._make = make
-        self._log_level = log_level
+        self._log = log
         self._max_restarts = max_restarts
         self._delay_s = delay_s
         self._client = self._new_client()
@@ -118,7 +118,7 @@ class CoreSupervisor:
         await self._client.stop(timeout_s)
 
     def _new_client(self) -> CoreClient:
-        return CoreClient(self._args, self._on_news, self._died, make=self._make, log_level=self._log_level)
+        return CoreClient(self._args, self._on_news, self._died, make=self._make, log=self._log)
 
     def _died(self, error: EngineDeadError) -> None:
         if time.monotonic() - self._ready_time_s > _STEADY_S:

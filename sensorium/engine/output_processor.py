@@ -75,7 +75,7 @@ class OutputProcessor:
         ids = [parent_id] if num_outputs == 1 else [f"{parent_id}#{i}" for i in range(num_outputs)]
         if self.has_request(parent_id) or any(child_id in self._children for child_id in ids):
             raise InvalidRequestError(f"request_id: got {parent_id!r}, expected an id that is not in use. Change it.")
-        request = _Request(processed, kind)
+        request = _Request(processed, kind, self._clock())
         for index, child_id in enumerate(ids):
             child = _Child(child_id, index, request, self._detokenizer if params.detokenize else None)
             request.children.append(child)
@@ -158,7 +158,7 @@ class OutputProcessor:
 class _Request:
     """A request in flight: what its outputs share."""
 
-    def __init__(self, processed: ProcessedRequest, kind: OutputKind) -> None:
+    def __init__(self, processed: ProcessedRequest, kind: OutputKind, now_s: float) -> None:
         self.processed = processed
         self.message = processed.engine_request
         self.request_id = self.message.request_id
@@ -171,6 +171,8 @@ class _Request:
         wants_prompt_logprobs = self.message.sampling_params.prompt_logprobs is not None
         self._prompt_logprobs: list[PositionLogprobs | None] | None = [None] if wants_prompt_logprobs else None
         self._num_cached_tokens = 0
+        self._queued_time_s = now_s
+        self._scheduled_time_s: float | None = None
         self._first_token_time_s: float | None = None
         self._last_token_time_s: float | None = None
 
@@ -180,6 +182,8 @@ class _Request:
 
     def update(self, news: EngineOutput, now_s: float, token_text: TokenText) -> None:
         """Note what concerns the request as a whole."""
+        if self._scheduled_time_s is None:
+            self._scheduled_time_s = news.scheduled_time_s
         if news.new_token_ids:
             if self._first_token_time_s is None:
                 self._first_token_time_s = now_s
@@ -232,7 +236,12 @@ class _Request:
 
     def _metrics(self) -> RequestMetrics:
         return RequestMetrics(
-            self.message.arrival_time_s, self._first_token_time_s, self._last_token_time_s, self.finished_time_s
+            self.message.arrival_time_s,
+            self._queued_time_s,
+            self._scheduled_time_s,
+            self._first_token_time_s,
+            self._last_token_time_s,
+            self.finished_time_s,
         )
 
 

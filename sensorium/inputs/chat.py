@@ -30,6 +30,7 @@ from sensorium.inputs.named_media import NamedMedia
 from sensorium.inputs.tool_messages import concern_tools, with_tools_told
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
+from sensorium.stages import stage
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
@@ -145,7 +146,8 @@ class ChatRenderer:
         request = self._prepare(messages, **options)
         media = await self._media.aload(request.media(), request.mm_processor_kwargs, request.scope)
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(None, self._render, request, media)
+        with stage("render"):
+            return await loop.run_in_executor(None, self._render, request, media)
 
     # Before fetching
 

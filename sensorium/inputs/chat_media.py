@@ -25,6 +25,7 @@ from sensorium.inputs.prompts import MAX_UUID_CHARS
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MultiModalRegistry
 from sensorium.multimodal.media import EncodedMedia
+from sensorium.stages import stage
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
@@ -111,7 +112,8 @@ class ChatMedia:
         if part.source is None or not part.is_encoded:
             return _object(part)
         try:
-            return await self._loader_for(part).aencoded(part.modality, part.source, self._sampler(part, kwargs))
+            with stage("fetch", part.modality):
+                return await self._loader_for(part).aencoded(part.modality, part.source, self._sampler(part, kwargs))
         except MediaError as exc:
             raise type(exc)(f"{part.where}: {exc}") from exc.__cause__
 

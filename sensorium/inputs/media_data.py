@@ -20,6 +20,7 @@ from sensorium.inputs.prompts import ParsedPrompt, check_uuids
 from sensorium.multimodal.hashing import Identity, identify, identify_encoded, identify_uuid
 from sensorium.multimodal.media import EncodedMedia, VideoFrames, VideoSampling
 from sensorium.multimodal.video_array import VideoArray
+from sensorium.stages import stage
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
@@ -119,7 +120,8 @@ class MediaCollector:
             item = self._fetch(modality, item, mm_processor_kwargs)
         if isinstance(item, EncodedMedia):
             identity = identify_encoded(item.digest)
-            value = self._decode(modality, item)
+            with stage("decode", modality):
+                value = self._decode(modality, item)
         else:
             check_arrays(modality, item)
             # An object may be large: it is read only if it has no name.

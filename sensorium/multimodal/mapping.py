@@ -24,6 +24,7 @@ from sensorium.errors import (
 from sensorium.multimodal.hashing import Identity, key_of
 from sensorium.multimodal.processor_cache import ProcessorCache
 from sensorium.multimodal.registry import DuplicateKeyError, MultiModalRegistry
+from sensorium.stages import stage
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
@@ -77,7 +78,7 @@ class MediaMapper:
 
     def _call(self, modality: str, data: Any, mm_processor_kwargs: Mapping[str, Any]) -> Mapping[str, Any]:
         plugin = self._registry.get_plugin(modality)
-        with request_errors(f"{modality} input mapper", f"{modality} data"):
+        with stage("map", modality), request_errors(f"{modality} input mapper", f"{modality} data"):
             mapped = plugin.map_input(self._model_config, data, mm_processor_kwargs)
         return own_memory(mapped, data)
 

@@ -98,11 +98,11 @@ class RequestState:
         "order",
         "pooling",
         "request_id",
+        "scheduled_time_s",
         "spans",
         "status",
         "stop",
         "token_ids",
-        "was_scheduled",
     )
 
     def __init__(self, message: EngineRequest, order: tuple[int, int], max_model_len: int) -> None:
@@ -120,8 +120,8 @@ class RequestState:
         """Tokens whose KV is written, from the first on."""
         self.is_caught_up = False
         """Has had a token sampled since it got its slot: it streams, and its share of a step is a decode."""
-        self.was_scheduled = False
-        """Has had a slot before."""
+        self.scheduled_time_s: float | None = None
+        """When it first got a slot, on the monotonic clock."""
         self.num_cached_tokens: int = 0
         """Prompt tokens taken from the prefix cache when it first ran."""
         self.num_prompt_logprobs = 0

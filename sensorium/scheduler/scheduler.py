@@ -109,6 +109,7 @@ class Scheduler:
                         request_id,
                         finish_reason=FinishReason.ABORT,
                         num_cached_tokens=request.num_cached_tokens,
+                        scheduled_time_s=request.scheduled_time_s,
                     )
                 )
         return outputs
@@ -134,6 +135,8 @@ class Scheduler:
         plan, self._in_flight = self._in_flight, None
         assert plan is not None, "there is no step to update"
         assert step.step == self._counters.num_steps, f"got step {step.step}, expected {self._counters.num_steps}"
+        self._counters.encode_s += result.encode_s
+        self._counters.forward_s += result.forward_s
         if plan.chunks and not result.failures:
             self._pacer.observe(plan.num_prefill_tokens, plan.num_rows, result.encode_s, result.forward_s)
         return self._results.apply(plan, result)
@@ -175,6 +178,8 @@ class Scheduler:
             num_encoder_queries=counters.num_encoder_queries,
             num_encoder_hits=counters.num_encoder_hits,
             num_encoded_rows=counters.num_encoded_rows,
+            encode_s=counters.encode_s,
+            forward_s=counters.forward_s,
         )
 
     def check(self) -> None:

@@ -33,6 +33,10 @@ class SchedulerStats:
     num_encoder_hits: int
     """Those of them that were there already."""
     num_encoded_rows: int
+    encode_s: float = 0.0
+    """Time that steps spent in encoders."""
+    forward_s: float = 0.0
+    """Time that they spent in everything behind them."""
 
 
 @dataclass(slots=True)
@@ -46,3 +50,5 @@ class Counters:
     num_encoder_queries: int = 0
     num_encoder_hits: int = 0
     num_encoded_rows: int = 0
+    encode_s: float = 0.0
+    forward_s: float = 0.0

@@ -8,6 +8,7 @@ running request behind it; the worst itself waits. So the best request can alway
 from __future__ import annotations
 
 import enum
+import time
 from collections.abc import Sequence
 
 from sensorium.config import SchedulerConfig
@@ -229,8 +230,8 @@ class StepPlanner:
 
     def _admit(self, request: RequestState, cached_block_ids: list[int], draft: ChunkDraft, plan: StepPlan) -> None:
         self._table.start(request, cached_block_ids)
-        if not request.was_scheduled:
-            request.was_scheduled = True
+        if request.scheduled_time_s is None:
+            request.scheduled_time_s = time.monotonic()
             request.num_cached_tokens = min(draft.start, request.num_prompt_tokens)
             self._counters.num_prefix_query_tokens += request.num_prompt_tokens
             self._counters.num_prefix_hit_tokens += request.num_cached_tokens

@@ -76,6 +76,7 @@ class StepResults:
             stop_reason,
             None,
             request.num_cached_tokens,
+            request.scheduled_time_s,
         )
 
     def _settle(self, request: RequestState) -> None:
@@ -107,7 +108,12 @@ class StepResults:
 
     @staticmethod
     def _output(request: RequestState, **news: Any) -> EngineOutput:
-        return EngineOutput(request.request_id, num_cached_tokens=request.num_cached_tokens, **news)
+        return EngineOutput(
+            request.request_id,
+            num_cached_tokens=request.num_cached_tokens,
+            scheduled_time_s=request.scheduled_time_s,
+            **news,
+        )
 
 
 def _append(request: RequestState, sampled: Sequence[int]) -> tuple[int, FinishReason | None, int | None]:

@@ -63,11 +63,11 @@ def _only(processor: OutputProcessor, *news: EngineOutput) -> RequestOutput:
 
 
 def test_a_request_from_start_to_end() -> None:
-    clock = iter([10.0, 11.0, 12.0])
+    clock = iter([7.0, 10.0, 11.0, 12.0])
     processor = OutputProcessor(TOKENIZER, clock=lambda: next(clock))
     [sent] = processor.add_request(_request())
     assert (sent.request_id, sent.sampling_params) == ("r", SamplingParams())
-    first = _only(processor, _news(" quick", num_cached_tokens=2))
+    first = _only(processor, _news(" quick", num_cached_tokens=2, scheduled_time_s=8.0))
     assert (first.request_id, first.prompt, first.prompt_token_ids) == ("r", "the", _ids("the"))
     assert first.outputs == [CompletionOutput(0, " quick", _ids(" quick"))]
     assert not first.finished
@@ -80,6 +80,7 @@ def test_a_request_from_start_to_end() -> None:
     assert (last.num_cached_tokens, last.media_token_counts, last.error) == (2, {"image": (3,)}, None)
     assert last.metrics is not None
     assert last.metrics.arrival_time_s == 5.0
+    assert (last.metrics.queued_time_s, last.metrics.scheduled_time_s) == (7.0, 8.0)
     assert last.metrics.time_to_first_token_s == 5.0
     assert (last.metrics.last_token_time_s, last.metrics.finished_time_s) == (12.0, 12.0)
     assert processor.num_requests == 0

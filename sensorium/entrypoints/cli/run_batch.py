@@ -58,7 +58,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise ConfigError(f"concurrency: got {concurrency}, expected at least 1. Set concurrency.")
     if parsed.output != "-" and parsed.input != "-" and Path(parsed.input).resolve() == Path(parsed.output).resolve():
         raise ConfigError(f"output: got {parsed.output!r}, which is the input, expected another file. Set it.")
-    package_logger.configure(server_args.log_level)
+    package_logger.configure(server_args.log_settings)
     return asyncio.run(_run(parsed, engine_args, server_args, limits, concurrency))
 
 

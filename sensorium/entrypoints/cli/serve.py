@@ -36,7 +36,8 @@ def settings(parsed: argparse.Namespace) -> tuple[EngineArgs, ServerArgs, MediaL
 def run(parsed: argparse.Namespace) -> int:
     """Serve until stopped."""
     engine_args, server_args, limits = settings(parsed)
-    package_logger.configure(server_args.log_level)
+    package_logger.configure(server_args.log_settings)
+    package_logger.configure(server_args.log_settings, "uvicorn")
     from sensorium.entrypoints.openai.server import serve  # loads the server's libraries and torch
 
     return asyncio.run(serve(engine_args, server_args, limits))

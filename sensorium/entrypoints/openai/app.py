@@ -19,7 +19,7 @@ from sensorium.entrypoints.openai.completions import CompletionRoutes
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.errors import HttpError, error_response
 from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
-from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, RequestLog
+from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, OnEnd, RequestRecords, log_record
 from sensorium.entrypoints.openai.playground import playground_routes
 from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, parse_body
 from sensorium.entrypoints.openai.responses.routes import ResponseRoutes
@@ -40,6 +40,7 @@ def create_app(
     max_body_bytes: int = 128 << 20,
     max_waiting_bytes: int = 1 << 30,
     playground: bool = True,
+    on_end: Sequence[OnEnd] = (),
 ) -> Starlette:
     """An ASGI application over a running engine, which stays its owner's to shut down.
 
@@ -52,6 +53,7 @@ def create_app(
         max_body_bytes: bound on one body.
         max_waiting_bytes: bound on all bodies whose answers have not begun.
         playground: serve a page to try the model at `/`.
+        on_end: get the record of each request that has ended.
     """
     chat, completions, plain = ChatRoutes(context), CompletionRoutes(context), PlainRoutes(context)
     transcriptions = transcriptions or TranscriptionRoutes(context)
@@ -72,7 +74,8 @@ def create_app(
         Route("/metrics", plain.metrics),
     ]
     pages = playground_routes() if playground else []
-    middleware = [Middleware(RequestLog)]
+    paths = {route.endpoint: route.path for route in [*routes, *pages]}
+    middleware = [Middleware(RequestRecords, on_end=(context.metrics.take, log_record, *on_end), routes=paths)]
     if allowed_origins:
         # In front of the keys: a browser's preflight bears none.
         middleware.append(

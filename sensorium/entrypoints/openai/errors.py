@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
+from sensorium.entrypoints.openai.records import note_failure
 from sensorium.errors import EngineRestartingError, InvalidRequestError, OverloadedError, SensoriumError
 from sensorium.logger import get_logger
 
@@ -55,6 +56,7 @@ def error_body(message: str, status: int, param: str | None = None) -> dict[str,
 
 def error_response(error: BaseException) -> JSONResponse:
     """The answer to a request that failed."""
+    note_failure(error)
     if not isinstance(error, SensoriumError):
         logger.error("a request failed", exc_info=error)
         return JSONResponse(error_body("internal error: the request could not be served.", 500), 500)

@@ -13,6 +13,7 @@ from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from sensorium.entrypoints.openai.errors import error_body
+from sensorium.entrypoints.openai.records import note_failure
 from sensorium.errors import InvalidRequestError, RequestAbortedError, SensoriumError
 from sensorium.logger import get_logger
 
@@ -142,8 +143,10 @@ class EventStream(Response):
                     name = b"event: " + item["type"].encode() + b"\n" if self._is_named else b""
                     await self._send_event(send, msgspec.json.encode(item), name)
             except SensoriumError as error:
+                note_failure(error)
                 await self._send_event(send, msgspec.json.encode(error_body(str(error), error.status)))
-            except Exception:
+            except Exception as error:
+                note_failure(error)
                 logger.exception("a stream broke off")
                 text = "internal error: the answer could not be completed."
                 await self._send_event(send, msgspec.json.encode(error_body(text, 500)))

@@ -1,130 +1,198 @@
-"""What the server tells Prometheus: requests, tokens, times, and the engine's own gauges and counters."""
+"""What the server tells Prometheus of its requests: counts, tokens, times, failures. The engine's: `engine_metrics`.
+
+Everything is counted on the event loop, when a request has ended; nothing takes a lock for each token.
+"""
 
 from __future__ import annotations
 
-import asyncio
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, ProcessCollector, generate_latest
+from prometheus_client.core import HistogramMetricFamily
 from prometheus_client.registry import Collector
 
+import sensorium
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
-from sensorium.errors import SensoriumError
+from sensorium.entrypoints.openai.engine_metrics import EngineCollector
+from sensorium.entrypoints.openai.records import Generation, RequestRecord, current_record
 from sensorium.outputs import RequestOutput
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
-
-_GAUGES = {
-    "num_running": "Requests in the running batch.",
-    "num_waiting": "Requests in the scheduler's line.",
-    "kv_cache_usage": "Share of the KV blocks that requests use, 0 to 1.",
-    "num_encoder_cache_rows": "Encoder output rows kept.",
-}
-_COUNTERS = {
-    "num_steps": "Steps of the engine.",
-    "num_preemptions": "Requests whose KV was given up and computed again.",
-    "num_prefix_query_tokens": "Prompt tokens looked up in the prefix cache.",
-    "num_prefix_hit_tokens": "Prompt tokens found there.",
-    "num_encoder_queries": "Media items that requests needed encoded.",
-    "num_encoder_hits": "Those of them that were encoded already.",
-    "num_encoded_rows": "Rows that encoders computed.",
-}
+_TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
+_GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5, 5.0)
 
 
 class ServerMetrics:
     """Owns a registry of its own, so that servers in one process don't meet."""
 
     def __init__(self, engine: AsyncLLMEngine) -> None:
-        self._registry = CollectorRegistry()
-        self._registry.register(_EngineCollector(engine))
-        self.requests = Counter(
-            "sensorium_requests", "Ended requests by outcome.", ["outcome"], registry=self._registry
+        registry = self._registry = CollectorRegistry()
+        ProcessCollector(registry=registry)
+        registry.register(EngineCollector(engine))
+        self.gaps = _Gaps()
+        registry.register(self.gaps)
+
+        def counter(name: str, text: str, *labels: str) -> Counter:
+            return Counter(f"sensorium_{name}", text, labels, registry=registry)
+
+        def histogram(name: str, text: str, buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+            return Histogram(f"sensorium_{name}", text, buckets=buckets, registry=registry)
+
+        self._http = counter("http_requests", "HTTP requests that ended, by route and status.", "route", "status")
+        self._failures = counter("failures", "HTTP requests that ended with an error, by its kind.", "kind")
+        self._requests = counter("requests", "Requests to the engine that ended, by outcome.", "outcome")
+        self._finishes = counter("finished_outputs", "Outputs that ended, by reason.", "reason")
+        self._prompt_tokens = counter("prompt_tokens", "Prompt tokens served.")
+        self._cached_tokens = counter("cached_prompt_tokens", "Those of them that came from the prefix cache.")
+        self._output_tokens = counter("output_tokens", "Tokens generated.")
+        self._media_items = counter("media_items", "Media items in requests, by modality.", "modality")
+        self._media_seconds = counter(
+            "media_seconds", "Time spent on media in front of the engine, by stage.", "stage", "modality"
         )
-        self.prompt_tokens = Counter("sensorium_prompt_tokens", "Prompt tokens served.", registry=self._registry)
-        self.output_tokens = Counter("sensorium_output_tokens", "Tokens generated.", registry=self._registry)
-        self.first_token = self._histogram("first_token_seconds", "From arrival to a request's first token.")
-        self.between_tokens = self._histogram("between_tokens_seconds", "Mean time between a request's tokens.")
-        self.whole = self._histogram("request_seconds", "From arrival to a request's end.")
+        self._prepare = histogram("prepare_seconds", "From a prompt to a request for the engine, waiting included.")
+        self._queue = histogram("queue_seconds", "From the scheduler's line to the first step.")
+        self._prefill = histogram("prefill_seconds", "From the first step to the first token.")
+        self._first_token = histogram("first_token_seconds", "From arrival to a request's first token.")
+        self._per_token = histogram("output_token_seconds", "Mean time between a request's tokens.", _GAPS_S)
+        self._whole = histogram("request_seconds", "From arrival to a request's end.")
+        self._prompt_sizes = histogram("request_prompt_tokens", "Prompt tokens of a request.", _TOKENS)
+        self._output_sizes = histogram("request_output_tokens", "Tokens generated for a request.", _TOKENS)
+        info = Gauge("sensorium_info", "Always 1; says what runs.", ["version", "model"], registry=registry)
+        info.labels(sensorium.__version__, engine.config.model_config.model).set(1)
 
     def watch(self) -> RequestWatch:
-        """Count one request, whose outputs are deltas or one whole."""
+        """Count one request to the engine, whose outputs are deltas or one whole."""
         return RequestWatch(self)
+
+    def take(self, record: RequestRecord) -> None:
+        """Count an HTTP request that has ended."""
+        self._http.labels(record.route, str(record.status)).inc()
+        if record.failure is not None:
+            self._failures.labels(record.failure).inc()
+        for stage in record.stages:
+            if stage.modality is not None:
+                self._media_seconds.labels(stage.name, stage.modality).inc(stage.seconds)
+            elif stage.name == "prepare":
+                self._prepare.observe(stage.seconds)
+
+    def take_generation(self, generation: Generation) -> None:
+        """Count a request to the engine that has ended."""
+        self._requests.labels(generation.outcome).inc()
+        if not generation.num_prompt_tokens:
+            return  # it never reached the model
+        self._prompt_tokens.inc(generation.num_prompt_tokens)
+        self._cached_tokens.inc(generation.num_cached_tokens)
+        self._output_tokens.inc(generation.num_output_tokens)
+        self._prompt_sizes.observe(generation.num_prompt_tokens)
+        self._output_sizes.observe(generation.num_output_tokens)
+        for reason in generation.finish_reasons:
+            self._finishes.labels(reason).inc()
+        for modality, count in generation.num_media.items():
+            self._media_items.labels(modality).inc(count)
+        self._whole.observe(generation.end_s - generation.start_s)
+        self._take_times(generation)
+
+    def _take_times(self, generation: Generation) -> None:
+        times = generation.times
+        if times is None:
+            return
+        if times.scheduled_time_s is not None and times.queued_time_s is not None:
+            # The two clocks are one, read in two processes; a request may be scheduled before its front reads it.
+            self._queue.observe(max(0.0, times.scheduled_time_s - times.queued_time_s))
+        if times.first_token_time_s is None or times.last_token_time_s is None:
+            return
+        if times.scheduled_time_s is not None:
+            self._prefill.observe(times.first_token_time_s - times.scheduled_time_s)
+        self._first_token.observe(times.first_token_time_s - times.arrival_time_s)
+        if generation.num_output_tokens > 1:
+            gaps_s = times.last_token_time_s - times.first_token_time_s
+            self._per_token.observe(gaps_s / (generation.num_output_tokens - 1))
 
     def render(self) -> bytes:
         """The text that Prometheus reads."""
         text: bytes = generate_latest(self._registry)
         return text
 
-    def _histogram(self, name: str, text: str) -> Histogram:
-        return Histogram(f"sensorium_{name}", text, buckets=_SECONDS, registry=self._registry)
-
 
 class RequestWatch:
-    """Counts one request into `ServerMetrics`, once, however it ends."""
+    """Follows one request to the engine, and counts it once, however it ends."""
 
     def __init__(self, metrics: ServerMetrics, clock: Callable[[], float] = time.monotonic) -> None:
         self._metrics = metrics
         self._clock = clock
         self._start_s = clock()
         self._last: RequestOutput | None = None
+        self._last_s = 0.0
         self._outcome = "cancelled"
         self._num_tokens = 0
+        self._reasons: list[str] = []
+        self._gaps = _Gaps()
 
     def take(self, output: RequestOutput) -> None:
         """Note an output, delta or whole."""
-        self._last = output
-        self._num_tokens += sum(len(each.token_ids) for each in output.outputs)
+        now_s = self._clock()
+        if self._last is not None:
+            self._gaps.add(now_s - self._last_s)
+        self._last, self._last_s = output, now_s
+        for each in output.outputs:
+            self._num_tokens += len(each.token_ids)
+            if each.finish_reason is not None:
+                self._reasons.append(each.finish_reason)
         if output.finished:
             self._outcome = "finished"
 
     def failed(self, error: Exception) -> None:
-        """Note why there will be no more."""
-        self._outcome = f"error_{error.status}" if isinstance(error, SensoriumError) else "error_500"
+        """Note that there will be no more."""
+        self._outcome = "failed"
 
     def close(self) -> None:
         """Count."""
-        metrics = self._metrics
-        metrics.requests.labels(self._outcome).inc()
-        if self._last is None:
-            return
-        metrics.prompt_tokens.inc(len(self._last.prompt_token_ids))
-        metrics.output_tokens.inc(self._num_tokens)
-        metrics.whole.observe(self._clock() - self._start_s)
-        times = self._last.metrics
-        if times is None or times.first_token_time_s is None or times.last_token_time_s is None:
-            return
-        metrics.first_token.observe(times.first_token_time_s - times.arrival_time_s)
-        if self._num_tokens > 1:
-            gaps_s = times.last_token_time_s - times.first_token_time_s
-            metrics.between_tokens.observe(gaps_s / (self._num_tokens - 1))
+        last = self._last
+        generation = Generation(self._outcome, self._start_s, self._clock())
+        if last is not None:
+            generation = Generation(
+                self._outcome,
+                self._start_s,
+                self._clock(),
+                num_prompt_tokens=len(last.prompt_token_ids),
+                num_cached_tokens=last.num_cached_tokens,
+                num_output_tokens=self._num_tokens,
+                num_media={modality: len(counts) for modality, counts in last.media_token_counts.items()},
+                finish_reasons=tuple(self._reasons),
+                times=last.metrics,
+            )
+        self._metrics.take_generation(generation)
+        self._metrics.gaps.merge(self._gaps)
+        record = current_record()
+        if record is not None:
+            record.generations.append(generation)
 
 
-class _EngineCollector(Collector):  # type: ignore[misc]
-    """The engine's latest statistics, read when they are asked for."""
+class _Gaps(Collector):  # type: ignore[misc]
+    """Times between the pieces of streams. A plain list, since there is one gap for each token."""
 
-    def __init__(self, engine: AsyncLLMEngine) -> None:
-        self._engine = engine
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_GAPS_S) + 1)
+        self._sum_s = 0.0
 
-    def collect(self) -> Iterator[GaugeMetricFamily | CounterMetricFamily]:
+    def add(self, gap_s: float) -> None:
+        """Count one."""
+        self._counts[bisect_left(_GAPS_S, gap_s)] += 1
+        self._sum_s += gap_s
+
+    def merge(self, other: _Gaps) -> None:
+        """Count all of another's."""
+        self._counts = [a + b for a, b in zip(self._counts, other._counts, strict=True)]
+        self._sum_s += other._sum_s
+
+    def collect(self) -> Iterator[HistogramMetricFamily]:
         """See prometheus_client."""
-        load = self._engine.load()
-        yield GaugeMetricFamily("sensorium_open_requests", "Requests that have not ended.", value=load.num_open)
-        yield GaugeMetricFamily("sensorium_unstarted_requests", "Requests without output yet.", value=load.num_waiting)
-        yield GaugeMetricFamily("sensorium_waiting_media_bytes", "Media of those requests.", value=load.num_media_bytes)
-        num_tasks = len(asyncio.all_tasks())
-        yield GaugeMetricFamily("sensorium_event_loop_tasks", "Tasks of the server's event loop.", value=num_tasks)
-        restarts = self._engine.num_restarts
-        yield CounterMetricFamily("sensorium_core_restarts", "Cores that took a dead one's place.", value=restarts)
-        cache = self._engine.preprocessor.statistics()
-        yield CounterMetricFamily("sensorium_processor_cache_hits", "Media found mapped.", value=cache.hits)
-        yield CounterMetricFamily("sensorium_processor_cache_misses", "Media that were mapped.", value=cache.misses)
-        yield GaugeMetricFamily("sensorium_processor_cache_bytes", "Bytes of mapped media kept.", value=cache.num_bytes)
-        stats = self._engine.stats
-        if stats is None:
-            return
-        for name, text in _GAUGES.items():
-            yield GaugeMetricFamily(f"sensorium_{name}", text, value=getattr(stats, name))
-        for name, text in _COUNTERS.items():
-            yield CounterMetricFamily(f"sensorium_{name}", text, value=getattr(stats, name))
+        total = 0
+        buckets = []
+        for bound, count in zip([*map(str, _GAPS_S), "+Inf"], self._counts, strict=True):
+            total += count
+            buckets.append((bound, total))
+        text = "Between the pieces of a stream, each a token or what came while its reader was away."
+        yield HistogramMetricFamily("sensorium_inter_token_seconds", text, buckets=buckets, sum_value=self._sum_s)

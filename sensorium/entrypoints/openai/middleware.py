@@ -1,68 +1,92 @@
-"""What stands in front of every route: keys, bounds, request ids, a log line. Plain ASGI, nothing buffered.
+"""What stands in front of every route: request ids, records, keys, bounds. Plain ASGI, nothing buffered.
 
-From the outside in: request id and log, then keys, then the bounds on bodies.
+From the outside in: request id and record, then keys, then the bounds on bodies.
 """
 
 from __future__ import annotations
 
 import hashlib
 import hmac
-import json
 import logging
 import re
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeAlias
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sensorium.entrypoints.openai.errors import HttpError, error_response
-from sensorium.logger import get_logger
+from sensorium.entrypoints.openai.records import RequestRecord, begin_record
+from sensorium.logger import get_logger, request_id_of_logs
+from sensorium.stages import stages_into
 
 logger = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
 """Everything else needs a key, routes that don't exist included; but for reading a page that holds no data."""
 REQUEST_ID_HEADER = "X-Request-Id"
+OnEnd: TypeAlias = Callable[[RequestRecord], None]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
-class RequestLog:
-    """Names each request, answers with the name, and logs one line of facts without any contents."""
+class RequestRecords:
+    """Names each request and answers with the name; keeps its record, and hands that on when the request has ended.
 
-    def __init__(self, app: ASGIApp) -> None:
+    Args:
+        on_end: get each record, in this order.
+        routes: the paths by which records name their routes, by endpoint.
+    """
+
+    def __init__(self, app: ASGIApp, on_end: Sequence[OnEnd], routes: Mapping[Any, str]) -> None:
         self._app = app
+        self._on_end = on_end
+        self._routes = routes
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        given = Headers(scope=scope).get(REQUEST_ID_HEADER, "")
-        request_id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        scope.setdefault("state", {})["request_id"] = request_id
-        start_s, status = time.monotonic(), 0
+        record = _record_of(scope)
+        scope.setdefault("state", {})["request_id"] = record.request_id
+        begin_record(record)
+        request_id_of_logs.set(record.request_id)
 
         async def send_named(message: Message) -> None:
-            nonlocal status
             if message["type"] == "http.response.start":
-                status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = request_id
+                record.status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.request_id
             await send(message)
 
         try:
-            await self._app(scope, receive, send_named)
+            with stages_into(record.stages):
+                await self._app(scope, receive, send_named)
         finally:
-            if logger.isEnabledFor(logging.INFO):
-                facts = {
-                    "request_id": request_id,
-                    "method": scope["method"],
-                    "path": scope["path"][:128],
-                    "status": status,
-                    "seconds": round(time.monotonic() - start_s, 4),
-                }
-                logger.info("%s", json.dumps(facts))
+            record.end_s = time.monotonic()
+            record.route = self._routes.get(scope.get("endpoint"), record.route)
+            for each in self._on_end:
+                each(record)
+
+
+def _record_of(scope: Scope) -> RequestRecord:
+    headers = Headers(scope=scope)
+    given = headers.get(REQUEST_ID_HEADER, "")
+    return RequestRecord(
+        request_id=given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex,
+        method=scope["method"],
+        path=scope["path"],
+        start_s=time.monotonic(),
+        client=scope["client"][0] if scope.get("client") else None,
+        trace_headers={name: headers[name] for name in ("traceparent", "tracestate") if name in headers},
+    )
+
+
+def log_record(record: RequestRecord) -> None:
+    """One line of facts without any contents."""
+    if logger.isEnabledFor(logging.INFO):
+        logger.info("%s %.128s %d", record.method, record.path, record.status, extra={"facts": record.facts()})
 
 
 class ApiKeys:

@@ -5,10 +5,11 @@ from __future__ import annotations
 import asyncio
 import resource
 import signal
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import uvicorn
 from starlette.applications import Starlette
@@ -19,6 +20,7 @@ from sensorium.engine.core_process import CoreFactory
 from sensorium.entrypoints.openai.app import create_app
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.metrics import ServerMetrics
+from sensorium.entrypoints.openai.middleware import OnEnd
 from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
@@ -26,6 +28,9 @@ from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.named_media import NamedMedia
 from sensorium.logger import get_logger
 from sensorium.multimodal.media import FetchPolicy, MediaBudget, MediaLimits, MediaLoader
+
+if TYPE_CHECKING:
+    from sensorium.entrypoints.openai.tracing import Traces
 
 logger = get_logger(__name__)
 
@@ -59,14 +64,23 @@ async def running_app(
         make_core=make_core,
         accept_embeddings=args.allow_embeddings,
         max_restarts=args.restart_core,
-        log_level=args.log_level,
+        log=args.log_settings,
     )
+    traces = None if args.otlp_traces_endpoint is None else _traces(args.otlp_traces_endpoint)
     try:
         pool = ThreadPoolExecutor(_NUM_OTHER_THREADS, thread_name_prefix="sensorium-front")
         asyncio.get_running_loop().set_default_executor(pool)
-        yield _app(engine, engine_args, args, loader), engine
+        yield _app(engine, engine_args, args, loader, [] if traces is None else [traces.take]), engine
     finally:
         await engine.shutdown(args.drain_s)
+        if traces is not None:
+            await asyncio.to_thread(traces.close)
+
+
+def _traces(endpoint: str) -> Traces:
+    from sensorium.entrypoints.openai.tracing import Traces  # loads OpenTelemetry
+
+    return Traces.to(endpoint)
 
 
 def make_media_loader(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None) -> MediaLoader:
@@ -80,7 +94,13 @@ def make_media_loader(engine_args: EngineArgs, args: ServerArgs, limits: MediaLi
     return MediaLoader(limits, policy, budget=MediaBudget(args.max_waiting_media_bytes))
 
 
-def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, loader: MediaLoader) -> Starlette:
+def _app(
+    engine: AsyncLLMEngine,
+    engine_args: EngineArgs,
+    args: ServerArgs,
+    loader: MediaLoader,
+    on_end: Sequence[OnEnd],
+) -> Starlette:
     renderer = None
     if engine.tokenizer is not None:
         renderer = ChatRenderer(
@@ -112,6 +132,7 @@ def _app(engine: AsyncLLMEngine, engine_args: EngineArgs, args: ServerArgs, load
         max_body_bytes=args.max_body_bytes,
         max_waiting_bytes=args.max_waiting_bytes,
         playground=args.playground,
+        on_end=on_end,
     )
 
 
@@ -165,6 +186,7 @@ def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:
         ssl_keyfile=args.ssl_keyfile,
         access_log=False,
         server_header=False,
+        log_config=None,  # its lines go the way of ours
         log_level=args.log_level.lower(),
     )
 

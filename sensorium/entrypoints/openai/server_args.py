@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sensorium.errors import ConfigError
+from sensorium.logger import FORMATS, LogSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,6 +30,10 @@ class ServerArgs:
     """Key of the certificate."""
     log_level: str = "INFO"
     """"DEBUG", "INFO", "WARNING" or "ERROR"."""
+    log_format: str = "text"
+    """"text", or "json" for an object a line."""
+    otlp_traces_endpoint: str | None = None
+    """Where to send OpenTelemetry traces over HTTP, such as http://127.0.0.1:4318/v1/traces; nowhere by default."""
     drain_s: float = 30.0
     """How long open requests may go on after the server was told to stop."""
     restart_core: int = 0
@@ -70,6 +75,8 @@ class ServerArgs:
             raise ConfigError(f"port: got {self.port}, expected 0 to 65535. Set port.")
         if any(not key for key in self.api_key):
             raise ConfigError("api_key: got an empty key, expected at least one character. Remove it.")
+        if self.log_format not in FORMATS:
+            raise ConfigError(f"log_format: got {self.log_format!r}, expected one of {FORMATS}. Set log_format.")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile: got one of them, expected both or none.")
         if self.restart_core < 0:
@@ -80,3 +87,8 @@ class ServerArgs:
         for name in ("max_named_media_bytes", "max_stored_responses", "max_stored_response_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 0. Set {name}.")
+
+    @property
+    def log_settings(self) -> LogSettings:
+        """How the log is written."""
+        return LogSettings(self.log_level, self.log_format)
