@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from sensorium.engine.args import EngineArgs
@@ -16,6 +17,7 @@ from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.messages import LoadReport
 from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
+from sensorium.parsing import AnswerParser, Tool, Tools
 from sensorium.sampling_params import SamplingParams
 
 Conversation = Sequence[Mapping[str, Any]]
@@ -45,6 +47,7 @@ class LLM:
         )
         self._num_threads = args.preprocess_threads
         self._chat_template = args.chat_template
+        self._tool_parser, self._reasoning_parser = args.tool_parser, args.reasoning_parser
         self._chat_renderer: ChatRenderer | None = None
         self._runs = itertools.count()
 
@@ -113,7 +116,8 @@ class LLM:
             chat_template: Instead of the checkpoint's.
             add_generation_prompt: End with the start of an answer.
             continue_final_message: Go on with the last message instead of starting an answer.
-            tools: Passed to the template.
+            tools: Functions that the model may call, as in OpenAI's format. Outputs are what the model wrote;
+                `answer_parser` takes them apart.
             chat_template_kwargs: More variables for the template.
             mm_processor_kwargs: For the model's input processor and mappers.
             return_errors: As in `generate`.
@@ -136,8 +140,36 @@ class LLM:
             )
 
         params = _per_prompt(sampling_params, len(conversations), "sampling_params", SamplingParams())
+        if tools:  # marks of calls may be special tokens
+            marks = renderer.answer_forms(chat_template=chat_template, has_tools=True).token_ids.values()
+            params = [replace(each, visible_special_token_ids=sorted(marks)) for each in params]
         jobs = [Job(prompt_of(each), own) for each, own in zip(conversations, params, strict=True)]
         return self._run(jobs, use_tqdm, return_errors)
+
+    def answer_parser(
+        self, tools: Sequence[Mapping[str, Any]] | None = None, *, chat_template: str | None = None, prompt: str = ""
+    ) -> AnswerParser:
+        """What takes one answer of `chat` apart: reasoning, content, calls.
+
+            outputs = llm.chat(messages, params, tools=tools)
+            answer = llm.answer_parser(tools).parse([outputs[0].outputs[0].text])
+            print(answer.reasoning, answer.content, answer.tool_calls)
+
+        Args:
+            tools: As given to `chat`.
+            chat_template: As given to `chat`.
+            prompt: The rendered prompt, `RequestOutput.prompt`, which tells whether it opens reasoning.
+
+        Raises:
+            RequestError: It isn't known how the model writes calls.
+        """
+        forms = self._renderer().answer_forms(chat_template=chat_template, has_tools=bool(tools))
+        return AnswerParser(
+            reasoning=forms.reasoning,
+            is_reasoning_open=forms.is_reasoning_open(prompt),
+            tool_format=forms.calls() if tools else None,
+            tools=Tools(Tool.from_description(tool) for tool in tools or ()),
+        )
 
     def preprocess_chat(
         self, messages: Conversation, sampling_params: SamplingParams | None = None, **options: Any
@@ -174,6 +206,8 @@ class LLM:
                 self._media,
                 chat_template=self._chat_template,
                 trust_request_chat_template=True,  # the caller is the program itself
+                tool_parser=self._tool_parser,
+                reasoning_parser=self._reasoning_parser,
             )
         return self._chat_renderer
 

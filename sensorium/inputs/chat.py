@@ -22,6 +22,7 @@ from sensorium.inputs.chat_template import (
     TemplateProbe,
     checkpoint_template,
     read_template,
+    reasoning_variables,
     render,
     select_template,
 )
@@ -131,6 +132,7 @@ class ChatRenderer:
             chat_template_kwargs: more variables for the template.
             mm_processor_kwargs: for the model's input processor and mappers.
             scope: whose names of media count; see `NamedMedia`.
+            reasoning_effort: how long the model may reason, where its template has a setting for it.
             places: what errors call each message, instead of `messages[0]` and so on.
 
         Raises:
@@ -161,6 +163,7 @@ class ChatRenderer:
         tools: Sequence[Any] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        reasoning_effort: str | None = None,
         places: Sequence[str] | None = None,
         scope: bytes = b"",
     ) -> _Request:
@@ -183,7 +186,7 @@ class ChatRenderer:
             add_generation_prompt=add_generation_prompt and not continue_final_message,
             continue_final_message=continue_final_message,
             tools=tools or None,
-            variables=variables,
+            variables={**reasoning_variables(template, reasoning_effort), **variables},
             mm_processor_kwargs=mm_processor_kwargs or {},
             scope=scope,
         )

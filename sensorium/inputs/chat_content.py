@@ -89,6 +89,8 @@ def _parse_message(message: object, where: str) -> Message:
     if not isinstance(role, str) or not role:
         raise _wrong_type(f"{where}.role", role, "a string such as 'user'")
     fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
+    if not isinstance(fields.get("tool_call_id", ""), str):
+        raise _wrong_type(f"{where}.tool_call_id", fields["tool_call_id"], "a string")
     if "tool_calls" in fields:
         fields["tool_calls"] = _parse_tool_calls(fields["tool_calls"], f"{where}.tool_calls")
     _parse_reasoning(fields, where)
@@ -119,15 +121,25 @@ def _parse_tool_calls(calls: object, where: str) -> list[Any]:
     """
     if not isinstance(calls, list | tuple):
         raise _wrong_type(where, calls, "a list of tool calls")
-    parsed = []
-    for index, call in enumerate(calls):
-        if not isinstance(call, Mapping) or not isinstance(call.get("function", {}), Mapping):
-            raise _wrong_type(f"{where}[{index}]", call, "a dict with a function")
-        function = dict(call.get("function", {}))
-        if isinstance(function.get("arguments"), str):
-            function["arguments"] = _parse_arguments(function["arguments"])
-        parsed.append({**call, "function": function} if "function" in call else dict(call))
-    return parsed
+    return [_parse_tool_call(call, f"{where}[{index}]") for index, call in enumerate(calls)]
+
+
+def _parse_tool_call(call: object, where: str) -> dict[str, Any]:
+    if not isinstance(call, Mapping) or not isinstance(call.get("function", {}), Mapping):
+        raise _wrong_type(where, call, "a dict with a function")
+    if not isinstance(call.get("id", ""), str):
+        raise _wrong_type(f"{where}.id", call["id"], "a string")
+    has_function = "function" in call  # Hugging Face's templates know calls without it too
+    place = f"{where}.function" if has_function else where
+    function = dict(call["function"] if has_function else call)
+    if not isinstance(function.get("name"), str):
+        raise _wrong_type(f"{place}.name", function.get("name"), "a string")
+    arguments = function.get("arguments", {})
+    if not isinstance(arguments, str | Mapping):
+        raise _wrong_type(f"{place}.arguments", arguments, "the text of a JSON object")
+    if isinstance(arguments, str):
+        function["arguments"] = _parse_arguments(arguments)
+    return {**call, "function": function} if has_function else function
 
 
 def _parse_arguments(arguments: str) -> Any:

@@ -13,7 +13,7 @@ from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.errors import ConfigError, InvalidRequestError, UnsupportedFeatureError
 from sensorium.logger import get_logger
 
 if TYPE_CHECKING:
@@ -23,6 +23,8 @@ logger = get_logger(__name__)
 
 _FIRST, _SECOND = "qxzfirst", "qxzsecond"
 """Texts of a probe: no template contains them."""
+
+_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 
 _MAX_TEMPLATES = 64
 """Templates whose probes are remembered."""
@@ -122,6 +124,27 @@ def select_template(templates: str | Mapping[str, str] | None, *, has_tools: boo
     raise InvalidRequestError(
         "chat_template: the model has none for this request, expected one in its checkpoint. Set chat_template, or "
         "send a prompt that is already in the model's format."
+    )
+
+
+def reasoning_variables(template: str, effort: str | None) -> dict[str, Any]:
+    """How a template is told how long the model may reason: in words, or whether at all.
+
+    Raises `RequestError` for an effort that there isn't, or a template without such a setting.
+    """
+    if effort is None:
+        return {}
+    if effort not in _EFFORTS:
+        raise InvalidRequestError(
+            f"reasoning_effort: got {effort!r:.60}, expected one of {list(_EFFORTS)}. Change reasoning_effort."
+        )
+    if "reasoning_effort" in template:
+        return {"reasoning_effort": effort}
+    if "enable_thinking" in template:
+        return {"enable_thinking": effort not in ("none", "minimal")}
+    raise UnsupportedFeatureError(
+        f"reasoning_effort: got {effort!r}, expected none, since the model's chat template has no setting for it. "
+        "Remove reasoning_effort."
     )
 
 

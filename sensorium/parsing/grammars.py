@@ -6,6 +6,8 @@ Each format says how one call is written; here stands what may come before, betw
 from __future__ import annotations
 
 from collections.abc import Mapping
+from enum import Enum, auto
+from typing import Any
 
 from sensorium.parsing.formats import ToolFormat
 from sensorium.parsing.lark import Lark
@@ -16,42 +18,47 @@ _LINE_BREAKS = "/\\n{0,2}/"
 """What models put between reasoning and what follows."""
 
 
-def forced_calls(
+class Held(Enum):
+    """What an answer must be."""
+
+    CALLS = auto()
+    """Calls, at least one."""
+    PROPER = auto()
+    """Any text, in which whatever begins as a call is a proper one."""
+    EITHER = auto()
+    """Calls, or JSON of a schema."""
+
+
+def answer_grammar(
     tool_format: ToolFormat,
     tools: Tools,
     token_ids: Mapping[str, int],
     *,
+    held: Held,
     is_parallel: bool,
+    schema: Mapping[str, Any] | None = None,
     reasoning: ReasoningFormat | None = None,
     is_behind_reasoning: bool = False,
 ) -> str:
-    """Answers that are one call of one of the tools, or, if parallel, any number of them from one on.
+    """A grammar, in llguidance's form of Lark, of whole answers.
 
     Args:
         tool_format: how the model writes calls.
         tools: those that may be called.
         token_ids: of marks that are tokens of their own.
+        held: what an answer must be.
         is_parallel: several calls may follow one another.
+        schema: of the JSON that an answer may be instead.
         reasoning: the model may reason first, between these marks; None: not within this grammar.
         is_behind_reasoning: the grammar holds from where reasoning has ended.
     """
     lark = Lark(token_ids)
-    calls = tool_format.calls(lark, tools, is_parallel=is_parallel)
-    return lark.grammar(f"{_before(lark, reasoning, is_behind_reasoning)}{calls}")
-
-
-def proper_calls(
-    tool_format: ToolFormat,
-    tools: Tools,
-    token_ids: Mapping[str, int],
-    *,
-    is_parallel: bool,
-    reasoning: ReasoningFormat | None = None,
-    is_behind_reasoning: bool = False,
-) -> str:
-    """Any text, in which whatever begins as a call is a proper one. For the arguments, see `forced_calls`."""
-    lark = Lark(token_ids)
-    answer = tool_format.text_and_calls(lark, tools, is_parallel=is_parallel)
+    if held is Held.PROPER:
+        answer = tool_format.text_and_calls(lark, tools, is_parallel=is_parallel)
+    else:
+        answer = tool_format.calls(lark, tools, is_parallel=is_parallel)
+    if held is Held.EITHER:
+        answer = f"({answer} | {lark.json(schema or {}, is_strict=True)})"
     return lark.grammar(f"{_before(lark, reasoning, is_behind_reasoning)}{answer}")
 
 

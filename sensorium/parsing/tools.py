@@ -24,6 +24,17 @@ class Tool:
     is_strict: bool = False
     """Arguments must keep to the schema."""
 
+    @classmethod
+    def from_description(cls, description: Mapping[str, Any]) -> Tool:
+        """From OpenAI's format, whose outer object may be missing."""
+        function = description.get("function", description)
+        return cls(
+            str(function.get("name", "")),
+            function.get("description"),
+            function.get("parameters") or {},
+            bool(function.get("strict")),
+        )
+
     def described(self) -> dict[str, Any]:
         """As chat templates expect it."""
         function: dict[str, Any] = {"name": self.name}

@@ -42,6 +42,13 @@ def _pieces(name: str, prompt: Sequence[int], output: Sequence[int], **params: A
     return [*shown, text.text]
 
 
+def test_special_tokens_that_are_asked_for_stay() -> None:
+    tokenizer = TOKENIZERS["byte_level"]
+    ids = tokenizer.encode("a<s>b</s>c", add_special_tokens=False)
+    visible = [tokenizer.convert_tokens_to_ids("</s>")]
+    assert _pieces("byte_level", [], ids, visible_special_token_ids=visible)[-1] == "ab</s>c"
+
+
 def _decode(name: str, ids: Sequence[int], *, skip_special_tokens: bool) -> str:
     decoded: str = TOKENIZERS[name].decode(
         list(ids), skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False

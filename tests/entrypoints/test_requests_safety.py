@@ -78,7 +78,7 @@ def refused(response: httpx.Response, status: int, *texts: str) -> str:
         ({"presence_penalty": -1e30}, "presence_penalty"),
         ({"seed": 2**80}, "seed"),
         ({"response_format": {"type": "json_object"}}, "response_format"),
-        ({"tools": []}, "tools: got a field that this server doesn't implement"),
+        ({"functions": []}, "functions: got a field that this server doesn't implement"),
         ({"made_up": 1}, "made_up: got a field that this server doesn't implement"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"mm_processor_kwargs": {"max_pixels": 10**9}}, "mm_processor_kwargs"),

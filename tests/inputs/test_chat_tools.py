@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from sensorium import LLM, SamplingParams
 from sensorium.errors import ConfigError, UnsupportedFeatureError
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.chat_forms import AnswerForms
@@ -125,6 +126,16 @@ def test_arguments_that_are_no_json_stay_as_the_model_wrote_them() -> None:
 def test_past_reasoning_goes_by_two_names(key: str) -> None:
     chat = [CHAT[0], {"role": "assistant", "content": "Yes.", key: "Hm."}]
     assert "<think>Hm.</think>\nYes." in renderer(TEMPLATES["hermes_thinking"]).render(chat)["prompt"]
+
+
+def test_offline_answers_are_taken_apart_by_the_same_forms() -> None:
+    llm = LLM(str(make_checkpoint("llama")), device="cpu", num_blocks=64, chat_template=TEMPLATES["hermes_open"])
+    output = llm.chat(CHAT[:1], SamplingParams(max_tokens=2, temperature=0.0), tools=[TOOL])[0]
+    assert output.prompt is not None
+    parser = llm.answer_parser([TOOL], prompt=output.prompt)
+    answer = parser.parse(['Hm.</think><tool_call>{"name": "weather", "arguments": {"city": "Paris"}}</tool_call>'])
+    assert (answer.reasoning, answer.content, answer.tool_calls[0].name) == ("Hm.", "", "weather")
+    llm.shutdown()
 
 
 def test_marks_that_are_tokens_are_known() -> None:

@@ -13,7 +13,7 @@ import pytest
 from tokenizers import AddedToken
 
 from sensorium.parsing import FORMATS, REASONING_FORMATS, AnswerParser, Tool, Tools
-from sensorium.parsing.grammars import forced_calls, proper_calls
+from sensorium.parsing.grammars import Held, answer_grammar
 from tests.helpers.checkpoints import make_tokenizer
 
 WEATHER = Tool(
@@ -95,8 +95,8 @@ def test_forced_calls_are_as_models_write_them(tool_format: str, has_marks: bool
     form, calls = FORMATS[tool_format], TEXTS[tool_format]
     if tool_format == "mistral" and not has_marks:
         calls = ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris", "days": 3}}]']
-    several = forced_calls(form, TOOLS, ids, is_parallel=True)
-    one = forced_calls(form, TOOLS, ids, is_parallel=False)
+    several = answer_grammar(form, TOOLS, ids, held=Held.CALLS, is_parallel=True)
+    one = answer_grammar(form, TOOLS, ids, held=Held.CALLS, is_parallel=False)
     for call in calls:
         assert accepts(several, call, has_marks)
         assert accepts(one, call, has_marks)
@@ -120,27 +120,40 @@ def test_text_may_hold_proper_calls_only(tool_format: str, has_marks: bool) -> N
     if tool_format == "mistral" and not has_marks:
         calls = ['[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris", "days": 3}}]']
     before = "" if tool_format in ("llama3", "json") else "Well <b> [x]: "
-    grammar = proper_calls(form, TOOLS, ids, is_parallel=True)
+    grammar = answer_grammar(form, TOOLS, ids, held=Held.PROPER, is_parallel=True)
     assert accepts(grammar, "", has_marks)
     assert accepts(grammar, "Nothing to call: {} [1]\n", has_marks)
     assert accepts(grammar, before + calls[0], has_marks)
     assert accepts(grammar, together(tool_format, calls), has_marks)
     assert not accepts(grammar, before + calls[0].replace("days", "nights"), has_marks)
-    one = proper_calls(form, TOOLS, ids, is_parallel=False)
+    one = answer_grammar(form, TOOLS, ids, held=Held.PROPER, is_parallel=False)
     assert accepts(one, "No. ", has_marks)
     assert accepts(one, before + calls[0], has_marks)
     assert accepts(one, together(tool_format, calls), has_marks) == (len(calls) == 1)
+
+
+@EVERY
+def test_an_answer_may_be_json_of_a_schema_instead(tool_format: str, has_marks: bool) -> None:
+    ids = tokenizer(has_marks)[2]
+    schema = {"type": "object", "properties": {"sky": {"type": "string"}}, "required": ["sky"]}
+    form = FORMATS[tool_format]
+    grammar = answer_grammar(form, TOOLS, ids, held=Held.EITHER, is_parallel=True, schema=schema)
+    assert accepts(grammar, '{"sky": "blue"}', has_marks)
+    assert not accepts(grammar, '{"sea": "blue"}', has_marks)
+    assert not accepts(grammar, "blue", has_marks)
+    if tool_format != "mistral" or has_marks:
+        assert accepts(grammar, TEXTS[tool_format][0], has_marks)
 
 
 @pytest.mark.parametrize("has_marks", [False, True])
 def test_reasoning_may_come_first(has_marks: bool) -> None:
     ids = tokenizer(has_marks)[2]
     form, call, think = FORMATS["hermes"], TEXTS["hermes"][1], REASONING_FORMATS["think"]
-    for make in (forced_calls, proper_calls):
-        grammar = make(form, TOOLS, ids, is_parallel=True, reasoning=think)
+    for held in (Held.CALLS, Held.PROPER):
+        grammar = answer_grammar(form, TOOLS, ids, held=held, is_parallel=True, reasoning=think)
         assert accepts(grammar, f"<think>\nHm. {{}}\n</think>\n\n{call}", has_marks)
         assert accepts(grammar, call, has_marks)
-        behind = make(form, TOOLS, ids, is_parallel=True, is_behind_reasoning=True)
+        behind = answer_grammar(form, TOOLS, ids, held=held, is_parallel=True, is_behind_reasoning=True)
         assert accepts(behind, f"\n\n{call}", has_marks)
 
 
@@ -149,14 +162,16 @@ def test_only_strict_functions_need_schemas_that_can_be_held_to() -> None:
     _, ll, ids = tokenizer(True)
     for is_strict in (False, True):
         tools = Tools([Tool("f", parameters=odd, is_strict=is_strict)])
-        matcher = llguidance.LLMatcher(ll, forced_calls(FORMATS["hermes"], tools, ids, is_parallel=True))
+        matcher = llguidance.LLMatcher(
+            ll, answer_grammar(FORMATS["hermes"], tools, ids, held=Held.CALLS, is_parallel=True)
+        )
         assert matcher.is_error() == is_strict
 
 
 @EVERY
 def test_random_tokens_under_the_grammar_parse(tool_format: str, has_marks: bool) -> None:
     hf, ll, ids = tokenizer(has_marks)
-    grammar = forced_calls(FORMATS[tool_format], TOOLS, ids, is_parallel=True)
+    grammar = answer_grammar(FORMATS[tool_format], TOOLS, ids, held=Held.CALLS, is_parallel=True)
     ends = {"qwen3_coder": "\n</parameter>\n", "glm": "</arg_value>\n"}
     end = hf.encode(ends.get(tool_format, ""), add_special_tokens=False)
     for seed in range(6):

@@ -2,20 +2,34 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sensorium.entrypoints.openai.answers import Usage, chat_logprobs
+from sensorium.entrypoints.openai.chat_answer import ChatAnswer
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.http import EventStream, JsonResponse, read_json, while_connected, with_first
 from sensorium.entrypoints.openai.protocol import ChatBody, TokenCostBody, parse_body
-from sensorium.outputs import CompletionOutput, OutputKind, RequestOutput
+from sensorium.entrypoints.openai.tools.plan import AnswerPlan
+from sensorium.entrypoints.openai.tools.request import ToolRequest
+from sensorium.errors import InvalidRequestError
+from sensorium.outputs import OutputKind, RequestOutput
 from sensorium.sampling_params import SamplingParams
+
+
+@dataclass(slots=True, eq=False)
+class _Turn:
+    """A request on its way. The plan is made once the prompt is rendered."""
+
+    http_request: Request
+    body: ChatBody
+    params: SamplingParams
+    tools: ToolRequest | None
+    plan: AnswerPlan = field(init=False)
 
 
 class ChatRoutes:
@@ -27,13 +41,14 @@ class ChatRoutes:
     async def completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         body = parse_body(ChatBody, await read_json(request))
-        answer = _ChatAnswer(request.state.request_id, self._context.check_model(body.model), body)
-        params = body.params()
+        turn = _Turn(request, body, body.params(), body.tool_request())
+        model, request_id = self._context.check_model(body.model), request.state.request_id
         wants_usage = body.include_usage()
         if not body.stream:
-            output = await while_connected(request, self._whole(request, body, params))
-            return JsonResponse(answer.whole(output))
-        outputs = await while_connected(request, self._started(request, body, params))
+            output = await while_connected(request, self._whole(turn))
+            return JsonResponse(ChatAnswer(request_id, model, body, turn.plan).whole(output))
+        outputs = await while_connected(request, self._started(turn))
+        answer = ChatAnswer(request_id, model, body, turn.plan)
         return EventStream(answer.chunks(outputs, include_usage=wants_usage))
 
     async def token_cost(self, request: Request) -> Response:
@@ -51,70 +66,27 @@ class ChatRoutes:
             "max_model_len": self._context.engine.config.model_config.max_model_len,
         }
 
-    async def _generate(
-        self, request: Request, body: ChatBody, params: SamplingParams, kind: OutputKind
-    ) -> AsyncIterator[RequestOutput]:
-        prompt = await self._context.render(request, body.messages, **body.render_options())
+    async def _generate(self, turn: _Turn, kind: OutputKind) -> AsyncIterator[RequestOutput]:
+        body = turn.body
+        prompt = await self._context.render(turn.http_request, body.messages, **body.render_options())
+        turn.plan = self._plan(body, turn.tools, prompt["prompt"])
+        params = turn.plan.params(turn.params)
         outputs = self._context.generate(prompt, params, kind, priority=body.priority, cache_salt=body.cache_salt)
         del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
-            async for output in outputs:
-                yield output
+            try:
+                async for output in outputs:
+                    yield output
+            except InvalidRequestError as error:
+                raise turn.plan.blame(error) from None
 
-    async def _whole(self, request: Request, body: ChatBody, params: SamplingParams) -> RequestOutput:
-        generated = self._generate(request, body, params, OutputKind.FINAL_ONLY)
-        async with aclosing(generated) as outputs:  # type: ignore[type-var]
+    def _plan(self, body: ChatBody, request: ToolRequest | None, prompt: str) -> AnswerPlan:
+        forms = self._context.chat().answer_forms(chat_template=body.chat_template, has_tools=request is not None)
+        return AnswerPlan(forms, request, prompt, self._context.tokenizer())
+
+    async def _whole(self, turn: _Turn) -> RequestOutput:
+        async with aclosing(self._generate(turn, OutputKind.FINAL_ONLY)) as outputs:  # type: ignore[type-var]
             return await anext(outputs)
 
-    async def _started(self, request: Request, body: ChatBody, params: SamplingParams) -> AsyncIterator[RequestOutput]:
-        return await with_first(self._generate(request, body, params, OutputKind.DELTA))
-
-
-class _ChatAnswer:
-    """One answer in OpenAI's form."""
-
-    def __init__(self, request_id: str, model: str, body: ChatBody) -> None:
-        self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
-        self._num_top = body.top_logprobs or 0
-
-    def whole(self, output: RequestOutput) -> dict[str, Any]:
-        """A `chat.completion`."""
-        usage = Usage()
-        usage.take(0, output)
-        choices = [
-            {
-                "index": each.index,
-                "message": {"role": "assistant", "content": each.text, "refusal": None},
-                "logprobs": chat_logprobs(each, self._num_top),
-                "finish_reason": each.finish_reason,
-            }
-            for each in output.outputs
-        ]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": usage.body()}
-
-    async def chunks(self, outputs: AsyncIterator[RequestOutput], *, include_usage: bool) -> AsyncIterator[Any]:
-        """`chat.completion.chunk`s: a role first for each choice, then deltas, at the end the usage if wanted."""
-        usage = Usage()
-        begun: set[int] = set()
-        async with aclosing(outputs):  # type: ignore[type-var]
-            async for output in outputs:
-                usage.take(0, output)
-                for each in output.outputs:
-                    if each.index not in begun:
-                        begun.add(each.index)
-                        yield self._chunk([_choice(each.index, {"role": "assistant", "content": ""})])
-                    yield self._chunk([self._delta(each)])
-        if include_usage:
-            yield {**self._chunk([]), "usage": usage.body()}
-
-    def _delta(self, output: CompletionOutput) -> dict[str, Any]:
-        delta = {"content": output.text} if output.text else {}
-        logprobs = chat_logprobs(output, self._num_top)
-        return {**_choice(output.index, delta), "logprobs": logprobs, "finish_reason": output.finish_reason}
-
-    def _chunk(self, choices: list[dict[str, Any]]) -> dict[str, Any]:
-        return {**self._head, "object": "chat.completion.chunk", "choices": choices}
-
-
-def _choice(index: int, delta: dict[str, Any]) -> dict[str, Any]:
-    return {"index": index, "delta": delta, "logprobs": None, "finish_reason": None}
+    async def _started(self, turn: _Turn) -> AsyncIterator[RequestOutput]:
+        return await with_first(self._generate(turn, OutputKind.DELTA))

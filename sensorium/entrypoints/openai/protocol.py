@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ConfigDict, ValidationError
 
 from sensorium.entrypoints.openai.errors import invalid_body
+from sensorium.entrypoints.openai.tools.request import ToolRequest, parse_choice, tool_request
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.parsing import Tool
 from sensorium.sampling_params import SamplingParams
 
 MAX_PROMPTS = 256
@@ -107,19 +109,58 @@ class SamplingBody(Body):
             raise InvalidRequestError("logit_bias: got a key that is no token id, expected integers.") from None
 
 
+class FunctionBody(Body):
+    """A function that the model may call."""
+
+    name: str
+    description: str | None = None
+    parameters: dict[str, Any] | None = None
+    strict: bool | None = None
+
+
+class ToolBody(Body):
+    """A tool; only functions are known."""
+
+    type: str
+    function: FunctionBody
+
+    def tool(self, index: int) -> Tool:
+        """Raises `UnsupportedFeatureError` for another kind."""
+        if self.type != "function":
+            raise UnsupportedFeatureError(
+                f"tools[{index}].type: got {self.type!r:.60}, expected 'function'. Change it."
+            )
+        function = self.function
+        return Tool(function.name, function.description, function.parameters or {}, bool(function.strict))
+
+
 class ChatPrompt(Body):
     """What a chat's prompt is made of."""
 
     messages: list[Any]
+    tools: list[ToolBody] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning_effort: str | None = None
+    """How long the model may reason, where its template has a setting for it."""
     chat_template: str | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     add_generation_prompt: bool = True
     continue_final_message: bool = False
     mm_processor_kwargs: dict[str, Any] | None = None
 
+    def tool_request(self) -> ToolRequest | None:
+        """The functions that the model may call; None for none. Raises `RequestError`."""
+        choice, named = parse_choice(self.tool_choice)
+        tools = [each.tool(index) for index, each in enumerate(self.tools or ())]
+        return tool_request(tools, choice, named, is_parallel=self.parallel_tool_calls is not False)
+
     def render_options(self) -> dict[str, Any]:
-        """Options of `ChatRenderer.render`."""
+        """Options of `ChatRenderer.render`. Raises `RequestError`."""
+        request = self.tool_request()
         return {
+            "tools": None if request is None else [tool.described() for tool in request.tools],
+            "reasoning_effort": self.reasoning_effort,
             "chat_template": self.chat_template,
             "chat_template_kwargs": self.chat_template_kwargs,
             "add_generation_prompt": self.add_generation_prompt,
@@ -134,6 +175,8 @@ class ChatBody(ChatPrompt, SamplingBody):
     max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
+    include_reasoning: bool = True
+    """Whether the answer holds what the model wrote for itself."""
 
     def params(self) -> SamplingParams:
         """Without a bound, an answer may fill the context. Raises `RequestError`."""

@@ -47,8 +47,11 @@ class JsonText(ToolFormat):
         return f"({self.calls(lark, tools, is_parallel=is_parallel)} | {text}?)"
 
     def _any_call(self, lark: Lark, tools: Tools) -> str:
-        heads = {tool.name: lark.text(f'{{"name": "{tool.name}", "{self.arguments_key}": ') for tool in tools}
-        calls = (f"{heads[tool.name]} {arguments_of(lark, tool)} {lark.text('}')}" for tool in tools)
+        """Lexeme by lexeme as JSON has it: llguidance's lexer doesn't go back from a longer literal."""
+        calls = []
+        for tool in tools:
+            head = ("{", '"name"', ": ", f'"{tool.name}"', ", ", f'"{self.arguments_key}"', ": ")
+            calls.append(f"{' '.join(map(lark.text, head))} {arguments_of(lark, tool)} {lark.text('}')}")
         return lark.rule(" | ".join(calls))
 
     def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:

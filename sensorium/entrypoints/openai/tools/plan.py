@@ -1,0 +1,167 @@
+"""How one request's answers are held to what it asks for, and taken apart.
+
+plan = AnswerPlan(forms, request, prompt, tokenizer)
+outputs = generate(prompt, plan.params(params))
+reader = plan.reader()                       # one for each choice
+events = reader.push(text, token_ids) ...
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+import string
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+from sensorium.entrypoints.openai.tools.request import ToolRequest
+from sensorium.errors import InvalidRequestError
+from sensorium.inputs.chat_forms import AnswerForms
+from sensorium.parsing import AnswerParser, Event, Reasoning, ToolCallStart
+from sensorium.parsing.grammars import Held, answer_grammar
+from sensorium.sampling_params import SamplingParams
+from sensorium.structured_outputs import StructuredOutputs
+
+_LETTERS_AND_DIGITS = string.ascii_letters + string.digits
+_CALL_ID_CHARS = 24
+
+
+class AnswerPlan:
+    """What is known of a request's answers before there are any.
+
+    Args:
+        forms: how the model marks reasoning and calls.
+        request: the functions that it may call, if any.
+        prompt: the rendered prompt, which tells whether the answer begins within reasoning.
+        tokenizer: counts the tokens of reasoning whose end is no token of its own.
+
+    Raises:
+        UnsupportedFeatureError: There are functions, and the model has no form of calls.
+    """
+
+    def __init__(self, forms: AnswerForms, request: ToolRequest | None, prompt: str, tokenizer: Any) -> None:
+        self.forms = forms
+        self.request = request
+        self.tokenizer = tokenizer
+        self.tool_format = forms.calls() if request is not None else None
+        self.is_reasoning_open = forms.is_reasoning_open(prompt)
+        self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
+
+    def params(self, params: SamplingParams) -> SamplingParams:
+        """Sampling parameters with marks kept in the text, and with the form that answers must have.
+
+        Raises:
+            InvalidRequestError: Functions and another form of the output can't be held to together.
+        """
+        if self.forms.token_ids:
+            visible = {*params.visible_special_token_ids, *self.forms.token_ids.values()}
+            params = replace(params, visible_special_token_ids=sorted(visible))
+        form = self._form(params.structured_outputs)
+        return params if form is params.structured_outputs else replace(params, structured_outputs=form)
+
+    def reader(self) -> AnswerReader:
+        """What takes one of the answers apart."""
+        return AnswerReader(self)
+
+    def call_id(self) -> str:
+        """A new id for a call, such as the model's template takes."""
+        num_chars = self.tool_format.call_id_chars if self.tool_format is not None else None
+        if num_chars is None:
+            return "call_" + _random_chars(_CALL_ID_CHARS)
+        return _random_chars(num_chars)
+
+    def blame(self, error: InvalidRequestError) -> InvalidRequestError:
+        """An error about a form, in terms of what the request has."""
+        if self.request is None or not str(error).startswith("structured_outputs"):
+            return error
+        return InvalidRequestError(
+            f"tools: calls can't be held to the functions' parameters ({error!s:.400}). Change parameters, or "
+            "leave out strict and tool_choice."
+        )
+
+    def _form(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
+        """The form that answers must have: calls, the form that was asked for, or either; behind reasoning."""
+        request = self.request
+        if request is None or not (request.is_forced or request.is_strict or asked):
+            return self._behind_reasoning(asked)
+        schema = None
+        if asked is not None and not request.is_forced:
+            if asked.kind not in ("json", "json_object"):
+                raise InvalidRequestError(
+                    f"tools: got functions and structured_outputs.{asked.kind}, expected one of them. Remove one."
+                )
+            schema = json.loads(asked.json) if isinstance(asked.json, str) else {"type": "object"}
+        assert self.tool_format is not None
+        held = Held.CALLS if request.is_forced else Held.PROPER if asked is None else Held.EITHER
+        grammar = answer_grammar(
+            self.tool_format,
+            request.callable,
+            self.forms.token_ids,
+            held=held,
+            is_parallel=request.is_parallel,
+            schema=schema,
+            reasoning=self.forms.reasoning if self._may_reason and not self.is_reasoning_open else None,
+            is_behind_reasoning=self.is_reasoning_open,
+        )
+        return self._behind_reasoning(StructuredOutputs(grammar=grammar))
+
+    def _behind_reasoning(self, form: StructuredOutputs | None) -> StructuredOutputs | None:
+        if form is None or not self.is_reasoning_open or form.start_after is not None:
+            return form
+        assert self.forms.reasoning is not None
+        return replace(form, start_after=self.forms.reasoning.end)
+
+
+class AnswerReader:
+    """Takes one answer apart as it comes, counts what was reasoning, and names its calls."""
+
+    def __init__(self, plan: AnswerPlan) -> None:
+        request = plan.request
+        self._plan = plan
+        self._parser = AnswerParser(
+            reasoning=plan.forms.reasoning,
+            is_reasoning_open=plan.is_reasoning_open,
+            tool_format=plan.tool_format,
+            tools=None if request is None else request.callable,
+            max_calls=None if request is None or request.is_parallel else 1,
+        )
+        self._reasoning: list[str] = []
+        self._num_tokens = 0
+        self._has_end = False
+        self.call_ids: list[str] = []
+        """Of the calls so far."""
+
+    def push(self, text: str, token_ids: Sequence[int], *, is_last: bool) -> list[Event]:
+        """More of the answer: its text and the tokens that came with it; returns what it says."""
+        self._count(token_ids)
+        events = self._parser.push(text)
+        if is_last:
+            events += self._parser.finish()
+        for event in events:
+            if isinstance(event, Reasoning):
+                self._reasoning.append(event.text)
+            elif isinstance(event, ToolCallStart):
+                self.call_ids.append(self._plan.call_id())
+        return events
+
+    @property
+    def num_reasoning_tokens(self) -> int:
+        """Tokens of reasoning, with the one that ends it."""
+        if not self._reasoning:
+            return 0
+        if self._plan.forms.reasoning_end_id() is not None:
+            return self._num_tokens
+        return len(self._plan.tokenizer.encode("".join(self._reasoning), add_special_tokens=False))
+
+    def _count(self, token_ids: Sequence[int]) -> None:
+        end_id = self._plan.forms.reasoning_end_id()
+        for token_id in token_ids:
+            if self._has_end:
+                return
+            self._num_tokens += 1
+            self._has_end = token_id == end_id
+
+
+def _random_chars(count: int) -> str:
+    return "".join(secrets.choice(_LETTERS_AND_DIGITS) for _ in range(count))

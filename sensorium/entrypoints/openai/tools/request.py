@@ -1,0 +1,137 @@
+"""What a request says about functions, checked: which there are, which may be called, and whether one must."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+from sensorium.parsing import Tool, Tools
+from sensorium.parsing.tools import NAME
+
+MAX_TOOLS = 128
+MAX_TOOLS_CHARS = 128 << 10
+"""Bound on all functions of a request together, as JSON: they are part of its prompt, and of a grammar."""
+_MODES = ("none", "auto", "required")
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ToolRequest:
+    """The functions that a request offers."""
+
+    tools: Tools
+    """All, for the prompt."""
+    callable: Tools
+    """Those that may be called."""
+    is_forced: bool
+    """One must be called."""
+    is_parallel: bool
+    """Several may be called at once."""
+
+    @property
+    def is_strict(self) -> bool:
+        """Whether a function asks that calls keep to its schema."""
+        return any(tool.is_strict for tool in self.callable)
+
+
+def tool_request(
+    tools: Sequence[Tool],
+    choice: str | None,
+    named: str | None,
+    *,
+    is_parallel: bool,
+    where: str = "tools[{}].function",
+) -> ToolRequest | None:
+    """A request's functions; None if there are none, or none may be called.
+
+    Args:
+        tools: the functions.
+        choice: "none", "auto" or "required"; None for "auto".
+        named: the function that must be called.
+        is_parallel: several may be called at once.
+        where: what errors call a function, by its index.
+
+    Raises:
+        RequestError: Something about them is wrong.
+    """
+    if choice is not None and choice not in _MODES:
+        raise InvalidRequestError(
+            f"tool_choice: got {choice!r:.60}, expected one of {list(_MODES)} or a function. Change tool_choice."
+        )
+    if len(tools) > MAX_TOOLS:
+        raise InvalidRequestError(f"tools: got {len(tools)}, expected at most {MAX_TOOLS}. Send fewer.")
+    for index, tool in enumerate(tools):
+        _check(tool, where.format(index))
+    _check_together(tools, where)
+    if named is not None and named not in {tool.name for tool in tools}:
+        raise InvalidRequestError(
+            f"tool_choice: got the function {named!r:.80}, expected one of tools. Add it to tools."
+        )
+    if not tools:
+        if choice == "required":
+            raise InvalidRequestError("tool_choice: got 'required' without tools, expected some. Add tools.")
+        return None
+    if choice == "none" and named is None:
+        return None
+    every = Tools(tools)
+    may_be_called = every if named is None else Tools(tool for tool in tools if tool.name == named)
+    is_forced = named is not None or choice == "required"
+    return ToolRequest(every, may_be_called, is_forced, is_parallel and named is None)
+
+
+def parse_choice(choice: object) -> tuple[str | None, str | None]:
+    """`tool_choice` of a chat: its mode, and the name of the function that must be called.
+
+    Raises:
+        RequestError: It is something else.
+    """
+    if choice is None or isinstance(choice, str):
+        return choice, None
+    if not isinstance(choice, Mapping):
+        raise InvalidTypeError(
+            f"tool_choice: got a value of type {type(choice).__name__}, expected a string or an object. Change it."
+        )
+    if choice.get("type") != "function":
+        raise UnsupportedFeatureError(
+            f"tool_choice.type: got {choice.get('type')!r:.60}, expected 'function'. Change tool_choice."
+        )
+    function = choice.get("function")
+    if not isinstance(function, Mapping):
+        raise InvalidTypeError("tool_choice.function: got no object, expected one with a name. Add it.")
+    name = function.get("name")
+    if not isinstance(name, str):
+        raise InvalidTypeError("tool_choice.function.name: got no name, expected a string. Add it.")
+    unknown = sorted({*choice, *(f"function.{key}" for key in function)} - {"type", "function", "function.name"})
+    if unknown:
+        raise InvalidRequestError(f"tool_choice.{unknown[0]:.60}: got an unknown field, expected none. Remove it.")
+    return None, name
+
+
+def _check(tool: Tool, where: str) -> None:
+    if not NAME.fullmatch(tool.name):
+        raise InvalidRequestError(
+            f"{where}.name: got {tool.name!r:.80}, expected 1 to 64 letters, digits, underscores and dashes. Change it."
+        )
+    kind = tool.parameters.get("type", "object")
+    if kind != "object":
+        raise InvalidRequestError(
+            f"{where}.parameters.type: got {kind!r:.60}, expected 'object', since arguments go by name. Change it."
+        )
+    if not isinstance(tool.parameters.get("properties", {}), Mapping):
+        raise InvalidTypeError(f"{where}.parameters.properties: got no object, expected schemas by name. Change it.")
+
+
+def _check_together(tools: Sequence[Tool], where: str) -> None:
+    seen: set[str] = set()
+    for index, tool in enumerate(tools):
+        if tool.name in seen:
+            raise InvalidRequestError(
+                f"{where.format(index)}.name: got {tool.name!r}, expected a name that no other has. Change it."
+            )
+        seen.add(tool.name)
+    num_chars = sum(len(json.dumps(tool.described(), ensure_ascii=False)) for tool in tools)
+    if num_chars > MAX_TOOLS_CHARS:
+        raise InvalidRequestError(
+            f"tools: got {num_chars} characters as JSON, expected at most {MAX_TOOLS_CHARS}. Send fewer."
+        )
