@@ -161,11 +161,18 @@ class SchedulerConfig:
     """While requests stream, a step's encoding and prefill are sized to keep tokens at most this far apart."""
     max_waiting_requests: int | None = None
     """Bound on the waiting line; None: no bound."""
+    max_form_compile_s: float = 5.0
+    """Most seconds that the form of structured outputs may take to compile."""
 
     def __post_init__(self) -> None:
         for name in ("max_num_batched_tokens", "max_num_seqs", "max_num_encoder_rows"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1.")
+        if not 0 < self.max_form_compile_s <= 3600:
+            raise ConfigError(
+                f"max_form_compile_s: got {self.max_form_compile_s}, expected more than 0, at most 3600. "
+                "Set max_form_compile_s."
+            )
         if self.policy not in ("fcfs", "priority"):
             raise ConfigError(f"scheduling policy: got {self.policy!r}, expected 'fcfs' or 'priority'.")
 

@@ -75,6 +75,18 @@ class EngineRequest:
     """The result is a pooled vector instead of tokens."""
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class Vocabulary:
+    """What holding outputs to a form needs to know of a tokenizer."""
+
+    tokenizer_json: str
+    """The tokenizer as the `tokenizers` library writes it, added tokens included."""
+    eos_token_ids: tuple[int, ...]
+    """Ids that may end an output."""
+    size: int
+    """Number of token ids: of the model's head or the tokenizer, whichever has more."""
+
+
 class FinishReason(enum.StrEnum):
     """Why a request ended."""
 
@@ -162,6 +174,8 @@ class ModelRunnerOutput:
     """These requests took no part in the step from where they failed on."""
     encode_s: float = 0.0
     forward_s: float = 0.0
+    complete_request_ids: frozenset[str] = frozenset()
+    """Requests to whose output nothing may be added: its form is complete. They sampled nothing."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

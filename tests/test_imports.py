@@ -20,6 +20,7 @@ ROOMS = (
     "scheduler",
     "executor",
     "worker",
+    "grammar",
     "model_executor",
     "attention",
     "kernels",
@@ -29,7 +30,14 @@ ROOMS = (
 LEAVES = ("inputs", "multimodal", "parsing")
 """Importable by all; they import no room."""
 
-WITHOUT_TORCH = ("sensorium", "sensorium.scheduler", "sensorium.config", "sensorium.messages", "sensorium.outputs")
+WITHOUT_TORCH = (
+    "sensorium",
+    "sensorium.scheduler",
+    "sensorium.config",
+    "sensorium.messages",
+    "sensorium.outputs",
+    "sensorium.grammar.process",
+)
 
 
 def imports(path: Path) -> Iterator[str]:

@@ -97,6 +97,8 @@ class EngineArgs:
     """While requests stream, keep their tokens at most about this far apart, in seconds."""
     max_waiting_requests: int | None = None
     """Refuse requests while so many wait."""
+    max_form_compile_s: float = 5.0
+    """Refuse forms of structured outputs that take longer than this to compile, in seconds."""
 
     limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
     """Most items of each modality in one prompt; 1 for a modality not named."""
@@ -149,6 +151,7 @@ class EngineArgs:
             policy=self.scheduling_policy,
             max_token_gap_s=self.max_token_gap_s,
             max_waiting_requests=self.max_waiting_requests,
+            max_form_compile_s=self.max_form_compile_s,
         )
         return EngineConfig(
             model_config=self._model_config(),

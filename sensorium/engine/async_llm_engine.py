@@ -21,9 +21,9 @@ from typing import Any, TypeVar
 
 from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
-from sensorium.engine.codec import EncodedMessage, encode_add, encode_request
+from sensorium.engine.codec import EncodedMessage, encode, encode_add, encode_request
 from sensorium.engine.core import within_blocks
-from sensorium.engine.core_messages import News
+from sensorium.engine.core_messages import News, UseVocabulary
 from sensorium.engine.core_process import CoreFactory
 from sensorium.engine.core_supervisor import CoreSupervisor
 from sensorium.engine.output_processor import OutputProcessor
@@ -99,6 +99,9 @@ class AsyncLLMEngine:
         self._waiting: dict[str, MediaLease | None] = {}
         """Requests without output yet, and what they hold of the budget of media."""
         self._media_budget = None if media_loader is None else media_loader.budget
+        self._vocabulary: bytes | None = None
+        """The message with the vocabulary, once one was needed."""
+        self._num_vocabularies_sent = 0
         self._ids = itertools.count()
         self._is_shutting_down = False
         self._all_closed = asyncio.Event()
@@ -372,6 +375,8 @@ class AsyncLLMEngine:
         """Prepare a request in the pool and send it to the core, unless it has been aborted meanwhile."""
         with stage("prepare"):
             processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
+            if processed.engine_request.sampling_params.structured_outputs is not None:
+                await self._send_vocabulary()
         self._check_running()
         stream = self._streams[request_id]
         if stream.has_failed:
@@ -382,6 +387,14 @@ class AsyncLLMEngine:
         requests = self._outputs.add_request(processed, kind)
         outputs = [(request.request_id, request.sampling_params) for request in requests]
         self._core.add(encode_add(encoded, outputs))
+
+    async def _send_vocabulary(self) -> None:
+        """Tell the core what tokens outputs consist of, unless it knows."""
+        if self._vocabulary is None:
+            self._vocabulary = await self.in_pool(lambda: encode(UseVocabulary(self.preprocessor.vocabulary)).payload)
+        if self._num_vocabularies_sent <= self._core.num_restarts:
+            self._num_vocabularies_sent = self._core.num_restarts + 1
+            self._core.add(EncodedMessage(self._vocabulary))
 
     async def in_pool(self, call: Callable[[], _T]) -> _T:
         """What `call` returns, run in the pool that prepares requests, in the caller's context."""

@@ -6,13 +6,24 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import EngineDeadError
+from sensorium.engine.form_line import FormLine
+from sensorium.errors import EngineDeadError, InvalidRequestError, SensoriumError
 from sensorium.executor import Executor, SingleProcessExecutor
 from sensorium.logger import get_logger
-from sensorium.messages import EngineOutput, EngineRequest, LoadReport
+from sensorium.messages import (
+    EngineOutput,
+    EngineRequest,
+    FinishReason,
+    LoadReport,
+    RequestFailure,
+    Vocabulary,
+)
 from sensorium.scheduler import Scheduler, SchedulerStats
 
 logger = get_logger(__name__)
+
+_FORM_WAIT_S = 0.02
+"""How long a step that has nothing to do waits for a form that is being compiled."""
 
 
 class EngineCore:
@@ -35,6 +46,7 @@ class EngineCore:
             num_blocks=self.report.num_blocks,
             max_model_len=self.config.model_config.max_model_len,
         )
+        self._form_line = FormLine(self._executor.compile_form)
         self._failure: BaseException | None = None
 
     @property
@@ -47,36 +59,68 @@ class EngineCore:
         """What runs the steps."""
         return self._executor
 
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """Say what tokens outputs consist of; before the first request whose output has a form."""
+        self._executor.use_vocabulary(vocabulary)
+
     def add_request(self, request: EngineRequest) -> None:
-        """Put a request in line.
+        """Put a request in line; one whose output has a form, once that is compiled.
 
         Raises:
-            InvalidRequestError: It needs more KV blocks than there are.
+            InvalidRequestError: It needs more KV blocks than there are, or its id is in use.
             OverloadedError: The line is full.
             EngineDeadError: An earlier step ended the engine.
         """
         self._check_alive()
-        self.scheduler.add_request(request)
+        if request.request_id in self._form_line:
+            raise InvalidRequestError(
+                f"request_id: got {request.request_id!r}, expected an id that no unfinished request has. "
+                "Send another request_id."
+            )
+        if request.sampling_params.structured_outputs is None or request.pooling:
+            self.scheduler.add_request(request)
+        else:
+            self._form_line.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
         """End requests; ids that are unknown or finished are ignored."""
-        outputs = self.scheduler.abort(request_ids)
+        request_ids = list(request_ids)
+        in_form_line = self._form_line.abort(request_ids)
+        outputs = [EngineOutput(request_id, finish_reason=FinishReason.ABORT) for request_id in in_form_line]
+        outputs += self.scheduler.abort(request_ids)
         self._release_if_idle()
         return outputs
 
     def has_unfinished_requests(self) -> bool:
         """Whether a step would have something to do."""
-        return self.scheduler.has_unfinished_requests()
+        return self.scheduler.has_unfinished_requests() or len(self._form_line) > 0
 
     def step(self) -> list[EngineOutput]:
-        """Run one step.
+        """Run one step; if all requests wait for their forms, wait with them for a little while.
 
         Raises:
             EngineDeadError: The worker can't go on.
         """
         self._check_alive()
-        outputs = self._step()
+        outputs = self._take_from_form_line()
+        if self.scheduler.has_unfinished_requests():
+            outputs += self._step()
+        elif not outputs:
+            self._form_line.wait(_FORM_WAIT_S)
         self._release_if_idle()
+        return outputs
+
+    def _take_from_form_line(self) -> list[EngineOutput]:
+        """Put requests whose forms are compiled in line; returns the news of those that can't be."""
+        outputs = []
+        for request, error in self._form_line.take_ready():
+            try:
+                if error is not None:
+                    raise error
+                self.scheduler.add_request(request)
+            except SensoriumError as refusal:
+                failure = RequestFailure(str(refusal), refusal.status)
+                outputs.append(EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, failure=failure))
         return outputs
 
     def _step(self) -> list[EngineOutput]:
@@ -95,8 +139,9 @@ class EngineCore:
             self._step()
 
     def stats(self) -> SchedulerStats:
-        """Counters and gauges of the scheduler and its caches."""
-        return self.scheduler.stats()
+        """Counters and gauges of the scheduler and its caches; requests that wait for their forms count as waiting."""
+        stats = self.scheduler.stats()
+        return replace(stats, num_waiting=stats.num_waiting + len(self._form_line)) if self._form_line else stats
 
     def shutdown(self) -> None:
         """Free the worker's memory."""

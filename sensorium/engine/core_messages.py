@@ -1,6 +1,6 @@
 """What the front and the engine core say to each other when they are two processes.
 
-    front  --Start, Add, Abort, Stop-->  core
+    front  --Start, UseVocabulary, Add, Abort, Stop-->  core
     front  <--Ready, StartFailed, News, Died--  core
 
 Values with a schema: `codec.py` reads nothing into anything but these types.
@@ -13,7 +13,7 @@ from typing import TypeAlias
 import msgspec
 
 from sensorium.engine.args import EngineArgs
-from sensorium.messages import EngineOutput, LoadReport
+from sensorium.messages import EngineOutput, LoadReport, Vocabulary
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler.stats import SchedulerStats
 
@@ -22,6 +22,12 @@ class Start(msgspec.Struct, frozen=True, tag=True):
     """Load a model. The first message, and sent once."""
 
     args: EngineArgs
+
+
+class UseVocabulary(msgspec.Struct, frozen=True, tag=True):
+    """What tokens outputs consist of. Comes before the first request whose output has a form."""
+
+    vocabulary: Vocabulary
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
@@ -71,5 +77,5 @@ class Died(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-ToCore: TypeAlias = Start | Add | Abort | Stop
+ToCore: TypeAlias = Start | UseVocabulary | Add | Abort | Stop
 ToFront: TypeAlias = Ready | StartFailed | News | Died

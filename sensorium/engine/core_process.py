@@ -22,7 +22,18 @@ from sensorium.engine.args import EngineArgs
 from sensorium.engine.channel import BlockingChannel, socket_from
 from sensorium.engine.codec import EncodedMessage, decode_request, decode_to_core, encode
 from sensorium.engine.core import EngineCore
-from sensorium.engine.core_messages import Abort, Add, Died, News, Ready, Start, StartFailed, Stop, ToFront
+from sensorium.engine.core_messages import (
+    Abort,
+    Add,
+    Died,
+    News,
+    Ready,
+    Start,
+    StartFailed,
+    Stop,
+    ToFront,
+    UseVocabulary,
+)
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.logger import get_logger
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure
@@ -45,7 +56,7 @@ class _Added:
         self.requests = requests
 
 
-_Order = _Added | Abort | Stop
+_Order = _Added | UseVocabulary | Abort | Stop
 
 
 def make_core(args: EngineArgs) -> EngineCore:
@@ -122,7 +133,9 @@ class CoreServer:
             order = self._orders.get()
             if isinstance(order, Stop):
                 return False
-            if isinstance(order, Abort):
+            if isinstance(order, UseVocabulary):
+                core.use_vocabulary(order.vocabulary)
+            elif isinstance(order, Abort):
                 core.abort(order.request_ids)  # the front knows already
                 self._tell(core, [])
             else:

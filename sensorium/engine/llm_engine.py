@@ -39,6 +39,7 @@ class LLMEngine:
         self.config = self.core.config
         self.preprocessor = InputPreprocessor(self.config, self.core.features, self.tokenizer, media_loader)
         self.outputs = OutputProcessor(self.tokenizer)
+        self._has_sent_vocabulary = False
 
     @classmethod
     def from_engine_args(cls, engine_args: EngineArgs) -> LLMEngine:
@@ -82,6 +83,9 @@ class LLMEngine:
         Raises:
             RequestError: The line is full, or the request needs more memory than there is.
         """
+        if processed.engine_request.sampling_params.structured_outputs is not None and not self._has_sent_vocabulary:
+            self.core.use_vocabulary(self.preprocessor.vocabulary)
+            self._has_sent_vocabulary = True
         requests = self.outputs.add_request(processed, kind)
         added = []
         try:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from concurrent.futures import Future
+
 from sensorium.config import EngineConfig
-from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
+from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput, Vocabulary
+from sensorium.structured_outputs import StructuredOutputs
 from sensorium.worker.worker import Worker
 
 
@@ -25,6 +28,14 @@ class SingleProcessExecutor:
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         """See `Executor.execute`."""
         return self._worker.execute(step)
+
+    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
+        """See `Executor.use_vocabulary`."""
+        self._worker.runner.form_compiler.use_vocabulary(vocabulary)
+
+    def compile_form(self, form: StructuredOutputs) -> Future[None]:
+        """See `Executor.compile_form`."""
+        return self._worker.runner.form_compiler.compile(form)
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""

@@ -219,11 +219,6 @@ def resolve_sampling_params(
 
     An output ends at the model's context at the latest, so `max_tokens` is at most what is left of it.
     """
-    if params.structured_outputs is not None:
-        raise UnsupportedFeatureError(
-            f"structured_outputs: got {params.structured_outputs.kind}, expected none. This build can't hold outputs "
-            "to a form: remove structured_outputs."
-        )
     params.check_against(vocab_size=vocab_size, max_model_len=max_model_len, num_prompt_tokens=num_prompt_tokens)
     room = max_model_len - num_prompt_tokens
     return params if params.max_tokens is not None and params.max_tokens <= room else replace(params, max_tokens=room)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -23,8 +24,9 @@ from sensorium.inputs.prompts import ParsedPrompt, parse_prompt
 from sensorium.inputs.request_media import MediaStage, RequestMedia
 from sensorium.inputs.tokenizer import TextEncoder
 from sensorium.inputs.video_sampling import CheckpointSampling
+from sensorium.inputs.vocabulary import vocabulary_of
 from sensorium.logger import get_logger
-from sensorium.messages import EngineRequest, MediaItem
+from sensorium.messages import EngineRequest, MediaItem, Vocabulary
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
 from sensorium.multimodal.placeholders import IntArray, media_mask
@@ -156,6 +158,12 @@ class InputPreprocessor:
             counts[item.modality] = (*counts.get(item.modality, ()), item.length)
         return ProcessedRequest(request, parsed.text, counts)
 
+    @cached_property
+    def vocabulary(self) -> Vocabulary:
+        """What the core must know before an output can be held to a form. Raises `UnsupportedFeatureError`."""
+        tokenizer = None if self.encoder is None else self.encoder.tokenizer
+        return vocabulary_of(tokenizer, self._eos_token_ids, self._vocab_size)
+
     def statistics(self) -> CacheStats:
         """Hits and sizes of the cache of mapped media."""
         return self._cache.statistics()
@@ -275,6 +283,8 @@ class InputPreprocessor:
     def _resolve_sampling(self, params: SamplingParams, num_prompt_tokens: int, *, pooling: bool) -> SamplingParams:
         if pooling:
             return params
+        if params.structured_outputs is not None:
+            _ = self.vocabulary  # refuses what no output can be held to
         encoder = self.encoder
         if encoder is not None and params.bad_words:
             params = params.with_bad_word_ids(lambda word: encoder.encode(word, add_special_tokens=False))

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sensorium.model_executor.logit_edits import EditBatch, LogitEdits
+from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
 
 IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
@@ -127,5 +128,5 @@ class SamplingMetadata:
     state: SamplingState | None = None
     slots: IntArray | None = None
     """`(num_rows,)`: the slot of each row of the logits."""
-    allowed_mask: torch.Tensor | None = None
-    """`(num_rows, vocab_size)` bool on the logits' device, True where a token may come; None: everywhere."""
+    token_mask: TokenMask | None = None
+    """Which tokens may come in rows whose output is held to a form; None: no row is."""

@@ -58,6 +58,9 @@ class StepResults:
             return self._output(request, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         if request.pooling:
             return self._finish_pooling(request, result)
+        if request.request_id in result.complete_request_ids:
+            self._table.finish(request)
+            return self._output(request, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.STOP)
         sampled = result.sampled_token_ids.get(request.request_id)
         if not sampled:
             return self._fail(request, NO_RESULT)

@@ -21,6 +21,8 @@ from torch import nn
 from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ProcessorError
+from sensorium.grammar.compiler import FormCompiler
+from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
 from sensorium.logger import get_logger
 from sensorium.messages import (
     MediaItem,
@@ -35,6 +37,7 @@ from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
 from sensorium.model_executor.layers.sampler import Sampler, SamplingState, prompt_logprobs
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
+from sensorium.model_executor.token_mask import TokenMask
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.input_batch import InputBatch, MediaSlice, StepArrays
 from sensorium.worker.pooling import Pooler
@@ -51,6 +54,7 @@ class _StepResult:
     prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
     pooled: dict[str, Any] = field(default_factory=dict)
     failures: dict[str, RequestFailure] = field(default_factory=dict)
+    complete: set[str] = field(default_factory=set)
 
 
 class ModelRunner:
@@ -82,6 +86,8 @@ class ModelRunner:
         self.encoder = EncoderRunner(driver)
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
+        self.form_compiler = FormCompiler(max_num_seqs, config.scheduler_config.max_form_compile_s)
+        self._constrained = ConstrainedSlots(self.form_compiler)
         self._pooler = Pooler(model_config.pooler_config)
         self._reporting: set[str] = set()
         """Requests whose prompt rows are looked at: those that pool, or asked for prompt log probabilities."""
@@ -107,6 +113,7 @@ class ModelRunner:
             prompt_logprobs=result.prompt_logprobs,
             pooled=result.pooled,
             failures=result.failures,
+            complete_request_ids=frozenset(result.complete),
             encode_s=self.encoder.encode_s,
             forward_s=time.perf_counter() - begin,
         )
@@ -116,6 +123,7 @@ class ModelRunner:
             state = self._batch.remove(request_id)
             if state is not None:
                 self._sampling.remove(state.slot)
+                self._constrained.remove(state.slot)
                 self._pooler.remove(request_id)
                 self._reporting.discard(request_id)
         for new in step.new_requests:
@@ -128,8 +136,10 @@ class ModelRunner:
                 new.output_token_ids,
                 request.eos_token_ids,
             )
+            self._constrained.add(state.slot, request.sampling_params, new.output_token_ids)
             if request.pooling or request.sampling_params.prompt_logprobs is not None:
                 self._reporting.add(request.request_id)
+        self._constrained.flush()
         for chunk in step.chunks:
             self._batch.append_blocks(chunk)
         self.encoder.free(step.free_encoder_keys)
@@ -263,18 +273,24 @@ class ModelRunner:
             hidden = hidden[torch.from_numpy(rows).to(self._device)]
         slots = arrays.slots if len(sampling) == len(chunks) else arrays.slots[sampling]
         metadata = SamplingMetadata(len(rows), state=self._sampling, slots=slots)
-        output = self._sampler(self._model.compute_logits(hidden, metadata), metadata)
+        logits = self._model.compute_logits(hidden, metadata)
+        masks = self._constrained.masks(slots)  # computed while the model ran
+        token_mask = None if masks is None else TokenMask(masks.rows, masks.words)
+        output = self._sampler.sample(logits, self._sampling, slots, token_mask)
         token_ids = output.sampled_token_ids.cpu().numpy()
         # A row that failed gets a token here too; its request ends, so nobody reads it.
         self._batch.append_sampled(slots, arrays.seq_lens[sampling].astype(np.int64), token_ids)
         self._sampling.append_each(slots, token_ids)
+        self._constrained.append_each(slots, token_ids)
+        self._constrained.flush()
         failed, logprobs = output.failed_rows, output.logprobs
         for row, (i, token_id) in enumerate(zip(sampling, token_ids.tolist(), strict=True)):
             request_id = chunks[i].request_id
-            if row in failed:
-                result.failures[request_id] = RequestFailure(
-                    "The model produced no valid logits for this request (NaN or infinity). Other requests go on."
-                )
+            if masks is not None and row in masks.complete_rows:
+                result.complete.add(request_id)
+                continue
+            if row in failed or (masks is not None and row in masks.failures):
+                result.failures[request_id] = _row_failure(row, masks)
                 continue
             result.sampled[request_id] = [token_id]
             if logprobs is not None and (entry := logprobs[row]) is not None:
@@ -300,6 +316,22 @@ class ModelRunner:
             metadata = SamplingMetadata(len(targets))
             logits = self._model.compute_logits(followed, metadata)
             result.prompt_logprobs[chunk.request_id] = prompt_logprobs(logits, targets, top)
+
+
+def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:
+    """Why no token can be taken for a row."""
+    if masks is not None:
+        if row in masks.failures:
+            return RequestFailure(masks.failures[row].message, masks.failures[row].status)
+        if row in masks.rows:
+            return RequestFailure(
+                "structured_outputs: got a form that allows no token that bad_words, logit_bias and the model leave, "
+                "expected one that does. Change the form, or remove what forbids tokens.",
+                status=400,
+            )
+    return RequestFailure(
+        "The model produced no valid logits for this request (NaN or infinity). Other requests go on."
+    )
 
 
 def _is_device_fault(error: Exception) -> bool:

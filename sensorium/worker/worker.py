@@ -131,4 +131,6 @@ class Worker:
 
     def shutdown(self) -> None:
         """Drop the model and the caches."""
+        if self._runner is not None:
+            self._runner.form_compiler.close()
         self._model = self._driver = self._runner = None

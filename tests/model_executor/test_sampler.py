@@ -26,6 +26,7 @@ from sensorium.errors import ModelError
 from sensorium.model_executor import sampling_ops
 from sensorium.model_executor.layers.sampler import Sampler, SamplerOutput, get_sampler, prompt_logprobs
 from sensorium.model_executor.sampling_metadata import SamplingMetadata, SamplingState
+from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
 
 VOCAB = 61
@@ -42,6 +43,14 @@ def _state(*params: SamplingParams, vocab_size: int = VOCAB, seed: int = 0) -> S
     for slot, one in enumerate(params):
         state.add(slot, one, prompt_token_ids=[1, 2, 3], eos_token_ids=[EOS])
     return state
+
+
+def _mask(allowed: dict[int, list[int]]) -> TokenMask:
+    """A mask of the rows that are keys, which allows the tokens that are their values."""
+    bits = np.zeros((len(allowed), 32 * -(-VOCAB // 32)), dtype=np.uint8)
+    for i, token_ids in enumerate(allowed.values()):
+        bits[i, token_ids] = 1
+    return TokenMask(np.array(list(allowed)), np.packbits(bits, axis=1, bitorder="little").view(np.int32))
 
 
 def _sample(logits: torch.Tensor, state: SamplingState, slots: Any = None, **kwargs: Any) -> SamplerOutput:
@@ -352,11 +361,51 @@ def test_min_tokens_bans_only_what_would_end_the_output() -> None:
 
 
 def test_the_mask_wins_over_a_bias() -> None:
-    allowed = torch.zeros(2, VOCAB, dtype=torch.bool)
-    allowed[:, [4, 8]] = True
     state = _state(SamplingParams(temperature=0, logit_bias={5: 100.0}), SamplingParams(seed=1))
-    assert set(_sample(_logits(2, VOCAB), state, allowed_mask=allowed)) <= {4, 8}
-    assert _sample(_logits(1, VOCAB), _state(GREEDY), allowed_mask=allowed[:1])[0] in (4, 8)
+    assert set(_sample(_logits(2, VOCAB), state, token_mask=_mask({0: [4, 8], 1: [4, 8]}))) <= {4, 8}
+    assert _sample(_logits(1, VOCAB), _state(GREEDY), token_mask=_mask({0: [4, 8]}))[0] in (4, 8)
+
+
+def test_a_mask_leaves_other_rows_alone() -> None:
+    logits = _logits(3, VOCAB)
+    state = _state(GREEDY, GREEDY, GREEDY)
+    free = list(_sample(logits.clone(), state))
+    masked = list(_sample(logits.clone(), state, token_mask=_mask({1: [3]})))
+    assert masked == [free[0], 3, free[2]]
+
+
+def test_log_probabilities_are_those_before_the_mask() -> None:
+    logits = _logits(1, VOCAB)
+    state = _state(SamplingParams(temperature=0, logprobs=2))
+    output = _sample(logits.clone(), state, token_mask=_mask({0: [6]}))
+    assert output.logprobs is not None
+    assert output.logprobs[0] is not None
+    assert output.logprobs[0].token_id == 6
+    assert output.logprobs[0].logprob == pytest.approx(float(logits[0].log_softmax(-1)[6]), abs=1e-5)
+    assert output.logprobs[0].top_token_ids == tuple(logits[0].topk(2).indices.tolist())
+
+
+def test_a_mask_that_allows_nothing_fails_its_row_only() -> None:
+    output = _sample(_logits(2, VOCAB), _state(GREEDY, GREEDY), token_mask=_mask({0: []}))
+    assert output.failed_rows == {0}
+
+
+@given(st.integers(1, 200), st.integers(0, 2**32 - 1))
+def test_masks_on_the_host_and_on_a_device_are_one(vocab_size: int, seed: int) -> None:
+    generator = np.random.default_rng(seed)
+    words = generator.integers(-(2**31), 2**31, size=(2, -(-vocab_size // 32)), dtype=np.int32)
+    mask = TokenMask(np.array([0, 2]), words)
+    logits = torch.from_numpy(generator.standard_normal((3, vocab_size), dtype=np.float32))
+    expected = logits.clone()
+    for row, bits in zip((0, 2), words, strict=True):
+        for token_id in range(vocab_size):
+            if not (int(bits[token_id // 32]) >> (token_id % 32)) & 1:
+                expected[row, token_id] = -torch.inf
+    on_host, as_on_device = logits.clone(), logits.clone()
+    mask.apply_(on_host)
+    mask.apply_on_device_(as_on_device)
+    assert torch.equal(on_host, expected)
+    assert torch.equal(as_on_device, expected)
 
 
 # --- Randomness ---

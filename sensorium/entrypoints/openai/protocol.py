@@ -9,7 +9,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from sensorium.entrypoints.openai.body import Body
 from sensorium.entrypoints.openai.errors import invalid_body
+from sensorium.entrypoints.openai.forms import FormFields
 from sensorium.entrypoints.openai.tools.request import ToolRequest, parse_choice, tool_request
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.parsing import Tool
@@ -27,12 +29,6 @@ _SAMPLING_FIELDS = (
 )
 
 
-class Body(BaseModel):
-    """Refuses fields that it doesn't have, and values of another type."""
-
-    model_config = ConfigDict(extra="forbid", strict=True)
-
-
 class StreamOptions(Body):
     """What a stream holds beside the answer."""
 
@@ -41,13 +37,7 @@ class StreamOptions(Body):
     """Padding against an eavesdropper; only "off" is implemented."""
 
 
-class ResponseFormat(Body):
-    """The form of the answer. Only text so far."""
-
-    type: str
-
-
-class SamplingBody(Body):
+class SamplingBody(FormFields):
     """What both kinds of completions share."""
 
     model: str | None = None
@@ -64,8 +54,6 @@ class SamplingBody(Body):
     stream_options: StreamOptions | None = None
     user: str | None = None
     """For the caller's own books."""
-    response_format: ResponseFormat | None = None
-
     top_k: int | None = None
     min_p: float | None = None
     repetition_penalty: float | None = None
@@ -93,14 +81,15 @@ class SamplingBody(Body):
         return self.stream_options.include_usage
 
     def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
-        """Raises `RequestError` if a value is out of bounds, or a format is asked for that can't be held to."""
-        if self.response_format is not None and self.response_format.type != "text":
-            raise UnsupportedFeatureError(
-                f"response_format: got the type {self.response_format.type!r:.60}, expected 'text'. "
-                "This build can't hold answers to a schema: remove response_format."
-            )
+        """Raises `RequestError` if a value is out of bounds."""
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
-        return SamplingParams(**values, logit_bias=self._biases(), max_tokens=max_tokens, logprobs=logprobs)
+        return SamplingParams(
+            **values,
+            logit_bias=self._biases(),
+            max_tokens=max_tokens,
+            logprobs=logprobs,
+            structured_outputs=self.form(),
+        )
 
     def _biases(self) -> dict[int, float]:
         try:

@@ -24,6 +24,7 @@ from sensorium.model_executor.sampling_metadata import (
     SamplingState,
 )
 from sensorium.model_executor.sampling_ops import RowParams, best_tokens, draw_tokens, token_logprobs
+from sensorium.model_executor.token_mask import TokenMask
 
 __all__ = ["Sampler", "SamplerOutput", "SamplingState", "get_sampler", "prompt_logprobs"]
 
@@ -90,7 +91,7 @@ class Sampler(nn.Module):
         state, slots = sampling_metadata.state, sampling_metadata.slots
         assert state is not None
         assert slots is not None
-        return self.sample(logits, state, slots, sampling_metadata.allowed_mask)
+        return self.sample(logits, state, slots, sampling_metadata.token_mask)
 
     @torch.inference_mode()
     def sample(
@@ -98,7 +99,7 @@ class Sampler(nn.Module):
         logits: torch.Tensor,
         state: SamplingState,
         slots: IntArray,
-        allowed_mask: torch.Tensor | None = None,
+        token_mask: TokenMask | None = None,
     ) -> SamplerOutput:
         """Choose a token for each row.
 
@@ -106,7 +107,7 @@ class Sampler(nn.Module):
             logits: `(num_rows, vocab_size)`, any float type. May be changed in place.
             state: Parameters and histories by slot.
             slots: `(num_rows,)`: the slot of each row.
-            allowed_mask: `(num_rows, vocab_size)` bool, True where a token may come.
+            token_mask: Which tokens may come in some of the rows.
 
         Raises:
             ModelError: The logits are not as wide as the vocabulary.
@@ -117,18 +118,19 @@ class Sampler(nn.Module):
                 f"{state.vocab_size}. Make the output head as large as vocab_size of the config says."
             )
         logits = logits.detach().float()
-        if allowed_mask is None and state.is_plain[slots].all():
+        if token_mask is None and state.is_plain[slots].all():
             return SamplerOutput(*best_tokens(logits))
 
         num_best = state.num_logprobs[slots]
         reporting = np.flatnonzero(num_best != NO_LOGPROBS)
         raw = _rows_of(logits, reporting)
         edits = state.edits(slots)
-        if edits is not None:
+        if edits is not None or token_mask is not None:
             logits = logits.clone() if raw is logits else logits.contiguous()
+        if edits is not None:
             edits.apply_(logits)
-        if allowed_mask is not None:
-            logits = logits.masked_fill(~allowed_mask, -torch.inf)
+        if token_mask is not None:
+            token_mask.apply_(logits)
         token_ids, best = best_tokens(logits)
         drawing = np.flatnonzero(~state.is_greedy[slots])
         if drawing.size:

@@ -6,7 +6,8 @@ from typing import Any
 
 from pydantic import Field
 
-from sensorium.entrypoints.openai.protocol import Body, StreamOptions
+from sensorium.entrypoints.openai.body import Body
+from sensorium.entrypoints.openai.protocol import StreamOptions
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs

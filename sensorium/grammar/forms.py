@@ -1,0 +1,103 @@
+"""From a form to a compiled matcher, and to what its caller reads if it can't be compiled.
+
+Runs in the grammar processes only: the engine never imports llguidance.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+from sensorium.errors import InvalidRequestError
+from sensorium.structured_outputs import StructuredOutputs
+
+LIMITS = LLParserLimits(
+    initial_lexer_fuel=1_000_000,
+    step_lexer_fuel=100_000,
+    step_max_items=50_000,
+    max_items_in_row=2_000,
+    max_lexer_states=40_000,
+    max_grammar_size=500_000,
+    verbose_errors=False,
+)
+"""Bounds on compiling and on single steps. States (1 to 2 kB each) pile up while an output grows; `RowMatcher` starts
+anew when they are used up."""
+
+WHITESPACE = r" |\r?\n[ \t]{0,64}"
+"""Between the tokens of JSON: nothing, a space, or a new line with its indentation. A model that has lost its way can't
+go on with spaces for ever."""
+
+_NO_FORCING = '%llguidance {"no_forcing": true}\n'
+"""Without this, where text is certain the library allows no token but the one that its tokenizer would choose there,
+which isn't always the one that the model knows: in front of `"kind":` one token for all of it was forbidden."""
+_MAX_MESSAGE_CHARS = 300
+_GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
+
+
+def grammar_text(form: StructuredOutputs) -> str:
+    """The form in llguidance's form of Lark.
+
+    Raises:
+        InvalidRequestError: A GBNF grammar can't be read.
+    """
+    return str(LLMatcher.grammar_from_lark(_NO_FORCING + _lark_of(form)))
+
+
+def _lark_of(form: StructuredOutputs) -> str:
+    if form.json is not None or form.json_object:
+        schema: Any = form.json or '{"type":"object"}'
+        text = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
+        return f"start: %json {json.dumps(json.loads(text)['grammars'][0]['json_schema'])}"
+    if form.regex is not None:
+        text = LLMatcher.grammar_from_regex(form.regex)
+        return str(json.loads(text)["grammars"][0]["lark_grammar"])
+    if form.grammar is not None:
+        return _as_lark(form.grammar)
+    return "start: " + " | ".join(map(json.dumps, form.choice))
+
+
+def compile_form(form: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
+    """A matcher at the beginning of an output.
+
+    Raises:
+        InvalidRequestError: The form means nothing, asks for what can't be held to, or is too large.
+    """
+    matcher = LLMatcher(tokenizer, grammar_text(form), limits=LIMITS, log_level=0)
+    if matcher.is_error():
+        raise refusal(form, matcher.get_error())
+    return matcher
+
+
+def refusal(form: StructuredOutputs, reason: str) -> InvalidRequestError:
+    """The error for a form that can't be compiled; `reason` is the library's."""
+    return InvalidRequestError(
+        f"structured_outputs.{form.kind}: got one that can't be held to ({_one_line(reason)}), expected one that can. "
+        f"Change {form.kind}."
+    )
+
+
+def _as_lark(grammar: str) -> str:
+    """A grammar in Lark's notation: as it stands, or from GBNF."""
+    if not _GBNF.search(grammar):
+        return grammar
+    from llguidance.gbnf_to_lark import GbnfToLarkError, any_to_lark
+
+    try:
+        return str(any_to_lark(grammar))
+    except (GbnfToLarkError, RecursionError, ValueError, IndexError) as error:
+        raise InvalidRequestError(
+            f"structured_outputs.grammar: got GBNF that can't be read ({_one_line(str(error))}), expected rules such "
+            "as root ::= ... . Correct grammar."
+        ) from None
+
+
+def _one_line(text: str) -> str:
+    """The line that says what is wrong, or the first that says something; printable and short."""
+    lines = [line.strip() for line in text.splitlines()]
+    told = [line for line in lines if line and line != "<non-verbose/>"] or ["no reason given"]
+    chosen = next((line for line in told if line.startswith("error: ")), told[0])
+    shown = "".join(char if char.isprintable() else " " for char in chosen)
+    return shown if len(shown) <= _MAX_MESSAGE_CHARS else shown[:_MAX_MESSAGE_CHARS] + "..."
