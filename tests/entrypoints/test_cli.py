@@ -75,14 +75,16 @@ def test_a_config_file_that_is_wrong_is_refused(tmp_path: Path, text: str, match
         parse("m", "--config", str(path))
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["bench", "--help"], ["serve", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [[], ["bench"], ["serve"], ["generate"], ["chat"], ["run-batch"], ["bench", "latency"]]
+)
 def test_help_loads_no_heavy_library(arguments: list[str]) -> None:
     heavy = {"torch", "transformers", "starlette", "matplotlib", "pydantic", "av"}
     code = f"""
 import sys
 from sensorium.entrypoints.cli.main import main
 try:
-    main({arguments!r})
+    main({[*arguments, "--help"]!r})
 except SystemExit as end:
     print("status", end.code, sorted({heavy!r} & set(sys.modules)))
 """

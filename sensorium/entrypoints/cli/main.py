@@ -18,25 +18,35 @@ from sensorium.errors import SensoriumError
 _HERE = "sensorium.entrypoints.cli"
 _COMMANDS = {
     "serve": (f"{_HERE}.serve", "serve a model over HTTP, as OpenAI's API has it"),
+    "chat": (f"{_HERE}.chat", "chat in the terminal, with a model or with a server"),
+    "generate": (f"{_HERE}.generate", "answer prompts in this process"),
     "run-batch": (f"{_HERE}.run_batch", "answer a file of requests in OpenAI's batch format"),
     "bench": (f"{_HERE}.bench", "measure a server, or a model in this process"),
+    "env": (f"{_HERE}.env", "print versions and the machine, for reports of errors"),
 }
 """By name: the module with `fill(parser)`, and the help. `fill` sets the default `run`, which takes what was parsed."""
 
 
 class LazyParser(argparse.ArgumentParser):
-    """A parser whose arguments are added by its module once it is asked to parse."""
+    """A parser whose arguments are added by its module once it is asked to parse; flags may stand among them."""
 
     def __init__(self, *args: Any, module: str | None = None, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._module = module
+        self._is_parsing = False
 
     def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
         """See argparse."""
         if self._module is not None:
             module, self._module = self._module, None
             importlib.import_module(module).fill(self)
-        return super().parse_known_args(args, namespace)
+        if self._is_parsing or self._subparsers is not None:
+            return super().parse_known_args(args, namespace)
+        self._is_parsing = True  # what comes next calls this method
+        try:
+            return self.parse_known_intermixed_args(args, namespace)
+        finally:
+            self._is_parsing = False
 
 
 def add_commands(parser: argparse.ArgumentParser, commands: Mapping[str, tuple[str, str]]) -> None:
