@@ -16,6 +16,7 @@ from sensorium.entrypoints.bench.events import EventReader
 from sensorium.entrypoints.bench.http_client import ServerAddress
 from sensorium.entrypoints.chat.conversation import Messages
 from sensorium.errors import InvalidRequestError, SensoriumError
+from sensorium.logger import LogSettings
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
 
@@ -76,7 +77,7 @@ class LocalBackend:
         if not args.limit_mm_per_prompt:
             args = replace(args, limit_mm_per_prompt=await asyncio.to_thread(_limits, args))
         loader = MediaLoader(limits, FetchPolicy())
-        engine = await AsyncLLMEngine.start(args, media_loader=loader, log_level="WARNING")
+        engine = await AsyncLLMEngine.start(args, media_loader=loader, log=LogSettings("WARNING"))
         if engine.tokenizer is None:
             await engine.shutdown()
             raise InvalidRequestError("skip_tokenizer_init: got true, expected false: a chat is text. Remove it.")

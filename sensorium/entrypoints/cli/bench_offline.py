@@ -31,7 +31,7 @@ def run_offline(parsed: argparse.Namespace, measure: Measure) -> int:
     """Measure and report."""
     values = {"model": "demo", **read_settings(parsed, _KINDS)}
     output = build(OutputArgs, values)
-    package_logger.configure("WARNING")
+    package_logger.configure(package_logger.LogSettings("WARNING"))
     figures, panels = measure(
         build(EngineArgs, values), build(MediaLimits, values), build(Workload, values), build(OfflineBenchArgs, values)
     )

@@ -45,7 +45,7 @@ def run(parsed: argparse.Namespace) -> int:
         raise InvalidRequestError(
             f"url: got a server and the engine's settings {unused}, expected one of both. Leave one out."
         )
-    package_logger.configure("WARNING")
+    package_logger.configure(package_logger.LogSettings("WARNING"))
     from sensorium.entrypoints.chat.answers import LoopThread
     from sensorium.entrypoints.chat.backends import LocalBackend, RemoteBackend
     from sensorium.entrypoints.chat.session import ChatSession

@@ -63,7 +63,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.plain and (parsed.system or any(prompt.messages for prompt in prompts)):
         raise InvalidRequestError("plain: got a system text or messages, expected prompts as text. Leave out --plain.")
     streams = _streams(parsed, len(prompts), params)
-    package_logger.configure("WARNING")
+    package_logger.configure(package_logger.LogSettings("WARNING"))
     from sensorium.entrypoints.llm import LLM  # loads torch
 
     settings = {name: value for name, value in values.items() if name in EngineArgs.__dataclass_fields__}
