@@ -34,10 +34,10 @@ def test_reasoning_then_text_then_calls() -> None:
     events = [
         *writer.reasoning("Hm."),
         *writer.text("I look.", []),
-        *writer.call("look"),
+        *writer.call("look", "call_1"),
         *writer.call_arguments('{"at"'),
         *writer.call_arguments(": 1}"),
-        *writer.call("listen"),
+        *writer.call("listen", "call_2"),
         *writer.end("incomplete"),
     ]
     assert kinds(events) == [
@@ -55,7 +55,7 @@ def test_reasoning_then_text_then_calls() -> None:
     assert message["content"][0]["text"] == "I look."
     assert (look["name"], look["arguments"], look["status"]) == ("look", '{"at": 1}', "completed")
     assert (listen["name"], listen["arguments"], listen["status"]) == ("listen", "", "incomplete")
-    assert look["call_id"] != listen["call_id"]
+    assert (look["call_id"], listen["call_id"]) == ("call_1", "call_2")
 
 
 @pytest.mark.parametrize("begins", [[], ["Hm."]])

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
 from sensorium.entrypoints.openai.answers import chat_logprobs
+from sensorium.entrypoints.openai.records import note_failure
 from sensorium.entrypoints.openai.responses.body import ResponseBody
-from sensorium.entrypoints.openai.responses.items import new_id
+from sensorium.entrypoints.openai.responses.items import Item, new_id
 from sensorium.entrypoints.openai.responses.output import Event, OutputWriter
+from sensorium.entrypoints.openai.tools.plan import AnswerPlan
 from sensorium.errors import SensoriumError
 from sensorium.logger import get_logger
-from sensorium.outputs import RequestOutput
+from sensorium.outputs import CompletionOutput, RequestOutput
+from sensorium.parsing import Content, Reasoning, ToolCallArguments, ToolCallStart
 
 logger = get_logger(__name__)
 
@@ -21,10 +24,12 @@ logger = get_logger(__name__)
 class ResponseAnswer:
     """One response, from its beginning to its end."""
 
-    def __init__(self, body: ResponseBody, model: str, *, is_stored: bool) -> None:
+    def __init__(self, body: ResponseBody, model: str, plan: AnswerPlan, *, is_stored: bool) -> None:
         self.id = new_id("resp")
-        self._body = body
+        self._num_top = body.num_logprobs or 0
+        self._reader = plan.reader()
         self._writer = OutputWriter()
+        self._logprobs: list[Item] = []
         self._usage = _Usage()
         text: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
         if body.text is not None and body.text.format is not None:
@@ -42,17 +47,17 @@ class ResponseAnswer:
             "metadata": body.metadata or {},
             "model": model,
             "output": [],
-            "parallel_tool_calls": True,
+            "parallel_tool_calls": body.parallel_tool_calls is not False,
             "previous_response_id": body.previous_response_id,
             "prompt_cache_key": body.prompt_cache_key,
-            "reasoning": {"effort": None, "summary": None},
+            "reasoning": {"effort": body.reasoning.effort if body.reasoning else None, "summary": None},
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": is_stored,
             "temperature": 1.0 if body.temperature is None else body.temperature,
             "text": text,
-            "tool_choice": "auto",
-            "tools": [],
+            "tool_choice": body.tool_choice or "auto",
+            "tools": body.tools or [],
             "top_logprobs": body.num_logprobs or 0,
             "top_p": 1.0 if body.top_p is None else body.top_p,
             "truncation": "disabled",
@@ -90,8 +95,10 @@ class ResponseAnswer:
                     number = event["sequence_number"] + 1
                     yield event
         except SensoriumError as error:
+            note_failure(error)
             yield {**self._failed(str(error)), "sequence_number": number}
-        except Exception:
+        except Exception as error:
+            note_failure(error)
             logger.exception("a stream broke off")
             text = "internal error: the answer could not be completed."
             yield {**self._failed(text), "sequence_number": number}
@@ -105,18 +112,39 @@ class ResponseAnswer:
                 (delta,) = output.outputs
                 self._usage.take(output)
                 reason = delta.finish_reason
-                logprobs = chat_logprobs(delta, self._body.num_logprobs or 0)
-                for event in self._writer.text(delta.text, [] if logprobs is None else logprobs["content"]):
+                for event in self._written(delta):
                     yield event
         status = "incomplete" if reason == "length" else "completed"
         for event in self._writer.end(status):
             yield event
-        self._head |= {"status": status, "output": self._writer.items, "usage": self._usage.body()}
+        self._head |= {
+            "status": status,
+            "output": self._writer.items,
+            "usage": self._usage.body(self._reader.num_reasoning_tokens),
+        }
         if status == "incomplete":
             self._head["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             self._head["completed_at"] = int(time.time())
         yield {"type": f"response.{status}", "response": self.response}
+
+    def _written(self, delta: CompletionOutput) -> Iterator[Event]:
+        """What happens by one more piece of the answer. Log probabilities are told with the next text."""
+        logprobs = chat_logprobs(delta, self._num_top)
+        self._logprobs += [] if logprobs is None else logprobs["content"]
+        for said in self._reader.push(delta.text, delta.token_ids, is_last=delta.finished):
+            told, self._logprobs = self._logprobs, []
+            match said:
+                case Content(text):
+                    yield from self._writer.text(text, told)
+                case Reasoning(text):
+                    yield from self._writer.reasoning(text)
+                case ToolCallStart(index, name):
+                    yield from self._writer.call(name, self._reader.call_ids[index])
+                case ToolCallArguments(_, text):
+                    yield from self._writer.call_arguments(text)
+        if delta.finished:
+            yield from self._writer.more_logprobs(self._logprobs)
 
     def _failed(self, message: str) -> Event:
         error = {"code": "server_error", "message": message}
@@ -135,12 +163,12 @@ class _Usage:
         self._num_input, self._num_cached = len(output.prompt_token_ids), output.num_cached_tokens
         self._num_output += sum(len(each.token_ids) for each in output.outputs)
 
-    def body(self) -> dict[str, Any]:
+    def body(self, num_reasoning_tokens: int) -> dict[str, Any]:
         """The `usage` of a response."""
         return {
             "input_tokens": self._num_input,
             "input_tokens_details": {"cached_tokens": self._num_cached, "cache_write_tokens": 0},
             "output_tokens": self._num_output,
-            "output_tokens_details": {"reasoning_tokens": 0},
+            "output_tokens_details": {"reasoning_tokens": num_reasoning_tokens},
             "total_tokens": self._num_input + self._num_output,
         }

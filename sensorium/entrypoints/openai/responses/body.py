@@ -7,7 +7,10 @@ from typing import Any
 from pydantic import Field
 
 from sensorium.entrypoints.openai.body import Body
+from sensorium.entrypoints.openai.forms import FormBody
 from sensorium.entrypoints.openai.protocol import StreamOptions
+from sensorium.entrypoints.openai.responses.tools import read_tools
+from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs
@@ -34,7 +37,7 @@ class TextFormat(Body):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
-    def structured_outputs(self) -> StructuredOutputs | None:
+    def form(self) -> StructuredOutputs | None:
         """None for text. Raises `InvalidRequestError` for a form that isn't there."""
         if self.type == "text":
             return None
@@ -57,6 +60,15 @@ class TextConfig(Body):
     """Only "medium", which is OpenAI's default and changes nothing."""
 
 
+class ReasoningConfig(Body):
+    """About what the model writes for itself."""
+
+    effort: str | None = None
+    """How long it may reason, where its template has a setting for it."""
+    summary: str | None = None
+    """There are none: reasoning is given as it was written."""
+
+
 class ResponseBody(Body):
     """`POST /v1/responses`."""
 
@@ -74,6 +86,10 @@ class ResponseBody(Body):
     top_logprobs: int | None = None
     include: list[str] | None = None
     text: TextConfig | None = None
+    tools: list[Any] | None = None
+    tool_choice: Any = None
+    parallel_tool_calls: bool | None = None
+    reasoning: ReasoningConfig | None = None
     metadata: dict[str, str] | None = None
     truncation: str | None = None
     background: bool | None = None
@@ -83,6 +99,8 @@ class ResponseBody(Body):
     prompt_cache_key: str | None = None
     """These three are for the caller's own books; prefixes are cached without a key."""
 
+    structured_outputs: FormBody | None = None
+    """A form of the answer that OpenAI has no word for."""
     top_k: int | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
@@ -104,11 +122,12 @@ class ResponseBody(Body):
             ("background", self.background, (None, False)),
             ("truncation", self.truncation, (None, "disabled")),
             ("service_tier", self.service_tier, (None, "auto", "default")),
+            ("reasoning.summary", self.reasoning and self.reasoning.summary, (None,)),
             ("text.verbosity", self.text and self.text.verbosity, (None, "medium")),
             ("stream_options.include_obfuscation", self._obfuscation(), (None, False)),
         ):
             if value not in possible:
-                expected = " or ".join(repr(each) for each in possible if each is not None)
+                expected = " or ".join(repr(each) for each in possible if each is not None) or "none"
                 raise UnsupportedFeatureError(f"{name}: got {value!r:.60}, expected {expected}. Remove {name}.")
         for each in self.include or ():
             if each not in _INCLUDED:
@@ -137,6 +156,10 @@ class ResponseBody(Body):
                     f"{_MAX_KEY_CHARS} and {_MAX_VALUE_CHARS}. Shorten them."
                 )
 
+    def tool_request(self) -> ToolRequest | None:
+        """The functions that the model may call; None for none. Raises `RequestError`."""
+        return read_tools(self.tools, self.tool_choice, is_parallel=self.parallel_tool_calls is not False)
+
     @property
     def num_logprobs(self) -> int | None:
         """Alternatives to report for each token; None for no report."""
@@ -153,10 +176,17 @@ class ResponseBody(Body):
         if self.max_output_tokens is not None and self.max_output_tokens < 1:
             raise InvalidRequestError(f"max_output_tokens: got {self.max_output_tokens}, expected at least 1.")
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
-        form = self.text.format if self.text is not None else None
         return SamplingParams(
             **values,
             max_tokens=self.max_output_tokens,
             logprobs=self.num_logprobs,
-            structured_outputs=None if form is None else form.structured_outputs(),
+            structured_outputs=self._form(),
         )
+
+    def _form(self) -> StructuredOutputs | None:
+        form = self.text.format.form() if self.text is not None and self.text.format is not None else None
+        if self.structured_outputs is None:
+            return form
+        if form is not None:
+            raise InvalidRequestError("structured_outputs: got text.format too, expected one form. Remove one of them.")
+        return self.structured_outputs.form()

@@ -31,6 +31,11 @@ class OutputWriter:
             yield from self._begin(message)
         yield from message.more(delta, logprobs)
 
+    def more_logprobs(self, logprobs: list[Item]) -> Iterator[Event]:
+        """Log probabilities of tokens at the end of the text, which show as nothing."""
+        if logprobs and isinstance(self._open, _Message):
+            yield from self._open.more("", logprobs)
+
     def reasoning(self, delta: str) -> Iterator[Event]:
         """More of what the model wrote for itself."""
         reasoning = self._open
@@ -39,9 +44,9 @@ class OutputWriter:
             yield from self._begin(reasoning)
         yield from reasoning.more(delta)
 
-    def call(self, name: str) -> Iterator[Event]:
+    def call(self, name: str, call_id: str) -> Iterator[Event]:
         """A call of a function begins."""
-        yield from self._begin(_Call(len(self.items), name))
+        yield from self._begin(_Call(len(self.items), name, call_id))
 
     def call_arguments(self, delta: str) -> Iterator[Event]:
         """More of the arguments of the last call."""
@@ -156,8 +161,8 @@ class _Reasoning(_OpenItem):
 class _Call(_OpenItem):
     """A call of a function."""
 
-    def __init__(self, index: int, name: str) -> None:
-        call = {"call_id": new_id("call"), "name": name, "arguments": ""}
+    def __init__(self, index: int, name: str, call_id: str) -> None:
+        call = {"call_id": call_id, "name": name, "arguments": ""}
         super().__init__(index, {"id": new_id("fc"), "type": "function_call", "status": "in_progress", **call})
 
     def more(self, delta: str) -> Iterator[Event]:

@@ -23,11 +23,12 @@ from sensorium.entrypoints.openai.http import (
 from sensorium.entrypoints.openai.protocol import parse_body
 from sensorium.entrypoints.openai.responses.answer import ResponseAnswer
 from sensorium.entrypoints.openai.responses.body import ResponseBody
-from sensorium.entrypoints.openai.responses.conversation import Conversation
 from sensorium.entrypoints.openai.responses.items import read_items
 from sensorium.entrypoints.openai.responses.output import Event
 from sensorium.entrypoints.openai.responses.store import KeptItem, KeptResponse, ResponseStore
-from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.entrypoints.openai.responses.turn import Turn
+from sensorium.entrypoints.openai.tools.plan import AnswerPlan
+from sensorium.errors import InvalidRequestError, RequestError, UnsupportedFeatureError
 from sensorium.outputs import OutputKind, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
@@ -54,10 +55,9 @@ class ResponseRoutes:
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
         body = parse_body(ResponseBody, await read_json(request))
-        turn = self._turn(request, body)
-        params = body.params()
-        answer = ResponseAnswer(body, self._context.check_model(body.model), is_stored=turn.is_stored)
-        outputs = await while_connected(request, with_first(self._generate(request, body, turn, params)))
+        model, turn = self._context.check_model(body.model), self._turn(request, body)
+        outputs = await while_connected(request, with_first(self._generate(request, turn, body.params())))
+        answer = ResponseAnswer(body, model, turn.plan, is_stored=turn.is_stored)
         if body.stream:
             return EventStream(self._kept(answer.stream(outputs), answer, turn), is_named=True)
 
@@ -73,7 +73,7 @@ class ResponseRoutes:
         """`POST /v1/responses/input_tokens`: the prompt tokens that a body would take; nothing is generated."""
         body = parse_body(ResponseBody, await read_json(request))
         self._context.check_model(body.model)
-        num_tokens = await while_connected(request, self._count(request, body, self._turn(request, body)))
+        num_tokens = await while_connected(request, self._count(request, self._turn(request, body)))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     async def retrieve(self, request: Request) -> Response:
@@ -95,14 +95,14 @@ class ResponseRoutes:
 
     # Inside
 
-    def _turn(self, request: Request, body: ResponseBody) -> _Turn:
+    def _turn(self, request: Request, body: ResponseBody) -> Turn:
         """The conversation that a body goes on with. Raises `RequestError`, and 404 for a response that isn't kept."""
         body.check()
         given = [] if body.input is None else read_items(body.input)
         earlier: tuple[KeptItem, ...] = ()
         if body.previous_response_id is not None:
             earlier = self._kept_response(request, body.previous_response_id, "previous_response_id").conversation()
-        return _Turn(tenant_of(request), body, earlier, given, is_stored=body.store is not False and self._store.is_on)
+        return Turn(tenant_of(request), body, earlier, given, is_stored=body.store is not False and self._store.is_on)
 
     def _find(self, request: Request) -> KeptResponse:
         return self._kept_response(request, request.path_params["id"], "response")
@@ -117,33 +117,37 @@ class ResponseRoutes:
             )
         return found
 
-    async def _prompt(self, request: Request, body: ResponseBody, turn: _Turn) -> dict[str, Any]:
-        return await self._context.render(
-            request,
-            turn.conversation.messages,
-            places=turn.conversation.places,
-            chat_template_kwargs=body.chat_template_kwargs,
-            mm_processor_kwargs=body.mm_processor_kwargs,
-        )
+    async def _render(self, request: Request, turn: Turn) -> dict[str, Any]:
+        try:
+            return await self._context.render(request, turn.messages, **turn.render_options())
+        except RequestError as error:
+            if not str(error).startswith("reasoning_effort"):
+                raise
+            raise type(error)(str(error).replace("reasoning_effort", "reasoning.effort")) from None
 
-    async def _count(self, request: Request, body: ResponseBody, turn: _Turn) -> int:
-        prompt = await self._prompt(request, body, turn)
+    async def _count(self, request: Request, turn: Turn) -> int:
+        prompt = await self._render(request, turn)
         processed = await self._context.engine.preprocess(prompt, SamplingParams(max_tokens=None))
         return processed.num_prompt_tokens
 
-    async def _generate(
-        self, request: Request, body: ResponseBody, turn: _Turn, params: SamplingParams
-    ) -> AsyncIterator[RequestOutput]:
-        prompt = await self._prompt(request, body, turn)
+    async def _generate(self, request: Request, turn: Turn, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        body, tools = turn.body, turn.tools
+        prompt = await self._render(request, turn)
+        forms = self._context.chat().answer_forms(has_tools=tools is not None)
+        turn.plan = AnswerPlan(forms, tools, prompt["prompt"], self._context.tokenizer())
+        params = turn.plan.params(params)
         outputs = self._context.generate(
             prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
         )
         del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
-            async for output in outputs:
-                yield output
+            try:
+                async for output in outputs:
+                    yield output
+            except InvalidRequestError as error:
+                raise turn.plan.blame(error) from None
 
-    async def _kept(self, events: AsyncIterator[Event], answer: ResponseAnswer, turn: _Turn) -> AsyncIterator[Event]:
+    async def _kept(self, events: AsyncIterator[Event], answer: ResponseAnswer, turn: Turn) -> AsyncIterator[Event]:
         """The same events; the response is kept before the last of them is told."""
         async with aclosing(events):  # type: ignore[type-var]
             async for event in events:
@@ -151,37 +155,9 @@ class ResponseRoutes:
                     self._keep(answer, turn, event)
                 yield event
 
-    def _keep(self, answer: ResponseAnswer, turn: _Turn, event: Event) -> None:
+    def _keep(self, answer: ResponseAnswer, turn: Turn, event: Event) -> None:
         if not self._store.put(turn.tenant, answer.id, turn.with_answer(answer.response)):
             event["response"] = answer.not_stored()
-
-
-class _Turn:
-    """What a body adds to which conversation."""
-
-    def __init__(
-        self,
-        tenant: bytes,
-        body: ResponseBody,
-        earlier: tuple[KeptItem, ...],
-        given: list[dict[str, Any]],
-        *,
-        is_stored: bool,
-    ) -> None:
-        if not earlier and not given:
-            raise InvalidRequestError("input: got nothing, expected a text or items. Add input.")
-        self.tenant = tenant
-        self.is_stored = is_stored
-        self._earlier = earlier
-        self._given = given
-        self.conversation = Conversation(body.instructions)
-        self.conversation.add([item.content for item in earlier], "previous_response_id.input")
-        self.conversation.add(given, "input")
-
-    def with_answer(self, response: dict[str, Any]) -> KeptResponse:
-        """All that is kept."""
-        output = tuple(map(KeptItem, response["output"]))
-        return KeptResponse(response, self._earlier, tuple(map(KeptItem, self._given)), output)
 
 
 def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:
