@@ -6,6 +6,7 @@ The bundled model answers, so the answers can be judged: it sees, it hears, and 
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -26,7 +27,7 @@ from sensorium.multimodal.media.encode import encode_audio
 from tests.entrypoints.served import Served, data_url, served
 from training.speech import SAMPLE_RATE, SpeechBank
 
-VARYING = ("id", "created", "created_at", "completed_at", "usage", "item_id", "system_fingerprint")
+VARYING = ("id", "created", "created_at", "completed_at", "usage", "item_id", "call_id", "system_fingerprint")
 """Fields that differ from one request to the next."""
 
 
@@ -180,6 +181,61 @@ def test_completions(server: Served) -> None:
     ids = both(server, lambda client: client.post("/../tokenize", cast_to=dict, body={"prompt": first}))["tokens"]
     biased = both(server, lambda client: client.completions.create(**greedy, logit_bias={str(ids[0]): 100}))
     assert len(set(biased.choices[0].text.split())) == 1
+
+
+class Count(BaseModel):
+    """A form of the answer."""
+
+    count: int
+    certain: bool
+
+
+def test_answers_of_a_form(server: Served, scene: str) -> None:
+    picture = {"type": "image_url", "image_url": {"url": scene}}
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 200}
+    asked["messages"] = chat_of(picture, question="How many shapes are there? Answer in JSON.")
+    parsed = both(server, lambda client: client.chat.completions.parse(**asked, response_format=Count))
+    assert isinstance(parsed.choices[0].message.parsed, Count)
+    content = parsed.choices[0].message.content
+    form = {"type": "json_schema", "json_schema": {"name": "count", "schema": Count.model_json_schema()}}
+    chunks = both(server, lambda client: client.chat.completions.create(**asked, response_format=form, stream=True))
+    assert joined(chunks) == content
+    item = {"type": "input_image", "image_url": scene, "detail": "auto"}
+    parts = [item, {"type": "input_text", "text": "How many shapes are there? Answer in JSON."}]
+    given: dict[str, Any] = {"model": "tiny", "temperature": 0, "input": [{"role": "user", "content": parts}]}
+    response = both(server, lambda client: client.responses.parse(**given, text_format=Count))
+    assert response.output_parsed == parsed.choices[0].message.parsed
+    prompt = {"model": "tiny", "prompt": "I see", "temperature": 0, "max_tokens": 200}
+    whole = both(server, lambda client: client.completions.create(**prompt, extra_body={"response_format": form}))
+    assert Count.model_validate_json(whole.choices[0].text)
+    plain = both(
+        server, lambda client: client.chat.completions.create(**asked, response_format={"type": "json_object"})
+    )
+    assert isinstance(json.loads(plain.choices[0].message.content), dict)
+
+
+def test_calls_of_functions(server: Served) -> None:
+    """The model never learnt to call: it is held to it."""
+    tool: Any = openai.pydantic_function_tool(Count, name="report")
+    asked: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_tokens": 300, "tools": [tool]}
+    asked |= {"messages": chat_of(question="How many?"), "tool_choice": "required", "parallel_tool_calls": False}
+    whole = both(server, lambda client: client.chat.completions.create(**asked, seed=1))
+    (call,) = whole.choices[0].message.tool_calls
+    assert call.function.name == "report"
+    assert Count.model_validate_json(call.function.arguments)
+    chunks = both(server, lambda client: client.chat.completions.create(**asked, seed=1, stream=True))
+    deltas = [delta for chunk in chunks for delta in chunk.choices[0].delta.tool_calls or []]
+    assert "".join(delta.function.arguments or "" for delta in deltas) == call.function.arguments
+    flat: Any = {"type": "function", **tool["function"]}
+    given: dict[str, Any] = {"model": "tiny", "temperature": 0, "max_output_tokens": 300, "tools": [flat]}
+    given |= {"input": "How many?", "tool_choice": "required", "parallel_tool_calls": False}
+    response = both(server, lambda client: client.responses.create(**given))
+    (item,) = response.output
+    assert (item.type, item.name, item.arguments) == ("function_call", "report", call.function.arguments)
+    events = both(server, lambda client: client.responses.create(**given, stream=True))
+    assert [event.arguments for event in events if event.type == "response.function_call_arguments.done"] == [
+        call.function.arguments
+    ]
 
 
 @pytest.mark.parametrize("encoding", ["float", "base64"])
