@@ -35,7 +35,13 @@ WAYS: dict[str, dict[str, Any]] = {
         "encoder_cache_rows": 0,
         "mm_processor_cache_bytes": 0,
     },
-    "preempted": {"num_blocks": 150, "block_size": 4, "max_num_seqs": 16, "max_model_len": 600},
+    "preempted": {
+        "num_blocks": 120,
+        "block_size": 4,
+        "max_num_seqs": 16,
+        "max_num_batched_tokens": 512,
+        "max_model_len": 450,
+    },
 }
 
 
