@@ -18,7 +18,7 @@ from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
 from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.model_loader import load_model
 from sensorium.worker import kv_cache
-from sensorium.worker.memory import available_bytes, tensor_bytes
+from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner
 from sensorium.worker.probe import probe_model
 
@@ -64,6 +64,8 @@ class Worker:
             # Torch lets convolutions round their float32 inputs to TF32, three decimal digits. Who asks for float32
             # wants it.
             torch.backends.cudnn.allow_tf32 = False
+        if self._device.type == "cpu":
+            keep_freed_memory()
         with self._stage("load weights"):
             self._model = load_model(config).eval()
         if INPUT_REGISTRY.has_dummy_encoder_data(type(self._model)):
