@@ -101,7 +101,10 @@ def measure_limits(threads: int, clock: Clock) -> Limits:
     has_dot = library.limits_bf16_dot(ctypes.c_long(1), 1) == 0
     dot_s = clock.best(partial(library.limits_bf16_dot, ctypes.c_long(rounds), threads)) if has_dot else 0
     dot = 2 * flops / dot_s if has_dot else fma
-    return Limits(num_bytes / read_s, {torch.float32: fma, torch.float16: fma, torch.bfloat16: dot})
+    if library.sensorium_use_tiles(1):
+        tile_s = clock.best(partial(library.limits_tile_dot, ctypes.c_long(rounds), threads))
+        dot = max(dot, 4 * 2 * 16 * 16 * 32 * rounds * threads / tile_s)
+    return Limits(num_bytes / read_s, {torch.float32: fma, torch.float16: fma, torch.bfloat16: max(dot, fma)})
 
 
 def _address(x: torch.Tensor) -> ctypes.c_void_p:
@@ -111,7 +114,10 @@ def _address(x: torch.Tensor) -> ctypes.c_void_p:
 def _compile_limits() -> ctypes.CDLL:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "limits.so"
-        sources = [Path(__file__).with_name("limits.c"), build.SOURCE_FOLDER / "pool.c"]
+        sources = [
+            Path(__file__).with_name("limits.c"),
+            *(build.SOURCE_FOLDER / name for name in ("pool.c", "tiles.c")),
+        ]
         build.compile_sources(sources, path, ["-I", str(build.SOURCE_FOLDER)])
         return ctypes.CDLL(str(path))
 

@@ -1,6 +1,7 @@
 /* What this machine can do at best: bytes read per second, and multiply-adds per second in each arithmetic that the
  * kernels use. Each function runs its loop on `threads` threads of the kernels' pool; the caller takes the time. */
 #include "pool.h"
+#include "tiles.h"
 
 typedef struct {
     const float *data;
@@ -66,6 +67,35 @@ EXPORT int limits_bf16_dot(long rounds, int threads) {
 }
 #else
 EXPORT int limits_bf16_dot(long rounds, int threads) {
+    (void)rounds, (void)threads;
+    return -1;
+}
+#endif
+
+#if TILES == HARDWARE_TILES
+static void tile_task(const void *context, long first, long last, long thread) {
+    (void)thread;
+    const limits_job *job = context;
+    begin_tiles(TILE_ROWS);
+    for (long i = 0; i < (last - first) * job->rounds; i++) {
+        TILE_DOT(0, 4, 6);
+        TILE_DOT(1, 4, 7);
+        TILE_DOT(2, 5, 6);
+        TILE_DOT(3, 5, 7);
+    }
+    end_tiles();
+}
+
+/* `rounds` times 4 products of tiles on each thread, of zeros, which don't heat: a limit that no real numbers reach.
+ * Returns 0, or -1 where the process has no tiles. */
+EXPORT int limits_tile_dot(long rounds, int threads) {
+    const limits_job job = {0, 0, rounds / 64};
+    if (!sensorium_tiles_on) return -1;
+    sensorium_parallel_for(threads, 64L * threads, 1, tile_task, &job);
+    return 0;
+}
+#else
+EXPORT int limits_tile_dot(long rounds, int threads) {
     (void)rounds, (void)threads;
     return -1;
 }

@@ -1,0 +1,1 @@
+"""Other engines on the same workload; see `benchmarks/side_by_side.py`."""
