@@ -76,16 +76,18 @@ def test_paged(lens: Step, heads: tuple[int, int], dtype: torch.dtype) -> None:
     _compare_paged(batch)
 
 
-@pytest.mark.parametrize("head_size", [16, 24, 40, 64, 72, 80, 96, 128, 256])
+@pytest.mark.parametrize("head_size", [2, 16, 24, 40, 64, 72, 80, 96, 128, 256])
 @pytest.mark.parametrize("block_size", [1, 16, 48])
-def test_paged_head_and_block_sizes(head_size: int, block_size: int) -> None:
-    _compare_paged(PagedBatch([(3, 70), (1, 33)], head_size=head_size, block_size=block_size))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_head_and_block_sizes(head_size: int, block_size: int, dtype: torch.dtype, tiles: bool) -> None:
+    _compare_paged(PagedBatch([(3, 70), (1, 33)], head_size=head_size, block_size=block_size, dtype=dtype))
 
 
 @pytest.mark.parametrize("window", [1, 2, 63, 64, 65, 200, 10_000])
 @pytest.mark.parametrize("softcap", [None, 0.7, 30.0])
-def test_paged_window_and_softcap(window: int, softcap: float | None) -> None:
-    _compare_paged(PagedBatch(MIXES[3]), window=window, softcap=softcap)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_paged_window_and_softcap(window: int, softcap: float | None, dtype: torch.dtype) -> None:
+    _compare_paged(PagedBatch(MIXES[3], dtype=dtype), window=window, softcap=softcap)
 
 
 def _compare_paged(batch: PagedBatch, window: int | None = None, softcap: float | None = None) -> None:
@@ -98,7 +100,9 @@ def _compare_paged(batch: PagedBatch, window: int | None = None, softcap: float 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 50])
-def test_rows_do_not_depend_on_batch_or_chunk(dtype: torch.dtype, window: int | None, num_threads: int) -> None:
+def test_rows_do_not_depend_on_batch_or_chunk(
+    dtype: torch.dtype, window: int | None, num_threads: int, tiles: bool
+) -> None:
     """Batched = alone and chunked = whole, bit for bit: exactness of greedy tokens rests on it."""
     batch = PagedBatch([(100, 230), (1, 2), (30, 30), (1, 400)], heads=(14, 2), head_size=24, dtype=dtype)
     whole = paged_attention(*batch.arguments(), scale=batch.scale, window=window)
@@ -112,9 +116,10 @@ def test_rows_do_not_depend_on_batch_or_chunk(dtype: torch.dtype, window: int | 
                 assert torch.equal(tail, whole[end - last : end])
 
 
-def test_unreadable_cells_are_never_seen() -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unreadable_cells_are_never_seen(dtype: torch.dtype, tiles: bool) -> None:
     """Cells past a sequence's end, and blocks of others, may hold anything."""
-    batch = PagedBatch([(1, 5), (3, 20)], block_size=16)
+    batch = PagedBatch([(1, 5), (3, 20)], block_size=16, dtype=dtype)
     want = paged_attention(*batch.arguments(), scale=0.25)
     used = torch.zeros(batch.cache.shape[1:3], dtype=torch.bool)
     for table, seq_len in zip(batch.block_table, batch.seq_lens.tolist(), strict=True):

@@ -14,6 +14,7 @@
 
 #include "pool.h"
 #include "small_gemm.h"
+#include "tiles.h"
 
 #define KEY_TILE 64
 #define ROW_TILE 96 /* query rows (positions times heads) of a task */
@@ -44,6 +45,7 @@ typedef struct {
     float *keys;    /* [head_size][KEY_TILE], transposed */
     float *values;  /* [KEY_TILE][width] */
     float *scores;  /* [rows][KEY_TILE], then the weights */
+    float *weights; /* for products by tiles: [16][KEY_TILE] bfloat16 */
     float *sums;    /* [rows][width] */
     float *maxima, *normalisers; /* [rows] */
 } workspace;
@@ -51,11 +53,12 @@ typedef struct {
 /* Lay the parts out from `memory` on, each aligned to a cache line, and return how many floats they take. */
 static long carve_up(float *memory, long rows, long head_size, workspace *w) {
     const long width = round_up(head_size, VL);
-    float **parts[] = {&w->query, &w->keys, &w->values, &w->scores, &w->sums, &w->maxima, &w->normalisers};
-    const long sizes[] = {rows * head_size, width * KEY_TILE, KEY_TILE * width, rows * KEY_TILE,
-                          rows * width,     rows,             rows};
+    float **parts[] = {&w->query, &w->keys, &w->values,  &w->scores,
+                       &w->weights, &w->sums, &w->maxima, &w->normalisers};
+    const long sizes[] = {rows * width, width * KEY_TILE, KEY_TILE * width, rows * KEY_TILE, 16 * KEY_TILE / 2,
+                          rows * width, rows,             rows};
     long used = 0;
-    for (int i = 0; i < 7; i++) {
+    for (int i = 0; i < 8; i++) {
         *parts[i] = memory ? memory + used : NULL;
         used += round_up(sizes[i], 16);
     }
@@ -270,6 +273,8 @@ INLINE void attend(const int dtype, const attention_args *args, workspace w, que
         store_rows(dtype, args, tile, tile.first_head + h, from_row(w, h * rows, head_size));
 }
 
+#include "attention_tiles.h"
+
 /* ---- driver ------------------------------------------------------------------------------------------------- */
 
 /* Cut the work into tasks of at most `most_rows` rows (or one position of one head), and into several for each thread
@@ -304,15 +309,24 @@ static void attention_task(const void *context, long first, long last, long thre
     workspace w;
     carve_up(job->memory + thread * job->floats, job->rows, job->args->head_size, &w);
     /* From the last tile on: in causal attention it is the longest. */
-    for (long task = first; task < last; task++)
-        FOR_DTYPE(job->args->dtype, attend, job->args, w, job->tiles[job->num_tiles - 1 - task]);
+    for (long task = first; task < last; task++) {
+        const query_tile tile = job->tiles[job->num_tiles - 1 - task];
+#if TILES
+        if (job->args->dtype == BF16 && sensorium_tiles_on) {
+            attend_by_tiles(job->args, w, tile);
+            continue;
+        }
+#endif
+        FOR_DTYPE(job->args->dtype, attend, job->args, w, tile);
+    }
 }
 
 /* Returns 0, or -1 when memory ran out. */
 EXPORT int sensorium_attention(const attention_args *args) {
     const long num_tiles = list_tiles(args, ROW_TILE, NULL);
     if (num_tiles == 0) return 0;
-    const long rows = MAX(ROW_TILE, args->heads / args->kv_heads);
+    /* Twice as many as a task has, since each head may fill a tile up. */
+    const long rows = MAX(2 * ROW_TILE, round_up(args->heads / args->kv_heads, 16));
     const int threads = (int)MIN(args->threads, num_tiles);
     workspace unused;
     const long floats = carve_up(NULL, rows, args->head_size, &unused);

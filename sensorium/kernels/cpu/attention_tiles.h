@@ -1,0 +1,208 @@
+/* A task of attention.c for bfloat16, its two products by matrix tiles; included there alone.
+ *
+ * Scores are summed in float32 from bfloat16 queries and keys. The weights of the softmax are rounded to bfloat16, and so
+ * are the terms of their normaliser, so that they still add up to one; the weighted sum is kept in float32.
+ *
+ * The working memory holds tiles: queries and weights as row tiles, keys (channels by positions) and values (positions
+ * by channels) as column tiles. Row tiles have as many rows as the task, at most 16. What a tile holds beyond the
+ * head's channels and the tile's positions is zero.
+ */
+#ifndef SENSORIUM_ATTENTION_TILES_H
+#define SENSORIUM_ATTENTION_TILES_H
+
+#if TILES
+
+INLINE long row_tile_bytes(long rows) { return MIN(rows, TILE_ROWS) * 64; }
+
+/* Rows of a key/value head with those that fill its last tile up. */
+INLINE long tiled_rows(long rows) { return rows <= TILE_ROWS ? rows : round_up(rows, TILE_ROWS); }
+
+/* ---- loading ------------------------------------------------------------------------------------------------ */
+
+static void load_query_tiles(const attention_args *args, query_tile tile, long kv_head, char *to) {
+    const long head_size = args->head_size, group = args->heads / args->kv_heads;
+    const long rows = (tile.last - tile.first) * group, tile_bytes = row_tile_bytes(rows);
+    const long depth = round_up(head_size, TILE_DEPTH) / TILE_DEPTH;
+    memset(to, 0, (size_t)(tiled_rows(rows) * depth * 64));
+    for (long r = 0; r < rows; r++) {
+        const long token = args->starts[tile.sequence] + tile.first + r / group;
+        const char *from = args->query + (token * args->query_stride + (kv_head * group + r % group) * head_size) * 2;
+        char *row = to + r / TILE_ROWS * depth * tile_bytes + r % TILE_ROWS * 64;
+        for (long i = 0; i < head_size; i += TILE_DEPTH, row += tile_bytes)
+            memcpy(row, from + 2 * i, (size_t)(2 * MIN(TILE_DEPTH, head_size - i)));
+    }
+}
+
+/* [16 positions][32 channels]: pairs of channels, transposed. */
+static void load_key_tiles(long head_size, const tile_rows *rows, long offset, char *to) {
+    for (long j = 0; j < rows->count; j += TILE_ROWS)
+        for (long i = 0; i < head_size; i += TILE_DEPTH, to += TILE_BYTES) {
+            vf square[VL];
+            const long present = rows->count - j;
+            if (i + TILE_DEPTH <= head_size) {
+                UNROLL for (int r = 0; r < VL; r++)
+                    square[r] = r < present ? vload(F32, rows->keys[j + r] + offset + 2 * i, 0) : (vf){0};
+            } else {
+                for (int r = 0; r < VL; r++) {
+                    square[r] = (vf){0};
+                    if (r < present) memcpy(&square[r], rows->keys[j + r] + offset + 2 * i, (size_t)(2 * (head_size - i)));
+                }
+            }
+            transpose(square);
+            UNROLL for (int r = 0; r < VL; r++) *(vf *)(to + r * 64) = square[r];
+        }
+}
+
+INLINE vu load_half_row(const char *from, long i, long head_size) {
+    uint16_t rest[VL] = {0};
+    if (i + VL <= head_size) return vload_u16((const uint16_t *)from + i);
+    memcpy(rest, from + 2 * i, (size_t)(2 * (head_size - i)));
+    return vload_u16(rest);
+}
+
+/* [32 positions][16 channels]: pairs of positions, side by side. */
+static void load_value_tiles(long head_size, const tile_rows *rows, long offset, char *to) {
+    for (long j = 0; j < rows->count; j += TILE_DEPTH)
+        for (long i = 0; i < head_size; i += VL)
+            for (long pair = j; pair < j + TILE_DEPTH; pair += 2, to += 64) {
+                vu both = {0};
+                if (pair < rows->count) both = load_half_row(rows->values[pair] + offset, i, head_size);
+                if (pair + 1 < rows->count) both |= load_half_row(rows->values[pair + 1] + offset, i, head_size) << 16;
+                *(vu *)to = both;
+            }
+}
+
+/* ---- products ----------------------------------------------------------------------------------------------- */
+
+/* sums (+)= a row tile times `blocks` column tiles side by side, over `depth` tiles. */
+INLINE void multiply_row_tile(const int blocks, const char *rows, long rows_step, const char *columns, long block_step,
+                              long depth_step, long depth, float *sums, long width, int accumulate) {
+    if (accumulate) {
+        TILE_LOAD(0, sums, width * 4);
+        if (blocks > 1) TILE_LOAD(1, sums + 16, width * 4);
+        if (blocks > 2) TILE_LOAD(2, sums + 32, width * 4);
+        if (blocks > 3) TILE_LOAD(3, sums + 48, width * 4);
+    } else {
+        TILE_ZERO(0);
+        if (blocks > 1) TILE_ZERO(1);
+        if (blocks > 2) TILE_ZERO(2);
+        if (blocks > 3) TILE_ZERO(3);
+    }
+    for (long k = 0; k < depth; k++, rows += rows_step, columns += depth_step) {
+        TILE_LOAD(4, rows, 64);
+        TILE_LOAD(6, columns, 64);
+        TILE_DOT(0, 4, 6);
+        if (blocks > 1) {
+            TILE_LOAD(7, columns + block_step, 64);
+            TILE_DOT(1, 4, 7);
+        }
+        if (blocks > 2) {
+            TILE_LOAD(6, columns + 2 * block_step, 64);
+            TILE_DOT(2, 4, 6);
+        }
+        if (blocks > 3) {
+            TILE_LOAD(7, columns + 3 * block_step, 64);
+            TILE_DOT(3, 4, 7);
+        }
+    }
+    TILE_STORE(0, sums, width * 4);
+    if (blocks > 1) TILE_STORE(1, sums + 16, width * 4);
+    if (blocks > 2) TILE_STORE(2, sums + 32, width * 4);
+    if (blocks > 3) TILE_STORE(3, sums + 48, width * 4);
+}
+
+static void multiply_columns(long blocks, const char *rows, long rows_step, const char *columns, long block_step,
+                             long depth_step, long depth, float *sums, long width, int accumulate) {
+#define BLOCKS(B) \
+    case B: multiply_row_tile(B, rows, rows_step, columns, block_step, depth_step, depth, sums, width, accumulate); break;
+    for (long block = 0; block < blocks; block += 4, columns += 4 * block_step, sums += 64) switch (MIN(4, blocks - block)) {
+            BLOCKS(1) BLOCKS(2) BLOCKS(3) BLOCKS(4)
+        }
+#undef BLOCKS
+}
+
+/* ---- a task ------------------------------------------------------------------------------------------------- */
+
+/* As `update_row`, with rounded weights, which go to line `line` of the row tile `to`. */
+INLINE void update_tiled_row(workspace w, long row, long columns, long width, float tile_maximum, char *to, long line,
+                             long tile_bytes) {
+    const float before = w.maxima[row], now = MAX(before, tile_maximum), base = now == -INFINITY ? 0 : now;
+    const float *scores = w.scores + row * KEY_TILE;
+    float *sums = w.sums + row * width;
+    vf total = {0};
+    for (long j = 0; j < round_up(columns, TILE_DEPTH); j += VL) {
+        vf weight = {0};
+        if (j < columns) weight = vround(BF16, vexp_nonpositive(*(const vf *)(scores + j) - base));
+        vstore(BF16, to + j / TILE_DEPTH * tile_bytes + line * 64 + j % TILE_DEPTH * 2, 0, weight);
+        total += weight;
+    }
+    if (now != before) {
+        const float shrink = vexp_nonpositive(splat(before - base))[0];
+        w.normalisers[row] *= shrink;
+        for (long i = 0; i < width; i += VL) *(vf *)(sums + i) *= shrink;
+        w.maxima[row] = now;
+    }
+    w.normalisers[row] += vsum(total);
+}
+
+/* Attend to one tile of `count` keys from position `begin` on, which the workspace holds. */
+static void attend_to_key_tiles(const attention_args *args, query_tile tile, sight seen, long begin, long count,
+                                workspace w) {
+    const long head_size = args->head_size, width = round_up(head_size, VL), group = args->heads / args->kv_heads;
+    const long rows = (tile.last - tile.first) * group, columns = round_up(count, VL);
+    const long channel_tiles = round_up(head_size, TILE_DEPTH) / TILE_DEPTH, tile_bytes = row_tile_bytes(rows);
+    const long key_tiles = round_up(count, TILE_DEPTH) / TILE_DEPTH;
+    const char *queries = (const char *)w.query, *keys = (const char *)w.keys, *values = (const char *)w.values;
+    char *weights = (char *)w.weights;
+    for (long first = 0; first < rows; first += TILE_ROWS, queries += channel_tiles * tile_bytes) {
+        multiply_columns(columns / VL, queries, tile_bytes, keys, channel_tiles * TILE_BYTES, TILE_BYTES, channel_tiles,
+                         w.scores + first * KEY_TILE, KEY_TILE, 0);
+        for (long r = first; r < MIN(rows, first + TILE_ROWS); r++) {
+            const long position = seen.offset + tile.first + r / group, low = position - seen.window + 1 - begin;
+            const long high = MIN(count, (args->causal ? position + 1 : position + seen.window) - begin);
+            const float maximum = finish_scores(args, w.scores + r * KEY_TILE, columns, low, high);
+            update_tiled_row(w, r, columns, width, maximum, weights, r - first, tile_bytes);
+        }
+        multiply_columns(width / VL, weights, tile_bytes, values, TILE_BYTES, width / VL * TILE_BYTES, key_tiles,
+                         w.sums + first * width, width, 1);
+    }
+}
+
+static void attend_by_tiles(const attention_args *args, workspace w, query_tile tile) {
+    const long head_size = args->head_size, width = round_up(head_size, VL), head_bytes = head_size * 2;
+    const long heads = tile.last_head - tile.first_head;
+    const long rows = tiled_rows((tile.last - tile.first) * (args->heads / args->kv_heads));
+    const long query_floats = round_up(head_size, TILE_DEPTH) / 2; /* of a row */
+    const sight seen = sight_of(args, tile);
+    const long first_tile = seen.first_key / KEY_TILE * KEY_TILE;
+    tile_rows found[2], *now = &found[0], *next = &found[1];
+
+    find_rows(BF16, args, tile, first_tile, seen.last_key, next);
+    prefetch_rows(next, heads * head_bytes, 0, 1);
+    for (long h = 0; h < heads; h++)
+        load_query_tiles(args, tile, tile.first_head + h, (char *)(w.query + h * rows * query_floats));
+    memset(w.sums, 0, (size_t)(heads * rows * width) * sizeof(float));
+    memset(w.normalisers, 0, (size_t)(heads * rows) * sizeof(float));
+    for (long r = 0; r < heads * rows; r++) w.maxima[r] = -INFINITY;
+
+    begin_tiles((int)MIN(rows, TILE_ROWS));
+    for (long begin = first_tile; begin < seen.last_key; begin += KEY_TILE) {
+        tile_rows *done = now;
+        now = next, next = done;
+        find_rows(BF16, args, tile, begin + KEY_TILE, seen.last_key, next);
+        for (long h = 0; h < heads; h++) {
+            load_key_tiles(head_size, now, h * head_bytes, (char *)w.keys);
+            load_value_tiles(head_size, now, h * head_bytes, (char *)w.values);
+            prefetch_rows(next, heads * head_bytes, h, heads);
+            workspace part = from_row(w, h * rows, head_size);
+            part.query = w.query + h * rows * query_floats;
+            attend_to_key_tiles(args, tile, seen, begin, now->count, part);
+        }
+    }
+    end_tiles();
+    for (long h = 0; h < heads; h++)
+        store_rows(BF16, args, tile, tile.first_head + h, from_row(w, h * rows, head_size));
+}
+
+#endif
+#endif
