@@ -39,9 +39,9 @@ class AnswerForms:
             raise UnsupportedFeatureError(f"tools: got functions, expected none, since {self.why_no_tools}")
         return self.tool_format
 
-    def is_reasoning_open(self, prompt: str) -> bool:
-        """Whether an answer to this prompt begins within reasoning."""
-        return self.reasoning is not None and self.reasoning.is_open_in(prompt)
+    def is_reasoning_open(self, prompt: str, *, is_continued: bool = False) -> bool:
+        """Whether an answer to this prompt begins within reasoning. `is_continued`: the prompt holds its beginning."""
+        return self.reasoning is not None and self.reasoning.is_open_in(prompt, is_continued=is_continued)
 
     def reasoning_end_id(self) -> int | None:
         """The token that ends reasoning, where it is one."""

@@ -25,8 +25,13 @@ class ReasoningFormat:
     begin: str
     end: str
 
-    def is_open_in(self, prompt: str) -> bool:
-        """Whether a rendered prompt ends within reasoning, so that the answer begins there."""
+    def is_open_in(self, prompt: str, *, is_continued: bool = False) -> bool:
+        """Whether a rendered prompt ends within reasoning, so that the answer begins there.
+
+        `is_continued`: the prompt ends with the beginning of an answer, which may hold reasoning.
+        """
+        if is_continued and self.begin in prompt:
+            return prompt.rindex(self.begin) > prompt.rfind(self.end)
         return prompt.rstrip().endswith(self.begin)
 
     def read(self, reader: Reader, sink: Sink, *, is_open: bool) -> Steps[None]:

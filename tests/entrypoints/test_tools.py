@@ -177,6 +177,14 @@ def test_a_prompt_that_opens_reasoning(client: openai.OpenAI, script: Script) ->
     assert (choice.message.content, choice.message.reasoning, choice.finish_reason) == ("", "Hm, and", "length")
 
 
+def test_an_answer_that_goes_on_within_reasoning(client: openai.OpenAI, script: Script) -> None:
+    script.texts = [" and so.</think>Yes."]
+    begun = [*CHAT, {"role": "assistant", "content": "<think>Hm,"}]
+    options = {"continue_final_message": True, "add_generation_prompt": False}
+    message = ask(client, messages=begun, extra_body=options).choices[0].message
+    assert (message.content, message.reasoning) == ("Yes.", "and so.")
+
+
 def test_settings_of_reasoning_reach_the_template(client: openai.OpenAI, script: Script) -> None:
     script.texts = ["Yes."]
     for options in ({"reasoning_effort": "none"}, {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}):

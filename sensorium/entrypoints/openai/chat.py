@@ -82,7 +82,8 @@ class ChatRoutes:
 
     def _plan(self, body: ChatBody, request: ToolRequest | None, prompt: str) -> AnswerPlan:
         forms = self._context.chat().answer_forms(chat_template=body.chat_template, has_tools=request is not None)
-        return AnswerPlan(forms, request, prompt, self._context.tokenizer())
+        tokenizer, is_continued = self._context.tokenizer(), body.continue_final_message
+        return AnswerPlan(forms, request, prompt, tokenizer, is_continued=is_continued)
 
     async def _whole(self, turn: _Turn) -> RequestOutput:
         async with aclosing(self._generate(turn, OutputKind.FINAL_ONLY)) as outputs:  # type: ignore[type-var]

@@ -35,17 +35,26 @@ class AnswerPlan:
         request: the functions that it may call, if any.
         prompt: the rendered prompt, which tells whether the answer begins within reasoning.
         tokenizer: counts the tokens of reasoning whose end is no token of its own.
+        is_continued: the prompt ends with the beginning of an answer.
 
     Raises:
         UnsupportedFeatureError: There are functions, and the model has no form of calls.
     """
 
-    def __init__(self, forms: AnswerForms, request: ToolRequest | None, prompt: str, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        forms: AnswerForms,
+        request: ToolRequest | None,
+        prompt: str,
+        tokenizer: Any,
+        *,
+        is_continued: bool = False,
+    ) -> None:
         self.forms = forms
         self.request = request
         self.tokenizer = tokenizer
         self.tool_format = forms.calls() if request is not None else None
-        self.is_reasoning_open = forms.is_reasoning_open(prompt)
+        self.is_reasoning_open = forms.is_reasoning_open(prompt, is_continued=is_continued)
         self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
 
     def params(self, params: SamplingParams) -> SamplingParams:
