@@ -62,6 +62,12 @@ def answer_grammar(
     return lark.grammar(f"{_before(lark, reasoning, is_behind_reasoning)}{answer}")
 
 
+def json_grammar(schema: Mapping[str, Any], token_ids: Mapping[str, int], reasoning: ReasoningFormat) -> str:
+    """A grammar of answers that are JSON of a schema, behind reasoning if the model reasons."""
+    lark = Lark(token_ids)
+    return lark.grammar(f"{_before(lark, reasoning, False)}{lark.json(schema, is_strict=True)}")
+
+
 def _before(lark: Lark, reasoning: ReasoningFormat | None, is_behind_reasoning: bool) -> str:
     if is_behind_reasoning:
         return f"{lark.rule(_LINE_BREAKS)} "

@@ -119,6 +119,37 @@ def test_json_or_calls(client: openai.OpenAI) -> None:
     assert kinds
 
 
+def test_json_behind_reasoning(client: openai.OpenAI) -> None:
+    """The model may write reasoning first, whether it begins it itself or the prompt did; the JSON is the content."""
+    schema = {
+        "type": "object",
+        "properties": {"sky": {"enum": ["blue"]}},
+        "required": ["sky"],
+        "additionalProperties": False,
+    }
+    form: Any = {"type": "json_schema", "json_schema": {"name": "sky", "schema": schema}}
+    options: dict[str, Any] = {"response_format": form, "tools": openai.omit, "temperature": 0.0}
+    for template, biased in (
+        ("hermes_thinking", ("{",)),
+        ("hermes_thinking", ("<think>", "</think>")),
+        ("hermes_open", ("</think>",)),
+    ):
+        bias = {str(client_token(client, each)): 40.0 for each in biased}
+        choice = ask(client, template, logit_bias=bias, logprobs=True, **options).choices[0]
+        assert json.loads(choice.message.content) == {"sky": "blue"}
+        assert ("</think>" in [each.token for each in choice.logprobs.content]) == ("</think>" in biased)
+    bad: Any = {"type": "json_schema", "json_schema": {"name": "a", "schema": {"type": "string", "format": "odd"}}}
+    with pytest.raises(openai.BadRequestError, match="response_format: got a schema that can't be held to"):
+        ask(client, "hermes_thinking", response_format=bad, tools=openai.omit)
+
+
+def client_token(client: openai.OpenAI, text: str) -> int:
+    """The id of a token."""
+    url = str(client.base_url).replace("/v1/", "/tokenize")
+    (token_id,) = client.post(url, body={"prompt": text, "add_special_tokens": False}, cast_to=dict[str, Any])["tokens"]
+    return int(token_id)
+
+
 def test_a_schema_that_cannot_be_held_to_is_named_for_strict_functions_only(client: openai.OpenAI) -> None:
     odd = {
         "type": "object",

@@ -16,7 +16,7 @@ from sensorium.entrypoints.openai.http import EventStream, JsonResponse, read_js
 from sensorium.entrypoints.openai.protocol import ChatBody, TokenCostBody, parse_body
 from sensorium.entrypoints.openai.tools.plan import AnswerPlan
 from sensorium.entrypoints.openai.tools.request import ToolRequest
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import RequestError
 from sensorium.outputs import OutputKind, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
@@ -77,7 +77,7 @@ class ChatRoutes:
             try:
                 async for output in outputs:
                     yield output
-            except InvalidRequestError as error:
+            except RequestError as error:
                 raise turn.plan.blame(error) from None
 
     def _plan(self, body: ChatBody, request: ToolRequest | None, prompt: str) -> AnswerPlan:

@@ -16,13 +16,14 @@ from dataclasses import replace
 from typing import Any
 
 from sensorium.entrypoints.openai.tools.request import ToolRequest
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.inputs.chat_forms import AnswerForms
 from sensorium.parsing import AnswerParser, Event, Reasoning, ToolCallStart
-from sensorium.parsing.grammars import Held, answer_grammar
+from sensorium.parsing.grammars import Held, answer_grammar, json_grammar
 from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs
 
+_JSON_KINDS = ("json", "json_object")
 _LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 _CALL_ID_CHARS = 24
 
@@ -55,6 +56,7 @@ class AnswerPlan:
         self.tokenizer = tokenizer
         self.tool_format = forms.calls() if request is not None else None
         self.is_reasoning_open = forms.is_reasoning_open(prompt, is_continued=is_continued)
+        self._has_grammar = False
         self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
 
     def params(self, params: SamplingParams) -> SamplingParams:
@@ -80,10 +82,14 @@ class AnswerPlan:
             return "call_" + _random_chars(_CALL_ID_CHARS)
         return _random_chars(num_chars)
 
-    def blame(self, error: InvalidRequestError) -> InvalidRequestError:
+    def blame(self, error: RequestError) -> RequestError:
         """An error about a form, in terms of what the request has."""
-        if self.request is None or not str(error).startswith("structured_outputs"):
+        if not str(error).startswith("structured_outputs.grammar") or not self._has_grammar:
             return error
+        if self.request is None:
+            return InvalidRequestError(
+                f"response_format: got a schema that can't be held to ({error!s:.400}). Change it."
+            )
         return InvalidRequestError(
             f"tools: calls can't be held to the functions' parameters ({error!s:.400}). Change parameters, or "
             "leave out strict and tool_choice."
@@ -92,15 +98,18 @@ class AnswerPlan:
     def _form(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
         """The form that answers must have: calls, the form that was asked for, or either; behind reasoning."""
         request = self.request
+        reasoning = self.forms.reasoning if self._may_reason and not self.is_reasoning_open else None
         if request is None or not (request.is_forced or request.is_strict or asked):
-            return self._behind_reasoning(asked)
+            if asked is None or reasoning is None or asked.kind not in _JSON_KINDS or asked.start_after is not None:
+                return self._behind_reasoning(asked)
+            return self._grammar(json_grammar(_schema(asked), self.forms.token_ids, reasoning))
         schema = None
         if asked is not None and not request.is_forced:
-            if asked.kind not in ("json", "json_object"):
+            if asked.kind not in _JSON_KINDS:
                 raise InvalidRequestError(
                     f"tools: got functions and structured_outputs.{asked.kind}, expected one of them. Remove one."
                 )
-            schema = json.loads(asked.json) if isinstance(asked.json, str) else {"type": "object"}
+            schema = _schema(asked)
         assert self.tool_format is not None
         held = Held.CALLS if request.is_forced else Held.PROPER if asked is None else Held.EITHER
         grammar = answer_grammar(
@@ -110,9 +119,13 @@ class AnswerPlan:
             held=held,
             is_parallel=request.is_parallel,
             schema=schema,
-            reasoning=self.forms.reasoning if self._may_reason and not self.is_reasoning_open else None,
+            reasoning=reasoning,
             is_behind_reasoning=self.is_reasoning_open,
         )
+        return self._grammar(grammar)
+
+    def _grammar(self, grammar: str) -> StructuredOutputs | None:
+        self._has_grammar = True
         return self._behind_reasoning(StructuredOutputs(grammar=grammar))
 
     def _behind_reasoning(self, form: StructuredOutputs | None) -> StructuredOutputs | None:
@@ -170,6 +183,10 @@ class AnswerReader:
                 return
             self._num_tokens += 1
             self._has_end = token_id == end_id
+
+
+def _schema(form: StructuredOutputs) -> Any:
+    return json.loads(form.json) if isinstance(form.json, str) else {"type": "object"}
 
 
 def _random_chars(count: int) -> str:
