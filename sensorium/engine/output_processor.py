@@ -197,7 +197,8 @@ class _Request:
 
     def fail(self, failure: RequestFailure) -> list[str]:
         """Set the error and end the outputs that still run; returns their ids."""
-        self.error = RequestError(failure.message)
+        kind = InvalidRequestError if failure.status == InvalidRequestError.status else RequestError
+        self.error = kind(failure.message)
         self.error.status = failure.status
         running = [child for child in self.children if not child.is_finished]
         for child in running:

