@@ -21,7 +21,7 @@ from openai.types.audio import Transcription
 from openai.types.chat import ChatCompletion, ChatCompletionChunk
 from openai.types.responses import Response
 from PIL import Image, ImageDraw
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from sensorium.multimodal.media.encode import encode_audio
 from tests.entrypoints.served import Served, data_url, served
@@ -186,7 +186,7 @@ def test_completions(server: Served) -> None:
 class Count(BaseModel):
     """A form of the answer."""
 
-    count: int
+    count: int = Field(ge=0, le=99)
     certain: bool
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -162,6 +163,21 @@ def test_a_body_that_is_no_upload_is_refused(http: httpx.Client, kind: str, body
     response = http.post("/v1/audio/transcriptions", content=body, headers={"Content-Type": kind})
     assert response.status_code == 400, response.text
     assert "the body: got" in response.json()["error"]["message"]
+
+
+def test_an_upload_that_breaks_off_and_a_sound_that_was_heard_leave_nothing(server: Served) -> None:
+    address = server.url.removeprefix("http://").split(":")
+    head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
+    with socket.create_connection((address[0], int(address[1])), timeout=10) as connection:
+        connection.sendall(f"{head}Content-Length: 1000000\r\n\r\n{part}".encode() + b"x" * 500_000)
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
+        stream = client.audio.transcriptions.create(model="tiny", file=spoken("one", "two"), stream=True)
+        next(iter(stream))
+        stream.close()
+        assert client.audio.transcriptions.create(model="tiny", file=spoken("one")).text == "one"
+    server.settle()
+    assert server.engine.load().num_media_bytes == 0
 
 
 def test_there_are_no_translations(client: openai.OpenAI) -> None:

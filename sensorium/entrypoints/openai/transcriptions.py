@@ -20,8 +20,9 @@ from sensorium.entrypoints.openai.protocol import TranscriptionForm, parse_body
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.transcription import TranscriptionStyle, TranscriptReader, transcription_style
 from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.multimodal.media import EncodedMedia
+from sensorium.multimodal.media import AudioClip, EncodedMedia, MediaLoader
 from sensorium.outputs import OutputKind, RequestOutput
+from sensorium.stages import stage
 
 
 class TranscriptionRoutes:
@@ -48,12 +49,12 @@ class TranscriptionRoutes:
         form = parse_body(TranscriptionForm, upload.fields)
         self._context.check_model(form.model)
         form.check_format()
-        sound = loader.encoded("audio", upload.file)
-        transcript = _Transcript(form, await self._style())
+        transcript = _Transcript(form, await self._style(), loader.encoded("audio", upload.file))
+        del upload  # the sound goes once the core has it
         if form.stream:
-            generated = self._generate(request, transcript, sound, OutputKind.DELTA)
+            generated = self._generate(request, transcript, OutputKind.DELTA)
             return EventStream(transcript.events(await while_connected(request, with_first(generated))))
-        output = await while_connected(request, self._whole(request, transcript, sound))
+        output = await while_connected(request, self._whole(request, transcript))
         return transcript.response(output)
 
     def _check_hears(self) -> None:
@@ -72,14 +73,15 @@ class TranscriptionRoutes:
         return self._known_style
 
     async def _generate(
-        self, request: Request, transcript: _Transcript, sound: EncodedMedia, kind: OutputKind
+        self, request: Request, transcript: _Transcript, kind: OutputKind
     ) -> AsyncIterator[RequestOutput]:
-        messages, params = transcript.messages(sound), transcript.form.params()
+        params = transcript.form.params()
+        transcript.check()
         self._context.engine.check_accepts()  # before anything is decoded
         loader = self._context.media_loader
-        clip = await self._context.engine.in_pool(lambda: loader.decode(sound))
-        transcript.take_duration(clip.duration_s)  # type: ignore[union-attr]
-        prompt = await self._context.render(request, messages)
+        await self._context.engine.in_pool(lambda: transcript.measure(loader))
+        prompt = await self._context.render(request, transcript.messages())
+        transcript.forget_sound()
         outputs = self._context.generate(prompt, params, kind, priority=0, cache_salt=None)
         del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
@@ -87,30 +89,48 @@ class TranscriptionRoutes:
                 transcript.check_end(output)
                 yield output
 
-    async def _whole(self, request: Request, transcript: _Transcript, sound: EncodedMedia) -> RequestOutput:
-        generated = self._generate(request, transcript, sound, OutputKind.FINAL_ONLY)
+    async def _whole(self, request: Request, transcript: _Transcript) -> RequestOutput:
+        generated = self._generate(request, transcript, OutputKind.FINAL_ONLY)
         async with aclosing(generated) as outputs:  # type: ignore[type-var]
             return await anext(outputs)
 
 
 class _Transcript:
-    """One answer in OpenAI's forms."""
+    """One sound, and the answer in OpenAI's forms."""
 
-    def __init__(self, form: TranscriptionForm, style: TranscriptionStyle) -> None:
+    def __init__(self, form: TranscriptionForm, style: TranscriptionStyle, sound: EncodedMedia) -> None:
         self.form = form
         self._style = style
+        self._sound: EncodedMedia | None = sound
         self._duration_s = 0.0
         self._num_tokens = 0
 
-    def messages(self, sound: EncodedMedia) -> list[dict[str, Any]]:
-        """The chat that asks for it. Raises `InvalidRequestError` for a language that there isn't."""
-        told = self._style.told(self.form.language, self.form.prompt)
-        return [{"role": "user", "content": [{"type": "audio", "audio": sound}, {"type": "text", "text": told}]}]
+    def check(self) -> None:
+        """Raises `InvalidRequestError` for a language that there isn't."""
+        self._style.told(self.form.language, self.form.prompt)
 
-    def take_duration(self, duration_s: float) -> None:
-        """Note and check how long the sound is. Raises `InvalidRequestError`."""
-        self._style.check_duration(duration_s)
-        self._duration_s = duration_s
+    def messages(self) -> list[dict[str, Any]]:
+        """The chat that asks for it."""
+        told = self._style.told(self.form.language, self.form.prompt)
+        return [{"role": "user", "content": [{"type": "audio", "audio": self._sound}, {"type": "text", "text": told}]}]
+
+    def measure(self, loader: MediaLoader) -> None:
+        """Find out how long the sound is; what is decoded for that is kept for the request.
+
+        Raises:
+            MediaError: It can't be decoded.
+            InvalidRequestError: It is longer than the model hears.
+        """
+        assert self._sound is not None
+        with stage("decode", "audio"):
+            clip = loader.decode(self._sound)
+        assert isinstance(clip, AudioClip)
+        self._style.check_duration(clip.duration_s)
+        self._duration_s = clip.duration_s
+
+    def forget_sound(self) -> None:
+        """Hold the sound no longer."""
+        self._sound = None
 
     def check_end(self, output: RequestOutput) -> None:
         """Raises `InvalidRequestError` for a transcript that breaks off where nobody asked for it."""
