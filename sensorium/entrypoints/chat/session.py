@@ -111,7 +111,8 @@ class ChatSession:
         else:
             self._terminal.write("\n")
             self._terminal.remark(_times(start_s, first_s, num_tokens))
-        self._conversation.add(question, "".join(texts))
+        if any(texts):  # a turn without an answer would be held against later ones by some templates
+            self._conversation.add(question, "".join(texts))
 
     def _attacher(self, modality: str) -> Callable[[str], None]:
         return lambda rest: self._attach([attach(path, modality) for path in paths_of(rest)])
