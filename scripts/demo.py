@@ -1,25 +1,37 @@
-"""The main job in a minute: the bundled model looks at a picture, watches a clip and listens to a sound.
+"""The main job in a minute: a server with the bundled model looks at a picture, watches a clip, listens to a sound.
 
-Everything is drawn and rendered here, so nothing is downloaded. Sensorium generates the answers in one batch, then
-Hugging Face's own class one by one, and the tokens are compared.
+Starts `sensorium serve demo` on a free port and asks through OpenAI's client. Hugging Face's own class answers the same
+questions in this process, and texts and numbers of tokens are compared. Then the playground is yours until Ctrl-C.
+Everything is drawn and rendered here; nothing is downloaded.
 """
 
 from __future__ import annotations
 
-import logging
+import argparse
+import re
+import signal
+import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import IO, Any
 
+import httpx
 import numpy as np
-import torch
+import openai
 from PIL import Image, ImageDraw
 
-from sensorium import LLM, SamplingParams
+from sensorium.multimodal.media.encode import audio_to_data_url, image_to_data_url, video_to_data_url
 
 SIZE = 112
 SAMPLING_RATE = 16_000
+START_TIMEOUT_S = 300.0
+"""The first start on a machine compiles the kernels."""
+STOP_TIMEOUT_S = 30.0
+MAX_TOKENS = 48
 
 
 def picture() -> Image.Image:
@@ -42,11 +54,11 @@ def clip(num_frames: int = 8) -> np.ndarray[Any, np.dtype[np.uint8]]:
     return np.stack(frames)
 
 
-def sound(num_beeps: int = 3) -> tuple[np.ndarray[Any, np.dtype[np.float32]], int]:
+def sound(num_beeps: int = 3) -> np.ndarray[Any, np.dtype[np.float32]]:
     """Beeps of 880 Hz with pauses between them."""
     beep = 0.4 * np.sin(2 * np.pi * 880 * np.arange(int(0.15 * SAMPLING_RATE)) / SAMPLING_RATE)
     pause = np.zeros(int(0.2 * SAMPLING_RATE))
-    return np.concatenate([pause, *[np.concatenate([beep, pause])] * num_beeps]).astype(np.float32), SAMPLING_RATE
+    return np.concatenate([pause, *[np.concatenate([beep, pause])] * num_beeps]).astype(np.float32)
 
 
 @dataclass(frozen=True)
@@ -54,64 +66,180 @@ class Question:
     """A question about something, and what that something shows."""
 
     modality: str
-    data: Any
+    url: str
     text: str
     shown: str
 
-    def messages(self) -> list[dict[str, Any]]:
-        parts = [{"type": self.modality, self.modality: self.data}, {"type": "text", "text": self.text}]
-        return [{"role": "user", "content": parts}]
+    def messages(self) -> list[Any]:
+        kind = f"{self.modality}_url"
+        return [
+            {"role": "user", "content": [{"type": kind, kind: {"url": self.url}}, {"type": "text", "text": self.text}]}
+        ]
 
 
-QUESTIONS = (
-    Question("image", picture(), "What is in the image?", "a red circle top left, a blue square bottom right"),
-    Question("image", picture(), "How many shapes are there?", "two shapes"),
-    Question("video", clip(), "What moves?", "a green circle that moves right"),
-    Question("audio", sound(), "How many beeps are there?", "three beeps"),
-)
+@dataclass(frozen=True)
+class Answer:
+    """What came of a question, and how fast."""
+
+    text: str
+    num_prompt_tokens: int
+    num_tokens: int
+    first_token_s: float
+    whole_s: float
 
 
-def hugging_face_tokens(llm: LLM, question: Question, params: SamplingParams) -> list[int]:
-    """Greedy tokens of transformers' class on the same admitted prompt."""
-    request = llm.preprocess_chat(question.messages(), params).engine_request
-    inputs: dict[str, Any] = {"input_ids": torch.tensor([list(request.prompt_token_ids)])}
-    inputs["attention_mask"] = torch.ones_like(inputs["input_ids"])
-    for item in request.media:
-        inputs |= {name: torch.as_tensor(value) for name, value in (item.kwargs or {}).items()}
-    model = reference_model(llm.engine.config.model_config.model)
-    with torch.inference_mode():
-        output = model.generate(**inputs, max_new_tokens=params.max_tokens, do_sample=False)
-    tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
-    return tokens
+def questions() -> list[Question]:
+    image = image_to_data_url(picture())
+    video = video_to_data_url(clip(), fps=2)
+    audio = audio_to_data_url(sound(), SAMPLING_RATE)
+    return [
+        Question("image", image, "What is in the image?", "a red circle top left, a blue square bottom right"),
+        Question("image", image, "How many shapes are there?", "two shapes"),
+        Question("video", video, "What moves?", "a green circle that moves right"),
+        Question("audio", audio, "How many beeps are there?", "three beeps"),
+    ]
 
 
-def reference_model(path: str, _cache: dict[str, Any] = {}) -> Any:  # noqa: B006
-    if path not in _cache:
+@contextmanager
+def running_server() -> Iterator[tuple[str, subprocess.Popen[bytes]]]:
+    """A server on a free port of this machine; its address, and its process."""
+    command = [sys.executable, "-m", "sensorium.entrypoints.cli.main", "serve", "demo", "--port", "0"]
+    flags = ["--dtype", "float32", "--device", "cpu", "--limit-mm-per-prompt", '{"image": 4, "video": 2, "audio": 2}']
+    with tempfile.TemporaryFile("w+b") as log:
+        process = subprocess.Popen([*command, *flags], stderr=log)
+        try:
+            yield _address(process, log), process
+        finally:
+            process.send_signal(signal.SIGTERM)
+            try:
+                process.wait(STOP_TIMEOUT_S)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+def _address(process: subprocess.Popen[bytes], log: IO[bytes]) -> str:
+    deadline_s = time.monotonic() + START_TIMEOUT_S
+    while time.monotonic() < deadline_s:
+        log.seek(0)
+        text = log.read().decode(errors="replace")
+        if found := re.search(r"running on (http://[\d.]+:\d+)", text):
+            return found[1]
+        if process.poll() is not None:
+            raise SystemExit(f"the server ended with status {process.returncode}:\n{text}")
+        time.sleep(0.1)
+    raise SystemExit(f"the server was not ready within {START_TIMEOUT_S:.0f} s:\n{text}")
+
+
+def ask(client: openai.OpenAI, question: Question) -> Answer:
+    """Stream an answer."""
+    begin_s = time.perf_counter()
+    first_token_s = 0.0
+    pieces: list[str] = []
+    usage = None
+    stream = client.chat.completions.create(
+        model="demo",
+        messages=question.messages(),
+        temperature=0,
+        max_tokens=MAX_TOKENS,
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    for chunk in stream:
+        usage = chunk.usage or usage
+        for choice in chunk.choices:
+            if choice.delta.content:
+                first_token_s = first_token_s or time.perf_counter() - begin_s
+                pieces.append(choice.delta.content)
+    assert usage is not None
+    whole_s = time.perf_counter() - begin_s
+    return Answer("".join(pieces).strip(), usage.prompt_tokens, usage.completion_tokens, first_token_s, whole_s)
+
+
+class HuggingFace:
+    """transformers' own class, on prompts and media as Sensorium prepares them."""
+
+    def __init__(self) -> None:
+        import torch
         from transformers import Qwen2_5OmniThinkerForConditionalGeneration
+        from transformers.utils import logging as transformers_logging
 
-        _cache[path] = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=torch.float32).eval()
-    return _cache[path]
+        from sensorium import LLM, SamplingParams
+
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+        self._torch: Any = torch
+        self._params = SamplingParams(temperature=0, max_tokens=MAX_TOKENS)
+        self._llm = LLM("demo", dtype="float32", device="cpu", max_model_len=2048)
+        path = self._llm.engine.config.model_config.model
+        loaded = Qwen2_5OmniThinkerForConditionalGeneration.from_pretrained(path, dtype=torch.float32)
+        self._model: Any = loaded.eval()
+
+    def answer(self, question: Question) -> tuple[str, int]:
+        """The greedy answer, and how many tokens it has."""
+        request = self._llm.preprocess_chat(question.messages(), self._params).engine_request
+        inputs: dict[str, Any] = {"input_ids": self._torch.tensor([list(request.prompt_token_ids)])}
+        inputs["attention_mask"] = self._torch.ones_like(inputs["input_ids"])
+        for item in request.media:
+            inputs |= {name: self._torch.as_tensor(value) for name, value in (item.kwargs or {}).items()}
+        with self._torch.inference_mode():
+            output = self._model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
+        tokens = output[0, inputs["input_ids"].shape[1] :].tolist()
+        return self._llm.get_tokenizer().decode(tokens, skip_special_tokens=True).strip(), len(tokens)
+
+
+def show(question: Question, answer: Answer) -> None:
+    print(f"[{question.modality}: {question.shown}]")
+    print(f"  {question.text}\n  {answer.text}")
+    print(
+        f"  {answer.num_prompt_tokens} prompt tokens, first token after {1000 * answer.first_token_s:.0f} ms, "
+        f"{answer.num_tokens} tokens in {1000 * answer.whole_s:.0f} ms\n",
+        flush=True,
+    )
+
+
+def compare(answers: dict[Question, Answer]) -> bool:
+    """Whether all answers are Hugging Face's."""
+    reference = HuggingFace()
+    num_equal = 0
+    for question, answer in answers.items():
+        expected = reference.answer(question)
+        if expected == (answer.text, answer.num_tokens):
+            num_equal += 1
+        else:
+            print(f"DIFFERENT: {question.text} got {answer}, Hugging Face says {expected}")
+    print(f"{num_equal} of {len(answers)} answers are those of Hugging Face's class, in text and number of tokens.\n")
+    return num_equal == len(answers)
 
 
 def main() -> int:
-    logging.getLogger("transformers").setLevel(logging.ERROR)
-    begin = time.perf_counter()
-    llm = LLM("demo", dtype="float32", device="cpu", max_model_len=2048)
-    print("\n".join(llm.report.lines()))
-    print(f"ready after {time.perf_counter() - begin:.1f} s\n")
-    params = SamplingParams(temperature=0, max_tokens=48)
-    outputs = llm.chat([each.messages() for each in QUESTIONS], params, use_tqdm=False)
-    equal = 0
-    for question, output in zip(QUESTIONS, outputs, strict=True):
-        tokens = list(output.outputs[0].token_ids)
-        same = tokens == hugging_face_tokens(llm, question, params)
-        equal += same
-        print(f"[{question.modality}: {question.shown}]")
-        print(f"  {question.text}\n  {output.outputs[0].text.strip()}")
-        print(f"  {len(tokens)} tokens, {'equal to' if same else 'DIFFERENT FROM'} Hugging Face's\n")
-    print(f"{equal} of {len(QUESTIONS)} answers have Hugging Face's tokens.")
-    return 0 if equal == len(QUESTIONS) else 1
+    parser = argparse.ArgumentParser(description="Start a server with the bundled model, and ask it.")
+    parser.add_argument("--exit", action="store_true", help="stop the server at the end")
+    parser.add_argument("--no-compare", action="store_true", help="don't compare with Hugging Face")
+    options = parser.parse_args()
+    begin_s = time.perf_counter()
+    print("starting: sensorium serve demo", flush=True)
+    try:
+        with running_server() as (url, process):
+            print(f"ready after {time.perf_counter() - begin_s:.1f} s at {url}\n", flush=True)
+            client = openai.OpenAI(base_url=f"{url}/v1", api_key="none", http_client=httpx.Client(trust_env=False))
+            with client:
+                answers = {question: ask(client, question) for question in questions()}
+            for question, answer in answers.items():
+                show(question, answer)
+            is_right = options.no_compare or compare(answers)
+            print(f"The playground: {url}/", flush=True)
+            if not options.exit:
+                print("Ctrl-C stops the server.", flush=True)
+                status = process.wait()
+                print(f"the server has ended by itself, with status {status}.")
+                return 1
+            return 0 if is_right else 1
+    except KeyboardInterrupt:
+        print("stopped.")
+        return 0
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
     sys.exit(main())
