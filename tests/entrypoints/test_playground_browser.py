@@ -12,7 +12,6 @@ from typing import Any
 
 import httpx
 import pytest
-import torch._dynamo  # noqa: F401  # imported by two threads at once otherwise
 from PIL import Image, ImageDraw
 from playwright.sync_api import Browser, Page, Route, expect
 
