@@ -169,6 +169,8 @@ class EngineArgs:
         path = resolve_model_path(self.model, self.revision)
         hf_config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
         model_class, architecture = ModelRegistry.resolve(list(getattr(hf_config, "architectures", None) or []))
+        # A class may be one part of a larger checkpoint, and then names the part of the config that is about it.
+        hf_config = getattr(hf_config, getattr(model_class, "config_part", ""), hf_config)
         check_supports_multimodal(model_class)
         is_multimodal = supports_multimodal(model_class)
         if self.limit_mm_per_prompt and not is_multimodal:

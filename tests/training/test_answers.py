@@ -20,6 +20,7 @@ from training.answering import MAX_NEW_TOKENS, SensoriumAnswerer, openai_message
 from training.dialogue import Item
 from training.encoding import MODEL_FOLDER
 from training.evaluate import held_out_items
+from training.export_omni import export
 from training.speech import SpeechBank
 from training.worlds import SKILLS, Source
 
@@ -84,6 +85,11 @@ def test_answers_are_right_through_the_server(items: list[Item]) -> None:
 
     with served(MODEL_FOLDER, limit_mm_per_prompt={"image": 2}, num_blocks=2048) as server:
         assert asyncio.run(answers(server.url)) == references(items)
+
+
+def test_answers_are_right_from_the_layout_of_whole_checkpoints(items: list[Item], tmp_path: Path) -> None:
+    export(MODEL_FOLDER, tmp_path)
+    assert SensoriumAnswerer(tmp_path, num_blocks=2048).answers(items) == references(items)
 
 
 def test_answers_in_json_are_right_under_a_schema(items: list[Item]) -> None:

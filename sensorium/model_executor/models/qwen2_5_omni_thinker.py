@@ -300,6 +300,8 @@ class Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5_VLForConditionalGenerat
         },
     )
     tower_class = ThinkerVisionTransformer
+    config_part = "thinker_config"
+    """Where a whole Qwen2.5-Omni checkpoint describes its thinker."""
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__(config=config, prefix=prefix)
