@@ -1,0 +1,338 @@
+"""Media that lie, stall, swell or are broken, sent through HTTP: each refused with one sentence, and nothing is left.
+
+The sources are a hostile server on the loopback, reached by a name that a resolver of the test's own knows.
+"""
+
+from __future__ import annotations
+
+import base64
+import time
+import zlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import httpx
+import PIL.Image
+import pytest
+
+from sensorium.multimodal.media import MediaLimits, fetch
+from sensorium.multimodal.media.encode import encode_image
+from tests.entrypoints.served import Served, served
+from tests.helpers.checkpoints import make_checkpoint
+from tests.multimodal.media.hostile_server import FakeResolver, HostileServer
+from tests.multimodal.media.samples import clip, sound
+from tests.multimodal.media.test_fuzz import damaged
+from tests.multimodal.media.test_image import png_claiming
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and numpy warn about some of these
+
+TIMEOUT_S = 1.0
+LIMITS = MediaLimits(
+    max_image_bytes=100_000,
+    max_video_bytes=200_000,
+    max_audio_bytes=200_000,
+    max_image_pixels=1_000_000,
+    max_video_frames=64,
+    max_video_decoded_frames=200,
+    max_video_frame_pixels=100_000,
+    max_audio_s=5.0,
+    max_audio_decoded_bytes=2_000_000,
+    max_decode_s=3.0,
+    max_redirects=2,
+    image_fetch_timeout_s=TIMEOUT_S,
+    video_fetch_timeout_s=TIMEOUT_S,
+    audio_fetch_timeout_s=TIMEOUT_S,
+)
+LEAKS = ("127.0.0.1", "10.0.0", "169.254", ".example", "Traceback", "httpx", "Errno", "0x", "/etc", "/tmp", "\n")
+KINDS = ("image", "video", "audio")
+NAMES = {
+    "media.example": [["127.0.0.1"]],
+    "private.example": [["10.0.0.7"]],
+    "metadata.example": [["169.254.169.254"]],
+    "mixed.example": [["127.0.0.1", "10.0.0.7"]],
+    "rebinding.example": [["127.0.0.1"], ["10.0.0.7"]],
+    "mapped.example": [["::ffff:10.0.0.7"]],
+}
+
+
+@pytest.fixture(scope="module")
+def hostile() -> Iterator[HostileServer]:
+    server = HostileServer()
+    yield server
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def server(hostile: HostileServer) -> Iterator[Served]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "SystemResolver", lambda: FakeResolver(NAMES))
+        flags = {"allowed_media_network": ("127.0.0.1/32",), "max_waiting_media_bytes": 1 << 20}
+        with served(make_checkpoint("qwen2_5_omni_thinker"), flags, LIMITS) as running:
+            with httpx.Client(base_url=running.url, timeout=30, trust_env=False) as client:
+                assert client.get("/health?generate=1").is_success
+            yield running
+
+
+@pytest.fixture(scope="module")
+def client(server: Served) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+        yield client
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left(server: Served) -> Iterator[None]:
+    """After each test: no request, no block, no byte of media, and an answer as good as ever."""
+    yield
+    server.settle(10 + TIMEOUT_S)
+    deadline_s = time.monotonic() + 10
+    while server.engine.load().num_media_bytes:  # threads of the pool may be at work for clients who are gone
+        assert time.monotonic() < deadline_s, server.engine.load()
+        time.sleep(0.02)
+
+
+def ask(client: httpx.Client, kind: str, url: str) -> httpx.Response:
+    part = {"type": f"{kind}_url", f"{kind}_url": {"url": url}}
+    body = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": [part]}]}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def refused(response: httpx.Response, status: int) -> str:
+    """The sentence of a refusal, which says nothing of what lies behind it."""
+    assert response.status_code == status, response.text
+    error = response.json()["error"]
+    assert error["code"] == status
+    message: str = error["message"]
+    for leak in (
+        "127.0.0.1",
+        "10.0.0",
+        "169.254",
+        ".example",
+        "Traceback",
+        "httpx",
+        "Errno",
+        "0x",
+        "/etc",
+        "/tmp",
+        "\n",
+    ):
+        assert leak not in message, message
+    return message
+
+
+def data_url(media_type: str, data: bytes) -> str:
+    return f"data:{media_type};base64,{base64.b64encode(data).decode()}"
+
+
+# Addresses
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("name", ["private.example", "metadata.example", "mixed.example", "mapped.example"])
+def test_names_of_private_addresses(client: httpx.Client, hostile: HostileServer, kind: str, name: str) -> None:
+    before = len(hostile.requests)
+    assert "public internet" in refused(ask(client, kind, hostile.url("/ok", host=name)), 403)
+    assert len(hostile.requests) == before, "nothing was asked"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    "target",
+    [
+        "http://10.0.0.7/x",
+        "http://169.254.169.254/latest",
+        "http://[::1]/",
+        "http://private.example/",
+        "file:///etc/passwd",
+    ],
+)
+def test_redirects_to_where_nobody_may_go(client: httpx.Client, hostile: HostileServer, kind: str, target: str) -> None:
+    response = ask(client, kind, hostile.url("/to/" + target.replace("/", "!")))
+    refused(response, 403)
+
+
+def test_a_loop_of_redirects(client: httpx.Client, hostile: HostileServer) -> None:
+    before = len(hostile.requests)
+    assert "redirects too often" in refused(ask(client, "image", hostile.url("/loop")), 424)
+    assert len(hostile.requests) - before == LIMITS.max_redirects + 1
+
+
+def test_a_name_that_changes_its_mind_is_looked_up_once(client: httpx.Client, hostile: HostileServer) -> None:
+    """The first look-up is allowed and connected to; what the second would say never counts."""
+    before = len(hostile.requests)
+    refused(ask(client, "image", hostile.url("/ok", host="rebinding.example")), 415)  # it was fetched: no image
+    assert len(hostile.requests) == before + 1
+    refused(ask(client, "image", hostile.url("/ok", host="rebinding.example")), 403)
+    assert len(hostile.requests) == before + 1
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "http://media.example\\@10.0.0.7/",
+        "http://user:secret@media.example/",
+        "http:///etc/passwd",
+        "http://127.1/",
+        "http://0x7f000001/",
+        "ftp://media.example/",
+        "file:///etc/passwd",
+        "/etc/passwd",
+        "../../etc/passwd",
+        "javascript:alert(1)",
+        "http://media.example:99999/",
+        "http://" + "a" * 5000,
+        "\x00",
+        "",
+    ],
+)
+def test_urls_that_no_two_parsers_read_alike(client: httpx.Client, url: str) -> None:
+    response = ask(client, "image", url)
+    assert response.status_code in (400, 403, 424), response.text
+    refused(response, response.status_code)
+
+
+# Bodies
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("endless", 413),
+        ("endless-chunked", 413),
+        ("claims-much", 413),
+        ("claims-more", 424),
+        ("garbage", 424),
+        ("cut", 424),
+    ],
+)
+def test_bodies_that_lie_or_never_end(
+    client: httpx.Client, hostile: HostileServer, kind: str, path: str, status: int
+) -> None:
+    refused(ask(client, kind, hostile.url(f"/{path}")), status)
+
+
+@pytest.mark.parametrize("path", ["slow", "slow-head", "endless-head"])
+def test_one_deadline_however_the_time_is_spent(client: httpx.Client, hostile: HostileServer, path: str) -> None:
+    start_s = time.monotonic()
+    refused(ask(client, "video", hostile.url(f"/{path}")), 424)
+    assert time.monotonic() - start_s < 10 * TIMEOUT_S
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("path", "status"), [("ok", 415), ("gzip", 415), ("status/404", 424), ("status/500", 424)])
+def test_answers_that_are_no_media(
+    client: httpx.Client, hostile: HostileServer, kind: str, path: str, status: int
+) -> None:
+    refused(ask(client, kind, hostile.url(f"/{path}")), status)
+
+
+def test_slow_sources_delay_no_other_request(client: httpx.Client, hostile: HostileServer, server: Served) -> None:
+    with ThreadPoolExecutor(12) as pool:
+        slow = [pool.submit(_ask_alone, server, hostile.url("/slow")) for _ in range(12)]
+        time.sleep(0.1)
+        chat = {"model": "tiny", "max_tokens": 2, "messages": [{"role": "user", "content": "Hi"}]}
+        start_s = time.monotonic()
+        assert client.post("/v1/chat/completions", json=chat).is_success
+        assert not all(each.done() for each in slow), "the answer came while they waited"
+        assert time.monotonic() - start_s < 10
+        assert {each.result() for each in slow} == {424}
+
+
+def _ask_alone(server: Served, url: str) -> int:
+    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+        return ask(client, "image", url).status_code
+
+
+def test_whoever_leaves_takes_the_fetch_along(server: Served, hostile: HostileServer) -> None:
+    with httpx.Client(base_url=server.url, timeout=0.2, trust_env=False) as client, pytest.raises(httpx.ReadTimeout):
+        ask(client, "video", hostile.url("/slow"))
+    server.settle(TIMEOUT_S / 2)
+
+
+def test_one_bad_item_gives_the_others_up(client: httpx.Client, hostile: HostileServer, server: Served) -> None:
+    """A refusal doesn't wait for the fetches beside it, nor leave them to themselves."""
+    urls = [("image", "http://private.example/"), ("video", hostile.url("/slow")), ("audio", hostile.url("/slow"))]
+    parts = [{"type": f"{kind}_url", f"{kind}_url": {"url": url}} for kind, url in urls]
+    body = {"model": "tiny", "messages": [{"role": "user", "content": parts}]}
+    start_s = time.monotonic()
+    refused(client.post("/v1/chat/completions", json=body), 403)
+    assert time.monotonic() - start_s < TIMEOUT_S * 0.9
+
+
+# Contents
+
+
+def test_bombs(client: httpx.Client) -> None:
+    big = png_claiming(50_000, 50_000)
+    swells = encode_image(PIL.Image.new("RGB", (1200, 1200)), "PNG")
+    assert len(swells) < 20_000
+    for data in (big, swells):
+        assert "pixels" in refused(ask(client, "image", data_url("image/png", data)), 413)
+    long = sound("ogg", 30.0)
+    assert len(long) < LIMITS.max_audio_bytes
+    refused(ask(client, "audio", data_url("audio/ogg", long)), 413)
+    frames = clip("mp4", 300)
+    assert len(frames) < LIMITS.max_video_bytes
+    refused(ask(client, "video", data_url("video/mp4", frames)), 413)
+    packed = zlib.compress(bytes(10_000_000))
+    refused(ask(client, "image", data_url("image/png", packed)), 415)
+
+
+def test_one_kind_sent_as_another(client: httpx.Client) -> None:
+    files = {"image": encode_image(PIL.Image.new("RGB", (40, 40))), "audio": sound("wav", 0.3)}
+    for kind, other in (("image", "audio"), ("audio", "image"), ("video", "audio")):
+        response = ask(client, kind, data_url("image/png", files[other]))
+        assert response.status_code in (400, 413, 415), response.text
+        refused(response, response.status_code)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_damaged_media_are_answered_or_refused(client: httpx.Client, kind: str) -> None:
+    """Truncated, flipped, doubled and overwritten, as the decoders' own tests have them."""
+    whole = {
+        "image": encode_image(PIL.Image.new("RGB", (60, 40), "red")),
+        "video": clip("mp4", 12),
+        "audio": sound("ogg", 0.3),
+    }
+    statuses = []
+    for data in list(damaged(whole[kind], seed=7))[:24]:
+        response = ask(client, kind, data_url("application/octet-stream", data))
+        statuses.append(response.status_code)
+        if response.status_code != 200:
+            assert response.status_code in (400, 413, 415), response.text
+            refused(response, response.status_code)
+    assert set(statuses) - {200}
+    assert ask(client, kind, data_url("application/octet-stream", whole[kind])).is_success
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 3000), (3000, 1)])
+def test_pictures_of_odd_shapes_are_answered_or_refused(client: httpx.Client, size: tuple[int, int]) -> None:
+    response = ask(client, "image", data_url("image/png", encode_image(PIL.Image.new("RGB", size))))
+    if response.status_code != 200:
+        refused(response, 400)
+
+
+# Bytes in waiting
+
+
+def test_media_that_wait_are_bounded_together(client: httpx.Client, hostile: HostileServer, server: Served) -> None:
+    """Eight endless clips of up to 200,000 bytes each don't fit a million bytes: some are told to come later."""
+    budget = server.engine._media_budget
+    assert budget is not None
+    held = budget.lease((1 << 20) - 50_000)
+    try:
+        response = ask(client, "video", hostile.url("/endless"))
+        assert "waiting media" in refused(response, 429)
+        assert response.headers["Retry-After"] == "2"
+        inline = ask(client, "image", data_url("image/png", bytes(90_000)))
+        assert "waiting media" in refused(inline, 429)
+    finally:
+        held.release()
+
+
+def test_local_files_are_closed(client: httpx.Client, tmp_path: Path) -> None:
+    path = tmp_path / "x.png"
+    path.write_bytes(encode_image(PIL.Image.new("RGB", (40, 40))))
+    for url in (str(path), f"file://{path}"):
+        refused(ask(client, "image", url), 403)
