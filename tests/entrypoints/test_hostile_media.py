@@ -6,6 +6,8 @@ The sources are a hostile server on the loopback, reached by a name that a resol
 from __future__ import annotations
 
 import base64
+import gc
+import logging
 import time
 import zlib
 from collections.abc import Iterator
@@ -44,7 +46,7 @@ LIMITS = MediaLimits(
     video_fetch_timeout_s=TIMEOUT_S,
     audio_fetch_timeout_s=TIMEOUT_S,
 )
-LEAKS = ("127.0.0.1", "10.0.0", "169.254", ".example", "Traceback", "httpx", "Errno", "0x", "/etc", "/tmp", "\n")
+LEAKS = ("127.0.0.1", "10.0.0", "169.254", ".example", "Traceback", "httpx", "Errno", " 0x", "/etc", "/tmp", "\n")
 KINDS = ("image", "video", "audio")
 NAMES = {
     "media.example": [["127.0.0.1"]],
@@ -54,6 +56,14 @@ NAMES = {
     "rebinding.example": [["127.0.0.1"], ["10.0.0.7"]],
     "mapped.example": [["::ffff:10.0.0.7"]],
 }
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_records() -> Iterator[None]:
+    """Pytest keeps log records, and with them the frames of errors; a server doesn't."""
+    logging.disable(logging.CRITICAL)
+    yield
+    logging.disable(logging.NOTSET)
 
 
 @pytest.fixture(scope="module")
@@ -89,6 +99,7 @@ def nothing_is_left(server: Served) -> Iterator[None]:
     while server.engine.load().num_media_bytes:  # threads of the pool may be at work for clients who are gone
         assert time.monotonic() < deadline_s, server.engine.load()
         time.sleep(0.02)
+        gc.collect()  # as the budget does before it refuses anyone
 
 
 def ask(client: httpx.Client, kind: str, url: str) -> httpx.Response:
@@ -138,17 +149,11 @@ def test_names_of_private_addresses(client: httpx.Client, hostile: HostileServer
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(
     "target",
-    [
-        "http://10.0.0.7/x",
-        "http://169.254.169.254/latest",
-        "http://[::1]/",
-        "http://private.example/",
-        "file:///etc/passwd",
-    ],
+    ["http://10.0.0.7/x", "http://169.254.169.254/latest", "http://[::1]/", "http://private.example/"],
 )
 def test_redirects_to_where_nobody_may_go(client: httpx.Client, hostile: HostileServer, kind: str, target: str) -> None:
-    response = ask(client, kind, hostile.url("/to/" + target.replace("/", "!")))
-    refused(response, 403)
+    refused(ask(client, kind, hostile.url("/to/" + target.replace("/", "!"))), 403)
+    assert "malformed" in refused(ask(client, kind, hostile.url("/to/file:!!!etc!passwd")), 400)
 
 
 def test_a_loop_of_redirects(client: httpx.Client, hostile: HostileServer) -> None:
@@ -269,9 +274,9 @@ def test_bombs(client: httpx.Client) -> None:
     assert len(swells) < 20_000
     for data in (big, swells):
         assert "pixels" in refused(ask(client, "image", data_url("image/png", data)), 413)
-    long = sound("ogg", 30.0)
+    long = sound("mp3", 12.0)
     assert len(long) < LIMITS.max_audio_bytes
-    refused(ask(client, "audio", data_url("audio/ogg", long)), 413)
+    refused(ask(client, "audio", data_url("audio/mpeg", long)), 413)
     frames = clip("mp4", 300)
     assert len(frames) < LIMITS.max_video_bytes
     refused(ask(client, "video", data_url("video/mp4", frames)), 413)
@@ -310,7 +315,7 @@ def test_damaged_media_are_answered_or_refused(client: httpx.Client, kind: str) 
 def test_pictures_of_odd_shapes_are_answered_or_refused(client: httpx.Client, size: tuple[int, int]) -> None:
     response = ask(client, "image", data_url("image/png", encode_image(PIL.Image.new("RGB", size))))
     if response.status_code != 200:
-        refused(response, 400)
+        assert "aspect ratio" in response.text
 
 
 # Bytes in waiting

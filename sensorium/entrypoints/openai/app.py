@@ -17,7 +17,7 @@ import sensorium
 from sensorium.entrypoints.openai.chat import ChatRoutes
 from sensorium.entrypoints.openai.completions import CompletionRoutes
 from sensorium.entrypoints.openai.context import ServerContext
-from sensorium.entrypoints.openai.errors import HttpError, error_response
+from sensorium.entrypoints.openai.errors import HttpError, error_response, forget_frames
 from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
 from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, OnEnd, RequestRecords, log_record
 from sensorium.entrypoints.openai.playground import playground_routes
@@ -174,7 +174,9 @@ class PlainRoutes:
 
 
 async def _failure(request: Request, error: Exception) -> Response:
-    return error_response(error)
+    response = error_response(error)
+    forget_frames(error)
+    return response
 
 
 async def _http_exception(request: Request, error: HTTPException) -> Response:

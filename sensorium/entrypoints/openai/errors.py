@@ -5,6 +5,7 @@ Nothing that another library wrote goes out: neither its texts nor addresses, pa
 
 from __future__ import annotations
 
+import traceback
 from collections.abc import Mapping
 from typing import Any
 
@@ -66,6 +67,18 @@ def error_response(error: BaseException) -> JSONResponse:
     elif error.status == 503:
         headers.setdefault("Retry-After", "5")
     return JSONResponse(error_body(str(error), error.status), error.status, headers)
+
+
+def forget_frames(error: BaseException) -> None:
+    """Let go of what the frames hold that an error passed through: it may be a request's media, and frames and error
+    may hold each other until the garbage collector comes by.
+    """
+    seen: set[int] = set()
+    found: BaseException | None = error
+    while found is not None and id(found) not in seen:
+        seen.add(id(found))
+        traceback.clear_frames(found.__traceback__)
+        found = found.__cause__ or found.__context__
 
 
 def invalid_body(error: ValidationError) -> InvalidRequestError:

@@ -91,6 +91,7 @@ async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T
             each.cancel()
         with suppress(asyncio.CancelledError, Exception):
             await task  # its `finally` blocks are done before anyone goes on
+        del task  # or its error, which holds this frame, would be held by it, and all the media on the way with it
 
 
 async def _disconnected(request: Request) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections import deque
 
@@ -38,16 +39,22 @@ class MediaBudget:
 
     def take(self, num_bytes: int, already: int) -> None:
         """For `MediaLease`: hold more bytes for someone who has `already` some."""
+        if self._try_take(num_bytes, already):
+            return
+        gc.collect()  # errors and the frames that they passed through may hold what nobody needs any more
+        if not self._try_take(num_bytes, already):
+            raise OverloadedError(
+                f"waiting media: got more than {self._max_bytes} bytes, expected fewer. Send the request again later.",
+                retry_after_s=2.0,
+            )
+
+    def _try_take(self, num_bytes: int, already: int) -> bool:
         with self._lock:
             self._count_off()
-            others = self._num_bytes - already
-            if others and self._num_bytes + num_bytes > self._max_bytes:
-                raise OverloadedError(
-                    f"waiting media: got more than {self._max_bytes} bytes, expected fewer. "
-                    "Send the request again later.",
-                    retry_after_s=2.0,
-                )
+            if self._num_bytes > already and self._num_bytes + num_bytes > self._max_bytes:
+                return False
             self._num_bytes += num_bytes
+            return True
 
     def give_back(self, num_bytes: int) -> None:
         """For `MediaLease`: hold so much less."""
