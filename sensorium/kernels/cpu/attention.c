@@ -45,7 +45,7 @@ typedef struct {
     float *keys;    /* [head_size][KEY_TILE], transposed */
     float *values;  /* [KEY_TILE][width] */
     float *scores;  /* [rows][KEY_TILE], then the weights */
-    float *weights; /* for products by tiles: [16][KEY_TILE] bfloat16 */
+    float *weights; /* for products by tiles: [rows][KEY_TILE] bfloat16 */
     float *sums;    /* [rows][width] */
     float *maxima, *normalisers; /* [rows] */
 } workspace;
@@ -55,7 +55,7 @@ static long carve_up(float *memory, long rows, long head_size, workspace *w) {
     const long width = round_up(head_size, VL);
     float **parts[] = {&w->query, &w->keys, &w->values,  &w->scores,
                        &w->weights, &w->sums, &w->maxima, &w->normalisers};
-    const long sizes[] = {rows * width, width * KEY_TILE, KEY_TILE * width, rows * KEY_TILE, 16 * KEY_TILE / 2,
+    const long sizes[] = {rows * width, width * KEY_TILE, KEY_TILE * width, rows * KEY_TILE, rows * KEY_TILE / 2,
                           rows * width, rows,             rows};
     long used = 0;
     for (int i = 0; i < 8; i++) {

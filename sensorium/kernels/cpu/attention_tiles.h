@@ -123,20 +123,36 @@ static void multiply_columns(long blocks, const char *rows, long rows_step, cons
 
 /* ---- a task ------------------------------------------------------------------------------------------------- */
 
-/* As `update_row`, with rounded weights, which go to line `line` of the row tile `to`. */
-INLINE void update_tiled_row(workspace w, long row, long columns, long width, float tile_maximum, char *to, long line,
+#define KEY_VECTORS (KEY_TILE / VL)
+#define WEIGHT_TILES (KEY_TILE / TILE_DEPTH) /* beside one another */
+
+/* Scale, cap and mask a row of scores, as `finish_scores` does, for all columns that a tile may have. */
+INLINE void finish_row(const attention_args *args, const float *scores, long low, long high, vf s[KEY_VECTORS]) {
+    UNROLL for (int j = 0; j < KEY_VECTORS; j++) s[j] = *(const vf *)(scores + j * VL) * args->scale;
+    if (args->softcap > 0)
+        for (int j = 0; j < KEY_VECTORS; j++) s[j] = args->softcap * vtanh(s[j] / args->softcap);
+    if (low > 0 || high < KEY_TILE) {
+        const vi lane = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+        UNROLL for (int j = 0; j < KEY_VECTORS; j++) {
+            const vi column = lane + j * VL;
+            s[j] = blend((column >= (int32_t)low) & (column < (int32_t)high), s[j], splat(-INFINITY));
+        }
+    }
+}
+
+/* As `update_row`, with rounded weights, which go to line `line` of the row tiles `to`. */
+INLINE void update_tiled_row(workspace w, long row, const vf s[KEY_VECTORS], long width, char *to, long line,
                              long tile_bytes) {
-    const float before = w.maxima[row], now = MAX(before, tile_maximum), base = now == -INFINITY ? 0 : now;
-    const float *scores = w.scores + row * KEY_TILE;
-    float *sums = w.sums + row * width;
-    vf total = {0};
-    for (long j = 0; j < round_up(columns, TILE_DEPTH); j += VL) {
-        vf weight = {0};
-        if (j < columns) weight = vround(BF16, vexp_nonpositive(*(const vf *)(scores + j) - base));
-        vstore(BF16, to + j / TILE_DEPTH * tile_bytes + line * 64 + j % TILE_DEPTH * 2, 0, weight);
+    vf largest = s[0], total = {0};
+    UNROLL for (int j = 1; j < KEY_VECTORS; j++) largest = vmax(s[j], largest);
+    const float before = w.maxima[row], now = MAX(before, vlargest(largest)), base = now == -INFINITY ? 0 : now;
+    UNROLL for (int j = 0; j < KEY_VECTORS; j++) {
+        const vf weight = vround(BF16, vexp_nonpositive(s[j] - base));
+        vstore(BF16, to + j * VL / TILE_DEPTH * tile_bytes + line * 64 + j * VL % TILE_DEPTH * 2, 0, weight);
         total += weight;
     }
     if (now != before) {
+        float *sums = w.sums + row * width;
         const float shrink = vexp_nonpositive(splat(before - base))[0];
         w.normalisers[row] *= shrink;
         for (long i = 0; i < width; i += VL) *(vf *)(sums + i) *= shrink;
@@ -145,27 +161,29 @@ INLINE void update_tiled_row(workspace w, long row, long columns, long width, fl
     w.normalisers[row] += vsum(total);
 }
 
-/* Attend to one tile of `count` keys from position `begin` on, which the workspace holds. */
+/* Attend to one tile of `count` keys from position `begin` on, which the workspace holds. All rows go through one step
+ * before the next, since a tile must not be loaded right after it was written. */
 static void attend_to_key_tiles(const attention_args *args, query_tile tile, sight seen, long begin, long count,
                                 workspace w) {
     const long head_size = args->head_size, width = round_up(head_size, VL), group = args->heads / args->kv_heads;
-    const long rows = (tile.last - tile.first) * group, columns = round_up(count, VL);
-    const long channel_tiles = round_up(head_size, TILE_DEPTH) / TILE_DEPTH, tile_bytes = row_tile_bytes(rows);
+    const long rows = (tile.last - tile.first) * group, tile_bytes = row_tile_bytes(rows);
+    const long channel_tiles = round_up(head_size, TILE_DEPTH) / TILE_DEPTH;
     const long key_tiles = round_up(count, TILE_DEPTH) / TILE_DEPTH;
-    const char *queries = (const char *)w.query, *keys = (const char *)w.keys, *values = (const char *)w.values;
-    char *weights = (char *)w.weights;
-    for (long first = 0; first < rows; first += TILE_ROWS, queries += channel_tiles * tile_bytes) {
-        multiply_columns(columns / VL, queries, tile_bytes, keys, channel_tiles * TILE_BYTES, TILE_BYTES, channel_tiles,
-                         w.scores + first * KEY_TILE, KEY_TILE, 0);
-        for (long r = first; r < MIN(rows, first + TILE_ROWS); r++) {
-            const long position = seen.offset + tile.first + r / group, low = position - seen.window + 1 - begin;
-            const long high = MIN(count, (args->causal ? position + 1 : position + seen.window) - begin);
-            const float maximum = finish_scores(args, w.scores + r * KEY_TILE, columns, low, high);
-            update_tiled_row(w, r, columns, width, maximum, weights, r - first, tile_bytes);
-        }
-        multiply_columns(width / VL, weights, tile_bytes, values, TILE_BYTES, width / VL * TILE_BYTES, key_tiles,
-                         w.sums + first * width, width, 1);
+    char *queries = (char *)w.query, *keys = (char *)w.keys, *values = (char *)w.values, *weights = (char *)w.weights;
+    for (long r = 0; r < rows; r += TILE_ROWS)
+        multiply_columns(round_up(count, VL) / VL, queries + r / TILE_ROWS * channel_tiles * tile_bytes, tile_bytes, keys,
+                         channel_tiles * TILE_BYTES, TILE_BYTES, channel_tiles, w.scores + r * KEY_TILE, KEY_TILE, 0);
+    for (long r = 0; r < rows; r++) {
+        const long position = seen.offset + tile.first + r / group, low = position - seen.window + 1 - begin;
+        const long high = MIN(count, (args->causal ? position + 1 : position + seen.window) - begin);
+        vf scores[KEY_VECTORS];
+        finish_row(args, w.scores + r * KEY_TILE, low, high, scores);
+        update_tiled_row(w, r, scores, width, weights + r / TILE_ROWS * WEIGHT_TILES * tile_bytes, r % TILE_ROWS,
+                         tile_bytes);
     }
+    for (long r = 0; r < rows; r += TILE_ROWS)
+        multiply_columns(width / VL, weights + r / TILE_ROWS * WEIGHT_TILES * tile_bytes, tile_bytes, values, TILE_BYTES,
+                         width / VL * TILE_BYTES, key_tiles, w.sums + r * width, width, 1);
 }
 
 static void attend_by_tiles(const attention_args *args, workspace w, query_tile tile) {
