@@ -17,6 +17,7 @@ from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_supervisor import CoreSupervisor
 from sensorium.errors import EngineDeadError, EngineRestartingError, ModelError
 from sensorium.messages import LoadReport
+from sensorium.structured_outputs import StructuredOutputs
 from tests.engine.async_helpers import SETTINGS, greedy, last, settled
 from tests.helpers.checkpoints import make_checkpoint
 
@@ -39,6 +40,8 @@ def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
         engine = await AsyncLLMEngine.start(args, max_restarts=1)
         try:
             before = await last(engine.generate("Only text", greedy()))
+            held = greedy(20, structured_outputs=StructuredOutputs(choice=["yes", "no"]))
+            held_before = await last(engine.generate("Only text", held))
             files, first = open_files(), engine.core_pid
             readers = [asyncio.create_task(last(engine.generate("Go on", greedy(480)))) for _ in range(4)]
             await until(lambda: engine.load().num_open == 4 and not engine.load().num_waiting)
@@ -55,6 +58,8 @@ def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
             assert not Path(f"/proc/{first}").exists()
             after = await last(engine.generate("Only text", greedy()))
             assert after.outputs[0].token_ids == before.outputs[0].token_ids
+            held_after = await last(engine.generate("Only text", held))
+            assert held_after.outputs[0].text == held_before.outputs[0].text
             await settled(engine)
             assert open_files() == files
 
