@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from scripts.demo import QUESTIONS
+from scripts import demo
 from sensorium import LLM, SamplingParams
 from sensorium.entrypoints.cli.main import main
 from sensorium.multimodal.media.encode import encode_audio, encode_video
@@ -98,12 +98,9 @@ def test_pictures_in_a_chat_and_in_a_plain_prompt(llm: LLM, capsys: pytest.Captu
 
 
 def test_the_bundled_model_sees_watches_and_hears(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    image, video, audio = (
-        next(each for each in QUESTIONS if each.modality == name) for name in ("image", "video", "audio")
-    )
-    image.data.save(tmp_path / "shapes.png")
-    (tmp_path / "moving.mp4").write_bytes(encode_video(video.data, fps=4.0))
-    (tmp_path / "beeps.wav").write_bytes(encode_audio(*audio.data))
+    demo.picture().save(tmp_path / "shapes.png")
+    (tmp_path / "moving.mp4").write_bytes(encode_video(demo.clip(), fps=4.0))
+    (tmp_path / "beeps.wav").write_bytes(encode_audio(demo.sound(), demo.SAMPLING_RATE))
     for name, text, expected in (
         ("image=shapes.png", "How many shapes are there?", "2"),
         ("video=moving.mp4", "What moves?", "green circle"),
@@ -124,9 +121,23 @@ def test_a_config_file(llm: LLM, capsys: pytest.CaptureFixture[str], tmp_path: P
     assert capsys.readouterr().out == text_of(llm, [{"role": "user", "content": "Say something"}]) + "\n"
 
 
+def test_answers_of_a_given_form(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    flags = [*SMALL, "--temperature", "0", "--max-tokens", "64"]
+    assert main(["generate", TINY, "Which?", "--choice", "red", "--choice", "blue", *flags]) == 0
+    assert capsys.readouterr().out in ("red\n", "blue\n")
+    schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    path = tmp_path / "schema.json"
+    path.write_text(json.dumps(schema))
+    for given in (str(path), json.dumps(schema)):
+        assert main(["generate", TINY, "Which?", "--json-schema", given, *flags]) == 0
+        assert json.loads(capsys.readouterr().out)["a"] in (1, 2)
+
+
 @pytest.mark.parametrize(
     ("flags", "error"),
     [
+        (["a", "--regex", "b", "--json-object"], "structured_outputs: got json_object and regex"),
+        (["a", "--json-schema", "nowhere"], "json_schema: got 'nowhere'"),
         ([], "prompt: got none"),
         (["a", "--image", "nowhere.png"], "media: got 'nowhere.png', expected a file"),
         (["a", "--plain", "--system", "b"], "plain: got a system text"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from sensorium import logger as package_logger
@@ -15,6 +16,7 @@ from sensorium.entrypoints.cli.prompt_sources import Prompt, read_prompts
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
+from sensorium.structured_outputs import StructuredOutputs
 
 if TYPE_CHECKING:
     from sensorium.entrypoints.llm import LLM
@@ -23,7 +25,7 @@ if TYPE_CHECKING:
 NO_FLAG = ("prompt_logprobs", "logprobs", "bad_words_token_ids", "structured_outputs", "detokenize")
 """Sampling parameters that only a program can make something of."""
 DEFAULTS = {"max_tokens": 512}
-_KINDS = (SamplingParams, EngineArgs, MediaLimits)
+_KINDS = (SamplingParams, StructuredOutputs, EngineArgs, MediaLimits)
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -49,6 +51,8 @@ def fill(parser: argparse.ArgumentParser) -> None:
     )
     add_config(parser)
     add_flags(parser, SamplingParams, leave_out=NO_FLAG, defaults=DEFAULTS)
+    add_flags(parser, StructuredOutputs, leave_out=["json"])
+    parser.add_argument("--json-schema", metavar="FILE", help="schema that the answers keep to: a file, or JSON")
     add_flags(parser, EngineArgs, leave_out=["model", "seed"])
     add_flags(parser, MediaLimits)
     parser.set_defaults(run=run)
@@ -57,6 +61,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Answer all prompts. Status 1 if one of them could not be."""
     values = {**DEFAULTS, **read_settings(parsed, _KINDS)}
+    values["structured_outputs"] = _form(values, parsed.json_schema)
     params, limits = build(SamplingParams, values), build(MediaLimits, values)
     prompts = read_prompts(parsed.prompt, parsed.file)
     media = [attach(path, modality) for modality in MODALITIES for path in getattr(parsed, modality)]
@@ -80,6 +85,23 @@ def run(parsed: argparse.Namespace) -> int:
     finally:
         llm.shutdown()
     return _write(prompts, outputs, parsed.format)
+
+
+def _form(values: Mapping[str, Any], schema: str | None) -> StructuredOutputs | None:
+    """What the answers keep to, if anything is asked for."""
+    given = {name: value for name, value in values.items() if name in StructuredOutputs.__dataclass_fields__}
+    if schema is not None:
+        given["json"] = schema if schema.lstrip().startswith("{") else _read(schema)
+    return StructuredOutputs(**given) if given else None
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise InvalidRequestError(
+            f"json_schema: got {path!r}, expected JSON or a file ({type(error).__name__})."
+        ) from None
 
 
 def _streams(parsed: argparse.Namespace, num_prompts: int, params: SamplingParams) -> bool:
