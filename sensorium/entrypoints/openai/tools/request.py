@@ -120,6 +120,8 @@ def _check(tool: Tool, where: str) -> None:
         )
     if not isinstance(tool.parameters.get("properties", {}), Mapping):
         raise InvalidTypeError(f"{where}.parameters.properties: got no object, expected schemas by name. Change it.")
+    if not isinstance(tool.parameters.get("required", []), list):
+        raise InvalidTypeError(f"{where}.parameters.required: got no list, expected names of properties. Change it.")
 
 
 def _check_together(tools: Sequence[Tool], where: str) -> None:
