@@ -165,12 +165,24 @@ def test_a_body_that_is_no_upload_is_refused(http: httpx.Client, kind: str, body
     assert "the body: got" in response.json()["error"]["message"]
 
 
-def test_an_upload_that_breaks_off_and_a_sound_that_was_heard_leave_nothing(server: Served) -> None:
+def send_part(server: Served, num_declared: int, num_sent: int) -> socket.socket:
+    """A connection on which an upload has begun."""
     address = server.url.removeprefix("http://").split(":")
     head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-    with socket.create_connection((address[0], int(address[1])), timeout=10) as connection:
-        connection.sendall(f"{head}Content-Length: 1000000\r\n\r\n{part}".encode() + b"x" * 500_000)
+    connection = socket.create_connection((address[0], int(address[1])), timeout=10)
+    connection.sendall(f"{head}Content-Length: {num_declared}\r\n\r\n{part}".encode() + b"x" * num_sent)
+    return connection
+
+
+def test_a_large_file_is_refused_while_it_is_read(server: Served) -> None:
+    with send_part(server, 100_000_000, MAX_AUDIO_BYTES + 1) as connection:
+        answer = connection.recv(65536)
+    assert b" 413 " in answer.split(b"\r\n")[0]
+
+
+def test_an_upload_that_breaks_off_and_a_sound_that_was_heard_leave_nothing(server: Served) -> None:
+    send_part(server, 1_000_000, 500_000).close()
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0) as client:
         stream = client.audio.transcriptions.create(model="tiny", file=spoken("one", "two"), stream=True)
         next(iter(stream))

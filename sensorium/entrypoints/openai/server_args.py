@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from sensorium.errors import ConfigError
+from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.logger import FORMATS, LogSettings
 
 
@@ -77,6 +78,8 @@ class ServerArgs:
             raise ConfigError("api_key: got an empty key, expected at least one character. Remove it.")
         if self.log_format not in FORMATS:
             raise ConfigError(f"log_format: got {self.log_format!r}, expected one of {FORMATS}. Set log_format.")
+        if self.transcription_answer is not None:
+            TranscriptionStyle(answer=self.transcription_answer)  # raises what is wrong with it
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile: got one of them, expected both or none.")
         if self.restart_core < 0:
