@@ -1,6 +1,6 @@
 """What a server holds after thousands of requests: given up, hostile, or with pictures.
 
-    python -m benchmarks.endurance aborts --requests 2000
+    python -m benchmarks.endurance aborts --requests 8000
     python -m benchmarks.endurance mixed --requests 2000
     python -m benchmarks.endurance images --requests 10000
 
@@ -30,7 +30,7 @@ CHAT = "/v1/chat/completions"
 NUM_WARM = 100
 MAX_GROWTH_MIB = 64.0
 """Beyond the hundredth request: allocators keep what the largest batch took."""
-MAX_LATE_GROWTH_MIB = 8.0
+MAX_LATE_GROWTH_MIB = 16.0
 """In the second half."""
 MAX_NEW_THREADS = 10
 """Pools make their threads when they first need them: two for media, eight for what waits."""
