@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = ("float32", "bfloat16", "float16")
+QUANTIZATIONS = ("int8",)
 
 
 @dataclass(frozen=True, slots=True)
@@ -197,10 +198,17 @@ class LoadConfig:
     """How weights are read. `load_format`: "safetensors", or "dummy" for seeded random values."""
 
     load_format: str = "safetensors"
+    quantization: str | None = None
+    """What the weights of linear layers become at load: "int8", or None to stay as they are."""
 
     def __post_init__(self) -> None:
         if self.load_format not in ("safetensors", "dummy"):
             raise ConfigError(f"load_format: got {self.load_format!r}, expected 'safetensors' or 'dummy'.")
+        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
+            raise ConfigError(
+                f"quantization: got {self.quantization!r}, expected 'int8' or None. Checkpoints that are quantized "
+                "already are not supported; load one with float weights."
+            )
 
 
 @dataclass(frozen=True, slots=True)

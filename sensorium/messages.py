@@ -209,6 +209,8 @@ class LoadReport:
     seconds: dict[str, float]
     """By stage, such as "load weights"."""
     model: str = ""
+    weights: str = ""
+    """What the weights are stored as, if not all in the model's dtype."""
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
@@ -217,6 +219,7 @@ class LoadReport:
         features = self.features
         lines = [
             f"{self.model}: tier {features.tier}",
+            *([f"weights: {self.weights}"] if self.weights else []),
             f"KV cache: {self.num_blocks:,} blocks of {self.block_size} tokens "
             f"= {self.num_blocks * self.block_size:,} tokens",
             f"memory: {', '.join(mib.values())}",

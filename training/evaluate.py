@@ -1,7 +1,8 @@
 """Accuracy by skill on held-out items: ``python -m training.evaluate``.
 
 Items come from another seed than training, set in other fonts and spoken by other voices. An answer counts if it is
-the reference answer, letter by letter. The table has a column per engine: Hugging Face transformers and Sensorium.
+the reference answer, letter by letter. The table has a column per engine: Hugging Face transformers and Sensorium, and
+``sensorium-int8`` with weights quantized at load.
 ``--engines network`` gives the same figures sooner, by one forward pass of the training network per item.
 """
 
@@ -11,6 +12,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 from tqdm import tqdm
@@ -40,6 +42,7 @@ _WORLDS_OF = {
 _ENGINES: dict[str, Callable[[Path], Answerer]] = {
     "transformers": TransformersAnswerer,
     "sensorium": SensoriumAnswerer,
+    "sensorium-int8": partial(SensoriumAnswerer, quantization="int8"),
     "network": NetworkAnswerer,
 }
 _CHUNK = 64

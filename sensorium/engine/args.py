@@ -59,6 +59,8 @@ class EngineArgs:
     """Seed of requests that bring none."""
     load_format: str = "safetensors"
     """"safetensors", or "dummy" for seeded random weights."""
+    quantization: str | None = None
+    """"int8": quantize the weights of linear layers at load, and their inputs as they come. CPU only."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values that replace those of the checkpoint's config."""
 
@@ -158,9 +160,17 @@ class EngineArgs:
             cache_config=cache,
             scheduler_config=scheduler,
             device_config=DeviceConfig(device=device, num_threads=self.num_threads),
-            load_config=LoadConfig(load_format=self.load_format),
+            load_config=self._load_config(device),
             parallel_config=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
         )
+
+    def _load_config(self, device: str) -> LoadConfig:
+        if self.quantization is not None and device != "cpu":
+            raise ConfigError(
+                f"quantization on {device}: got {self.quantization!r}, expected None. "
+                "Integer weights run on the CPU only; leave quantization out, or set device to 'cpu'."
+            )
+        return LoadConfig(load_format=self.load_format, quantization=self.quantization)
 
     def _model_config(self) -> ModelConfig:
         from sensorium.model_executor.models.interfaces import check_supports_multimodal, supports_multimodal
@@ -168,6 +178,7 @@ class EngineArgs:
 
         path = resolve_model_path(self.model, self.revision)
         hf_config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
+        refuse_quantized_checkpoint(hf_config)
         model_class, architecture = ModelRegistry.resolve(list(getattr(hf_config, "architectures", None) or []))
         # A class may be one part of a larger checkpoint, and then names the part of the config that is about it.
         hf_config = getattr(hf_config, getattr(model_class, "config_part", ""), hf_config)
@@ -247,6 +258,27 @@ def load_hf_config(path: Path, trust_remote_code: bool, code_revision: str | Non
         raise ModelError(f"config of {path}: transformers can't read it: {error}") from error
     hf_config.update(dict(overrides))
     return hf_config
+
+
+def refuse_quantized_checkpoint(hf_config: Any) -> None:
+    """Raise `ModelError`, naming the format, if a checkpoint's weights are quantized already."""
+    for config in (hf_config, hf_config.get_text_config()):
+        for name in ("quantization_config", "compression_config"):
+            settings = getattr(config, name, None)
+            if settings:
+                raise ModelError(
+                    f"{name} in config.json: got a checkpoint quantized by {_quantizer(settings)}, expected float "
+                    "weights. Use the checkpoint that it was made from; quantization='int8' quantizes that at load."
+                )
+
+
+def _quantizer(settings: Any) -> str:
+    """The name of a quantization format, as `quant_method` gives it; older files only have their format's flags."""
+    found: Mapping[str, Any] = settings if isinstance(settings, Mapping) else vars(settings)
+    if found.get("load_in_8bit") or found.get("load_in_4bit"):
+        return "bitsandbytes"
+    name = found.get("quant_method") or found.get("format") or "an unknown method"
+    return str(getattr(name, "value", name))
 
 
 def resolve_dtype(dtype: str, hf_config: Any) -> str:

@@ -11,10 +11,12 @@ from sensorium.kernels.attention import paged_attention, varlen_attention, write
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear
 from sensorium.kernels.native import claim_threads, native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
+from sensorium.kernels.quantized_linear import QuantizedWeight, quantize, quantized_linear
 from sensorium.kernels.rotary import rotary_embedding
 
 __all__ = [
     "PackedWeight",
+    "QuantizedWeight",
     "add_rms_norm",
     "claim_threads",
     "gelu",
@@ -24,6 +26,8 @@ __all__ = [
     "pack",
     "packed_linear",
     "paged_attention",
+    "quantize",
+    "quantized_linear",
     "quick_gelu",
     "rms_norm",
     "rotary_embedding",

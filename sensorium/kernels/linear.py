@@ -45,7 +45,7 @@ def pack(weight: torch.Tensor) -> PackedWeight:
     if native is None:
         return PackedWeight(out_features, in_features, weight.dtype, plain=weight)
     rows, code = rows_of(weight), DTYPE_CODES[weight.dtype]
-    panels = _arena.take(native.packed_bytes(code, out_features, in_features))
+    panels = arena.take(native.packed_bytes(code, out_features, in_features))
     native.pack(
         *(panels.data_ptr(), rows.data_ptr(), out_features, in_features),
         *(rows.stride(0) * rows.element_size(), code, num_threads()),
@@ -134,4 +134,4 @@ class _Arena:
         return chunk, -address % self.HUGE_PAGE_BYTES
 
 
-_arena = _Arena()
+arena = _Arena()

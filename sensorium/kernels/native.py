@@ -9,11 +9,12 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
 from struct import Struct
+from typing import Protocol
 
 import torch
 
@@ -43,6 +44,24 @@ class NativeFunction:
             raise MemoryError("a CPU kernel could not allocate its working memory")
 
 
+class QuantizedFunctions(Protocol):
+    """What linear layers in int8 need."""
+
+    quantize: NativeFunction
+    quantized_bytes: Callable[[int, int], int]
+    quantized_linear: NativeFunction
+
+
+def add_quantized_functions(target: QuantizedFunctions, library: ctypes.CDLL) -> None:
+    """Set the attributes of `QuantizedFunctions`."""
+    target.quantize = NativeFunction(library, "sensorium_quantize", "@2P3l2i")
+    target.quantized_linear = NativeFunction(library, "sensorium_quantized_linear", "@4P4l2i")
+    quantized_bytes = library.sensorium_quantized_bytes
+    quantized_bytes.argtypes = [ctypes.c_long, ctypes.c_long]
+    quantized_bytes.restype = ctypes.c_long
+    target.quantized_bytes = quantized_bytes
+
+
 class NativeLibrary:
     """The functions of the compiled library. The formats mirror the `*_args` structs of the C files."""
 
@@ -54,10 +73,16 @@ class NativeLibrary:
         "linear",
         "pack",
         "packed_bytes",
+        "quantize",
+        "quantized_bytes",
+        "quantized_linear",
         "rms_norm",
         "rotary",
         "write_kv",
     )
+    quantize: NativeFunction
+    quantized_bytes: Callable[[int, int], int]
+    quantized_linear: NativeFunction
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
@@ -69,6 +94,7 @@ class NativeLibrary:
         self.attention = NativeFunction(library, "sensorium_attention", "@7P10l2f3i")
         self.pack = NativeFunction(library, "sensorium_pack", "@2P3l2i")
         self.linear = NativeFunction(library, "sensorium_linear", "@4P4l2i")
+        add_quantized_functions(self, library)
         packed_bytes = library.sensorium_packed_bytes
         packed_bytes.argtypes = [ctypes.c_int, ctypes.c_long, ctypes.c_long]
         packed_bytes.restype = ctypes.c_long

@@ -17,6 +17,7 @@ from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
 from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.model_loader import load_model
+from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.worker import kv_cache
 from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner
@@ -119,6 +120,7 @@ class Worker:
             memory_bytes=memory,
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
+            weights=weights_line(self.model),
         )
 
     @contextmanager

@@ -58,6 +58,20 @@ def test_sensorium_answers_as_transformers_does(held_out: Source, answerer: Tran
     assert engine.answers(items) == answerer.answers(items)
 
 
+def test_int8_weights_answer_as_well(held_out: Source) -> None:
+    """Every skill, and so every tower; one answer in fifty may turn on a rounding."""
+    items = [item for skill in SKILLS for item in held_out_items(skill, 4, held_out)]
+    expected = [item.turns[0].answer for item in items]
+    right = [
+        sum(a == b for a, b in zip(engine.answers(items), expected, strict=True))
+        for engine in (
+            SensoriumAnswerer(MODEL_FOLDER, num_blocks=2048),
+            SensoriumAnswerer(MODEL_FOLDER, num_blocks=2048, device="cpu", quantization="int8"),
+        )
+    ]
+    assert right[1] >= right[0] - 1
+
+
 def test_the_weights_fit_the_network_and_the_limit() -> None:
     path = MODEL_FOLDER / "model.safetensors"
     assert sum(file.stat().st_size for file in MODEL_FOLDER.iterdir()) <= 16_000_000

@@ -1,9 +1,10 @@
-/* Products of bfloat16 matrices by tiles: 16 rows of 64 bytes, multiplied by one instruction (Intel AMX).
+/* Products of bfloat16 and of int8 matrices by tiles: 16 rows of 64 bytes, multiplied by one instruction (Intel AMX).
  *
  * A row tile holds 16 rows of 32 values, a column tile 16 pairs of rows of 16 columns, each pair of one column side by
- * side; their product is added to a sum tile of 16 x 16 float32.
+ * side; their product is added to a sum tile of 16 x 16 float32. Of int8, rows hold 64 values and columns have fours
+ * instead of pairs, and the sums are int32, which are exact in any order.
  *
- * Order of summation, for every cell: the products of even and those of odd values are summed apart, in order, each
+ * Order of summation of bfloat16, for every cell: the products of even and those of odd values are summed apart, in order, each
  * by fused multiply-adds from zero; the two sums are added; that is added to the cell. Numbers too small for a normal
  * float32 count as zero. (Intel's instruction-set reference, TDPBF16PS.) The emulation below does the same, so that
  * machines without tiles can test the code that uses them, and machines with tiles the emulation.
@@ -26,6 +27,13 @@
 #else
 #define TILES NO_TILES
 #endif
+#endif
+
+/* The same for int8. */
+#if TILES == EMULATED_TILES || (TILES && defined(__AMX_INT8__))
+#define INT8_TILES TILES
+#else
+#define INT8_TILES NO_TILES
 #endif
 
 #define TILE_ROWS 16
@@ -62,6 +70,7 @@ INLINE void end_tiles(void) { __asm__ volatile("tilerelease"); }
     __asm__ volatile("tilestored %%tmm" #tile ", (%0,%1,1)" : : "r"(to), "r"((long)(stride)) : "memory")
 #define TILE_ZERO(tile) __asm__ volatile("tilezero %tmm" #tile)
 #define TILE_DOT(sum, rows, columns) __asm__ volatile("tdpbf16ps %tmm" #columns ", %tmm" #rows ", %tmm" #sum)
+#define TILE_DOT_INT8(sum, rows, columns) __asm__ volatile("tdpbssd %tmm" #columns ", %tmm" #rows ", %tmm" #sum)
 
 #elif TILES == EMULATED_TILES
 
@@ -105,10 +114,22 @@ OUTLINE void emulate_dot(int sum, int rows, int columns) {
         }
 }
 
+OUTLINE void emulate_dot_int8(int sum, int rows, int columns) {
+    for (int r = 0; r < emulated.rows; r++)
+        for (int n = 0; n < 16; n++) {
+            int32_t cell;
+            memcpy(&cell, &emulated.tile[sum][r][4 * n], 4);
+            for (int k = 0; k < 64; k++)
+                cell += (int8_t)emulated.tile[rows][r][k] * (int8_t)emulated.tile[columns][k / 4][4 * n + k % 4];
+            memcpy(&emulated.tile[sum][r][4 * n], &cell, 4);
+        }
+}
+
 #define TILE_LOAD(tile, from, stride) emulate_load(tile, (const char *)(from), stride)
 #define TILE_STORE(tile, to, stride) emulate_store(tile, (char *)(to), stride)
 #define TILE_ZERO(sum) memset(emulated.tile[sum], 0, TILE_BYTES)
 #define TILE_DOT(sum, rows, columns) emulate_dot(sum, rows, columns)
+#define TILE_DOT_INT8(sum, rows, columns) emulate_dot_int8(sum, rows, columns)
 
 #endif
 #endif

@@ -8,8 +8,8 @@ A parameter carries its own `weight_loader(parameter, tensor[, shard_id])`: a fu
 (`MergedColumnParallelLinear`, `QKVParallelLinear`) is filled part by part from checkpoints that store the
 parts separately.
 
-Weights are laid out for the machine's kernels by `process_weights_after_loading`, which the loader calls
-once.
+Weights are laid out for the machine's kernels by `process_weights_after_loading`, or turned into integers by
+`quantize_weights_after_loading`; the loader calls one of them, once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from sensorium.errors import ModelError, WeightsError
-from sensorium.kernels import PackedWeight, pack, packed_linear
+from sensorium.kernels import PackedWeight, QuantizedWeight, pack, packed_linear, quantize, quantized_linear
+from sensorium.kernels.quantized_linear import MAX_QUANTIZED_INPUTS
 
 LinearOutput = tuple[torch.Tensor, nn.Parameter | None]
 
@@ -57,8 +58,15 @@ def without_memory(parameter: nn.Parameter) -> nn.Parameter:
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
 
 
+def multiply(x: torch.Tensor, weight: PackedWeight | QuantizedWeight, bias: torch.Tensor | None) -> torch.Tensor:
+    """`x @ weight.T + bias` with a weight in either layout."""
+    if isinstance(weight, QuantizedWeight):
+        return quantized_linear(x, weight, bias)
+    return packed_linear(x, weight, bias)
+
+
 def refuse_quantization(quant_config: object, prefix: str) -> None:
-    """Raise `ModelError` if a layer is asked to be quantized, which nothing here does yet."""
+    """Raise `ModelError` if a layer is asked to hold a quantized checkpoint's weights, which nothing here does."""
     if quant_config is not None:
         raise ModelError(
             f"quant_config of {prefix or 'a layer'}: got {type(quant_config).__name__}, expected None. "
@@ -98,7 +106,12 @@ class LinearBase(nn.Module):
         loader = self.weight_loader
         self.weight = new_parameter(output_size, input_size, dtype=params_dtype, loader=loader)
         self.bias = new_parameter(output_size, dtype=params_dtype, loader=loader) if bias else None
-        self._packed: PackedWeight | None = None
+        self._packed: PackedWeight | QuantizedWeight | None = None
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the weight is held as integers."""
+        return isinstance(self._packed, QuantizedWeight)
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         """Fill `param` (the weight or the bias) from the whole tensor."""
@@ -106,17 +119,28 @@ class LinearBase(nn.Module):
 
     def process_weights_after_loading(self) -> None:
         """Lay the weight out for the kernels. The plain copy is given up where the layout is another one."""
-        self._packed = pack(self.weight)
-        if self._packed.panels is not None:
+        packed = self._packed = pack(self.weight)
+        if packed.panels is not None:
             self.weight = without_memory(self.weight)
             # As a buffer it counts among the model's tensors.
-            self.register_buffer("packed_weight", self._packed.panels, persistent=False)
+            self.register_buffer("packed_weight", packed.panels, persistent=False)
+
+    def can_quantize(self) -> bool:
+        """Whether integers can sum over so many channels."""
+        return self.input_size <= MAX_QUANTIZED_INPUTS
+
+    def quantize_weights_after_loading(self) -> None:
+        """Hold the weight as integers instead. The float weight is given up."""
+        quantized = self._packed = quantize(self.weight)
+        self.weight = without_memory(self.weight)
+        for name, tensor in quantized.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
         """`(..., input_size)` to `(..., output_size)`, and the bias if it was not added."""
         bias = None if self.skip_bias_add else self.bias
         packed = self._packed
-        output = F.linear(x, self.weight, bias) if packed is None else packed_linear(x, packed, bias)
+        output = F.linear(x, self.weight, bias) if packed is None else multiply(x, packed, bias)
         return output, self.bias if self.skip_bias_add else None
 
     def extra_repr(self) -> str:

@@ -8,9 +8,11 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sensorium.kernels import PackedWeight, pack, packed_linear
+from sensorium.kernels import PackedWeight, QuantizedWeight, pack, quantize
+from sensorium.kernels.quantized_linear import MAX_QUANTIZED_INPUTS
 from sensorium.model_executor.layers.linear import (
     copy_weight,
+    multiply,
     new_parameter,
     refuse_quantization,
     without_memory,
@@ -53,7 +55,7 @@ class VocabParallelEmbedding(nn.Module):
         self.prefix = prefix
         self.weight = new_parameter(num_embeddings, embedding_dim, dtype=params_dtype, loader=self.weight_loader)
         self.bias: nn.Parameter | None = None
-        self._packed: PackedWeight | None = None
+        self._packed: PackedWeight | QuantizedWeight | None = None
 
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         """Fill the rows (or, for a head, the biases) that the checkpoint has; zero the others."""
@@ -75,7 +77,7 @@ class VocabParallelEmbedding(nn.Module):
         """As an output head: logits `(num_rows, num_embeddings)` of rows `(num_rows, embedding_dim)`."""
         if self._packed is None:
             self._packed = pack(self.weight)
-        return packed_linear(hidden_states, self._packed, self.bias)
+        return multiply(hidden_states, self._packed, self.bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -120,11 +122,28 @@ class ParallelLMHead(VocabParallelEmbedding):
 
     def process_weights_after_loading(self) -> None:
         """Lay the table out for the kernels. The plain copy is given up unless the embeddings need it."""
-        self._packed = pack(self.weight)
-        if self._packed.panels is not None:
+        packed = self._packed = pack(self.weight)
+        if packed.panels is not None:
             if not self._is_tied:
                 self.weight = without_memory(self.weight)
-            self.register_buffer("packed_weight", self._packed.panels, persistent=False)
+            self.register_buffer("packed_weight", packed.panels, persistent=False)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether the head is held as integers."""
+        return isinstance(self._packed, QuantizedWeight)
+
+    def can_quantize(self) -> bool:
+        """Whether integers can sum over so many channels."""
+        return self.embedding_dim <= MAX_QUANTIZED_INPUTS
+
+    def quantize_weights_after_loading(self) -> None:
+        """Hold the table as integers instead. The float table is given up unless the embeddings need it."""
+        quantized = self._packed = quantize(self.weight)
+        if not self._is_tied:
+            self.weight = without_memory(self.weight)
+        for name, tensor in quantized.tensors().items():
+            self.register_buffer(name, tensor, persistent=False)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """A head is applied by `LogitsProcessor`, not called."""

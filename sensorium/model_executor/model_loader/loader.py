@@ -17,6 +17,7 @@ from sensorium.config import EngineConfig
 from sensorium.errors import ModelError, WeightsError
 from sensorium.logger import get_logger
 from sensorium.model_executor.model_loader.initialize import build_empty, fill_with_random
+from sensorium.model_executor.model_loader.quantization import Quantizable
 from sensorium.model_executor.model_loader.weight_utils import checkpoint_files, safetensors_weights
 from sensorium.model_executor.weight_tracking import LoadTracker
 
@@ -73,7 +74,7 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
         fill_model(model, safetensors_weights(files), may_be_unused=optional)
     else:
         fill_with_random(model, model_config.seed)
-    finish_loading(model)
+    finish_loading(model, config.load_config.quantization)
     logger.info("Loaded %s in %.2f s", model_class.__name__, time.perf_counter() - start)
     return model
 
@@ -158,11 +159,13 @@ def fill_model(
         )
 
 
-def finish_loading(model: nn.Module) -> None:
-    """Lay the weights out for the kernels, and put the model into evaluation mode without gradients."""
+def finish_loading(model: nn.Module, quantization: str | None = None) -> None:
+    """Lay the weights out for the kernels, or quantize them where a layer can; evaluation mode, no gradients."""
     with torch.no_grad():
         for module in model.modules():
-            if isinstance(module, ProcessesWeights):
+            if quantization is not None and isinstance(module, Quantizable) and module.can_quantize():
+                module.quantize_weights_after_loading()
+            elif isinstance(module, ProcessesWeights):
                 module.process_weights_after_loading()
     model.eval().requires_grad_(False)
 
