@@ -47,8 +47,8 @@ class Served:
             time.sleep(0.02)
 
     def _is_idle(self) -> bool:
-        stats = self.engine.stats
-        is_core_idle = stats is not None and not (stats.num_running or stats.num_waiting or stats.kv_cache_usage)
+        stats = self.engine.stats  # None as long as nothing has reached the core
+        is_core_idle = stats is None or not (stats.num_running or stats.num_waiting or stats.kv_cache_usage)
         return is_core_idle and not self.engine.load().num_open
 
 
