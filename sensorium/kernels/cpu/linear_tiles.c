@@ -9,6 +9,7 @@
  * block of weights that comes next. For few rows the weight stream is all that matters, and there is one block.
  */
 #include "linear.h"
+#include "tile_products.h"
 #include "workspace.h"
 
 #if TILES
@@ -16,7 +17,6 @@
 #define BLOCK_DEPTH 8    /* tiles of k in a block of weights: 16 KiB */
 #define MAX_PANELS 4     /* of a task */
 #define STREAM_AHEAD 8192 /* bytes to ask for weights in advance */
-#define PANEL_TILE_BYTES (2 * TILE_BYTES)
 
 typedef struct {
     const linear_args *args;
@@ -62,58 +62,19 @@ static void copy_task(const void *context, long first, long last, long thread) {
 
 /* ---- multiplying -------------------------------------------------------------------------------------------- */
 
-/* sums (+)= one or two row tiles times a panel over `depth` tiles of k; ask for `lines` lines from `ahead` on at each
- * of them. */
-INLINE void multiply_tiles(const int row_tiles, const char *rows, long tile_row_bytes, const char *weights, long depth,
-                           float *sums, long width, int first, const char *ahead, long lines) {
-    float *below = sums + TILE_ROWS * width;
-    if (first) {
-        TILE_ZERO(0);
-        TILE_ZERO(1);
-        if (row_tiles == 2) {
-            TILE_ZERO(2);
-            TILE_ZERO(3);
-        }
-    } else {
-        TILE_LOAD(0, sums, width * 4);
-        TILE_LOAD(1, sums + 16, width * 4);
-        if (row_tiles == 2) {
-            TILE_LOAD(2, below, width * 4);
-            TILE_LOAD(3, below + 16, width * 4);
-        }
-    }
-    for (long k = 0; k < depth; k++, rows += TILE_BYTES, weights += PANEL_TILE_BYTES) {
-        TILE_LOAD(4, rows, 64);
-        TILE_LOAD(6, weights, 128);
-        TILE_LOAD(7, weights + 64, 128);
-        TILE_DOT(0, 4, 6);
-        TILE_DOT(1, 4, 7);
-        if (row_tiles == 2) {
-            TILE_LOAD(5, rows + tile_row_bytes, 64);
-            TILE_DOT(2, 5, 6);
-            TILE_DOT(3, 5, 7);
-        }
-        for (long i = 0; i < lines; i++, ahead += 64) __builtin_prefetch(ahead, 0, 2);
-    }
-    TILE_STORE(0, sums, width * 4);
-    TILE_STORE(1, sums + 16, width * 4);
-    if (row_tiles == 2) {
-        TILE_STORE(2, below, width * 4);
-        TILE_STORE(3, below + 16, width * 4);
-    }
-}
-
 /* One block of a panel times all row tiles of a band. */
 static void multiply_block(const tiled_chunk *chunk, long first_tile, long last_tile, const char *weights, long k,
                            long depth, float *sums, long width, const char *ahead) {
     const long tile_row_bytes = chunk->depth * TILE_BYTES, pairs = tiles_in(last_tile - first_tile, 2);
-    const long lines = tiles_in(PANEL_TILE_BYTES / 64, pairs);
+    const long lines = tiles_in(COLUMN_TILES_BYTES / 64, pairs);
     for (long tile = first_tile; tile < last_tile; tile += 2) {
         const char *rows = chunk->rows + tile * tile_row_bytes + k * TILE_BYTES;
         if (tile + 1 < last_tile)
-            multiply_tiles(2, rows, tile_row_bytes, weights, depth, sums, width, k == 0, ahead, lines);
+            multiply_tiles(0, 2, rows, TILE_BYTES, tile_row_bytes, weights, depth, (char *)sums, width, k == 0,
+                           ahead, lines);
         else
-            multiply_tiles(1, rows, tile_row_bytes, weights, depth, sums, width, k == 0, ahead, lines);
+            multiply_tiles(0, 1, rows, TILE_BYTES, tile_row_bytes, weights, depth, (char *)sums, width, k == 0,
+                           ahead, lines);
         sums += 2 * TILE_ROWS * width;
         ahead += depth * lines * 64;
     }
@@ -122,14 +83,14 @@ static void multiply_block(const tiled_chunk *chunk, long first_tile, long last_
 /* All of K for some panels and a band of row tiles. */
 static void multiply_panels(const tiled_chunk *chunk, long first_tile, long last_tile, long panel, long panels,
                             float *sums) {
-    const long panel_bytes = chunk->depth * PANEL_TILE_BYTES, width = panels * NR;
+    const long panel_bytes = chunk->depth * COLUMN_TILES_BYTES, width = panels * NR;
     const long blocks = last_tile - first_tile <= 2 ? 1 : MAX(1, tiles_in(chunk->depth, BLOCK_DEPTH));
     const char *weights = chunk->args->packed + panel * panel_bytes;
     for (long block = 0; block < blocks; block++) {
         const long k = chunk->depth * block / blocks, depth = chunk->depth * (block + 1) / blocks - k;
         for (long p = 0; p < panels; p++) {
-            const char *now = weights + p * panel_bytes + k * PANEL_TILE_BYTES;
-            const char *next = p + 1 < panels ? now + panel_bytes : weights + (k + depth) * PANEL_TILE_BYTES;
+            const char *now = weights + p * panel_bytes + k * COLUMN_TILES_BYTES;
+            const char *next = p + 1 < panels ? now + panel_bytes : weights + (k + depth) * COLUMN_TILES_BYTES;
             multiply_block(chunk, first_tile, last_tile, now, k, depth, sums + p * NR, width,
                            blocks == 1 ? now + STREAM_AHEAD : next);
         }
