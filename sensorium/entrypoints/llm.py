@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,12 +36,13 @@ class LLM:
     """
 
     def __init__(self, model: str, *, media_limits: MediaLimits | None = None, **engine_args: Any) -> None:
-        """Load a model; see `EngineArgs` for the settings.
+        """Load a model; see `EngineArgs` for the settings. `max_token_gap_s` is infinite by default: nobody reads along,
+        and steps that take in all they can are fewer.
 
         Raises:
             ConfigError, ModelError, WeightsError: The model can't be served as asked.
         """
-        args = EngineArgs(model=model, **engine_args)
+        args = EngineArgs(model=model, **{"max_token_gap_s": math.inf, **engine_args})
         self._media = MediaLoader(media_limits, FetchPolicy(allow_any_local_path=True))
         self.engine = LLMEngine(
             args.create_engine_config(), skip_tokenizer=args.skip_tokenizer_init, media_loader=self._media

@@ -7,6 +7,7 @@ of a step gets `MIN_PREFILL_TOKENS` and its first media item is encoded, so pref
 
 from __future__ import annotations
 
+import math
 import sys
 
 MIN_PREFILL_TOKENS = 32
@@ -111,8 +112,8 @@ class Pacer:
         """Seconds that one encoder row adds."""
 
     def begin_step(self, *, has_streams: bool) -> StepPace:
-        """The pace of the next step; without streams nobody waits for it, so it has no bound."""
-        if not has_streams:
+        """The pace of the next step; without streams, or with an infinite gap, nobody waits for it: no bound."""
+        if not has_streams or math.isinf(self._max_token_gap_s):
             return StepPace()
         seconds = SAFETY * self._max_token_gap_s - (self.decode_s.value or 0.0)
         return StepPace(max(seconds, 0.0), self.token_s.value, self.row_s.value)

@@ -89,16 +89,31 @@ EXPORT int sensorium_rms_norm(const norm_args *args) {
 
 enum activation { SILU = 0, GELU = 1, GELU_TANH = 2, QUICK_GELU = 3 }; /* activation.py knows these codes */
 
-INLINE vf activate(const int kind, vf x) {
-    if (kind == SILU) return x * vsigmoid(x);
+/* As vsigmoid, to some units in the last place, which rounding to a narrow type hides: without a division. */
+INLINE vf sigmoid_for(const int dtype, vf x) {
+#if defined(USE_AVX512)
+    if (dtype != F32) {
+        vi n;
+        const vf p = vexp_parts(vmin(vmax(-x, splat(-87.0f)), splat(87.0f)), &n);
+        const vf sum = 1.0f + p * (vf)((n + 127) << 23), near = (vf)_mm512_rcp14_ps((__m512)sum);
+        const vf y = blend(x < -87.0f, (vf){0}, near * (2.0f - sum * near));
+        return blend(x != x, x, y);
+    }
+#endif
+    (void)dtype;
+    return vsigmoid(x);
+}
+
+INLINE vf activate(const int dtype, const int kind, vf x) {
+    if (kind == SILU) return x * sigmoid_for(dtype, x);
     if (kind == GELU) return vgelu(x);
     if (kind == GELU_TANH) return vgelu_tanh(x);
-    return x * vsigmoid(1.702f * x);
+    return x * sigmoid_for(dtype, 1.702f * x);
 }
 
 INLINE void activate_row(const int dtype, const int kind, void *out, const void *x, long n, int gated) {
     for (long i = 0; i < n; i += VL) {
-        vf y = activate(kind, vload_to(dtype, x, i, n));
+        vf y = activate(dtype, kind, vload_to(dtype, x, i, n));
         if (gated) y *= vload_to(dtype, x, n + i, 2 * n);
         vstore_to(dtype, out, i, y, n);
     }

@@ -34,6 +34,10 @@ from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, lo
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
+MLP_CHUNK_ROWS = 1024
+"""Rows that go through an MLP at once on a CPU. The inner results of more outgrow the memory that a process keeps, and
+the system would clear new pages for them in every layer; the weights are read anew for so many anyway."""
+
 
 @dataclass(frozen=True, slots=True)
 class DecoderOptions:
@@ -131,6 +135,11 @@ class GatedMLP(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(num_tokens, hidden_size)` to the same."""
+        if hidden_states.is_cpu and hidden_states.shape[0] > MLP_CHUNK_ROWS:
+            return torch.cat([self._transform(rows) for rows in hidden_states.split(MLP_CHUNK_ROWS)])
+        return self._transform(hidden_states)
+
+    def _transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
         gate_up, _ = self.gate_up_proj.forward(hidden_states)
         return self.down_proj.forward(self.act_fn.forward(gate_up))[0]
 
