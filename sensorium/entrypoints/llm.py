@@ -36,8 +36,8 @@ class LLM:
     """
 
     def __init__(self, model: str, *, media_limits: MediaLimits | None = None, **engine_args: Any) -> None:
-        """Load a model; see `EngineArgs` for the settings. `max_token_gap_s` is infinite by default: nobody reads along,
-        and steps that take in all they can are fewer.
+        """Load a model; see `EngineArgs` for the settings. Here `max_token_gap_s` is infinite by default: nobody reads
+        along, and steps that take in all they can are fewer.
 
         Raises:
             ConfigError, ModelError, WeightsError: The model can't be served as asked.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
@@ -11,7 +12,7 @@ import pytest
 
 from sensorium.config import CacheConfig, SchedulerConfig
 from sensorium.messages import SchedulerOutput
-from sensorium.scheduler.pacing import MIN_PREFILL_TOKENS
+from sensorium.scheduler.pacing import MIN_PREFILL_TOKENS, UNBOUNDED, Pacer
 from tests.scheduler.simulation import Limits, Simulation, make_request
 
 GAP_S = 0.25
@@ -117,3 +118,10 @@ def test_without_streams_nothing_is_held_back() -> None:
     simulation.add(make_request("long", [[2] * 2000], max_tokens=1))
     assert simulation.step().num_scheduled_tokens == 2000
     simulation.finish()
+
+
+def test_an_infinite_gap_bounds_nothing() -> None:
+    """Offline nobody reads along, however long a step is known to take."""
+    pace = Pacer(math.inf, decode_s=10.0, token_s=10.0, row_s=10.0).begin_step(has_streams=True)
+    assert pace.token_room(extra_rows=1000) == UNBOUNDED
+    assert pace.admits_rows(10_000, 10_000)
