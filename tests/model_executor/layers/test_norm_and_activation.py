@@ -59,7 +59,7 @@ def test_activation_equals_hugging_face(name: str) -> None:
 def test_gated_activation_is_activation_times_gate(name: str) -> None:
     gate, up = 4 * random_tensor(3, 64, seed=1), random_tensor(3, 64, seed=2)
     expected = ACT2FN[name](gate) * up
-    # Where 1 + erf(gate) nearly cancels, its rounding is all that is left, times |gate * up| / 2, which reaches 15 here.
+    # Where 1 + erf(gate) nearly cancels, its rounding is all that is left, times |gate * up| / 2, here up to 15.
     torch.testing.assert_close(get_act_and_mul_fn(name)(torch.cat((gate, up), dim=-1)), expected, rtol=1e-5, atol=2e-6)
 
 
