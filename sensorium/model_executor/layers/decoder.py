@@ -136,7 +136,7 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(num_tokens, hidden_size)` to the same."""
         if hidden_states.is_cpu and hidden_states.shape[0] > MLP_CHUNK_ROWS:
-            return torch.cat([self._transform(rows) for rows in hidden_states.split(MLP_CHUNK_ROWS)])
+            return torch.cat([self._transform(rows) for rows in torch.split(hidden_states, MLP_CHUNK_ROWS)])
         return self._transform(hidden_states)
 
     def _transform(self, hidden_states: torch.Tensor) -> torch.Tensor:
