@@ -22,6 +22,8 @@ from tests.helpers.mixed_requests import picture
 
 KEYS = ("first-key", "second-key")
 MAX_BODY_BYTES = 200_000
+JSON = {"Content-Type": "application/json"}
+JSON_LINE = "Content-Type: application/json\r\n"
 CHAT: dict[str, Any] = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 3}
 
 
@@ -108,7 +110,7 @@ def test_options_of_a_stream_without_a_stream_are_refused(client: httpx.Client) 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_that_are_none_are_refused(client: httpx.Client, value: str) -> None:
     body = json.dumps(CHAT)[:-1] + f', "temperature": {value}}}'
-    refused(client.post("/v1/chat/completions", content=body), 400)
+    refused(client.post("/v1/chat/completions", content=body, headers=JSON), 400)
 
 
 def test_one_bad_input_refuses_the_embeddings_of_all(server: Served, client: httpx.Client) -> None:
@@ -139,13 +141,13 @@ def test_unknown_models_routes_and_methods(client: httpx.Client) -> None:
 
 @pytest.mark.parametrize("body", [b"", b"{", b"[1]", b'"x"', b"\xff\xfe", b"null"])
 def test_a_body_that_is_no_object_is_refused(client: httpx.Client, body: bytes) -> None:
-    refused(client.post("/v1/chat/completions", content=body), 400, "the body")
+    refused(client.post("/v1/chat/completions", content=body, headers=JSON), 400, "the body")
 
 
 @pytest.mark.parametrize("depth", [40, 90_000])
 def test_deep_nesting_is_refused(client: httpx.Client, depth: int) -> None:
     body = b'{"messages":' + b"[" * depth + b"]" * depth + b"}"
-    refused(client.post("/v1/chat/completions", content=body), 400, "nested too deeply")
+    refused(client.post("/v1/chat/completions", content=body, headers=JSON), 400, "nested too deeply")
 
 
 # Media
@@ -263,7 +265,7 @@ def raw(server: Served, request: bytes) -> bytes:
 
 
 def test_a_body_over_the_bound_is_refused_before_it_is_read(server: Served, client: httpx.Client) -> None:
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n{JSON_LINE}"
     declared = raw(server, f"{head}Content-Length: {MAX_BODY_BYTES + 1}\r\n\r\n".encode())
     assert b" 413 " in declared.split(b"\r\n")[0]
 
@@ -271,12 +273,12 @@ def test_a_body_over_the_bound_is_refused_before_it_is_read(server: Served, clie
         for _ in range(100):
             yield b"x" * 10_000
 
-    refused(client.post("/v1/completions", content=endless()), 413, "max_body_bytes")
+    refused(client.post("/v1/completions", content=endless(), headers=JSON), 413, "max_body_bytes")
 
 
 def test_bodies_that_wait_are_bounded_together(server: Served, client: httpx.Client) -> None:
     address = server.url.removeprefix("http://").split(":")
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n{JSON_LINE}"
     size = MAX_BODY_BYTES - 1000
     waiting = []
     try:
@@ -285,7 +287,7 @@ def test_bodies_that_wait_are_bounded_together(server: Served, client: httpx.Cli
             waiting.append(connection)
             connection.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + b"x" * (size - 1))
         time.sleep(0.3)
-        response = client.post("/v1/completions", content=b" " * 10_000)
+        response = client.post("/v1/completions", content=b" " * 10_000, headers=JSON)
         refused(response, 503, "waiting request bodies")
         assert int(response.headers["Retry-After"]) >= 1
     finally:
@@ -354,7 +356,7 @@ def test_good_answers_are_the_same_among_hostile_requests_and_disconnects(server
 def test_a_reader_who_never_reads_stalls_nobody(server: Served, client: httpx.Client) -> None:
     address = server.url.removeprefix("http://").split(":")
     body = json.dumps({**CHAT, "max_tokens": 900, "stream": True, "ignore_eos": True, "logprobs": True}).encode()
-    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n"
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nAuthorization: Bearer {KEYS[0]}\r\n{JSON_LINE}"
     stuck = socket.socket()
     stuck.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
     with stuck:

@@ -168,7 +168,9 @@ def test_a_body_that_is_no_upload_is_refused(http: httpx.Client, kind: str, body
 def send_part(server: Served, num_declared: int, num_sent: int) -> socket.socket:
     """A connection on which an upload has begun."""
     address = server.url.removeprefix("http://").split(":")
-    head = "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: x\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    head = (
+        "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
+    )
     part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
     connection = socket.create_connection((address[0], int(address[1])), timeout=10)
     connection.sendall(f"{head}Content-Length: {num_declared}\r\n\r\n{part}".encode() + b"x" * num_sent)

@@ -62,7 +62,9 @@ class BatchRunner:
         self._paths = [path for path in PATHS if path in own]
         self._seen: set[str] = set()
         transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-        self._client = httpx.AsyncClient(transport=transport, base_url="http://batch", timeout=None, trust_env=False)
+        self._client = httpx.AsyncClient(
+            transport=transport, base_url="http://localhost", timeout=None, trust_env=False
+        )
 
     async def run(self, lines: Iterator[tuple[int, bytes]]) -> BatchCounts:
         """Answer every line that isn't done yet. Raises `EngineDeadError` if the engine ends before them."""

@@ -20,7 +20,7 @@ from sensorium.multimodal.media.limits import MediaLimits
 
 _KINDS = (ServerArgs, EngineArgs, MediaLimits)
 _OF_THE_NETWORK = (
-    *("host", "port", "api_key", "allowed_origin", "ssl_certfile", "ssl_keyfile", "drain_s"),
+    *("host", "port", "api_key", "allowed_origin", "allowed_host", "ssl_certfile", "ssl_keyfile", "drain_s"),
     *("max_connections", "max_waiting_bytes"),
 )
 _UNBOUNDED = 1 << 62

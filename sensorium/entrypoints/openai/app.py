@@ -25,6 +25,7 @@ from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, 
 from sensorium.entrypoints.openai.responses.routes import ResponseRoutes
 from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
+from sensorium.entrypoints.openai.web_pages import WebPages
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.inputs.tokenizer import TextEncoder
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -37,6 +38,7 @@ def create_app(
     responses: ResponseStore | None = None,
     api_keys: Sequence[str] = (),
     allowed_origins: Sequence[str] = (),
+    allowed_hosts: Sequence[str] | None = None,
     max_body_bytes: int = 128 << 20,
     max_waiting_bytes: int = 1 << 30,
     playground: bool = True,
@@ -49,7 +51,9 @@ def create_app(
         transcriptions: how the model is asked to transcribe, if not in its own way.
         responses: keeps responses; none are kept by default.
         api_keys: keys of which every request but those for health must bear one; without any, all may come in.
-        allowed_origins: origins of pages that browsers may let use this server; "*" for all.
+        allowed_origins: origins of pages that browsers may let use this server; "*" for all. Without API keys, those
+            of others are refused.
+        allowed_hosts: names that a `Host` header may have, beside addresses and those of the loopback; None for any.
         max_body_bytes: bound on one body.
         max_waiting_bytes: bound on all bodies whose answers have not begun.
         playground: serve a page to try the model at `/`.
@@ -76,6 +80,10 @@ def create_app(
     pages = playground_routes() if playground else []
     paths = {route.endpoint: route.path for route in [*routes, *pages]}
     middleware = [Middleware(RequestRecords, on_end=(context.metrics.take, log_record, *on_end), routes=paths)]
+    if not api_keys or allowed_hosts is not None:
+        # A page without a key gets nowhere, and one with a key has it from somebody.
+        origins = ("*",) if api_keys else allowed_origins
+        middleware.append(Middleware(WebPages, allowed_origins=origins, allowed_hosts=allowed_hosts))
     if allowed_origins:
         # In front of the keys: a browser's preflight bears none.
         middleware.append(

@@ -12,7 +12,7 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
-from sensorium.entrypoints.openai.errors import error_body
+from sensorium.entrypoints.openai.errors import HttpError, error_body
 from sensorium.entrypoints.openai.records import note_failure
 from sensorium.errors import InvalidRequestError, RequestAbortedError, SensoriumError
 from sensorium.logger import get_logger
@@ -27,10 +27,14 @@ _T = TypeVar("_T")
 async def read_json(request: Request) -> Any:
     """The body as plain values.
 
+    Its type must be said to be JSON: that is what a web page can't do without asking the server first (CORS).
+
     Raises:
+        HttpError: 415, it is said to be something else.
         InvalidRequestError: It is no JSON, or nested too deeply.
         RequestAbortedError: The client is gone.
     """
+    _check_type(request.headers.get("Content-Type"))
     try:
         body = await request.body()
     except ClientDisconnect:
@@ -38,6 +42,16 @@ async def read_json(request: Request) -> Any:
     if len(body) > _PARSE_IN_THREAD_BYTES:
         return await asyncio.to_thread(_parse, body)
     return _parse(body)
+
+
+def _check_type(content_type: str | None) -> None:
+    if content_type is None or content_type.partition(";")[0].strip().lower() != "application/json":
+        got = "none" if content_type is None else f"{content_type!r:.80}"
+        raise HttpError(
+            415,
+            f"Content-Type: got {got}, expected application/json. Send the header 'Content-Type: application/json' "
+            "(with curl: -H 'Content-Type: application/json').",
+        )
 
 
 def _parse(body: bytes) -> Any:

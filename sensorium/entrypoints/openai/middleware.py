@@ -1,6 +1,6 @@
 """What stands in front of every route: request ids, records, keys, bounds. Plain ASGI, nothing buffered.
 
-From the outside in: request id and record, then keys, then the bounds on bodies.
+From the outside in: request id and record, then `WebPages`, then keys, then the bounds on bodies.
 """
 
 from __future__ import annotations

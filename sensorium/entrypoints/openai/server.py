@@ -42,7 +42,6 @@ _FILES_PER_CONNECTION = 2
 _NUM_OTHER_THREADS = 8
 """Threads for what is no preprocessing: name look-ups, large bodies, chat templates. They mostly wait."""
 _WATCH_INTERVAL_S = 0.2
-_LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 
 @asynccontextmanager
@@ -131,6 +130,7 @@ def _app(
         responses=ResponseStore(args.max_stored_responses, args.max_stored_response_bytes),
         api_keys=args.api_key,
         allowed_origins=args.allowed_origin,
+        allowed_hosts=args.host_names,
         max_body_bytes=args.max_body_bytes,
         max_waiting_bytes=args.max_waiting_bytes,
         playground=args.playground,
@@ -140,7 +140,7 @@ def _app(
 
 async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits) -> int:
     """Serve until told to stop, or until the engine dies. Returns the exit status of the process."""
-    if not args.api_key and args.host not in _LOOPBACK:
+    if not args.api_key and not args.is_local:
         logger.warning("No API key is set, and the server listens on %s: whoever reaches it may use it.", args.host)
     _raise_file_limit(_FILES_PER_CONNECTION * args.max_connections)
     async with running_app(engine_args, args, limits) as (app, engine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ipaddress
 from dataclasses import dataclass
 
 from sensorium.errors import ConfigError
@@ -23,6 +24,9 @@ class ServerArgs:
     """Names of the model in requests; the name it was given by default."""
     allowed_origin: tuple[str, ...] = ()
     """Origins of web pages that may use the server from a browser; "*" for all."""
+    allowed_host: tuple[str, ...] = ()
+    """Names by which requests may call this server, beside localhost and addresses. By default a server on the loopback
+    without API keys takes no others, and any other server takes all."""
     playground: bool = True
     """Serve a page to try the model from a browser at "/". It is open without a key; what it asks for is not."""
     ssl_certfile: str | None = None
@@ -90,6 +94,19 @@ class ServerArgs:
         for name in ("max_named_media_bytes", "max_stored_responses", "max_stored_response_bytes"):
             if getattr(self, name) < 0:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 0. Set {name}.")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether only this machine reaches the server."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def host_names(self) -> tuple[str, ...] | None:
+        """Names that a `Host` header may have, beside addresses and those of the loopback; None for any."""
+        return self.allowed_host if self.allowed_host or (self.is_local and not self.api_key) else None
 
     @property
     def log_settings(self) -> LogSettings:

@@ -144,8 +144,8 @@ class ResponseRoutes:
             try:
                 async for output in outputs:
                     yield output
-            except InvalidRequestError as error:
-                raise turn.plan.blame(error) from None
+            except RequestError as error:
+                raise turn.plan.blame(error, "text.format") from None
 
     async def _kept(self, events: AsyncIterator[Event], answer: ResponseAnswer, turn: Turn) -> AsyncIterator[Event]:
         """The same events; the response is kept before the last of them is told."""

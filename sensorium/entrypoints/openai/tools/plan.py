@@ -82,13 +82,13 @@ class AnswerPlan:
             return "call_" + _random_chars(_CALL_ID_CHARS)
         return _random_chars(num_chars)
 
-    def blame(self, error: RequestError) -> RequestError:
-        """An error about a form, in terms of what the request has."""
+    def blame(self, error: RequestError, format_name: str = "response_format") -> RequestError:
+        """An error about a form, in terms of what the request has. `format_name`: the field that asks for JSON."""
         if not str(error).startswith("structured_outputs.grammar") or not self._has_grammar:
             return error
         if self.request is None:
             return InvalidRequestError(
-                f"response_format: got a schema that can't be held to ({error!s:.400}). Change it."
+                f"{format_name}: got a schema that can't be held to ({error!s:.400}). Change it."
             )
         return InvalidRequestError(
             f"tools: calls can't be held to the functions' parameters ({error!s:.400}). Change parameters, or "
