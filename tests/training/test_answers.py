@@ -1,7 +1,8 @@
 """Answers of the bundled model through the whole engine, however it is run: the reference answers, item by item.
 
 Logits that are slightly wrong may still give plausible tokens. Here the answers are known: what is held out must be
-answered rightly through the server, in batches, from caches, in chunks, after preemptions, and under a schema.
+answered rightly through the server, in batches, from caches, in chunks, after preemptions, under a schema, and with
+weights of 8 bits.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ WAYS: dict[str, dict[str, Any]] = {
         "encoder_cache_rows": 0,
         "mm_processor_cache_bytes": 0,
     },
+    "weights in int8": {"num_blocks": 2048, "quantization": "int8"},
     "preempted": {
         "num_blocks": 120,
         "block_size": 4,
