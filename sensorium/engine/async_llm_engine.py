@@ -38,6 +38,7 @@ from sensorium.errors import (
 )
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
+from sensorium.inputs.warm_up import warm_up
 from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
 from sensorium.messages import LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -139,6 +140,8 @@ class AsyncLLMEngine:
         try:
             # The core imports and loads meanwhile.
             config, tokenizer = await asyncio.to_thread(_resolve, args)
+            if make_core is None:  # or there would be nothing to gain
+                await asyncio.to_thread(warm_up, config.model_config)
             report = await core.ready()
             engine = cls(
                 config,
