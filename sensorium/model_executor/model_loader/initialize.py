@@ -20,8 +20,16 @@ from sensorium.logger import get_logger
 logger = get_logger(__name__)
 
 
+_FILLS = frozenset(
+    (nn.init.normal_, nn.init.uniform_, nn.init.kaiming_normal_, nn.init.kaiming_uniform_, torch.Tensor.normal_)
+)
+
+
 class _EmptyOnMeta(TorchFunctionMode):
-    """Sends `torch.empty` without an explicit device to the meta device."""
+    """Sends `torch.empty` without an explicit device to the meta device, and fills nothing there.
+
+    Torch would only run the filling's Python twin in vain, and to that end imports its compiler, which takes a second.
+    """
 
     def __torch_function__(
         self,
@@ -33,6 +41,10 @@ class _EmptyOnMeta(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         if func is torch.empty and kwargs.get("device") is None:
             kwargs["device"] = "meta"
+        if func in _FILLS:
+            filled: torch.Tensor = args[0] if args else kwargs["tensor"]
+            if filled.is_meta:
+                return filled
         return func(*args, **kwargs)
 
 

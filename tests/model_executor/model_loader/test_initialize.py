@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -80,3 +83,15 @@ def test_random_values_fill_every_parameter_the_same_way_again() -> None:
     assert first["linear.weight"].std() > 0.1
     assert not first["linear.bias"].any()
     assert (first["norm.weight"] == 1).all()
+
+
+def test_parameters_that_wait_are_not_filled_and_torchs_compiler_is_not_imported() -> None:
+    """Torch's twin of `normal_` for tensors without memory imports all of `torch._dynamo`, a second of every start."""
+    code = (
+        "import sys, torch\n"
+        "from sensorium.model_executor.model_loader.initialize import build_empty\n"
+        "build_empty(lambda: torch.nn.Embedding(4, 4), dtype=torch.float32, device=torch.device('cpu'))\n"
+        "print('torch._dynamo' in sys.modules)"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    assert result.stdout.strip() == "False"
