@@ -255,7 +255,14 @@ def load_hf_config(path: Path, trust_remote_code: bool, code_revision: str | Non
     try:
         hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, code_revision=code_revision)
     except ValueError as error:
-        raise ModelError(f"config of {path}: transformers can't read it: {error}") from error
+        model_type = _model_type(path)
+        hint = (
+            f" If {model_type!r} is a model_type of your own, register its class: "
+            f"AutoConfig.register({model_type!r}, YourConfig), in the function of a plug-in package when serving."
+        )
+        raise ModelError(
+            f"config of {path}: transformers can't read it: {error}{hint if model_type else ''}"
+        ) from error
     hf_config.update(dict(overrides))
     return hf_config
 
@@ -279,6 +286,17 @@ def _quantizer(settings: Any) -> str:
         return "bitsandbytes"
     name = found.get("quant_method") or found.get("format") or "an unknown method"
     return str(getattr(name, "value", name))
+
+
+def _model_type(path: Path) -> str | None:
+    """The model_type that a config names and transformers doesn't know, if that is what is wrong with it."""
+    from transformers import CONFIG_MAPPING
+
+    try:
+        found = json.loads((path / "config.json").read_text()).get("model_type")
+    except (OSError, ValueError, AttributeError):
+        return None
+    return found if isinstance(found, str) and found not in CONFIG_MAPPING else None
 
 
 def resolve_dtype(dtype: str, hf_config: Any) -> str:

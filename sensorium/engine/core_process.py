@@ -37,6 +37,7 @@ from sensorium.engine.core_messages import (
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.logger import get_logger
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure
+from sensorium.multimodal import MULTIMODAL_REGISTRY
 
 logger = get_logger(__name__)
 
@@ -60,8 +61,10 @@ _Order = _Added | UseVocabulary | Abort | Stop
 
 
 def make_core(args: EngineArgs) -> EngineCore:
-    """Load a model, as the settings say."""
-    return EngineCore(args.create_engine_config())
+    """Load a model, as the settings say. Limits of media are set first: the probe makes its dummy data by them."""
+    config = args.create_engine_config()
+    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+    return EngineCore(config)
 
 
 class CoreServer:

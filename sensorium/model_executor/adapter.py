@@ -6,6 +6,7 @@ Signatures are read once, at load; a call costs one small dict.
 
 from __future__ import annotations
 
+import difflib
 import inspect
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -187,6 +188,7 @@ class ForwardAdapter:
         no_default = [p.name for p in named if p.name in self.media_parameters and p.default is p.empty]
         self._absent: dict[str, None] = dict.fromkeys([*engine_only, *no_default])
         self._check_positional_only(parameters)
+        self._check_engine_parameters()
 
     def _check_positional_only(self, parameters: Sequence[inspect.Parameter]) -> None:
         for parameter in parameters:
@@ -194,6 +196,16 @@ class ForwardAdapter:
                 raise ModelError(
                     f"forward of {type(self._model).__name__}: got the positional-only parameter {parameter.name!r}, "
                     f"expected parameters that can be given by name. Remove the '/' from its parameter list."
+                )
+
+    def _check_engine_parameters(self) -> None:
+        """Refuse misspelt names: they would be taken for media, and be None in every step."""
+        for name in self._absent:
+            meant = difflib.get_close_matches(name, _ENGINE_PARAMETERS, n=1, cutoff=0.85)
+            if meant and meant[0] not in self._names:
+                raise ModelError(
+                    f"forward of {type(self._model).__name__}: got the parameter {name!r}, expected {meant[0]!r}. "
+                    f"The engine gives arguments by name; rename it."
                 )
 
     @property
@@ -244,7 +256,13 @@ class ForwardAdapter:
                 f"forward of {type(self._model).__name__}: it has no parameter 'inputs_embeds', so it can't be given "
                 f"embeddings. Add `inputs_embeds: torch.Tensor | None = None`."
             )
-        return self._model(**kwargs)
+        output = self._model(**kwargs)
+        if not isinstance(output, torch.Tensor):
+            raise ModelError(
+                f"forward of {type(self._model).__name__}: got a {type(output).__name__} from it, expected a tensor of "
+                f"hidden states (num_tokens, hidden_size). Return that alone; compute_logits makes the logits."
+            )
+        return output
 
 
 def check_accepted(

@@ -20,7 +20,7 @@ from torch import nn
 
 from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ProcessorError
+from sensorium.errors import ProcessorError, SensoriumError
 from sensorium.grammar.compiler import FormCompiler
 from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
 from sensorium.logger import get_logger
@@ -182,8 +182,10 @@ class ModelRunner:
                 raise
             if len(chunks) == 1:
                 logger.exception("the forward pass of request %s failed", chunks[0].request_id)
+                # What our own errors say is meant for the caller; others may quote anything.
+                said = str(error) if isinstance(error, SensoriumError) else type(error).__name__
                 result.failures[chunks[0].request_id] = RequestFailure(
-                    f"The model failed on this request ({type(error).__name__}). Other requests go on."
+                    f"The model failed on this request ({said}). Other requests go on."
                 )
                 return
             logger.warning("a forward pass of %d requests failed; repeating it one by one", len(chunks), exc_info=error)

@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from sensorium.multimodal import MULTIMODAL_REGISTRY
+
 DOCS = Path(__file__).parents[2] / "docs"
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 PAGES = sorted(page.name for page in DOCS.glob("*.md") if BLOCK.search(page.read_text()))
@@ -17,7 +19,9 @@ def test_there_is_a_page_with_examples() -> None:
 
 
 @pytest.mark.parametrize("page", PAGES)
-def test_the_blocks_of_a_page_run(page: str, tmp_path: Path) -> None:
+def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A page may add a modality, which other tests must not see.
+    monkeypatch.setattr(MULTIMODAL_REGISTRY, "_plugins", dict(MULTIMODAL_REGISTRY._plugins))
     for name in ("tier0", "tier1"):
         (tmp_path / name).mkdir()
     text = (DOCS / page).read_text()

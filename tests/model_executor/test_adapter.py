@@ -309,3 +309,26 @@ def test_a_call_costs_microseconds() -> None:
             adapter(input_ids=IDS, positions=POSITIONS, kv_caches=CACHES, attn_metadata=METADATA)
         best = min(best, (time.perf_counter() - start) / 200)
     assert best < 100e-6
+
+
+# Mistakes in forward
+
+
+def test_a_misspelt_argument_of_the_engine_is_named() -> None:
+    """It would be taken for a media parameter, and be None in every step."""
+
+    class Misspelt(nn.Module):
+        def forward(self, input_ids: Any, position: Any, kv_caches: Any, attn_metadata: Any) -> Any:
+            return input_ids
+
+    with pytest.raises(ModelError, match="got the parameter 'position', expected 'positions'"):
+        ForwardAdapter(Misspelt())
+
+
+def test_a_forward_that_returns_no_tensor_is_told_what_to_return() -> None:
+    class Pair(nn.Module):
+        def forward(self, input_ids: Any) -> Any:
+            return (input_ids,)
+
+    with pytest.raises(ModelError, match=r"got a tuple .* hidden states"):
+        ForwardAdapter(Pair())(input_ids=torch.ones(2), positions=torch.ones(2), kv_caches=[], attn_metadata=None)

@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import pytest
 from torch import nn
 
+from sensorium.errors import ConfigError
 from sensorium.model_executor.models import interfaces, registry
 from sensorium.model_executor.models.interfaces import (
     EMBED_INPUT_METHODS,
@@ -270,3 +271,8 @@ def test_other_capabilities_are_flags_too(protocol: type, flag: str) -> None:
     assert has(capable())
     assert not has(Model)
     assert not has(Model())
+
+
+def test_a_typo_in_an_architecture_is_met_with_the_name_that_was_meant() -> None:
+    with pytest.raises(ConfigError, match="'LlamaForCausalLM' is meant"):
+        ModelRegistry.resolve(["LlamaForCausalML"])

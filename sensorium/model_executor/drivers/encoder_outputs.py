@@ -71,12 +71,16 @@ def flatten_rows(value: Any) -> torch.Tensor:
         if not value:
             raise ProcessorError("the model's encoder returned an empty list for media that it was given.")
         return torch.cat([flatten_rows(entry) for entry in value])
-    raise ProcessorError(f"the model's encoder returned a {type(value).__name__}, expected tensors.")
+    raise ProcessorError(
+        f"the model's encoder returned a {type(value).__name__}, expected one tensor (rows, "
+        f"hidden_size) for each item. Correct get_multimodal_embeddings."
+    )
 
 
 def _mismatch(got: Sequence[int], expected: Sequence[int]) -> ProcessorError:
     sizes = " + ".join(map(str, got))
     return ProcessorError(
         f"Attempted to assign {sizes} = {sum(got)} multimodal tokens to {sum(expected)} placeholders. "
-        "The model's input processor and its encoder must agree on the number of rows of an item."
+        "The model's input processor and its encoder must agree on the number of rows of an item; where other tokens "
+        "stand between an item's rows, name those of the rows with MULTIMODAL_REGISTRY.register_placeholder_tokens."
     )

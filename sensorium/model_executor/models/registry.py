@@ -7,6 +7,7 @@ touched before a worker process has started.
 
 from __future__ import annotations
 
+import difflib
 import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -85,9 +86,11 @@ class _ModelRegistry:
         for name in names:
             if name in self._models:
                 return self._load(name), name
+        similar = [found for name in names for found in difflib.get_close_matches(name, self._models, n=1)]
         raise ConfigError(
             f"Model architectures {names} are not supported for now. Supported architectures: "
-            f"{self.get_supported_archs()}. Add one with ModelRegistry.register_model(architecture, model_class)."
+            f"{self.get_supported_archs()}. Add one with ModelRegistry.register_model(architecture, model_class)"
+            f"{f', or correct the name if {similar[0]!r} is meant' if similar else ''}."
         )
 
     def _load(self, architecture: str) -> Any:
