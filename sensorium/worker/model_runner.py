@@ -20,7 +20,7 @@ from torch import nn
 
 from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ProcessorError, SensoriumError
+from sensorium.errors import ModelError, ProcessorError, SensoriumError
 from sensorium.grammar.compiler import FormCompiler
 from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
 from sensorium.logger import get_logger
@@ -194,7 +194,7 @@ class ModelRunner:
 
     def _run_pass(self, chunks: list[ScheduledChunk], result: _StepResult) -> None:
         arrays = self._batch.gather(chunks)
-        hidden = self._driver.forward(self._step_inputs(chunks, arrays))
+        hidden = _hidden_states(self._driver.forward(self._step_inputs(chunks, arrays)))
         if self._reporting:
             self._report_prompt(chunks, arrays, hidden, result)
         last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
@@ -334,6 +334,16 @@ def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:
     return RequestFailure(
         "The model produced no valid logits for this request (NaN or infinity). Other requests go on."
     )
+
+
+def _hidden_states(output: Any) -> torch.Tensor:
+    """What `forward` returned, if it is what it should be. Raises `ModelError` (a `TypeError`)."""
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(
+            f"forward of the model: got a {type(output).__name__} from it, expected a tensor of hidden states "
+            f"(num_tokens, hidden_size). Return that alone; compute_logits makes the logits."
+        )
+    return output
 
 
 def _is_device_fault(error: Exception) -> bool:

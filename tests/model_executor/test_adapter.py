@@ -323,12 +323,3 @@ def test_a_misspelt_argument_of_the_engine_is_named() -> None:
 
     with pytest.raises(ModelError, match="got the parameter 'position', expected 'positions'"):
         ForwardAdapter(Misspelt())
-
-
-def test_a_forward_that_returns_no_tensor_is_told_what_to_return() -> None:
-    class Pair(nn.Module):
-        def forward(self, input_ids: Any) -> Any:
-            return (input_ids,)
-
-    with pytest.raises(ModelError, match=r"got a tuple .* hidden states"):
-        ForwardAdapter(Pair())(input_ids=torch.ones(2), positions=torch.ones(2), kv_caches=[], attn_metadata=None)
