@@ -14,6 +14,7 @@ import torch
 from torch import nn
 
 from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.errors import ModelError
 from sensorium.logger import get_logger
 from sensorium.model_executor.adapter import ForwardAdapter
 from sensorium.model_executor.drivers import (
@@ -51,8 +52,14 @@ def probe_model(
     )
     encode = find_override(type(model), EMBED_MULTIMODAL_METHODS)
     embed = find_override(type(model), EMBED_INPUT_METHODS)
-    if encode and embed and ForwardAdapter(model).accepts("inputs_embeds"):
+    adapter = ForwardAdapter(model)
+    if encode and embed and adapter.accepts("inputs_embeds"):
         return _probe_tier_one(model, config, features, encode, embed, device)
+    if encode and embed and not adapter.media_parameters and not adapter.takes_any_media:
+        raise ModelError(
+            f"forward of {type(model).__name__}: got no parameter 'inputs_embeds', expected one beside {encode} and "
+            f"{embed}. Add `inputs_embeds: torch.Tensor | None = None`, and pass it on to the decoder."
+        )
     return _probe_tier_zero(model, config, features, shapes, device)
 
 

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from sensorium import LLM
+from sensorium import LLM, ModelRegistry
+from sensorium.errors import ModelError
 from tests.engine.async_helpers import SETTINGS, greedy, last, running
 from tests.helpers import toy_models as toys
 
@@ -57,3 +59,17 @@ def test_a_plugins_class_is_served_by_a_core_process(
 
     [offline] = LLM(str(path), **{**SETTINGS, **settings}).generate(prompt, greedy())
     assert asyncio.run(served()) == list(offline.outputs[0].token_ids)
+
+
+class WithoutEmbeds(toys.TwoMethodModel):
+    """Has the two methods of tier 1, but its forward can't be given what they make."""
+
+    def forward(self, input_ids: Any, positions: Any, kv_caches: Any, attn_metadata: Any) -> Any:
+        return super().forward(input_ids, positions, kv_caches, attn_metadata)
+
+
+def test_two_methods_without_inputs_embeds_say_what_is_missing(tmp_path: Path) -> None:
+    ModelRegistry.register_model("WithoutEmbeds", WithoutEmbeds)
+    toys.save_checkpoint(WithoutEmbeds, tmp_path)
+    with pytest.raises(ModelError, match="no parameter 'inputs_embeds'"):
+        LLM(str(tmp_path), **{**SETTINGS, "max_model_len": 128, "skip_tokenizer_init": True})
