@@ -238,10 +238,18 @@ def test_a_request_leaves_one_line_of_facts_and_none_of_its_contents(client: htt
     assert "media_forbidden" in failures
 
 
+def written_lines(stream: io.StringIO, timeout_s: float = 10.0) -> list[str]:
+    """The lines once there are any: a request's is written after its answer, whose reader may be faster."""
+    deadline_s = time.monotonic() + timeout_s
+    while not stream.getvalue().endswith("\n") and time.monotonic() < deadline_s:
+        time.sleep(0.01)
+    return stream.getvalue().splitlines()
+
+
 def test_lines_as_text_carry_the_same_facts(client: httpx.Client) -> None:
     with logged(TextFormatter("%(levelname)s %(message)s")) as stream:
         client.get("/version", headers={"X-Request-Id": "abc"})
-        [line] = stream.getvalue().splitlines()
+        [line] = written_lines(stream)
     head, brace, rest = line.partition(" {")
     assert head == "INFO GET /version 200"
     assert json.loads(brace + rest)["request_id"] == "abc"
