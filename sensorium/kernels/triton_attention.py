@@ -18,8 +18,6 @@ import torch
 import triton
 import triton.language as tl
 
-MAX_HEAD_SIZE = 256
-
 
 @triton.jit
 def _attend(
