@@ -24,6 +24,7 @@ from sensorium.config import (
     PoolerConfig,
     SchedulerConfig,
 )
+from sensorium.engine.loading import LOADING
 from sensorium.errors import ConfigError, ModelError
 from sensorium.logger import get_logger
 
@@ -130,6 +131,10 @@ class EngineArgs:
             ConfigError: A setting can't be used.
             ModelError: The architecture is unknown, or its class can't be served.
         """
+        with LOADING:
+            return self._resolve()
+
+    def _resolve(self) -> EngineConfig:
         from sensorium.plugins import load_general_plugins
 
         load_general_plugins()

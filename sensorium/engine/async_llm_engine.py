@@ -26,6 +26,7 @@ from sensorium.engine.core import within_blocks
 from sensorium.engine.core_messages import News, UseVocabulary
 from sensorium.engine.core_process import CoreFactory
 from sensorium.engine.core_supervisor import CoreSupervisor
+from sensorium.engine.loading import LOADING
 from sensorium.engine.output_processor import OutputProcessor
 from sensorium.engine.output_stream import OutputStream
 from sensorium.errors import (
@@ -141,7 +142,7 @@ class AsyncLLMEngine:
             # The core imports and loads meanwhile.
             config, tokenizer = await asyncio.to_thread(_resolve, args)
             if make_core is None:  # or there would be nothing to gain
-                await asyncio.to_thread(warm_up, config.model_config)
+                await asyncio.to_thread(_warm_up, config)
             report = await core.ready()
             engine = cls(
                 config,
@@ -447,9 +448,15 @@ class _Hub:
 
 def _resolve(args: EngineArgs) -> tuple[EngineConfig, Any | None]:
     """The front's part of loading: settings, limits and tokenizer; no weights."""
-    config = args.create_engine_config()
-    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
-    return config, None if args.skip_tokenizer_init else get_tokenizer(config.model_config)
+    with LOADING:
+        config = args.create_engine_config()
+        MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+        return config, None if args.skip_tokenizer_init else get_tokenizer(config.model_config)
+
+
+def _warm_up(config: EngineConfig) -> None:
+    with LOADING:
+        warm_up(config.model_config)
 
 
 def _encoded(processed: ProcessedRequest) -> tuple[ProcessedRequest, EncodedMessage]:

@@ -34,6 +34,7 @@ from sensorium.engine.core_messages import (
     ToFront,
     UseVocabulary,
 )
+from sensorium.engine.loading import LOADING
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.logger import get_logger
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure
@@ -62,9 +63,10 @@ _Order = _Added | UseVocabulary | Abort | Stop
 
 def make_core(args: EngineArgs) -> EngineCore:
     """Load a model, as the settings say. Limits of media are set first: the probe makes its dummy data by them."""
-    config = args.create_engine_config()
-    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
-    return EngineCore(config)
+    with LOADING:
+        config = args.create_engine_config()
+        MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+        return EngineCore(config)
 
 
 class CoreServer:

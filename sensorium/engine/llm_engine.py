@@ -13,6 +13,7 @@ from typing import Any
 from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.core import EngineCore
+from sensorium.engine.loading import LOADING
 from sensorium.engine.output_processor import OutputProcessor
 from sensorium.errors import InvalidRequestError
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
@@ -33,9 +34,10 @@ class LLMEngine:
     def __init__(
         self, config: EngineConfig, *, skip_tokenizer: bool = False, media_loader: MediaLoader | None = None
     ) -> None:
-        MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
-        self.tokenizer: Any = None if skip_tokenizer else get_tokenizer(config.model_config)
-        self.core = EngineCore(config)
+        with LOADING:
+            MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+            self.tokenizer: Any = None if skip_tokenizer else get_tokenizer(config.model_config)
+            self.core = EngineCore(config)
         self.config = self.core.config
         self.preprocessor = InputPreprocessor(self.config, self.core.features, self.tokenizer, media_loader)
         self.outputs = OutputProcessor(self.tokenizer)

@@ -13,11 +13,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Front and core load side by side, here in threads of one process; these modules don't take being imported by two.
-import torch._dynamo  # noqa: F401
 import uvicorn
 from PIL import Image
-from transformers import AutoConfig, AutoProcessor, AutoTokenizer  # noqa: F401
 
 from sensorium import EngineArgs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine

@@ -35,8 +35,6 @@ VARYING = ("id", "created", "created_at", "completed_at", "usage", "item_id", "c
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    import tests.helpers.checkpoints  # noqa: F401  # imports what two threads must not import at once
-
     with served("demo", max_model_len=2048, limit_mm_per_prompt={"image": 2, "audio": 1}) as running:
         yield running
 
