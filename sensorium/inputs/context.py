@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from sensorium.errors import ModelError, ProcessorError
+from sensorium.errors import ModelError, ProcessorError, SensoriumError
 from sensorium.inputs.callables import accepted_kwargs
 
 if TYPE_CHECKING:
@@ -84,6 +84,8 @@ class InputProcessingContext(InputContext):
             return hf_processor(
                 text=prompt, **processor_data, **accepted_kwargs(hf_processor, kwargs), return_tensors="pt"
             )
+        except SensoriumError:
+            raise
         except Exception as exc:
             name = type(hf_processor).__name__
             raise ProcessorError(

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ModelError
-from sensorium.logger import get_logger
+from sensorium.logger import get_logger, warn_once
 
 if TYPE_CHECKING:
     import torch
@@ -74,11 +74,10 @@ def constructor_kwargs(model_class: type, config: EngineConfig, prefix: str = ""
         takes_engine_config = _config_is_engine_config(parameters, parts)
         offered["config"] = config if takes_engine_config else hf_config
         if not takes_engine_config:
-            # No warning: an author whose class doesn't load yet would take it for the reason.
-            logger.info(
-                "%s: its constructor takes a Hugging Face config. `__init__(self, *, config, prefix='')`, with the "
-                "engine's config, is the current form.",
-                model_class.__name__,
+            warn_once(
+                logger,
+                f"{model_class.__name__}: its constructor takes a Hugging Face config. "
+                f"`__init__(self, *, config, prefix='')`, with the engine's config, is the current form.",
             )
     required = [name for name, p in parameters.items() if p.default is p.empty and name not in offered]
     if required:
@@ -257,7 +256,12 @@ class ForwardAdapter:
                 f"forward of {type(self._model).__name__}: it has no parameter 'inputs_embeds', so it can't be given "
                 f"embeddings. Add `inputs_embeds: torch.Tensor | None = None`."
             )
-        return self._model(**kwargs)
+        if not media:
+            return self._model(**kwargs)
+        from sensorium.model_executor.counted_merges import CountedMerges
+
+        with CountedMerges():
+            return self._model(**kwargs)
 
 
 def check_accepted(

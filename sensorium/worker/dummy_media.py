@@ -6,7 +6,8 @@ noise in their place makes a difference between items visible.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,9 @@ import numpy as np
 import torch
 
 from sensorium.config import EngineConfig, ModelConfig
+from sensorium.errors import ModelError, SensoriumError
 from sensorium.inputs import INPUT_REGISTRY
+from sensorium.model_executor.failures import told_to_author
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 
 _NUM_TEXT_TOKENS = 64
@@ -50,13 +53,16 @@ def make_dummy_media(config: EngineConfig) -> DummyMedia:
 
     Raises:
         NoDummyMediaError: The factory returns no media: none was registered, or it is text only.
-        AssertionError: The factory's prompt is too short or has too few items.
+        ModelError: The factory or a mapper fails; `DummyDataError` (an `AssertionError`) if the factory's prompt is
+            too short or has too few items.
     """
     model_config = config.model_config
     limits = {name: n for name, n in MULTIMODAL_REGISTRY.get_mm_limits_per_prompt(model_config).items() if n}
     rows = MULTIMODAL_REGISTRY.get_max_tokens_per_item_by_modality(model_config)
     seq_len = min(model_config.max_model_len, sum(rows.get(m, 0) * n for m, n in limits.items()) + _NUM_TEXT_TOKENS)
-    dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, seq_len, MULTIMODAL_REGISTRY)
+    name = model_config.architecture if model_config.model_class is None else model_config.model_class.__name__
+    with _blamed(f"{name}: its dummy data factory failed for seq_len={seq_len} and mm_counts={limits}"):
+        dummy = INPUT_REGISTRY.dummy_data_for_profiling(model_config, seq_len, MULTIMODAL_REGISTRY)
     if not dummy.multi_modal_data:
         raise NoDummyMediaError(
             "the dummy data has no media. Register a factory with INPUT_REGISTRY.register_dummy_data."
@@ -67,15 +73,32 @@ def make_dummy_media(config: EngineConfig) -> DummyMedia:
     for modality, data in dummy.multi_modal_data.items():
         varied = [vary(each, seed) for seed, each in enumerate(data if isinstance(data, list) else [data])]
         counts[modality] = len(varied)
-        each_alone = tuple(_map(model_config, modality, [one]) for one in varied)
-        if len(varied) > 1:
-            together = _map(model_config, modality, varied)
-            if not maps_alone(each_alone, together):
-                alone_everywhere = False
-                each_alone = (together,)
+        with _blamed(f"{name}: its {modality} mapper failed on its dummy data ({_described(varied[0])})"):
+            each_alone = tuple(_map(model_config, modality, [one]) for one in varied)
+            together = _map(model_config, modality, varied) if len(varied) > 1 else None
+        if together is not None and not maps_alone(each_alone, together):
+            alone_everywhere = False
+            each_alone = (together,)
         items[modality] = each_alone
     token_ids = np.asarray(dummy.seq_data.prompt_token_ids, dtype=np.int64)
     return DummyMedia(token_ids, items, counts, alone_everywhere, dummy.multi_modal_placeholders)
+
+
+@contextmanager
+def _blamed(what: str) -> Iterator[None]:
+    """Makes what an author's callable raises the load's error. Our own errors keep their class."""
+    try:
+        yield
+    except SensoriumError as error:
+        raise type(error)(f"{what}: {error}") from error
+    except Exception as error:
+        raise ModelError(f"{what}: {told_to_author(error)}. Expected it to take the largest legal input.") from error
+
+
+def _described(item: Any) -> str:
+    """An item's type, and its size where it has one."""
+    size = getattr(item, "shape", None) or getattr(item, "size", None)
+    return f"{type(item).__name__} of {tuple(size)}" if isinstance(size, tuple) else type(item).__name__
 
 
 def _map(model_config: ModelConfig, modality: str, items: list[Any]) -> Mapping[str, Any]:

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from sensorium.errors import ProcessorError
+from sensorium.errors import ProcessorError, SensoriumError
 from sensorium.messages import EncoderInput
 from sensorium.model_executor.drivers import EncodeJob, ModelDriver
 from sensorium.worker.input_batch import InputBatch, MediaSlice
@@ -38,7 +38,7 @@ class EncoderRunner:
         for key in keys:
             self._rows.pop(key, None)
 
-    def run(self, inputs: Sequence[EncoderInput], batch: InputBatch) -> dict[str, ProcessorError]:
+    def run(self, inputs: Sequence[EncoderInput], batch: InputBatch) -> dict[str, SensoriumError]:
         """Encode items; returns the errors by item key."""
         self.encode_s = 0.0
         if not inputs:
@@ -46,9 +46,9 @@ class EncoderRunner:
         begin = time.perf_counter()
         requests = [batch[each.request_id].request for each in inputs]
         jobs = [EncodeJob(request, request.media[each.item]) for each, request in zip(inputs, requests, strict=True)]
-        errors: dict[str, ProcessorError] = {}
+        errors: dict[str, SensoriumError] = {}
         for job, result in zip(jobs, self._driver.encode(jobs), strict=True):
-            error = result if isinstance(result, ProcessorError) else _row_error(job, result)
+            error = result if isinstance(result, SensoriumError) else _row_error(job, result)
             if error is not None:
                 errors[job.item.key] = error
             else:

@@ -20,7 +20,7 @@ from torch import nn
 
 from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ModelError, ProcessorError, SensoriumError
+from sensorium.errors import ModelError, RequestError, SensoriumError
 from sensorium.grammar.compiler import FormCompiler
 from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
 from sensorium.logger import get_logger
@@ -35,6 +35,7 @@ from sensorium.messages import (
 from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
 from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
+from sensorium.model_executor.failures import told_to_caller
 from sensorium.model_executor.layers.sampler import Sampler, SamplingState, prompt_logprobs
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.model_executor.token_mask import TokenMask
@@ -145,7 +146,7 @@ class ModelRunner:
         self.encoder.free(step.free_encoder_keys)
 
     def _without_failed_media(
-        self, chunks: Sequence[ScheduledChunk], errors: dict[str, ProcessorError], result: _StepResult
+        self, chunks: Sequence[ScheduledChunk], errors: dict[str, SensoriumError], result: _StepResult
     ) -> list[ScheduledChunk]:
         """The chunks whose media were encoded; the others' requests fail."""
         if not errors:
@@ -182,10 +183,9 @@ class ModelRunner:
                 raise
             if len(chunks) == 1:
                 logger.exception("the forward pass of request %s failed", chunks[0].request_id)
-                # What our own errors say is meant for the caller; others may quote anything.
-                said = str(error) if isinstance(error, SensoriumError) else type(error).__name__
                 result.failures[chunks[0].request_id] = RequestFailure(
-                    f"The model failed on this request ({said}). Other requests go on."
+                    f"The model failed on this request ({told_to_caller(error)}). Other requests go on.",
+                    error.status if isinstance(error, RequestError) else 500,
                 )
                 return
             logger.warning("a forward pass of %d requests failed; repeating it one by one", len(chunks), exc_info=error)

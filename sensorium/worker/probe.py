@@ -1,20 +1,22 @@
 """Finds out at load which tier a model is on, and which features are provably right for it.
 
-A class is looked at first: does it override the methods of tier 1, has it declared its placeholder tokens? What it does
-not declare is observed on dummy data. Tier 0 is split only if running it split equals running it whole; otherwise it is
-served atomically, and the report says why.
+A class is looked at first: does it override the methods of tier 1, has it declared its placeholder tokens? Then it is
+tried out, on text and on its own dummy media (`trial`), and what it does not declare is observed there. Tier 0 is split
+only if running it split equals running it whole; otherwise it is served atomically, and the report says why.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import nn
 
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
+from sensorium.inputs.mrope import token_id_of
 from sensorium.logger import get_logger
 from sensorium.model_executor.adapter import ForwardAdapter
 from sensorium.model_executor.drivers import (
@@ -28,8 +30,10 @@ from sensorium.model_executor.drivers.carrier import Carrier, find_candidates
 from sensorium.model_executor.models.interfaces import EMBED_INPUT_METHODS, EMBED_MULTIMODAL_METHODS, find_override
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media
+from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.kv_cache import LayerShape
-from sensorium.worker.split_check import observe_embeddings, observe_split
+from sensorium.worker.split_check import dummy_kwargs, joined, observe_embeddings, observe_split, placeholder_maps
+from sensorium.worker.trial import Trial, described, is_own_class
 
 logger = get_logger(__name__)
 
@@ -40,10 +44,13 @@ def probe_model(
     """The driver for a loaded model, and the features that are on for it.
 
     Raises:
-        ModelError: The mapper returns arguments that `forward` doesn't take, or dummy data breaks its rules.
+        ModelError: The class fails on text or on its own dummy data, or they break their rules.
     """
+    steps = DummySteps(config, shapes, device)
+    trial = Trial(model, config, steps)
     if not config.model_config.is_multimodal_model:
-        return TextDriver(model), ModelFeatures(tier="text")
+        driver = TextDriver(model)
+        return driver, ModelFeatures(tier="text", notes=trial.run_text(driver, ()))
     max_rows = MULTIMODAL_REGISTRY.get_max_tokens_per_item_by_modality(config.model_config)
     features = ModelFeatures(
         atomic_items=bool(getattr(type(model), "mm_atomic_items", False)),
@@ -54,46 +61,49 @@ def probe_model(
     embed = find_override(type(model), EMBED_INPUT_METHODS)
     adapter = ForwardAdapter(model)
     if encode and embed and adapter.accepts("inputs_embeds"):
-        return _probe_tier_one(model, config, features, encode, embed, device)
+        return _probe_tier_one(model, config, features, (encode, embed), trial, steps)
     if encode and embed and not adapter.media_parameters and not adapter.takes_any_media:
         raise ModelError(
             f"forward of {type(model).__name__}: got no parameter 'inputs_embeds', expected one beside {encode} and "
             f"{embed}. Add `inputs_embeds: torch.Tensor | None = None`, and pass it on to the decoder."
         )
-    return _probe_tier_zero(model, config, features, shapes, device)
+    return _probe_tier_zero(model, config, features, shapes, trial, steps)
 
 
 def _probe_tier_one(
     model: nn.Module,
     config: EngineConfig,
     features: ModelFeatures,
-    encode: str,
-    embed: str,
-    device: torch.device,
+    methods: tuple[str, str],
+    trial: Trial,
+    steps: DummySteps,
 ) -> tuple[ModelDriver, ModelFeatures]:
+    encode, embed = methods
     driver = EmbeddingsDriver(
         model,
         encode_method=encode,
         embed_method=embed,
         vocab_size=config.model_config.vocab_size,
-        dtype=config.model_config.dtype,
-        device=device,
+        dtype=steps.dtype,
+        device=steps.device,
     )
-    if features.placeholder_token_ids.keys() >= features.max_item_rows.keys():
-        return driver, replace(features, tier="2")
-    dummy = _dummy_or_reason(config)
-    if isinstance(dummy, str):
-        return driver, replace(features, tier="1", notes=(f"placeholder tokens unknown at load: {dummy}",))
-    observed = observe_embeddings(driver, dummy, config, device)
+    declared = features.placeholder_token_ids
+    tier = "2" if declared.keys() >= features.max_item_rows.keys() else "1"
+    dummy = None if tier == "2" and is_own_class(model) else _dummy_or_reason(config)
+    text_notes = trial.run_text(driver, _not_text(config, features, dummy))
+    features = replace(features, tier=tier, notes=text_notes)
+    if dummy is None or isinstance(dummy, str):
+        unknown = (f"placeholder tokens unknown at load: {dummy}",) if dummy and tier == "1" else ()
+        return driver, replace(features, notes=features.notes + unknown)
+    observed = observe_embeddings(driver, methods, dummy, declared, trial, steps)
     driver.merges_itself = observed.merges_itself
     return driver, replace(
         features,
-        tier="1",
-        placeholder_token_ids={**observed.placeholder_token_ids, **features.placeholder_token_ids},
+        placeholder_token_ids={**observed.placeholder_token_ids, **declared},
         maps_items_alone=dummy.maps_items_alone,
         # A merge by the model itself looks for placeholders in the chunk, so items go in whole.
         atomic_items=features.atomic_items or observed.merges_itself,
-        notes=_mapping_note(dummy) + observed.notes,
+        notes=features.notes + _mapping_note(dummy) + observed.notes,
     )
 
 
@@ -102,21 +112,26 @@ def _probe_tier_zero(
     config: EngineConfig,
     features: ModelFeatures,
     shapes: Sequence[LayerShape],
-    device: torch.device,
+    trial: Trial,
+    steps: DummySteps,
 ) -> tuple[ModelDriver, ModelFeatures]:
     dummy = _dummy_or_reason(config)
+    adapter = ForwardAdapter(model)
+    if not isinstance(dummy, str):
+        adapter.check_media_parameters(dummy.kwarg_names, type(model))
+    notes = trial.run_text(TextDriver(model), _not_text(config, features, dummy), adapter.media_parameters)
+    features = replace(features, notes=notes)
     if isinstance(dummy, str):
         return _atomic(model, features, dummy)
-    ForwardAdapter(model).check_media_parameters(dummy.kwarg_names, type(model))
-    features = replace(features, maps_items_alone=dummy.maps_items_alone, notes=_mapping_note(dummy))
-    if config.model_config.mm_split == "off":
-        return _atomic(model, features, "mm_split is off")
-    reasons = []
-    for module, name, kind in find_candidates(model):
+    features = replace(features, maps_items_alone=dummy.maps_items_alone, notes=notes + _mapping_note(dummy))
+    kwargs = dummy_kwargs(dummy, steps)
+    whole = trial.run_whole(dummy, joined(kwargs), placeholder_maps(dummy))
+    reasons = ["mm_split is off"] if config.model_config.mm_split == "off" else []
+    for module, name, kind in [] if reasons else find_candidates(model):
         carrier = Carrier(module, name, kind)
-        driver = _auto_split_driver(model, carrier, config, shapes, device)
+        driver = _auto_split_driver(model, carrier, config, len(shapes), steps)
         try:
-            observed = observe_split(driver, model, dummy, config, shapes, device)
+            observed = observe_split(driver, dummy, whole, config, steps)
         except Exception as error:
             reasons.append(f"at {name}: {type(error).__name__}: {error}")
             carrier.remove()
@@ -133,19 +148,42 @@ def _probe_tier_zero(
             shares_items=observed.shares_items,
             notes=(*features.notes, f"media rows are read and written at {name} ({kind})", *observed.notes),
         )
+    _check_media_matter(trial, dummy, kwargs, whole)
     return _atomic(model, features, "; ".join(reasons) or "no module stands in front of all attention layers")
 
 
+def _check_media_matter(
+    trial: Trial, dummy: DummyMedia, kwargs: Mapping[str, Mapping[str, Any]], whole: torch.Tensor
+) -> None:
+    """Refuse a model that takes a modality's arguments and computes the same without them."""
+    for modality in kwargs:
+        others = joined({name: each for name, each in kwargs.items() if name != modality})
+        if trial.ignores_media(dummy, others, whole, placeholder_maps(dummy)):
+            raise ModelError(
+                f"{trial.name}: forward returned the same hidden states with and without "
+                f"{described(dummy, kwargs[modality], modality)}, expected other ones. Read these arguments by their "
+                f"names in forward, and put the media's rows where placeholder tokens stand in the dummy prompt."
+            )
+
+
+def _not_text(config: EngineConfig, features: ModelFeatures, dummy: DummyMedia | str | None) -> set[int]:
+    """Token ids that may stand for media: those of the dummy prompt, the declared, and those that the config names."""
+    found = {each for ids in features.placeholder_token_ids.values() for each in ids}
+    named = (token_id_of(config.model_config.hf_config, modality) for modality in MULTIMODAL_REGISTRY.modalities)
+    found |= {each for each in named if each is not None}
+    return found | (set(dummy.token_ids.tolist()) if isinstance(dummy, DummyMedia) else set())
+
+
 def _auto_split_driver(
-    model: nn.Module, carrier: Carrier, config: EngineConfig, shapes: Sequence[LayerShape], device: torch.device
+    model: nn.Module, carrier: Carrier, config: EngineConfig, num_layers: int, steps: DummySteps
 ) -> AutoSplitDriver:
     return AutoSplitDriver(
         model,
         carrier,
-        num_kv_caches=len(shapes),
+        num_kv_caches=num_layers,
         vocab_size=config.model_config.vocab_size,
-        dtype=config.model_config.dtype,
-        device=device,
+        dtype=steps.dtype,
+        device=steps.device,
         uses_mrope=config.model_config.uses_mrope,
     )
 

@@ -10,36 +10,31 @@ For tier 1 (`observe_embeddings`): which tokens the model's own merge replaces, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from torch import nn
 
-from sensorium.attention import AttentionMetadata, compute_slot_mapping
 from sensorium.config import EngineConfig
+from sensorium.errors import ModelError
 from sensorium.logger import get_logger
-from sensorium.model_executor.adapter import ForwardAdapter
 from sensorium.model_executor.drivers import AutoSplitDriver, EmbeddingsDriver, MediaRows, StepInputs
 from sensorium.model_executor.drivers.carrier import Captured
 from sensorium.model_executor.drivers.encoder_outputs import flatten_rows
 from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
 from sensorium.multimodal.placeholder_map import IndexMap
-from sensorium.worker import kv_cache
 from sensorium.worker.dummy_media import DummyMedia
-from sensorium.worker.kv_cache import LayerShape
+from sensorium.worker.dummy_steps import DummySteps, IdArray
+from sensorium.worker.trial import TOLERANCE, Trial, described, relative_difference
 
 logger = get_logger(__name__)
 
-TOLERANCE = {torch.float32: 1e-4, torch.bfloat16: 5e-2, torch.float16: 1e-2}
-"""Largest difference that counts as equal, relative to the largest value. A wrong row differs by about 1."""
 _SHIFT = 3
 """Text tokens put in front of an item to see whether its rows depend on where it stands."""
 
-IdArray = npt.NDArray[np.int64]
 Mask = npt.NDArray[np.bool_]
 
 
@@ -66,25 +61,17 @@ class _SplitCheck:
     """One model, one carrier, one dummy prompt."""
 
     def __init__(
-        self,
-        driver: AutoSplitDriver,
-        model: nn.Module,
-        dummy: DummyMedia,
-        config: EngineConfig,
-        shapes: Sequence[LayerShape],
-        device: torch.device,
+        self, driver: AutoSplitDriver, dummy: DummyMedia, whole: torch.Tensor, config: EngineConfig, steps: DummySteps
     ) -> None:
-        self.driver, self.model, self.dummy, self.shapes, self.device = driver, model, dummy, shapes, device
-        self.block_size = config.cache_config.block_size
-        self.uses_mrope = config.model_config.uses_mrope
-        self.dtype = config.model_config.dtype
+        self.driver, self.dummy, self.whole, self.steps = driver, dummy, whole, steps
+        self.device, self.dtype = steps.device, steps.dtype
         self.ids = dummy.token_ids
         self.in_vocabulary = np.clip(self.ids, 0, config.model_config.vocab_size - 1)
-        self.kwargs = {modality: batch_kwargs(items, device, self.dtype) for modality, items in dummy.items.items()}
+        self.kwargs = dummy_kwargs(dummy, steps)
 
     def run(self) -> SplitObservation:
         plain = self._capture(self.in_vocabulary, {})
-        full = self._capture(self.ids, self._all_kwargs(), self._placeholder_maps())
+        full = self._capture(self.ids, joined(self.kwargs), placeholder_maps(self.dummy))
         if plain is None or full is None or not len(plain.rows) == len(full.rows) == len(self.ids):
             return SplitObservation(refusal="the forward pass does not hand this module one row per token")
         other = self._media_dependent_argument(plain, full)
@@ -113,19 +100,6 @@ class _SplitCheck:
     ) -> Captured | None:
         return self.driver.capture(ids, np.arange(len(ids), dtype=np.int64), kwargs, maps)
 
-    def _all_kwargs(self) -> dict[str, Any]:
-        return {name: value for kwargs in self.kwargs.values() for name, value in kwargs.items()}
-
-    def _placeholder_maps(self) -> dict[str, Any] | None:
-        """The map of the whole dummy prompt, where its factory said the ranges."""
-        if not self.dummy.placeholders:
-            return None
-        maps = {}
-        for modality, ranges in self.dummy.placeholders.items():
-            dest = [row for each in ranges for row in range(each["offset"], each["offset"] + each["length"])]
-            maps[modality] = IndexMap(src=list(range(len(dest))), dest=dest)
-        return maps
-
     def _masks(self, plain: Captured, full: Captured) -> dict[str, Mask]:
         """Per modality, which rows its media change."""
         if len(self.kwargs) == 1:
@@ -133,7 +107,7 @@ class _SplitCheck:
             return {modality: _differs(plain.rows, full.rows)}
         masks = {}
         for modality, kwargs in self.kwargs.items():
-            captured = self._capture(self.ids, kwargs, self._placeholder_maps())
+            captured = self._capture(self.ids, kwargs, placeholder_maps(self.dummy))
             assert captured is not None
             masks[modality] = _differs(plain.rows, captured.rows)
         return masks
@@ -156,67 +130,21 @@ class _SplitCheck:
     def _chunked_difference(self, full: Captured, media: Mask) -> float:
         """Largest relative difference between the whole pass and one cut in the middle of the media."""
         num_tokens = len(self.ids)
-        whole = self._forward_whole()
         middle = int(np.flatnonzero(media)[int(media.sum()) // 2])
         cut = min(max(middle, 1), num_tokens - 1)
-        caches = self._caches(num_tokens)
+        caches = self.steps.caches(num_tokens)
         pieces = [
             self.driver.forward(self._step(start, end, caches, full.rows, media))
             for start, end in ((0, cut), (cut, num_tokens))
         ]
-        split = torch.cat(pieces)
-        return float((split - whole).abs().max() / whole.abs().max().clamp_min(1e-12))
+        return relative_difference(torch.cat(pieces), self.whole)
 
-    def _forward_whole(self) -> torch.Tensor:
-        """The model as V0 would run it: everything in one pass, media merged by the model itself."""
-        num_tokens = len(self.ids)
-        step = self._step(0, num_tokens, self._caches(num_tokens), None, None, self._placeholder_maps())
-        hidden: torch.Tensor = ForwardAdapter(self.model)(
-            input_ids=step.input_ids,
-            positions=step.positions,
-            kv_caches=step.kv_caches,
-            attn_metadata=step.attn_metadata,
-            **self._all_kwargs(),
-        )
-        return hidden
-
-    def _caches(self, num_tokens: int) -> list[torch.Tensor]:
-        num_blocks = -(-num_tokens // self.block_size)
-        return kv_cache.allocate(self.shapes, num_blocks, self.block_size, self.dtype, self.device)
-
-    def _step(
-        self,
-        start: int,
-        end: int,
-        caches: list[torch.Tensor],
-        rows: torch.Tensor | None,
-        media: Mask | None,
-        maps: Mapping[str, Any] | None = None,
-    ) -> StepInputs:
-        query_lens = np.array([end - start], dtype=np.int32)
-        seq_lens = np.array([end], dtype=np.int32)
-        table = np.arange(-(-end // self.block_size), dtype=np.int32)[None]
-        positions = np.arange(start, end, dtype=np.int64)
-        if self.uses_mrope:
-            positions = np.tile(positions, (3, 1))
+    def _step(self, start: int, end: int, caches: list[torch.Tensor], rows: torch.Tensor, media: Mask) -> StepInputs:
         media_rows = None
-        if rows is not None and media is not None and media[start:end].any():
+        if media[start:end].any():
             index = torch.from_numpy(np.flatnonzero(media[start:end])).to(self.device)
             media_rows = MediaRows(index, rows[start:end][index])
-        return StepInputs(
-            input_ids=torch.from_numpy(self.ids[start:end].copy()).to(self.device),
-            positions=torch.from_numpy(positions).to(self.device),
-            kv_caches=caches,
-            attn_metadata=AttentionMetadata.from_numpy(
-                query_lens,
-                seq_lens,
-                table,
-                compute_slot_mapping(table, query_lens, seq_lens, self.block_size),
-                device=self.device,
-                multi_modal_placeholder_index_maps=maps,
-            ),
-            media=media_rows,
-        )
+        return self.steps.step([(self.ids, start, end)], caches, media=media_rows)
 
     def _shares_items(self, full: Captured, masks: Mapping[str, Mask]) -> tuple[bool, str | None]:
         """Whether an item's rows depend on the item alone; a note if not."""
@@ -239,7 +167,7 @@ class _SplitCheck:
                 offset = shift + start - window_start
                 maps = self._one_item_map(modality, offset, end - start)
                 rows = self._rows_alone(prompt, kwargs, maps, offset, end - start)
-                if rows is None or _relative_difference(rows, full.rows[start:end]) > TOLERANCE[self.dtype]:
+                if rows is None or relative_difference(rows, full.rows[start:end]) > TOLERANCE[self.dtype]:
                     where = "where they stand" if shift else "their neighbours"
                     return False, f"rows of {modality} items depend on {where}: not shared between prompts"
         return True, None
@@ -262,39 +190,78 @@ class _SplitCheck:
 
 
 def observe_split(
-    driver: AutoSplitDriver,
-    model: nn.Module,
-    dummy: DummyMedia,
-    config: EngineConfig,
-    shapes: Sequence[LayerShape],
-    device: torch.device,
+    driver: AutoSplitDriver, dummy: DummyMedia, whole: torch.Tensor, config: EngineConfig, steps: DummySteps
 ) -> SplitObservation:
-    """Try a carrier out on the dummy prompt. Anything that the model raises goes to the caller."""
-    return _SplitCheck(driver, model, dummy, config, shapes, device).run()
+    """Try a carrier out on the dummy prompt, whose hidden states in one pass are `whole`.
+
+    Anything that the model raises goes to the caller.
+    """
+    return _SplitCheck(driver, dummy, whole, config, steps).run()
 
 
 def observe_embeddings(
-    driver: EmbeddingsDriver, dummy: DummyMedia, config: EngineConfig, device: torch.device
+    driver: EmbeddingsDriver,
+    methods: tuple[str, str],
+    dummy: DummyMedia,
+    declared: Mapping[str, frozenset[int]],
+    trial: Trial,
+    steps: DummySteps,
 ) -> EmbeddingsObservation:
-    """Compare the model's merge of dummy media with putting rows at their places."""
-    if len(dummy.items) != 1:
+    """Encode dummy media, find where their rows stand, and run the decoder on some of them.
+
+    Args:
+        driver: Of tier 1.
+        methods: Names of the model's encoder and of its embedding.
+        dummy: Its dummy data.
+        declared: Placeholder tokens that the class has declared.
+        trial: Says what is wrong, if something is.
+        steps: Makes the step for the decoder.
+
+    Raises:
+        ModelError: Encoder, merge or decoder can't be run on the model's own dummy data.
+    """
+    encode, embed = methods
+    outputs = {
+        modality: trial.encode(driver, encode, dummy, modality, kwargs)
+        for modality, kwargs in dummy_kwargs(dummy, steps).items()
+    }
+    for modality in outputs.keys() & declared.keys():
+        _check_declared(trial, dummy, modality, declared[modality], flatten_rows(outputs[modality]))
+    if declared.keys() >= outputs.keys():
+        masks = {name: np.isin(dummy.token_ids, list(declared[name])) for name in outputs}
+        _run_rows(driver, dummy, outputs, masks, trial)
+        return EmbeddingsObservation()
+    if len(outputs) != 1:
         note = "several modalities without register_placeholder_tokens: spans come from the input processor"
         return EmbeddingsObservation(notes=(note,))
-    ((modality, items),) = dummy.items.items()
-    dtype = config.model_config.dtype
-    output = driver.call_encoder(batch_kwargs(items, device, dtype))
-    rows = flatten_rows(output).to(dtype)
-    ids = torch.from_numpy(dummy.token_ids.copy()).to(device)
-    plain = driver.embed_ids(ids.clamp(0, config.model_config.vocab_size - 1))
-    merged = driver.embed_ids(ids, output)
+    ((modality, output),) = outputs.items()
+    rows = flatten_rows(output).to(steps.dtype)
+    ids = torch.from_numpy(dummy.token_ids.copy()).to(steps.device)
+    plain = driver.embed_ids(ids.clamp(0, trial.vocab_size - 1))
+    given = f"the rows that {encode} returned for {described(dummy, {})}, {tuple(rows.shape)}"
+    with trial.blamed(embed, given, "one placeholder token in the dummy prompt for each row"):
+        merged = driver.embed_ids(ids, output)
     mask = _differs(plain, merged)
-    index = torch.from_numpy(np.flatnonzero(mask)).to(device)
+    if not mask.any():
+        raise ModelError(
+            f"{trial.name}: {embed} returned the same with and without {given}, expected rows of media in the place "
+            f"of placeholder tokens. Put multimodal_embeddings there, and placeholder tokens into the dummy prompt."
+        )
+    if mask.sum() < len(rows):
+        raise ModelError(
+            f"{trial.name}: {embed} put {int(mask.sum())} rows of media into its dummy prompt, expected {len(rows)}, "
+            f"as many as {encode} returned. Make the placeholders of register_dummy_data and the encoder agree, and "
+            f"merge with merge_multimodal_embeddings, which refuses a miscount."
+        )
+    index = torch.from_numpy(np.flatnonzero(mask)).to(steps.device)
     scattered = (
         len(index) == len(rows)
-        and _relative_difference(plain.index_copy(0, index, rows.to(plain.dtype)), merged) <= TOLERANCE[dtype]
+        and relative_difference(plain.index_copy(0, index, rows.to(plain.dtype)), merged) <= TOLERANCE[steps.dtype]
     )
+    if scattered:
+        _run_rows(driver, dummy, outputs, {modality: mask}, trial)
     found = np.unique(dummy.token_ids[mask])
-    unambiguous = mask.any() and not np.isin(dummy.token_ids[~mask], found).any()
+    unambiguous = not np.isin(dummy.token_ids[~mask], found).any()
     note = "the model's own merge does more than place rows: it runs for every chunk with media"
     return EmbeddingsObservation(
         placeholder_token_ids={modality: frozenset(found.tolist())} if unambiguous else {},
@@ -303,16 +270,51 @@ def observe_embeddings(
     )
 
 
+def _check_declared(trial: Trial, dummy: DummyMedia, modality: str, ids: frozenset[int], rows: torch.Tensor) -> None:
+    """Refuse declared placeholder tokens of which the dummy prompt has more or fewer than there are rows."""
+    num_places = int(np.isin(dummy.token_ids, list(ids)).sum())
+    if num_places != len(rows):
+        raise ModelError(
+            f"{trial.name}: the encoder returned {len(rows)} rows for its dummy {modality} data, expected "
+            f"{num_places}, the number of placeholder tokens {sorted(ids)} in its dummy prompt. Make "
+            f"register_placeholder_tokens, register_dummy_data and the encoder agree."
+        )
+
+
+def _run_rows(
+    driver: EmbeddingsDriver, dummy: DummyMedia, outputs: Mapping[str, Any], masks: Mapping[str, Mask], trial: Trial
+) -> None:
+    """Run the decoder on a piece of the dummy prompt that begins with rows of its first modality."""
+    if not driver.merges_itself and outputs:
+        first = min(masks, key=lambda name: int(np.flatnonzero(masks[name])[0]))
+        trial.run_media_rows(driver, dummy, flatten_rows(outputs[first]), masks[first])
+
+
+def dummy_kwargs(dummy: DummyMedia, steps: DummySteps) -> dict[str, dict[str, Any]]:
+    """Per modality, the mapped arguments of all dummy items, batched."""
+    return {modality: batch_kwargs(items, steps.device, steps.dtype) for modality, items in dummy.items.items()}
+
+
+def joined(kwargs: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The arguments of all modalities."""
+    return {name: value for each in kwargs.values() for name, value in each.items()}
+
+
+def placeholder_maps(dummy: DummyMedia) -> dict[str, Any] | None:
+    """The map of the whole dummy prompt, where its factory said the ranges."""
+    if not dummy.placeholders:
+        return None
+    maps = {}
+    for modality, ranges in dummy.placeholders.items():
+        dest = [row for each in ranges for row in range(each["offset"], each["offset"] + each["length"])]
+        maps[modality] = IndexMap(src=list(range(len(dest))), dest=dest)
+    return maps
+
+
 def _differs(one: torch.Tensor, other: torch.Tensor) -> Mask:
     """`(num_rows,)`: rows that are not equal bit for bit."""
     mask: Mask = (one != other).any(dim=-1).cpu().numpy()
     return mask
-
-
-def _relative_difference(one: torch.Tensor, other: torch.Tensor) -> float:
-    if one.shape != other.shape:
-        return float("inf")
-    return float((one.float() - other.float()).abs().max() / other.float().abs().max().clamp_min(1e-12))
 
 
 def _spans(mask: Mask, num_items: int) -> list[tuple[int, int]] | None:

@@ -71,7 +71,7 @@ class ToyLayer(nn.Module):
         self, positions: torch.Tensor, hidden: torch.Tensor, kv_cache: torch.Tensor, metadata: AttentionMetadata
     ) -> torch.Tensor:
         waves = torch.sin(positions[:, None].float() * torch.linspace(0.1, 1, hidden.shape[-1], device=hidden.device))
-        q, k, v = self.qkv(hidden + waves).chunk(3, dim=-1)
+        q, k, v = self.qkv(hidden + waves.to(hidden.dtype)).chunk(3, dim=-1)
         return hidden + self.o(self.attn(q, k, v, kv_cache, metadata))
 
 

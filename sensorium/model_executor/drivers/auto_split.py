@@ -23,7 +23,7 @@ import torch
 from torch import nn
 
 from sensorium.attention import AttentionMetadata
-from sensorium.errors import ProcessorError
+from sensorium.errors import ProcessorError, SensoriumError
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.model_executor.adapter import ForwardAdapter
 from sensorium.model_executor.drivers.base import (
@@ -68,10 +68,10 @@ class AutoSplitDriver:
 
     def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
         """One pass up to the carrier per item, or per request where rows depend on their neighbours."""
-        passes: dict[str, torch.Tensor | ProcessorError] = {}
+        passes: dict[str, EncodeResult] = {}
         return [self._encode_one(job, passes) for job in jobs]
 
-    def _encode_one(self, job: EncodeJob, passes: dict[str, torch.Tensor | ProcessorError]) -> EncodeResult:
+    def _encode_one(self, job: EncodeJob, passes: dict[str, EncodeResult]) -> EncodeResult:
         start, end = self._window(job) if self.shares_items else (0, len(job.request.prompt_token_ids))
         key = f"{job.request.request_id}:{start}"
         if key not in passes:
@@ -81,7 +81,7 @@ class AutoSplitDriver:
             except Exception as error:
                 passes[key] = encoding_error(job, error)
         rows = passes[key]
-        if isinstance(rows, ProcessorError):
+        if isinstance(rows, SensoriumError):
             return rows
         span = rows[job.item.offset - start : job.item.end - start]
         return span if job.item.is_media is None else span[torch.from_numpy(job.item.is_media)]

@@ -9,9 +9,10 @@ from typing import Any, Protocol
 import torch
 
 from sensorium.attention import AttentionMetadata
-from sensorium.errors import ProcessorError
+from sensorium.errors import ProcessorError, SensoriumError
 from sensorium.logger import get_logger
 from sensorium.messages import EngineRequest, MediaItem
+from sensorium.model_executor.failures import told_to_caller
 
 logger = get_logger(__name__)
 
@@ -50,7 +51,7 @@ class EncodeJob:
     item: MediaItem
 
 
-EncodeResult = torch.Tensor | ProcessorError
+EncodeResult = torch.Tensor | SensoriumError
 """Rows `(item.num_rows, hidden_size)` of one item, or why there are none."""
 
 
@@ -75,12 +76,13 @@ def without_media_ids(input_ids: torch.Tensor, media: MediaRows | None, vocab_si
     return input_ids.index_fill(0, media.index, 0).clamp_(0, vocab_size - 1)
 
 
-def encoding_error(job: EncodeJob, error: BaseException) -> ProcessorError:
-    """The caller's view of an encoder failure; the details go to the log, not to the caller."""
+def encoding_error(job: EncodeJob, error: BaseException) -> SensoriumError:
+    """The caller's view of an encoder failure, whichever tier it happened on; other details go to the log only."""
     logger.warning("encoding %s of request %s failed", job.item.modality, job.request.request_id, exc_info=error)
-    if isinstance(error, ProcessorError):
+    if isinstance(error, SensoriumError):
         return error
     return ProcessorError(
-        f"{job.item.modality} item {job.item.index} could not be encoded by the model ({type(error).__name__}). "
-        "Check that the item is valid for this model."
+        f"{job.item.modality} item {job.item.index} could not be encoded by the model ({told_to_caller(error)}), with "
+        f"{job.item.num_rows} placeholders for its rows in the prompt. Check that the item is valid for this model, "
+        f"and that its input processor writes one placeholder for each row."
     )

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from sensorium.model_executor.adapter import ForwardAdapter
+from sensorium.model_executor.counted_merges import CountedMerges
 from sensorium.model_executor.drivers.base import (
     EncodeJob,
     EncodeResult,
@@ -81,7 +82,8 @@ class EmbeddingsDriver:
         """The model's own embedding of ids, merged with what its encoder returned if that is given."""
         if multimodal_embeddings is None:
             return self._embed(input_ids)
-        return self._embed(input_ids, multimodal_embeddings)
+        with CountedMerges():
+            return self._embed(input_ids, multimodal_embeddings)
 
     def embed(self, inputs: StepInputs) -> torch.Tensor:
         """Decoder inputs `(num_tokens, hidden_size)`: text embeddings with media rows at their places."""
@@ -89,7 +91,7 @@ class EmbeddingsDriver:
         if media is None:
             return self._embed(inputs.input_ids)
         if self.merges_itself:
-            return self._embed(inputs.input_ids, media.rows)
+            return self.embed_ids(inputs.input_ids, media.rows)
         text = self._embed(without_media_ids(inputs.input_ids, media, self._vocab_size))
         return text.index_copy(0, media.index, media.rows.to(text.dtype))
 

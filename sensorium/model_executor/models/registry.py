@@ -105,6 +105,11 @@ class _ModelRegistry:
                 f"Model class of {architecture}: can't import {target!r} ({exc}). Correct the string that it was "
                 f"registered with, or install the package."
             ) from exc
+        except Exception as exc:
+            raise ModelError(
+                f"Model class of {architecture}: importing {module!r} failed: {type(exc).__name__}: {exc}. Correct "
+                f"that file."
+            ) from exc
 
 
 ModelRegistry = _ModelRegistry(dict(IN_TREE))
