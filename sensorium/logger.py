@@ -8,6 +8,9 @@ written for, wherever the id is known. As text:
 As JSON, an object a line:
 
     {"time": "2026-01-31T12:00:00.000+00:00", "level": "INFO", "logger": "sensorium.x", "message": "...", ...}
+
+What a client writes may come into a line, and never makes a line of its own, nor moves a terminal's cursor: characters
+that don't print are escaped, here, for all lines.
 """
 
 from __future__ import annotations
@@ -15,6 +18,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+import threading
+import time
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -66,8 +71,29 @@ class TextFormatter(logging.Formatter):
     def formatMessage(self, record: logging.LogRecord) -> str:  # noqa: N802
         """See logging."""
         facts = _facts(record)
-        line = super().formatMessage(record)
+        line = printable(super().formatMessage(record))
         return f"{line} {json.dumps(facts)}" if facts else line
+
+    def formatException(self, ei: Any) -> str:  # noqa: N802
+        """See logging. Each line is set in, so that none looks like the beginning of a message."""
+        return _set_in(super().formatException(ei))
+
+    def formatStack(self, stack_info: str) -> str:  # noqa: N802
+        """See logging."""
+        return _set_in(super().formatStack(stack_info))
+
+
+def printable(text: str) -> str:
+    """The text with everything escaped that doesn't print: line breaks of all kinds, control characters, terminal
+    sequences, marks of direction, lone surrogates.
+    """
+    if text.isprintable():
+        return text
+    return "".join(each if each.isprintable() else each.encode("unicode_escape").decode() for each in text)
+
+
+def _set_in(text: str) -> str:
+    return "\n".join(f"    {printable(line)}" for line in text.split("\n"))
 
 
 class JsonFormatter(logging.Formatter):
@@ -85,6 +111,33 @@ class JsonFormatter(logging.Formatter):
         if record.exc_info:
             line["exception"] = self.formatException(record.exc_info)
         return json.dumps(line, default=str)
+
+
+class AtMostOften(logging.Filter):
+    """Lets a line of the same text through once in a while, and says then how many there were: what clients cause as
+    often as they like doesn't fill the disk.
+    """
+
+    def __init__(self, interval_s: float = 10.0) -> None:
+        super().__init__()
+        self._interval_s = interval_s
+        self._lock = threading.Lock()
+        self._last: dict[str, tuple[float, int]] = {}
+        """By text: when it was written last, and how many were left out since."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        """See logging."""
+        text = str(record.msg)
+        with self._lock:
+            now_s = time.monotonic()
+            last_s, num_left_out = self._last.get(text, (now_s - self._interval_s, 0))
+            if now_s - last_s < self._interval_s:
+                self._last[text] = (last_s, num_left_out + 1)
+                return False
+            self._last[text] = (now_s, 0)
+        if num_left_out:
+            record.msg = f"{text} ({num_left_out} more like this in the last {now_s - last_s:.0f} s)"
+        return True
 
 
 def _facts(record: logging.LogRecord) -> dict[str, Any]:

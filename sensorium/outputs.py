@@ -63,6 +63,11 @@ class CompletionOutput:
         """Whether the output is complete."""
         return self.finish_reason is not None
 
+    @property
+    def is_cut(self) -> bool:
+        """Whether something else than the model ended it: a bound, a stop string, an abort or an error."""
+        return self.finished and (self.finish_reason != "stop" or isinstance(self.stop_reason, str))
+
 
 @dataclass(frozen=True, slots=True)
 class RequestMetrics:

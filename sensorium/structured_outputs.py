@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
+from sensorium.json_size import is_within
 
 MAX_SCHEMA_CHARS = 128 * 1024
 MAX_SCHEMA_DEPTH = 64
@@ -160,6 +161,11 @@ def _canonical_schema(value: Any) -> str:
         raise _wrong_type("json", value, "a JSON schema: an object, or its text")
     if _is_deeper(value, MAX_SCHEMA_DEPTH):
         raise _too_deep("json", MAX_SCHEMA_DEPTH)
+    if not is_within(value, MAX_SCHEMA_CHARS):
+        raise InvalidRequestError(
+            f"structured_outputs.json: got more than {MAX_SCHEMA_CHARS} characters, expected at most so many. "
+            "Change json."
+        )
     try:
         text = json_module.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError):

@@ -86,7 +86,7 @@ def test_exactly_one_form_is_set(form: dict[str, Any]) -> None:
         ({"json": {"const": float("nan")}}, "json: got an object that is no JSON"),
         ({"json": {"const": b"bytes"}}, "json: got an object that is no JSON"),
         ({"json": "x" * (MAX_SCHEMA_CHARS + 1)}, "json: got 131073 characters"),
-        ({"json": {"enum": ["x" * MAX_SCHEMA_CHARS]}}, "json: got 131085 characters"),
+        ({"json": {"enum": ["x" * MAX_SCHEMA_CHARS]}}, "json: got more than 131072 characters"),
         ({"json": nested(MAX_SCHEMA_DEPTH + 1)}, "json: got brackets nested more than 64 deep"),
         ({"json": {"const": "\ud800"}}, "json: got half of a surrogate pair"),
         ({"regex": ""}, "regex: got 0 characters"),

@@ -185,8 +185,7 @@ class EngineArgs:
         hf_config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
         refuse_quantized_checkpoint(hf_config)
         model_class, architecture = ModelRegistry.resolve(list(getattr(hf_config, "architectures", None) or []))
-        # A class may be one part of a larger checkpoint, and then names the part of the config that is about it.
-        hf_config = getattr(hf_config, getattr(model_class, "config_part", ""), hf_config)
+        hf_config = config_of_part(hf_config, getattr(model_class, "config_part", None))
         check_supports_multimodal(model_class)
         is_multimodal = supports_multimodal(model_class)
         if self.limit_mm_per_prompt and not is_multimodal:
@@ -270,6 +269,19 @@ def load_hf_config(path: Path, trust_remote_code: bool, code_revision: str | Non
         ) from error
     hf_config.update(dict(overrides))
     return hf_config
+
+
+def config_of_part(hf_config: Any, part: str | None) -> Any:
+    """The part of a config that is about the class that is served, where that is one part of a larger checkpoint.
+
+    That its output head is tied may stand in the whole's config.
+    """
+    own = getattr(hf_config, part, None) if part else None
+    if own is None:
+        return hf_config
+    if getattr(hf_config, "tie_word_embeddings", False):
+        own.tie_word_embeddings = True
+    return own
 
 
 def refuse_quantized_checkpoint(hf_config: Any) -> None:

@@ -157,6 +157,8 @@ class LLM:
             answer = llm.answer_parser(tools).parse([outputs[0].outputs[0].text])
             print(answer.reasoning, answer.content, answer.tool_calls)
 
+        Of an output that `is_cut`, `parse(..., is_cut=True)` leaves out what the cut left of a mark.
+
         Args:
             tools: As given to `chat`.
             chat_template: As given to `chat`.

@@ -14,6 +14,10 @@ from typing import Any, TypeAlias
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
 
+MAX_MESSAGES = 4096
+"""Most messages in one conversation."""
+MAX_PARTS = 4096
+"""Most parts of one message."""
 MODALITIES = ("image", "video", "audio")
 _AUDIO_FORMAT = re.compile(r"[a-z0-9.+-]{1,32}")
 
@@ -77,6 +81,8 @@ def parse_messages(messages: object, places: Sequence[str] | None = None) -> lis
         raise _wrong_type("messages", messages, "a list of messages")
     if not messages:
         raise InvalidRequestError("messages: got none, expected at least one. Add a message of role 'user'.")
+    if len(messages) > MAX_MESSAGES:
+        raise InvalidRequestError(f"messages: got {len(messages)}, expected at most {MAX_MESSAGES}. Send fewer.")
     if places is None:
         places = [f"messages[{index}]" for index in range(len(messages))]
     return [_parse_message(message, where) for message, where in zip(messages, places, strict=True)]
@@ -102,6 +108,10 @@ def _parse_message(message: object, where: str) -> Message:
         return Message(role, where, text=content, fields=fields)
     if not isinstance(content, list | tuple):
         raise _wrong_type(f"{where}.content", content, "a string or a list of parts")
+    if len(content) > MAX_PARTS:
+        raise InvalidRequestError(
+            f"{where}.content: got {len(content)} parts, expected at most {MAX_PARTS}. Send fewer."
+        )
     parts = tuple(_parse_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     return Message(role, where, parts=parts, fields=fields)
 

@@ -14,7 +14,7 @@ from contextvars import ContextVar
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ModelError
-from sensorium.logger import get_logger, warn_once
+from sensorium.logger import get_logger
 
 if TYPE_CHECKING:
     import torch
@@ -74,10 +74,11 @@ def constructor_kwargs(model_class: type, config: EngineConfig, prefix: str = ""
         takes_engine_config = _config_is_engine_config(parameters, parts)
         offered["config"] = config if takes_engine_config else hf_config
         if not takes_engine_config:
-            warn_once(
-                logger,
-                f"{model_class.__name__}: its constructor takes a Hugging Face config. "
-                f"`__init__(self, *, config, prefix='')`, with the engine's config, is the current form.",
+            # No warning: an author whose class doesn't load yet would take it for the reason.
+            logger.info(
+                "%s: its constructor takes a Hugging Face config. `__init__(self, *, config, prefix='')`, with the "
+                "engine's config, is the current form.",
+                model_class.__name__,
             )
     required = [name for name, p in parameters.items() if p.default is p.empty and name not in offered]
     if required:

@@ -18,8 +18,9 @@ class AnswerParser:
         parser = AnswerParser(reasoning=REASONING_FORMATS["think"], tool_format=FORMATS["hermes"], tools=tools)
         events = parser.push("<think>Hm.</think>") + parser.push("Hello") + parser.finish()
 
-    Nothing that the model wrote is lost but marks, the white space around them, and calls beyond `max_calls`: what
-    looks like a call and is none is content. Linear in the text.
+    Nothing that the model wrote is lost but marks, the white space around them, calls beyond `max_calls`, arguments of
+    functions that take none, and what a cut left of a mark or of a call's beginning: what looks like a call and is none
+    is content. Linear in the text.
 
     Args:
         reasoning: how the model marks its reasoning; None: it isn't looked for.
@@ -27,6 +28,7 @@ class AnswerParser:
         tool_format: how the model writes calls; None: they aren't looked for.
         tools: the functions that it may call.
         max_calls: calls beyond are dropped; None for any number.
+        is_forced: the answer is calls and nothing else.
     """
 
     def __init__(
@@ -37,9 +39,11 @@ class AnswerParser:
         tool_format: ToolFormat | None = None,
         tools: Tools | None = None,
         max_calls: int | None = None,
+        is_forced: bool = False,
     ) -> None:
         self._reader = Reader()
-        self._sink = Sink(max_calls)
+        self._sink = Sink(max_calls, (tool.name for tool in tools or () if tool.takes_nothing))
+        self._is_forced = is_forced
         self._is_plain = reasoning is None and tool_format is None
         self._steps = self._read(reasoning, is_reasoning_open, tool_format, tools or Tools(()))
 
@@ -52,11 +56,11 @@ class AnswerParser:
             next(self._steps, None)
         return self._sink.take()
 
-    def finish(self) -> list[Event]:
-        """The answer has ended; returns the rest."""
+    def finish(self, *, is_cut: bool = False) -> list[Event]:
+        """The answer has ended; returns the rest. `is_cut`: not by the model, which would have gone on."""
         if self._is_plain:
             return []
-        self._reader.close()
+        self._reader.close(is_cut=is_cut)
         for _ in self._steps:
             raise AssertionError("a parser waits for text behind the end")
         self._sink.finish()
@@ -68,10 +72,10 @@ class AnswerParser:
         if reasoning is not None:
             yield from reasoning.read(self._reader, self._sink, is_open=is_open)
         if tool_format is not None:
-            yield from tool_format.read(self._reader, self._sink, tools)
+            yield from tool_format.read(self._reader, self._sink, tools, is_forced=self._is_forced)
         yield from self._reader.rest(self._sink.content)
 
-    def parse(self, pieces: Iterable[str]) -> ParsedAnswer:
-        """A whole answer, of one piece or several."""
+    def parse(self, pieces: Iterable[str], *, is_cut: bool = False) -> ParsedAnswer:
+        """A whole answer, of one piece or several; see `finish`."""
         events = [event for piece in pieces for event in self.push(piece)]
-        return collect([*events, *self.finish()])
+        return collect([*events, *self.finish(is_cut=is_cut)])

@@ -50,6 +50,11 @@ class CallObject:
         self._has_begun = False
         self._is_complete = False
 
+    @property
+    def is_named(self) -> bool:
+        """Its name was read: it is of a function that may be called."""
+        return self._name is not None
+
     def read(self) -> Steps[Outcome]:
         """Read as much of the call as there is."""
         is_closed = yield from self._object(is_outer=True)

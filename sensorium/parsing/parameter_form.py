@@ -22,8 +22,10 @@ class ParameterForm:
     def of(self, lark: Lark, tool: Tool) -> str:
         """An expression for a tool's arguments: those that its schema names, in order, or any where it names none."""
         properties = tool.parameters.get("properties")
+        if tool.takes_nothing:
+            return ""
         if not isinstance(properties, Mapping) or not properties:
-            if tool.parameters.get("additionalProperties") is False or tool.is_strict or not tool.parameters:
+            if tool.parameters.get("additionalProperties") is False or tool.is_strict:
                 return ""
             any_one = (
                 f"{lark.text(self.before)} /[a-zA-Z0-9_.-]+/ {lark.text(self.between)} {lark.text_to(self.behind)}"

@@ -25,12 +25,17 @@ WHITESPACE = re.compile(r"\s*")
 
 
 class Reader:
-    """The text of one answer. Reads never go back; what was read since `mark` can be had again by `unmark`."""
+    """The text of one answer. Reads never go back; what was read since `mark` can be had again by `unmark`.
+
+    Where a text was cut off, a piece of a literal at its end is what came of that literal: it is read, and handed to
+    nobody.
+    """
 
     def __init__(self) -> None:
         self._text = ""
         self._at = 0
         self._is_closed = False
+        self._is_cut = False
         self._marked: list[str] | None = None
 
     def push(self, text: str) -> None:
@@ -38,9 +43,15 @@ class Reader:
         self._text = self._text[self._at :] + text
         self._at = 0
 
-    def close(self) -> None:
-        """No more text will come."""
+    def close(self, *, is_cut: bool = False) -> None:
+        """No more text will come. `is_cut`: although more would have followed."""
         self._is_closed = True
+        self._is_cut = is_cut
+
+    @property
+    def is_cut_off(self) -> bool:
+        """The text was cut, and is read to where it was."""
+        return self._is_cut and self._at == len(self._text)
 
     def mark(self, before: str = "") -> None:
         """Keep what is read from here on, behind `before`."""
@@ -58,7 +69,22 @@ class Reader:
             if ahead == literal:
                 self._read_to(self._at + len(literal))
                 return True
-            if self._is_closed or not literal.startswith(ahead):
+            if not literal.startswith(ahead):
+                return False
+            if self._is_closed:
+                if self._is_cut:
+                    self._at = len(self._text)
+                return False
+            yield
+
+    def take_end(self, literal: str) -> Steps[bool]:
+        """As `take`, for a mark behind what is complete: a piece of it at the end of the text is read in any case."""
+        while True:
+            ahead = self._text[self._at : self._at + len(literal)]
+            if ahead == literal or (self._is_closed and literal.startswith(ahead)):
+                self._read_to(self._at + len(ahead))
+                return True
+            if not literal.startswith(ahead):
                 return False
             yield
 
@@ -79,8 +105,11 @@ class Reader:
                 return "".join(pieces)
             yield
 
-    def until(self, literals: tuple[str, ...], emit: Emit) -> Steps[str | None]:
-        """The first of the literals that comes, read; None where the text ends. What stands before goes to `emit`."""
+    def until(self, literals: tuple[str, ...], emit: Emit, *, is_within: bool = False) -> Steps[str | None]:
+        """The first of the literals that comes, read; None where the text ends. What stands before goes to `emit`.
+
+        `is_within`: a call, where a piece of a literal at the text's end is one of its marks, cut or not.
+        """
         pattern = _any_of(literals)
         while True:
             match = pattern.search(self._text, self._at)
@@ -88,10 +117,13 @@ class Reader:
                 emit(self._read_to(match.start()))
                 self._read_to(match.end())
                 return match.group()
-            if self._is_closed:
+            if self._is_closed and not (self._is_cut or is_within):
                 emit(self._read_to(len(self._text)))
                 return None
             emit(self._read_to(len(self._text) - self._open_length(literals)))
+            if self._is_closed:
+                self._at = len(self._text)
+                return None
             yield
 
     def json(self, scanner: JsonScanner, emit: Emit) -> Steps[bool]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from itertools import groupby
 from typing import Any
@@ -17,10 +17,12 @@ class Sink:
     is held back. An answer that is text alone keeps every character.
     """
 
-    def __init__(self, max_calls: int | None = None) -> None:
-        """`max_calls`: calls beyond are dropped; None for any number."""
+    def __init__(self, max_calls: int | None = None, take_nothing: Iterable[str] = ()) -> None:
+        """`max_calls`: calls beyond are dropped; None for any number. `take_nothing`: functions without arguments."""
         self._events: list[Event] = []
         self._max_calls = max_calls
+        self._take_nothing = frozenset(take_nothing)
+        self._has_arguments = True
         self.num_calls = 0
         """Calls begun, dropped ones included."""
         self._is_layout = False
@@ -67,12 +69,15 @@ class Sink:
         """A call of a function, whose arguments follow."""
         self._expect_layout()
         self.num_calls += 1
+        self._has_arguments = name not in self._take_nothing
         if self._is_wanted:
             self._events.append(ToolCallStart(self.num_calls - 1, name))
+            if not self._has_arguments:
+                self._events.append(ToolCallArguments(self.num_calls - 1, "{}"))
 
     def arguments(self, text: str) -> None:
-        """More arguments of the last call."""
-        if text and self._is_wanted:
+        """More arguments of the last call. A function that takes none gets none, whatever the model made up."""
+        if text and self._is_wanted and self._has_arguments:
             self._events.append(ToolCallArguments(self.num_calls - 1, text))
 
     def finish(self) -> None:

@@ -13,6 +13,14 @@ CALLED_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
 """Names that a call is taken to be of, known or not."""
 
 
+_NAME_ARGUMENTS = (
+    *("properties", "patternProperties", "required", "minProperties", "propertyNames", "unevaluatedProperties"),
+    *("dependencies", "dependentRequired", "dependentSchemas", "$ref", "$dynamicRef", "$recursiveRef"),
+    *("allOf", "anyOf", "oneOf", "not", "if", "then", "else", "const", "enum"),
+)
+"""Keywords by which a schema says what members an object has, beside `additionalProperties`."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Tool:
     """A function."""
@@ -20,9 +28,15 @@ class Tool:
     name: str
     description: str | None = None
     parameters: Mapping[str, Any] = field(default_factory=dict)
-    """JSON schema of its arguments, which are an object; empty: any object."""
+    """JSON schema of its arguments, which are an object."""
     is_strict: bool = False
     """Arguments must keep to the schema."""
+
+    @property
+    def takes_nothing(self) -> bool:
+        """Whether it has no arguments: as OpenAI has it, a schema that names none stands for none."""
+        is_open = self.parameters.get("additionalProperties") not in (None, False)
+        return not is_open and all(self.parameters.get(key) in (None, {}, []) for key in _NAME_ARGUMENTS)
 
     @classmethod
     def from_description(cls, description: Mapping[str, Any]) -> Tool:

@@ -163,3 +163,55 @@ def test_a_schema_that_cannot_be_held_to_is_named_for_strict_functions_only(clie
     loose: Any = [{"type": "function", "function": function}]
     choice = ask(client, "hermes", tools=loose, tool_choice="required", parallel_tool_calls=False).choices[0]
     assert [call.function.name for call in choice.message.tool_calls] == ["f"]
+
+
+NOTHING = {
+    "left out": {},
+    "null": {"parameters": None},
+    "empty": {"parameters": {}},
+    "an object": {"parameters": {"type": "object"}},
+    "no properties": {"parameters": {"type": "object", "properties": {}, "required": []}},
+    "closed": {"parameters": {"type": "object", "properties": {}, "additionalProperties": False, "title": "Now"}},
+}
+
+
+@pytest.mark.parametrize("template", ["hermes", "qwen3_coder", "glm", "mistral", "llama3", "json"])
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_forced_function_without_parameters_gets_an_empty_object(
+    client: openai.OpenAI, template: str, case: str
+) -> None:
+    """Its arguments were made up, such as `{"e": "sw"}`, strict or not: a schema that names none was any object."""
+    named: Any = {"type": "function", "function": {"name": "noon"}}
+    for strict, choice in ((True, "required"), (False, "required"), (None, named)):
+        tools: Any = [{"type": "function", "function": {"name": "noon", "strict": strict, **NOTHING[case]}}]
+        answer = ask(client, template, tools=tools, tool_choice=choice, parallel_tool_calls=False, temperature=1.3)
+        (call,) = answer.choices[0].message.tool_calls
+        assert (call.function.name, json.loads(call.function.arguments)) == ("noon", {})
+    chunks = ask(client, template, tools=tools, tool_choice=named, stream=True, temperature=1.3)
+    pieces = [each for chunk in chunks for each in chunk.choices[0].delta.tool_calls or ()]
+    assert json.loads("".join(each.function.arguments for each in pieces)) == {}
+
+
+@pytest.mark.parametrize("case", NOTHING)
+def test_a_function_without_parameters_on_the_responses_route(client: openai.OpenAI, case: str) -> None:
+    for choice in ("required", {"type": "function", "name": "noon"}):
+        options: Any = {"tools": [{"type": "function", "name": "noon", **NOTHING[case]}], "tool_choice": choice}
+        response = client.responses.create(model="tiny", input="Hi", parallel_tool_calls=False, **options)
+        (call,) = response.output
+        assert (call.type, call.name, json.loads(call.arguments)) == ("function_call", "noon", {})
+
+
+def test_an_answer_cut_at_any_token_of_a_forced_call_has_no_content(client: openai.OpenAI) -> None:
+    """Pieces of marks were content, whole and streamed, where `max_tokens` fell into one."""
+    for template in ("hermes", "qwen3_coder", "glm", "mistral", "llama3"):
+        whole = ask(client, template, tool_choice=NAMED, temperature=0.0)
+        for cut in range(1, min(whole.usage.completion_tokens, 90), 3):
+            options: dict[str, Any] = {"tool_choice": NAMED, "temperature": 0.0, "max_tokens": cut}
+            assert not ask(client, template, **options).choices[0].message.content
+            chunks = ask(client, template, stream=True, **options)
+            assert not "".join(chunk.choices[0].delta.content or "" for chunk in chunks)
+
+
+def test_a_stop_string_within_a_mark_leaves_no_content(client: openai.OpenAI) -> None:
+    answer = ask(client, "hermes", tool_choice=NAMED, stop=["_call>"], temperature=0.0).choices[0]
+    assert not answer.message.content

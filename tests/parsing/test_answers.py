@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from sensorium.parsing import FORMATS, REASONING_FORMATS, AnswerParser, ParsedAnswer, Tool, Tools
+from sensorium.parsing import FORMATS, REASONING_FORMATS, AnswerParser, ParsedAnswer, ParsedCall, Tool, Tools
 
 TOOLS = Tools(
     [
@@ -30,7 +30,9 @@ PARIS = ("weather", {"city": "Paris"})
 NOW: tuple[str, Any] = ("now", {})
 
 
-def parse(tool_format: str | None, text: str, reasoning: str | None = None, **options: Any) -> ParsedAnswer:
+def parse(
+    tool_format: str | None, text: str, reasoning: str | None = None, *, is_cut: bool = False, **options: Any
+) -> ParsedAnswer:
     """The answer, the same whether its text comes at once or character by character."""
 
     def parser() -> AnswerParser:
@@ -41,8 +43,8 @@ def parse(tool_format: str | None, text: str, reasoning: str | None = None, **op
             **options,
         )
 
-    whole = parser().parse([text])
-    assert parser().parse(text) == whole
+    whole = parser().parse([text], is_cut=is_cut)
+    assert parser().parse(text, is_cut=is_cut) == whole
     return whole
 
 
@@ -278,6 +280,95 @@ def test_a_call_after_text_that_is_none_is_found() -> None:
     assert (calls_of(answer), answer.content) == ([NOW], '<tool_call>{"a"')
 
 
+CUT = {
+    "hermes": '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>',
+    "hermes, two": '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>\n' * 2,
+    "qwen3_coder": "<tool_call>\n<function=weather>\n<parameter=city>\nRome\n</parameter>\n<parameter=days>\n3\n"
+    "</parameter>\n</function>\n</tool_call>",
+    "qwen3_coder, no outer tag": "<function=weather>\n<parameter=city>\nRome\n</parameter>\n</function>",
+    "glm": "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Rome</arg_value>\n<arg_key>days</arg_key>\n"
+    "<arg_value>3</arg_value>\n</tool_call>",
+    "mistral": '[TOOL_CALLS]weather[CALL_ID]abcdefghi[ARGS]{"city": "Rome"}[TOOL_CALLS]now[ARGS]{}',
+    "mistral, a list": '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "now"}]',
+    "llama3": '<|python_tag|>{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "now", "parameters": {}}',
+}
+FORCED = {
+    "llama3": '{"name": "weather", "parameters": {"city": "Rome"}}; {"name": "now", "parameters": {}}',
+    "json": '[{"name": "weather", "arguments": {"city": "Rome"}}, {"name": "now", "arguments": {}}]',
+    "json in a fence": '```json\n[{"name": "weather", "arguments": {"city": "Rome"}}]\n```',
+}
+
+
+@pytest.mark.parametrize("before", ["", "I look: "])
+@pytest.mark.parametrize("case", CUT)
+def test_what_a_cut_leaves_of_a_call_is_no_content(case: str, before: str) -> None:
+    """Half of `</tool_call>` was content beside a call, where `max_tokens` fell into the mark; and half of an opening
+    mark, or a mark with half of a name behind it, where it fell there.
+    """
+    text = before + CUT[case]
+    for end in range(len(before), len(text) + 1):
+        answer = parse(case.partition(",")[0], text[:end], is_cut=True)
+        assert answer.content.rstrip() == before.rstrip(), text[:end]
+        for call in answer.tool_calls:
+            assert not {"<", "["} & set(call.arguments), text[:end]
+
+
+@pytest.mark.parametrize("case", FORCED)
+def test_what_a_cut_leaves_of_a_forced_call_is_no_content(case: str) -> None:
+    """Calls without marks: an answer that must be calls is nothing else, however short it was cut."""
+    for end in range(len(FORCED[case]) + 1):
+        answer = parse(case.partition(" ")[0], FORCED[case][:end], is_cut=True, is_forced=True)
+        assert answer.content == "", FORCED[case][:end]
+
+
+@pytest.mark.parametrize("case", [case for case, text in {**CUT, **FORCED}.items() if text.endswith((">", "`"))])
+def test_a_piece_of_a_closing_mark_is_no_content_even_if_the_model_ended_there(case: str) -> None:
+    text = {**CUT, **FORCED}[case]
+    answer = parse(case.partition(",")[0].partition(" ")[0], text[:-2])
+    assert (answer.content, len(answer.tool_calls) > 0) == ("", True)
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text", "content"),
+    [
+        ("hermes", "a < b and c<", "a < b and c"),
+        ("hermes", "1 <tool> and </tool_call> 2", "1 <tool> and </tool_call> 2"),
+        ("json", '{"name": "Bob', '{"name": "Bob'),
+        ("json", '{"answer": 4', '{"answer": 4'),
+        ("json", '{"name": "weather", "argu', ""),
+        ("llama3", '{"name": "weather"', ""),
+        ("llama3", "So<|python", "So"),
+    ],
+)
+def test_text_that_was_cut_stays_but_for_a_mark_that_may_have_begun(tool_format: str, text: str, content: str) -> None:
+    assert parse(tool_format, text, is_cut=True) == ParsedAnswer(content)
+
+
+@pytest.mark.parametrize("text", ["<think>Hm </thi", "<think>Hm"])
+def test_what_a_cut_leaves_of_the_mark_behind_reasoning_is_no_reasoning(text: str) -> None:
+    assert parse("hermes", text, "think", is_cut=True) == ParsedAnswer("", "Hm")
+    assert parse("hermes", "<thi", "think", is_cut=True) == ParsedAnswer("")
+
+
+@pytest.mark.parametrize(
+    ("tool_format", "text"),
+    [
+        ("hermes", '<tool_call>{"name": "now", "arguments": {"e": "sw"}}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "now", "arguments": "{\\"e\\": 1}"}</tool_call>'),
+        ("hermes", '<tool_call>{"arguments": {"e": 1}, "name": "now"}</tool_call>'),
+        ("hermes", '<tool_call>{"name": "now"}</tool_call>'),
+        ("qwen3_coder", "<tool_call><function=now><parameter=e>1</parameter></function></tool_call>"),
+        ("glm", "<tool_call>now<arg_key>e</arg_key><arg_value>1</arg_value></tool_call>"),
+        ("mistral", '[TOOL_CALLS]now[ARGS]{"e": 1}'),
+        ("llama3", '{"name": "now", "parameters": {"e": 1}}'),
+        ("json", '[{"name": "now", "arguments": {"e": 1}}]'),
+    ],
+)
+def test_a_function_without_parameters_gets_no_arguments(tool_format: str, text: str) -> None:
+    """Models made some up, such as `{"e": "sw"}`, with which no program can call a function that takes none."""
+    assert parse(tool_format, text).tool_calls == [ParsedCall("now", "{}")]
+
+
 def test_calls_beyond_the_limit_are_dropped() -> None:
     text = CALLS["hermes"][1]
     assert calls_of(parse("hermes", text, max_calls=1)) == [PARIS]
@@ -314,9 +405,10 @@ def test_reasoning_and_calls() -> None:
 def test_text_is_handed_on_at_once_but_for_what_may_be_a_mark() -> None:
     parser = AnswerParser(reasoning=REASONING_FORMATS["think"], tool_format=FORMATS["hermes"], tools=TOOLS)
     shown = []
-    for piece in ("Well", ", a", " <", "b", " <tool", "_call>", '{"name": "now", "arg', 'uments": {"a"', ": [1", "]}}"):
+    pieces = ("Well", ", a", " <", "b", " <tool", "_call>", '{"name": "weather", "arg', 'uments": {"a"', ": [1", "]}}")
+    for piece in pieces:
         shown.append([getattr(event, "text", getattr(event, "name", "")) for event in parser.push(piece)])
-    assert shown == [["Well"], [", a"], [], [" <b"], [], [], [], [], ["now", '{"a": [1'], ["]}"]]
+    assert shown == [["Well"], [", a"], [], [" <b"], [], [], [], [], ["weather", '{"a": [1'], ["]}"]]
     assert parser.finish() == []
 
 

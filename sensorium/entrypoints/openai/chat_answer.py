@@ -79,7 +79,7 @@ class ChatAnswer:
         reader = self._readers.get(output.index)
         if reader is None:
             reader = self._readers[output.index] = self._plan.reader()
-        events = reader.push(output.text, output.token_ids, is_last=output.finished)
+        events = reader.push(output)
         if not self._includes_reasoning:
             events = [event for event in events if not isinstance(event, Reasoning)]
         return events, reader

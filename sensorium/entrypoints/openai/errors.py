@@ -38,6 +38,8 @@ _EXPECTED = {
     "missing": "a value",
 }
 _MAX_RETRY_S = 60
+_MAX_PLACE_CHARS = 200
+"""A client may have made a name up."""
 
 
 class HttpError(SensoriumError):
@@ -85,6 +87,7 @@ def invalid_body(error: ValidationError) -> InvalidRequestError:
     """What is wrong with a body, from the first of the findings: the field, and what it should be."""
     found = error.errors(include_url=False, include_context=False)[0]
     where = ".".join(str(part) for part in found["loc"] if isinstance(part, int) or part.islower()) or "the body"
+    where = where[:_MAX_PLACE_CHARS]
     kind = found["type"]
     if kind == "extra_forbidden":
         return InvalidRequestError(

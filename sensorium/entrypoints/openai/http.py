@@ -20,7 +20,13 @@ from sensorium.logger import get_logger
 logger = get_logger(__name__)
 
 MAX_NESTING = 32
-_PARSE_IN_THREAD_BYTES = 1 << 20
+MAX_CONTAINERS = 1 << 16
+"""Most lists and objects in one body. What looks like one, in a text too, may be there sixteen times as often."""
+MAX_MEMBERS = 1 << 16
+"""Most members of one object."""
+MAX_ELEMENTS = 1 << 22
+"""Most elements of all lists and objects together; commas in texts count too."""
+_PARSE_IN_THREAD_BYTES = 1 << 16
 _T = TypeVar("_T")
 
 
@@ -55,22 +61,42 @@ def _check_type(content_type: str | None) -> None:
 
 
 def _parse(body: bytes) -> Any:
+    _check_counts(body.count(b"{") + body.count(b"["), 16 * MAX_CONTAINERS, body.count(b","))  # before any is made
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidRequestError("the body: got something that is no JSON, expected a JSON object.") from None
     except RecursionError:
         raise _too_deep() from None
-    level = [content]
+    level, num_containers = [content], 0
     for _ in range(MAX_NESTING):
         level = [member for value in level for member in _members(value)]
         if not level:
             return content
+        num_containers += len(level)
+        _check_counts(num_containers, MAX_CONTAINERS)
     raise _too_deep()
+
+
+def _check_counts(num_containers: int, max_containers: int, num_elements: int = 0) -> None:
+    if num_containers > max_containers:
+        raise InvalidRequestError(
+            f"the body: got {num_containers} lists and objects or more, expected at most {max_containers}. "
+            "Send several smaller requests."
+        )
+    if num_elements > MAX_ELEMENTS:
+        raise InvalidRequestError(
+            f"the body: got {num_elements} elements of lists and objects, expected at most {MAX_ELEMENTS}. "
+            "Send several smaller requests."
+        )
 
 
 def _members(value: object) -> list[Any]:
     if isinstance(value, dict):
+        if len(value) > MAX_MEMBERS:
+            raise InvalidRequestError(
+                f"the body: got an object of {len(value)} members, expected at most {MAX_MEMBERS}. Send fewer."
+            )
         return [each for each in value.values() if isinstance(each, dict | list)]
     if isinstance(value, list):
         return [each for each in value if isinstance(each, dict | list)]

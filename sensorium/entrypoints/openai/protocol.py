@@ -12,7 +12,7 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from sensorium.entrypoints.openai.body import Body
 from sensorium.entrypoints.openai.errors import invalid_body
 from sensorium.entrypoints.openai.forms import FormFields
-from sensorium.entrypoints.openai.tools.request import ToolRequest, parse_choice, tool_request
+from sensorium.entrypoints.openai.tools.request import ToolRequest, check_number, parse_choice, tool_request
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.parsing import Tool
 from sensorium.sampling_params import SamplingParams
@@ -141,6 +141,7 @@ class ChatPrompt(Body):
     def tool_request(self) -> ToolRequest | None:
         """The functions that the model may call; None for none. Raises `RequestError`."""
         choice, named = parse_choice(self.tool_choice)
+        check_number(len(self.tools or ()))
         tools = [each.tool(index) for index, each in enumerate(self.tools or ())]
         return tool_request(tools, choice, named, is_parallel=self.parallel_tool_calls is not False)
 

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -14,13 +11,15 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from sensorium.checkpoint import other_weight_files, weight_files
 from sensorium.config import EngineConfig
 from sensorium.errors import ModelError, SensoriumError, WeightsError
 from sensorium.logger import get_logger
 from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.model_loader.initialize import build_empty, fill_with_random
+from sensorium.model_executor.model_loader.output_head import HEAD, ties_head, with_actual_head
 from sensorium.model_executor.model_loader.quantization import Quantizable
-from sensorium.model_executor.model_loader.weight_utils import checkpoint_files, safetensors_weights
+from sensorium.model_executor.model_loader.weight_utils import safetensors_weights
 from sensorium.model_executor.weight_tracking import LoadTracker
 
 logger = get_logger(__name__)
@@ -55,7 +54,7 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
         The model in evaluation mode, on its device, in its dtype, without gradients.
 
     Raises:
-        ModelError: The class can't be constructed or has no `load_weights`.
+        ModelError: The class can't be constructed or has no `load_weights`; the index of the files is malformed.
         WeightsError: The files are missing or damaged; a key was neither used nor ignored; a parameter was
             left empty.
     """
@@ -64,22 +63,31 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
     if model_class is None:
         raise ModelError("model class: got none, expected a registered class. Set architectures in config.json.")
     start = time.perf_counter()
-    device = torch.device(config.device_config.device)
-    loads_checkpoint = config.load_config.load_format != "dummy"
-    if loads_checkpoint:
-        config = with_actual_head(config)
-    with _constructor_errors(model_class):
-        model = build_empty(lambda: _construct(model_class, config), dtype=model_config.dtype, device=device)
-    if loads_checkpoint:
-        # Of a tied head, a class may read the checkpoint's copy or pass it over.
-        optional = ("*lm_head.weight",) if _ties_head(config) else ()
-        files = checkpoint_files(Path(model_config.model))
-        fill_model(model, safetensors_weights(files), may_be_unused=optional)
-    else:
+    if config.load_config.load_format == "dummy":
+        model = _build(model_class, config)
         fill_with_random(model, model_config.seed)
+    else:
+        files = weight_files(Path(model_config.model))
+        actual = with_actual_head(config, model_class, safetensors_weights(files))
+        model = _build(model_class, actual)
+        _fill_from_files(model, actual, files)
     finish_loading(model, config.load_config.quantization)
     logger.info("Loaded %s in %.2f s", model_class.__name__, time.perf_counter() - start)
     return model
+
+
+def _build(model_class: type, config: EngineConfig) -> nn.Module:
+    """The model without values. What its constructor raises is an error of loading that names the class."""
+    device = torch.device(config.device_config.device)
+    try:
+        return build_empty(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
+    except (SensoriumError, MemoryError, torch.OutOfMemoryError):
+        raise
+    except Exception as error:
+        raise ModelError(
+            f"{model_class.__name__}: its constructor failed: {told_to_author(error)}. Expected a module for what "
+            f"config.json describes. Correct the constructor, or give config.json what it reads."
+        ) from error
 
 
 def _construct(model_class: type, config: EngineConfig) -> nn.Module:
@@ -88,43 +96,52 @@ def _construct(model_class: type, config: EngineConfig) -> nn.Module:
     return construct_model(model_class, config)
 
 
-def with_actual_head(config: EngineConfig) -> EngineConfig:
-    """The configuration with a head of its own if the checkpoint has one that differs from the embeddings.
-
-    Some checkpoints were saved with `tie_word_embeddings` set although training had parted the two. What is in the file
-    counts, as in `transformers` `PreTrainedModel.tie_weights`.
-    """
-    if not _ties_head(config):
-        return config
-    suffixes = ("embed_tokens.weight", "lm_head.weight")
-    files = checkpoint_files(Path(config.model_config.model))
-    found = [tensor for name, tensor in safetensors_weights(files) if name.endswith(suffixes)]
-    if len(found) != len(suffixes) or torch.equal(found[0], found[1]):
-        return config
-    logger.warning("The output head is not tied to the embeddings: the checkpoint has another one.")
-    untied = copy.deepcopy(config.model_config.hf_config)
-    untied.tie_word_embeddings = False
-    untied.get_text_config().tie_word_embeddings = False
-    return replace(config, model_config=replace(config.model_config, hf_config=untied))
-
-
-def _ties_head(config: EngineConfig) -> bool:
-    hf_config = config.model_config.hf_config
-    return any(getattr(part, "tie_word_embeddings", False) for part in (hf_config, hf_config.get_text_config()))
-
-
-@contextmanager
-def _constructor_errors(model_class: type) -> Iterator[None]:
-    """Makes what a constructor raises an error of loading that names the class."""
+def _fill_from_files(model: nn.Module, config: EngineConfig, files: Sequence[Path]) -> None:
+    """`fill_model` from a checkpoint's files. Raises what it raises, with the likely cause and the way out."""
+    # Of a tied head, a class may read the checkpoint's copy or pass it over.
+    is_tied = ties_head(config)
+    optional = (f"*{HEAD}",) if is_tied else ()
     try:
-        yield
-    except (SensoriumError, MemoryError, torch.OutOfMemoryError):
-        raise
-    except Exception as error:
-        raise ModelError(
-            f"{model_class.__name__}: its constructor failed: {told_to_author(error)}. Expected a module for what "
-            f"config.json describes. Correct the constructor, or give config.json what it reads."
-        ) from error
+        fill_model(model, safetensors_weights(files), may_be_unused=optional)
+    except UnfilledError as error:
+        raise WeightsError(f"{error} {_way_out(error.names, model, config, files)}") from None
+
+
+def _way_out(names: Sequence[str], model: nn.Module, config: EngineConfig, files: Sequence[Path]) -> str:
+    """What most likely left parameters without a value, and what to do about it."""
+    heads = [name for name in names if _is_head(name, model, config)]
+    if heads and all(name.startswith(heads[0].removesuffix("weight")) for name in names):
+        if ties_head(config):
+            return (
+                f"The checkpoint's config ties its output head to the embeddings (tie_word_embeddings), so it has no "
+                f"tensor for {heads[0]}: let {type(model).__name__} use the embeddings' weight there, with "
+                "ParallelLMHead.tie_weights or `self.lm_head.weight = self.embed_tokens.weight`."
+            )
+        return (
+            f"The checkpoint has no tensor for the output head {heads[0]}, and its config doesn't tie it to the "
+            "embeddings. If the model ties it, set tie_word_embeddings to true in config.json or hf_overrides."
+        )
+    if others := other_weight_files(Path(config.model_config.model), files):
+        read = ", ".join(file.name for file in files[:MAX_NAMES_IN_MESSAGE])
+        return f"Only {read} was read, not {_listing(others)}: correct the index, or download the checkpoint again."
+    return "Check that config.json belongs to these weights, and that load_weights takes all their names."
+
+
+def _is_head(name: str, model: nn.Module, config: EngineConfig) -> bool:
+    """Whether a parameter is an output head: by its name, or a table of the embeddings' shape that isn't theirs."""
+    if name.endswith(HEAD):
+        return True
+    text = config.model_config.hf_text_config
+    shape = (getattr(text, "vocab_size", None), getattr(text, "hidden_size", None))
+    return tuple(model.get_parameter(name).shape) == shape and "embed" not in name
+
+
+class UnfilledError(WeightsError):
+    """Parameters were left without a value. `names` are theirs."""
+
+    def __init__(self, message: str, names: Sequence[str]) -> None:
+        super().__init__(message)
+        self.names = tuple(names)
 
 
 def fill_model(
@@ -157,7 +174,7 @@ def fill_model(
             reported = load_weights(tracker.watch(wanted))
     except (WeightsError, torch.OutOfMemoryError):
         raise
-    except Exception as error:
+    except Exception as error:  # whatever a class's own method raises
         raise WeightsError(
             f"loading checkpoint key {tracker.current_key!r} into {type(model).__name__}: got {error!r}, expected it "
             "to fit. Check that config.json belongs to these weights and that load_weights knows their names."
@@ -170,9 +187,10 @@ def fill_model(
         )
     names = reported if isinstance(reported, set | frozenset) else ()
     if unfilled := tracker.unfilled_parameters(model, names):
-        raise WeightsError(
+        raise UnfilledError(
             f"parameters of {type(model).__name__} without a (complete) value in the checkpoint: got "
-            f"{_listing(unfilled)}, expected none. Check that config.json belongs to these weights."
+            f"{_listing(unfilled)}, expected none.",
+            unfilled,
         )
 
 

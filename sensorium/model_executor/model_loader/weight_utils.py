@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import nn
 
+from sensorium.checkpoint import INDEX_NAME
 from sensorium.errors import WeightsError
 from sensorium.model_executor.models.weights import default_weight_loader
 
 __all__ = [
     "FUSED_WEIGHTS",
-    "checkpoint_files",
     "default_weight_loader",
     "load_fused_weights",
     "load_parameter",
@@ -31,10 +30,6 @@ FUSED_WEIGHTS: Mapping[str, tuple[str, int | str]] = {
     "up_proj": ("gate_up_proj", 1),
 }
 """Where the parts of attention and MLP go, as most checkpoints call them."""
-
-INDEX_NAME = "model.safetensors.index.json"
-SINGLE_NAME = "model.safetensors"
-PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
 
 def load_parameter(param: torch.Tensor, loaded_weight: torch.Tensor, *shard_id: Any) -> None:
@@ -100,62 +95,30 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
     }
 
 
-def checkpoint_files(directory: Path) -> list[Path]:
-    """The safetensors files of a checkpoint, in reading order.
-
-    Raises:
-        WeightsError: There are none, or the index names a file that isn't there.
-    """
-    index = directory / INDEX_NAME
-    if index.is_file():
-        files = [directory / name for name in sorted(set(json.loads(index.read_text())["weight_map"].values()))]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise WeightsError(
-                f"checkpoint files in {directory}: got no {', '.join(missing)}, which {INDEX_NAME} names, "
-                "expected "
-                "all of them. Download the checkpoint again."
-            )
-        return files
-    if (directory / SINGLE_NAME).is_file():
-        return [directory / SINGLE_NAME]
-    if files := sorted(directory.glob("*.safetensors")):
-        return files
-    raise WeightsError(_no_weights_message(directory))
-
-
-def _no_weights_message(directory: Path) -> str:
-    pickles = sorted(path.name for pattern in PICKLE_PATTERNS for path in directory.glob(pattern))
-    if not pickles:
-        return f"weights in {directory}: got no *.safetensors file, expected at least one. Check the model path."
-    return (
-        f"weights in {directory}: got {pickles[0]}, expected *.safetensors. Pickled files can run code and "
-        "are never "
-        "opened here; convert them on a machine you trust with transformers' "
-        "`AutoModel.from_pretrained(...).save_pretrained(...)`."
-    )
-
-
 def safetensors_weights(files: Iterable[Path]) -> Iterator[tuple[str, torch.Tensor]]:
     """Names and tensors of safetensors files. The tensors are views of the mapped files, not copies.
 
     Raises:
-        WeightsError: A file is damaged, or a key stands in two files.
+        WeightsError: A file is damaged or can't be read, or a key stands in two files.
     """
     file_of: dict[str, str] = {}
     for file in files:
-        try:
-            with safe_open(file, framework="pt") as reader:
-                for name in reader.keys():  # noqa: SIM118 -- the reader can't be iterated
-                    if name in file_of:
-                        raise WeightsError(
-                            f"checkpoint key {name!r}: got it in {file_of[name]} and in {file.name}, "
-                            "expected "
-                            "it once. "
-                            f"Remove the file that doesn't belong, or add {INDEX_NAME}."
-                        )
-                    file_of[name] = file.name
-                    yield name, reader.get_tensor(name)
-        except SafetensorError as error:
-            raise WeightsError(
-                f"checkpoint file {file.name}: got {error}, expected a complete safetensors file. Download it again."
-            ) from error
+        for name, tensor in _tensors_of(file):
+            if name in file_of:
+                raise WeightsError(
+                    f"checkpoint key {name!r}: got it in {file_of[name]} and in {file.name}, expected it once. "
+                    f"Remove the file that doesn't belong, or add {INDEX_NAME}."
+                )
+            file_of[name] = file.name
+            yield name, tensor
+
+
+def _tensors_of(file: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    try:
+        with safe_open(file, framework="pt") as reader:
+            for name in reader.keys():  # noqa: SIM118 -- the reader can't be iterated
+                yield name, reader.get_tensor(name)
+    except (SafetensorError, OSError) as error:
+        raise WeightsError(
+            f"checkpoint file {file.name}: got {error}, expected a complete safetensors file. Download it again."
+        ) from error

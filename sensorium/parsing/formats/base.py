@@ -22,8 +22,8 @@ class ToolFormat(ABC):
     """Length of the ids that the model's templates insist on, of letters and digits; None: any."""
 
     @abstractmethod
-    def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
-        """Read an answer to its end."""
+    def read(self, reader: Reader, sink: Sink, tools: Tools, *, is_forced: bool = False) -> Steps[None]:
+        """Read an answer to its end. `is_forced`: it is calls and nothing else."""
 
     @abstractmethod
     def is_shown_by(self, text: str) -> bool:
@@ -71,7 +71,16 @@ def arguments_of(lark: Lark, tool: Tool) -> str:
 
 def schema_of(tool: Tool) -> Mapping[str, Any]:
     """The schema of a tool's arguments, an object."""
+    if tool.takes_nothing:
+        return {"type": "object", "properties": {}, "additionalProperties": False}
     return {"type": "object", **tool.parameters}
+
+
+def no_call(reader: Reader, sink: Sink) -> None:
+    """What was read since a mark is none: it is content, unless it was cut off before it could become one."""
+    read = reader.unmark()
+    if not reader.is_cut_off:
+        sink.content(read)
 
 
 def is_name(name: str) -> bool:

@@ -13,7 +13,7 @@ import re
 from typing import ClassVar
 
 from sensorium.parsing.call_object import CallObject, Outcome
-from sensorium.parsing.formats.base import ToolFormat, arguments_of
+from sensorium.parsing.formats.base import ToolFormat, arguments_of, no_call
 from sensorium.parsing.lark import Lark
 from sensorium.parsing.reader import WHITESPACE, Reader, Steps
 from sensorium.parsing.sink import Sink
@@ -54,20 +54,22 @@ class JsonText(ToolFormat):
             calls.append(f"{' '.join(map(lark.text, head))} {arguments_of(lark, tool)} {lark.text('}')}")
         return lark.rule(" | ".join(calls))
 
-    def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
+    def read(self, reader: Reader, sink: Sink, tools: Tools, *, is_forced: bool = False) -> Steps[None]:
         """See `ToolFormat`."""
         reader.mark()
+        is_certain = is_forced
         yield from reader.run(WHITESPACE)
         while True:
             for begin in self.begins:
-                yield from reader.take(begin)
-            yield from _read_calls(reader, sink, tools)
+                is_certain = (yield from reader.take(begin)) or is_certain
+            yield from _read_calls(reader, sink, tools, is_certain=is_certain)
             if not self.begins:
                 yield from reader.rest(sink.content)
                 return
             found = yield from reader.until(self.begins, sink.content)
             if found is None:
                 return
+            is_certain = True
             reader.mark(found)
 
     def is_shown_by(self, text: str) -> bool:
@@ -93,8 +95,11 @@ class LlamaJson(JsonText):
         return PYTHON_TAG in text or re.search(r'"name":\s?"[^"]*",\s?"parameters":\s?\{', text) is not None
 
 
-def _read_calls(reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
-    """Calls one after another. What is none goes to the content, with everything marked before it."""
+def _read_calls(reader: Reader, sink: Sink, tools: Tools, *, is_certain: bool) -> Steps[None]:
+    """Calls one after another. What is none goes to the content, with everything marked before it.
+
+    `is_certain`: what stands here is calls, so that what a cut left of one is no content.
+    """
     has_fence = yield from reader.take(FENCE)
     if has_fence:
         yield from reader.take(FENCE_NAME)
@@ -102,20 +107,28 @@ def _read_calls(reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
     yield from reader.take("[")
     has_calls = False
     while (yield from _at_brace(reader)):
-        outcome = yield from CallObject(reader, sink, tools.__contains__, only_calls=True).read()
-        if outcome is not Outcome.CALL:
-            sink.content(reader.unmark())
+        call = CallObject(reader, sink, tools.__contains__, only_calls=True)
+        if (yield from call.read()) is not Outcome.CALL:
+            _end(reader, sink, is_certain=is_certain or has_calls or call.is_named)
             return
         has_calls = True
         reader.mark()
         yield from reader.run(_SEPARATORS)
-    read = reader.unmark()
     if not has_calls:
-        sink.content(read)
+        _end(reader, sink, is_certain=is_certain)
         return
+    reader.unmark()
     yield from reader.run(_CLOSERS)
     if has_fence:
-        yield from reader.take(FENCE)
+        yield from reader.take_end(FENCE)
+
+
+def _end(reader: Reader, sink: Sink, *, is_certain: bool) -> None:
+    """JSON that was cut off is content, unless it is certain that it would have been a call."""
+    if is_certain:
+        no_call(reader, sink)
+    else:
+        sink.content(reader.unmark())
 
 
 def _at_brace(reader: Reader) -> Steps[bool]:

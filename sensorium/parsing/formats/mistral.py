@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 
 from sensorium.parsing.call_object import CallObject, Outcome
-from sensorium.parsing.formats.base import MarkedFormat, arguments_of, is_name
+from sensorium.parsing.formats.base import MarkedFormat, arguments_of, is_name, no_call
 from sensorium.parsing.json_scanner import JsonScanner
 from sensorium.parsing.lark import Lark
 from sensorium.parsing.reader import WHITESPACE, Reader, Steps
@@ -55,7 +55,7 @@ class Mistral(MarkedFormat):
         more = f"({lark.text(', ')} {call})*" if is_parallel else ""
         return f"{lark.text(' [')} {call} {more} {lark.text(']')}"
 
-    def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
+    def read(self, reader: Reader, sink: Sink, tools: Tools, *, is_forced: bool = False) -> Steps[None]:
         """See `ToolFormat`."""
         while (begin := (yield from reader.until((BEGIN,), sink.content))) is not None:
             reader.mark(begin)
@@ -66,7 +66,7 @@ class Mistral(MarkedFormat):
             else:
                 outcome = yield from _read_named(reader, sink)
             if outcome is Outcome.NONE:
-                sink.content(reader.unmark())
+                no_call(reader, sink)
 
     def is_shown_by(self, text: str) -> bool:
         """See `ToolFormat`."""

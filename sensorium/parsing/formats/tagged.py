@@ -42,7 +42,7 @@ class _Tagged(MarkedFormat):
     separator = "\n"
     begins: ClassVar[tuple[str, ...]] = (BEGIN,)
 
-    def read(self, reader: Reader, sink: Sink, tools: Tools) -> Steps[None]:
+    def read(self, reader: Reader, sink: Sink, tools: Tools, *, is_forced: bool = False) -> Steps[None]:
         """See `ToolFormat`."""
         yield from read_tagged(self.begins, reader, sink, tools)
 

@@ -6,7 +6,7 @@ import re
 
 from sensorium.parsing.call_object import CallObject, Outcome
 from sensorium.parsing.call_parameters import ParameterWriter
-from sensorium.parsing.formats.base import is_name
+from sensorium.parsing.formats.base import is_name, no_call
 from sensorium.parsing.reader import WHITESPACE, Reader, Steps
 from sensorium.parsing.sink import Sink
 from sensorium.parsing.tools import Tools
@@ -25,9 +25,9 @@ def read_tagged(begins: tuple[str, ...], reader: Reader, sink: Sink, tools: Tool
         reader.mark(begin)
         outcome = yield from _read_call(begin, reader, sink, tools)
         if outcome is Outcome.NONE:
-            sink.content(reader.unmark())
+            no_call(reader, sink)
         elif outcome is Outcome.BROKEN:
-            yield from reader.until((END,), sink.arguments)
+            yield from reader.until((END,), sink.arguments, is_within=True)
         else:
             yield from _read_end(reader, sink)
 
@@ -47,10 +47,10 @@ def _read_end(reader: Reader, sink: Sink) -> Steps[None]:
     """The closing tag, if it is there. A brace too many before it is no content."""
     reader.mark()
     yield from reader.run(_CLOSERS)
-    has_end = yield from reader.take(END)
-    read = reader.unmark()
-    if not has_end:
-        sink.content(read)
+    if (yield from reader.take_end(END)):
+        reader.unmark()
+    else:
+        no_call(reader, sink)
 
 
 def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
@@ -68,7 +68,7 @@ def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
             tag = yield from _read_parameter(name, reader, sink, tools, writer)
         else:
             yield from reader.run(WHITESPACE)
-            tag = yield from reader.until((PARAMETER, FUNCTION_END, END), sink.content)
+            tag = yield from reader.until((PARAMETER, FUNCTION_END, END), sink.content, is_within=True)
     if tag is not None:  # else it was cut off, and what is missing is not made up
         writer.end()
     return Outcome.CALL
@@ -92,6 +92,8 @@ def _read_keys(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
     name = yield from reader.run(_NAME_RUN)
     yield from reader.run(WHITESPACE)
     if not is_name(name) or (yield from reader.peek(len(KEY))) not in (KEY, END[: len(KEY)]):
+        for mark in (KEY, END):  # of which a cut may have left a piece
+            yield from reader.take(mark)
         return Outcome.NONE
     reader.unmark()
     sink.start_call(name)
@@ -99,12 +101,12 @@ def _read_keys(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
     writer.begin()
     while True:
         yield from reader.run(WHITESPACE)
-        tag = yield from reader.until((KEY, END), sink.content)
+        tag = yield from reader.until((KEY, END), sink.content, is_within=True)
         if tag != KEY:
             break
         key: list[str] = []
         yield from reader.until((KEY_END,), key.append)
-        if (yield from reader.until((VALUE,), sink.content)) is None:
+        if (yield from reader.until((VALUE,), sink.content, is_within=True)) is None:
             return Outcome.CALL
         parameter = "".join(key).strip()
         if (yield from writer.parameter(parameter, tools.schema_of(name, parameter), (VALUE_END,))) is None:

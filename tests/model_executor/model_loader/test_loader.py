@@ -13,10 +13,10 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import nn
 
+from sensorium.checkpoint import weight_files
 from sensorium.config import LoadConfig
 from sensorium.errors import ModelError, WeightsError
 from sensorium.model_executor.model_loader import default_weight_loader, fill_model, load_model
-from sensorium.model_executor.model_loader.weight_utils import checkpoint_files
 from sensorium.model_executor.weight_tracking import ignore_weight
 from tests.helpers.checkpoints import FAMILIES, Layout, make_checkpoint, make_hf_model
 from tests.helpers.direct import DirectRun, engine_config, load, relative_error
@@ -56,7 +56,7 @@ def test_every_layout_of_every_family_loads(family: str, layout: Layout) -> None
 @pytest.mark.parametrize("layout", ["hub", "saved"])
 def test_sharded_checkpoints_load_tied_or_not(family: str, layout: Layout, tied: bool) -> None:
     path = make_checkpoint(family, layout=layout, tied=tied, sharded=True)
-    assert len(checkpoint_files(path)) > 1
+    assert len(weight_files(path)) > 1
     reference = make_hf_model(family, tied=tied)
     with torch.inference_mode():
         expected = reference(IDS[None]).logits[0]

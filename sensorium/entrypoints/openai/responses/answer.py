@@ -132,7 +132,7 @@ class ResponseAnswer:
         """What happens by one more piece of the answer. Log probabilities are told with the next text."""
         logprobs = chat_logprobs(delta, self._num_top)
         self._logprobs += [] if logprobs is None else logprobs["content"]
-        for said in self._reader.push(delta.text, delta.token_ids, is_last=delta.finished):
+        for said in self._reader.push(delta):
             told, self._logprobs = self._logprobs, []
             match said:
                 case Content(text):

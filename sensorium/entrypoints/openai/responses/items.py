@@ -13,6 +13,8 @@ from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedF
 
 MAX_ITEMS = 4096
 """Most items in one body."""
+MAX_PARTS = 4096
+"""Most parts of one message."""
 ROLES = ("user", "assistant", "system", "developer")
 STATES = ("in_progress", "completed", "incomplete")
 
@@ -75,6 +77,8 @@ def _parts(content: object, where: str, text_kind: str) -> list[Item]:
         return [_text_part(text_kind, content)]
     if not isinstance(content, list):
         raise _wrong_type(where, content, "a string or a list of parts")
+    if len(content) > MAX_PARTS:
+        raise InvalidRequestError(f"{where}: got {len(content)} parts, expected at most {MAX_PARTS}. Send fewer.")
     return [_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
 
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from sensorium.entrypoints.openai.protocol import FunctionBody, parse_body
-from sensorium.entrypoints.openai.tools.request import ToolRequest, tool_request
+from sensorium.entrypoints.openai.tools.request import ToolRequest, check_number, tool_request
 from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
 from sensorium.parsing import Tool, Tools
 
@@ -21,6 +21,7 @@ def read_tools(tools: list[Any] | None, choice: object, *, is_parallel: bool) ->
         UnsupportedFeatureError: A tool is one that the server would have to run.
         RequestError: Something else is wrong with them.
     """
+    check_number(len(tools or ()))
     functions = [_function(each, _WHERE.format(index)) for index, each in enumerate(tools or ())]
     mode, names = _choice(choice)
     named = names[0] if mode is None and names else None

@@ -3,7 +3,7 @@
 plan = AnswerPlan(forms, request, prompt, tokenizer)
 outputs = generate(prompt, plan.params(params))
 reader = plan.reader()                       # one for each choice
-events = reader.push(text, token_ids) ...
+events = reader.push(output) ...
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.inputs.chat_forms import AnswerForms
+from sensorium.outputs import CompletionOutput
 from sensorium.parsing import AnswerParser, Event, Reasoning, ToolCallStart
 from sensorium.parsing.grammars import Held, answer_grammar, json_grammar
 from sensorium.sampling_params import SamplingParams
@@ -147,6 +148,7 @@ class AnswerReader:
             tool_format=plan.tool_format,
             tools=None if request is None else request.callable,
             max_calls=None if request is None or request.is_parallel else 1,
+            is_forced=request is not None and request.is_forced,
         )
         self._reasoning: list[str] = []
         self._num_tokens = 0
@@ -154,12 +156,12 @@ class AnswerReader:
         self.call_ids: list[str] = []
         """Of the calls so far."""
 
-    def push(self, text: str, token_ids: Sequence[int], *, is_last: bool) -> list[Event]:
+    def push(self, output: CompletionOutput) -> list[Event]:
         """More of the answer: its text and the tokens that came with it; returns what it says."""
-        self._count(token_ids)
-        events = self._parser.push(text)
-        if is_last:
-            events += self._parser.finish()
+        self._count(output.token_ids)
+        events = self._parser.push(output.text)
+        if output.finished:
+            events += self._parser.finish(is_cut=output.is_cut)
         for event in events:
             if isinstance(event, Reasoning):
                 self._reasoning.append(event.text)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+from sensorium.json_size import is_within
 from sensorium.parsing import Tool, Tools
 from sensorium.parsing.tools import NAME
 
@@ -59,8 +60,7 @@ def tool_request(
         raise InvalidRequestError(
             f"tool_choice: got {choice!r:.60}, expected one of {list(_MODES)} or a function. Change tool_choice."
         )
-    if len(tools) > MAX_TOOLS:
-        raise InvalidRequestError(f"tools: got {len(tools)}, expected at most {MAX_TOOLS}. Send fewer.")
+    check_number(len(tools))
     for index, tool in enumerate(tools):
         _check(tool, where.format(index))
     _check_together(tools, where)
@@ -78,6 +78,12 @@ def tool_request(
     may_be_called = every if named is None else Tools(tool for tool in tools if tool.name == named)
     is_forced = named is not None or choice == "required"
     return ToolRequest(every, may_be_called, is_forced, is_parallel and named is None)
+
+
+def check_number(num_tools: int) -> None:
+    """Raises `InvalidRequestError` for too many, before they are looked at."""
+    if num_tools > MAX_TOOLS:
+        raise InvalidRequestError(f"tools: got {num_tools}, expected at most {MAX_TOOLS}. Send fewer.")
 
 
 def parse_choice(choice: object) -> tuple[str | None, str | None]:
@@ -102,9 +108,11 @@ def parse_choice(choice: object) -> tuple[str | None, str | None]:
     name = function.get("name")
     if not isinstance(name, str):
         raise InvalidTypeError("tool_choice.function.name: got no name, expected a string. Add it.")
-    unknown = sorted({*choice, *(f"function.{key}" for key in function)} - {"type", "function", "function.name"})
-    if unknown:
-        raise InvalidRequestError(f"tool_choice.{unknown[0]:.60}: got an unknown field, expected none. Remove it.")
+    unknown = next((key for key in choice if key not in ("type", "function")), None)
+    if unknown is None:
+        unknown = next((f"function.{key}" for key in function if key != "name"), None)
+    if unknown is not None:
+        raise InvalidRequestError(f"tool_choice.{unknown:.60}: got an unknown field, expected none. Remove it.")
     return None, name
 
 
@@ -132,8 +140,8 @@ def _check_together(tools: Sequence[Tool], where: str) -> None:
                 f"{where.format(index)}.name: got {tool.name!r}, expected a name that no other has. Change it."
             )
         seen.add(tool.name)
-    num_chars = sum(len(json.dumps(tool.described(), ensure_ascii=False)) for tool in tools)
-    if num_chars > MAX_TOOLS_CHARS:
+    described = [tool.described() for tool in tools]
+    if not is_within(described, MAX_TOOLS_CHARS) or len(json.dumps(described, ensure_ascii=False)) > MAX_TOOLS_CHARS:
         raise InvalidRequestError(
-            f"tools: got {num_chars} characters as JSON, expected at most {MAX_TOOLS_CHARS}. Send fewer."
+            f"tools: got more than {MAX_TOOLS_CHARS} characters as JSON, expected at most so many. Send fewer."
         )
