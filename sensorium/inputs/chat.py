@@ -18,8 +18,6 @@ from sensorium.inputs.chat_forms import AnswerForms, FormsFinder
 from sensorium.inputs.chat_media import ChatMedia
 from sensorium.inputs.chat_template import (
     RESERVED,
-    ContentFormat,
-    TemplateProbe,
     checkpoint_template,
     read_template,
     reasoning_variables,
@@ -28,6 +26,7 @@ from sensorium.inputs.chat_template import (
 )
 from sensorium.inputs.mrope import token_id_of
 from sensorium.inputs.named_media import NamedMedia
+from sensorium.inputs.template_probe import ContentFormat, MessageKind, TemplateProbe
 from sensorium.inputs.tool_messages import concern_tools, with_tools_told
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
@@ -202,7 +201,8 @@ class ChatRenderer:
             return messages, tools
         if tools:
             forms.calls()  # or an error that says why there are none
-        return with_tools_told(messages, tools, has_system=self._probe.takes_system(template)), None
+        has_system = self._probe.format_of(template, MessageKind("system")).is_shown
+        return with_tools_told(messages, tools, has_system=has_system), None
 
     def _template(self, asked: str | None, *, has_tools: bool) -> str:
         if asked is None:
@@ -220,7 +220,7 @@ class ChatRenderer:
 
     def _render(self, request: _Request, media: Sequence[Any]) -> dict[str, Any]:
         parts = request.media()
-        writer = _MessageWriter(self, self._probe.format_of(request.template))
+        writer = _MessageWriter(self, self._probe, request.template, has_tools=bool(request.tools))
         text = render(
             self._tokenizer,
             request.template,
@@ -268,29 +268,48 @@ class ChatRenderer:
 class _MessageWriter:
     """Writes the messages of one conversation in the form that its template takes. Counts items as it goes."""
 
-    def __init__(self, renderer: ChatRenderer, content_format: ContentFormat) -> None:
+    def __init__(self, renderer: ChatRenderer, probe: TemplateProbe, template: str, *, has_tools: bool) -> None:
         self._renderer = renderer
-        self._format = content_format
+        self._probe = probe
+        self._template = template
+        self._has_tools = has_tools
         self._counts: dict[str, int] = {}
 
     def write(self, message: Message) -> dict[str, Any]:
         """A message for the template."""
-        written: dict[str, Any] = {"role": message.role, **message.fields}
+        role, content_format = self._role_and_format(message)
+        written: dict[str, Any] = {"role": role, **message.fields}
+        takes_strings = content_format.takes_strings or not content_format.takes_parts
         if message.parts is None and message.text is None:
             if "tool_calls" in written:  # some templates look into content without asking whether there is any
-                written["content"] = "" if self._format.takes_strings else []
+                written["content"] = "" if takes_strings else []
             return written
-        written_by_user = self._written_by_user(message)
+        written_by_user = self._written_by_user(message, content_format)
         if message.parts is None:
-            is_string = self._format.takes_strings or not self._format.takes_parts
-            written["content"] = message.text if is_string else [{"type": "text", "text": message.text}]
-        elif self._format.takes_parts and (message.role != "tool" or self._format.takes_tool_parts):
-            written["content"] = self._parts(message, written_by_user)
+            written["content"] = message.text if takes_strings else [{"type": "text", "text": message.text}]
+        elif content_format.takes_parts:
+            written["content"] = self._parts(message, written_by_user, content_format)
         else:
             written["content"] = self._string(message, written_by_user)
         return written
 
-    def _written_by_user(self, message: Message) -> set[int]:
+    def _role_and_format(self, message: Message) -> tuple[str, ContentFormat]:
+        """The role by which the template knows such messages, and what it does with their content.
+
+        Many templates know the older name of "developer" only.
+        """
+        own = self._format_of(message.role, message)
+        if message.role == "developer" and not own.is_shown:
+            system = self._format_of("system", message)
+            if system.is_shown:
+                return "system", system
+        return message.role, own
+
+    def _format_of(self, role: str, message: Message) -> ContentFormat:
+        has_calls = bool(message.fields.get("tool_calls"))
+        return self._probe.format_of(self._template, MessageKind(role, has_calls, self._has_tools))
+
+    def _written_by_user(self, message: Message, content_format: ContentFormat) -> set[int]:
         """Indices, among the message's media, of the items whose placeholders the user wrote into the text.
 
         Items fill places in order, so if the user wrote k placeholders, the last k items need none of their
@@ -298,7 +317,7 @@ class _MessageWriter:
         """
         media = message.media()
         written: set[int] = set()
-        for modality in dict.fromkeys([*self._format.placeholders, *(part.modality for part in media)]):
+        for modality in dict.fromkeys([*content_format.placeholders, *(part.modality for part in media)]):
             own = [index for index, part in enumerate(media) if part.modality == modality]
             count = self._count_placeholders(modality, len(own), "\n".join(message.texts()))
             if count > len(own):
@@ -316,7 +335,9 @@ class _MessageWriter:
         token = self._renderer.placeholder_token(modality)
         return max(by_name, text.count(token) if token else 0)
 
-    def _parts(self, message: Message, written_by_user: set[int]) -> list[dict[str, Any]]:
+    def _parts(
+        self, message: Message, written_by_user: set[int], content_format: ContentFormat
+    ) -> list[dict[str, Any]]:
         """Typed parts; media that the template doesn't place become text."""
         parts: list[dict[str, Any]] = []
         index = 0
@@ -326,7 +347,7 @@ class _MessageWriter:
                 continue
             placeholder = self._next_placeholder(part)
             if index not in written_by_user:
-                known = self._format.media_parts.get(part.modality)
+                known = content_format.media_parts.get(part.modality)
                 parts.append(dict(known) if known else {"type": "text", "text": _required(placeholder, part)})
             index += 1
         return parts

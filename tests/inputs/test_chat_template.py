@@ -11,7 +11,7 @@ import pytest
 
 from sensorium.errors import ConfigError, InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.chat import ChatRenderer
-from sensorium.inputs.chat_template import TemplateProbe
+from sensorium.inputs.template_probe import MessageKind, TemplateProbe
 from tests.helpers.checkpoints import make_checkpoint, make_tokenizer
 from tests.helpers.configs import make_model_config
 from tests.inputs.front import TEMPLATES, Front, new_model, renderer_of
@@ -47,7 +47,7 @@ USER = [{"role": "user", "content": "a"}]
 def test_a_template_s_format_is_found_by_trying_it(
     template: str, strings: bool, parts: bool, places: dict[str, str]
 ) -> None:
-    found = TemplateProbe(make_tokenizer(), ["image"]).format_of(template)
+    found = TemplateProbe(make_tokenizer(), ["image"]).format_of(template, MessageKind("user"))
     assert (found.takes_strings, found.takes_parts, found.placeholders) == (strings, parts, places)
 
 
