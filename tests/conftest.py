@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import os
 import random
+from pathlib import Path
 
 # Models of a few thousand weights gain nothing from threads, and lose much where test processes share the cores.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Where kernels are compiled by ziglang, it needs its own libraries only once.
+os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"))
 
 import numpy as np
 import pytest

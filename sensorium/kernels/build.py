@@ -2,11 +2,14 @@
 
 The shared library is kept in the user's cache folder under a name that is a digest of everything it depends
 on. Any number of processes may ask for it at once: the first compiles, the others wait for it.
+
+Where the machine has no C compiler, that of the Python package `ziglang` (Clang, with a C library's headers) does.
 """
 
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -15,13 +18,15 @@ import tempfile
 import time
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from sensorium.logger import get_logger
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator, Mapping, Sequence
 
 logger = get_logger(__name__)
 
@@ -30,10 +35,26 @@ COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 LIBRARIES = ("-lm",)
 TIMEOUT_S = 180.0
+ZIG_CACHE = "ZIG_GLOBAL_CACHE_DIR"
+"""Where `ziglang` keeps what it has compiled of its own libraries, 50 MB. Where it is not set, nothing is kept."""
 
 
 class BuildError(Exception):
     """The native kernels can't be compiled here; the message says why."""
+
+
+@dataclass(frozen=True, slots=True)
+class Compiler:
+    """A C compiler, called as GCC is."""
+
+    program: Path
+    options: tuple[str, ...] = ()
+    """What comes before everything else."""
+
+    @property
+    def command(self) -> list[str]:
+        """The start of its command line."""
+        return [str(self.program), *self.options]
 
 
 def build_library() -> Path:
@@ -51,7 +72,9 @@ def build_library() -> Path:
             if not path.exists():
                 begin = time.perf_counter()
                 compile_sources(sources, path)
-                logger.info("Compiled the CPU kernels in %.1f s with %s.", time.perf_counter() - begin, compiler.name)
+                logger.info(
+                    "Compiled the CPU kernels in %.1f s with %s.", time.perf_counter() - begin, compiler.program.name
+                )
     return path
 
 
@@ -63,23 +86,31 @@ def compile_sources(sources: list[Path], path: Path, extra_flags: Sequence[str] 
     Raises:
         BuildError: There is no compiler, or it failed.
     """
-    compiler = _find_compiler()
+    compiler = _find_compiler().command
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(len(sources)) as pool:
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
-        compile_flags = [str(compiler), *FLAGS, _machine_flag(), *extra_flags, "-c"]
+        run = partial(_run, environment={ZIG_CACHE: str(Path(scratch) / "zig"), **os.environ})
+        compile_flags = [*compiler, *FLAGS, _machine_flag(), *extra_flags, "-c"]
         pairs = zip(sources, objects, strict=True)
-        list(pool.map(_run, [[*compile_flags, str(source), "-o", target] for source, target in pairs]))
+        list(pool.map(run, [[*compile_flags, str(source), "-o", target] for source, target in pairs]))
         library = Path(scratch) / path.name
-        _run([str(compiler), "-shared", "-pthread", *objects, *LIBRARIES, "-o", str(library)])
+        run([*compiler, "-shared", "-pthread", *objects, *LIBRARIES, "-o", str(library)])
         library.replace(path)
 
 
-def _find_compiler() -> Path:
+def _find_compiler() -> Compiler:
+    """The machine's own, or else the one that comes as a Python package."""
     for name in COMPILERS:
         found = shutil.which(name)
         if found is not None:
-            return Path(found).resolve()
-    raise BuildError(f"no C compiler found (looked for {', '.join(COMPILERS)})")
+            return Compiler(Path(found).resolve())
+    package = importlib.util.find_spec("ziglang")
+    if package is not None and package.origin is not None:
+        # It watches for undefined behaviour in code that is not optimized, if not told otherwise.
+        return Compiler(Path(package.origin).with_name("zig"), ("cc", "-fno-sanitize=undefined"))
+    raise BuildError(
+        f"no C compiler found (looked for {', '.join(COMPILERS)}; pip install 'sensorium[compiler]' brings one)"
+    )
 
 
 def _machine_flag() -> str:
@@ -96,9 +127,9 @@ def _cpu_features() -> str:
     return next(features, platform.processor())
 
 
-def _digest(compiler: Path) -> str:
-    stat = compiler.stat()
-    parts = [compiler, stat.st_size, stat.st_mtime_ns, *FLAGS, *LIBRARIES, platform.machine(), _cpu_features()]
+def _digest(compiler: Compiler) -> str:
+    stat = compiler.program.stat()
+    parts = [*compiler.command, stat.st_size, stat.st_mtime_ns, *FLAGS, *LIBRARIES, platform.machine(), _cpu_features()]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode())
     for path in sorted(SOURCE_FOLDER.iterdir()):
         if path.suffix in (".c", ".h"):
@@ -132,9 +163,11 @@ def _lock(path: Path) -> Iterator[None]:
         yield
 
 
-def _run(command: list[str]) -> None:
+def _run(command: list[str], environment: Mapping[str, str]) -> None:
     try:
-        result = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)
+        result = subprocess.run(
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment
+        )
     except OSError as error:
         raise BuildError(f"{command[0]} can't be started: {error}") from error
     except subprocess.TimeoutExpired:
