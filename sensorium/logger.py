@@ -27,6 +27,7 @@ from typing import Any
 
 _ROOT = "sensorium"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
 FORMATS = ("text", "json")
 _seen: set[tuple[str, str]] = set()
 

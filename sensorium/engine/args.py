@@ -26,7 +26,9 @@ from sensorium.config import (
 )
 from sensorium.engine.loading import LOADING
 from sensorium.errors import ConfigError, ModelError
+from sensorium.inputs.chat_template import check_template, read_template
 from sensorium.logger import get_logger
+from sensorium.parsing import check_names
 
 logger = get_logger(__name__)
 
@@ -124,6 +126,19 @@ class EngineArgs:
     reasoning_parser: str = "auto"
     """How the model marks its reasoning: "think", "seed", "mistral", "none", or "auto" to go by the chat template."""
 
+    def check_files(self) -> None:
+        """Return if the settings that name files can be used, as far as can be said without the model.
+
+        Raises:
+            ConfigError: One can't.
+        """
+        local_path("model", self.model)
+        if self.tokenizer is not None:
+            local_path("tokenizer", self.tokenizer)
+        if self.chat_template is not None:
+            check_template(read_template(self.chat_template))
+        check_names(self.tool_parser, self.reasoning_parser)
+
     def create_engine_config(self) -> EngineConfig:
         """Resolve everything that can be known before the weights are read.
 
@@ -131,6 +146,7 @@ class EngineArgs:
             ConfigError: A setting can't be used.
             ModelError: The architecture is unknown, or its class can't be served.
         """
+        self.check_files()
         with LOADING:
             return self._resolve()
 
@@ -195,7 +211,9 @@ class EngineArgs:
             )
         return ModelConfig(
             model=str(path),
-            tokenizer=str(path) if self.tokenizer is None else str(resolve_model_path(self.tokenizer, None)),
+            tokenizer=str(path)
+            if self.tokenizer is None
+            else str(resolve_model_path(self.tokenizer, None, "tokenizer")),
             hf_config=hf_config,
             dtype_name=resolve_dtype(self.dtype, hf_config),
             max_model_len=resolve_max_model_len(self.max_model_len, hf_config),
@@ -227,17 +245,36 @@ def resolve_device(device: str) -> str:
     return "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def resolve_model_path(model: str, revision: str | None) -> Path:
-    """The directory of a checkpoint; a hub name is downloaded first."""
-    if model == DEMO_MODEL and not Path(model).is_dir():
+def local_path(setting: str, name: str) -> Path | None:
+    """The directory that `model` or `tokenizer` names; None for a name on the model hub.
+
+    Raises:
+        ConfigError: It is the path of no directory, or no model lies there.
+    """
+    if name == DEMO_MODEL and not Path(name).is_dir():
         bundled = Path(__file__).parent.parent / "demo_model"
         if not (bundled / "config.json").is_file():
-            raise ConfigError("model: got 'demo', but this build has no bundled model. Give a checkpoint's directory.")
+            raise ConfigError(
+                f"{setting}: got 'demo', but this build has no bundled model. Give a checkpoint's directory."
+            )
         return bundled
-    path = Path(model).expanduser()
+    path = Path(name).expanduser()
     if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise ConfigError(f"model: got {model!r}, a directory without config.json. Give a checkpoint's directory.")
+        if setting == "model" and not (path / "config.json").is_file():
+            raise ConfigError(f"model: got {name!r}, a directory without config.json. Give a checkpoint's directory.")
+        return path
+    if path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) > 2:  # no name of the hub's
+        raise ConfigError(
+            f"{setting}: got {name!r}, expected a directory or a name on the model hub. Check the spelling, and that "
+            "the directory exists."
+        )
+    return None
+
+
+def resolve_model_path(model: str, revision: str | None, setting: str = "model") -> Path:
+    """The directory of a checkpoint or a tokenizer; a hub name is downloaded first."""
+    path = local_path(setting, model)
+    if path is not None:
         return path
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError
@@ -247,7 +284,7 @@ def resolve_model_path(model: str, revision: str | None) -> Path:
         return Path(snapshot_download(model, revision=revision, allow_patterns=patterns))
     except (OSError, ValueError, HfHubHTTPError, HFValidationError) as error:
         raise ConfigError(
-            f"model: got {model!r}, expected a directory or a name on the model hub ({type(error).__name__}). "
+            f"{setting}: got {model!r}, expected a directory or a name on the model hub ({type(error).__name__}). "
             "Check the spelling, the network, and that the directory exists."
         ) from error
 

@@ -89,7 +89,7 @@ class CoreClient:
             self._channel.send(encode(Abort(request_ids)))
 
     async def stop(self, timeout_s: float = 30.0) -> None:
-        """Let the core free everything and end; kill it if it takes longer than that."""
+        """Let the core free everything and end; kill it if it takes longer than that, with 0 at once."""
         self._is_stopping = True
         self._channel.send(encode(Stop()))
         try:
@@ -157,7 +157,8 @@ class _Process:
         try:
             self._process.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            logger.warning("the engine core has not ended within %.0f s and is killed", timeout_s)
+            if timeout_s:
+                logger.warning("the engine core has not ended within %.0f s and is killed", timeout_s)
             self._process.kill()
             self._process.wait(_KILL_GRACE_S)
 
@@ -176,7 +177,7 @@ class _Thread:
 
     def wait(self, timeout_s: float) -> None:
         self._thread.join(timeout_s)
-        if self._thread.is_alive():
+        if timeout_s and self._thread.is_alive():
             logger.warning("the engine core's thread has not ended within %.0f s", timeout_s)
 
 

@@ -68,15 +68,39 @@ def _legacy_template(path: Path) -> str | None:
 def read_template(given: str) -> str:
     """A template from an engine setting: the text itself, or the path of a file with it.
 
-    Raises `ConfigError` (a `ValueError`) for a path without a file.
+    Raises `ConfigError` (a `ValueError`) for a path without a file of text.
     """
     if any(mark in given for mark in ("{", "\n")):
         return given
     try:
         return Path(given).expanduser().read_text(encoding="utf-8")
-    except OSError as exc:
+    except (OSError, ValueError) as exc:
         raise ConfigError(
             f"chat_template: got {given!r:.200}, expected a template or the path of a file with one. Check the path."
+        ) from exc
+
+
+def check_template(template: str) -> None:
+    """Raises `ConfigError` (a `ValueError`), with the line, for an engine setting that is no template."""
+    from jinja2 import Environment, TemplateSyntaxError, nodes
+    from jinja2.ext import Extension, loopcontrols
+    from jinja2.parser import Parser
+
+    class Generation(Extension):
+        """Hugging Face's own tag, around what the assistant says."""
+
+        tags = {"generation"}  # noqa: RUF012  as the base class has it
+
+        def parse(self, parser: Parser) -> list[nodes.Node]:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    try:
+        Environment(extensions=[Generation, loopcontrols]).parse(template)
+    except TemplateSyntaxError as exc:
+        raise ConfigError(
+            f"chat_template: got a mistake in line {exc.lineno} ({exc.message!s:.200}), expected a Jinja template. "
+            "Correct it."
         ) from exc
 
 

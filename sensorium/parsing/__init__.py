@@ -6,7 +6,7 @@ model has.
 """
 
 from sensorium.parsing.answer import AnswerParser
-from sensorium.parsing.detect import find_reasoning_format, find_tool_format
+from sensorium.parsing.detect import check_names, find_reasoning_format, find_tool_format
 from sensorium.parsing.events import (
     Content,
     Event,
@@ -36,6 +36,7 @@ __all__ = [
     "ToolCallStart",
     "ToolFormat",
     "Tools",
+    "check_names",
     "collect",
     "find_reasoning_format",
     "find_tool_format",

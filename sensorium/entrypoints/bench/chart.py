@@ -6,9 +6,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from sensorium.entrypoints.bench.page import page
+from sensorium.entrypoints.extras import require
 from sensorium.errors import ConfigError
 
 _MAX_POINTS = 240
@@ -55,7 +55,7 @@ def check_path(path: str) -> None:
     if suffix not in (".html", ".png"):
         raise ConfigError(f"chart: got {path!r}, expected a name that ends in .html or .png. Set chart.")
     if suffix == ".png":
-        _matplotlib()
+        require("bench", f"chart: got {path!r}, which")
 
 
 def write(path: str, title: str, panels: Sequence[Panel], rows: Sequence[tuple[str, str]]) -> None:
@@ -66,21 +66,12 @@ def write(path: str, title: str, panels: Sequence[Panel], rows: Sequence[tuple[s
         Path(path).write_text(page(title, panels, rows), encoding="utf-8")
 
 
-def _matplotlib() -> Any:
-    try:
-        import matplotlib.figure
-    except ImportError:
-        raise ConfigError(
-            "chart: got a name that ends in .png, which needs matplotlib, expected .html. "
-            "Change chart, or install sensorium[bench]."
-        ) from None
-    return matplotlib.figure
-
-
 def _write_png(path: str, title: str, panels: Sequence[Panel]) -> None:
+    from matplotlib.figure import Figure
+
     columns = min(2, len(panels)) or 1
     rows = math.ceil(len(panels) / columns) or 1
-    figure = _matplotlib().Figure(figsize=(5.5 * columns, 3.2 * rows), layout="constrained")
+    figure = Figure(figsize=(5.5 * columns, 3.2 * rows), layout="constrained")
     figure.suptitle(title)
     for number, panel in enumerate(panels, 1):
         axes = figure.add_subplot(rows, columns, number)

@@ -14,6 +14,7 @@ from typing import Any
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.openai.preflight import check_settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError
 from sensorium.multimodal.media.limits import MediaLimits
@@ -59,6 +60,7 @@ def run(parsed: argparse.Namespace) -> int:
     if parsed.output != "-" and parsed.input != "-" and Path(parsed.input).resolve() == Path(parsed.output).resolve():
         raise ConfigError(f"output: got {parsed.output!r}, which is the input, expected another file. Set it.")
     package_logger.configure(server_args.log_settings)
+    check_settings("sensorium run-batch", engine_args, server_args)
     return asyncio.run(_run(parsed, engine_args, server_args, limits, concurrency))
 
 

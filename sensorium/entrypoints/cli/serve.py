@@ -8,6 +8,8 @@ import asyncio
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.openai.listening import listening
+from sensorium.entrypoints.openai.preflight import check_settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.multimodal.media.limits import MediaLimits
 
@@ -38,6 +40,8 @@ def run(parsed: argparse.Namespace) -> int:
     engine_args, server_args, limits = settings(parsed)
     package_logger.configure(server_args.log_settings)
     package_logger.configure(server_args.log_settings, "uvicorn")
-    from sensorium.entrypoints.openai.server import serve  # loads the server's libraries and torch
+    check_settings("sensorium serve", engine_args, server_args)
+    with listening(server_args) as sockets:
+        from sensorium.entrypoints.openai.server import serve  # loads the server's libraries and torch
 
-    return asyncio.run(serve(engine_args, server_args, limits))
+        return asyncio.run(serve(engine_args, server_args, limits, sockets))

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import resource
 import signal
+import socket
 from collections.abc import AsyncIterator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -17,17 +18,20 @@ from starlette.applications import Starlette
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_process import CoreFactory
+from sensorium.entrypoints.extras import require
 from sensorium.entrypoints.openai.app import create_app
 from sensorium.entrypoints.openai.context import ServerContext
+from sensorium.entrypoints.openai.listening import BACKLOG, url_of
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.entrypoints.openai.middleware import OnEnd
+from sensorium.entrypoints.openai.preflight import fetch_policy
 from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.named_media import NamedMedia
 from sensorium.logger import get_logger
-from sensorium.multimodal.media import FetchPolicy, MediaBudget, MediaLimits, MediaLoader
+from sensorium.multimodal.media import MediaBudget, MediaLimits, MediaLoader
 
 if TYPE_CHECKING:
     from sensorium.entrypoints.openai.tracing import Traces
@@ -57,26 +61,28 @@ async def running_app(
     if engine_args.max_waiting_requests is None:
         engine_args = replace(engine_args, max_waiting_requests=DEFAULT_MAX_WAITING_REQUESTS)
     loader = make_media_loader(engine_args, args, limits)
-    engine = await AsyncLLMEngine.start(
-        engine_args,
-        media_loader=loader,
-        make_core=make_core,
-        accept_embeddings=args.allow_embeddings,
-        max_restarts=args.restart_core,
-        log=args.log_settings,
-    )
-    traces = None if args.otlp_traces_endpoint is None else _traces(args.otlp_traces_endpoint)
-    try:
+    async with AsyncExitStack() as at_end:
+        on_end: list[OnEnd] = []
+        if args.otlp_traces_endpoint is not None:
+            traces = _traces(args.otlp_traces_endpoint)
+            at_end.push_async_callback(asyncio.to_thread, traces.close)
+            on_end.append(traces.take)
+        engine = await AsyncLLMEngine.start(
+            engine_args,
+            media_loader=loader,
+            make_core=make_core,
+            accept_embeddings=args.allow_embeddings,
+            max_restarts=args.restart_core,
+            log=args.log_settings,
+        )
+        at_end.push_async_callback(engine.shutdown, args.drain_s)
         pool = ThreadPoolExecutor(_NUM_OTHER_THREADS, thread_name_prefix="sensorium-front")
         asyncio.get_running_loop().set_default_executor(pool)
-        yield _app(engine, engine_args, args, loader, [] if traces is None else [traces.take]), engine
-    finally:
-        await engine.shutdown(args.drain_s)
-        if traces is not None:
-            await asyncio.to_thread(traces.close)
+        yield _app(engine, engine_args, args, loader, on_end), engine
 
 
 def _traces(endpoint: str) -> Traces:
+    require("tracing", f"otlp_traces_endpoint: got {endpoint!r}, which")
     from sensorium.entrypoints.openai.tracing import Traces  # loads OpenTelemetry
 
     return Traces.to(endpoint)
@@ -84,13 +90,7 @@ def _traces(endpoint: str) -> Traces:
 
 def make_media_loader(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None) -> MediaLoader:
     """What fetches and decodes the media that requests name, within what the operator allows."""
-    policy = FetchPolicy(
-        allow_remote=args.allow_remote_media,
-        allowed_hosts=args.allowed_media_host,
-        allowed_networks=args.allowed_media_network,
-        allowed_local_media_path=engine_args.allowed_local_media_path,
-    )
-    return MediaLoader(limits, policy, budget=MediaBudget(args.max_waiting_media_bytes))
+    return MediaLoader(limits, fetch_policy(engine_args, args), budget=MediaBudget(args.max_waiting_media_bytes))
 
 
 def _app(
@@ -138,18 +138,20 @@ def _app(
     )
 
 
-async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits) -> int:
-    """Serve until told to stop, or until the engine dies. Returns the exit status of the process."""
+async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits, sockets: list[socket.socket]) -> int:
+    """Serve on sockets that listen, until told to stop, or until the engine dies. Returns the exit status of the
+    process.
+    """
     if not args.api_key and not args.is_local:
         logger.warning("No API key is set, and the server listens on %s: whoever reaches it may use it.", args.host)
     _raise_file_limit(_FILES_PER_CONNECTION * args.max_connections)
     async with running_app(engine_args, args, limits) as (app, engine):
-        server = _Server(uvicorn_config(app, args))
+        server = _Server(uvicorn_config(app, args), url_of(args, sockets))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         watcher = asyncio.create_task(_watch(engine, server))
         try:
-            await server.serve()
+            await server.serve(sockets)
         finally:
             watcher.cancel()
         return 1 if engine.has_ended else 0
@@ -159,6 +161,15 @@ class _Server(uvicorn.Server):
     """Stops by `stop`. Uvicorn's own way is to let a signal end the process once its connections are closed, which
     would leave no time for the engine.
     """
+
+    def __init__(self, config: uvicorn.Config, url: str) -> None:
+        super().__init__(config)
+        self._url = url
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer, and say so: uvicorn does where it makes its sockets itself."""
+        await super().startup(sockets)
+        logger.info("Sensorium running on %s (Ctrl-C stops it)", self._url)
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
@@ -177,6 +188,7 @@ def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:
         app,
         host=args.host,
         port=args.port,
+        backlog=BACKLOG,
         http="h11",  # the implementation that bounds headers
         h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         ws="none",

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from urllib.parse import urlsplit
 
 from sensorium.errors import ConfigError
 from sensorium.inputs.transcription import TranscriptionStyle
-from sensorium.logger import FORMATS, LogSettings
+from sensorium.logger import FORMATS, LEVELS, LogSettings
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,6 +83,19 @@ class ServerArgs:
             raise ConfigError("api_key: got an empty key, expected at least one character. Remove it.")
         if self.log_format not in FORMATS:
             raise ConfigError(f"log_format: got {self.log_format!r}, expected one of {FORMATS}. Set log_format.")
+        if self.log_level.upper() not in LEVELS:
+            raise ConfigError(f"log_level: got {self.log_level!r}, expected one of {LEVELS}. Set log_level.")
+        if self.otlp_traces_endpoint is not None and not _is_address(self.otlp_traces_endpoint):
+            raise ConfigError(
+                f"otlp_traces_endpoint: got {self.otlp_traces_endpoint!r}, expected an address such as "
+                "'http://127.0.0.1:4318/v1/traces'. Set otlp_traces_endpoint."
+            )
+        for network in self.allowed_media_network:
+            if not _is_network(network):
+                raise ConfigError(
+                    f"allowed_media_network: got {network!r}, expected a network such as '10.1.0.0/16' without host "
+                    "bits. Set allowed_media_network."
+                )
         if self.transcription_answer is not None:
             TranscriptionStyle(answer=self.transcription_answer)  # raises what is wrong with it
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
@@ -112,3 +126,19 @@ class ServerArgs:
     def log_settings(self) -> LogSettings:
         """How the log is written."""
         return LogSettings(self.log_level, self.log_format)
+
+
+def _is_address(text: str) -> bool:
+    try:
+        parts = urlsplit(text)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
+
+
+def _is_network(text: str) -> bool:
+    try:
+        ipaddress.ip_network(text)
+    except ValueError:
+        return False
+    return True

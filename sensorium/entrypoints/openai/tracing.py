@@ -15,23 +15,16 @@ from __future__ import annotations
 
 import time
 
-from sensorium.entrypoints.openai.records import Generation, RequestRecord
-from sensorium.errors import ConfigError
-from sensorium.stages import Stage
+from opentelemetry.context import Context
+from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import BatchSpanProcessor
+from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
+from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
-try:
-    from opentelemetry.context import Context
-    from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
-    from opentelemetry.sdk.resources import SERVICE_NAME, OTELResourceDetector, Resource
-    from opentelemetry.sdk.trace import TracerProvider
-    from opentelemetry.sdk.trace.export import BatchSpanProcessor
-    from opentelemetry.trace import Span, SpanKind, Status, StatusCode, set_span_in_context
-    from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
-except ImportError as error:
-    raise ConfigError(
-        "otlp_traces_endpoint: got an address, but OpenTelemetry is not installed. "
-        "Run pip install 'sensorium[tracing]'."
-    ) from error
+from sensorium.entrypoints.openai.records import Generation, RequestRecord
+from sensorium.stages import Stage
 
 _INSIDE_PREPARE = ("decode", "map")
 

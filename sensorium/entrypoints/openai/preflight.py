@@ -1,0 +1,39 @@
+"""What can be wrong with a server's settings and be known before a model is loaded.
+
+Imports neither torch nor the server's libraries, so that it is said at once.
+"""
+
+from __future__ import annotations
+
+from sensorium.engine.args import EngineArgs
+from sensorium.entrypoints.extras import require
+from sensorium.entrypoints.openai.listening import check_certificate
+from sensorium.entrypoints.openai.server_args import ServerArgs
+from sensorium.multimodal.media.policy import FetchPolicy
+
+
+def check_settings(command: str, engine_args: EngineArgs, args: ServerArgs) -> None:
+    """Return if nothing is wrong as far as can be seen.
+
+    Args:
+        command: what was asked for, for the message about a missing extra.
+
+    Raises:
+        ConfigError: Something is.
+    """
+    require("serve", command)
+    if args.otlp_traces_endpoint is not None:
+        require("tracing", f"otlp_traces_endpoint: got {args.otlp_traces_endpoint!r}, which")
+    check_certificate(args)
+    fetch_policy(engine_args, args)
+    engine_args.check_files()
+
+
+def fetch_policy(engine_args: EngineArgs, args: ServerArgs) -> FetchPolicy:
+    """What requests may name, within what the operator allows. Raises `ConfigError`."""
+    return FetchPolicy(
+        allow_remote=args.allow_remote_media,
+        allowed_hosts=args.allowed_media_host,
+        allowed_networks=args.allowed_media_network,
+        allowed_local_media_path=engine_args.allowed_local_media_path,
+    )
