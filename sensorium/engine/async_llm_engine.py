@@ -141,6 +141,8 @@ class AsyncLLMEngine:
         try:
             # The core imports and loads meanwhile.
             config, tokenizer = await asyncio.to_thread(_resolve, args)
+            if media_loader is not None and config.model_config.is_multimodal_model:
+                media_loader.start()
             if make_core is None:  # or there would be nothing to gain
                 await asyncio.to_thread(_warm_up, config)
             report = await core.ready()
@@ -262,7 +264,7 @@ class AsyncLLMEngine:
         )
         stream = self._open(name, kind)
         try:
-            await self._submit(name, prepare, kind)
+            await self._submit(name, prompt, prepare, kind)
             del prompt, prepare  # the media that they hold
             while True:
                 output = await stream.get()
@@ -296,7 +298,7 @@ class AsyncLLMEngine:
         )
         stream = self._open(name, OutputKind.FINAL_ONLY)
         try:
-            await self._submit(name, prepare, OutputKind.FINAL_ONLY)
+            await self._submit(name, prompt, prepare, OutputKind.FINAL_ONLY)
             output = await stream.get()
         finally:
             self._close(name)
@@ -317,6 +319,7 @@ class AsyncLLMEngine:
             params or SamplingParams(),
             mm_processor_kwargs=mm_processor_kwargs,
         )
+        await self.preprocessor.decode_ahead(prompt)
         return await self.in_pool(prepare)
 
     def abort(self, request_id: str) -> None:
@@ -375,9 +378,13 @@ class AsyncLLMEngine:
         if not self._streams:
             self._all_closed.set()
 
-    async def _submit(self, request_id: str, prepare: Callable[[], ProcessedRequest], kind: OutputKind) -> None:
+    async def _submit(
+        self, request_id: str, prompt: Any, prepare: Callable[[], ProcessedRequest], kind: OutputKind
+    ) -> None:
         """Prepare a request in the pool and send it to the core, unless it has been aborted meanwhile."""
         with stage("prepare"):
+            await self.preprocessor.decode_ahead(prompt)  # holds no thread of the pool, however long it takes
+            del prompt
             processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
             if processed.engine_request.sampling_params.structured_outputs is not None:
                 await self._send_vocabulary()

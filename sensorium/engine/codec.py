@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import math
 import os
-import tempfile
 from collections.abc import Mapping
 from typing import Any
 
@@ -18,6 +17,7 @@ import msgspec
 import numpy as np
 import torch
 
+from sensorium.anonymous_file import anonymous_file, write_all
 from sensorium.engine.core_messages import Add, ToCore, ToFront
 from sensorium.errors import ModelError
 from sensorium.messages import EngineRequest
@@ -168,11 +168,11 @@ class _Writer:
         """The open file of the segment; None if nothing went there."""
         if not self._pieces:
             return None
-        fd = _anonymous_file()
+        fd = anonymous_file()
         try:
             os.ftruncate(fd, self._size)
             for offset, flat in self._pieces:
-                _write_all(fd, flat, offset)
+                write_all(fd, flat.data.cast("B"), offset)
         except BaseException:
             os.close(fd)
             raise
@@ -225,21 +225,6 @@ def _expect(expected: type, value: Any) -> Any:
     if isinstance(value, np.ndarray):
         return value
     raise msgspec.ValidationError(f"message: got a {type(value).__name__}, expected {expected}.")
-
-
-def _anonymous_file() -> int:
-    """A file without a name: memory where the system has such files, else on the disk."""
-    if hasattr(os, "memfd_create"):
-        return os.memfd_create("sensorium-media")
-    with tempfile.TemporaryFile() as file:
-        return os.dup(file.fileno())
-
-
-def _write_all(fd: int, flat: np.ndarray[Any, Any], offset: int) -> None:
-    view = flat.data.cast("B")
-    while view:
-        written = os.pwrite(fd, view, offset)
-        view, offset = view[written:], offset + written
 
 
 def _map(fd: int) -> torch.Tensor:

@@ -7,8 +7,6 @@ one number for each slot: its `RowState`.
 from __future__ import annotations
 
 import mmap
-import os
-import tempfile
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,19 +31,3 @@ class MaskMemory:
     def size_bytes(num_slots: int, vocab_size: int) -> int:
         """Bytes of states and masks."""
         return 4 * num_slots * (1 + -(-vocab_size // 32))
-
-
-def anonymous_file(data: bytes = b"", size_bytes: int = 0) -> int:
-    """An open file without a name that holds `data`, or `size_bytes` zeros."""
-    if hasattr(os, "memfd_create"):
-        fd = os.memfd_create("sensorium-grammar")
-    else:
-        with tempfile.TemporaryFile() as file:
-            fd = os.dup(file.fileno())
-    rest = memoryview(data)
-    while rest:
-        rest = rest[os.write(fd, rest) :]
-    if size_bytes:
-        os.ftruncate(fd, size_bytes)
-    os.lseek(fd, 0, os.SEEK_SET)
-    return fd

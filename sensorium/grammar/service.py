@@ -10,7 +10,8 @@ from multiprocessing.connection import Connection, Pipe
 
 import msgspec
 
-from sensorium.grammar.mask_memory import MaskMemory, anonymous_file
+from sensorium.anonymous_file import anonymous_file
+from sensorium.grammar.mask_memory import MaskMemory
 from sensorium.messages import Vocabulary
 
 _EXIT_GRACE_S = 2.0

@@ -7,8 +7,7 @@ where content sent before is found (see `NamedMedia`), so that nobody can give o
 
 from __future__ import annotations
 
-import asyncio
-from collections.abc import Coroutine, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -22,6 +21,7 @@ from sensorium.errors import (
 from sensorium.inputs.chat_content import Embeddings, MediaPart
 from sensorium.inputs.named_media import Key, NamedMedia
 from sensorium.inputs.prompts import MAX_UUID_CHARS
+from sensorium.inputs.side_by_side import all_or_none
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MultiModalRegistry
 from sensorium.multimodal.media import EncodedMedia
@@ -97,7 +97,7 @@ class ChatMedia:
 
     async def aload(self, parts: Sequence[MediaPart], kwargs: Mapping[str, Any], scope: bytes) -> list[Any]:
         """As `load`, for an event loop: side by side, without a thread."""
-        loaded = await _all_or_none([self._aload(part, kwargs) for part in parts])
+        loaded = await all_or_none([self._aload(part, kwargs) for part in parts])
         return self._with_names(parts, loaded, kwargs, scope)
 
     def _load(self, part: MediaPart, kwargs: Mapping[str, Any]) -> Any:
@@ -150,17 +150,6 @@ class ChatMedia:
                 "was sent before and is still kept. Send the content again."
             )
         return found
-
-
-async def _all_or_none(work: list[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """All results in order; the first failure, or being cancelled, ends what is still under way."""
-    tasks = [asyncio.ensure_future(each) for each in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _object(part: MediaPart) -> Any:

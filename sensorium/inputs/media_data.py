@@ -17,6 +17,7 @@ import numpy as np
 from sensorium.errors import InvalidRequestError, InvalidTypeError, MediaError
 from sensorium.inputs.admission import check_arrays
 from sensorium.inputs.prompts import ParsedPrompt, check_uuids
+from sensorium.inputs.side_by_side import all_or_none
 from sensorium.multimodal.hashing import Identity, identify, identify_encoded, identify_uuid
 from sensorium.multimodal.media import EncodedMedia, VideoFrames, VideoSampling
 from sensorium.multimodal.video_array import VideoArray
@@ -96,6 +97,29 @@ class MediaCollector:
                 values, identities = zip(*loaded, strict=True)
                 collected.append(MediaData(modality, values, identities, is_bare))
         return collected
+
+    async def decode_ahead(self, prompt: object) -> None:
+        """Have the encoded media of a prompt decoded, side by side, so that `collect` need not wait for them.
+
+        Cancelling it gives them up. What else is wrong with a prompt is left to `collect`.
+
+        Raises:
+            RequestError: As `collect`, for a modality or a number of items that the model doesn't take.
+            MediaError: One of them can't be decoded.
+        """
+        data = prompt.get("multi_modal_data") if isinstance(prompt, Mapping) else None
+        if self._loader is None or not isinstance(data, Mapping):
+            return
+        items = [
+            item
+            for modality, value in data.items()
+            for item in (value if isinstance(value, list) else [value])
+            if isinstance(item, EncodedMedia) and item.modality == modality
+        ]
+        if items:
+            self._registry.check_data(self._model_config, {name: value for name, value in data.items() if value})
+            with stage("decode"):
+                await all_or_none([self._loader.adecode_ahead(item) for item in items])
 
     def _split(self, modality: str, data: Any) -> tuple[list[Any], bool]:
         """As `split_items`. To the default image mapper a tensor is embeddings, `(num_items, num_rows,

@@ -158,6 +158,10 @@ class InputPreprocessor:
             counts[item.modality] = (*counts.get(item.modality, ()), item.length)
         return ProcessedRequest(request, parsed.text, counts)
 
+    async def decode_ahead(self, prompt: object) -> None:
+        """Decode a prompt's media before `process`, which holds a thread. See `MediaCollector.decode_ahead`."""
+        await self._collector.decode_ahead(prompt)
+
     @cached_property
     def vocabulary(self) -> Vocabulary:
         """What the core must know before an output can be held to a form. Raises `UnsupportedFeatureError`."""

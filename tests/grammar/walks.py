@@ -8,8 +8,9 @@ from typing import Any
 import numpy as np
 from llguidance import LLTokenizer
 
+from sensorium.anonymous_file import anonymous_file
 from sensorium.grammar.forms import compile_form
-from sensorium.grammar.mask_memory import MaskMemory, anonymous_file
+from sensorium.grammar.mask_memory import MaskMemory
 from sensorium.grammar.mask_server import MaskServer
 from sensorium.grammar.messages import AddRow, AppendToken, RowFailure, RowUpdates
 from sensorium.grammar.row_matcher import RowMatcher

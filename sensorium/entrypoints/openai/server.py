@@ -31,7 +31,7 @@ from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.named_media import NamedMedia
 from sensorium.logger import get_logger
-from sensorium.multimodal.media import MediaBudget, MediaLimits, MediaLoader
+from sensorium.multimodal.media import DecoderPool, MediaBudget, MediaLimits, MediaLoader
 
 if TYPE_CHECKING:
     from sensorium.entrypoints.openai.tracing import Traces
@@ -62,6 +62,7 @@ async def running_app(
         engine_args = replace(engine_args, max_waiting_requests=DEFAULT_MAX_WAITING_REQUESTS)
     loader = make_media_loader(engine_args, args, limits)
     async with AsyncExitStack() as at_end:
+        at_end.push_async_callback(asyncio.to_thread, loader.close)
         on_end: list[OnEnd] = []
         if args.otlp_traces_endpoint is not None:
             traces = _traces(args.otlp_traces_endpoint)
@@ -90,7 +91,9 @@ def _traces(endpoint: str) -> Traces:
 
 def make_media_loader(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None) -> MediaLoader:
     """What fetches and decodes the media that requests name, within what the operator allows."""
-    return MediaLoader(limits, fetch_policy(engine_args, args), budget=MediaBudget(args.max_waiting_media_bytes))
+    limits = limits or MediaLimits()
+    budget = MediaBudget(args.max_waiting_media_bytes)
+    return MediaLoader(limits, fetch_policy(engine_args, args), budget=budget, decoders=DecoderPool(limits))
 
 
 def _app(

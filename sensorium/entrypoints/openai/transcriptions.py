@@ -78,8 +78,7 @@ class TranscriptionRoutes:
         params = transcript.form.params()
         transcript.check()
         self._context.engine.check_accepts()  # before anything is decoded
-        loader = self._context.media_loader
-        await self._context.engine.in_pool(lambda: transcript.measure(loader))
+        await transcript.measure(self._context.media_loader)
         prompt = await self._context.render(request, transcript.messages())
         transcript.forget_sound()
         outputs = self._context.generate(prompt, params, kind, priority=0, cache_salt=None)
@@ -114,7 +113,7 @@ class _Transcript:
         told = self._style.told(self.form.language, self.form.prompt)
         return [{"role": "user", "content": [{"type": "audio", "audio": self._sound}, {"type": "text", "text": told}]}]
 
-    def measure(self, loader: MediaLoader) -> None:
+    async def measure(self, loader: MediaLoader) -> None:
         """Find out how long the sound is; what is decoded for that is kept for the request.
 
         Raises:
@@ -123,7 +122,7 @@ class _Transcript:
         """
         assert self._sound is not None
         with stage("decode", "audio"):
-            clip = loader.decode(self._sound)
+            clip = await loader.adecode(self._sound)
         assert isinstance(clip, AudioClip)
         self._style.check_duration(clip.duration_s)
         self._duration_s = clip.duration_s

@@ -8,6 +8,7 @@ offline `LLM` and the chat command line; models never fetch.
         -> fetch: one parse, one resolution, one deadline, bytes counted          fetch.py, url.py, address.py, local.py
         -> EncodedMedia: modality + bytes + decode options = identity             digest.py
         -> decode: header first, budgets before and while decoding                image.py, audio.py, video.py
+             in this process, or in processes of their own                        decoder_pool.py, decoder_process.py
         -> canonical RGB image | mono float32 samples | uint8 RGB frames          cached by identity in cache.py
 
 Everything that goes wrong is a `sensorium.errors.MediaError` with our own words: no path, address or library text.
@@ -16,6 +17,7 @@ Everything that goes wrong is a `sensorium.errors.MediaError` with our own words
 from sensorium.multimodal.media.audio import AudioClip, decode_audio
 from sensorium.multimodal.media.budget import MediaBudget, MediaLease
 from sensorium.multimodal.media.cache import CacheStats, DecodedMediaCache
+from sensorium.multimodal.media.decoder_pool import DecoderPool
 from sensorium.multimodal.media.digest import EncodedMedia
 from sensorium.multimodal.media.fetch import FetchedMedia, MediaFetcher
 from sensorium.multimodal.media.image import canonical_image, decode_image
@@ -30,6 +32,7 @@ __all__ = [
     "AudioClip",
     "CacheStats",
     "DecodedMediaCache",
+    "DecoderPool",
     "EncodedMedia",
     "FetchPolicy",
     "FetchedMedia",

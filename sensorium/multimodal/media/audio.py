@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.errors import MediaError
+from sensorium.multimodal.media import memory_fence
 from sensorium.multimodal.media.container import Deadline, open_container, prepare_decoder, unknown_format
 from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, too_large
 from sensorium.multimodal.media.resample import MAX_RATE, MIN_RATE
@@ -59,6 +60,7 @@ def decode_audio(data: bytes, limits: MediaLimits | None = None) -> AudioClip:
     with open_container(data, demuxer, "audio", limits, deadline) as container:
         if not container.streams.audio:
             raise MediaError("audio is missing: got a file without a sound track, expected one. Send a sound.")
+        memory_fence.allow_all()
         stream = container.streams.audio[0]
         prepare_decoder(stream, "audio", limits)
         mixer = _MonoMixer(limits)

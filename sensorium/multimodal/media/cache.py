@@ -36,6 +36,14 @@ class CacheStats:
     max_bytes: int
 
 
+class _Work(Generic[T]):
+    """A computation under way, and the futures of those who wait for it."""
+
+    def __init__(self) -> None:
+        self.waiting: list[Future[T]] = []
+        self.source: Future[T] | None = None
+
+
 class DecodedMediaCache(Generic[T]):
     """Least recently used values go first. Thread-safe.
 
@@ -55,29 +63,48 @@ class DecodedMediaCache(Generic[T]):
         self._copy = copy
         self._lock = threading.Lock()
         self._values: OrderedDict[bytes, tuple[T, int]] = OrderedDict()
-        self._under_way: dict[bytes, Future[T]] = {}
+        self._under_way: dict[bytes, _Work[T]] = {}
         self._num_bytes = 0
         self._hits = self._shared = self._misses = self._evictions = 0
 
     def get_or_compute(self, key: bytes, compute: Callable[[], T]) -> T:
         """The value of `key`; computed in this thread if nobody has or does, else waited for."""
-        future, is_mine = self._claim(key)
-        if is_mine:
-            self._fulfil(key, future, compute)
-        return self._copy(future.result())
+        return self._copy(self.join(key, lambda: _done(compute)).result())
 
     async def aget_or_compute(self, key: bytes, compute: Callable[[], T], pool: Executor | None = None) -> T:
         """As `get_or_compute`, with the computation (and the copy) in `pool`; the waiting holds no thread."""
-        loop = asyncio.get_running_loop()
-        future, is_mine = self._claim(key)
+        return await self.aget(key, lambda: _submit(pool, compute), pool)
+
+    async def aget(self, key: bytes, start: Callable[[], Future[T]], pool: Executor | None = None) -> T:
+        """As `aget_or_compute`, with a computation that `start` begins elsewhere."""
+        value = await asyncio.wrap_future(self.join(key, start))
+        return await asyncio.get_running_loop().run_in_executor(pool, self._copy, value)
+
+    def join(self, key: bytes, start: Callable[[], Future[T]]) -> Future[T]:
+        """A future of this caller's own for the value of `key`, which is shared: copy it.
+
+        `start` begins the computation, if nobody has. Cancelling the future leaves the computation to the others who
+        wait for it; if there are none, it is cancelled.
+        """
+        waiting: Future[T] = Future()
+        with self._lock:
+            if key in self._values:
+                self._hits += 1
+                self._values.move_to_end(key)
+                waiting.set_result(self._values[key][0])
+                return waiting
+            work = self._under_way.get(key)
+            is_mine = work is None
+            if work is None:
+                self._misses += 1
+                work = self._under_way[key] = _Work()
+            else:
+                self._shared += 1
+            work.waiting.append(waiting)
+        waiting.add_done_callback(lambda future: self._left(key, work, future))
         if is_mine:
-            try:
-                loop.run_in_executor(pool, self._fulfil, key, future, compute)
-            except BaseException as error:  # the pool is shut down: whoever waits must not wait for ever
-                self._fail(key, future, error)
-        # A cancelled waiter leaves the computation alone: others may wait for it too.
-        value = await asyncio.shield(asyncio.wrap_future(future))
-        return await loop.run_in_executor(pool, self._copy, value)
+            self._start(key, work, start)
+        return waiting
 
     def stats(self) -> CacheStats:
         """A snapshot."""
@@ -98,42 +125,62 @@ class DecodedMediaCache(Generic[T]):
             self._values.clear()
             self._num_bytes = 0
 
-    def _claim(self, key: bytes) -> tuple[Future[T], bool]:
-        """A future for `key`'s value, and whether the caller has to compute it."""
-        with self._lock:
-            if key in self._values:
-                self._hits += 1
-                self._values.move_to_end(key)
-                done: Future[T] = Future()
-                done.set_result(self._values[key][0])
-                return done, False
-            if key in self._under_way:
-                self._shared += 1
-                return self._under_way[key], False
-            self._misses += 1
-            future: Future[T] = Future()
-            self._under_way[key] = future
-            return future, True
-
-    def _fulfil(self, key: bytes, future: Future[T], compute: Callable[[], T]) -> None:
+    def _start(self, key: bytes, work: _Work[T], start: Callable[[], Future[T]]) -> None:
         try:
-            value = compute()
+            source = start()
+        except BaseException as error:  # whoever waits must not wait for ever
+            self._fail(key, work, error)
+            return
+        with self._lock:
+            work.source = source
+            is_wanted = self._under_way.get(key) is work
+        if not is_wanted:
+            source.cancel()
+        source.add_done_callback(lambda done: self._finish(key, work, done))
+
+    def _left(self, key: bytes, work: _Work[T], waiting: Future[T]) -> None:
+        """Someone waits no longer. If nobody does, the next who asks begins anew."""
+        if not waiting.cancelled():
+            return
+        with self._lock:
+            if waiting in work.waiting:
+                work.waiting.remove(waiting)
+            if work.waiting or self._under_way.get(key) is not work:
+                return
+            del self._under_way[key]
+        if work.source is not None:
+            work.source.cancel()
+
+    def _finish(self, key: bytes, work: _Work[T], source: Future[T]) -> None:
+        try:
+            value = source.result()
             size = self._size_of(value)
         except BaseException as error:  # whoever waits learns of it, even of a KeyboardInterrupt
-            self._fail(key, future, error)
+            self._fail(key, work, error)
             return
         with self._lock:
             self._store(key, value, size)
-            del self._under_way[key]
-        future.set_result(value)
+            waiting = self._end(key, work)
+        for each in waiting:
+            if each.set_running_or_notify_cancel():
+                each.set_result(value)
 
-    def _fail(self, key: bytes, future: Future[T], error: BaseException) -> None:
+    def _fail(self, key: bytes, work: _Work[T], error: BaseException) -> None:
         with self._lock:
+            waiting = self._end(key, work)
+        for each in waiting:
+            if each.set_running_or_notify_cancel():
+                each.set_exception(error)
+
+    def _end(self, key: bytes, work: _Work[T]) -> list[Future[T]]:
+        """Forget a computation; who waited for it. The lock is held."""
+        if self._under_way.get(key) is work:
             del self._under_way[key]
-        future.set_exception(error)
+        waiting, work.waiting = work.waiting, []
+        return waiting
 
     def _store(self, key: bytes, value: T, size: int) -> None:
-        if size > self._max_bytes:
+        if size > self._max_bytes or key in self._values:
             return
         self._values[key] = (value, size)
         self._num_bytes += size
@@ -141,3 +188,31 @@ class DecodedMediaCache(Generic[T]):
             _, (_, dropped) = self._values.popitem(last=False)
             self._num_bytes -= dropped
             self._evictions += 1
+
+
+def _done(compute: Callable[[], T]) -> Future[T]:
+    """A future of what is computed here and now."""
+    future: Future[T] = Future()
+    try:
+        future.set_result(compute())
+    except BaseException as error:
+        future.set_exception(error)
+    return future
+
+
+def _submit(pool: Executor | None, compute: Callable[[], T]) -> Future[T]:
+    """`compute` in the pool, or in the event loop's own."""
+    if pool is not None:
+        return pool.submit(compute)
+    future: Future[T] = Future()
+    asyncio.get_running_loop().run_in_executor(None, lambda: _settle(future, compute))
+    return future
+
+
+def _settle(future: Future[T], compute: Callable[[], T]) -> None:
+    if not future.set_running_or_notify_cancel():
+        return
+    try:
+        future.set_result(compute())
+    except BaseException as error:
+        future.set_exception(error)

@@ -14,10 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from sensorium.errors import MediaError, MediaTypeError
+from sensorium.errors import MediaError, MediaTooLargeError, MediaTypeError
 from sensorium.logger import get_logger
-from sensorium.multimodal.media.limits import MediaLimits, too_large
-from sensorium.multimodal.media.mp4_guard import check_mp4_tables
+from sensorium.multimodal.media import memory_fence
+from sensorium.multimodal.media.limits import MediaLimits, takes_too_much_memory, too_large
+from sensorium.multimodal.media.mp4_guard import BYTES_PER_SAMPLE, check_mp4_tables
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -39,6 +40,10 @@ _MAX_DECODER_THREADS = 4
 # Decoders are told to refuse frames beyond this many times the budget. What lies between still decodes, so that it can
 # be refused with its true size.
 _FENCE_FACTOR = 4
+# What opening and counting packets may take: tables that lie in the file, our own lists, and the frames that a decoder
+# holds while it finds out how they are ordered.
+_TABLE_BYTES_PER_BYTE = 8
+_PROBE_BYTES_PER_PIXEL = 24
 
 
 class Deadline:
@@ -57,13 +62,15 @@ class Deadline:
     def check(self) -> None:
         """Raise `MediaTooLargeError` if time is up."""
         if self.has_passed:
-            raise too_large(
-                f"{self._modality} takes too long to decode",
-                f"more than {self._limit_s:g} s",
-                f"{self._limit_s:g} s",
-                f"Send a shorter {self._modality} or one of fewer pixels",
-                "max_decode_s",
-            )
+            raise takes_too_long(self._modality, self._limit_s)
+
+
+def takes_too_long(modality: str, limit_s: float) -> MediaTooLargeError:
+    """The error for an item that isn't decoded in time."""
+    remedy = "Send a shorter sound" if modality == "audio" else f"Send a smaller or plainer {modality}"
+    return too_large(
+        f"{modality} takes too long to decode", f"more than {limit_s:g} s", f"{limit_s:g} s", remedy, "max_decode_s"
+    )
 
 
 class _DeadlineReader(io.BytesIO):
@@ -92,8 +99,13 @@ def open_container(
     """
     import av
 
-    if demuxer == "mov":
-        check_mp4_tables(data, modality)
+    num_samples = check_mp4_tables(data, modality) if demuxer == "mov" else 0
+    memory_fence.allow(
+        memory_fence.HEADER_BYTES
+        + _TABLE_BYTES_PER_BYTE * len(data)
+        + BYTES_PER_SAMPLE * num_samples
+        + _PROBE_BYTES_PER_PIXEL * limits.max_video_frame_pixels
+    )
     fences = {
         "protocol_whitelist": "none",
         "format_whitelist": _demuxer_names(demuxer),
@@ -111,7 +123,9 @@ def open_container(
     except MediaError:
         deadline.check()
         raise
-    except (av.error.FFmpegError, ValueError, OSError, EOFError, OverflowError, MemoryError) as error:
+    except MemoryError:
+        raise takes_too_much_memory(modality) from None
+    except (av.error.FFmpegError, ValueError, OSError, EOFError, OverflowError) as error:
         logger.debug("%s decoder failed: %r", modality, error)
         deadline.check()
         raise corrupt(modality) from None

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import io
 from functools import cache
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import MediaError, MediaTypeError
 from sensorium.logger import get_logger
-from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, too_large
+from sensorium.multimodal.media import memory_fence
+from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, takes_too_much_memory, too_large
 from sensorium.multimodal.media.sniff import webp_canvas
 
 if TYPE_CHECKING:
@@ -26,6 +27,10 @@ logger = get_logger(__name__)
 # programs; ICO, whose header may lie about the picture inside; plain PPM and TGA, which accept almost any bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000")
 BACKGROUND = (255, 255, 255)
+BYTES_PER_PIXEL = 4
+"""That the library takes in memory for a pixel of three channels."""
+_WORKING_BYTES_PER_PIXEL = 32
+"""The most that decoding takes for a pixel: coefficients of a progressive JPEG, copies while modes are converted."""
 _ORIENTATION_TAG = 0x0112
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I"})
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
@@ -47,7 +52,28 @@ def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image:
     canvas = webp_canvas(data)
     if canvas is not None:
         _check_size(canvas, limits)
-    return canonical_image(_open(data, limits), limits)
+        _allow(canvas, len(data))
+    image = _open(data, limits)
+    _check_size(image.size, limits)
+    _allow(image.size, len(data))
+    return canonical_image(image, limits)
+
+
+def _allow(size: tuple[int, int], num_bytes: int) -> None:
+    """Memory in proportion to the pixels that the header promises."""
+    memory_fence.allow(memory_fence.HEADER_BYTES + num_bytes + _WORKING_BYTES_PER_PIXEL * size[0] * size[1])
+
+
+def image_of(pixels: Any, size: tuple[int, int]) -> Image:
+    """An RGB image of a buffer of pixels in the library's own layout, `BYTES_PER_PIXEL` for each."""
+    import PIL.Image
+
+    return PIL.Image.frombytes("RGB", size, pixels, "raw", "RGBX")
+
+
+def warm_up() -> None:
+    """Load what decoding needs."""
+    _available_formats()
 
 
 def canonical_image(image: Image, limits: MediaLimits | None = None) -> Image:
@@ -69,6 +95,8 @@ def canonical_image(image: Image, limits: MediaLimits | None = None) -> Image:
         bare = upright.copy() if upright is image else upright
     except MediaError:
         raise
+    except MemoryError:
+        raise takes_too_much_memory("image") from None
     except Exception as error:  # decoders raise what they like; a caller is told one thing
         raise _corrupt(error) from None
     bare.info = {}
@@ -97,6 +125,8 @@ def _open(data: bytes, limits: MediaLimits) -> Image:
             f"image can't be read: got no whole header of a known format, expected one of "
             f"{', '.join(_available_formats())}. Convert the image, or send all of its bytes."
         ) from None
+    except MemoryError:
+        raise takes_too_much_memory("image") from None
     except Exception as error:  # decoders raise what they like; a caller is told one thing
         raise _corrupt(error) from None
 

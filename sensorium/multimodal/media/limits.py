@@ -33,7 +33,11 @@ class MediaLimits:
         max_video_s: play time of a clip.
         max_audio_s: play time of a sound.
         max_audio_decoded_bytes: samples decoded, over all channels, at four bytes each.
-        max_decode_s: wall-clock seconds that decoding one sound or clip may take.
+        max_decode_s: wall-clock seconds that decoding one item may take. Pictures are held to it where they are decoded
+            in processes of their own, as by the server.
+        max_decode_bytes: private memory that decoding one item may take there, beside what is handed on. An item gets
+            less than that: what its header promises.
+        decode_processes: processes that decode side by side there, and as many again for items that take long.
         image_fetch_timeout_s: deadline for a whole image fetch: name look-up, redirects and body together.
         video_fetch_timeout_s: the same for a clip.
         audio_fetch_timeout_s: the same for a sound.
@@ -57,6 +61,8 @@ class MediaLimits:
     max_audio_s: float = 3600.0
     max_audio_decoded_bytes: int = 1536 * _MIB
     max_decode_s: float = 120.0
+    max_decode_bytes: int = 2048 * _MIB
+    decode_processes: int = 2
     image_fetch_timeout_s: float = 5.0
     video_fetch_timeout_s: float = 30.0
     audio_fetch_timeout_s: float = 10.0
@@ -97,6 +103,14 @@ class MediaLimits:
 def too_large(what: str, got: str, bound: str, remedy: str, field: str) -> MediaTooLargeError:
     """The one sentence for an exceeded budget; `field` is the `MediaLimits` field that sets it."""
     return MediaTooLargeError(f"{what}: got {got}, expected at most {bound}. {remedy}, or raise {field}.")
+
+
+def takes_too_much_memory(modality: str) -> MediaTooLargeError:
+    """The error for an item for which no memory is left, or none within its bound."""
+    return MediaTooLargeError(
+        f"{modality} takes too much memory to decode: got more than media of its size need, expected less. "
+        f"Send a smaller or plainer {modality}."
+    )
 
 
 def check_encoded_bytes(modality: str, num_bytes: int, limits: MediaLimits) -> None:

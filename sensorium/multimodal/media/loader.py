@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import asyncio
 from concurrent.futures import Executor
 from typing import TYPE_CHECKING, cast
 
 from sensorium.multimodal.media.audio import AudioClip
 from sensorium.multimodal.media.budget import MediaBudget
 from sensorium.multimodal.media.cache import DecodedMediaCache
+from sensorium.multimodal.media.decoder_pool import DecoderPool
 from sensorium.multimodal.media.digest import EncodedMedia
 from sensorium.multimodal.media.fetch import MediaFetcher, MediaSource
+from sensorium.multimodal.media.image import BYTES_PER_PIXEL
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.multimodal.media.policy import FetchPolicy
 from sensorium.multimodal.media.sampling import FrameSampler, VideoSampling
@@ -19,8 +22,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 
-_BYTES_PER_PIXEL = 4
-"""That Pillow takes in memory for a pixel of three channels."""
+_DIGEST_HERE_BYTES = 1 << 20
 
 
 class MediaLoader:
@@ -37,6 +39,7 @@ class MediaLoader:
         fetcher: replaces the one made from `limits` and `policy`.
         cache: replaces the one of `limits.max_decoded_cache_bytes`.
         budget: bounds the encoded bytes that all items together hold.
+        decoders: processes that decode instead of this one: for media of others, which may do harm. `close` ends them.
     """
 
     def __init__(
@@ -48,11 +51,13 @@ class MediaLoader:
         fetcher: MediaFetcher | None = None,
         cache: DecodedMediaCache[Image | AudioClip | VideoFrames] | None = None,
         budget: MediaBudget | None = None,
+        decoders: DecoderPool | None = None,
     ) -> None:
         self.limits = limits or MediaLimits()
         self.fetcher = fetcher or MediaFetcher(self.limits, policy, budget=budget)
         self.budget = budget
         self.cache = cache or make_cache(self.limits.max_decoded_cache_bytes)
+        self.decoders = decoders
         self._pool = pool
 
     def encoded(self, modality: str, source: MediaSource, sampler: FrameSampler | None = None) -> EncodedMedia:
@@ -67,11 +72,38 @@ class MediaLoader:
 
     def decode(self, media: EncodedMedia) -> Image | AudioClip | VideoFrames:
         """The canonical form, from the cache if the same item was decoded before."""
-        return self.cache.get_or_compute(media.digest, lambda: media.decode(self.limits))
+        decoders = self.decoders
+        if decoders is None:
+            return self.cache.get_or_compute(media.digest, lambda: media.decode(self.limits))
+        return _copy(self.cache.join(media.digest, lambda: decoders.submit(media)).result())
 
     async def adecode(self, media: EncodedMedia) -> Image | AudioClip | VideoFrames:
-        """As `decode`, in the pool."""
-        return await self.cache.aget_or_compute(media.digest, lambda: media.decode(self.limits), self._pool)
+        """As `decode`, in the pool. Cancelling it gives the item up, if nobody else waits for it."""
+        decoders = self.decoders
+        digest = await _digest(media)
+        if decoders is None:
+            return await self.cache.aget_or_compute(digest, lambda: media.decode(self.limits), self._pool)
+        return await self.cache.aget(digest, lambda: decoders.submit(media), self._pool)
+
+    async def adecode_ahead(self, media: EncodedMedia) -> None:
+        """Have an item decoded into the cache, so that `decode` won't keep its thread waiting.
+
+        Does nothing where nothing is cached, or where no other process decodes. Raises as `adecode` does.
+        """
+        decoders = self.decoders
+        if decoders is not None and self.limits.max_decoded_cache_bytes:
+            digest = await _digest(media)
+            await asyncio.wrap_future(self.cache.join(digest, lambda: decoders.submit(media)))
+
+    def start(self) -> None:
+        """Start the processes that decode, if there are some to be. Returns at once."""
+        if self.decoders is not None:
+            self.decoders.start()
+
+    def close(self) -> None:
+        """End the processes that decode. May be called again."""
+        if self.decoders is not None:
+            self.decoders.close()
 
     def load_image(self, source: MediaSource) -> Image:
         """Fetch and decode an image; see `decode_image` for the canonical form."""
@@ -98,6 +130,13 @@ class MediaLoader:
         return cast(VideoFrames, await self.adecode(await self.aencoded("video", source, sampler)))
 
 
+async def _digest(media: EncodedMedia) -> bytes:
+    """The item's digest, computed beside the event loop if that takes long."""
+    if len(media.data) > _DIGEST_HERE_BYTES:
+        await asyncio.to_thread(lambda: media.digest)
+    return media.digest
+
+
 def make_cache(max_bytes: int) -> DecodedMediaCache[Image | AudioClip | VideoFrames]:
     """A cache for canonical media."""
     return DecodedMediaCache(max_bytes, size_of=_num_bytes, copy=_copy)
@@ -108,7 +147,7 @@ def _num_bytes(media: Image | AudioClip | VideoFrames) -> int:
         return media.samples.nbytes
     if isinstance(media, VideoFrames):
         return media.frames.nbytes
-    return media.width * media.height * _BYTES_PER_PIXEL
+    return media.width * media.height * BYTES_PER_PIXEL
 
 
 def _copy(media: Image | AudioClip | VideoFrames) -> Image | AudioClip | VideoFrames:

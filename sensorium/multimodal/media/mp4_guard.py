@@ -1,8 +1,9 @@
 """Refuses MP4 and MOV files whose tables claim absurdly many samples, before the demuxer believes them.
 
 The demuxer turns run-length tables into one entry of about 36 bytes per sample: a file of 900 bytes whose `trun` box
-claims 50 million samples of default size makes it allocate 1.8 GB and work for eight seconds. So the claims
-are added up here first. Sources of the layouts: ISO/IEC 14496-12 sections 8.6.1, 8.7.3, 8.7.4, 8.7.5 and 8.8.8.
+claims 50 million samples of default size makes it allocate 1.8 GB and work for eight seconds. An edit list repeats
+a track's samples, from the key frame before it on, for each of its edits. So the claims are added up here first, over
+all tracks. Sources of the layouts: ISO/IEC 14496-12 sections 8.6.1, 8.6.6, 8.7.3, 8.7.4, 8.7.5 and 8.8.8.
 
 Boxes are looked for by their four letters in everything but the media data, instead of by their nesting, so that
 tables in odd places, which a tolerant demuxer might still find, are counted as well.
@@ -16,28 +17,36 @@ from collections.abc import Iterator
 from sensorium.errors import MediaError, MediaTooLargeError
 
 MAX_CLAIMED_SAMPLES = 4_000_000
+_SAMPLES_OF_ANY_FILE = 100_000
+"""Beyond these, a sample has at least a byte."""
+BYTES_PER_SAMPLE = 80
+"""The most that the demuxer takes for a sample, over its tables and the copies that it makes of them."""
 # Uncompressed sound keeps a table entry per group of samples; the demuxer's smallest group.
 _PCM_GROUP = 160
 _MAX_STSC_RUNS = 1_000_000
+_EDIT_BYTES = 12
+"""Of the shorter form of an edit."""
 
 
-def check_mp4_tables(data: bytes, modality: str) -> None:
-    """Add up the samples that all tables claim.
+def check_mp4_tables(data: bytes, modality: str) -> int:
+    """Add up the samples that all tables and edits claim; the demuxer takes `BYTES_PER_SAMPLE` for each.
 
     Raises:
-        MediaTooLargeError: more than any file within the other budgets has.
+        MediaTooLargeError: more than any file within the other budgets has, or than a file of so many bytes.
         MediaError: the tables are compressed or broken.
     """
     claimed = 0
     for chunk in _tracks_and_rest(data):
         if b"cmov" in chunk:
             raise MediaError(f"{modality} can't be decoded: got compressed tables, expected plain ones. Convert it.")
-        claimed += _claimed_fragment_samples(chunk) + _claimed_table_entries(chunk)
-    if claimed > MAX_CLAIMED_SAMPLES:
+        claimed += _claimed_fragment_samples(chunk) + _claimed_table_entries(chunk) * _num_edits(chunk)
+    most = min(MAX_CLAIMED_SAMPLES, _SAMPLES_OF_ANY_FILE + len(data))
+    if claimed > most:
         raise MediaTooLargeError(
-            f"{modality} has too many samples: got tables that claim {claimed}, expected at most "
-            f"{MAX_CLAIMED_SAMPLES}. Send a shorter {modality}."
+            f"{modality} has too many samples: got tables and edits that claim {claimed}, expected at most "
+            f"{most} for {len(data)} bytes. Send a shorter {modality}, or one without edits."
         )
+    return claimed
 
 
 def _tracks_and_rest(data: bytes) -> Iterator[bytes]:
@@ -73,6 +82,12 @@ def _claimed_table_entries(chunk: bytes) -> int:
     if _is_uncompressed_sound(chunk):
         return _pcm_entries(chunk)
     return sum(_uint32(chunk, at + 12) for tag in (b"stsz", b"stz2") for at in _find(chunk, tag))
+
+
+def _num_edits(chunk: bytes) -> int:
+    """How often the samples of `chunk` may be repeated; 1 without an edit list."""
+    edits = sum(min(_uint32(chunk, at + 8), (len(chunk) - at) // _EDIT_BYTES) for at in _find(chunk, b"elst"))
+    return max(edits, 1)
 
 
 def _is_uncompressed_sound(chunk: bytes) -> bool:

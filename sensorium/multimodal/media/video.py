@@ -8,16 +8,17 @@ JPEG frames sent one by one (`video/jpeg` data URLs) have their own short way un
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from sensorium.errors import InvalidRequestError, MediaError, SensoriumError
 from sensorium.logger import get_logger
+from sensorium.multimodal.media import memory_fence
 from sensorium.multimodal.media.container import Deadline, corrupt, open_container, prepare_decoder, unknown_format
 from sensorium.multimodal.media.image import decode_image
 from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, too_large
@@ -33,6 +34,14 @@ from sensorium.multimodal.media.video_decode import (
 from sensorium.multimodal.media.video_index import VideoIndex, index_packets
 
 logger = get_logger(__name__)
+
+
+Allocate: TypeAlias = Callable[[tuple[int, ...]], NDArray[np.uint8]]
+"""An array of bytes of a shape, whatever it holds."""
+
+
+def _allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:
+    return np.empty(shape, np.uint8)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -54,12 +63,14 @@ def decode_video(
     sampler: FrameSampler | None = None,
     *,
     media_type: str | None = None,
+    allocate: Allocate = _allocate,
 ) -> VideoFrames:
     """Decode the frames of an mp4, mov, webm, mkv, avi or gif that `sampler` chooses; all of them by default.
 
     Args:
         media_type: "video/jpeg", with an optional ";fps=" parameter, says that `data` are JPEG frames in base64 with
             commas between. Other types are ignored: the content tells.
+        allocate: makes the memory of the frames.
 
     Raises:
         MediaTooLargeError: a budget of bytes, frames, pixels or seconds is exceeded.
@@ -68,23 +79,23 @@ def decode_video(
     """
     limits, sampler = limits or MediaLimits(), sampler or VideoSampling()
     if is_jpeg_frames(media_type):
-        return _decode_jpeg_frames(data, media_type or "", limits, sampler)
+        return _decode_jpeg_frames(data, media_type or "", limits, sampler, allocate)
     check_encoded_bytes("video", len(data), limits)
     demuxer = sniff_video_container(data)
     if demuxer is None:
         raise unknown_format("video", "mp4, mov, webm, mkv, avi, gif")
-    return _ClipDecoder(data, demuxer, limits).decode(sampler)
+    return _ClipDecoder(data, demuxer, limits, allocate).decode(sampler)
 
 
 class _ClipDecoder:
     """Decodes one clip; passes over it share one deadline and one count of decoded frames."""
 
-    def __init__(self, data: bytes, demuxer: str, limits: MediaLimits) -> None:
+    def __init__(self, data: bytes, demuxer: str, limits: MediaLimits, allocate: Allocate) -> None:
         self._data = data
         self._demuxer = demuxer
         self._limits = limits
         self._deadline = Deadline("video", limits)
-        self._collector = FrameCollector(limits, self._deadline)
+        self._collector = FrameCollector(limits, self._deadline, allocate)
 
     def decode(self, sampler: FrameSampler) -> VideoFrames:
         index, metadata = self._index()
@@ -117,6 +128,7 @@ class _ClipDecoder:
                 video_backend="pyav",
             )
         check_frame_size(metadata.width, metadata.height, 1, self._limits)
+        memory_fence.allow_all()
         return index, metadata
 
     def _decode(self, index: VideoIndex, indices: Sequence[int]) -> int | None:
@@ -156,10 +168,7 @@ def choose_frames(sampler: FrameSampler, metadata: VideoMetadata, limits: MediaL
         raise
     except Exception as error:  # samplers come with models
         logger.debug("frame sampler failed: %r", error)
-        raise MediaError(
-            f"video can't be sampled for this model: got {metadata.total_num_frames} frames, expected a number that "
-            "suits the model. Send a longer video, or set num_frames."
-        ) from None
+        raise cannot_be_sampled(metadata) from None
     if not indices or min(indices) < 0 or max(indices) >= metadata.total_num_frames:
         raise InvalidRequestError(
             f"video sampling: got {len(indices)} frame indices, expected at least one, each from 0 to "
@@ -177,11 +186,21 @@ def choose_frames(sampler: FrameSampler, metadata: VideoMetadata, limits: MediaL
     return indices
 
 
+def cannot_be_sampled(metadata: VideoMetadata) -> MediaError:
+    """The error for a clip that a model's sampler fails on."""
+    return MediaError(
+        f"video can't be sampled for this model: got {metadata.total_num_frames} frames, expected a number that "
+        "suits the model. Send a longer video, or set num_frames."
+    )
+
+
 def _duration(num_frames: int, fps: float | None) -> float | None:
     return num_frames / fps if fps else None
 
 
-def _decode_jpeg_frames(data: bytes, media_type: str, limits: MediaLimits, sampler: FrameSampler) -> VideoFrames:
+def _decode_jpeg_frames(
+    data: bytes, media_type: str, limits: MediaLimits, sampler: FrameSampler, allocate: Allocate
+) -> VideoFrames:
     """Frames that come as base64 JPEG with commas between; only the chosen ones are decoded."""
     total = data.count(b",") + 1
     if total > limits.max_video_decoded_frames:
@@ -194,7 +213,7 @@ def _decode_jpeg_frames(data: bytes, media_type: str, limits: MediaLimits, sampl
     height, width = first.shape[:2]
     metadata = VideoMetadata(total, fps, width, height, _duration(total, fps), "pillow")
     indices = choose_frames(sampler, metadata, limits)
-    frames = np.empty((len(indices), height, width, 3), np.uint8)
+    frames = allocate((len(indices), height, width, 3))
     for place, index in enumerate(indices):
         deadline.check()
         frame = first if index == 0 else _decode_jpeg(parts[index], limits)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -26,11 +26,12 @@ class FrameCollector:
     Invariant: what has been decoded and what is kept is within the budgets, over all passes over one clip.
     """
 
-    def __init__(self, limits: MediaLimits, deadline: Deadline) -> None:
+    def __init__(self, limits: MediaLimits, deadline: Deadline, allocate: Callable[[tuple[int, ...]], Any]) -> None:
         from av.video.reformatter import VideoReformatter
 
         self._limits = limits
         self._deadline = deadline
+        self._allocate = allocate
         self._reformatter = VideoReformatter()
         self._num_decoded = 0
         self._frames: NDArray[np.uint8] | None = None
@@ -59,7 +60,7 @@ class FrameCollector:
         pixels = self._upright_rgb(frame)
         if self._frames is None:
             check_frame_size(pixels.shape[1], pixels.shape[0], self._num_wanted, self._limits)
-            self._frames = np.empty((self._num_wanted, *pixels.shape), np.uint8)
+            self._frames = self._allocate((self._num_wanted, *pixels.shape))
         if pixels.shape != self._frames.shape[1:]:
             raise MediaError("video changes its frame size: got several sizes, expected one. Convert the video.")
         self._frames[self._num_kept] = pixels

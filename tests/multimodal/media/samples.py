@@ -12,6 +12,7 @@ from typing import Any
 
 import av
 import numpy as np
+import PIL.Image
 from numpy.typing import NDArray
 
 from sensorium.multimodal.media.encode import encode_audio, encode_video
@@ -140,3 +141,17 @@ def fragment(samples_per_run: int, runs: int = 1) -> bytes:
     run = full_box(b"trun", 1, struct.pack(">Ii", samples_per_run, 40))
     traf = box(b"traf", full_box(b"tfhd", 0x20000, struct.pack(">I", 1)), *[run] * runs)
     return box(b"moof", full_box(b"mfhd", 0, struct.pack(">I", 1)), traf) + box(b"mdat", bytes(100))
+
+
+@cache
+def _progressive(side: int) -> bytes:
+    buffer = io.BytesIO()
+    PIL.Image.new("L", (side, side), 128).save(buffer, "JPEG", progressive=True, quality=5)
+    return buffer.getvalue()
+
+
+def many_scans(num_scans: int, side: int = 7_000) -> bytes:
+    """A progressive JPEG whose last scan is repeated: few bytes, much work."""
+    data = _progressive(side)
+    begin, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    return data[:begin] + data[begin:end] * num_scans + data[end:]
