@@ -19,6 +19,7 @@ from sensorium.inputs.chat_media import ChatMedia
 from sensorium.inputs.chat_template import (
     RESERVED,
     checkpoint_template,
+    hears_effort,
     read_template,
     reasoning_variables,
     render,
@@ -119,6 +120,14 @@ class ChatRenderer:
         """
         template = self._template(chat_template, has_tools=has_tools)
         return self._finder.forms_of(template) if has_tools else self._finder.reasoning_of(template)
+
+    def hears_effort(self, *, chat_template: str | None = None, has_tools: bool = False) -> bool:
+        """Whether `reasoning_effort` can be had with a template; `chat_template` as for `render`.
+
+        Raises:
+            RequestError: There is no such template.
+        """
+        return hears_effort(self._template(chat_template, has_tools=has_tools))
 
     def render(self, messages: object, **options: Any) -> dict[str, Any]:
         """A prompt from messages in the OpenAI format, its media fetched and not yet decoded.

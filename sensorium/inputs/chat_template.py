@@ -12,7 +12,8 @@ from sensorium.errors import ConfigError, InvalidRequestError, UnsupportedFeatur
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
 
-_EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
+"""Values of `reasoning_effort`."""
 
 RESERVED = frozenset(
     {
@@ -122,6 +123,11 @@ def select_template(templates: str | Mapping[str, str] | None, *, has_tools: boo
     )
 
 
+def hears_effort(template: str) -> bool:
+    """Whether a template has a setting for how long the model may reason."""
+    return "reasoning_effort" in template or "enable_thinking" in template
+
+
 def reasoning_variables(template: str, effort: str | None) -> dict[str, Any]:
     """How a template is told how long the model may reason: in words, or whether at all.
 
@@ -129,9 +135,9 @@ def reasoning_variables(template: str, effort: str | None) -> dict[str, Any]:
     """
     if effort is None:
         return {}
-    if effort not in _EFFORTS:
+    if effort not in EFFORTS:
         raise InvalidRequestError(
-            f"reasoning_effort: got {effort!r:.60}, expected one of {list(_EFFORTS)}. Change reasoning_effort."
+            f"reasoning_effort: got {effort!r:.60}, expected one of {list(EFFORTS)}. Change reasoning_effort."
         )
     if "reasoning_effort" in template:
         return {"reasoning_effort": effort}

@@ -16,6 +16,7 @@ import pytest
 from sensorium import SamplingParams
 from tests.entrypoints.scripted import Script, checkpoint_with_marks
 from tests.entrypoints.served import Served, served
+from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.tool_templates import TEMPLATES
 
 
@@ -185,6 +186,38 @@ def test_an_answer_that_goes_on_within_reasoning(client: openai.OpenAI, script: 
     assert (message.content, message.reasoning) == ("Yes.", "and so.")
 
 
+WITHOUT_SETTING = "the model's chat template has no setting for it."
+
+
+def test_an_effort_that_a_template_has_no_setting_for_is_passed_over_with_a_warning(
+    client: openai.OpenAI, script: Script
+) -> None:
+    """Clients send it to every model, and couldn't use those that don't reason."""
+    chats, responses = client.chat.completions.with_raw_response, client.responses.with_raw_response
+    body: dict[str, Any] = {"model": "tiny", "messages": CHAT, "extra_body": {"chat_template": TEMPLATES["llama3"]}}
+    for stream in (False, True):
+        script.texts = ["Yes."]
+        answer = chats.create(**body, reasoning_effort="low", stream=stream)
+        assert answer.headers["Warning"] == f'299 sensorium "reasoning_effort was passed over: {WITHOUT_SETTING}"'
+        assert "Warning" not in chats.create(**body, stream=stream).headers
+    cost = client.post("/chat/token_cost", cast_to=dict[str, Any], body={**body.pop("extra_body"), **body})
+    with pytest.raises(openai.BadRequestError, match="reasoning_effort: got 'endless'"):
+        ask(client, "llama3", reasoning_effort="endless")
+    assert cost["prompt_tokens"]
+    assert "Warning" not in responses.create(model="tiny", input="Hi", reasoning={"effort": "low"}).headers
+
+
+def test_a_strict_server_refuses_an_effort_that_can_t_be_had() -> None:
+    with (
+        served(make_checkpoint("llava"), {"strict_reasoning_effort": True}) as strict,
+        openai.OpenAI(base_url=f"{strict.url}/v1", api_key="none", max_retries=0) as client,
+    ):
+        with pytest.raises(openai.BadRequestError, match="reasoning_effort: got 'low', expected none"):
+            client.chat.completions.create(model="tiny", messages=CHAT, reasoning_effort="low")
+        with pytest.raises(openai.BadRequestError, match=r"reasoning\.effort: got 'low', expected none"):
+            client.responses.create(model="tiny", input="Hi", reasoning={"effort": "low"})
+
+
 def test_settings_of_reasoning_reach_the_template(client: openai.OpenAI, script: Script) -> None:
     script.texts = ["Yes."]
     for options in ({"reasoning_effort": "none"}, {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}}):
@@ -192,8 +225,6 @@ def test_settings_of_reasoning_reach_the_template(client: openai.OpenAI, script:
         assert script.prompts[-1].endswith("<think>\n\n</think>\n\n")
     ask(client, reasoning_effort="high")
     assert "<think>" not in script.prompts[-1]
-    with pytest.raises(openai.BadRequestError, match="reasoning_effort: got 'low', expected none"):
-        ask(client, "llama3", reasoning_effort="low")
     with pytest.raises(openai.BadRequestError, match="reasoning_effort: got 'endless'"):
         ask(client, reasoning_effort="endless")
 

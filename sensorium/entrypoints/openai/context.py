@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,10 +12,11 @@ from starlette.requests import Request
 
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.entrypoints.openai.errors import HttpError
-from sensorium.entrypoints.openai.http import tenant_of
+from sensorium.entrypoints.openai.http import tenant_of, warn
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.chat import ChatRenderer
+from sensorium.inputs.chat_template import EFFORTS
 from sensorium.multimodal.media import MediaLoader
 from sensorium.outputs import OutputKind, RequestOutput
 from sensorium.sampling_params import SamplingParams
@@ -33,6 +34,7 @@ class ServerContext:
     metrics: ServerMetrics
     media_loader: MediaLoader
     allow_mm_processor_kwargs: bool = False
+    strict_reasoning_effort: bool = False
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     def check_model(self, name: str | None) -> str:
@@ -63,14 +65,35 @@ class ServerContext:
         messages: list[Any],
         *,
         mm_processor_kwargs: dict[str, Any] | None = None,
+        reasoning_effort: str | None = None,
+        effort_field: str = "reasoning_effort",
         **options: Any,
     ) -> dict[str, Any]:
-        """The prompt of a chat, for `generate`; `options` as `ChatRenderer.render` has them. Raises `RequestError`."""
+        """The prompt of a chat, for `generate`; `options` as `ChatRenderer.render` has them. Raises `RequestError`.
+
+        `effort_field`: by which field the request says how long the model may reason.
+        """
         self.check_kwargs(mm_processor_kwargs)
         self.engine.check_accepts()  # before anything is fetched
         return await self.chat().arender(
-            messages, scope=tenant_of(request), mm_processor_kwargs=mm_processor_kwargs, **options
+            messages,
+            scope=tenant_of(request),
+            mm_processor_kwargs=mm_processor_kwargs,
+            reasoning_effort=self._effort(request, reasoning_effort, effort_field, options),
+            **options,
         )
+
+    def _effort(self, request: Request, effort: str | None, field_name: str, options: Mapping[str, Any]) -> str | None:
+        """The effort that the template is told. One that it has no setting for is passed over with a warning: clients
+        send it to every model.
+        """
+        if effort not in EFFORTS or self.strict_reasoning_effort:
+            return effort
+        template, has_tools = options.get("chat_template"), bool(options.get("tools"))
+        if self.chat().hears_effort(chat_template=template, has_tools=has_tools):
+            return effort
+        warn(request, f"{field_name} was passed over: the model's chat template has no setting for it.")
+        return None
 
     def tokenizer(self) -> Any:
         """The tokenizer. Raises `UnsupportedFeatureError` if there is none."""

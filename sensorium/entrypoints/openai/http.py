@@ -19,6 +19,8 @@ from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
 
+WARNINGS = "warnings"
+"""Where a request's state has what its answer warns of."""
 MAX_NESTING = 32
 MAX_CONTAINERS = 1 << 16
 """Most lists and objects in one body. What looks like one, in a text too, may be there sixteen times as often."""
@@ -111,6 +113,13 @@ def tenant_of(request: Request) -> bytes:
     """Who sent a request, as far as API keys tell: what it leaves behind is for its tenant only."""
     tenant: bytes = getattr(request.state, "tenant", b"")
     return tenant
+
+
+def warn(request: Request, text: str) -> None:
+    """Answer this request with a header `Warning`, once for each text. `text`: one line of ASCII without quotes."""
+    warnings: list[str] = request.scope.setdefault("state", {}).setdefault(WARNINGS, [])
+    if text not in warnings:
+        warnings.append(text)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:

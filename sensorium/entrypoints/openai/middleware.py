@@ -18,6 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sensorium.entrypoints.openai.errors import HttpError, error_response
+from sensorium.entrypoints.openai.http import WARNINGS
 from sensorium.entrypoints.openai.records import RequestRecord, begin_record
 from sensorium.logger import get_logger, request_id_of_logs
 from sensorium.stages import stages_into
@@ -57,7 +58,10 @@ class RequestRecords:
         async def send_named(message: Message) -> None:
             if message["type"] == "http.response.start":
                 record.status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID_HEADER] = record.request_id
+                headers = MutableHeaders(scope=message)
+                headers[REQUEST_ID_HEADER] = record.request_id
+                for text in scope["state"].get(WARNINGS, ()):
+                    headers.append("Warning", f'299 sensorium "{text}"')
             await send(message)
 
         try:

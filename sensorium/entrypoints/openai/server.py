@@ -124,6 +124,7 @@ def _app(
         ServerMetrics(engine),
         loader,
         allow_mm_processor_kwargs=args.allow_mm_processor_kwargs,
+        strict_reasoning_effort=args.strict_reasoning_effort,
     )
     return create_app(
         context,

@@ -65,6 +65,9 @@ class ServerArgs:
     """Let requests choose how their media are processed."""
     trust_request_chat_template: bool = False
     """Let requests bring chat templates."""
+    strict_reasoning_effort: bool = False
+    """Refuse `reasoning_effort` where the model's chat template has no setting for it; by default it is passed over,
+    and the answer has a header `Warning` that says so."""
     max_named_media_bytes: int = 256 << 20
     """Media kept under the names that requests gave them, so that they need not be sent again; 0 keeps none."""
     max_stored_responses: int = 4096

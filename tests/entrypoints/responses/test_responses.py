@@ -67,6 +67,16 @@ def image_content(seed: int = 1) -> list[Any]:
     return [{"type": "image", "image": picture(seed)}, {"type": "text", "text": "What is it?"}]
 
 
+def test_an_effort_that_can_t_be_had_is_passed_over_by_its_own_name(client: openai.OpenAI) -> None:
+    warned = client.responses.with_raw_response.create(**GREEDY, input="Hi", reasoning={"effort": "low"})
+    assert warned.headers["Warning"].startswith('299 sensorium "reasoning.effort was passed over: ')
+    assert "Warning" not in client.responses.with_raw_response.create(**GREEDY, input="Hi").headers
+    counted = client.responses.input_tokens.with_raw_response.count(
+        model="tiny", input="Hi", reasoning={"effort": "low"}
+    )
+    assert "reasoning.effort" in counted.headers["Warning"]
+
+
 def test_a_response_says_what_the_engine_says(client: openai.OpenAI, llm: LLM) -> None:
     answer = client.responses.create(input="Hello", instructions="Be kind.", metadata={"a": "b"}, user="me", **ENDLESS)
     assert answer.output_text == expected(llm, ("system", "Be kind."), ("user", "Hello"))

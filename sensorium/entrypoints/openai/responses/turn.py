@@ -49,6 +49,7 @@ class Turn:
             "places": self._conversation.places,
             "tools": None if self.tools is None else [tool.described() for tool in self.tools.tools],
             "reasoning_effort": None if reasoning is None else reasoning.effort,
+            "effort_field": "reasoning.effort",
             "chat_template_kwargs": self.body.chat_template_kwargs,
             "mm_processor_kwargs": self.body.mm_processor_kwargs,
         }
