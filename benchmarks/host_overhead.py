@@ -44,7 +44,8 @@ def measure(engine: LLMEngine, batch: int, steps: int) -> dict[str, float]:
     model_time, worker_time, core_time = Stopwatch(), Stopwatch(), Stopwatch()
     worker.runner._driver.forward = model_time.wrap(worker.runner._driver.forward)
     worker.model.compute_logits = model_time.wrap(worker.model.compute_logits)
-    worker.execute = worker_time.wrap(worker.execute)
+    worker.submit = worker_time.wrap(worker.submit)
+    worker.runner.collect = worker_time.wrap(worker.runner.collect)
     engine.core.step = core_time.wrap(engine.core.step)  # type: ignore[method-assign]
     params = SamplingParams(temperature=0, max_tokens=steps + 50, ignore_eos=True)
     for i in range(batch):

@@ -162,11 +162,14 @@ class SchedulerConfig:
     """While requests stream, a step's encoding and prefill are sized to keep tokens at most this far apart."""
     max_waiting_requests: int | None = None
     """Bound on the waiting line; None: no bound."""
+    max_steps_in_flight: int = 1
+    """Steps that may be submitted before the results of the first are in. With 2 the host plans a step while the device
+    runs the one before."""
     max_form_compile_s: float = 5.0
     """Most seconds that the form of structured outputs may take to compile."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs", "max_num_encoder_rows"):
+        for name in ("max_num_batched_tokens", "max_num_seqs", "max_num_encoder_rows", "max_steps_in_flight"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1.")
         if not 0 < self.max_form_compile_s <= 3600:
@@ -186,6 +189,8 @@ class DeviceConfig:
     attention_backend: str = "auto"
     num_threads: int | None = None
     """Threads of CPU kernels; None: torch's default."""
+    enforce_eager: bool = False
+    """Whether every step runs call by call, without CUDA graphs."""
 
     @property
     def device_type(self) -> str:

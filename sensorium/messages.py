@@ -174,6 +174,8 @@ class ModelRunnerOutput:
     """These requests took no part in the step from where they failed on."""
     encode_s: float = 0.0
     forward_s: float = 0.0
+    idle_s: float = 0.0
+    """Between the step before and this one, while the device had nothing to do."""
     complete_request_ids: frozenset[str] = frozenset()
     """Requests to whose output nothing may be added: its form is complete. They sampled nothing."""
 
@@ -211,6 +213,8 @@ class LoadReport:
     model: str = ""
     weights: str = ""
     """What the weights are stored as, if not all in the model's dtype."""
+    steps: str = ""
+    """How steps are given to the device, if there is a choice."""
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
@@ -220,6 +224,7 @@ class LoadReport:
         lines = [
             f"{self.model}: tier {features.tier}",
             *([f"weights: {self.weights}"] if self.weights else []),
+            *([f"steps: {self.steps}"] if self.steps else []),
             f"KV cache: {self.num_blocks:,} blocks of {self.block_size} tokens "
             f"= {self.num_blocks * self.block_size:,} tokens",
             f"memory: {', '.join(mib.values())}",

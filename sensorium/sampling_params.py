@@ -142,6 +142,11 @@ class SamplingParams:
         """Whether logits depend on which tokens occurred before."""
         return self.repetition_penalty != 1.0 or self.presence_penalty != 0.0 or self.frequency_penalty != 0.0
 
+    @property
+    def needs_sampled_tokens(self) -> bool:
+        """Whether the host must have seen every token before the next one can be sampled."""
+        return self.has_penalties or bool(self.bad_words_token_ids) or self.structured_outputs is not None
+
     def end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """All token ids that end the output of a model with these end-of-sequence ids."""
         return frozenset(self.stop_token_ids) | (frozenset() if self.ignore_eos else frozenset(eos_token_ids))

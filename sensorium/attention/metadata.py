@@ -54,8 +54,6 @@ class AttentionMetadata:
     """Tokens of sequences that run exactly one."""
     query_lens_host: tuple[int, ...]
     seq_lens_host: tuple[int, ...]
-    num_leading_decodes: int = 0
-    """How many sequences, from the first one on, run exactly one token."""
     multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None
     """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
 
@@ -80,28 +78,48 @@ class AttentionMetadata:
         On the CPU arrays of the right dtype (int32; int64 for slots) are used in place: leave them unchanged
         until the step has ended. On other devices they are copied without waiting.
         """
-        num_seqs = len(query_lens)
-        starts = np.empty(num_seqs + 1, dtype=np.int32)
-        starts[0] = 0
+        starts = np.zeros(len(query_lens) + 1, dtype=np.int32)
         np.cumsum(query_lens, out=starts[1:])
+        return cls.of_step(
+            query_lens,
+            seq_lens,
+            cu_seqlens_q=_to_tensor(starts, np.int32, device),
+            seq_lens_on_device=_to_tensor(seq_lens, np.int32, device),
+            block_table=_to_tensor(block_table, np.int32, device),
+            slot_mapping=_to_tensor(slot_mapping, np.int64, device),
+            multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
+        )
+
+    @classmethod
+    def of_step(
+        cls,
+        query_lens: IntArray,
+        seq_lens: IntArray,
+        *,
+        cu_seqlens_q: torch.Tensor,
+        seq_lens_on_device: torch.Tensor,
+        block_table: torch.Tensor,
+        slot_mapping: torch.Tensor,
+        multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
+    ) -> AttentionMetadata:
+        """Build from the lengths on the host, both `(num_seqs,)`, and what lies on the device already."""
         query_lens_host = tuple(query_lens.tolist())
         seq_lens_host = tuple(seq_lens.tolist())
-        num_tokens = int(starts[-1])
+        num_tokens = sum(query_lens_host)
         num_decode_tokens = query_lens_host.count(1)
         return cls(
             num_tokens=num_tokens,
-            num_seqs=num_seqs,
-            cu_seqlens_q=_to_tensor(starts, np.int32, device),
-            seq_lens=_to_tensor(seq_lens, np.int32, device),
-            block_table=_to_tensor(block_table, np.int32, device),
-            slot_mapping=_to_tensor(slot_mapping, np.int64, device),
+            num_seqs=len(query_lens_host),
+            cu_seqlens_q=cu_seqlens_q,
+            seq_lens=seq_lens_on_device,
+            block_table=block_table,
+            slot_mapping=slot_mapping,
             max_seqlen_q=max(query_lens_host, default=0),
             max_seq_len=max(seq_lens_host, default=0),
             num_prefill_tokens=num_tokens - num_decode_tokens,
             num_decode_tokens=num_decode_tokens,
             query_lens_host=query_lens_host,
             seq_lens_host=seq_lens_host,
-            num_leading_decodes=next((i for i, n in enumerate(query_lens_host) if n != 1), num_seqs),
             multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
         )
 

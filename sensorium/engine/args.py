@@ -102,6 +102,11 @@ class EngineArgs:
     """While requests stream, keep their tokens at most about this far apart, in seconds."""
     max_waiting_requests: int | None = None
     """Refuse requests while so many wait."""
+    max_steps_in_flight: int | None = None
+    """Steps submitted before the results of the first are in; 2 on CUDA, where the host plans one while the device runs
+    another, 1 on a CPU."""
+    enforce_eager: bool = False
+    """On CUDA, run every step call by call, without recording graphs."""
     max_form_compile_s: float = 5.0
     """Refuse forms of structured outputs that take longer than this to compile, in seconds."""
 
@@ -174,13 +179,16 @@ class EngineArgs:
             policy=self.scheduling_policy,
             max_token_gap_s=self.max_token_gap_s,
             max_waiting_requests=self.max_waiting_requests,
+            max_steps_in_flight=default_steps_in_flight(device)
+            if self.max_steps_in_flight is None
+            else self.max_steps_in_flight,
             max_form_compile_s=self.max_form_compile_s,
         )
         return EngineConfig(
             model_config=self._model_config(),
             cache_config=cache,
             scheduler_config=scheduler,
-            device_config=DeviceConfig(device=device, num_threads=self.num_threads),
+            device_config=DeviceConfig(device=device, num_threads=self.num_threads, enforce_eager=self.enforce_eager),
             load_config=self._load_config(device),
             parallel_config=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
         )
@@ -232,6 +240,11 @@ class EngineArgs:
             generation_config=_read_json(path / "generation_config.json"),
             mm_split=self.mm_split,
         )
+
+
+def default_steps_in_flight(device: str) -> int:
+    """Two where the device works beside the host; on a CPU a second step would only wait for its turn."""
+    return 1 if device == "cpu" else 2
 
 
 def resolve_device(device: str) -> str:

@@ -1,14 +1,16 @@
-"""The core loop: schedule, execute, update. Knows requests as ids and tokens; text is the front's business."""
+"""The core loop: schedule, submit, update. Knows requests as ids and tokens; text is the front's business."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import deque
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.engine.form_line import FormLine
 from sensorium.errors import EngineDeadError, InvalidRequestError, SensoriumError
-from sensorium.executor import Executor, SingleProcessExecutor
+from sensorium.executor import Executor, PendingStep, SingleProcessExecutor
 from sensorium.logger import get_logger
 from sensorium.messages import (
     EngineOutput,
@@ -16,6 +18,7 @@ from sensorium.messages import (
     FinishReason,
     LoadReport,
     RequestFailure,
+    SchedulerOutput,
     Vocabulary,
 )
 from sensorium.scheduler import Scheduler, SchedulerStats
@@ -46,6 +49,8 @@ class EngineCore:
             num_blocks=self.report.num_blocks,
             max_model_len=self.config.model_config.max_model_len,
         )
+        self._max_in_flight = self.config.scheduler_config.max_steps_in_flight
+        self._in_flight: deque[tuple[SchedulerOutput, PendingStep]] = deque()
         self._form_line = FormLine(self._executor.compile_form)
         self._failure: BaseException | None = None
 
@@ -96,7 +101,9 @@ class EngineCore:
         return self.scheduler.has_unfinished_requests() or len(self._form_line) > 0
 
     def step(self) -> list[EngineOutput]:
-        """Run one step; if all requests wait for their forms, wait with them for a little while.
+        """Keep the worker busy and take in the oldest step's results.
+
+        If all requests wait for their forms, wait with them for a little while.
 
         Raises:
             EngineDeadError: The worker can't go on.
@@ -124,19 +131,48 @@ class EngineCore:
         return outputs
 
     def _step(self) -> list[EngineOutput]:
+        while len(self._in_flight) < self._max_in_flight and self._submit():
+            pass
+        return self._collect()
+
+    def _submit(self) -> bool:
+        """Plan a step and hand it to the worker. False: there is nothing to plan before a result is in."""
         step = self.scheduler.schedule()
+        if step is None:
+            return False
+        with self._fatal_failures():
+            self._in_flight.append((step, self._executor.submit(step)))
+        return bool(step.chunks)
+
+    def _collect(self) -> list[EngineOutput]:
+        """Wait for the oldest step in flight; returns the news that it brings."""
+        step, pending = self._in_flight.popleft()
+        with self._fatal_failures():
+            result = pending.result()
+        return self.scheduler.update(step, result)
+
+    @contextmanager
+    def _fatal_failures(self) -> Iterator[None]:
+        """What a worker raises ends the engine."""
         try:
-            result = self._executor.execute(step)
+            yield
         except Exception as error:
             self._failure = error
             logger.exception("the worker can't go on")
             raise EngineDeadError(f"the engine has ended: {type(error).__name__}. Restart it.") from error
-        return self.scheduler.update(step, result)
 
     def _release_if_idle(self) -> None:
-        """Let the worker free what the last requests held; with requests left, the next step tells it."""
-        if self._failure is None and not self.scheduler.has_unfinished_requests() and self.scheduler.has_releases:
-            self._step()
+        """Let the worker free what the last requests held; with requests left, the next step tells it.
+
+        Steps that are still in flight compute for requests that have ended: what they bring is passed over.
+        """
+        if self._failure is not None or self.scheduler.has_unfinished_requests():
+            return
+        while self._in_flight:
+            self._collect()
+        if self.scheduler.has_releases:
+            self._submit()
+            self._collect()
 
     def stats(self) -> SchedulerStats:
         """Counters and gauges of the scheduler and its caches; requests that wait for their forms count as waiting."""

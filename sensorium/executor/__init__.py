@@ -1,6 +1,6 @@
 """Where workers run. One process today; the protocol is what several processes will implement."""
 
-from sensorium.executor.base import Executor
+from sensorium.executor.base import Executor, PendingStep
 from sensorium.executor.single import SingleProcessExecutor
 
-__all__ = ["Executor", "SingleProcessExecutor"]
+__all__ = ["Executor", "PendingStep", "SingleProcessExecutor"]

@@ -9,14 +9,21 @@ from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput, V
 from sensorium.structured_outputs import StructuredOutputs
 
 
+class PendingStep(Protocol):
+    """A step that was submitted."""
+
+    def result(self) -> ModelRunnerOutput:
+        """What the step brought; waits for it. An exception means that the worker can't go on."""
+
+
 class Executor(Protocol):
-    """Loads the model and runs steps."""
+    """Loads the model and runs steps, in the order in which they are submitted."""
 
     def load(self) -> LoadReport:
         """Load the model, find out its features, allocate its caches."""
 
-    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step. An exception means that the worker can't go on."""
+    def submit(self, step: SchedulerOutput) -> PendingStep:
+        """Begin a step. Results are asked for in the same order. An exception means that the worker can't go on."""
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Say what tokens outputs consist of; before the first `compile_form`."""

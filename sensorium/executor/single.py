@@ -5,7 +5,8 @@ from __future__ import annotations
 from concurrent.futures import Future
 
 from sensorium.config import EngineConfig
-from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput, Vocabulary
+from sensorium.executor.base import PendingStep
+from sensorium.messages import LoadReport, SchedulerOutput, Vocabulary
 from sensorium.structured_outputs import StructuredOutputs
 from sensorium.worker.worker import Worker
 
@@ -25,9 +26,9 @@ class SingleProcessExecutor:
         """See `Executor.load`."""
         return self._worker.load()
 
-    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """See `Executor.execute`."""
-        return self._worker.execute(step)
+    def submit(self, step: SchedulerOutput) -> PendingStep:
+        """See `Executor.submit`."""
+        return self._worker.submit(step)
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `Executor.use_vocabulary`."""

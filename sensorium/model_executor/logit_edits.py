@@ -114,11 +114,15 @@ class LogitEdits:
             for token_id in prompt_token_ids[-longest:]:
                 self._bad_words.append(token_id)
         for token_id in output_token_ids:
+            self.advance()
             self.append(token_id)
 
-    def append(self, token_id: int) -> None:
-        """Take one generated token into account."""
+    def advance(self) -> None:
+        """Count one generated token."""
         self._num_output += 1
+
+    def append(self, token_id: int) -> None:
+        """Take into account which token was generated."""
         if self.penalised is not None:
             self.penalised.append(token_id)
         if self._bad_words is not None:

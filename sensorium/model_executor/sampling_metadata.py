@@ -80,24 +80,27 @@ class SamplingState:
         self.num_logprobs[slot] = NO_LOGPROBS
         self.is_plain[slot] = True
 
-    def append(self, slot: int, token_ids: Sequence[int]) -> None:
-        """Note the tokens that a slot's request generated. Must happen before its next token is sampled."""
-        self.num_output[slot] += len(token_ids)
-        edits = self._edits.get(slot)
-        if edits is not None:
-            for token_id in token_ids:
-                edits.append(token_id)
-            self._drop_finished_edits(slot, edits)
-
-    def append_each(self, slots: IntArray, token_ids: IntArray) -> None:
-        """`append` of one token for each of these slots, both `(num_rows,)`."""
+    def advance(self, slots: IntArray) -> None:
+        """A token is being sampled in each of these slots `(num_rows,)`; which one may not be known yet."""
         self.num_output[slots] += 1
+        if self._edits:
+            for slot in slots.tolist():
+                edits = self._edits.get(slot)
+                if edits is not None:
+                    edits.advance()
+                    self._drop_finished_edits(slot, edits)
+
+    def append(self, slots: IntArray, token_ids: IntArray) -> None:
+        """Say what was sampled in these slots, both `(num_rows,)`.
+
+        Where the next token depends on which ones came before (`SamplingParams.needs_sampled_tokens`), this must
+        happen before it is sampled.
+        """
         if self._edits:
             for slot, token_id in zip(slots.tolist(), token_ids.tolist(), strict=True):
                 edits = self._edits.get(slot)
                 if edits is not None:
                     edits.append(token_id)
-                    self._drop_finished_edits(slot, edits)
 
     def edits(self, slots: IntArray) -> EditBatch | None:
         """The edits of the rows that these slots stand in; None if there are none."""

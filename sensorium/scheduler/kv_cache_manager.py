@@ -60,7 +60,7 @@ class KVCacheManager:
         self.pool.acquire(block_ids)
         request.block_ids = list(block_ids)
         request.num_registered_blocks = len(block_ids)
-        request.num_computed_tokens = len(block_ids) * self.block_size
+        request.num_computed_tokens = request.num_settled_tokens = len(block_ids) * self.block_size
 
     def max_tokens(self, request: RequestState) -> int:
         """Most tokens that the request's table could hold with all free blocks added."""
@@ -79,7 +79,7 @@ class KVCacheManager:
         """Offer the blocks that are full now to others. Call only after the step that filled them succeeded."""
         if not (self.enable_prefix_caching and request.is_cacheable):
             return
-        num_full = request.num_computed_tokens // self.block_size
+        num_full = request.num_settled_tokens // self.block_size
         first = request.num_registered_blocks
         if num_full <= first:
             return
@@ -93,7 +93,7 @@ class KVCacheManager:
         self.pool.release(request.block_ids)
         request.block_ids = []
         request.num_registered_blocks = 0
-        request.num_computed_tokens = 0
+        request.num_computed_tokens = request.num_settled_tokens = request.num_pending_tokens = 0
         request.is_cacheable = True  # what it computes from here on is new
 
     def discard(self, request: RequestState) -> None:

@@ -78,8 +78,11 @@ class MediaSpan:
 class RequestState:
     """One request from `add_request` to its final output.
 
-    Invariant: `num_computed_tokens < num_tokens` whenever a step may be scheduled, so there is always something to do;
-    while WAITING, `block_ids` is empty and `num_computed_tokens` is 0.
+    Steps are planned while others are in flight, so a request may be ahead of what is known of it: tokens count as
+    computed as soon as their step is on its way, and the tokens that such steps sample count as pending.
+
+    Invariant: `num_settled_tokens <= num_computed_tokens <= num_expected_tokens`; while WAITING, `block_ids` is empty
+    and nothing is computed or pending.
     """
 
     __slots__ = (
@@ -90,11 +93,15 @@ class RequestState:
         "is_cacheable",
         "is_caught_up",
         "message",
+        "needs_sampled_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_pending_tokens",
+        "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_registered_blocks",
+        "num_settled_tokens",
         "order",
         "pooling",
         "request_id",
@@ -117,9 +124,18 @@ class RequestState:
         self.num_prompt_tokens = len(self.token_ids)
         self.stop = StopRule.of(message, max_model_len)
         self.num_computed_tokens = 0
-        """Tokens whose KV is written, from the first on."""
+        """Tokens whose KV is written, or will be by the steps in flight, from the first on."""
+        self.num_settled_tokens = 0
+        """Tokens whose KV was written by steps that are known to have succeeded."""
+        self.num_pending_tokens = 0
+        """Output tokens that steps in flight sample."""
+        self.num_preemptions = 0
+        """What a step in flight brings counts only if the request was not preempted meanwhile."""
+        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens
+        """Its next token can be sampled only after the host has seen the last."""
         self.is_caught_up = False
-        """Has had a token sampled since it got its slot: it streams, and its share of a step is a decode."""
+        """A step that samples a token for it was planned since it got its slot: from then on its share of a step is a
+        decode."""
         self.scheduled_time_s: float | None = None
         """When it first got a slot, on the monotonic clock."""
         self.num_cached_tokens: int = 0
@@ -142,6 +158,20 @@ class RequestState:
     def num_tokens(self) -> int:
         """Known tokens: prompt and output."""
         return len(self.token_ids)
+
+    @property
+    def num_expected_tokens(self) -> int:
+        """Known tokens and those that steps in flight sample."""
+        return len(self.token_ids) + self.num_pending_tokens
+
+    @property
+    def awaits_result(self) -> bool:
+        """Whether a decode has to wait for a step in flight: for its token, or because that ends the request."""
+        if self.pooling:
+            return True
+        if not self.num_pending_tokens:
+            return False
+        return self.needs_sampled_tokens or self.num_expected_tokens >= self.stop.max_total_tokens
 
     @property
     def is_finished(self) -> bool:

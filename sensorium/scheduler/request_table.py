@@ -46,6 +46,7 @@ class RequestTable:
         self._give_back(request)
         request.status = RequestStatus.WAITING
         request.is_caught_up = False
+        request.num_preemptions += 1
         self.waiting.push(request)
         self._counters.num_preemptions += 1
 
@@ -77,7 +78,7 @@ class RequestTable:
         """Let go of the encoder entries whose rows are all in the KV cache."""
         still_held = []
         for span in request.held_spans:
-            if span.rows_end <= request.num_computed_tokens:
+            if span.rows_end <= request.num_settled_tokens:
                 self._encoder_cache.release(span.key, (request.request_id, span.index))
             else:
                 still_held.append(span)

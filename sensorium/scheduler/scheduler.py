@@ -1,12 +1,13 @@
 """The scheduler as the engine core sees it: requests in, steps out, results in, news out.
 
 Owns the life of every request from `add_request` to its one final output. What a step computes is the step planner's
-decision; which blocks and encoder rows are kept, that of the two cache managers. Used by one thread, one step at a
-time: `schedule`, execute, `update`.
+decision; which blocks and encoder rows are kept, that of the two cache managers. Used by one thread: `schedule`,
+submit, and in the same order `update`. Several steps may be in flight between the two.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable
 
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
@@ -67,7 +68,7 @@ class Scheduler:
         self._planner = StepPlanner(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters)
         self._results = StepResults(self._table, self._kv_cache, self._encoder_cache)
         self._num_arrivals = 0
-        self._in_flight: StepPlan | None = None
+        self._in_flight: deque[StepPlan] = deque()
 
     def add_request(self, request: EngineRequest) -> None:
         """Put a request in line.
@@ -114,27 +115,30 @@ class Scheduler:
                 )
         return outputs
 
-    def schedule(self) -> SchedulerOutput:
-        """The next step; without chunks only if no request is unfinished.
+    def schedule(self) -> SchedulerOutput | None:
+        """The next step; None if every request waits for what the steps in flight bring.
 
-        Every output goes to the worker, one without chunks too: it may tell what to free.
+        It is without chunks only if no request is unfinished. Every step goes to the worker, one without chunks too:
+        it may tell what to free.
         """
-        assert self._in_flight is None, "the last step's update is missing"
-        plan = self._planner.plan()
-        self._in_flight = plan
+        plan = self._planner.plan(self._in_flight)
+        if not plan.chunks and self._in_flight:
+            return None
+        plan.submit()
+        self._in_flight.append(plan)
         self._counters.num_steps += 1
         return plan.to_output(
             self._counters.num_steps, self._encoder_cache.take_freed_keys(), self._table.take_freed_ids()
         )
 
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
-        """Take in what a step brought; returns the news of its requests.
+        """Take in what the oldest step in flight brought; returns the news of its requests.
 
         A worker that lost a whole step reports a failure for each of its requests.
         """
-        plan, self._in_flight = self._in_flight, None
-        assert plan is not None, "there is no step to update"
-        assert step.step == self._counters.num_steps, f"got step {step.step}, expected {self._counters.num_steps}"
+        oldest = self._counters.num_steps - len(self._in_flight) + 1
+        assert step.step == oldest, f"got the result of step {step.step}, expected that of step {oldest}"
+        plan = self._in_flight.popleft()
         self._counters.encode_s += result.encode_s
         self._counters.forward_s += result.forward_s
         if plan.chunks and not result.failures:
@@ -144,6 +148,11 @@ class Scheduler:
     def has_unfinished_requests(self) -> bool:
         """Whether a step would have something to compute."""
         return bool(self._table.by_id)
+
+    @property
+    def num_in_flight(self) -> int:
+        """Steps that were scheduled and have not brought their results."""
+        return len(self._in_flight)
 
     @property
     def has_releases(self) -> bool:

@@ -21,6 +21,7 @@ class StepPlan:
         "is_alone",
         "is_encoder_closed",
         "new_requests",
+        "num_preemptions",
         "num_prefill_tokens",
         "num_rows",
         "pace",
@@ -46,6 +47,8 @@ class StepPlan:
         """A running request lacks memory, or the line's head does: nobody else gets in."""
         self.is_encoder_closed = False
         """A request waits for room in the encoder cache: nobody behind it may take more of it."""
+        self.num_preemptions: list[int] = []
+        """Of the request of each chunk, when the step was submitted."""
 
     @property
     def num_tokens(self) -> int:
@@ -55,7 +58,7 @@ class StepPlan:
     def add_chunk(self, request: RequestState, num_tokens: int, new_block_ids: Sequence[int]) -> None:
         """Add a request's next `num_tokens` tokens."""
         begin = request.num_computed_tokens
-        is_last = begin + num_tokens == len(request.token_ids)
+        is_last = begin + num_tokens == request.num_expected_tokens
         self.chunks[request] = ScheduledChunk(request.request_id, begin, num_tokens, tuple(new_block_ids), is_last)
         self.tokens_left -= num_tokens
 
@@ -78,6 +81,19 @@ class StepPlan:
         self.num_rows += span.num_rows
         self.rows_left -= span.num_rows
         self.pace.add(0, span.num_rows)
+
+    def is_stale(self, index: int, request: RequestState) -> bool:
+        """Whether chunk `index` is of no use any more: its request has ended, or lost its place since."""
+        return request.is_finished or request.num_preemptions != self.num_preemptions[index]
+
+    def submit(self) -> None:
+        """Count what the step computes as computed, and what it samples as pending. Nothing is added after that."""
+        for request, chunk in self.chunks.items():
+            request.num_computed_tokens += chunk.num_scheduled_tokens
+            if chunk.is_last:
+                request.is_caught_up = True
+                request.num_pending_tokens += not request.pooling
+            self.num_preemptions.append(request.num_preemptions)
 
     def to_output(
         self, step: int, free_encoder_keys: tuple[str, ...], freed_request_ids: tuple[str, ...]

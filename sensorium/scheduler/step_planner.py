@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 from sensorium.config import SchedulerConfig
 from sensorium.messages import NewRequest
@@ -35,7 +35,7 @@ MAX_HELD_BACK = 16
 
 
 class StepPlanner:
-    """Puts steps together. Between calls it remembers nothing but whether the last step was for one request alone."""
+    """Puts steps together. From call to call it remembers only whether the last step was for one request alone."""
 
     def __init__(
         self,
@@ -55,15 +55,18 @@ class StepPlanner:
         self._pacer = pacer
         self._counters = counters
         self._last_was_alone = False
+        self._in_flight: Collection[StepPlan] = ()
 
-    def plan(self) -> StepPlan:
-        """The next step. It is empty only if there is no request."""
+    def plan(self, in_flight: Collection[StepPlan] = ()) -> StepPlan:
+        """The next step. It is empty only if there is no request, or all wait for what the steps in flight bring."""
+        self._in_flight = in_flight
         plan = self._plan_alone() if self._chunks.may_exceed_budget else None
         self._last_was_alone = plan is not None
         if plan is None:
             plan = StepPlan(self._max_num_tokens, self._max_num_rows)
             self._add_decodes(plan)
-            plan.pace = self._pacer.begin_step(has_streams=bool(plan.chunks))
+            has_streams = bool(plan.chunks) or any(request.is_caught_up for request in self._table.running)
+            plan.pace = self._pacer.begin_step(has_streams=has_streams)
             self._add_prefills(plan)
         return plan
 
@@ -78,9 +81,9 @@ class StepPlanner:
         while i < len(running) and plan.tokens_left:
             request = running[i]
             i += 1
-            if not request.is_caught_up:
+            if not request.is_caught_up or request.awaits_result:
                 continue
-            num_tokens = min(len(request.token_ids) - request.num_computed_tokens, plan.tokens_left)
+            num_tokens = min(request.num_expected_tokens - request.num_computed_tokens, plan.tokens_left)
             end = request.num_computed_tokens + num_tokens
             if end <= len(request.block_ids) * block_size:
                 plan.add_chunk(request, num_tokens, ())
@@ -189,13 +192,14 @@ class StepPlanner:
         return block_ids[: num_tokens // block_size]
 
     def _next_block_is_computing(self, request: RequestState, index: int, plan: StepPlan) -> bool:
-        """Whether another request computes in this step what this one would compute first.
+        """Whether another request computes what this one would compute first, in this step or one in flight.
 
-        After the step it is there for both: `n` outputs of one prompt cost one prefill.
+        After that step it is there for both: `n` outputs of one prompt cost one prefill.
         """
         if index >= min(len(request.block_hashes), request.max_cached_tokens // self._kv_cache.block_size):
             return False
-        return request.block_hashes[index] in plan.computing
+        block_hash = request.block_hashes[index]
+        return block_hash in plan.computing or any(block_hash in each.computing for each in self._in_flight)
 
     def _draft_first_chunk(
         self, request: RequestState, cached_block_ids: Sequence[int], plan: StepPlan
@@ -249,7 +253,7 @@ class StepPlanner:
         streams = [request for request in self._table.running if request.is_caught_up]
         if streams and self._last_was_alone:
             return None
-        num_stream_tokens = sum(each.num_tokens - each.num_computed_tokens for each in streams)
+        num_stream_tokens = sum(each.num_expected_tokens - each.num_computed_tokens for each in streams)
         for request in self._next_prefills():
             start = request.num_computed_tokens
             cached_block_ids: list[int] = []

@@ -26,7 +26,7 @@ NO_RESULT = RequestFailure("The engine lost the result of this request. Send it 
 
 
 class StepResults:
-    """Applies results to requests. A request that ended while the step ran is passed over."""
+    """Applies results to requests. One that ended or was preempted while the step was in flight is passed over."""
 
     def __init__(self, table: RequestTable, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager) -> None:
         self._table = table
@@ -36,9 +36,9 @@ class StepResults:
     def apply(self, plan: StepPlan, result: ModelRunnerOutput) -> list[EngineOutput]:
         """The news of a step's requests, in the order of its chunks."""
         outputs = []
-        for request, chunk in plan.chunks.items():
+        for i, (request, chunk) in enumerate(plan.chunks.items()):
             failure = result.failures.get(request.request_id)
-            if request.is_finished:
+            if plan.is_stale(i, request):
                 if failure is not None:  # what it was to encode is not there
                     self._encoder_cache.drop(span.key for span in request.spans)
                 continue
@@ -48,8 +48,8 @@ class StepResults:
         return outputs
 
     def _advance(self, request: RequestState, chunk: ScheduledChunk, result: ModelRunnerOutput) -> EngineOutput | None:
-        """Count a chunk as computed, and take in what was sampled after it. None: no news."""
-        request.num_computed_tokens += chunk.num_scheduled_tokens
+        """Count a chunk as settled, and take in what was sampled after it. None: no news."""
+        request.num_settled_tokens = chunk.num_computed_tokens + chunk.num_scheduled_tokens
         prompt_logprobs: Sequence[TokenLogprobs] = ()
         if result.prompt_logprobs:
             prompt_logprobs = self._take_prompt_logprobs(request, chunk, result)
@@ -64,8 +64,8 @@ class StepResults:
         sampled = result.sampled_token_ids.get(request.request_id)
         if not sampled:
             return self._fail(request, NO_RESULT)
+        request.num_pending_tokens -= 1
         num_new, reason, stop_reason = _append(request, sampled)
-        request.is_caught_up = True
         self._settle(request)
         logprobs = result.logprobs.get(request.request_id, ()) if result.logprobs else ()
         if reason is not None:

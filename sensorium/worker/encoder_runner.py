@@ -5,7 +5,6 @@ Owns the rows. The scheduler's encoder-cache manager decides what is kept; this 
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Sequence
 
 import torch
@@ -17,13 +16,13 @@ from sensorium.worker.input_batch import InputBatch, MediaSlice
 
 
 class EncoderRunner:
-    """Invariant: `_rows` holds exactly the keys that were encoded and not freed."""
+    """Invariant: `_rows` and `errors` together hold exactly the keys that were to be encoded and not freed."""
 
     def __init__(self, driver: ModelDriver) -> None:
         self._driver = driver
         self._rows: dict[str, torch.Tensor] = {}
-        self.encode_s = 0.0
-        """Seconds that the last `run` took."""
+        self.errors: dict[str, SensoriumError] = {}
+        """By key: why there are no rows. A step that was planned before that was known may still ask for them."""
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -34,28 +33,24 @@ class EncoderRunner:
         return sum(len(rows) for rows in self._rows.values())
 
     def free(self, keys: Iterable[str]) -> None:
-        """Drop rows. A key whose encoding failed has none, which is fine."""
+        """Drop rows, and what went wrong with them."""
         for key in keys:
             self._rows.pop(key, None)
+            self.errors.pop(key, None)
 
-    def run(self, inputs: Sequence[EncoderInput], batch: InputBatch) -> dict[str, SensoriumError]:
-        """Encode items; returns the errors by item key."""
-        self.encode_s = 0.0
+    def run(self, inputs: Sequence[EncoderInput], batch: InputBatch) -> None:
+        """Encode items."""
         if not inputs:
-            return {}
-        begin = time.perf_counter()
+            return
         requests = [batch[each.request_id].request for each in inputs]
         jobs = [EncodeJob(request, request.media[each.item]) for each, request in zip(inputs, requests, strict=True)]
-        errors: dict[str, SensoriumError] = {}
         for job, result in zip(jobs, self._driver.encode(jobs), strict=True):
             error = result if isinstance(result, SensoriumError) else _row_error(job, result)
             if error is not None:
-                errors[job.item.key] = error
+                self.errors[job.item.key] = error
             else:
                 assert isinstance(result, torch.Tensor)
                 self._rows[job.item.key] = result
-        self.encode_s = time.perf_counter() - begin
-        return errors
 
     def rows(self, piece: MediaSlice) -> torch.Tensor | None:
         """The rows of a slice `(last - first, hidden_size)`; None where the item was not encoded."""

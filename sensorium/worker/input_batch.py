@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from sensorium.messages import EngineRequest, MediaItem, NewRequest, ScheduledChunk
+from sensorium.messages import EngineRequest, MediaItem, NewRequest, RequestFailure, ScheduledChunk
+from sensorium.worker.block_tables import DeviceBlockTables
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -24,6 +25,8 @@ class SlotState:
 
     request: EngineRequest
     slot: int
+    failure: RequestFailure | None = None
+    """Why the request can't go on. Steps that were planned before that was known may still hold chunks of it."""
     num_blocks: int = 0
     media_end: int = 0
     """First position behind the last media span."""
@@ -52,25 +55,38 @@ class StepArrays:
     """One step's flat batch on the host: rows of chunk `i` are `[starts[i], starts[i + 1])`."""
 
     token_ids: Int64Array
-    """`(num_tokens,)`"""
+    """`(num_tokens,)`; any id where `pending_slots` says so."""
     positions: Int64Array
     """`(num_tokens,)` index of each row in its sequence, or `(3, num_tokens)` with M-RoPE."""
     slot_mapping: Int64Array
     """`(num_tokens,)` index of each row's place in the KV cache."""
     query_lens: npt.NDArray[np.int32]
     seq_lens: npt.NDArray[np.int32]
-    block_table: npt.NDArray[np.int32]
-    """`(num_chunks, max_blocks)`, trimmed to the longest sequence."""
+    max_blocks: int
+    """Blocks of the longest sequence."""
     starts: Int64Array
     """`(num_chunks + 1,)`"""
     slots: Int64Array
     """`(num_chunks,)`"""
+    pending_slots: Int64Array | None
+    """`(num_tokens,)`: the slot whose token a step in flight samples for this row, -1 for known tokens; None where all
+    are known."""
 
 
 class InputBatch:
     """Invariant: `slot_of` and `_free_slots` partition the slots; rows of a free slot mean nothing."""
 
-    def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, *, uses_mrope: bool) -> None:
+    def __init__(
+        self,
+        max_num_seqs: int,
+        max_model_len: int,
+        block_size: int,
+        *,
+        uses_mrope: bool,
+        device_tables: DeviceBlockTables | None = None,
+    ) -> None:
+        """`device_tables`, where there are any, learn of the same blocks."""
+        self._device_tables = device_tables
         self.block_size = block_size
         self.uses_mrope = uses_mrope
         max_blocks = -(-max_model_len // block_size)
@@ -78,6 +94,8 @@ class InputBatch:
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self._block_table = np.zeros((max_num_seqs, max_blocks + 1), dtype=np.int32)
         self._mrope_delta = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
+        """Per slot: leading tokens of the sequence that are known."""
         self._states: dict[str, SlotState] = {}
         self._free_slots = list(range(max_num_seqs - 1, -1, -1))
 
@@ -86,6 +104,10 @@ class InputBatch:
 
     def __getitem__(self, request_id: str) -> SlotState:
         return self._states[request_id]
+
+    def holds(self, state: SlotState) -> bool:
+        """Whether this request still has the slot that it had then."""
+        return self._states.get(state.request.request_id) is state
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._states
@@ -100,6 +122,7 @@ class InputBatch:
         self._token_ids[slot, :num_prompt] = request.prompt_token_ids
         self._token_ids[slot, num_prompt:num_tokens] = new.output_token_ids
         self._mrope_delta[slot] = request.mrope_delta
+        self._num_known[slot] = num_tokens
         state = SlotState.create(request, slot)
         self._states[request.request_id] = state
         return state
@@ -115,6 +138,8 @@ class InputBatch:
         """Add a chunk's new blocks to its request's table."""
         if chunk.new_block_ids:
             state = self._states[chunk.request_id]
+            if self._device_tables is not None:
+                self._device_tables.append(state.slot, state.num_blocks, chunk.new_block_ids)
             end = state.num_blocks + len(chunk.new_block_ids)
             self._block_table[state.slot, state.num_blocks : end] = chunk.new_block_ids
             state.num_blocks = end
@@ -122,6 +147,7 @@ class InputBatch:
     def append_sampled(self, slots: Int64Array, positions: Int64Array, token_ids: Int64Array) -> None:
         """Record one sampled token for each of these slots, at its position in the sequence; all `(num_rows,)`."""
         self._token_ids[slots, positions] = token_ids
+        self._num_known[slots] = positions + 1
 
     def token_ids(self, request_id: str, start: int, end: int) -> Int64Array:
         """Known tokens `[start, end)` of a request; a view."""
@@ -147,17 +173,22 @@ class InputBatch:
             positions = np.arange(num_tokens) + np.repeat(computed - starts[:-1], lens)
         block_index, block_offset = np.divmod(positions, self.block_size)
         seq_lens = (computed + lens).astype(np.int32)
-        max_blocks = -(-int(seq_lens.max(initial=0)) // self.block_size)
+        is_pending = positions >= self._num_known[row_slots]
         return StepArrays(
             token_ids=self._token_ids[row_slots, positions],
             positions=self._mrope_positions(chunks, positions, row_slots, starts) if self.uses_mrope else positions,
             slot_mapping=self._block_table[row_slots, block_index].astype(np.int64) * self.block_size + block_offset,
             query_lens=lens.astype(np.int32),
             seq_lens=seq_lens,
-            block_table=self._block_table[slots, :max_blocks],
+            max_blocks=-(-int(seq_lens.max(initial=0)) // self.block_size),
             starts=starts,
             slots=slots,
+            pending_slots=np.where(is_pending, row_slots, -1) if is_pending.any() else None,
         )
+
+    def block_table(self, arrays: StepArrays) -> npt.NDArray[np.int32]:
+        """The block tables of a step's chunks, `(num_chunks, max_blocks)`."""
+        return self._block_table[arrays.slots, : arrays.max_blocks]
 
     def _mrope_positions(
         self, chunks: Sequence[ScheduledChunk], positions: Int64Array, row_slots: Int64Array, starts: Int64Array

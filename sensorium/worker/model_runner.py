@@ -1,7 +1,11 @@
-"""Runs one step: encode media, gather rows, forward, sample.
+"""Runs steps: encode media, gather rows, forward, sample.
 
 Owns the KV cache tensors and, through `InputBatch`, `SamplingState` and `EncoderRunner`, everything that is kept per
 request between steps. What it does is decided by the scheduler; which of a model's methods it calls, by the driver.
+
+A step is submitted, and its result is asked for later: `submit` gives the device all its work without waiting for any
+of it, and `PendingStep.result` waits. Tokens that the host hasn't seen yet are read from where the step before left
+them on the device (`_last_tokens`), so that the next step can be submitted meanwhile.
 
 A failure has an owner: an item that can't be encoded fails the requests that use it; a forward pass that raises is
 repeated request by request, which is safe because writing the same KV twice changes nothing.
@@ -9,7 +13,6 @@ repeated request by request, which is safe because writing the same KV twice cha
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,7 +23,7 @@ from torch import nn
 
 from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ModelError, RequestError, SensoriumError
+from sensorium.errors import ModelError, RequestError
 from sensorium.grammar.compiler import FormCompiler
 from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
 from sensorium.logger import get_logger
@@ -36,30 +39,61 @@ from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
 from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
 from sensorium.model_executor.failures import told_to_caller
-from sensorium.model_executor.layers.sampler import Sampler, SamplingState, prompt_logprobs
+from sensorium.model_executor.host_copy import HostCopy
+from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, SamplingState
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.model_executor.token_mask import TokenMask
+from sensorium.worker.block_tables import DeviceBlockTables
+from sensorium.worker.decode_graphs import DecodeGraphs, GraphCapture
 from sensorium.worker.encoder_runner import EncoderRunner
-from sensorium.worker.input_batch import InputBatch, MediaSlice, StepArrays
+from sensorium.worker.input_batch import InputBatch, Int64Array, MediaSlice, SlotState, StepArrays
 from sensorium.worker.pooling import Pooler
+from sensorium.worker.step_buffers import StepBuffers, StepTensors, host_fields
+from sensorium.worker.step_timer import StepClock, StepTimer
 
 logger = get_logger(__name__)
 
 
-@dataclass(slots=True, eq=False)
-class _StepResult:
-    """Collects what the passes of one step bring."""
+@dataclass(frozen=True, slots=True, eq=False)
+class _SampledRows:
+    """Rows of one pass after which a token was sampled, and what is still on its way."""
 
-    sampled: dict[str, list[int]] = field(default_factory=dict)
-    logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    prompt_logprobs: dict[str, list[TokenLogprobs]] = field(default_factory=dict)
-    pooled: dict[str, Any] = field(default_factory=dict)
+    states: list[SlotState]
+    slots: Int64Array
+    positions: Int64Array
+    """Where each sampled token stands in its sequence."""
+    output: SamplerOutput
+    masks: RowMasks | None
+
+
+@dataclass(slots=True, eq=False)
+class PendingStep:
+    """A step that was submitted; see `executor.PendingStep`."""
+
+    runner: ModelRunner
+    timer: StepTimer
+    sampled: list[_SampledRows] = field(default_factory=list)
+    prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
+    pooled: dict[str, HostCopy] = field(default_factory=dict)
     failures: dict[str, RequestFailure] = field(default_factory=dict)
-    complete: set[str] = field(default_factory=set)
+
+    def result(self) -> ModelRunnerOutput:
+        """What the step brought. Every chunk ended with a token, with nothing (not its last), or in `failures`."""
+        return self.runner.collect(self)
 
 
 class ModelRunner:
-    """Invariant: between steps, slot holders are exactly the requests that the scheduler counts as running."""
+    """Invariant: between steps, slot holders are exactly the requests that the scheduler counts as running.
+
+    Args:
+        config: The engine's.
+        model: For its `compute_logits`; passes go through `driver`.
+        driver: Runs the model.
+        features: What loading found out about the model.
+        kv_caches: One tensor per attention layer.
+        device: Where the model is.
+        graph_capture: Records passes of decodes to be replayed; None: every pass is run call by call.
+    """
 
     def __init__(
         self,
@@ -69,8 +103,10 @@ class ModelRunner:
         features: ModelFeatures,
         kv_caches: list[torch.Tensor],
         device: torch.device,
+        graph_capture: GraphCapture | None = None,
     ) -> None:
         model_config, max_num_seqs = config.model_config, config.scheduler_config.max_num_seqs
+        block_size = config.cache_config.block_size
         self._model: Any = model
         self._driver = driver
         self._kv_caches = kv_caches
@@ -78,12 +114,23 @@ class ModelRunner:
         self._dtype = model_config.dtype
         self._isolates_media = not features.splits_media or getattr(driver, "merges_itself", False)
         self._splits_media = features.splits_media
+        self._keeps_tokens = config.scheduler_config.max_steps_in_flight > 1 or graph_capture is not None
+        """Whether a step may ask for tokens that the host hasn't seen."""
+        self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
+        """By slot: the token that was sampled last. The entry behind the slots is for rows that stand for nobody."""
+        self._block_tables: DeviceBlockTables | None = None
+        if device.type != "cpu" or graph_capture is not None:
+            max_blocks = -(-model_config.max_model_len // block_size) + 1
+            self._block_tables = DeviceBlockTables(max_num_seqs, max_blocks, device)
         self._batch = InputBatch(
             max_num_seqs,
             model_config.max_model_len,
-            config.cache_config.block_size,
+            block_size,
             uses_mrope=model_config.uses_mrope,
+            device_tables=self._block_tables,
         )
+        self._buffers = StepBuffers(device)
+        self._clock = StepClock(device)
         self.encoder = EncoderRunner(driver)
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
@@ -92,6 +139,21 @@ class ModelRunner:
         self._pooler = Pooler(model_config.pooler_config)
         self._reporting: set[str] = set()
         """Requests whose prompt rows are looked at: those that pool, or asked for prompt log probabilities."""
+        self.graphs: DecodeGraphs | None = None
+        """Passes of decodes that can be replayed."""
+        if graph_capture is not None:
+            assert self._block_tables is not None
+            self.graphs = DecodeGraphs(
+                graph_capture,
+                driver,
+                model,
+                kv_caches,
+                self._buffers,
+                self._block_tables.tables,
+                self._last_tokens,
+                uses_mrope=model_config.uses_mrope,
+                max_model_len=model_config.max_model_len,
+            )
 
     @property
     def num_requests(self) -> int:
@@ -99,25 +161,80 @@ class ModelRunner:
         return len(self._batch)
 
     @torch.inference_mode()
-    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Run a step. Every chunk ends with a sampled token, with nothing (not its last chunk), or in `failures`."""
+    def submit(self, step: SchedulerOutput) -> PendingStep:
+        """Begin a step: give the device its work, and wait for none of it."""
         self._take_in(step)
-        result = _StepResult()
-        errors = self.encoder.run(step.encoder_inputs, self._batch)
-        chunks = self._without_failed_media(step.chunks, errors, result)
-        begin = time.perf_counter()
-        for group in self._passes(chunks):
-            self._run(group, result)
+        pending = PendingStep(self, self._clock.new_step())
+        pending.timer.begin()
+        if self._block_tables is not None:
+            self._block_tables.flush()
+        self.encoder.run(step.encoder_inputs, self._batch)
+        pending.timer.encoded()
+        for group in self._passes(self._without_failed(step.chunks, pending)):
+            self._run(group, pending)
+        pending.timer.end()
+        return pending
+
+    @torch.inference_mode()
+    def collect(self, pending: PendingStep) -> ModelRunnerOutput:
+        """Wait for a step, and note what it sampled. In the order in which steps were submitted."""
+        sampled: dict[str, list[int]] = {}
+        logprobs: dict[str, list[TokenLogprobs]] = {}
+        complete: set[str] = set()
+        for rows in pending.sampled:
+            self._note_sampled(rows)
+            self._report_sampled(rows, sampled, logprobs, complete, pending.failures)
+        prompt_logprobs = {name: entries.messages() for name, entries in pending.prompt_logprobs.items()}
+        pooled = {name: copy.wait()[0].numpy() for name, copy in pending.pooled.items()}
+        times = pending.timer.times()
+        if not self._batch:
+            self._clock.rest()
         return ModelRunnerOutput(
-            sampled_token_ids=result.sampled,
-            logprobs=result.logprobs,
-            prompt_logprobs=result.prompt_logprobs,
-            pooled=result.pooled,
-            failures=result.failures,
-            complete_request_ids=frozenset(result.complete),
-            encode_s=self.encoder.encode_s,
-            forward_s=time.perf_counter() - begin,
+            sampled_token_ids=sampled,
+            logprobs=logprobs,
+            prompt_logprobs=prompt_logprobs,
+            pooled=pooled,
+            failures=pending.failures,
+            complete_request_ids=frozenset(complete),
+            encode_s=times.encode_s,
+            forward_s=times.forward_s,
+            idle_s=times.idle_s,
         )
+
+    def _note_sampled(self, rows: _SampledRows) -> None:
+        """Remember tokens, of the requests that still have their slots.
+
+        A row that failed gets a token here too; its request ends, so nobody reads it.
+        """
+        slots, positions, token_ids = rows.slots, rows.positions, rows.output.token_ids
+        kept = [self._batch.holds(state) for state in rows.states]
+        if not all(kept):
+            slots, positions, token_ids = slots[kept], positions[kept], token_ids[kept]
+        self._batch.append_sampled(slots, positions, token_ids)
+        self._sampling.append(slots, token_ids)
+        self._constrained.append_each(slots, token_ids)
+        self._constrained.flush()
+
+    @staticmethod
+    def _report_sampled(
+        rows: _SampledRows,
+        sampled: dict[str, list[int]],
+        logprobs: dict[str, list[TokenLogprobs]],
+        complete: set[str],
+        failures: dict[str, RequestFailure],
+    ) -> None:
+        """Sort what came of each row into the parts of a step's result."""
+        masks, failed, reports = rows.masks, rows.output.failed_rows, rows.output.logprobs
+        for row, (state, token_id) in enumerate(zip(rows.states, rows.output.token_ids.tolist(), strict=True)):
+            request_id = state.request.request_id
+            if masks is not None and row in masks.complete_rows:
+                complete.add(request_id)
+            elif row in failed or (masks is not None and row in masks.failures):
+                failures[request_id] = _row_failure(row, masks)
+            else:
+                sampled[request_id] = [token_id]
+                if reports is not None and (entry := reports[row]) is not None:
+                    logprobs[request_id] = [entry]
 
     def _take_in(self, step: SchedulerOutput) -> None:
         for request_id in step.freed_request_ids:
@@ -145,20 +262,20 @@ class ModelRunner:
             self._batch.append_blocks(chunk)
         self.encoder.free(step.free_encoder_keys)
 
-    def _without_failed_media(
-        self, chunks: Sequence[ScheduledChunk], errors: dict[str, SensoriumError], result: _StepResult
-    ) -> list[ScheduledChunk]:
-        """The chunks whose media were encoded; the others' requests fail."""
-        if not errors:
-            return list(chunks)
+    def _without_failed(self, chunks: Sequence[ScheduledChunk], pending: PendingStep) -> list[ScheduledChunk]:
+        """The chunks of requests that can go on: none failed before, and their media are there."""
         remaining = []
         for chunk in chunks:
-            keys = [item.key for item in self._batch[chunk.request_id].request.media]
-            error = next((errors[key] for key in keys if key in errors), None)
-            if error is None:
+            state = self._batch[chunk.request_id]
+            if state.failure is None and self.encoder.errors:
+                errors = (self.encoder.errors.get(item.key) for item in state.request.media)
+                error = next((error for error in errors if error is not None), None)
+                if error is not None:
+                    state.failure = RequestFailure(str(error), error.status)
+            if state.failure is None:
                 remaining.append(chunk)
             else:
-                result.failures[chunk.request_id] = RequestFailure(str(error), error.status)
+                pending.failures[chunk.request_id] = state.failure
         return remaining
 
     def _passes(self, chunks: Sequence[ScheduledChunk]) -> list[list[ScheduledChunk]]:
@@ -173,41 +290,81 @@ class ModelRunner:
                 shared.append(chunk)
         return [shared, *alone] if shared else alone
 
-    def _run(self, chunks: list[ScheduledChunk], result: _StepResult) -> None:
+    def _run(self, chunks: list[ScheduledChunk], pending: PendingStep) -> None:
         """One pass; where it raises, one per request, so that only the request at fault ends."""
         try:
-            self._run_pass(chunks, result)
+            self._run_pass(chunks, pending)
             return
         except Exception as error:
             if self._device.type != "cpu" and _is_device_fault(error):
                 raise
             if len(chunks) == 1:
                 logger.exception("the forward pass of request %s failed", chunks[0].request_id)
-                result.failures[chunks[0].request_id] = RequestFailure(
+                failure = RequestFailure(
                     f"The model failed on this request ({told_to_caller(error)}). Other requests go on.",
                     error.status if isinstance(error, RequestError) else 500,
                 )
+                self._batch[chunks[0].request_id].failure = pending.failures[chunks[0].request_id] = failure
                 return
             logger.warning("a forward pass of %d requests failed; repeating it one by one", len(chunks), exc_info=error)
         for chunk in chunks:
-            self._run([chunk], result)
+            self._run([chunk], pending)
 
-    def _run_pass(self, chunks: list[ScheduledChunk], result: _StepResult) -> None:
+    def _run_pass(self, chunks: list[ScheduledChunk], pending: PendingStep) -> None:
         arrays = self._batch.gather(chunks)
-        hidden = _hidden_states(self._driver.forward(self._step_inputs(chunks, arrays)))
+        if self.graphs is not None and self._is_plain_decode(chunks, arrays) and self._replay(chunks, arrays, pending):
+            return
+        pools = [self._is_pooling(chunk) for chunk in chunks]
+        sampling = [i for i, chunk in enumerate(chunks) if chunk.is_last and not pools[i]]
+        sampled_slots = arrays.slots[sampling]
+        fields = host_fields(arrays, arrays.starts[1:][sampling] - 1, sampled_slots)
+        tensors = self._buffers.upload(fields)
+        hidden = _hidden_states(self._driver.forward(self._step_inputs(chunks, arrays, tensors)))
         if self._reporting:
-            self._report_prompt(chunks, arrays, hidden, result)
-        last = [i for i, chunk in enumerate(chunks) if chunk.is_last]
-        sampling = []
-        for i in last:
-            if self._reporting and self._batch[chunks[i].request_id].request.pooling:
-                result.pooled[chunks[i].request_id] = self._pooler.finish(chunks[i].request_id)
-            else:
-                sampling.append(i)
-        if sampling:
-            self._sample(chunks, arrays, hidden, sampling, result)
+            self._report_prompt(chunks, arrays, hidden, pending)
+        for chunk, is_pooling in zip(chunks, pools, strict=True):
+            if is_pooling and chunk.is_last:
+                pending.pooled[chunk.request_id] = HostCopy([self._pooler.finish(chunk.request_id)])
+        if not sampling:
+            return
+        if len(sampling) != len(hidden):
+            hidden = hidden[tensors.sampled_rows]
+        metadata = SamplingMetadata(len(sampling), state=self._sampling, slots=sampled_slots)
+        logits = self._model.compute_logits(hidden, metadata)
+        states = [self._batch[chunks[i].request_id] for i in sampling]
+        rows = self._sample(states, arrays.seq_lens[sampling].astype(np.int64), logits)
+        if self._keeps_tokens:
+            self._last_tokens.index_copy_(0, tensors.sampled_slots, rows.output.sampled_token_ids)
+        pending.sampled.append(rows)
 
-    def _step_inputs(self, chunks: list[ScheduledChunk], arrays: StepArrays) -> StepInputs:
+    def _is_pooling(self, chunk: ScheduledChunk) -> bool:
+        return bool(self._reporting) and self._batch[chunk.request_id].request.pooling
+
+    def _is_plain_decode(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays) -> bool:
+        """Whether every chunk is a single row of text that a token is sampled after, and nothing else is wanted."""
+        if len(arrays.token_ids) != len(chunks) or self._reporting:
+            return False
+        return all(
+            chunk.is_last and chunk.num_computed_tokens >= self._batch[chunk.request_id].media_end for chunk in chunks
+        )
+
+    def _replay(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, pending: PendingStep) -> bool:
+        """Run a pass of decodes as a graph; False: there is none for so many."""
+        assert self.graphs is not None
+        decoded = self.graphs.run(arrays)
+        if decoded is None:
+            return False
+        states = [self._batch[chunk.request_id] for chunk in chunks]
+        positions = arrays.seq_lens.astype(np.int64)
+        if len(self._constrained) == 0 and self._sampling.is_plain[arrays.slots].all():
+            rows = self._begin_rows(states, arrays.slots, positions, decoded.best)
+        else:
+            rows = self._sample(states, positions, decoded.logits)
+            self._last_tokens.index_copy_(0, decoded.slots, rows.output.sampled_token_ids)
+        pending.sampled.append(rows)
+        return True
+
+    def _step_inputs(self, chunks: list[ScheduledChunk], arrays: StepArrays, tensors: StepTensors) -> StepInputs:
         pieces = [
             (row, piece)
             for chunk, row in zip(chunks, arrays.starts.tolist(), strict=False)
@@ -219,21 +376,33 @@ class ModelRunner:
             items = [piece.item for _, piece in pieces]
             maps = index_maps(items, chunks[0].num_computed_tokens)
             kwargs = self._media_kwargs(items)
+        if self._block_tables is None:
+            block_table = torch.from_numpy(self._batch.block_table(arrays))
+        else:
+            block_table = self._block_tables.tables[:, : arrays.max_blocks].index_select(0, tensors.slots)
         return StepInputs(
-            input_ids=self._to_device(arrays.token_ids),
-            positions=self._to_device(arrays.positions),
+            input_ids=self._input_ids(tensors),
+            positions=tensors.positions,
             kv_caches=self._kv_caches,
-            attn_metadata=AttentionMetadata.from_numpy(
+            attn_metadata=AttentionMetadata.of_step(
                 arrays.query_lens,
                 arrays.seq_lens,
-                arrays.block_table,
-                arrays.slot_mapping,
-                device=self._device,
+                cu_seqlens_q=tensors.cu_seqlens,
+                seq_lens_on_device=tensors.seq_lens,
+                block_table=block_table,
+                slot_mapping=tensors.slot_mapping,
                 multi_modal_placeholder_index_maps=maps,
             ),
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,
         )
+
+    def _input_ids(self, tensors: StepTensors) -> torch.Tensor:
+        """The rows' token ids, those that the host hasn't seen included."""
+        if tensors.pending_slots is None:
+            return tensors.token_ids
+        sampled = self._last_tokens[tensors.pending_slots.clamp(min=0)]
+        return torch.where(tensors.pending_slots >= 0, sampled, tensors.token_ids)
 
     def _media_kwargs(self, items: Sequence[MediaItem]) -> dict[str, Any]:
         """The arguments of whole items, per modality in prompt order."""
@@ -252,54 +421,34 @@ class ModelRunner:
             assert encoded is not None, f"rows of {piece.item.key} are scheduled but were not encoded"
             index.append(piece.chunk_rows + start)
             rows.append(encoded)
-        flat_index = torch.from_numpy(np.concatenate(index).astype(np.int64, copy=False)).to(self._device)
+        flat_index = torch.from_numpy(np.concatenate(index).astype(np.int64, copy=False))
+        if self._device.type != "cpu":
+            flat_index = flat_index.pin_memory().to(self._device, non_blocking=True)
         return MediaRows(flat_index, rows[0] if len(rows) == 1 else torch.cat(rows))
 
-    def _to_device(self, array: np.ndarray[Any, np.dtype[np.int64]]) -> torch.Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self._device.type == "cpu":
-            return tensor
-        return tensor.pin_memory().to(self._device, non_blocking=True)
-
-    def _sample(
-        self,
-        chunks: list[ScheduledChunk],
-        arrays: StepArrays,
-        hidden: torch.Tensor,
-        sampling: list[int],
-        result: _StepResult,
-    ) -> None:
-        """Sample a token for each of these chunks from the row of its last position."""
-        rows = arrays.starts[1:][sampling] - 1
-        if len(rows) != len(hidden):
-            hidden = hidden[torch.from_numpy(rows).to(self._device)]
-        slots = arrays.slots if len(sampling) == len(chunks) else arrays.slots[sampling]
-        metadata = SamplingMetadata(len(rows), state=self._sampling, slots=slots)
-        logits = self._model.compute_logits(hidden, metadata)
+    def _sample(self, states: list[SlotState], positions: Int64Array, logits: torch.Tensor) -> _SampledRows:
+        """Sample a token for each of these requests, given its row of the logits and the token's position."""
+        slots = np.fromiter((state.slot for state in states), np.int64, len(states))
         masks = self._constrained.masks(slots)  # computed while the model ran
         token_mask = None if masks is None else TokenMask(masks.rows, masks.words)
         output = self._sampler.sample(logits, self._sampling, slots, token_mask)
-        token_ids = output.sampled_token_ids.cpu().numpy()
-        # A row that failed gets a token here too; its request ends, so nobody reads it.
-        self._batch.append_sampled(slots, arrays.seq_lens[sampling].astype(np.int64), token_ids)
-        self._sampling.append_each(slots, token_ids)
-        self._constrained.append_each(slots, token_ids)
-        self._constrained.flush()
-        failed, logprobs = output.failed_rows, output.logprobs
-        for row, (i, token_id) in enumerate(zip(sampling, token_ids.tolist(), strict=True)):
-            request_id = chunks[i].request_id
-            if masks is not None and row in masks.complete_rows:
-                result.complete.add(request_id)
-                continue
-            if row in failed or (masks is not None and row in masks.failures):
-                result.failures[request_id] = _row_failure(row, masks)
-                continue
-            result.sampled[request_id] = [token_id]
-            if logprobs is not None and (entry := logprobs[row]) is not None:
-                result.logprobs[request_id] = [entry]
+        return self._begin_rows(states, slots, positions, output, masks)
+
+    def _begin_rows(
+        self,
+        states: list[SlotState],
+        slots: Int64Array,
+        positions: Int64Array,
+        output: SamplerOutput,
+        masks: RowMasks | None = None,
+    ) -> _SampledRows:
+        """Count the sampled tokens, and begin to bring them to the host."""
+        output.fetch()
+        self._sampling.advance(slots)
+        return _SampledRows(states, slots, positions, output, masks)
 
     def _report_prompt(
-        self, chunks: list[ScheduledChunk], arrays: StepArrays, hidden: torch.Tensor, result: _StepResult
+        self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, hidden: torch.Tensor, pending: PendingStep
     ) -> None:
         """Prompt log probabilities and pooling, for the chunks that asked for them."""
         for i, chunk in enumerate(chunks):
@@ -317,7 +466,7 @@ class ModelRunner:
             followed = hidden[rows][: len(targets)]
             metadata = SamplingMetadata(len(targets))
             logits = self._model.compute_logits(followed, metadata)
-            result.prompt_logprobs[chunk.request_id] = prompt_logprobs(logits, targets, top)
+            pending.prompt_logprobs[chunk.request_id] = PromptLogprobs(logits, targets, top)
 
 
 def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from sensorium.config import PoolerConfig
@@ -40,14 +37,11 @@ class Pooler:
             vector = hidden[-1].float()
         self._pools[request_id] = _Pool(vector, (pool.num_rows if pool else 0) + len(hidden))
 
-    def finish(self, request_id: str) -> npt.NDArray[np.float32]:
-        """The request's vector `(hidden_size,)`; forgets the request."""
+    def finish(self, request_id: str) -> torch.Tensor:
+        """The request's vector `(hidden_size,)` float32; forgets the request."""
         pool = self._pools.pop(request_id)
         vector = pool.vector / pool.num_rows if self._config.pooling_type == "mean" else pool.vector
-        if self._config.normalize:
-            vector = torch.nn.functional.normalize(vector, dim=0)
-        result: npt.NDArray[Any] = vector.cpu().numpy()
-        return result
+        return torch.nn.functional.normalize(vector, dim=0) if self._config.normalize else vector
 
     def remove(self, request_id: str) -> None:
         """Forget a request that ended before its last chunk."""

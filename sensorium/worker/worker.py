@@ -14,20 +14,21 @@ from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.inputs import INPUT_REGISTRY
 from sensorium.logger import get_logger
-from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
+from sensorium.messages import LoadReport, SchedulerOutput
 from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.worker import kv_cache
+from sensorium.worker.decode_graphs import CudaGraphCapture, GraphCapture
 from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
-from sensorium.worker.model_runner import ModelRunner
+from sensorium.worker.model_runner import ModelRunner, PendingStep
 from sensorium.worker.probe import probe_model
 
 logger = get_logger(__name__)
 
 
 class Worker:
-    """Owns every tensor of one device. `load` once, then `execute` step by step."""
+    """Owns every tensor of one device. `load` once, then `submit` step by step."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._config = config
@@ -100,8 +101,18 @@ class Worker:
             )
             block_size = config.cache_config.block_size
             caches = kv_cache.allocate(shapes, num_blocks, block_size, dtype, self._device)
-        self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device)
+        capture = self._graph_capture()
+        self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device, capture)
+        if self._runner.graphs is not None:
+            with self._stage("record"):
+                self._runner.graphs.prepare()
         return self._report(features, num_blocks, caches)
+
+    def _graph_capture(self) -> GraphCapture | None:
+        """What records passes on this device; None: every pass runs call by call."""
+        if self._device.type != "cuda" or self._config.device_config.enforce_eager:
+            return None
+        return CudaGraphCapture()
 
     def _report(self, features: ModelFeatures, num_blocks: int, caches: list[torch.Tensor]) -> LoadReport:
         model_config = self._config.model_config
@@ -121,7 +132,19 @@ class Worker:
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
             weights=weights_line(self.model),
+            steps=self._steps_line(),
         )
+
+    def _steps_line(self) -> str:
+        if self._device.type == "cpu":
+            return ""
+        in_flight = f"{self._config.scheduler_config.max_steps_in_flight} in flight"
+        graphs = self.runner.graphs
+        if graphs is None:
+            return f"{in_flight}, call by call"
+        if graphs.refusal is not None:
+            return f"{in_flight}, call by call, because decodes can't be recorded: {graphs.refusal}"
+        return f"{in_flight}, decodes as CUDA graphs"
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:
@@ -129,9 +152,9 @@ class Worker:
         yield
         self._seconds[name] = time.perf_counter() - begin
 
-    def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
-        """Run one step."""
-        return self.runner.execute(step)
+    def submit(self, step: SchedulerOutput) -> PendingStep:
+        """Begin a step."""
+        return self.runner.submit(step)
 
     def shutdown(self) -> None:
         """Drop the model and the caches."""

@@ -12,7 +12,10 @@ from typing import Any
 
 import pytest
 
+from sensorium.worker.worker import Worker
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.device import TEST_DEVICE
+from tests.helpers.graphs import HostReplay
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
 
@@ -30,9 +33,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "max_num_batched_tokens": 48,
         "num_blocks": 64,
     },
+    "two steps in flight, priorities": {
+        "max_steps_in_flight": 2,
+        "max_num_batched_tokens": 100,
+        "scheduling_policy": "priority",
+        "num_blocks": 56,
+    },
+    "three steps in flight, decodes replayed": {
+        "max_steps_in_flight": 3,
+        "max_num_batched_tokens": 512,
+        "encoder_cache_rows": 40,
+        "num_blocks": 44,
+    },
 }
 
-PREEMPTS = ("chunks of 100, priorities", "chunks of 512, small encoder cache")
+PREEMPTS = ("chunks of 100, priorities", "chunks of 512, small encoder cache", "two steps in flight, priorities")
+REPLAYS = "three steps in flight, decodes replayed"
 
 
 @cache
@@ -50,8 +66,11 @@ def test_there_are_two_hundred_requests() -> None:
 
 @pytest.mark.parametrize("settings", SETTINGS)
 @pytest.mark.parametrize("family", NUM_REQUESTS)
-def test_survivors_are_undisturbed(family: str, settings: str) -> None:
+def test_survivors_are_undisturbed(family: str, settings: str, monkeypatch: pytest.MonkeyPatch) -> None:
     plan, reference = plan_and_reference(family)
+    capture = HostReplay()
+    if settings == REPLAYS and TEST_DEVICE == "cpu":
+        monkeypatch.setattr(Worker, "_graph_capture", lambda worker: capture)
     engine = make_engine(
         make_checkpoint(family), limit_mm_per_prompt=limits(family), block_size=8, **SETTINGS[settings]
     )
@@ -69,5 +88,8 @@ def test_survivors_are_undisturbed(family: str, settings: str) -> None:
     runner = engine.core.executor.worker.runner  # type: ignore[attr-defined]
     assert runner.num_requests == 0
     assert engine.outputs.num_requests == 0
+    if settings == REPLAYS:
+        assert capture.num_replays > 50 or TEST_DEVICE != "cpu"
+        assert runner.graphs.refusal is None
     if settings in PREEMPTS:
         assert engine.core.stats().num_preemptions > 0, "the pool is meant to be too small"

@@ -8,6 +8,7 @@ import pytest
 
 from sensorium import EngineArgs, LLMEngine, SamplingParams
 from sensorium.errors import EngineDeadError, InvalidRequestError
+from sensorium.messages import ModelRunnerOutput
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.serving import Planned, make_engine, serve
 
@@ -48,13 +49,21 @@ def test_the_worker_holds_nothing_once_the_last_request_ended(checkpoint: Path) 
     assert runner.num_requests == 0
 
 
-def test_a_worker_that_can_not_go_on_ends_the_engine_with_one_clear_error(checkpoint: Path) -> None:
-    engine = LLMEngine.from_engine_args(EngineArgs(model=str(checkpoint), device="cpu", num_blocks=64))
-
-    def broken(step: object) -> None:
+class LostStep:
+    def result(self) -> ModelRunnerOutput:
         raise MemoryError("the device is gone")
 
-    engine.core.executor.execute = broken  # type: ignore[method-assign,assignment]
+
+@pytest.mark.parametrize("fails_at", ["submit", "result"])
+def test_a_worker_that_can_not_go_on_ends_the_engine_with_one_clear_error(checkpoint: Path, fails_at: str) -> None:
+    engine = LLMEngine.from_engine_args(EngineArgs(model=str(checkpoint), device="cpu", num_blocks=64))
+
+    def broken(step: object) -> LostStep:
+        if fails_at == "submit":
+            raise MemoryError("the device is gone")
+        return LostStep()
+
+    engine.core.executor.submit = broken  # type: ignore[method-assign,assignment]
     engine.add_request("a", "hello")
     for _ in range(2):
         with pytest.raises(EngineDeadError, match="Restart it"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -24,7 +25,7 @@ from transformers import (
 
 from sensorium.errors import ModelError
 from sensorium.model_executor import sampling_ops
-from sensorium.model_executor.layers.sampler import Sampler, SamplerOutput, get_sampler, prompt_logprobs
+from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, get_sampler
 from sensorium.model_executor.sampling_metadata import SamplingMetadata, SamplingState
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
@@ -32,6 +33,13 @@ from sensorium.sampling_params import SamplingParams, mix64
 VOCAB = 61
 EOS = 2
 GREEDY = SamplingParams(temperature=0)
+
+
+def _append(state: SamplingState, slot: int, token_ids: Sequence[int]) -> None:
+    """These tokens were sampled in a slot, one after the other."""
+    for token_id in token_ids:
+        state.advance(np.array([slot]))
+        state.append(np.array([slot]), np.array([token_id]))
 
 
 def _logits(*shape: int, seed: int = 0, scale: float = 2.0) -> torch.Tensor:
@@ -231,7 +239,7 @@ def test_positions_of_a_request_have_randomness_of_their_own() -> None:
     state, tokens = _state(SamplingParams(seed=3), vocab_size=1000), list[int]()
     for _ in range(10):
         tokens += _sample(torch.zeros(1, 1000), state)
-        state.append(0, tokens[-1:])
+        _append(state, 0, tokens[-1:])
     assert len(set(tokens)) > 7
 
 
@@ -297,7 +305,7 @@ def test_penalties_equal_their_definition(
     state = SamplingState(2, VOCAB)
     state.add(0, GREEDY, prompt)
     state.add(1, params, prompt, output[:5])
-    state.append(1, output[5:])
+    _append(state, 1, output[5:])
     logits = _logits(2, VOCAB)
     edited = _edited(logits, state)
     assert torch.equal(edited[0], logits[0])
@@ -312,7 +320,7 @@ def test_penalties_equal_their_definition(
 def test_presence_and_frequency_penalties_leave_the_prompt_alone() -> None:
     state = SamplingState(1, VOCAB)
     state.add(0, SamplingParams(presence_penalty=1.0), prompt_token_ids=[4, 5])
-    state.append(0, [6])
+    _append(state, 0, [6])
     logits = _logits(1, VOCAB)
     assert (_edited(logits, state) != logits).nonzero()[:, 1].tolist() == [6]
 
@@ -336,7 +344,7 @@ def test_bad_words_equal_hugging_face(words: list[list[int]], prompt: list[int],
     half = len(output) // 2
     state.add(0, SamplingParams(bad_words_token_ids=words), prompt, output[:half])
     for token_id in output[half:]:
-        state.append(0, [token_id])
+        _append(state, 0, [token_id])
     logits = _logits(1, VOCAB)
     expected = NoBadWordsLogitsProcessor(words)(torch.tensor([prompt + output]), logits.clone())
     assert torch.equal(_edited(logits, state), expected)
@@ -350,7 +358,7 @@ def test_min_tokens_equals_hugging_face() -> None:
     for num_output in range(3):
         expected = processor(torch.ones(1, 3 + num_output, dtype=torch.long), logits)
         assert torch.equal(_edited(logits, state), expected)
-        state.append(0, [1])
+        _append(state, 0, [1])
     assert state.edits(np.arange(1)) is None
     assert state.is_plain[0]  # from here on an argmax is all again
 
@@ -458,7 +466,7 @@ def test_tokens_depend_on_the_request_alone(params: list[SamplingParams], order:
         state.add(0, params[i], [7, 8, i], eos_token_ids=[EOS])
         for step in range(num_steps):
             tokens += _sample(tables[i][step : step + 1].clone(), state)
-            state.append(0, tokens[-1:])
+            _append(state, 0, tokens[-1:])
         return tokens
 
     state = SamplingState(16, vocab_size, seed=9)
@@ -472,7 +480,7 @@ def test_tokens_depend_on_the_request_alone(params: list[SamplingParams], order:
         logits = torch.stack([tables[i][len(outputs[i])] for i in running])
         for i, token_id in zip(running, _sample(logits, state, [slots[i] for i in running]), strict=True):
             outputs[i].append(token_id)
-            state.append(slots[i], [token_id])
+            _append(state, slots[i], [token_id])
         if data.draw(st.booleans()):
             i = order.randrange(len(params))
             state.remove(slots[i])
@@ -576,7 +584,7 @@ def test_prompt_logprobs() -> None:
     token_ids = [*range(70), -3, VOCAB]
     token_ids[61:70] = [5] * 9
     logits = _logits(len(token_ids), VOCAB)
-    reports = prompt_logprobs(logits, token_ids, 2)
+    reports = PromptLogprobs(logits, token_ids, 2).messages()
     assert [report.token_id for report in reports] == token_ids
     expected = logits.log_softmax(-1)
     for i in range(70):

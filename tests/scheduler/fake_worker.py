@@ -106,6 +106,8 @@ class Slot:
     block_ids: list[int] = field(default_factory=list)
     computed: int | None = None
     has_sampled: bool = False
+    has_failed: bool = False
+    """A chunk failed. Steps that were in flight then may still bring chunks of the request."""
 
 
 class FakeWorker:
@@ -130,6 +132,8 @@ class FakeWorker:
         self.rng = rng or Random(0)
         self.kv = [[POISON] * block_size for _ in range(num_blocks)]
         self.rows: dict[str, list[Value]] = {}
+        self.bad_keys: set[str] = set()
+        """Items that could not be encoded, until the scheduler has heard of it and frees them."""
         self.slots: dict[str, Slot] = {}
         self.injected: set[str] = set()
         """Requests that were failed at random."""
@@ -139,12 +143,18 @@ class FakeWorker:
     def execute(self, step: SchedulerOutput) -> ModelRunnerOutput:
         self._take_in(step)
         bad_keys = self._encode(step)
-        for chunk in step.chunks:
-            self._check_chunk(chunk)
-        self._check_order_and_writes(step.chunks)
         encode_s, forward_s = self.seconds(step)
         result = ModelRunnerOutput({}, {}, {}, {}, {}, encode_s, forward_s)
+        chunks = []
         for chunk in step.chunks:
+            if self.slots[chunk.request_id].has_failed:
+                result.failures[chunk.request_id] = RequestFailure("it failed before")  # type: ignore[index]
+            else:
+                chunks.append(chunk)
+        for chunk in chunks:
+            self._check_chunk(chunk)
+        self._check_order_and_writes(chunks)
+        for chunk in chunks:
             self._run(chunk, bad_keys, result)
         return result
 
@@ -159,6 +169,7 @@ class FakeWorker:
         assert len(self.slots) <= self.max_num_seqs
         for key in step.free_encoder_keys:
             self.rows.pop(key, None)
+            self.bad_keys.discard(key)
         assert {n.request.request_id for n in step.new_requests} <= {c.request_id for c in step.chunks}
         assert step.num_scheduled_tokens == sum(c.num_scheduled_tokens for c in step.chunks)
 
@@ -228,7 +239,8 @@ class FakeWorker:
         slot = self.slots[chunk.request_id]
         request = slot.sequence.request
         begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
-        is_bad = any(item.key in bad_keys for item in request.media)
+        self.bad_keys |= bad_keys
+        is_bad = any(item.key in self.bad_keys for item in request.media)
         if not self.splits_media:  # the forward pass itself encodes
             is_bad = any(i.key.startswith("bad") and i.offset < end and begin < i.end for i in request.media)
         is_injected = self.rng.random() < self.failure_rate
@@ -237,6 +249,7 @@ class FakeWorker:
                 self.injected.add(chunk.request_id)
             for position in range(begin, end):
                 self._write(slot, position, POISON)
+            slot.has_failed = True
             result.failures[chunk.request_id] = RequestFailure("injected")  # type: ignore[index]
             return
         state = self._read(slot, begin - 1) if begin else ROOT

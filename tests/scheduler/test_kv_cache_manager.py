@@ -14,7 +14,7 @@ def make_state(tokens: list[int], **kwargs: object) -> RequestState:
 def compute(manager: KVCacheManager, state: RequestState, num_tokens: int) -> None:
     """What a step does that brings the request to `num_tokens` computed tokens."""
     manager.allocate(state, num_tokens)
-    state.num_computed_tokens = num_tokens
+    state.num_computed_tokens = state.num_settled_tokens = num_tokens
     manager.commit(state)
 
 
@@ -35,7 +35,7 @@ def test_a_prefix_is_found_when_it_is_committed_and_not_before() -> None:
     manager, first, second = make_manager(), make_state([1] * 10), make_state([1] * 10)
     manager.allocate(first, 10)
     assert manager.find_prefix(second) == []
-    first.num_computed_tokens = 10
+    first.num_computed_tokens = first.num_settled_tokens = 10
     assert manager.find_prefix(second) == []
     manager.commit(first)
     assert manager.find_prefix(second) == first.block_ids[:2], "two full blocks; the third is not full"
@@ -85,7 +85,7 @@ def test_the_same_content_computed_twice_is_kept_once() -> None:
     manager, first, second = make_manager(), make_state([1] * 9), make_state([1] * 9)
     for state in (first, second):
         manager.allocate(state, 9)
-        state.num_computed_tokens = 9
+        state.num_computed_tokens = state.num_settled_tokens = 9
     manager.commit(first)
     manager.commit(second)
     assert manager.find_prefix(make_state([1] * 9)) == first.block_ids[:2]
@@ -111,7 +111,7 @@ def test_a_reset_forgets_what_is_known_and_what_running_requests_will_compute() 
     assert manager.pool.num_cached == 0
     manager.release(running)
     manager.allocate(running, 4)
-    running.num_computed_tokens = 4
+    running.num_computed_tokens = running.num_settled_tokens = 4
     manager.commit(running)
     assert manager.pool.num_cached == 1, "computed anew after a preemption, it is shared again"
 

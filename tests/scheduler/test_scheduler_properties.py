@@ -48,6 +48,7 @@ class Scenario:
     failure_rate: float
     abort_rate: float
     max_sampled: int
+    max_steps_in_flight: int
     token_s: float | None
 
     @property
@@ -58,6 +59,7 @@ class Scenario:
             max_num_encoder_rows=self.max_num_encoder_rows,
             enable_chunked_prefill=self.enable_chunked_prefill,
             policy=self.policy,
+            max_steps_in_flight=1 if self.max_sampled > 1 else self.max_steps_in_flight,
         )
         cache = CacheConfig(
             block_size=self.block_size,
@@ -92,6 +94,7 @@ scenarios = st.builds(
     failure_rate=st.sampled_from([0.0, 0.0, 0.01, 0.1]),
     abort_rate=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
     max_sampled=st.sampled_from([1, 1, 3]),
+    max_steps_in_flight=st.sampled_from([1, 2, 3]),
     token_s=st.sampled_from([None, 1e-4, 1e-2]),
 )
 
@@ -118,6 +121,7 @@ def random_request(rng: Random, request_id: str, max_len: int, kinds: Sequence[s
         prompt_logprobs=0 if rng.random() < 0.15 else None,
         priority=rng.randint(0, 2),
         pooling=rng.random() < 0.1,
+        repetition_penalty=1.1 if rng.random() < 0.1 else 1.0,
     )
 
 

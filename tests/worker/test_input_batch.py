@@ -44,7 +44,7 @@ def test_gathers_a_decode_and_a_prefill_chunk_into_one_flat_batch() -> None:
     assert arrays.starts.tolist() == [0, 1, 4]
     assert arrays.query_lens.tolist() == [1, 3]
     assert arrays.seq_lens.tolist() == [6, 4]
-    assert arrays.block_table[0].tolist() == [7, 2]
+    assert batch.block_table(arrays)[0].tolist() == [7, 2]
 
 
 def test_a_freed_slot_is_given_to_the_next_request_without_its_past() -> None:

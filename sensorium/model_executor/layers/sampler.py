@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,6 +18,7 @@ from torch import nn
 
 from sensorium.errors import ModelError
 from sensorium.messages import TokenLogprobs
+from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.sampling_metadata import (
     NO_LOGPROBS,
     IntArray,
@@ -26,7 +28,7 @@ from sensorium.model_executor.sampling_metadata import (
 from sensorium.model_executor.sampling_ops import RowParams, best_tokens, draw_tokens, token_logprobs
 from sensorium.model_executor.token_mask import TokenMask
 
-__all__ = ["Sampler", "SamplerOutput", "SamplingState", "get_sampler", "prompt_logprobs"]
+__all__ = ["PromptLogprobs", "Sampler", "SamplerOutput", "SamplingState", "get_sampler"]
 
 _PROMPT_ROWS_AT_ONCE = 64
 """Bounds the scratch memory of prompt log probabilities."""
@@ -44,9 +46,10 @@ class _Report:
 
 
 class SamplerOutput:
-    """One step's tokens. They lie on the device; asking for `failed_rows` or `logprobs` waits for it.
+    """One step's tokens. They lie on the device; asking for anything else than `sampled_token_ids` waits for it.
 
-    As a sequence it holds each row's token id as a number.
+    As a sequence it holds each row's token id as a number. `fetch` begins to bring the results to the host, so that
+    work which the device gets later isn't waited for, and may overwrite them.
     """
 
     def __init__(
@@ -56,11 +59,31 @@ class SamplerOutput:
         """`(num_rows,)` int64. For a row that failed, any id of the vocabulary."""
         self._best_logits = best_logits
         self._report = report
+        self._copy: HostCopy | None = None
+
+    def fetch(self) -> None:
+        """Begin to copy everything to the host, if that has not begun."""
+        if self._copy is None:
+            tensors = () if self._report is None else self._report.tensors
+            self._copy = HostCopy([self.sampled_token_ids, self._best_logits, *tensors])
+
+    @cached_property
+    def _on_host(self) -> tuple[torch.Tensor, ...]:
+        """Token ids, best logits, and the report's tensors if there is one."""
+        self.fetch()
+        assert self._copy is not None
+        return self._copy.wait()
+
+    @property
+    def token_ids(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        """`(num_rows,)`: `sampled_token_ids` on the host."""
+        token_ids: np.ndarray[Any, np.dtype[np.int64]] = self._on_host[0].numpy()
+        return token_ids
 
     @cached_property
     def failed_rows(self) -> frozenset[int]:
         """Rows without a token to choose: a logit is NaN or infinite, or every token is forbidden."""
-        finite = np.isfinite(self._best_logits.cpu().numpy())
+        finite = np.isfinite(self._on_host[1].numpy())
         return frozenset() if finite.all() else frozenset(np.flatnonzero(~finite).tolist())
 
     @cached_property
@@ -69,9 +92,9 @@ class SamplerOutput:
         if self._report is None:
             return None
         entries: list[TokenLogprobs | None] = [None] * len(self)
-        token_ids = self.sampled_token_ids.tolist()
+        token_ids = self.token_ids.tolist()
         rows = self._report.rows.tolist()
-        messages = _messages([token_ids[row] for row in rows], self._report.num_best, self._report.tensors)
+        messages = _messages([token_ids[row] for row in rows], self._report.num_best, self._on_host[2:])
         for row, message in zip(rows, messages, strict=True):
             entries[row] = message
         return entries
@@ -80,7 +103,7 @@ class SamplerOutput:
         return len(self.sampled_token_ids)
 
     def __getitem__(self, row: int) -> int:
-        return int(self.sampled_token_ids[row])
+        return int(self.token_ids[row])
 
 
 class Sampler(nn.Module):
@@ -144,22 +167,33 @@ def get_sampler() -> Sampler:
     return Sampler()
 
 
-@torch.inference_mode()
-def prompt_logprobs(logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> list[TokenLogprobs]:
-    """Log probabilities of prompt tokens.
+class PromptLogprobs:
+    """Log probabilities of prompt tokens, computed and on their way to the host.
 
     `logits` `(num_rows, vocab_size)`: row `i` predicts `token_ids[i]`. An id outside the vocabulary, as media
     placeholders have, gets rank 0 and a log probability of minus infinity.
     """
-    vocab_size = logits.shape[1]
-    messages: list[TokenLogprobs] = []
-    for start in range(0, len(token_ids), _PROMPT_ROWS_AT_ONCE):
-        part = list(token_ids[start : start + _PROMPT_ROWS_AT_ONCE])
-        known = torch.tensor([i if 0 <= i < vocab_size else 0 for i in part], device=logits.device)
-        rows = logits[start : start + len(part)].detach().float()
-        tensors = token_logprobs(rows, known, min(num_best, vocab_size))
-        messages += _messages(part, np.full(len(part), num_best), tensors)
-    return [m if 0 <= m.token_id < vocab_size else TokenLogprobs(m.token_id, -np.inf, 0) for m in messages]
+
+    @torch.inference_mode()
+    def __init__(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> None:
+        self._token_ids = list(token_ids)
+        self._num_best = num_best
+        self._vocab_size = vocab_size = logits.shape[1]
+        self._parts: list[HostCopy] = []
+        for start in range(0, len(token_ids), _PROMPT_ROWS_AT_ONCE):
+            part = self._token_ids[start : start + _PROMPT_ROWS_AT_ONCE]
+            known = torch.tensor([i if 0 <= i < vocab_size else 0 for i in part], device=logits.device)
+            rows = logits[start : start + len(part)].detach().float()
+            self._parts.append(HostCopy(token_logprobs(rows, known, min(num_best, vocab_size))))
+
+    def messages(self) -> list[TokenLogprobs]:
+        """One entry for each token; waits for the device."""
+        entries: list[TokenLogprobs] = []
+        for part in self._parts:
+            token_ids = self._token_ids[len(entries) : len(entries) + _PROMPT_ROWS_AT_ONCE]
+            entries += _messages(token_ids, np.full(len(token_ids), self._num_best), part.wait())
+        is_known = range(self._vocab_size)
+        return [entry if entry.token_id in is_known else TokenLogprobs(entry.token_id, -np.inf, 0) for entry in entries]
 
 
 def _rows_of(logits: torch.Tensor, rows: IntArray) -> torch.Tensor:
@@ -190,7 +224,7 @@ def _report(raw: torch.Tensor, token_ids: torch.Tensor, reporting: IntArray, num
 def _messages(
     token_ids: Sequence[int],
     num_best: IntArray,
-    tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor],
+    tensors: tuple[torch.Tensor, ...],
 ) -> list[TokenLogprobs]:
     logprobs, ranks, best_logprobs, best_ids = (tensor.tolist() for tensor in tensors)
     return [
