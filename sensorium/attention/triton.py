@@ -1,18 +1,16 @@
-"""Attention on CUDA by the Triton kernel, which reads keys and values straight from their blocks."""
+"""Attention on CUDA by Triton kernels, which read keys and values straight from their blocks."""
 
 from __future__ import annotations
-
-from functools import cache
-from importlib.util import find_spec
 
 import torch
 
 from sensorium.attention.backend import AttentionSpec
 from sensorium.attention.metadata import AttentionMetadata
+from sensorium.kernels.gpu import has_triton
 
 
 class TritonBackend:
-    """Decodes and prefill chunks in one launch, without waiting for the device."""
+    """Decodes split over their keys, and tiles of prefill chunks, without waiting for the device."""
 
     name = "Triton"
     preferred_block_size = 16
@@ -21,7 +19,7 @@ class TritonBackend:
         """Needs CUDA, Triton and heads of an ordinary size."""
         if device_type != "cuda":
             return "it needs CUDA"
-        if not _has_triton():
+        if not has_triton():
             return "Triton is not installed"
         if spec.head_size > 256:
             return f"heads of {spec.head_size} channels are larger than 256"
@@ -37,9 +35,11 @@ class TritonBackend:
         spec: AttentionSpec,
     ) -> torch.Tensor:
         """See `AttentionBackend.paged`."""
-        from sensorium.kernels.triton_attention import paged_attention, write_kv
+        from sensorium.kernels.gpu.attention import paged_attention, write_kv
 
         write_kv(key, value, kv_cache, metadata.slot_mapping)
+        # In a captured step nothing else is known than that every sequence runs one token, or none.
+        is_decode = metadata.max_seqlen_q == 1
         return paged_attention(
             query,
             kv_cache,
@@ -49,7 +49,7 @@ class TritonBackend:
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,
-            max_seqlen_q=metadata.max_seqlen_q,
+            num_decodes=metadata.num_seqs if is_decode else metadata.num_leading_decodes,
         )
 
     def varlen(
@@ -64,7 +64,7 @@ class TritonBackend:
         key_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `AttentionBackend.varlen`."""
-        from sensorium.kernels.triton_attention import varlen_attention
+        from sensorium.kernels.gpu.attention import varlen_attention
 
         return varlen_attention(
             query,
@@ -77,8 +77,3 @@ class TritonBackend:
             window=spec.window,
             softcap=spec.softcap,
         )
-
-
-@cache
-def _has_triton() -> bool:
-    return find_spec("triton") is not None

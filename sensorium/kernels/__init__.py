@@ -6,22 +6,24 @@ it is.
 """
 
 from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_and_mul
-from sensorium.kernels.argmax import greedy_argmax
+from sensorium.kernels.argmax import greedy_argmax, largest
 from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear
 from sensorium.kernels.native import claim_threads, native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
 from sensorium.kernels.quantized_linear import QuantizedWeight, quantize, quantized_linear
-from sensorium.kernels.rotary import rotary_embedding
+from sensorium.kernels.rotary import Rotation, rotary_embedding, rotate_and_write_kv
 
 __all__ = [
     "PackedWeight",
     "QuantizedWeight",
+    "Rotation",
     "add_rms_norm",
     "claim_threads",
     "gelu",
     "gelu_and_mul",
     "greedy_argmax",
+    "largest",
     "native_refusal",
     "pack",
     "packed_linear",
@@ -31,6 +33,7 @@ __all__ = [
     "quick_gelu",
     "rms_norm",
     "rotary_embedding",
+    "rotate_and_write_kv",
     "silu_and_mul",
     "varlen_attention",
     "write_kv",

@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch.nn import functional as F
 
+from sensorium.kernels.gpu import on_gpu
 from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, rows_of
 
-# The codes of `enum activation` in elementwise.c.
+# The codes of `enum activation` in elementwise.c, and the names of the GPU kernel.
 _SILU, _GELU, _GELU_TANH, _QUICK_GELU = range(4)
+_NAMES = ("silu", "gelu", "gelu_tanh", "quick_gelu")
 
 
 def silu_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
@@ -19,7 +21,7 @@ def silu_and_mul_reference(x: torch.Tensor) -> torch.Tensor:
 
 def silu_and_mul(x: torch.Tensor) -> torch.Tensor:
     """See `silu_and_mul_reference`."""
-    out = _native(x, _SILU, gated=True)
+    out = _fused(x, _SILU, gated=True)
     return silu_and_mul_reference(x) if out is None else out
 
 
@@ -31,7 +33,7 @@ def gelu_and_mul_reference(x: torch.Tensor, approximate: str = "none") -> torch.
 
 def gelu_and_mul(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """See `gelu_and_mul_reference`."""
-    out = _native(x, _GELU_TANH if approximate == "tanh" else _GELU, gated=True)
+    out = _fused(x, _GELU_TANH if approximate == "tanh" else _GELU, gated=True)
     return gelu_and_mul_reference(x, approximate) if out is None else out
 
 
@@ -42,7 +44,7 @@ def gelu_reference(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
 
 def gelu(x: torch.Tensor, approximate: str = "none") -> torch.Tensor:
     """See `gelu_reference`."""
-    out = _native(x, _GELU_TANH if approximate == "tanh" else _GELU, gated=False)
+    out = _fused(x, _GELU_TANH if approximate == "tanh" else _GELU, gated=False)
     return gelu_reference(x, approximate) if out is None else out
 
 
@@ -54,15 +56,15 @@ def quick_gelu_reference(x: torch.Tensor) -> torch.Tensor:
 
 def quick_gelu(x: torch.Tensor) -> torch.Tensor:
     """See `quick_gelu_reference`."""
-    out = _native(x, _QUICK_GELU, gated=False)
+    out = _fused(x, _QUICK_GELU, gated=False)
     return quick_gelu_reference(x) if out is None else out
 
 
-def _native(x: torch.Tensor, kind: int, *, gated: bool) -> torch.Tensor | None:
-    """The activation by the native kernel, or `None` where there is none for `x`."""
+def _fused(x: torch.Tensor, kind: int, *, gated: bool) -> torch.Tensor | None:
+    """The activation in one pass, or `None` where no kernel takes `x`."""
     native = native_for(x)
     if native is None:
-        return None
+        return _on_gpu(x, _NAMES[kind], gated=gated) if on_gpu(x) else None
     rows = rows_of(x)
     num_rows, size = rows.shape
     size = size // 2 if gated else size
@@ -72,3 +74,9 @@ def _native(x: torch.Tensor, kind: int, *, gated: bool) -> torch.Tensor | None:
         *(kind, gated, DTYPE_CODES[x.dtype], num_threads()),
     )
     return out
+
+
+def _on_gpu(x: torch.Tensor, kind: str, *, gated: bool) -> torch.Tensor:
+    from sensorium.kernels.gpu.activation import activate
+
+    return activate(x, kind, gated=gated)

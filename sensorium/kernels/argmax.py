@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from sensorium.kernels.gpu import on_gpu
 from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, rows_of
 
 
@@ -23,7 +24,7 @@ def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
     """See `greedy_argmax_reference`."""
     native = native_for(logits)
     if native is None:
-        return greedy_argmax_reference(logits)
+        return _gpu_largest(logits)[0] if on_gpu(logits) else greedy_argmax_reference(logits)
     rows = rows_of(logits)
     num_rows, vocab_size = rows.shape
     out = torch.empty(num_rows, dtype=torch.int64)
@@ -32,3 +33,23 @@ def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
         *(DTYPE_CODES[logits.dtype], num_threads()),
     )
     return out
+
+
+def largest_reference(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """The indices of `greedy_argmax_reference`, and the values there as float32 `(rows,)`."""
+    ids = greedy_argmax_reference(logits)
+    return ids, logits.gather(1, ids[:, None])[:, 0].float()
+
+
+def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """See `largest_reference`."""
+    if on_gpu(logits):
+        return _gpu_largest(logits)
+    ids = greedy_argmax(logits)
+    return ids, logits.gather(1, ids[:, None])[:, 0].float()
+
+
+def _gpu_largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    from sensorium.kernels.gpu.argmax import largest
+
+    return largest(logits)

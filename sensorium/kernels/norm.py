@@ -1,7 +1,6 @@
 """Root-mean-square normalisation, alone and fused with the residual addition before it.
 
-Source: Zhang and Sennrich 2019, section 3; rounding as in `transformers` `LlamaRMSNorm`: the normalised value
-    is
+Source: Zhang and Sennrich 2019, section 3; rounding as in `transformers` `LlamaRMSNorm`: the normalised value is
 rounded to the storage type before the weight is applied. A float32 weight over a narrower `x` is applied in
 float32, with one rounding at the end (what Gemma's `1 + weight` norms need).
 """
@@ -10,6 +9,7 @@ from __future__ import annotations
 
 import torch
 
+from sensorium.kernels.gpu import on_gpu
 from sensorium.kernels.native import DTYPE_CODES, NativeLibrary, native_for, num_threads, rows_of
 
 
@@ -35,7 +35,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     """See `rms_norm_reference`."""
     native = _native_norm(x, weight)
     if native is None:
-        return rms_norm_reference(x, weight, eps)
+        return _gpu_rms_norm(x, weight, eps) if on_gpu(x) else rms_norm_reference(x, weight, eps)
     rows = rows_of(x)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     num_rows, size = rows.shape
@@ -59,8 +59,10 @@ def add_rms_norm(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See `add_rms_norm_reference`."""
     native = _native_norm(x, weight)
-    if native is None or residual.dtype != x.dtype or residual.shape != x.shape or not residual.is_cpu:
-        return add_rms_norm_reference(x, residual, weight, eps)
+    alike = residual.dtype == x.dtype and residual.shape == x.shape and residual.device == x.device
+    if native is None or not alike:
+        fused = _gpu_add_rms_norm if alike and on_gpu(x) else add_rms_norm_reference
+        return fused(x, residual, weight, eps)
     rows, residual_rows = rows_of(x), rows_of(residual)
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -76,3 +78,17 @@ def add_rms_norm(
 def _native_norm(x: torch.Tensor, weight: torch.Tensor) -> NativeLibrary | None:
     fits = weight.dtype in (x.dtype, torch.float32) and weight.is_cpu and weight.is_contiguous()
     return native_for(x) if fits else None
+
+
+def _gpu_rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    from sensorium.kernels.gpu.norm import rms_norm
+
+    return rms_norm(x, weight, eps)
+
+
+def _gpu_add_rms_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, eps: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from sensorium.kernels.gpu.norm import add_rms_norm
+
+    return add_rms_norm(x, residual, weight, eps)

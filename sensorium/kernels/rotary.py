@@ -6,8 +6,12 @@ Source: Su et al. 2021, section 3.4.2; the "neox" layout rotates channel `i` wit
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
+from sensorium.kernels.attention import write_kv, write_kv_reference
+from sensorium.kernels.gpu import on_gpu
 from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, token_rows
 
 
@@ -62,7 +66,8 @@ def rotary_embedding(
     native = native_for(query)
     plain = key.dtype == query.dtype and cos.dtype == sin.dtype and cos.dtype in (query.dtype, torch.float32)
     if native is None or not plain:
-        return rotary_embedding_reference(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+        fused = _gpu_rotary_embedding if on_gpu(query) else rotary_embedding_reference
+        return fused(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
     query, key, cos, sin = token_rows(query), token_rows(key), cos.contiguous(), sin.contiguous()
     query_out = torch.empty_like(query, memory_format=torch.contiguous_format)
     key_out = torch.empty_like(key, memory_format=torch.contiguous_format)
@@ -74,3 +79,63 @@ def rotary_embedding(
         *(is_neox_style, DTYPE_CODES[query.dtype], DTYPE_CODES[cos.dtype], num_threads()),
     )
     return query_out, key_out
+
+
+def _gpu_rotary_embedding(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    *,
+    is_neox_style: bool = True,
+    rotary_dim: int | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from sensorium.kernels.gpu.rotary import rotary_embedding
+
+    return rotary_embedding(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+
+
+class Rotation(NamedTuple):
+    """How queries and keys are rotated in a step: the arguments of `rotary_embedding` beside them."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    is_neox_style: bool = True
+    rotary_dim: int | None = None
+
+
+def rotate_and_write_kv_reference(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rotation: Rotation,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """The query `(T, H, D)` rotated, while the rotated key `(T, Hkv, D)` and the value go to the cache.
+
+    See `rotary_embedding_reference` and `attention.write_kv_reference`.
+    """
+    cos, sin, is_neox_style, rotary_dim = rotation
+    query, key = rotary_embedding_reference(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+    write_kv_reference(key, value, kv_cache, slot_mapping)
+    return query
+
+
+def rotate_and_write_kv(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    rotation: Rotation,
+    kv_cache: torch.Tensor,
+    slot_mapping: torch.Tensor,
+) -> torch.Tensor:
+    """See `rotate_and_write_kv_reference`."""
+    if on_gpu(query):
+        from sensorium.kernels.gpu import rotary as gpu
+
+        return gpu.rotate_and_write_kv(query, key, value, rotation, kv_cache, slot_mapping)
+    cos, sin, is_neox_style, rotary_dim = rotation
+    query, key = rotary_embedding(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+    write_kv(key, value, kv_cache, slot_mapping)
+    return query

@@ -12,6 +12,7 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from sensorium.kernels import largest
 from sensorium.sampling_params import MIX_FACTOR_1, MIX_FACTOR_2, MIX_INCREMENT
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -69,8 +70,7 @@ def best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     16 rows of a vocabulary of 152,000).
     """
     if logits.device.type != "cpu":
-        best, ids = logits.max(dim=-1)
-        return ids, best
+        return largest(logits)
     token_ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
     return token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
 

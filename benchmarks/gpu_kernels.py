@@ -1,0 +1,308 @@
+"""The GPU kernels of `sensorium.kernels` against their twins, and against what the machine could do.
+
+    python benchmarks/gpu_kernels.py [--cases norm,decode,...] [--dry]
+
+Needs torch, Triton and numpy, nothing else. Every kernel is first compared with its twin, then timed: many calls in one
+CUDA graph, over more buffers than the cache of the chip holds. The limit is the larger of the bytes that must move over
+the measured copy bandwidth and the operations over the measured matrix rate. Ends with one line of JSON. `--dry` runs
+everything at tiny sizes without timing, by Triton's interpreter where there is no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+HAS_GPU = torch.cuda.is_available()
+if not HAS_GPU:
+    os.environ["TRITON_INTERPRET"] = "1"
+DEVICE = "cuda" if HAS_GPU else "cpu"
+# The interpreter cuts bfloat16 off instead of rounding, and multiplies its bits.
+DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
+
+from sensorium.kernels import activation, argmax, norm, rotary  # noqa: E402
+from sensorium.kernels import attention as attention_twins  # noqa: E402
+from sensorium.kernels.gpu import activation as gpu_activation  # noqa: E402
+from sensorium.kernels.gpu import argmax as gpu_argmax  # noqa: E402
+from sensorium.kernels.gpu import attention as gpu_attention  # noqa: E402
+from sensorium.kernels.gpu import norm as gpu_norm  # noqa: E402
+from sensorium.kernels.gpu import rotary as gpu_rotary  # noqa: E402
+
+L2_BYTES = 60_000_000
+MODELS = {"3B": (16, 2, 128, 2048, 11008), "7B": (28, 4, 128, 3584, 18944), "8B": (32, 8, 128, 4096, 14336)}
+"""Query heads, key/value heads, head size, hidden size, inner size of the MLP."""
+
+
+@dataclass
+class Case:
+    """One kernel at one size."""
+
+    name: str
+    calls: list[Callable[[], Any]]
+    """The same call over different buffers."""
+    check: Callable[[], float] | None
+    """The error against the twin, relative to the norm of what the twin gives."""
+    num_bytes: float
+    num_operations: float = 0.0
+    tolerance: float = 5e-3
+
+
+def time_ms(calls: list[Callable[[], Any]], num_calls: int = 20, repeats: int = 7) -> float:
+    """Milliseconds of one call, as the median of replays of a graph of many."""
+    calls = (calls * num_calls)[: max(num_calls, len(calls))]
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        for call in calls[:2]:
+            call()
+    stream.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for call in calls:
+            call()
+    times = []
+    graph.replay()
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) / len(calls))
+    return statistics.median(times)
+
+
+def error(got: Any, want: Any) -> float:
+    """`|got - want| / |want|` over all parts; infinite where a number is missing."""
+    if isinstance(got, tuple):
+        return max(error(a, b) for a, b in zip(got, want, strict=True))
+    difference = (got.double() - want.double()).norm() / want.double().norm().clamp(min=1e-30)
+    return float(difference) if bool(torch.isfinite(difference)) else float("inf")
+
+
+def randn(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
+    return torch.randn(shape, device=DEVICE, dtype=dtype)
+
+
+def copies(num_bytes: float, dry: bool) -> int:
+    """How many sets of buffers of so many bytes are more than the cache holds."""
+    return 1 if dry else max(2, min(64, int(3 * L2_BYTES / num_bytes) + 1))
+
+
+def measured_limits() -> tuple[float, float]:
+    """Bytes a second of a large copy, reads and writes counted, and bfloat16 operations a second."""
+    source = torch.randn(2**29, device=DEVICE, dtype=torch.bfloat16)
+    target = torch.empty_like(source)
+    bandwidth = 2 * source.nbytes / time_ms([lambda: target.copy_(source)], 3) * 1e3
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=torch.bfloat16) for _ in range(2))
+    return bandwidth, 2 * 8192**3 / time_ms([lambda: a @ b], 4) * 1e3
+
+
+def norm_cases(dry: bool) -> Iterator[Case]:
+    for rows in (3,) if dry else (1, 256, 8192):
+        size = 96 if dry else 2048
+        num_bytes = rows * size * 2 * 4
+        sets = [(randn(rows, size), randn(rows, size), randn(size)) for _ in range(copies(num_bytes, dry))]
+        yield Case(
+            f"add_rms_norm {rows} x {size}",
+            [lambda s=s: gpu_norm.add_rms_norm(*s, 1e-6) for s in sets],
+            lambda s=sets[0]: error(gpu_norm.add_rms_norm(*s, 1e-6), norm.add_rms_norm_reference(*s, 1e-6)),
+            num_bytes,
+        )
+
+
+def activation_cases(dry: bool) -> Iterator[Case]:
+    for rows in (3,) if dry else (1, 256, 8192):
+        size = 70 if dry else 11008
+        num_bytes = rows * size * 2 * 3
+        sets = [randn(rows, 2 * size) for _ in range(copies(num_bytes, dry))]
+        yield Case(
+            f"silu_and_mul {rows} x {size}",
+            [lambda x=x: gpu_activation.activate(x, "silu", gated=True) for x in sets],
+            lambda x=sets[0]: error(
+                gpu_activation.activate(x, "silu", gated=True), activation.silu_and_mul_reference(x)
+            ),
+            num_bytes,
+        )
+
+
+def rotary_cases(dry: bool) -> Iterator[Case]:
+    heads, kv_heads, head_size = (4, 2, 32) if dry else MODELS["3B"][:3]
+    for rows in (5,) if dry else (1, 256, 8192):
+        num_bytes = 2 * rows * (heads + 2 * kv_heads) * head_size * 2 + rows * head_size * 4
+        sets = []
+        for _ in range(copies(num_bytes, dry)):
+            qkv = randn(rows, heads + 2 * kv_heads, head_size).split([heads, kv_heads, kv_heads], dim=1)
+            rotation = rotary.Rotation(*(randn(rows, head_size // 2, dtype=torch.float32) for _ in range(2)))
+            slots = torch.randperm(rows + 16, device=DEVICE)[:rows]
+            sets.append((*qkv, rotation, torch.zeros(2, rows // 16 + 2, 16, kv_heads, head_size).to(qkv[0]), slots))
+
+        def check(s: Any = sets[0]) -> float:
+            twin = (*s[:4], torch.zeros_like(s[4]), s[5])
+            pairs = (gpu_rotary.rotate_and_write_kv(*s), rotary.rotate_and_write_kv_reference(*twin))
+            return max(error(*pairs), error(s[4], twin[4]))
+
+        yield Case(
+            f"rotate_and_write_kv {rows} x ({heads} + {kv_heads}) x {head_size}",
+            [lambda s=s: gpu_rotary.rotate_and_write_kv(*s) for s in sets],
+            check,
+            num_bytes,
+        )
+
+
+def argmax_cases(dry: bool) -> Iterator[Case]:
+    for rows in (3,) if dry else (1, 64, 256):
+        size = 700 if dry else 151936
+        num_bytes = rows * size * 2
+        sets = [randn(rows, size) for _ in range(copies(num_bytes, dry))]
+        yield Case(
+            f"largest {rows} x {size}",
+            [lambda x=x: gpu_argmax.largest(x) for x in sets],
+            lambda x=sets[0]: error(gpu_argmax.largest(x), argmax.largest_reference(x)),
+            num_bytes,
+            tolerance=0.0,
+        )
+
+
+def batch(model: str, lens: list[tuple[int, int]], dry: bool, block_size: int = 16) -> list[tuple[Any, ...]]:
+    """Arguments of `paged_attention` for queries and keys of these numbers, over several caches."""
+    heads, kv_heads, head_size = (4, 2, 32) if dry else MODELS[model][:3]
+    counts = [-(-k // block_size) for _, k in lens]
+    num_blocks = sum(counts)
+    cache_bytes = 4 * num_blocks * block_size * kv_heads * head_size
+    order = torch.randperm(num_blocks).to(torch.int32)
+    table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    for i, blocks in enumerate(order.split(counts)):
+        table[i, : counts[i]] = blocks
+    starts = torch.tensor([0, *torch.tensor([q for q, _ in lens]).cumsum(0).tolist()], dtype=torch.int32)
+    seq_lens = torch.tensor([k for _, k in lens], dtype=torch.int32)
+    common = [x.to(DEVICE) for x in (table, starts, seq_lens)]
+    query = randn(int(starts[-1]), heads, head_size)
+    return [
+        (query, randn(2, num_blocks, block_size, kv_heads, head_size), *common) for _ in range(copies(cache_bytes, dry))
+    ]
+
+
+def attention_case(
+    name: str, model: str, lens: list[tuple[int, int]], num_decodes: int, dry: bool, *, compared: bool = True
+) -> Case:
+    sets = batch(model, lens, dry)
+    heads, kv_heads, head_size = (4, 2, 32) if dry else MODELS[model][:3]
+    rules: dict[str, Any] = {"scale": head_size**-0.5, "num_decodes": num_decodes}
+    operations = sum(4 * heads * head_size * (q * k - q * (q - 1) / 2) for q, k in lens)
+    num_rows = sum(q for q, _ in lens)
+    num_bytes = 4 * head_size * (kv_heads * sum(k for _, k in lens) + heads * num_rows)
+
+    def check() -> float:
+        got = gpu_attention.paged_attention(*sets[0], **rules)
+        return error(got, attention_twins.paged_attention_reference(*sets[0], scale=rules["scale"]))
+
+    return Case(
+        f"{name} {model}",
+        [lambda s=s: gpu_attention.paged_attention(*s, **rules) for s in sets],
+        check if compared else None,
+        num_bytes,
+        operations,
+    )
+
+
+def decode_cases(dry: bool) -> Iterator[Case]:
+    for model in ("3B",) if dry else MODELS:
+        for count, length in (
+            ((3, 40),) if dry else ((1, 1024), (16, 1024), (64, 1024), (256, 1024), (1, 16384), (16, 16384))
+        ):
+            lens = [(1, length - 7 * (i % 9)) for i in range(count)]
+            yield attention_case(f"decode {count} at {length}", model, lens, count, dry, compared=count <= 64)
+
+
+def prefill_cases(dry: bool) -> Iterator[Case]:
+    if dry:
+        yield attention_case("prefill", "3B", [(70, 90)], 0, dry)
+        yield attention_case("mixed", "3B", [(1, 40), (1, 3), (50, 70)], 2, dry)
+        return
+    for model in MODELS:
+        yield attention_case("prefill 8192", model, [(8192, 8192)], 0, dry, compared=model == "3B")
+    yield attention_case("chunk 1024 of 8192", "3B", [(1024, 8192)], 0, dry)
+    yield attention_case("prefill 64 x 128", "3B", [(128, 128)] * 64, 0, dry)
+    yield attention_case("64 decodes at 1024 and chunk 1024", "3B", [(1, 1024)] * 64 + [(1024, 2048)], 64, dry)
+
+
+def tower_case(name: str, lens: list[int], dry: bool) -> Case:
+    heads, head_size = (2, 24) if dry else (16, 80)
+    rows = sum(lens)
+    starts = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
+    num_bytes = 4 * rows * heads * head_size * 2
+    sets = [randn(rows, 3 * heads, head_size).split(heads, dim=1) for _ in range(copies(num_bytes, dry))]
+    rules: dict[str, Any] = {"scale": head_size**-0.5, "causal": False}
+
+    def check() -> float:
+        got = gpu_attention.varlen_attention(*sets[0], starts, **rules)
+        return error(got, attention_twins.varlen_attention_reference(*sets[0], starts, **rules))
+
+    return Case(
+        f"tower, {name}",
+        [lambda s=s: gpu_attention.varlen_attention(*s, starts, **rules) for s in sets],
+        check,
+        num_bytes,
+        sum(4 * heads * head_size * n * n for n in lens),
+    )
+
+
+def tower_cases(dry: bool) -> Iterator[Case]:
+    yield tower_case("windows", [9] * 5, dry) if dry else tower_case("85 windows of 64", [64] * 85, dry)
+    yield tower_case("frame", [70], dry) if dry else tower_case("frame of 5476", [5476], dry)
+
+
+CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
+    "norm": norm_cases,
+    "activation": activation_cases,
+    "rotary": rotary_cases,
+    "argmax": argmax_cases,
+    "decode": decode_cases,
+    "prefill": prefill_cases,
+    "tower": tower_cases,
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", default=",".join(CASES), help="which, separated by commas")
+    parser.add_argument("--dry", action="store_true", help="tiny sizes, no timing")
+    arguments = parser.parse_args()
+    torch.manual_seed(0)
+    dry = arguments.dry or not HAS_GPU
+    bandwidth, rate = (1.0, 1.0) if dry else measured_limits()
+    if not dry:
+        print(f"{torch.cuda.get_device_name()}: copies {bandwidth / 1e12:.2f} TB/s, bf16 {rate / 1e12:.0f} TFLOP/s")
+    print(f"{'':52}{'error':>9}{'us':>9}{'limit':>9}{'share':>7}")
+    results = []
+    wrong = []
+    for group in arguments.cases.split(","):
+        for case in CASES[group](dry):
+            off = case.check() if case.check is not None else 0.0
+            if not off <= case.tolerance:
+                wrong.append(case.name)
+            spent = 0.0 if dry else time_ms(case.calls) / 1e3
+            limit = max(case.num_bytes / bandwidth, case.num_operations / rate)
+            share = limit / spent if spent else 0.0
+            shown = "" if case.check is None else f"{off:.1e}"
+            print(f"{case.name:52}{shown:>9}{spent * 1e6:9.1f}{limit * 1e6:9.1f}{share:7.0%}", flush=True)
+            results.append({"case": case.name, "error": off, "s": spent, "limit_s": limit})
+            del case
+            if HAS_GPU:
+                torch.cuda.empty_cache()
+    print(json.dumps({"bandwidth": bandwidth, "rate": rate, "wrong": wrong, "cases": results}))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""Attention over paged and over flat keys and values, and the writing of the paged cache.
+
+The twins, and the conventions of shapes, are in `sensorium.kernels.attention`. Which kernel a sequence goes to depends
+on what the host knows: sequences of one token that stand first in a step go to the one that splits their keys over
+programs, the others to the one that makes tiles of queries.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+
+from sensorium.kernels.gpu.chunk_attention import attend_chunks
+from sensorium.kernels.gpu.decode_attention import attend_decodes
+from sensorium.kernels.native import token_rows
+
+
+@triton.jit
+def _write_kv(key, value, keys, values, slot_mapping, key_stride, value_stride, slot_size, BLOCK: tl.constexpr):
+    """One token."""
+    token = tl.program_id(0).to(tl.int64)
+    slot = tl.load(slot_mapping + token)
+    if slot < 0:
+        return
+    cells = tl.arange(0, BLOCK)
+    is_cell = cells < slot_size
+    tl.store(
+        keys + slot * slot_size + cells,
+        tl.load(key + token * key_stride + cells, mask=is_cell).to(keys.dtype.element_ty),
+        mask=is_cell,
+    )
+    tl.store(
+        values + slot * slot_size + cells,
+        tl.load(value + token * value_stride + cells, mask=is_cell).to(values.dtype.element_ty),
+        mask=is_cell,
+    )
+
+
+def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    """See `attention.write_kv_reference`."""
+    if not len(key):
+        return
+    keys, values = kv_cache[0], kv_cache[1]
+    slot_size = keys.shape[2] * keys.shape[3]
+    key, value = token_rows(key), token_rows(value)
+    _write_kv[(len(key),)](
+        *(key, value, keys, values, slot_mapping),
+        *(key.stride(0), value.stride(0), slot_size),
+        BLOCK=triton.next_power_of_2(slot_size),
+    )
+
+
+def paged_attention(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens_q: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    scale: float,
+    window: int | None = None,
+    softcap: float | None = None,
+    num_decodes: int = 0,
+) -> torch.Tensor:
+    """See `attention.paged_attention_reference`.
+
+    `num_decodes`: how many sequences, from the first one on, are known to have one query each, or none.
+    """
+    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    flat = token_rows(query).flatten(1)
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    if num_decodes and len(flat):
+        attend_decodes(
+            *(out, flat, kv_cache, block_table, cu_seqlens_q, seq_lens, num_decodes),
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+    if num_decodes < len(seq_lens):
+        attend_chunks(
+            *(out, flat, kv_cache[0], kv_cache[1], (num_kv_heads, head_size), cu_seqlens_q),
+            strides=(num_kv_heads * head_size,) * 2,
+            first_seq=num_decodes,
+            num_rows=len(flat) - num_decodes,
+            key_lens=seq_lens,
+            table=block_table,
+            block_size=block_size,
+            causal=True,
+            scale=scale,
+            window=window,
+            softcap=softcap,
+        )
+    return out.view(query.shape)
+
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    *,
+    scale: float,
+    causal: bool,
+    key_lens: torch.Tensor | None = None,
+    window: int | None = None,
+    softcap: float | None = None,
+) -> torch.Tensor:
+    """See `attention.varlen_attention_reference`."""
+    num_kv_heads, head_size = key.shape[1:]
+    flat, key, value = (token_rows(x).flatten(1) for x in (query, key, value))
+    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    attend_chunks(
+        *(out, flat, key, value, (num_kv_heads, head_size), cu_seqlens),
+        strides=(key.stride(0), value.stride(0)),
+        first_seq=0,
+        num_rows=len(flat),
+        key_lens=key_lens,
+        table=None,
+        block_size=0,
+        causal=causal,
+        scale=scale,
+        window=window,
+        softcap=softcap,
+    )
+    return out.view(query.shape)

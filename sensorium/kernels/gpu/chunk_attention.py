@@ -1,0 +1,353 @@
+"""Attention of sequences that run many rows: tiles of queries over the keys of a paged cache, or over rows beside them.
+
+How rows become programs. A *tile* is `BLOCK_Q` queries of one sequence with the `GROUP` query heads that share a
+key/value head: up to `BLOCK_M` rows that read the same keys. Sequence `i` starts at tile
+`cu_seqlens[i] // BLOCK_Q + i`, which leaves room for its last, partly filled tile without knowing any length. With
+`BLOCK_Q = 4` and lengths 3, 9, 1 (`cu_seqlens` 0, 3, 12, 13) the sequences start at tiles 0, 1, 5 and the grid has
+`13 // 4 + 3 = 6` tiles, of which tile 4 finds nothing to do.
+
+A tile's keys come in blocks of `BLOCK_N`. Most blocks are seen by every query of the tile and need no mask; only those
+at the diagonal, at a window's edge and at the end do. Channels come in one or two parts, each a power of two
+(`80 = 64 + 16`), so that few of those that are multiplied are padding.
+
+Source: FlashAttention-2 (https://arxiv.org/abs/2307.08691), section 3.1.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+
+LOG2_E = 1.4426950408889634
+_SEARCHED = 128
+"""Sequences that are looked at together to find a tile's."""
+
+
+class ChunkConfig(NamedTuple):
+    """The shape of tiles."""
+
+    block_m: int
+    """Rows of a tile: queries times the heads that share a key."""
+    block_n: int
+    """Keys of a block."""
+    num_warps: int
+    num_stages: int
+
+
+@cache
+def chunk_config(dtype: torch.dtype, head_size: int, rows_per_seq: int) -> ChunkConfig:
+    """The measured choice. `rows_per_seq`: how many rows, queries times the heads that share a key, a sequence has."""
+    if dtype == torch.float32:
+        return ChunkConfig(16, 32, 4, 1)
+    if rows_per_seq <= 16:
+        return ChunkConfig(16, 64, 4, 2)
+    if rows_per_seq <= 96 or head_size > 192:
+        return ChunkConfig(64, 64, 4, 2)
+    return ChunkConfig(128, 64, 8, 3)
+
+
+@triton.jit
+def _load_keys(base, places, channels, IS_MASKED: tl.constexpr, is_token, HEAD_SIZE: tl.constexpr, END: tl.constexpr):
+    """`(BLOCK_N, channels)`; rows of masked tokens and channels past the head's end are 0."""
+    pointers = base + places[:, None] + channels[None, :]
+    if END > HEAD_SIZE:
+        is_cell = (channels < HEAD_SIZE)[None, :]
+        if IS_MASKED:
+            is_cell = is_cell & is_token[:, None]
+        cells = tl.load(pointers, mask=is_cell, other=0.0)
+    elif IS_MASKED:
+        cells = tl.load(pointers, mask=is_token[:, None], other=0.0)
+    else:
+        cells = tl.load(pointers)
+    return cells
+
+
+@triton.jit
+def _attend_blocks(
+    best,
+    total,
+    acc_a,
+    acc_b,
+    begin,
+    end,
+    q_a,
+    q_b,
+    positions,
+    key,
+    value,
+    table,
+    num_keys,
+    scale,
+    window,
+    softcap,
+    key_stride,
+    value_stride,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """Take the keys `begin:end` in, block by block. `BLOCK_SIZE` 0: they lie flat."""
+    channels_a = tl.arange(0, HEAD_A)
+    channels_b = HEAD_A + tl.arange(0, 16 if HEAD_B == 0 else HEAD_B)
+    for start in range(begin, end, BLOCK_N):
+        tokens = start + tl.arange(0, BLOCK_N)
+        is_token = tokens < num_keys
+        if BLOCK_SIZE > 0:
+            if IS_MASKED:
+                blocks = tl.load(table + tokens // BLOCK_SIZE, mask=is_token, other=0)
+            else:
+                blocks = tl.load(table + tokens // BLOCK_SIZE)
+            places = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
+        else:
+            places = tokens.to(tl.int64)
+        key_places, value_places = places * key_stride, places * value_stride
+        k_a = _load_keys(key, key_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A)
+        scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
+        if HEAD_B > 0:
+            k_b = _load_keys(key, key_places, channels_b, IS_MASKED, is_token, HEAD_SIZE, HEAD_A + HEAD_B)
+            scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
+        scores = scores * scale
+        if HAS_SOFTCAP:
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends.
+            scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))
+        if IS_MASKED:
+            seen = is_token[None, :]
+            distance = positions[:, None] - tokens[None, :]
+            if IS_CAUSAL:
+                seen = seen & (distance >= 0)
+            if HAS_WINDOW:
+                seen = seen & (distance < window) & (distance > -window)
+            scores = tl.where(seen, scores, float("-inf"))
+        new_best = tl.maximum(best, tl.max(scores, 1))
+        anchor = new_best
+        if IS_MASKED:
+            # A row that has seen nothing yet: any finite number keeps infinities apart.
+            anchor = tl.where(new_best == float("-inf"), 0.0, new_best)
+        weights = tl.exp2(scores - anchor[:, None])
+        fade = tl.exp2(best - anchor)
+        total = total * fade + tl.sum(weights, 1)
+        v_a = _load_keys(value, value_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A)
+        narrow = weights.to(v_a.dtype)
+        acc_a = tl.dot(narrow, v_a, acc_a * fade[:, None], input_precision="ieee")
+        if HEAD_B > 0:
+            v_b = _load_keys(value, value_places, channels_b, IS_MASKED, is_token, HEAD_SIZE, HEAD_A + HEAD_B)
+            acc_b = tl.dot(narrow, v_b, acc_b * fade[:, None], input_precision="ieee")
+        best = new_best
+    return best, total, acc_a, acc_b
+
+
+@triton.jit(do_not_specialize=["first_seq", "num_seqs", "window", "table_stride"])
+def _attend(
+    out,
+    query,
+    key,
+    value,
+    block_table,
+    cu_seqlens,
+    key_lens,
+    first_seq,
+    num_seqs,
+    scale,
+    window,
+    softcap,
+    out_stride,
+    query_stride,
+    key_stride,
+    value_stride,
+    table_stride,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    HEAD_A: tl.constexpr,
+    HEAD_B: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    HAS_KEY_LENS: tl.constexpr,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """One tile and one key/value head. `scale` and `softcap` are such that weights are powers of two."""
+    # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
+    kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+
+    # The last sequence whose first tile is not behind this one. Tiles count from that of `first_seq`.
+    row_base = tl.load(cu_seqlens + first_seq)
+    behind = 0
+    for start in range(0, num_seqs, SEARCHED):
+        those = start + tl.arange(0, SEARCHED)
+        starts = tl.load(cu_seqlens + first_seq + those, mask=those < num_seqs, other=0) - row_base
+        behind += tl.sum(((starts // BLOCK_Q + those <= tile) & (those < num_seqs)).to(tl.int32), 0)
+    seq = first_seq + behind - 1
+    first_row = tl.load(cu_seqlens + seq)
+    num_queries = tl.load(cu_seqlens + seq + 1) - first_row
+    first_query = (tile - ((first_row - row_base) // BLOCK_Q + behind - 1)) * BLOCK_Q
+    if first_query >= num_queries:
+        return
+    num_keys = num_queries
+    if HAS_KEY_LENS:
+        num_keys = tl.load(key_lens + seq)
+
+    rows, channels_a = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_A)
+    channels_b = HEAD_A + tl.arange(0, 16 if HEAD_B == 0 else HEAD_B)
+    queries = first_query + rows // GROUP
+    is_row = (rows < BLOCK_Q * GROUP) & (queries < num_queries)
+    heads = kv_head * GROUP + rows % GROUP
+    row_index = (first_row + queries).to(tl.int64)
+    sources = query + row_index * query_stride + heads * HEAD_SIZE
+    is_cell_a = is_row[:, None] & (channels_a < HEAD_SIZE)[None, :]
+    is_cell_b = is_row[:, None] & (channels_b < HEAD_SIZE)[None, :]
+    q_a = tl.load(sources[:, None] + channels_a[None, :], mask=is_cell_a, other=0.0)
+    q_b = q_a
+    if HEAD_B > 0:
+        q_b = tl.load(sources[:, None] + channels_b[None, :], mask=is_cell_b, other=0.0)
+
+    key += kv_head * HEAD_SIZE
+    value += kv_head * HEAD_SIZE
+    if BLOCK_SIZE == 0:
+        key += first_row.to(tl.int64) * key_stride
+        value += first_row.to(tl.int64) * value_stride
+    table = block_table + seq.to(tl.int64) * table_stride
+
+    # A causal query is one of the last `num_queries` of the keys' positions. Keys from `begin` on are seen by some of
+    # the tile's queries, those from `open_begin` to `open_end` by all.
+    first_position = first_query + (num_keys - num_queries if IS_CAUSAL else 0)
+    positions = first_position + rows // GROUP
+    last_position = tl.minimum(first_query + BLOCK_Q, num_queries) - 1 - first_query + first_position
+    begin, end, open_begin, open_end = 0, num_keys, 0, num_keys
+    if IS_CAUSAL:
+        end = tl.minimum(num_keys, last_position + 1)
+        open_end = tl.minimum(num_keys, first_position + 1)
+    if HAS_WINDOW:
+        begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        open_begin = tl.maximum(last_position - window + 1, 0)
+        if not IS_CAUSAL:
+            end = tl.minimum(num_keys, last_position + window)
+            open_end = tl.minimum(num_keys, first_position + window)
+    open_end = open_end // BLOCK_N * BLOCK_N
+
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
+    acc_b = tl.zeros([BLOCK_M, 16 if HEAD_B == 0 else HEAD_B], tl.float32)
+    if HAS_WINDOW:
+        open_begin = tl.cdiv(open_begin, BLOCK_N) * BLOCK_N
+        open_begin = tl.minimum(open_begin, end)
+        best, total, acc_a, acc_b = _attend_blocks(
+            best, total, acc_a, acc_b, begin, open_begin, q_a, q_b, positions, key, value, table, num_keys,
+            scale, window, softcap, key_stride, value_stride,
+            HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+        )  # fmt: skip
+    open_end = tl.maximum(open_begin, open_end)
+    best, total, acc_a, acc_b = _attend_blocks(
+        best, total, acc_a, acc_b, open_begin, open_end, q_a, q_b, positions, key, value, table, num_keys,
+        scale, window, softcap, key_stride, value_stride,
+        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, False, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+    best, total, acc_a, acc_b = _attend_blocks(
+        best, total, acc_a, acc_b, open_end, end, q_a, q_b, positions, key, value, table, num_keys,
+        scale, window, softcap, key_stride, value_stride,
+        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+    )  # fmt: skip
+
+    weight = 1.0 / tl.where(total == 0.0, 1.0, total)
+    targets = out + row_index * out_stride + heads * HEAD_SIZE
+    tl.store(targets[:, None] + channels_a[None, :], (acc_a * weight[:, None]).to(out.dtype.element_ty), mask=is_cell_a)
+    if HEAD_B > 0:
+        part = (acc_b * weight[:, None]).to(out.dtype.element_ty)
+        tl.store(targets[:, None] + channels_b[None, :], part, mask=is_cell_b)
+
+
+def attend_chunks(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    kv_shape: tuple[int, int],
+    cu_seqlens: torch.Tensor,
+    *,
+    strides: tuple[int, int],
+    first_seq: int,
+    num_rows: int,
+    key_lens: torch.Tensor | None,
+    table: torch.Tensor | None,
+    block_size: int,
+    causal: bool,
+    scale: float,
+    window: int | None,
+    softcap: float | None,
+) -> None:
+    """Fill the rows of `out` `(T, H * D)` of the sequences from `first_seq` on.
+
+    Args:
+        out: Like `query`.
+        query: `(T, H * D)` with channels side by side.
+        key: Keys by slot of a cache, or, without `table`, `(T, Hkv * D)` beside the queries.
+        value: As `key`.
+        kv_shape: Key/value heads, and channels of a head.
+        cu_seqlens: `(num_seqs + 1,)` int32: where each sequence's rows begin.
+        strides: Elements from one slot, or row, to the next, of keys and of values.
+        first_seq: The sequence to begin with.
+        num_rows: How many rows these sequences have, or more.
+        key_lens: `(num_seqs,)` int32: keys of each sequence; `None`: as many as queries.
+        table: `(num_seqs, max_blocks)` int32 block ids.
+        block_size: Tokens per block; 0 without `table`.
+        causal: Whether a query sees only its own and earlier positions.
+        scale: Factor on the scores.
+        window: See `attention.attend_reference`.
+        softcap: See `attention.attend_reference`.
+    """
+    num_kv_heads, head_size = kv_shape
+    num_seqs = len(cu_seqlens) - 1 - first_seq
+    if not num_rows or not num_seqs:
+        return
+    group = query.shape[1] // (num_kv_heads * head_size)
+    config = chunk_config(query.dtype, head_size, num_rows * group // num_seqs)
+    block_m = max(config.block_m, triton.next_power_of_2(group))
+    block_q = block_m // group
+    head_a, head_b = head_parts(head_size)
+    rules = (scale / softcap, window or 0, softcap * LOG2_E) if softcap else (scale * LOG2_E, window or 0, 1.0)
+    _attend[(num_kv_heads, num_rows // block_q + num_seqs)](
+        *(out, query, key, value, cu_seqlens if table is None else table, cu_seqlens),
+        *(cu_seqlens if key_lens is None else key_lens, first_seq, num_seqs, *rules),
+        *(out.stride(0), query.stride(0), *strides, 0 if table is None else table.stride(0)),
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        HEAD_A=head_a,
+        HEAD_B=head_b,
+        BLOCK_Q=block_q,
+        BLOCK_M=block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_SIZE=block_size,
+        SEARCHED=_SEARCHED,
+        HAS_KEY_LENS=key_lens is not None,
+        IS_CAUSAL=causal,
+        HAS_WINDOW=window is not None,
+        HAS_SOFTCAP=softcap is not None,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+
+
+@cache
+def head_parts(head_size: int) -> tuple[int, int]:
+    """One or two powers of two, at least 16 each, whose sum is least among those that reach `head_size`.
+
+    For example 80 = 64 + 16, 96 = 64 + 32, 128 = 128 + 0; 112 is best padded to 128.
+    """
+    whole = max(triton.next_power_of_2(head_size), 16)
+    half = whole // 2
+    rest = max(triton.next_power_of_2(max(head_size - half, 1)), 16)
+    return (half, rest) if half >= 16 and half + rest < whole else (whole, 0)

@@ -1,0 +1,164 @@
+"""Attention and cache writes against the oracle."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+
+from sensorium.kernels.attention import (
+    paged_attention_reference,
+    varlen_attention_reference,
+    write_kv_reference,
+)
+from sensorium.kernels.gpu import attention, chunk_attention, decode_attention
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+MIXES = [
+    [(1, 1)],
+    [(3, 3), (1, 12), (70, 90), (0, 0), (1, 1), (8, 8)],
+    [(4, 100), (1, 257), (2, 2)],
+]
+DECODES = [[1], [9, 130, 5], [300, 1, 64, 65, 63]]
+HEADS = [(4, 2, 16), (14, 2, 64), (3, 3, 80)]
+RULES: list[dict[str, Any]] = [{}, {"window": 1}, {"window": 20, "softcap": 5.0}, {"window": 100}]
+TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
+if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16 as integers
+    TOLERANCE[torch.bfloat16] = 2e-2
+
+
+def starts(lens: list[int]) -> torch.Tensor:
+    return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE)
+
+
+def paged(lens: list[tuple[int, int]], heads: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> Any:
+    num_heads, num_kv_heads, head_size = heads
+    seq_lens = torch.tensor([k for _, k in lens], dtype=torch.int32)
+    counts = -(-seq_lens // block_size)
+    num_blocks = int(counts.sum()) + 2
+    free = torch.randperm(num_blocks).tolist()
+    table = torch.zeros(len(lens), max(int(counts.max()), 1), dtype=torch.int32)
+    for i, count in enumerate(counts.tolist()):
+        table[i, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
+    cache = torch.randn(2, num_blocks, block_size, num_kv_heads, head_size).to(dtype)
+    cache[:, free] = torch.nan  # blocks of nobody
+    query = torch.randn(sum(q for q, _ in lens), num_heads * head_size).to(dtype)
+    return query.to(DEVICE), cache.to(DEVICE), table.to(DEVICE), starts([q for q, _ in lens]), seq_lens.to(DEVICE)
+
+
+def close(got: torch.Tensor, want: torch.Tensor) -> None:
+    tolerance = TOLERANCE[want.dtype]
+    torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
+
+
+@pytest.mark.parametrize("lens", MIXES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("rules", RULES)
+def test_chunks(lens: list[tuple[int, int]], heads: tuple[int, int, int], rules: dict[str, Any]) -> None:
+    arguments = paged(lens, heads, 16, torch.float32)
+    got = attention.paged_attention(*arguments, scale=0.2, **rules)
+    close(got, paged_attention_reference(*arguments, scale=0.2, **rules))
+
+
+@pytest.mark.parametrize("lens", DECODES)
+@pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("rules", RULES)
+def test_decodes(lens: list[int], heads: tuple[int, int, int], rules: dict[str, Any]) -> None:
+    arguments = paged([(1, n) for n in lens], heads, 16, torch.float32)
+    got = attention.paged_attention(*arguments, scale=0.2, num_decodes=len(lens), **rules)
+    close(got, paged_attention_reference(*arguments, scale=0.2, **rules))
+
+
+@pytest.mark.parametrize("most", [1, 2, 3, 7])
+def test_any_number_of_shares_gives_the_same(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where a share is empty, and where a sequence has no key or no query at all, as in padding of a graph."""
+    monkeypatch.setattr(decode_attention, "num_splits_for", lambda *_: most)
+    query, cache, table, cu_seqlens, seq_lens = paged(
+        [(1, 200), (1, 33), (0, 40), (1, 1), (1, 500)], (6, 2, 16), 16, torch.float32
+    )
+    want = paged_attention_reference(query, cache, table, cu_seqlens, seq_lens, scale=0.2)
+    seq_lens[3], want[2] = 0, 0
+    close(attention.paged_attention(query, cache, table, cu_seqlens, seq_lens, scale=0.2, num_decodes=5), want)
+
+
+@pytest.mark.parametrize("rules", RULES)
+def test_decodes_before_chunks(rules: dict[str, Any]) -> None:
+    arguments = paged([(1, 40), (1, 200), (1, 3), (30, 70), (1, 5), (9, 9)], (6, 2, 32), 16, torch.float32)
+    want = paged_attention_reference(*arguments, scale=0.2, **rules)
+    for num_decodes in (0, 1, 3):
+        close(attention.paged_attention(*arguments, scale=0.2, num_decodes=num_decodes, **rules), want)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("block_size", [4, 16, 48, 64])
+@pytest.mark.parametrize("num_decodes", [0, 2])
+def test_storage_types_and_block_sizes(dtype: torch.dtype, block_size: int, num_decodes: int) -> None:
+    arguments = paged([(1, 12), (1, 90), (40, 70), (1, 1)], (8, 2, 32), block_size, dtype)
+    got = attention.paged_attention(*arguments, scale=0.2, num_decodes=num_decodes)
+    close(got, paged_attention_reference(*arguments, scale=0.2))
+
+
+@pytest.mark.parametrize("head_size", [8, 48, 72, 96, 112, 192, 256])
+def test_head_sizes(head_size: int) -> None:
+    dtype = list(TOLERANCE)[-1]
+    arguments = paged([(1, 70), (40, 100)], (2, 1, head_size), 16, dtype)
+    got = attention.paged_attention(*arguments, scale=head_size**-0.5, num_decodes=1)
+    close(got, paged_attention_reference(*arguments, scale=head_size**-0.5))
+
+
+def test_head_parts() -> None:
+    assert [chunk_attention.head_parts(n) for n in (8, 64, 80, 96, 112, 128, 192, 256)] == [
+        *((16, 0), (64, 0), (64, 16), (64, 32), (128, 0), (128, 0), (128, 64), (256, 0))
+    ]
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("lens", [[5], [64, 1, 0, 130]])
+@pytest.mark.parametrize("window", [None, 7])
+def test_varlen(lens: list[int], causal: bool, window: int | None) -> None:
+    query, key, value = (torch.randn(sum(lens), count, 24, device=DEVICE) for count in (4, 2, 2))
+    rules: dict[str, Any] = {"scale": 0.3, "causal": causal, "window": window}
+    got = attention.varlen_attention(query, key, value, starts(lens), **rules)
+    close(got, varlen_attention_reference(query, key, value, starts(lens), **rules))
+
+
+def test_many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
+    """More than are looked at together to find that of a tile."""
+    monkeypatch.setattr(chunk_attention, "_SEARCHED", 4)
+    lens = [1, 3, 0, 2, 20, 1, 1, 0, 5]
+    query, key, value = (torch.randn(sum(lens), 1, 16, device=DEVICE) for _ in range(3))
+    got = attention.varlen_attention(query, key, value, starts(lens), scale=0.3, causal=True)
+    close(got, varlen_attention_reference(query, key, value, starts(lens), scale=0.3, causal=True))
+
+
+def test_padded_keys_are_never_seen() -> None:
+    lens, key_lens = [6, 6, 6], torch.tensor([6, 2, 0], dtype=torch.int32, device=DEVICE)
+    query, key, value = (torch.randn(18, 2, 16, device=DEVICE) for _ in range(3))
+    key[8:12] = value[8:12] = torch.nan
+    rules: dict[str, Any] = {"scale": 0.25, "causal": False, "key_lens": key_lens}
+    got = attention.varlen_attention(query, key, value, starts(lens), **rules)
+    close(got, varlen_attention_reference(query, key, value, starts(lens), **rules))
+
+
+def test_parts_of_one_projection_are_read_in_place() -> None:
+    """Queries, keys and values as slices of wider rows, with the heads as an axis or flat."""
+    qkv = torch.randn(9, 8, 16, device=DEVICE)
+    query, key, value = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
+    rules: dict[str, Any] = {"scale": 0.3, "causal": True}
+    got = attention.varlen_attention(query, key, value, starts([9]), **rules)
+    close(got, varlen_attention_reference(query, key, value, starts([9]), **rules))
+
+
+@pytest.mark.parametrize("form", ["flat", "heads", "strided"])
+def test_written_slots(form: str) -> None:
+    slots = torch.tensor([7, -1, 0, 21], device=DEVICE)
+    rows = torch.randn(2, 4, 3, 20, device=DEVICE)
+    key, value = rows if form == "heads" else rows.flatten(2)
+    if form == "strided":
+        key, value = rows.flatten(2).permute(1, 0, 2).contiguous().unbind(1)
+    caches = [torch.zeros(2, 6, 4, 3, 20, device=DEVICE) for _ in range(2)]
+    attention.write_kv(key, value, caches[0], slots)
+    write_kv_reference(key, value, caches[1], slots)
+    assert torch.equal(*caches)
