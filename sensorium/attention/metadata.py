@@ -122,7 +122,7 @@ class AttentionMetadata:
             num_decode_tokens=num_decode_tokens,
             query_lens_host=query_lens_host,
             seq_lens_host=seq_lens_host,
-            num_leading_decodes=next((i for i, n in enumerate(query_lens_host) if n != 1), num_seqs),
+            num_leading_decodes=next((i for i, n in enumerate(query_lens_host) if n != 1), len(query_lens_host)),
             multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
         )
 
