@@ -1,8 +1,9 @@
 """Where media stand in an expanded prompt: the span of each item, whatever the input processor said about it.
 
 In this order: ranges that the processor returned; runs of the model's placeholder tokens; what the processor
-added to the prompt. Items that stand side by side are told apart by their row counts, where these are known;
-otherwise all items of the modality share one span. A miscount is refused here, with both numbers.
+added to the prompt. Where these are not one run for each item, items are told apart by their row counts, or by the
+text between their placeholders before the expansion; otherwise all items of the modality share one span. A miscount is
+refused here, with both numbers.
 """
 
 from __future__ import annotations
@@ -29,6 +30,8 @@ from sensorium.multimodal.placeholders import (
 
 RowsHint: TypeAlias = Callable[[int], Sequence[int] | None]
 """Given the number of rows in all, the rows of each item, or None where nothing tells."""
+SpansHint: TypeAlias = Callable[[], Sequence[Span] | None]
+"""The span of each item as the prompt before its expansion tells it, or None where it doesn't."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,6 +72,7 @@ def locate(
     *,
     ranges: Sequence[Any] | None,
     rows_hint: RowsHint,
+    spans_hint: SpansHint = lambda: None,
 ) -> list[Placement]:
     """The placements of a modality's items: one each, or one for all; none if nothing in the prompt points to
     them.
@@ -94,7 +98,7 @@ def locate(
     else:
         added = inserted_ids(prompt.before, prompt.after)
         positions = np.flatnonzero(is_placeholder(prompt.after, added))
-    return _split(modality, num_items, positions, rows_hint) if len(positions) else []
+    return _split(modality, num_items, positions, rows_hint, spans_hint) if len(positions) else []
 
 
 def _pairs(modality: str, ranges: Sequence[Any]) -> list[tuple[int, int]]:
@@ -138,8 +142,12 @@ def miscounted(modality: str, num_placeholders: int, num_items: int) -> InvalidR
     )
 
 
-def _split(modality: str, num_items: int, positions: IntArray, rows_hint: RowsHint) -> list[Placement]:
-    """Give media positions to items: all to one, a run to each, or by row counts; else all to all."""
+def _split(
+    modality: str, num_items: int, positions: IntArray, rows_hint: RowsHint, spans_hint: SpansHint
+) -> list[Placement]:
+    """Give media positions to items: all to one, a run to each, by row counts, or by the text between; else all to
+    all.
+    """
     if num_items == 1:
         return _items(modality, [span_of_positions(positions)])
     breaks = np.flatnonzero(np.diff(positions) > 1) + 1
@@ -148,6 +156,9 @@ def _split(modality: str, num_items: int, positions: IntArray, rows_hint: RowsHi
     rows = rows_hint(len(positions))
     if rows is not None and len(rows) == num_items and sum(rows) == len(positions) and min(rows) > 0:
         return _items(modality, split_by_rows(positions, rows))
+    spans = spans_hint()
+    if spans is not None:
+        return _items(modality, spans)
     return [Placement((modality,), (tuple(range(num_items)),), span_of_positions(positions))]
 
 

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -23,9 +24,10 @@ from sensorium.inputs.placement import (
     miscounted,
 )
 from sensorium.messages import MediaItem
+from sensorium.multimodal.alignment import align_items
 from sensorium.multimodal.hashing import Identity, callable_identity, derive, group_identity, key_of
 from sensorium.multimodal.mapping import MediaMapper, check_distinct
-from sensorium.multimodal.placeholders import Span
+from sensorium.multimodal.placeholders import Span, is_placeholder
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelFeatures
@@ -184,6 +186,7 @@ class RequestMedia:
         `UnsupportedFeatureError` if this model can't take them in the order in which they stand.
         """
         placements: list[Placement] = []
+        aligned = cache(lambda: self._aligned(prompt))
         for media in self._media.values():
             found = locate(
                 media.modality,
@@ -192,6 +195,7 @@ class RequestMedia:
                 self._stage.placeholder_ids.get(media.modality, frozenset()),
                 ranges=self._ranges.get(media.modality),
                 rows_hint=lambda total, media=media: self._rows_hint(media, total),  # type: ignore[misc]
+                spans_hint=lambda media=media: aligned().get(media.modality),  # type: ignore[misc]
             )
             if not found:
                 return [self._everywhere(media, prompt)]
@@ -202,6 +206,19 @@ class RequestMedia:
         if self._premapped is not None and len(placements) > 1:
             return [group(placements, len(prompt.after))]
         return group_overlapping(placements, len(prompt.after), may_group=may_group)
+
+    def _aligned(self, prompt: Prompt) -> dict[str, list[Span]]:
+        """Spans of all items by what the prompt was before its expansion; empty where that doesn't tell."""
+        masks = {
+            modality: (is_placeholder(prompt.before, ids), is_placeholder(prompt.after, ids))
+            for modality in self._media
+            if (ids := self._stage.placeholder_ids.get(modality, frozenset()))
+        }
+        counts = {modality: int(before.sum()) for modality, (before, _) in masks.items()}
+        overlaps = sum(after.astype(np.int64) for _, after in masks.values())
+        if counts != {name: media.num_items for name, media in self._media.items()} or np.any(overlaps > 1):
+            return {}
+        return align_items(prompt.before, prompt.after, masks) or {}
 
     def _maps_alone(self, media: _ModalityMedia) -> bool:
         return media.items is not None and self._stage.features.maps_items_alone

@@ -10,7 +10,7 @@ For tier 1 (`observe_embeddings`): which tokens the model's own merge replaces, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -152,41 +152,38 @@ class _SplitCheck:
             return False, None
         media = np.logical_or.reduce(list(masks.values()))
         for modality, mask in masks.items():
-            spans = _spans(mask, self.dummy.counts[modality])
-            if spans is None:
+            span = _first_span(mask, self.dummy.counts[modality], (self.dummy.placeholders or {}).get(modality))
+            if span is None:
                 return False, f"{modality} items can't be told apart in the dummy prompt: not shared between prompts"
-            start, end = spans[0]
+            start, end = span
+            inner = np.flatnonzero(mask[start:end])
             following = np.flatnonzero(media[end:])
             window = self.ids[: end + int(following[0]) if len(following) else len(self.ids)]
             before = np.flatnonzero(media[:start])
             window_start = int(before[-1]) + 1 if len(before) else 0
             kwargs = batch_kwargs(self.dummy.items[modality][:1], self.device, self.dtype)
+            expected = full.rows[torch.from_numpy(inner + start).to(self.device)]
             for shift in (0, _SHIFT):
                 text = self.in_vocabulary[-1] if not media[-1] else 0
                 prompt = np.concatenate([np.full(shift, text, np.int64), window[window_start:]])
-                offset = shift + start - window_start
-                maps = self._one_item_map(modality, offset, end - start)
-                rows = self._rows_alone(prompt, kwargs, maps, offset, end - start)
-                if rows is None or relative_difference(rows, full.rows[start:end]) > TOLERANCE[self.dtype]:
+                places = inner + (shift + start - window_start)
+                rows = self._rows_alone(prompt, kwargs, modality, places)
+                if rows is None or relative_difference(rows, expected) > TOLERANCE[self.dtype]:
                     where = "where they stand" if shift else "their neighbours"
                     return False, f"rows of {modality} items depend on {where}: not shared between prompts"
         return True, None
 
     def _rows_alone(
-        self, prompt: IdArray, kwargs: Mapping[str, Any], maps: Mapping[str, Any], offset: int, length: int
+        self, prompt: IdArray, kwargs: Mapping[str, Any], modality: str, places: IdArray
     ) -> torch.Tensor | None:
-        """Rows `[offset, offset + length)` of a prompt with one item; None if the model can't run it so."""
+        """The rows at these places of a prompt with one item; None if the model can't run it so."""
+        maps = {modality: IndexMap(src=list(range(len(places))), dest=places.tolist())}
         try:
             captured = self._capture(prompt, kwargs, maps)
         except Exception as error:  # such as a marker of the next item, which is not in this prompt
             logger.debug("an item alone can't be run", exc_info=error)
             return None
-        return None if captured is None else captured.rows[offset : offset + length]
-
-    @staticmethod
-    def _one_item_map(modality: str, offset: int, length: int) -> dict[str, Any]:
-        dest = list(range(offset, offset + length))
-        return {modality: IndexMap(src=list(range(length)), dest=dest)}
+        return None if captured is None else captured.rows[torch.from_numpy(places).to(self.device)]
 
 
 def observe_split(
@@ -317,19 +314,27 @@ def _differs(one: torch.Tensor, other: torch.Tensor) -> Mask:
     return mask
 
 
-def _spans(mask: Mask, num_items: int) -> list[tuple[int, int]] | None:
-    """`(start, end)` of each item: the runs, if there are as many, or equal parts of a run of adjacent items.
+def _first_span(mask: Mask, num_items: int, ranges: Sequence[Any] | None) -> tuple[int, int] | None:
+    """`(start, end)` of the first of a modality's items; None if its rows can't be told from those of the second.
 
-    Dummy items are all of the largest size. A wrong guess can do no harm: rows that are compared then differ.
+    Told by the ranges of the dummy data, or by what all dummy items have in common: they are of the largest size. Then
+    each has as many runs of rows, or as many rows. A wrong guess can do no harm: rows that are compared then differ.
     """
-    runs = _runs(mask)
-    if len(runs) == num_items:
-        return runs
-    num_rows, remainder = divmod(int(mask.sum()), num_items)
-    if remainder:
+    if ranges is not None and len(ranges) == num_items:
+        first = min(ranges, key=lambda each: int(each["offset"]))
+        places = np.flatnonzero(mask[: int(first["offset"]) + int(first["length"])])
+        return None if not len(places) else (int(places[0]), int(places[-1]) + 1)
+    found = _runs(mask)
+    runs_each, runs_left = divmod(len(found), num_items)
+    if not runs_left and runs_each:
+        sizes = [end - start for start, end in found]
+        if runs_each == 1 or sizes == sizes[:runs_each] * num_items:
+            return found[0][0], found[runs_each - 1][1]
+    rows_each, rows_left = divmod(int(mask.sum()), num_items)
+    if rows_left:
         return None
-    parts = [(start, start + num_rows) for first, last in runs for start in range(first, last, num_rows)]
-    return parts if len(parts) == num_items and all(mask[start:end].all() for start, end in parts) else None
+    places = np.flatnonzero(mask)[:rows_each]
+    return int(places[0]), int(places[-1]) + 1
 
 
 def _runs(mask: Mask) -> list[tuple[int, int]]:
