@@ -215,6 +215,8 @@ class LoadReport:
     """What the weights are stored as, if not all in the model's dtype."""
     steps: str = ""
     """How steps are given to the device, if there is a choice."""
+    kernels: str = ""
+    """What computes, and what follows from it, if that isn't what this kind of device usually has."""
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
@@ -225,6 +227,7 @@ class LoadReport:
             f"{self.model}: tier {features.tier}",
             *([f"weights: {self.weights}"] if self.weights else []),
             *([f"steps: {self.steps}"] if self.steps else []),
+            *([f"kernels: {self.kernels}"] if self.kernels else []),
             f"KV cache: {self.num_blocks:,} blocks of {self.block_size} tokens "
             f"= {self.num_blocks * self.block_size:,} tokens",
             f"memory: {', '.join(mib.values())}",

@@ -13,6 +13,7 @@ from sensorium.attention import Attention
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.inputs import INPUT_REGISTRY
+from sensorium.kernels import native_refusal
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, SchedulerOutput
 from sensorium.model_executor.drivers import ModelDriver
@@ -133,6 +134,7 @@ class Worker:
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
             weights=weights_line(self.model),
             steps=self._steps_line(),
+            kernels=_kernels_line(self._device),
         )
 
     def _steps_line(self) -> str:
@@ -161,3 +163,14 @@ class Worker:
         if self._runner is not None:
             self._runner.form_compiler.close()
         self._model = self._driver = self._runner = None
+
+
+def _kernels_line(device: torch.device) -> str:
+    """What to know about computing without the native kernels; empty with them."""
+    reason = native_refusal() if device.type == "cpu" else None
+    if reason is None:
+        return ""
+    return (
+        f"plain torch ({reason}): several times slower, and the last digits of a row depend on how many are computed "
+        "with it, so that log probabilities may differ a little from batch to batch"
+    )

@@ -25,6 +25,7 @@ from PIL import Image, ImageDraw
 from pydantic import BaseModel, Field
 
 from sensorium import LLM, SamplingParams
+from sensorium.kernels import native_refusal
 from sensorium.multimodal.media.encode import encode_audio, encode_video
 from tests.entrypoints.served import SETTINGS, Served, data_url, served
 from training.speech import SAMPLE_RATE, SpeechBank
@@ -82,17 +83,19 @@ def both(server: Served, call: Callable[[Any], Any]) -> Any:
     other = asyncio.run(run())
     assert type(other) is type(result)
     if not isinstance(result, list):  # streams are cut as it happens
-        assert steady(other) == steady(result)
+        assert steady(other) == steady(result, about=native_refusal() is not None)
     return result
 
 
-def steady(value: Any) -> Any:
-    """A value without what varies."""
+def steady(value: Any, *, about: bool = False) -> Any:
+    """A value without what varies. By plain torch, as the load report says, log probabilities are `about` the same."""
     if isinstance(value, BaseModel):
         value = value.model_dump(warnings=False)
     if isinstance(value, dict):
-        return {key: steady(each) for key, each in value.items() if key not in VARYING}
-    return [steady(each) for each in value] if isinstance(value, list) else value
+        return {key: steady(each, about=about) for key, each in value.items() if key not in VARYING}
+    if isinstance(value, list):
+        return [steady(each, about=about) for each in value]
+    return pytest.approx(value, rel=1e-3, abs=1e-4) if about and isinstance(value, float) else value
 
 
 def chat_of(*parts: Any, question: str) -> list[Any]:

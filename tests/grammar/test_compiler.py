@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import os
 import signal
-import subprocess
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future
 from typing import Any
 
 import numpy as np
+import psutil
 import pytest
 
 from sensorium.errors import InvalidRequestError, OverloadedError, SensoriumError, UnsupportedFeatureError
@@ -301,5 +301,4 @@ def _compiled_anew(compiler: FormCompiler, form: StructuredOutputs) -> None:
 
 
 def _children(pid: int) -> list[int]:
-    listed = subprocess.run(["ps", "-o", "pid=", "--ppid", str(pid)], capture_output=True, text=True, check=False)
-    return [int(each) for each in listed.stdout.split()]
+    return [child.pid for child in psutil.Process(pid).children()]

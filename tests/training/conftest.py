@@ -3,31 +3,35 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ImageFont
 
-from training import fonts
 from training.catalog import DIGITS, SPOKEN_WORDS
 from training.speech import SpeechBank
 from training.worlds import Source
 
 
-@pytest.fixture(autouse=True)
-def pillow_font(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Set texts in the font that Pillow carries, which is no training font and needs no installation."""
+@pytest.fixture(scope="package", autouse=True)
+def pillow_font() -> Iterator[None]:
+    """Set texts in the font that Pillow carries, which is no training font and needs no installation.
+
+    For whatever makes items, in fixtures of any scope: those of a module once looked for the machine's fonts.
+    """
 
     def load_font(path: Path, size: int) -> ImageFont.FreeTypeFont:
         font = ImageFont.load_default(size)
         assert isinstance(font, ImageFont.FreeTypeFont)
         return font
 
-    for module in ("training.pages", "training.charts"):
-        monkeypatch.setattr(f"{module}.font_paths", lambda split: (Path("Aileron.ttf"),))
-        monkeypatch.setattr(f"{module}.load_font", load_font)
-    fonts.font_paths.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for module in ("training.pages", "training.charts"):
+            patch.setattr(f"{module}.font_paths", lambda split: (Path("Aileron.ttf"),))
+            patch.setattr(f"{module}.load_font", load_font)
+        yield
 
 
 @pytest.fixture(scope="session")
