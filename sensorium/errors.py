@@ -1,4 +1,5 @@
-"""The exception tree: every error that a user can meet, with the HTTP status a server answers it with.
+"""The exception tree: every error that a user can meet, with the HTTP status that a server answers it with, and a word
+that programs know it by.
 
 Owns no state; importable from every room. Each class also derives from the builtin exception that callers of the
 extension API have learnt to catch, so `except ValueError` written for another engine keeps working.
@@ -15,6 +16,7 @@ extension API have learnt to catch, so `except ValueError` written for another e
     ├── RequestAbortedError            499   (RuntimeError)  the caller or a shutdown ended the request
     └── RequestError                   400   one request is at fault; others never notice
         ├── InvalidRequestError        400   (ValueError)    a value is out of bounds
+        │   └── ContextLengthError     400                   a prompt doesn't fit into the model's context
         ├── InvalidTypeError           400   (TypeError)     an argument has the wrong type
         ├── UnknownModalityError       400   (NotImplementedError)
         ├── UnregisteredModalityError  400   (KeyError)
@@ -32,9 +34,27 @@ from __future__ import annotations
 
 
 class SensoriumError(Exception):
-    """Base of all errors that Sensorium raises on purpose. `status` is the HTTP status of the answer."""
+    """Base of all errors that Sensorium raises on purpose.
+
+    Args:
+        args: the message.
+        code: instead of the class's `code`.
+        param: see there.
+    """
 
     status: int = 500
+    """HTTP status of the answer."""
+    code: str = "server_error"
+    """What kind of error it is, for programs: OpenAI's word where there is one."""
+    param: str | None = None
+    """The field of the request that is at fault, where it isn't the one that the message begins with."""
+
+    def __init__(self, *args: object, code: str | None = None, param: str | None = None) -> None:
+        super().__init__(*args)
+        if code is not None:
+            self.code = code
+        if param is not None:
+            self.param = param
 
 
 class ConfigError(SensoriumError, ValueError):
@@ -68,6 +88,7 @@ class EngineDeadError(SensoriumError, RuntimeError):
     """The engine core has ended; no request can be served any more."""
 
     status = 503
+    code = "service_unavailable"
 
 
 class EngineRestartingError(EngineDeadError):
@@ -82,28 +103,44 @@ class RequestAbortedError(SensoriumError, RuntimeError):
     """The request was ended before it finished, by its caller or by a shutdown."""
 
     status = 499
+    code = "request_aborted"
 
 
 class RequestError(SensoriumError):
     """Something about one request is wrong. The message goes to that caller as it stands."""
 
     status = 400
+    code = "invalid_request"
 
 
 class InvalidRequestError(RequestError, ValueError):
     """A value of a request is outside its bounds."""
 
+    code = "invalid_value"
+
+
+class ContextLengthError(InvalidRequestError):
+    """A prompt, or a prompt and the answer asked for, has more tokens than the model's context or memory holds."""
+
+    code = "context_length_exceeded"
+
 
 class InvalidTypeError(RequestError, TypeError):
     """A part of a request has a type that is not accepted."""
+
+    code = "invalid_type"
 
 
 class UnknownModalityError(RequestError, NotImplementedError):
     """A modality that no plugin is registered for."""
 
+    code = "unsupported_modality"
+
 
 class UnregisteredModalityError(RequestError, KeyError):
     """A known modality for which the model has no input mapper."""
+
+    code = "unsupported_modality"
 
     def __str__(self) -> str:  # KeyError would show the message's repr
         return str(self.args[0]) if self.args else ""
@@ -112,43 +149,54 @@ class UnregisteredModalityError(RequestError, KeyError):
 class UnsupportedFeatureError(RequestError, NotImplementedError):
     """A feature that exists in the interface but not for this model or build."""
 
+    code = "unsupported_value"
+
 
 class ProcessorError(RequestError, RuntimeError):
     """The model's input processor, mapper or encoder failed on this request's input."""
 
+    code = "processing_failed"
+
 
 class MediaError(RequestError, ValueError):
     """Media can't be fetched or decoded."""
+
+    code = "invalid_media"
 
 
 class MediaForbiddenError(MediaError):
     """The address, file or scheme is not allowed."""
 
     status = 403
+    code = "media_forbidden"
 
 
 class MediaTooLargeError(MediaError):
     """Media exceeds a budget of bytes, pixels, frames or seconds."""
 
     status = 413
+    code = "media_too_large"
 
 
 class MediaTypeError(MediaError):
     """The container or encoding is not one that is decoded here."""
 
     status = 415
+    code = "unsupported_media_type"
 
 
 class MediaUnavailableError(MediaError):
     """A remote source did not deliver: refused, not found, or too slow."""
 
     status = 424
+    code = "media_unavailable"
 
 
 class OverloadedError(RequestError, RuntimeError):
     """The bound on waiting work is reached. `retry_after_s` tells when another try makes sense."""
 
     status = 429
+    code = "rate_limit_exceeded"
 
     def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
         super().__init__(message)

@@ -158,6 +158,8 @@ class RequestFailure:
 
     message: str
     status: int = 500
+    code: str | None = None
+    """That of the error, where there was one of our own."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -35,6 +35,8 @@ class Logprob:
     """1 for the most probable token."""
     decoded_token: str | None = None
     """The token's text; bytes that are no whole character show as U+FFFD. None without a tokenizer."""
+    token_bytes: bytes | None = None
+    """The token's own bytes, of which those of several tokens may make one character. None without a tokenizer."""
 
 
 PositionLogprobs = dict[int, Logprob]
@@ -57,6 +59,8 @@ class CompletionOutput:
     """"stop", "length", "abort" or "error"; None while the output goes on."""
     stop_reason: int | str | None = None
     """The stop token id or stop string that ended it; None for end of sequence and other reasons."""
+    text_offsets: list[int] | None = None
+    """For each token, where in the output's whole text what it stands for begins; None without `logprobs`."""
 
     @property
     def finished(self) -> bool:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
+import re
 import reprlib
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -34,6 +35,9 @@ MAX_LOGIT_BIAS = 100.0
 """Large enough to force or forbid a token, small enough to leave logits finite."""
 GREEDY_TEMPERATURE = 1e-5
 """Below this a temperature means greedy: dividing by it would only magnify rounding errors."""
+
+WHOLE_NUMBER = re.compile(r"0|[1-9][0-9]{0,17}")
+"""A number from 0 on as JSON writes it. `int` takes several texts for one number, and digits of all scripts."""
 
 MIX_INCREMENT, MIX_FACTOR_1, MIX_FACTOR_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
 """Constants of SplitMix64, see `mix64`."""
@@ -354,7 +358,10 @@ def _biases(name: str, value: Any) -> dict[int, float]:
         )
     token_id = _integer(0, _MAX_COUNT)
     bias = _number(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
-    return {token_id(name, _key_as_int(key)): bias(name, number) for key, number in value.items()}
+    biases = {token_id(name, _key_as_int(name, key)): bias(name, number) for key, number in value.items()}
+    if len(biases) < len(value):
+        raise InvalidRequestError(f"{name}: got a token id twice, expected it once. Remove one of them.")
+    return biases
 
 
 def _structured_outputs(name: str, value: Any) -> StructuredOutputs | None:
@@ -363,8 +370,14 @@ def _structured_outputs(name: str, value: Any) -> StructuredOutputs | None:
     return value
 
 
-def _key_as_int(key: Any) -> Any:
-    return int(key) if isinstance(key, str) and len(key) <= 10 and key.isascii() and key.isdigit() else key
+def _key_as_int(name: str, key: Any) -> Any:
+    if not isinstance(key, str):
+        return key
+    if WHOLE_NUMBER.fullmatch(key) is None:
+        raise InvalidRequestError(
+            f"{name}: got the key {_shown(key)}, expected a token id in digits, such as '42'. Change it."
+        )
+    return int(key)
 
 
 _CHECKS: dict[str, _Check] = {

@@ -152,7 +152,7 @@ class CoreServer:
             try:
                 core.add_request(request)
             except SensoriumError as error:
-                failure = RequestFailure(str(error), error.status)
+                failure = RequestFailure(str(error), error.status, error.code)
                 news = EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, failure=failure)
                 self._tell(core, [news])
 

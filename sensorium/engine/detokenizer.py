@@ -15,6 +15,7 @@ become a character hold back all text behind them.
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import Any, Protocol
@@ -25,6 +26,8 @@ from sensorium.sampling_params import SamplingParams
 REPLACEMENT = "\ufffd"
 """What stands in decoded text for bytes that are no character."""
 
+_BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+"""How SentencePiece writes a token that is one byte."""
 _MAX_CONTEXT_TOKENS = 6
 """Tokens of the prompt that decide how the first output token reads: enough to hold a character and a space.
 """
@@ -155,6 +158,45 @@ class Detokenizer:
             text = self._texts[token_id] = self._read_token(token_id)
         return text
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """The bytes that a token stands for within a text: those of its text, unless they are no whole characters."""
+        if self._is_byte_level:
+            return self._token_bytes(token_id)
+        found = self._bytes.get(token_id)
+        if found is None:
+            found = self._bytes[token_id] = self._read_bytes(token_id)
+        return found
+
+    def spell(self, token_ids: Sequence[int], *, skip_special_tokens: bool) -> tuple[str, list[int]]:
+        """A text from its beginning, and for each token, where in it what it stands for begins."""
+        hidden_ids = self.special_ids if skip_special_tokens else frozenset[int]()
+        stream, pieces, offsets, num_chars = self.stream((), hidden_ids), list[str](), list[int](), 0
+        for token_id in token_ids:
+            offsets.append(num_chars)
+            if token_id not in hidden_ids:
+                pieces.append(stream.push(token_id))
+                num_chars += len(pieces[-1])
+        return "".join(pieces) + stream.flush(), offsets
+
+    def _read_bytes(self, token_id: int) -> bytes:
+        text, token = self.token_text(token_id), self._token(token_id)
+        if (byte := _BYTE_TOKEN.fullmatch(token)) is not None and text != token:
+            return bytes([int(byte[1], 16)])
+        if REPLACEMENT in text and token and all(char in _BYTE_OF_CHAR for char in token):
+            spelled = bytes(_BYTE_OF_CHAR[char] for char in token)
+            if spelled.decode("utf-8", errors="replace") == text:
+                return spelled
+        return text.encode()
+
+    def _token(self, token_id: int) -> str:
+        """A token as the vocabulary writes it; empty for an id without one."""
+        if not self._has_token(token_id):
+            return ""
+        if self._backend is not None:
+            return self._backend.id_to_token(token_id) or ""
+        token = self._tokenizer.convert_ids_to_tokens(token_id)
+        return token if isinstance(token, str) else ""
+
     def _read_token(self, token_id: int) -> str:
         if self._is_byte_level:
             return self._token_bytes(token_id).decode("utf-8", errors="replace")
@@ -196,7 +238,7 @@ class Detokenizer:
         """The bytes that a byte-level token stands for; none for an id without a token."""
         token_bytes = self._bytes.get(token_id)
         if token_bytes is None:
-            token = self._backend.id_to_token(token_id) or ""
+            token = self._token(token_id)
             try:
                 token_bytes = bytes(_BYTE_OF_CHAR[char] for char in token)
             except KeyError:  # an added token, written as it reads
@@ -236,7 +278,8 @@ class IncrementalDetokenizer:
         self._min_tokens = params.min_tokens
         self._keeps_stop = params.include_stop_str_in_output
         self._text = ""
-        self._num_tokens = 0
+        self.token_offsets: list[int] = []
+        """For each id taken in, where in the text what it stands for begins."""
         self._last_id = -1
         self._is_finished = False
         self.stop_string: str | None = None
@@ -253,7 +296,7 @@ class IncrementalDetokenizer:
     def update(self, token_ids: Sequence[int]) -> int:
         """Take in new ids up to one that completes a stop string; returns how many. Not after the end."""
         for count, token_id in enumerate(token_ids, 1):
-            self._num_tokens += 1
+            self.token_offsets.append(len(self._text))
             if token_id not in self._hidden_ids:
                 self._append(self._piece(token_id))
                 if self._is_finished:
@@ -276,7 +319,7 @@ class IncrementalDetokenizer:
     def _append(self, piece: str) -> None:
         if self._stops is not None:
             match = self._stops.feed(piece)
-            while match is not None and self._num_tokens < self._min_tokens:
+            while match is not None and len(self.token_offsets) < self._min_tokens:
                 self._text, piece = self._text + piece[: match.end], piece[match.end :]
                 match = self._stops.feed(piece)
             if match is not None:

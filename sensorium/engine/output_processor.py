@@ -28,7 +28,8 @@ from sensorium.outputs import (
 if TYPE_CHECKING:
     from sensorium.inputs.preprocess import ProcessedRequest
 
-TokenText: TypeAlias = Callable[[int], str | None]
+Spelling: TypeAlias = Callable[[int], tuple[str | None, bytes | None]]
+"""A token's text and bytes, by its id."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -125,8 +126,8 @@ class OutputProcessor:
             if child is None:
                 continue
             request = child.request
-            request.update(each, now_s, self._token_text)
-            child.update(each, self._token_text)
+            request.update(each, now_s, self._spelling)
+            child.update(each, self._spelling)
             if child.is_finished:
                 del self._children[child.child_id]
                 if each.finish_reason is None:
@@ -140,8 +141,10 @@ class OutputProcessor:
         outputs = [output for request in touched.values() if (output := self._output(request, now_s)) is not None]
         return ProcessedOutputs(outputs, abort_ids)
 
-    def _token_text(self, token_id: int) -> str | None:
-        return None if self._detokenizer is None else self._detokenizer.token_text(token_id)
+    def _spelling(self, token_id: int) -> tuple[str | None, bytes | None]:
+        if self._detokenizer is None:
+            return None, None
+        return self._detokenizer.token_text(token_id), self._detokenizer.token_bytes(token_id)
 
     def _output(self, request: _Request, now_s: float) -> RequestOutput | PoolingRequestOutput | None:
         finished = request.is_finished
@@ -180,7 +183,7 @@ class _Request:
     def is_finished(self) -> bool:
         return self.num_running == 0
 
-    def update(self, news: EngineOutput, now_s: float, token_text: TokenText) -> None:
+    def update(self, news: EngineOutput, now_s: float, spelling: Spelling) -> None:
         """Note what concerns the request as a whole."""
         if self._scheduled_time_s is None:
             self._scheduled_time_s = news.scheduled_time_s
@@ -190,7 +193,7 @@ class _Request:
             self._last_token_time_s = now_s
         if self._prompt_logprobs is not None:
             # Rank 0 stands for ids outside the vocabulary, where media go.
-            self._prompt_logprobs += [_position(e, token_text) if e.rank else None for e in news.prompt_logprobs]
+            self._prompt_logprobs += [_position(e, spelling) if e.rank else None for e in news.prompt_logprobs]
         if news.pooled is not None:
             self._pooled = news.pooled
         self._num_cached_tokens = max(self._num_cached_tokens, news.num_cached_tokens)
@@ -198,7 +201,7 @@ class _Request:
     def fail(self, failure: RequestFailure) -> list[str]:
         """Set the error and end the outputs that still run; returns their ids."""
         kind = InvalidRequestError if failure.status == InvalidRequestError.status else RequestError
-        self.error = kind(failure.message)
+        self.error = kind(failure.message, code=failure.code)
         self.error.status = failure.status
         running = [child for child in self.children if not child.is_finished]
         for child in running:
@@ -208,8 +211,12 @@ class _Request:
     def output(self) -> RequestOutput:
         is_delta = self.kind is OutputKind.DELTA
         prompt_logprobs = self._prompt_logprobs
-        if is_delta:
-            self._prompt_logprobs = None  # is complete before the first token, and goes out with it
+        if is_delta and prompt_logprobs is not None:
+            # They go out once, whole: with the first output's first token. Others may be ahead of it.
+            if len(prompt_logprobs) == len(self.message.prompt_token_ids):
+                self._prompt_logprobs = None
+            else:
+                prompt_logprobs = None
         return RequestOutput(
             request_id=self.request_id,
             prompt=self.processed.prompt_text,
@@ -274,7 +281,7 @@ class _Child:
     def is_finished(self) -> bool:
         return self._finish_reason is not None
 
-    def update(self, news: EngineOutput, token_text: TokenText) -> None:
+    def update(self, news: EngineOutput, spelling: Spelling) -> None:
         """Take in new tokens, up to one that completes a stop string, and the end."""
         num_tokens = len(news.new_token_ids)
         if self._text is not None and num_tokens:
@@ -285,7 +292,7 @@ class _Child:
         self._token_ids += news.new_token_ids[:num_tokens]
         if self._logprobs is not None:
             for entry in news.logprobs[:num_tokens]:
-                self._logprobs.append(_position(entry, token_text))
+                self._logprobs.append(_position(entry, spelling))
                 self._cumulative_logprob += entry.logprob
         self.has_news |= num_tokens > 0
         if news.finish_reason is not None or self._has_met_stop_string:
@@ -314,16 +321,23 @@ class _Child:
             logprobs=None if self._logprobs is None else self._logprobs[first_token:],
             finish_reason=None if self._finish_reason is None else self._finish_reason.value,
             stop_reason=self._stop_reason,
+            text_offsets=None if self._logprobs is None else self._offsets(first_token),
         )
+
+    def _offsets(self, first_token: int) -> list[int]:
+        """Where tokens from one on begin in the text. What ended the output without being shown begins at its end."""
+        known = [] if self._text is None else self._text.token_offsets[first_token:]
+        end = 0 if self._text is None else len(self._text.text)
+        return known + [end] * (len(self._token_ids) - first_token - len(known))
 
     @property
     def _has_met_stop_string(self) -> bool:
         return self._text is not None and self._text.stop_string is not None
 
 
-def _position(entry: TokenLogprobs, token_text: TokenText) -> PositionLogprobs:
-    position = {entry.token_id: Logprob(entry.logprob, entry.rank, token_text(entry.token_id))}
+def _position(entry: TokenLogprobs, spelling: Spelling) -> PositionLogprobs:
+    position = {entry.token_id: Logprob(entry.logprob, entry.rank, *spelling(entry.token_id))}
     for rank, (token_id, logprob) in enumerate(zip(entry.top_token_ids, entry.top_logprobs, strict=True), 1):
         if token_id != entry.token_id:
-            position[token_id] = Logprob(logprob, rank, token_text(token_id))
+            position[token_id] = Logprob(logprob, rank, *spelling(token_id))
     return position

@@ -82,4 +82,5 @@ def _join(deltas: Sequence[CompletionOutput]) -> CompletionOutput:
         text="".join(delta.text for delta in deltas),
         token_ids=[token_id for delta in deltas for token_id in delta.token_ids],
         logprobs=logprobs,
+        text_offsets=None if logprobs is None else [offset for delta in deltas for offset in delta.text_offsets or ()],
     )

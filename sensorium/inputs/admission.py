@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
 from sensorium.multimodal.inputs import iter_leaves
 from sensorium.multimodal.placeholders import BoolArray, IntArray, Span, is_placeholder
 
@@ -30,11 +30,16 @@ MAX_DEPTH = 8
 # Prompts
 
 
-def prompt_too_long(got: str, max_tokens: int, advice: str = "Shorten the prompt") -> InvalidRequestError:
-    """The error for a prompt that doesn't fit. `got`: the number of tokens, in words."""
-    return InvalidRequestError(
-        f"prompt too long to fit into the model: got {got} tokens, expected at most {max_tokens}. "
-        f"{advice}, or raise max_model_len."
+def prompt_too_long(
+    got: str, max_tokens: int, max_model_len: int, advice: str = "Shorten the prompt"
+) -> ContextLengthError:
+    """The error for a prompt that doesn't fit. `got`: the number of tokens, in words.
+
+    Clients tell such an error by the words "maximum context length", if not by its code.
+    """
+    return ContextLengthError(
+        f"prompt too long to fit into the model: got {got} tokens, expected at most {max_tokens}. This model's maximum "
+        f"context length is {max_model_len} tokens. {advice}, or raise max_model_len."
     )
 
 
@@ -65,9 +70,12 @@ def check_length(
         if rows
     ]
     if not shares:
-        raise prompt_too_long(str(num_tokens), most)
+        raise prompt_too_long(str(num_tokens), most, max_model_len)
     raise prompt_too_long(
-        f"{num_tokens} ({', '.join(shares)})", most, "Send fewer or smaller media items, shorten the prompt"
+        f"{num_tokens} ({', '.join(shares)})",
+        most,
+        max_model_len,
+        "Send fewer or smaller media items, shorten the prompt",
     )
 
 

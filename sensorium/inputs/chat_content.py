@@ -19,6 +19,8 @@ MAX_MESSAGES = 4096
 MAX_PARTS = 4096
 """Most parts of one message."""
 MODALITIES = ("image", "video", "audio")
+CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
+"""Fields of parts by which clients say up to where a prompt is worth keeping. Prefixes are cached without them."""
 _AUDIO_FORMAT = re.compile(r"[a-z0-9.+-]{1,32}")
 
 
@@ -206,7 +208,7 @@ def _url(modality: str) -> _Parser:
 
 def _check_detail(detail: object, where: str) -> None:
     """Pictures are always seen in full detail, as far as the model's own limits go."""
-    if detail not in (None, "auto", "high"):
+    if detail not in (None, "auto", "high", "original"):
         raise UnsupportedFeatureError(
             f"{where}: got {detail!r:.60}, expected 'auto' or 'high'. Send a smaller image, or set max_pixels in "
             f"mm_processor_kwargs."
@@ -288,7 +290,7 @@ def _uuid(part: Mapping[str, Any], where: str) -> str | None:
 
 
 def _check_keys(part: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    unknown = sorted(str(key) for key in part.keys() - set(known) if part[key] is not None)
+    unknown = sorted(str(key) for key in part.keys() - CACHE_HINTS - set(known) if part[key] is not None)
     if unknown:
         raise InvalidRequestError(
             f"{where}: got the unknown fields {unknown[:8]}, expected {sorted(known)}. Remove them."

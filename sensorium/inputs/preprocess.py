@@ -205,7 +205,7 @@ class InputPreprocessor:
         max_model_len = self._model_config.max_model_len
         if parsed.token_ids is not None:
             if len(parsed.token_ids) > max_model_len:
-                raise admission.prompt_too_long(str(len(parsed.token_ids)), max_model_len)
+                raise admission.prompt_too_long(str(len(parsed.token_ids)), max_model_len, max_model_len)
             return parsed.token_ids
         assert parsed.text is not None
         if self.encoder is None:

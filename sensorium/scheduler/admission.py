@@ -6,7 +6,7 @@ would break the scheduler's own books if the front had missed it.
 
 from __future__ import annotations
 
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import ContextLengthError, InvalidRequestError
 from sensorium.messages import EngineRequest
 
 
@@ -17,9 +17,10 @@ def check_request(request: EngineRequest, *, max_model_len: int, num_blocks: int
         raise InvalidRequestError("prompt: got 0 tokens, expected at least 1. Send a prompt that is not empty.")
     max_prompt_tokens = max_model_len if request.pooling else max_model_len - 1
     if num_prompt_tokens > max_prompt_tokens:
-        raise InvalidRequestError(
+        raise ContextLengthError(
             f"prompt too long to fit into the model: got {num_prompt_tokens} tokens, expected at most "
-            f"{max_prompt_tokens}. Shorten the prompt, or raise max_model_len."
+            f"{max_prompt_tokens}. This model's maximum context length is {max_model_len} tokens. Shorten the prompt, "
+            "or raise max_model_len."
         )
     _check_media(request, num_prompt_tokens)
     max_tokens = request.sampling_params.max_tokens
@@ -27,7 +28,7 @@ def check_request(request: EngineRequest, *, max_model_len: int, num_blocks: int
     # The last token is never computed: nothing follows it.
     num_computed = num_prompt_tokens if request.pooling else longest - 1
     if num_computed > num_blocks * block_size:
-        raise InvalidRequestError(
+        raise ContextLengthError(
             f"request too long for the KV cache: got up to {num_computed} tokens of prompt and output, expected at "
             f"most {num_blocks * block_size} (num_blocks {num_blocks} of {block_size} tokens). Lower max_tokens or "
             "max_model_len, or raise num_blocks or kv_cache_bytes."

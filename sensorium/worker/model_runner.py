@@ -271,7 +271,7 @@ class ModelRunner:
                 errors = (self.encoder.errors.get(item.key) for item in state.request.media)
                 error = next((error for error in errors if error is not None), None)
                 if error is not None:
-                    state.failure = RequestFailure(str(error), error.status)
+                    state.failure = RequestFailure(str(error), error.status, error.code)
             if state.failure is None:
                 remaining.append(chunk)
             else:

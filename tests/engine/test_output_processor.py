@@ -208,24 +208,31 @@ def test_log_probabilities_come_with_texts() -> None:
     output = _only(processor, EngineOutput("r", [fox, the], entries)).outputs[0]
     fox_text = TOKENIZER.decode([fox])
     assert output.logprobs == [
-        {fox: Logprob(-2.0, 3, fox_text), the: Logprob(-0.5, 1, " the"), EOS: Logprob(-1.5, 2, "</s>")},
-        {the: Logprob(-0.5, 1, " the"), fox: Logprob(-2.0, 2, fox_text)},
+        {fox: _logprob(-2.0, 3, fox_text), the: _logprob(-0.5, 1, " the"), EOS: _logprob(-1.5, 2, "</s>")},
+        {the: _logprob(-0.5, 1, " the"), fox: _logprob(-2.0, 2, fox_text)},
     ]
     assert output.logprobs is not None
     assert [next(iter(position)) for position in output.logprobs] == [fox, the]
     assert output.cumulative_logprob == -2.5
 
 
+def _logprob(logprob: float, rank: int, text: str) -> Logprob:
+    """Of a token that is whole characters."""
+    return Logprob(logprob, rank, text, text.encode())
+
+
 @pytest.mark.parametrize("kind", OutputKind)
 def test_prompt_log_probabilities(kind: OutputKind) -> None:
     """They come chunk by chunk before the first token, and have no entry where media stands."""
     processor = OutputProcessor(TOKENIZER)
-    processor.add_request(_request(prompt_logprobs=0), kind)
+    request = _request(prompt_logprobs=0)
+    message = replace(request.engine_request, prompt_token_ids=[4, 5, -3])
+    processor.add_request(replace(request, engine_request=message), kind)
     for entry in (TokenLogprobs(5, -1.0, 1), TokenLogprobs(-3, -np.inf, 0)):
         assert processor.process([EngineOutput("r", prompt_logprobs=[entry])]).outputs == []
     outputs = processor.process([_news(" fox")]).outputs
     outputs += processor.process([_news(" fox", finish_reason=FinishReason.LENGTH)]).outputs
-    expected = [None, {5: Logprob(-1.0, 1, TOKENIZER.decode([5]))}, None]
+    expected = [None, {5: _logprob(-1.0, 1, TOKENIZER.decode([5]))}, None]
     found = [output.prompt_logprobs for output in outputs if isinstance(output, RequestOutput)]
     assert found == {"cumulative": [expected] * 2, "delta": [expected, None], "final_only": [expected]}[kind]
 

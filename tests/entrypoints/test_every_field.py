@@ -43,7 +43,8 @@ def check_error(response: httpx.Response) -> None:
     assert 400 <= response.status_code < 500, response.text
     error = response.json()["error"]
     assert error.keys() == {"message", "type", "param", "code"}
-    assert error["code"] == response.status_code
+    assert isinstance(error["code"], str)
+    assert error["code"]
     assert 10 < len(error["message"]) < 2000
     assert not LEAK.search(response.text), response.text
 

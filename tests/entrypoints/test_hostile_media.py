@@ -112,7 +112,7 @@ def refused(response: httpx.Response, status: int) -> str:
     """The sentence of a refusal, which says nothing of what lies behind it."""
     assert response.status_code == status, response.text
     error = response.json()["error"]
-    assert error["code"] == status
+    assert isinstance(error["code"], str)
     message: str = error["message"]
     for leak in (
         "127.0.0.1",

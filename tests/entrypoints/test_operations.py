@@ -351,7 +351,7 @@ def test_a_failure_is_told_and_a_wrong_parent_ignored(client: httpx.Client, expo
     assert client.post("/v1/chat/completions", json={"messages": 1}, headers=headers).status_code == 400
     [span] = spans_of(exported, "failed")
     assert span.parent is None
-    assert dict(span.attributes or {})["error.type"] == "invalid_request"
+    assert dict(span.attributes or {})["error.type"] == "invalid_type"
 
 
 def test_spans_reach_a_collector_over_http() -> None:

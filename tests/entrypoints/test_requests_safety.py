@@ -84,7 +84,7 @@ def refused(response: httpx.Response, status: int, *texts: str) -> str:
         ({"response_format": {"type": "json_object"}, "guided_regex": "a"}, "response_format: got guided_regex too"),
         ({"structured_outputs": {"regex": "a", "json_object": True}}, "structured_outputs: got json_object and regex"),
         ({"structured_outputs": {"whitespace_pattern": "a"}}, "structured_outputs.whitespace_pattern: got a field"),
-        ({"functions": []}, "functions: got a field that this server doesn't implement"),
+        ({"functions": [{"name": "f"}]}, "functions: got [{'name': 'f'}], expected null"),
         ({"made_up": 1}, "made_up: got a field that this server doesn't implement"),
         ({"chat_template": "{{ 1 }}"}, "chat_template"),
         ({"mm_processor_kwargs": {"max_pixels": 10**9}}, "mm_processor_kwargs"),

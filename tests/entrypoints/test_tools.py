@@ -290,13 +290,13 @@ def test_what_must_be_called_is_held_to_by_a_grammar(client: openai.OpenAI, scri
 
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": "weather"}, "tools: got a value of type str"),
-    ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, r"tools\.0"),
+    ({"tools": [{"type": "custom", "custom": {"name": "a"}}]}, r"tools\[0\]"),
     ({"tools": [{**NOW, "type": "web_search"}]}, r"tools\[0\]\.type: got 'web_search'"),
-    ({"tools": [{"type": "function", "function": {}}]}, r"tools\.0\.function\.name"),
+    ({"tools": [{"type": "function", "function": {}}]}, r"tools\[0\]\.function\.name"),
     ({"tools": [{"type": "function", "function": {"name": "a b"}}]}, r"tools\[0\]\.function\.name: got 'a b'"),
     ({"tools": [{"type": "function", "function": {"name": "a" * 65}}]}, r"tools\[0\]\.function\.name"),
     ({"tools": [NOW, NOW]}, r"tools\[1\]\.function\.name: got 'now', expected a name that no other has"),
-    ({"tools": [{**NOW, "x": 1}]}, r"tools\.0\.x: got a field that this server doesn't implement"),
+    ({"tools": [{**NOW, "x": 1}]}, r"tools\[0\]\.x: got a field that this server doesn't implement"),
     ({"tools": [{"type": "function", "function": {"name": "a", "parameters": {"type": "array"}}}]}, "parameters.type"),
     (
         {"tools": [{"type": "function", "function": {"name": "a", "parameters": {"properties": []}}}]},

@@ -129,7 +129,7 @@ class BatchRunner:
             if line.url in UPLOAD_PATHS:
                 content = await form_of(line.body, self._loader)
         except RequestError as error:
-            return Response(error.status, "", msgspec.Raw(msgspec.json.encode(error_body(str(error), error.status))))
+            return Response(error.status, "", msgspec.Raw(msgspec.json.encode(error_body(error))))
         response = await self._client.post(line.url, **content)
         return Response(response.status_code, response.headers.get("x-request-id", ""), _raw(response.content))
 

@@ -43,13 +43,13 @@ class ChatRoutes:
         body = parse_body(ChatBody, await read_json(request))
         turn = _Turn(request, body, body.params(), body.tool_request())
         model, request_id = self._context.check_model(body.model), request.state.request_id
-        wants_usage = body.include_usage()
+        options = body.options()
         if not body.stream:
             output = await while_connected(request, self._whole(turn))
             return JsonResponse(ChatAnswer(request_id, model, body, turn.plan).whole(output))
         outputs = await while_connected(request, self._started(turn))
         answer = ChatAnswer(request_id, model, body, turn.plan)
-        return EventStream(answer.chunks(outputs, include_usage=wants_usage))
+        return EventStream(answer.chunks(outputs, options), is_padded=options.include_obfuscation)
 
     async def token_cost(self, request: Request) -> Response:
         """`POST /v1/chat/token_cost`: prompt tokens of a chat, media counted one by one, without generating."""

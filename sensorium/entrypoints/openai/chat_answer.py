@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 from contextlib import aclosing
 from typing import Any
 
-from sensorium.entrypoints.openai.answers import Usage, chat_logprobs
-from sensorium.entrypoints.openai.protocol import ChatBody
+from sensorium.entrypoints.openai.answers import Usage, chat_logprobs, prompt_logprobs
+from sensorium.entrypoints.openai.protocol import ChatBody, StreamOptions
 from sensorium.entrypoints.openai.tools.plan import AnswerPlan, AnswerReader
 from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.parsing import Content, Event, Reasoning, ToolCallArguments, ToolCallStart, collect
@@ -20,6 +20,7 @@ class ChatAnswer:
     def __init__(self, request_id: str, model: str, body: ChatBody, plan: AnswerPlan) -> None:
         self._head = {"id": f"chatcmpl-{request_id}", "created": int(time.time()), "model": model}
         self._num_top = body.top_logprobs or 0
+        self._reports_prompt = body.prompt_logprobs is not None
         self._plan = plan
         self._includes_reasoning = body.include_reasoning
         self._readers: dict[int, AnswerReader] = {}
@@ -29,10 +30,20 @@ class ChatAnswer:
         """A `chat.completion`."""
         self._usage.take(0, output)
         choices = [self._choice(each) for each in output.outputs]
-        return {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage_body()}
+        answer = {**self._head, "object": "chat.completion", "choices": choices, "usage": self._usage_body()}
+        if self._reports_prompt:
+            answer["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+        return answer
 
-    async def chunks(self, outputs: AsyncIterator[RequestOutput], *, include_usage: bool) -> AsyncIterator[Any]:
-        """`chat.completion.chunk`s: a role first for each choice, then deltas, at the end the usage if wanted."""
+    async def chunks(self, outputs: AsyncIterator[RequestOutput], options: StreamOptions) -> AsyncIterator[Any]:
+        """`chat.completion.chunk`s: a role first for each choice, then deltas, with usage where it is wanted."""
+        async with aclosing(self._chunks(outputs)) as chunks:  # type: ignore[type-var]
+            async for chunk in chunks:
+                yield {**chunk, "usage": self._usage_body()} if options.continuous_usage_stats else chunk
+        if options.include_usage:
+            yield {**self._chunk(), "usage": self._usage_body()}
+
+    async def _chunks(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Any]:
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 self._usage.take(0, output)
@@ -42,8 +53,6 @@ class ChatAnswer:
                         yield self._chunk(_delta(each.index, {"role": "assistant", "content": content}))
                     for delta in self._deltas(each):
                         yield self._chunk(delta)
-        if include_usage:
-            yield {**self._chunk(), "usage": self._usage_body()}
 
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
         events, reader = self._read(output)

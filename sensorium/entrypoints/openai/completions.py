@@ -7,19 +7,25 @@ import base64
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
-from typing import Any
+from dataclasses import replace
+from typing import Any, TypeAlias
 
 from starlette.requests import Request
 from starlette.responses import Response
 
-from sensorium.entrypoints.openai.answers import Usage, completion_logprobs
+from sensorium.engine.detokenizer import Detokenizer
+from sensorium.entrypoints.openai.answers import Usage, completion_logprobs, prompt_logprobs
 from sensorium.entrypoints.openai.context import ServerContext
+from sensorium.entrypoints.openai.echo import NO_ECHO, Echo, make_echo
 from sensorium.entrypoints.openai.http import EventStream, JsonResponse, merged, read_json, while_connected, with_first
-from sensorium.entrypoints.openai.protocol import CompletionBody, EmbeddingBody, parse_body
+from sensorium.entrypoints.openai.protocol import CompletionBody, EmbeddingBody, StreamOptions, parse_body
+from sensorium.errors import UnsupportedFeatureError
 from sensorium.outputs import CompletionOutput, OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
-Numbered = AsyncIterator[tuple[int, RequestOutput]]
+Numbered: TypeAlias = AsyncIterator[tuple[int, RequestOutput]]
+Echoed: TypeAlias = AsyncIterator[tuple[int, RequestOutput, Echo]]
+_Done: TypeAlias = tuple[RequestOutput, Echo]
 
 
 class CompletionRoutes:
@@ -27,6 +33,8 @@ class CompletionRoutes:
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
+        tokenizer = context.engine.tokenizer
+        self._detokenizer = None if tokenizer is None else Detokenizer(tokenizer)
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
@@ -34,18 +42,19 @@ class CompletionRoutes:
         answer = _Answer(request.state.request_id, self._context.check_model(body.model), body)
         params, prompts = body.params(), body.prompts()
         self._context.check_kwargs(body.mm_processor_kwargs)
-        wants_usage = body.include_usage()
+        options = body.options()
         if not body.stream:
             outputs = await while_connected(request, self._whole(body, prompts, params))
             return JsonResponse(answer.whole(outputs))
         stream = await while_connected(request, self._started(body, prompts, params))
-        return EventStream(answer.chunks(stream, include_usage=wants_usage))
+        return EventStream(answer.chunks(stream, options), is_padded=options.include_obfuscation)
 
     async def embeddings(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
         body = parse_body(EmbeddingBody, await read_json(request))
         name, prompts = self._context.check_model(body.model), body.prompts()
         outputs = await while_connected(request, self._pool(prompts))
+        _check_dimensions(body.dimensions, outputs)
         num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         data = [
             {"object": "embedding", "index": index, "embedding": _vector(output, body.encoding_format)}
@@ -70,7 +79,7 @@ class CompletionRoutes:
         return merged(
             [
                 self._context.generate(
-                    {"prompt" if isinstance(prompt, str) else "prompt_token_ids": prompt, **kwargs},
+                    _prompt(prompt, body) | kwargs,
                     params,
                     kind,
                     priority=body.priority,
@@ -80,15 +89,54 @@ class CompletionRoutes:
             ]
         )
 
-    async def _whole(self, body: CompletionBody, prompts: list[Any], params: SamplingParams) -> list[RequestOutput]:
-        found: dict[int, RequestOutput] = {}
-        async with aclosing(self._generate(body, prompts, params, OutputKind.FINAL_ONLY)) as outputs:  # type: ignore[type-var]
+    async def _with_echoes(self, body: CompletionBody, outputs: Numbered) -> Echoed:
+        """The same outputs, the first of each prompt with the prompt's echo if there is to be one."""
+        echoed: set[int] = set()
+        waiting: dict[int, list[RequestOutput]] = {}
+        async with aclosing(outputs):  # type: ignore[type-var]
             async for index, output in outputs:
-                found[index] = output
+                if index in echoed or not body.echo:
+                    yield index, output, NO_ECHO
+                    continue
+                waiting.setdefault(index, []).append(output)
+                if body.logprobs is None or output.prompt_logprobs is not None:
+                    echoed.add(index)
+                    echo = await self._echo(body, output)
+                    for each in waiting.pop(index):
+                        yield index, each, echo
+
+    async def _echo(self, body: CompletionBody, output: RequestOutput) -> Echo:
+        skips = body.skip_special_tokens is not False
+        return await self._context.engine.in_pool(
+            lambda: make_echo(output, self._detokenizer, body.logprobs, skip_special_tokens=skips)
+        )
+
+    async def _whole(self, body: CompletionBody, prompts: list[Any], params: SamplingParams) -> list[_Done]:
+        found: dict[int, _Done] = {}
+        generated = self._generate(body, prompts, params, OutputKind.FINAL_ONLY)
+        async with aclosing(self._with_echoes(body, generated)) as outputs:  # type: ignore[type-var]
+            async for index, output, echo in outputs:
+                found[index] = output, echo
         return [found[index] for index in range(len(prompts))]
 
-    async def _started(self, body: CompletionBody, prompts: list[Any], params: SamplingParams) -> Numbered:
-        return await with_first(self._generate(body, prompts, params, OutputKind.DELTA))
+    async def _started(self, body: CompletionBody, prompts: list[Any], params: SamplingParams) -> Echoed:
+        generated = self._generate(body, prompts, params, OutputKind.DELTA)
+        return await with_first(self._with_echoes(body, generated))
+
+
+def _check_dimensions(wanted: int | None, outputs: list[PoolingRequestOutput]) -> None:
+    sizes = {output.outputs.hidden_size for output in outputs if output.outputs is not None}
+    if wanted is not None and sizes - {wanted}:
+        raise UnsupportedFeatureError(
+            f"dimensions: got {wanted}, expected {min(sizes)}, which the model's vectors have. Remove dimensions.",
+            code="unsupported_parameter",
+        )
+
+
+def _prompt(prompt: Any, body: CompletionBody) -> dict[str, Any]:
+    if isinstance(prompt, str):
+        return {"prompt": prompt, "add_special_tokens": body.add_special_tokens}
+    return {"prompt_token_ids": prompt}
 
 
 def _vector(output: PoolingRequestOutput, encoding: str) -> str | list[float]:
@@ -112,34 +160,62 @@ class _Answer:
         }
         self._num_top = body.logprobs or 0
         self._n = body.n or 1
+        self._is_empty = body.is_empty
+        self._reports_prompt = body.prompt_logprobs is not None
+        self._usage = Usage()
 
-    def whole(self, outputs: list[RequestOutput]) -> dict[str, Any]:
+    def whole(self, done: list[_Done]) -> dict[str, Any]:
         """The answer in one piece."""
-        usage = Usage()
         choices = []
-        for index, output in enumerate(outputs):
-            usage.take(index, output)
-            choices += [self._choice(index, each, 0) for each in output.outputs]
-        return {**self._head, "choices": choices, "usage": usage.body()}
+        for index, (output, echo) in enumerate(done):
+            for each in self._taken(index, output):
+                choice = self._choice(index, each, len(echo.text), echo)
+                if self._reports_prompt:
+                    choice["prompt_logprobs"] = prompt_logprobs(output.prompt_logprobs)
+                choices.append(choice)
+        return {**self._head, "choices": choices, "usage": self._usage.body()}
 
-    async def chunks(self, outputs: Numbered, *, include_usage: bool) -> AsyncIterator[Any]:
-        """The answer in pieces of the same form, at the end the usage if wanted."""
-        usage = Usage()
-        offsets: dict[tuple[int, int], int] = {}
+    async def chunks(self, outputs: Echoed, options: StreamOptions) -> AsyncIterator[Any]:
+        """The answer in pieces of the same form, with usage where it is wanted."""
+        echoes: dict[int, Echo] = {}
+        begun: set[int] = set()
         async with aclosing(outputs):  # type: ignore[type-var]
-            async for index, output in outputs:
-                usage.take(index, output)
-                for each in output.outputs:
-                    offset = offsets.get((index, each.index), 0)
-                    offsets[index, each.index] = offset + len(each.text)
-                    yield {**self._head, "choices": [self._choice(index, each, offset)]}
-        if include_usage:
-            yield {**self._head, "choices": [], "usage": usage.body()}
+            async for index, output, given in outputs:
+                whole_echo = echoes.setdefault(index, given)
+                for each in self._taken(index, output):
+                    number = index * self._n + each.index
+                    echo = NO_ECHO if number in begun else whole_echo
+                    begun.add(number)
+                    choice = self._choice(index, each, len(whole_echo.text), echo)
+                    usage = {"usage": self._usage.body()} if options.continuous_usage_stats else {}
+                    yield {**self._head, "choices": [choice], **usage}
+        if options.include_usage:
+            yield {**self._head, "choices": [], "usage": self._usage.body()}
 
-    def _choice(self, prompt: int, output: CompletionOutput, offset: int) -> dict[str, Any]:
+    def _taken(self, index: int, output: RequestOutput) -> list[CompletionOutput]:
+        """A prompt's outputs, counted. Where no answer is wanted, they have none of the token that was made."""
+        if self._is_empty:
+            output = replace(output, outputs=[_emptied(each) for each in output.outputs])
+        self._usage.take(index, output)
+        return output.outputs
+
+    def _choice(self, prompt: int, output: CompletionOutput, offset: int, echo: Echo) -> dict[str, Any]:
+        text, logprobs = echo.before(output.text, completion_logprobs(output, self._num_top, offset))
         return {
             "index": prompt * self._n + output.index,
-            "text": output.text,
-            "logprobs": completion_logprobs(output, self._num_top, offset),
+            "text": text,
+            "logprobs": logprobs,
             "finish_reason": output.finish_reason,
         }
+
+
+def _emptied(output: CompletionOutput) -> CompletionOutput:
+    return replace(
+        output,
+        text="",
+        token_ids=[],
+        logprobs=None if output.logprobs is None else [],
+        text_offsets=None,
+        finish_reason="length",
+        stop_reason=None,
+    )

@@ -12,8 +12,9 @@ from starlette.requests import Request
 
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.entrypoints.openai.errors import HttpError
-from sensorium.entrypoints.openai.http import tenant_of, warn
+from sensorium.entrypoints.openai.http import tenant_of
 from sensorium.entrypoints.openai.metrics import ServerMetrics
+from sensorium.entrypoints.openai.records import note_warning
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.chat_template import EFFORTS
@@ -40,7 +41,12 @@ class ServerContext:
     def check_model(self, name: str | None) -> str:
         """The name to answer with; none stands for the model that there is. Raises `HttpError`."""
         if name is not None and name not in self.model_names:
-            raise HttpError(404, f"model: got {name!r:.120}, expected one of {list(self.model_names)}. See /v1/models.")
+            raise HttpError(
+                404,
+                f"model: got {name!r:.120}, expected one of {list(self.model_names)}. See /v1/models.",
+                code="model_not_found",
+                param="model",
+            )
         return name or self.model_names[0]
 
     def check_kwargs(self, kwargs: dict[str, Any] | None) -> None:
@@ -79,11 +85,11 @@ class ServerContext:
             messages,
             scope=tenant_of(request),
             mm_processor_kwargs=mm_processor_kwargs,
-            reasoning_effort=self._effort(request, reasoning_effort, effort_field, options),
+            reasoning_effort=self._effort(reasoning_effort, effort_field, options),
             **options,
         )
 
-    def _effort(self, request: Request, effort: str | None, field_name: str, options: Mapping[str, Any]) -> str | None:
+    def _effort(self, effort: str | None, field_name: str, options: Mapping[str, Any]) -> str | None:
         """The effort that the template is told. One that it has no setting for is passed over with a warning: clients
         send it to every model.
         """
@@ -92,7 +98,7 @@ class ServerContext:
         template, has_tools = options.get("chat_template"), bool(options.get("tools"))
         if self.chat().hears_effort(chat_template=template, has_tools=has_tools):
             return effort
-        warn(request, f"{field_name} was passed over: the model's chat template has no setting for it.")
+        note_warning(f"{field_name} was passed over: the model's chat template has no setting for it.")
         return None
 
     def tokenizer(self) -> Any:

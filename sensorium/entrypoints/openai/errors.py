@@ -5,15 +5,30 @@ Nothing that another library wrote goes out: neither its texts nor addresses, pa
 
 from __future__ import annotations
 
+import re
+import reprlib
 import traceback
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import ValidationError
 from starlette.responses import JSONResponse
 
-from sensorium.entrypoints.openai.records import note_failure
-from sensorium.errors import EngineRestartingError, InvalidRequestError, OverloadedError, SensoriumError
+from sensorium.entrypoints.openai.body import UNSUPPORTED
+from sensorium.entrypoints.openai.records import current_record, note_failure
+from sensorium.errors import (
+    ContextLengthError,
+    EngineRestartingError,
+    InvalidRequestError,
+    InvalidTypeError,
+    MediaError,
+    OverloadedError,
+    ProcessorError,
+    RequestError,
+    SensoriumError,
+    UnsupportedFeatureError,
+)
 from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
@@ -26,6 +41,22 @@ _TYPES = {
     405: "invalid_request_error",
     429: "rate_limit_error",
 }
+_CODES = {
+    401: "invalid_api_key",
+    403: "forbidden",
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "request_too_large",
+    415: "unsupported_content_type",
+    431: "request_too_large",
+    503: "service_unavailable",
+}
+"""Of errors that only exist over HTTP."""
+_PLACE = re.compile(r"([A-Za-z_]\w*)(?:\[\d+\]|\.\w[\w-]*)*(?=: )")
+"""How messages begin that are about a field: with its path."""
+_PROMPT_NAMES = ("prompt", "prompt_token_ids", "text")
+"""What the engine calls the prompt, whatever field it came in."""
 _EXPECTED = {
     "bool": "true or false",
     "dict": "an object",
@@ -45,16 +76,64 @@ _MAX_PLACE_CHARS = 200
 class HttpError(SensoriumError):
     """An error that only exists over HTTP, such as a route that isn't there."""
 
-    def __init__(self, status: int, message: str, *, headers: Mapping[str, str] | None = None) -> None:
-        super().__init__(message)
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        headers: Mapping[str, str] | None = None,
+        code: str | None = None,
+        param: str | None = None,
+    ) -> None:
+        super().__init__(message, code=code or _CODES.get(status, f"http_{status}"), param=param)
         self.status = status
         self.headers = dict(headers or {})
 
 
-def error_body(message: str, status: int, param: str | None = None) -> dict[str, Any]:
-    """The error as OpenAI's clients expect it."""
+def error_body(error: BaseException, internal: str = "the request could not be served.") -> dict[str, Any]:
+    """The error as OpenAI's clients expect it. `internal`: what an error that isn't our own comes to."""
+    if not isinstance(error, SensoriumError):
+        return _body(f"internal error: {internal}", 500, None, SensoriumError.code)
+    return _body(str(error), error.status, error_param(error), error_code(error))
+
+
+def _body(message: str, status: int, param: str | None, code: str) -> dict[str, Any]:
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "server_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": status}}
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def error_code(error: BaseException) -> str:
+    """What kind of error it is, in a word for programs."""
+    if not isinstance(error, SensoriumError) or (type(error) is RequestError and error.status >= 500):
+        return SensoriumError.code
+    return error.code
+
+
+def error_param(error: SensoriumError) -> str | None:
+    """The field of the request that is at fault, with the path to it; None where none is."""
+    record = current_record()
+    if error.param is not None or record is None:
+        return error.param
+    place = _PLACE.match(str(error))
+    if place is not None and place[1] in record.field_names:
+        return place[0]
+    is_about_prompt = isinstance(error, ContextLengthError | MediaError | ProcessorError)
+    is_about_prompt |= error.code == ContextLengthError.code  # it was told by the core
+    return record.prompt_field if is_about_prompt or (place is not None and place[1] in _PROMPT_NAMES) else None
+
+
+@contextmanager
+def as_named(**names: str) -> Iterator[None]:
+    """Errors from within call fields what the client called them. `names`: by the names that the engine has.
+
+    For example, with `max_tokens="max_output_tokens"`, "max_tokens: got 0" becomes "max_output_tokens: got 0".
+    """
+    try:
+        yield
+    except RequestError as error:
+        words = re.compile("|".join(rf"\b{name}\b" for name in names))
+        error.args = (words.sub(lambda found: names[found[0]], str(error)),)
+        raise
 
 
 def error_response(error: BaseException) -> JSONResponse:
@@ -62,13 +141,13 @@ def error_response(error: BaseException) -> JSONResponse:
     note_failure(error)
     if not isinstance(error, SensoriumError):
         logger.error("a request failed", exc_info=error)
-        return JSONResponse(error_body("internal error: the request could not be served.", 500), 500)
+        return JSONResponse(error_body(error), 500)
     headers = dict(error.headers) if isinstance(error, HttpError) else {}
     if isinstance(error, OverloadedError | EngineRestartingError):
         headers["Retry-After"] = str(min(max(round(error.retry_after_s), 1), _MAX_RETRY_S))
     elif error.status == 503:
         headers.setdefault("Retry-After", "5")
-    return JSONResponse(error_body(str(error), error.status), error.status, headers)
+    return JSONResponse(error_body(error), error.status, headers)
 
 
 def forget_frames(error: BaseException) -> None:
@@ -83,20 +162,46 @@ def forget_frames(error: BaseException) -> None:
         found = found.__cause__ or found.__context__
 
 
-def invalid_body(error: ValidationError) -> InvalidRequestError:
+def invalid_body(error: ValidationError, content: object) -> RequestError:
     """What is wrong with a body, from the first of the findings: the field, and what it should be."""
     found = error.errors(include_url=False, include_context=False)[0]
-    where = ".".join(str(part) for part in found["loc"] if isinstance(part, int) or part.islower()) or "the body"
-    where = where[:_MAX_PLACE_CHARS]
     kind = found["type"]
+    where = _place(found["loc"], content, is_missing=kind == "missing")[:_MAX_PLACE_CHARS]
     if kind == "extra_forbidden":
         return InvalidRequestError(
-            f"{where}: got a field that this server doesn't implement, expected one that it does. Remove {where}."
+            f"{where}: got a field that this server doesn't implement, expected one that it does. Remove {where}.",
+            code="unknown_parameter",
+            param=where,
+        )
+    if kind == UNSUPPORTED:
+        return UnsupportedFeatureError(
+            f"{where}: got {reprlib.repr(found['input']):.60}, expected {found['msg']}. Remove {where}.",
+            code="unsupported_parameter",
+            param=where,
         )
     if kind == "missing":
-        return InvalidRequestError(f"{where}: got nothing, expected a value. Add {where}.")
+        return InvalidRequestError(
+            f"{where}: got nothing, expected a value. Add {where}.", code="missing_required_parameter", param=where
+        )
     stem = kind.removesuffix("_type").removesuffix("_parsing")
     expected = _EXPECTED.get(stem, "a valid value")
-    return InvalidRequestError(
-        f"{where}: got a value of type {type(found['input']).__name__}, expected {expected}. Change {where}."
+    return InvalidTypeError(
+        f"{where}: got a value of type {type(found['input']).__name__}, expected {expected}. Change {where}.",
+        param=None if where == _BODY else where,
     )
+
+
+_BODY = "the body"
+
+
+def _place(steps: Sequence[int | str], content: object, *, is_missing: bool) -> str:
+    """A path such as `tools[0].function`. What pydantic calls the members of a union is no step of the body."""
+    place = ""
+    for index, step in enumerate(steps):
+        if isinstance(step, int) and isinstance(content, list) and step < len(content):
+            place, content = f"{place}[{step}]", content[step]
+        elif isinstance(step, str) and isinstance(content, dict) and step in content:
+            place, content = f"{place}.{step}", content[step]
+        elif isinstance(step, str) and is_missing and index == len(steps) - 1:
+            place = f"{place}.{step}"
+    return place.removeprefix(".") or _BODY

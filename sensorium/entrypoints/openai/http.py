@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import secrets
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
@@ -19,8 +21,6 @@ from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
 
-WARNINGS = "warnings"
-"""Where a request's state has what its answer warns of."""
 MAX_NESTING = 32
 MAX_CONTAINERS = 1 << 16
 """Most lists and objects in one body. What looks like one, in a text too, may be there sixteen times as often."""
@@ -28,6 +28,8 @@ MAX_MEMBERS = 1 << 16
 """Most members of one object."""
 MAX_ELEMENTS = 1 << 22
 """Most elements of all lists and objects together; commas in texts count too."""
+PADDED_BYTES = 128
+"""Events that are padded have a multiple of this length: the pieces of an answer are shorter, and mostly all alike."""
 _PARSE_IN_THREAD_BYTES = 1 << 16
 _T = TypeVar("_T")
 
@@ -70,11 +72,27 @@ def _parse(body: bytes) -> Any:
         raise InvalidRequestError("the body: got something that is no JSON, expected a JSON object.") from None
     except RecursionError:
         raise _too_deep() from None
+    _check_nesting(content)
+    if b'"logit_bias"' in body:
+        json.loads(body, object_pairs_hook=_once, parse_int=str, parse_float=str)
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object with a name that stands there twice: whoever reads it may go by either."""
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise InvalidRequestError(f"a name in the body: got {name!r:.60} twice, expected it once. Remove one.")
+        names.add(name)
+
+
+def _check_nesting(content: object) -> None:
     level, num_containers = [content], 0
     for _ in range(MAX_NESTING):
         level = [member for value in level for member in _members(value)]
         if not level:
-            return content
+            return
         num_containers += len(level)
         _check_counts(num_containers, MAX_CONTAINERS)
     raise _too_deep()
@@ -113,13 +131,6 @@ def tenant_of(request: Request) -> bytes:
     """Who sent a request, as far as API keys tell: what it leaves behind is for its tenant only."""
     tenant: bytes = getattr(request.state, "tenant", b"")
     return tenant
-
-
-def warn(request: Request, text: str) -> None:
-    """Answer this request with a header `Warning`, once for each text. `text`: one line of ASCII without quotes."""
-    warnings: list[str] = request.scope.setdefault("state", {}).setdefault(WARNINGS, [])
-    if text not in warnings:
-        warnings.append(text)
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
@@ -162,14 +173,16 @@ class EventStream(Response):
     """Server-sent events: one `data:` line per item, `[DONE]` at the end, an error event where it breaks off.
 
     The iterator is closed when the client goes, before anything else happens. With `is_named`, each event has its
-    item's `type` for a name, and the last item is the end.
+    item's `type` for a name, and the last item is the end. With `is_padded`, items have a field more, by which their
+    lengths are multiples of `PADDED_BYTES`.
     """
 
-    def __init__(self, items: AsyncIterator[Any], *, is_named: bool = False) -> None:
+    def __init__(self, items: AsyncIterator[Any], *, is_named: bool = False, is_padded: bool = False) -> None:
         super().__init__(media_type="text/event-stream", headers={"Cache-Control": "no-cache"})
         del self.headers["Content-Length"]
         self._items = items
         self._is_named = is_named
+        self._encode = padded if is_padded else msgspec.json.encode
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
@@ -191,15 +204,15 @@ class EventStream(Response):
             try:
                 async for item in items:
                     name = b"event: " + item["type"].encode() + b"\n" if self._is_named else b""
-                    await self._send_event(send, msgspec.json.encode(item), name)
+                    await self._send_event(send, self._encode(item), name)
             except SensoriumError as error:
                 note_failure(error)
-                await self._send_event(send, msgspec.json.encode(error_body(str(error), error.status)))
+                await self._send_event(send, msgspec.json.encode(error_body(error)))
             except Exception as error:
                 note_failure(error)
                 logger.exception("a stream broke off")
-                text = "internal error: the answer could not be completed."
-                await self._send_event(send, msgspec.json.encode(error_body(text, 500)))
+                body = error_body(error, "the answer could not be completed.")
+                await self._send_event(send, msgspec.json.encode(body))
             if not self._is_named:
                 await self._send_event(send, b"[DONE]")
         await send({"type": "http.response.body", "body": b"", "more_body": False})
@@ -207,6 +220,13 @@ class EventStream(Response):
     @staticmethod
     async def _send_event(send: Send, data: bytes, name: bytes = b"") -> None:
         await send({"type": "http.response.body", "body": name + b"data: " + data + b"\n\n", "more_body": True})
+
+
+def padded(item: dict[str, Any]) -> bytes:
+    """An item as JSON, with `obfuscation`: characters without a meaning, so that its length says nothing."""
+    bare = msgspec.json.encode({**item, "obfuscation": ""})
+    filling = secrets.token_urlsafe(PADDED_BYTES)[: -len(bare) % PADDED_BYTES]
+    return msgspec.json.encode({**item, "obfuscation": filling})
 
 
 async def with_first(items: AsyncIterator[_T]) -> AsyncIterator[_T]:

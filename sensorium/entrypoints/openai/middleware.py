@@ -18,7 +18,7 @@ from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from sensorium.entrypoints.openai.errors import HttpError, error_response
-from sensorium.entrypoints.openai.http import WARNINGS
+from sensorium.entrypoints.openai.numbers import is_count
 from sensorium.entrypoints.openai.records import RequestRecord, begin_record
 from sensorium.logger import get_logger, request_id_of_logs
 from sensorium.stages import stages_into
@@ -60,7 +60,7 @@ class RequestRecords:
                 record.status = message["status"]
                 headers = MutableHeaders(scope=message)
                 headers[REQUEST_ID_HEADER] = record.request_id
-                for text in scope["state"].get(WARNINGS, ()):
+                for text in record.warnings:
                     headers.append("Warning", f'299 sensorium "{text}"')
             await send(message)
 
@@ -167,7 +167,7 @@ class BodyBounds:
 
         try:
             declared = Headers(scope=scope).get("Content-Length", "0")
-            self._check_one(int(declared) if declared.isdecimal() and len(declared) < 20 else self._max_body_bytes + 1)
+            self._check_one(int(declared) if is_count(declared) else self._max_body_bytes + 1)
             await self._app(scope, receive_bounded, send_and_release)
         except HttpError as error:
             await error_response(error)(scope, receive, send)

@@ -5,13 +5,17 @@ Bounds of sampling values are those of `SamplingParams`, messages are checked by
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+import msgspec
+from pydantic import ValidationError
 
-from sensorium.entrypoints.openai.body import Body
-from sensorium.entrypoints.openai.errors import invalid_body
+from sensorium.entrypoints.openai.body import Body, field_names
+from sensorium.entrypoints.openai.errors import as_named, invalid_body
 from sensorium.entrypoints.openai.forms import FormFields
+from sensorium.entrypoints.openai.numbers import read_count, read_number
+from sensorium.entrypoints.openai.records import note_body
 from sensorium.entrypoints.openai.tools.request import ToolRequest, check_number, parse_choice, tool_request
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.parsing import Tool
@@ -20,7 +24,7 @@ from sensorium.sampling_params import SamplingParams
 MAX_PROMPTS = 256
 """Most prompts in one body."""
 
-_Body = TypeVar("_Body", bound=BaseModel)
+_Body = TypeVar("_Body", bound=Body)
 
 _SAMPLING_FIELDS = (
     *("n", "presence_penalty", "frequency_penalty", "repetition_penalty", "temperature", "top_p", "top_k", "min_p"),
@@ -32,16 +36,33 @@ _SAMPLING_FIELDS = (
 class StreamOptions(Body):
     """What a stream holds beside the answer."""
 
+    place = "stream_options."
+
     include_usage: bool = False
-    include_obfuscation: bool | None = None
-    """Padding against an eavesdropper; only "off" is implemented."""
+    """Tell the numbers of tokens at the end."""
+    continuous_usage_stats: bool = False
+    """Tell them with every piece."""
+    include_obfuscation: bool = False
+    """Pad the pieces, so that an eavesdropper can't tell them by their lengths."""
+
+
+def stream_options(given: StreamOptions | None, *, is_stream: bool) -> StreamOptions:
+    """The options of a stream; none are on where there is no stream. Raises `InvalidRequestError`."""
+    options = given or StreamOptions()
+    if not is_stream and options != StreamOptions():
+        raise InvalidRequestError("stream_options: got options without stream, expected none. Set stream to true.")
+    return options
 
 
 class SamplingBody(FormFields):
     """What both kinds of completions share."""
 
+    place = ""
+
     model: str | None = None
     n: int | None = None
+    best_of: int | None = None
+    """As many as there are outputs: none are thrown away."""
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
@@ -50,6 +71,9 @@ class SamplingBody(FormFields):
     stop: str | list[str] | None = None
     logit_bias: dict[str, float] | None = None
     max_tokens: int | None = None
+    max_completion_tokens: int | None = None
+    """The same by its later name."""
+    prompt_logprobs: int | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: str | None = None
@@ -68,38 +92,49 @@ class SamplingBody(FormFields):
     cache_salt: str | None = None
     mm_processor_kwargs: dict[str, Any] | None = None
 
-    def include_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens. Raises `InvalidRequestError`."""
-        if self.stream_options is None:
-            return False
-        if not self.stream:
-            raise InvalidRequestError("stream_options: got options without stream, expected none. Set stream to true.")
-        if self.stream_options.include_obfuscation:
-            raise UnsupportedFeatureError(
-                "stream_options.include_obfuscation: got true, expected false. Streams are not padded here."
-            )
-        return self.stream_options.include_usage
+    def options(self) -> StreamOptions:
+        """What a stream is to hold. Raises `InvalidRequestError`."""
+        return stream_options(self.stream_options, is_stream=bool(self.stream))
 
-    def sampling_params(self, *, max_tokens: int | None, logprobs: int | None) -> SamplingParams:
+    def sampling_params(self, *, logprobs: int | None, **changes: Any) -> SamplingParams:
         """Raises `RequestError` if a value is out of bounds."""
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
-        return SamplingParams(
-            **values,
-            logit_bias=self._biases(),
-            max_tokens=max_tokens,
-            logprobs=logprobs,
-            structured_outputs=self.form(),
-        )
+        if self.best_of not in (None, self.n or 1):
+            raise UnsupportedFeatureError(
+                f"best_of: got {self.best_of}, expected n ({self.n or 1}): all outputs are given. Remove best_of.",
+                code="unsupported_parameter",
+            )
+        if self.prompt_logprobs is not None and self.stream:
+            raise UnsupportedFeatureError(
+                "prompt_logprobs: got a number with stream, expected none. Set stream to false, or remove it.",
+                code="unsupported_parameter",
+            )
+        values |= {
+            "logit_bias": self.logit_bias,
+            "max_tokens": self._bound(),
+            "logprobs": logprobs,
+            "prompt_logprobs": self.prompt_logprobs,
+            "structured_outputs": self.form(),
+            **changes,
+        }
+        with as_named(max_tokens="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"):
+            return SamplingParams(**values)
 
-    def _biases(self) -> dict[int, float]:
-        try:
-            return {int(token_id): bias for token_id, bias in (self.logit_bias or {}).items()}
-        except ValueError:
-            raise InvalidRequestError("logit_bias: got a key that is no token id, expected integers.") from None
+    def _bound(self) -> int | None:
+        """The most tokens of an answer. Raises `InvalidRequestError` for two bounds."""
+        older, later = self.max_tokens, self.max_completion_tokens
+        if older is not None and later is not None and older != later:
+            raise InvalidRequestError(
+                f"max_tokens: got {older}, and {later} for max_completion_tokens, expected one of them. Remove "
+                "max_tokens."
+            )
+        return older if later is None else later
 
 
 class FunctionBody(Body):
     """A function that the model may call."""
+
+    place = "tools."
 
     name: str
     description: str | None = None
@@ -109,6 +144,8 @@ class FunctionBody(Body):
 
 class ToolBody(Body):
     """A tool; only functions are known."""
+
+    place = "tools."
 
     type: str
     function: FunctionBody
@@ -125,6 +162,9 @@ class ToolBody(Body):
 
 class ChatPrompt(Body):
     """What a chat's prompt is made of."""
+
+    place = ""
+    prompt_field = "messages"
 
     messages: list[Any]
     tools: list[ToolBody] | None = None
@@ -162,7 +202,6 @@ class ChatPrompt(Body):
 class ChatBody(ChatPrompt, SamplingBody):
     """`/v1/chat/completions`."""
 
-    max_completion_tokens: int | None = None
     logprobs: bool | None = None
     top_logprobs: int | None = None
     include_reasoning: bool = True
@@ -170,27 +209,38 @@ class ChatBody(ChatPrompt, SamplingBody):
 
     def params(self) -> SamplingParams:
         """Without a bound, an answer may fill the context. Raises `RequestError`."""
-        if self.max_tokens is not None and self.max_completion_tokens is not None:
-            raise InvalidRequestError(
-                "max_tokens: got max_tokens and max_completion_tokens, expected one. Remove max_tokens."
-            )
-        if self.top_logprobs is not None and not self.logprobs:
+        if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs: got a number without logprobs, expected none. Set logprobs.")
-        bound = self.max_tokens if self.max_completion_tokens is None else self.max_completion_tokens
-        return self.sampling_params(max_tokens=bound, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+        with as_named(logprobs="top_logprobs"):
+            return self.sampling_params(logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class CompletionBody(SamplingBody):
     """`/v1/completions`."""
 
+    prompt_field = "prompt"
+
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None
+    echo: bool = False
+    """Begin each answer with its prompt, and its log probabilities with the prompt's."""
+    add_special_tokens: bool = True
 
     def params(self) -> SamplingParams:
-        """Sixteen tokens unless the body says otherwise, as OpenAI has it. Raises `RequestError`."""
-        return self.sampling_params(
-            max_tokens=16 if self.max_tokens is None else self.max_tokens, logprobs=self.logprobs
-        )
+        """Sixteen tokens unless the body says otherwise, as OpenAI has it. Raises `RequestError`.
+
+        The engine makes at least one token; of an answer of none, it isn't shown.
+        """
+        bound = self._bound()
+        changes: dict[str, Any] = {"max_tokens": 16 if bound is None else 1 if self.is_empty else bound}
+        if self.echo and self.logprobs is not None:
+            changes["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
+        return self.sampling_params(logprobs=self.logprobs, **changes)
+
+    @property
+    def is_empty(self) -> bool:
+        """No token of an answer is wanted: only the prompt, or to have it in the cache."""
+        return self._bound() == 0
 
     def prompts(self) -> list[Any]:
         """Each prompt by itself. Raises `InvalidRequestError`."""
@@ -205,6 +255,9 @@ class CompletionBody(SamplingBody):
 class TokenizeBody(Body):
     """`/tokenize`."""
 
+    place = ""
+    prompt_field = "prompt"
+
     model: str | None = None
     prompt: str
     add_special_tokens: bool = True
@@ -212,6 +265,9 @@ class TokenizeBody(Body):
 
 class DetokenizeBody(Body):
     """`/detokenize`."""
+
+    place = ""
+    prompt_field = "tokens"
 
     model: str | None = None
     tokens: list[int]
@@ -226,9 +282,14 @@ class TokenCostBody(ChatPrompt):
 class EmbeddingBody(Body):
     """`/v1/embeddings`."""
 
+    place = ""
+    prompt_field = "input"
+
     model: str | None = None
     input: str | list[int] | list[str] | list[list[int]]
     encoding_format: str = "float"
+    dimensions: int | None = None
+    """As many as the model's vectors have: they aren't shortened."""
     user: str | None = None
 
     def prompts(self) -> list[Any]:
@@ -245,10 +306,11 @@ class EmbeddingBody(Body):
         return inputs
 
 
-class TranscriptionForm(BaseModel):
-    """`/v1/audio/transcriptions`: the fields beside the file, as texts."""
+class TranscriptionForm(Body):
+    """`/v1/audio/transcriptions`: the fields beside the file."""
 
-    model_config = ConfigDict(extra="forbid")
+    place = ""
+    prompt_field = "file"
 
     model: str | None = None
     language: str | None = None
@@ -258,6 +320,15 @@ class TranscriptionForm(BaseModel):
     stream: bool = False
     max_tokens: int | None = None
     """Without it, a transcript that doesn't end is refused."""
+
+    @classmethod
+    def values(cls, texts: dict[str, str]) -> dict[str, Any]:
+        """The fields of a form, which come as texts. An empty one is nothing, since a form can't say null.
+
+        Raises:
+            InvalidRequestError: A number isn't written as JSON writes it.
+        """
+        return {name: _READERS.get(name, _read_other)(name, text) for name, text in texts.items() if text}
 
     def check_format(self) -> None:
         """Raises `UnsupportedFeatureError` for a form of answer that there isn't."""
@@ -278,7 +349,35 @@ class TranscriptionForm(BaseModel):
 
 def parse_body(kind: type[_Body], content: object) -> _Body:
     """A body of one kind. Raises `InvalidRequestError` that names the field at fault."""
+    if kind.place == "":
+        note_body(field_names(kind), kind.prompt_field)
     try:
         return kind.model_validate(content)
     except ValidationError as error:
-        raise invalid_body(error) from None
+        raise invalid_body(error, content) from None
+
+
+def _read_text(name: str, text: str) -> str:
+    return text
+
+
+def _read_flag(name: str, text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise InvalidRequestError(f"{name}: got {text!r:.60}, expected true or false. Change {name}.")
+    return text.lower() == "true"
+
+
+def _read_other(name: str, text: str) -> Any:
+    """A value of the table of known fields, which may be any."""
+    try:
+        return msgspec.json.decode(text)
+    except msgspec.DecodeError:
+        return text
+
+
+_READERS: dict[str, Callable[[str, str], Any]] = {
+    **dict.fromkeys(("model", "language", "prompt", "response_format"), _read_text),
+    "temperature": read_number,
+    "max_tokens": read_count,
+    "stream": _read_flag,
+}

@@ -53,6 +53,12 @@ class RequestRecord:
     """What kind of error the client got, if it got one."""
     stages: list[Stage] = field(default_factory=list)
     generations: list[Generation] = field(default_factory=list)
+    field_names: frozenset[str] = frozenset()
+    """Fields that the route takes, for errors to name."""
+    prompt_field: str | None = None
+    """The one that holds the prompt."""
+    warnings: list[str] = field(default_factory=list)
+    """What the answer's head is to say was not done."""
 
     def facts(self) -> dict[str, Any]:
         """What the log says of it."""
@@ -106,6 +112,24 @@ def begin_record(record: RequestRecord) -> None:
     _current.set(record)
 
 
+def note_body(field_names: frozenset[str], prompt_field: str | None) -> None:
+    """Note in the current record which fields its route takes."""
+    record = _current.get()
+    if record is not None:
+        record.field_names, record.prompt_field = field_names, prompt_field
+
+
+def note_warning(text: str) -> None:
+    """Note in the current record what its client is to be told in a `Warning` header, once for each text.
+
+    `text`: one line of ASCII without quotes.
+    """
+    record = _current.get()
+    if record is not None and text not in record.warnings and len(record.warnings) < _MAX_WARNINGS:
+        record.warnings.append(text)
+
+
+_MAX_WARNINGS = 8
 _HTTP_KINDS = {
     401: "unauthorized",
     404: "not_found",

@@ -17,7 +17,7 @@ from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.http import EventStream, JsonResponse, while_connected, with_first
 from sensorium.entrypoints.openai.multipart import read_form
 from sensorium.entrypoints.openai.protocol import TranscriptionForm, parse_body
-from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.errors import ContextLengthError, UnsupportedFeatureError
 from sensorium.inputs.transcription import TranscriptionStyle, TranscriptReader, transcription_style
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.multimodal.media import AudioClip, EncodedMedia, MediaLoader
@@ -46,7 +46,7 @@ class TranscriptionRoutes:
         upload = await read_form(
             request, file_name="file", modality="audio", max_file_bytes=loader.limits.max_audio_bytes
         )
-        form = parse_body(TranscriptionForm, upload.fields)
+        form = parse_body(TranscriptionForm, TranscriptionForm.values(upload.fields))
         self._context.check_model(form.model)
         form.check_format()
         transcript = _Transcript(form, await self._style(), loader.encoded("audio", upload.file))
@@ -134,7 +134,7 @@ class _Transcript:
     def check_end(self, output: RequestOutput) -> None:
         """Raises `InvalidRequestError` for a transcript that breaks off where nobody asked for it."""
         if self.form.max_tokens is None and output.outputs and output.outputs[0].finish_reason == "length":
-            raise InvalidRequestError(
+            raise ContextLengthError(
                 "file: got a sound whose transcript doesn't end within the model's context. Send a shorter sound, or "
                 "set max_tokens to get its beginning."
             )

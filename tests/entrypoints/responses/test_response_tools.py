@@ -252,7 +252,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"tools": [{"type": "web_search"}]}, r"tools\[0\]\.type: got 'web_search'.*runs no tools"),
     ({"tools": [{"type": "function"}]}, r"tools\[0\]\.name: got nothing"),
     ({"tools": [{"type": "function", "name": "a b"}]}, r"tools\[0\]\.name: got 'a b'"),
-    ({"tools": [{**NOW, "defer_loading": True}]}, r"tools\[0\]\.defer_loading: got a field"),
+    ({"tools": [{**NOW, "defer_loading": True}]}, r"tools\[0\]\.defer_loading: got True, expected false"),
     ({"tools": [NOW, NOW]}, r"tools\[1\]\.name: got 'now', expected a name that no other has"),
     ({"tools": TOOLS, "tool_choice": "any"}, "tool_choice: got 'any'"),
     ({"tools": TOOLS, "tool_choice": 3}, "tool_choice: got a value of type int"),
@@ -270,9 +270,9 @@ BAD: list[tuple[dict[str, Any], str]] = [
         r"tool_choice\.tools: got 'b'",
     ),
     ({"tool_choice": "required"}, "tool_choice: got 'required' without tools"),
-    ({"reasoning": {"summary": "auto"}}, r"reasoning\.summary: got 'auto', expected none"),
+    ({"reasoning": {"summary": "long"}}, r"reasoning\.summary: got 'long', expected 'auto'"),
     ({"reasoning": {"effort": "endless"}}, r"reasoning\.effort: got 'endless'"),
-    ({"reasoning": {"mode": "pro"}}, r"reasoning\.mode: got a field"),
+    ({"reasoning": {"mode": "pro"}}, r"reasoning\.mode: got 'pro', expected 'standard'"),
 ]
 
 

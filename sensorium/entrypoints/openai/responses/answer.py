@@ -8,6 +8,7 @@ from contextlib import aclosing
 from typing import Any
 
 from sensorium.entrypoints.openai.answers import chat_logprobs
+from sensorium.entrypoints.openai.errors import error_code
 from sensorium.entrypoints.openai.records import note_failure
 from sensorium.entrypoints.openai.responses.body import ResponseBody
 from sensorium.entrypoints.openai.responses.items import Item, new_id
@@ -27,6 +28,7 @@ class ResponseAnswer:
     def __init__(self, body: ResponseBody, model: str, plan: AnswerPlan, *, is_stored: bool) -> None:
         self.id = new_id("resp")
         self._num_top = body.num_logprobs or 0
+        self._tells_usage = body.options().continuous_usage_stats
         self._reader = plan.reader()
         self._writer = OutputWriter()
         self._logprobs: list[Item] = []
@@ -44,7 +46,7 @@ class ResponseAnswer:
             "incomplete_details": None,
             "instructions": body.instructions,
             "max_output_tokens": body.max_output_tokens,
-            "metadata": body.metadata or {},
+            "metadata": body.own_metadata(),
             "model": model,
             "output": [],
             "parallel_tool_calls": body.parallel_tool_calls is not False,
@@ -96,12 +98,13 @@ class ResponseAnswer:
                     yield event
         except SensoriumError as error:
             note_failure(error)
-            yield {**self._failed(str(error)), "sequence_number": number}
+            code = error_code(error) if error.status < 500 else SensoriumError.code
+            yield {**self._failed(str(error), code), "sequence_number": number}
         except Exception as error:
             note_failure(error)
             logger.exception("a stream broke off")
             text = "internal error: the answer could not be completed."
-            yield {**self._failed(text), "sequence_number": number}
+            yield {**self._failed(text, SensoriumError.code), "sequence_number": number}
 
     async def _events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Event]:
         yield {"type": "response.created", "response": self.response}
@@ -113,14 +116,14 @@ class ResponseAnswer:
                 self._usage.take(output)
                 reason = delta.finish_reason
                 for event in self._written(delta):
-                    yield event
+                    yield {**event, "usage": self._usage_body()} if self._tells_usage else event
         status = "incomplete" if reason == "length" else "completed"
         for event in self._writer.end(status):
             yield event
         self._head |= {
             "status": status,
             "output": self._writer.items,
-            "usage": self._usage.body(self._reader.num_reasoning_tokens),
+            "usage": self._usage_body(),
         }
         if status == "incomplete":
             self._head["incomplete_details"] = {"reason": "max_output_tokens"}
@@ -146,8 +149,11 @@ class ResponseAnswer:
         if delta.finished:
             yield from self._writer.more_logprobs(self._logprobs)
 
-    def _failed(self, message: str) -> Event:
-        error = {"code": "server_error", "message": message}
+    def _usage_body(self) -> dict[str, Any]:
+        return self._usage.body(self._reader.num_reasoning_tokens)
+
+    def _failed(self, message: str, code: str) -> Event:
+        error = {"code": code, "message": message}
         self._head |= {"status": "failed", "error": error, "output": self._writer.items}
         return {"type": "response.failed", "response": self.response}
 

@@ -7,20 +7,16 @@ from typing import Any
 from pydantic import Field
 
 from sensorium.entrypoints.openai.body import Body
+from sensorium.entrypoints.openai.errors import as_named
+from sensorium.entrypoints.openai.fields import LOGPROBS, check_include, check_metadata
 from sensorium.entrypoints.openai.forms import FormBody
-from sensorium.entrypoints.openai.protocol import StreamOptions
+from sensorium.entrypoints.openai.protocol import StreamOptions, stream_options
 from sensorium.entrypoints.openai.responses.tools import read_tools
 from sensorium.entrypoints.openai.tools.request import ToolRequest
-from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.errors import InvalidRequestError
 from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs
 
-LOGPROBS = "message.output_text.logprobs"
-_INCLUDED = (LOGPROBS, "message.input_image.image_url")
-"""What `include` may name. Pictures are always included."""
-_MAX_METADATA = 16
-_MAX_KEY_CHARS = 64
-_MAX_VALUE_CHARS = 512
 _MAX_TOP_LOGPROBS = 20
 _SAMPLING_FIELDS = (
     *("temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty"),
@@ -55,22 +51,25 @@ class TextFormat(Body):
 class TextConfig(Body):
     """About the answer's text."""
 
+    place = "text."
+
     format: TextFormat | None = None
-    verbosity: str | None = None
-    """Only "medium", which is OpenAI's default and changes nothing."""
 
 
 class ReasoningConfig(Body):
     """About what the model writes for itself."""
 
+    place = "reasoning."
+
     effort: str | None = None
     """How long it may reason, where its template has a setting for it."""
-    summary: str | None = None
-    """There are none: reasoning is given as it was written."""
 
 
 class ResponseBody(Body):
     """`POST /v1/responses`."""
+
+    place = ""
+    prompt_field = "input"
 
     model: str | None = None
     input: Any = None
@@ -90,10 +89,7 @@ class ResponseBody(Body):
     tool_choice: Any = None
     parallel_tool_calls: bool | None = None
     reasoning: ReasoningConfig | None = None
-    metadata: dict[str, str] | None = None
-    truncation: str | None = None
-    background: bool | None = None
-    service_tier: str | None = None
+    metadata: dict[str, str | None] | None = None
     user: str | None = None
     safety_identifier: str | None = None
     prompt_cache_key: str | None = None
@@ -118,43 +114,17 @@ class ResponseBody(Body):
 
     def check(self) -> None:
         """Refuse what can't be had here. Raises `RequestError`."""
-        for name, value, possible in (
-            ("background", self.background, (None, False)),
-            ("truncation", self.truncation, (None, "disabled")),
-            ("service_tier", self.service_tier, (None, "auto", "default")),
-            ("reasoning.summary", self.reasoning and self.reasoning.summary, (None,)),
-            ("text.verbosity", self.text and self.text.verbosity, (None, "medium")),
-            ("stream_options.include_obfuscation", self._obfuscation(), (None, False)),
-        ):
-            if value not in possible:
-                expected = " or ".join(repr(each) for each in possible if each is not None) or "none"
-                raise UnsupportedFeatureError(f"{name}: got {value!r:.60}, expected {expected}. Remove {name}.")
-        for each in self.include or ():
-            if each not in _INCLUDED:
-                raise UnsupportedFeatureError(f"include: got {each!r:.80}, expected some of {list(_INCLUDED)}.")
-        self._check_metadata()
+        self.options()
+        check_include(self.include or [])
+        check_metadata(self.own_metadata())
 
-    def _obfuscation(self) -> bool | None:
-        if self.stream_options is None:
-            return None
-        if not self.stream:
-            raise InvalidRequestError("stream_options: got options without stream, expected none. Set stream to true.")
-        if self.stream_options.include_usage:
-            raise InvalidRequestError(
-                "stream_options.include_usage: got true, expected none: the last event always has the usage. Remove it."
-            )
-        return self.stream_options.include_obfuscation
+    def own_metadata(self) -> dict[str, str]:
+        """The metadata, without entries of nothing."""
+        return {key: value for key, value in (self.metadata or {}).items() if value is not None}
 
-    def _check_metadata(self) -> None:
-        metadata = self.metadata or {}
-        if len(metadata) > _MAX_METADATA:
-            raise InvalidRequestError(f"metadata: got {len(metadata)} entries, expected at most {_MAX_METADATA}.")
-        for key, value in metadata.items():
-            if len(key) > _MAX_KEY_CHARS or len(value) > _MAX_VALUE_CHARS:
-                raise InvalidRequestError(
-                    f"metadata: got a key of {len(key)} and a value of {len(value)} characters, expected at most "
-                    f"{_MAX_KEY_CHARS} and {_MAX_VALUE_CHARS}. Shorten them."
-                )
+    def options(self) -> StreamOptions:
+        """What a stream is to hold; the usage at its end is there anyway. Raises `InvalidRequestError`."""
+        return stream_options(self.stream_options, is_stream=bool(self.stream))
 
     def tool_request(self) -> ToolRequest | None:
         """The functions that the model may call; None for none. Raises `RequestError`."""
@@ -173,15 +143,14 @@ class ResponseBody(Body):
             raise InvalidRequestError(
                 f"top_logprobs: got {self.top_logprobs}, expected 0 to {_MAX_TOP_LOGPROBS}. Change top_logprobs."
             )
-        if self.max_output_tokens is not None and self.max_output_tokens < 1:
-            raise InvalidRequestError(f"max_output_tokens: got {self.max_output_tokens}, expected at least 1.")
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
-        return SamplingParams(
-            **values,
-            max_tokens=self.max_output_tokens,
-            logprobs=self.num_logprobs,
-            structured_outputs=self._form(),
-        )
+        with as_named(max_tokens="max_output_tokens"):
+            return SamplingParams(
+                **values,
+                max_tokens=self.max_output_tokens,
+                logprobs=self.num_logprobs,
+                structured_outputs=self._form(),
+            )
 
     def _form(self) -> StructuredOutputs | None:
         form = self.text.format.form() if self.text is not None and self.text.format is not None else None

@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+from sensorium.inputs.chat_content import CACHE_HINTS
 
 MAX_ITEMS = 4096
 """Most items in one body."""
@@ -58,7 +59,8 @@ def _item(given: object, where: str) -> Item:
 
 
 def _message(given: Mapping[str, Any], where: str) -> Item:
-    _check_keys(given, ("type", "id", "role", "content", "status"), where)
+    # The phase of an answer is its client's affair: templates know of none.
+    _check_keys(given, ("type", "id", "role", "content", "status", "phase"), where)
     role = given.get("role")
     if role not in ROLES:
         raise InvalidRequestError(f"{where}.role: got {role!r:.60}, expected one of {list(ROLES)}. Change it.")
@@ -115,7 +117,7 @@ def _media(kind: str, *keys: str) -> _Reader:
         if given.get("file_id") is not None:
             raise UnsupportedFeatureError(f"{where}.file_id: got a file, expected none: there are no files here.")
         _check_keys(given, ("type", "file_id", "uuid", *keys), where)
-        return {key: value for key, value in given.items() if value is not None}
+        return {key: value for key, value in given.items() if value is not None and key not in CACHE_HINTS}
 
     return read
 
@@ -170,7 +172,7 @@ def _string(given: Mapping[str, Any], key: str, where: str) -> str:
 
 
 def _check_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> None:
-    unknown = sorted(str(key)[:60] for key in given.keys() - set(known) if given[key] is not None)
+    unknown = sorted(str(key)[:60] for key in given.keys() - CACHE_HINTS - set(known) if given[key] is not None)
     if unknown:
         raise InvalidRequestError(
             f"{where}.{unknown[0]}: got a field that this server doesn't implement, expected one of {sorted(known)}. "

@@ -20,6 +20,7 @@ from sensorium.entrypoints.openai.http import (
     while_connected,
     with_first,
 )
+from sensorium.entrypoints.openai.numbers import read_count
 from sensorium.entrypoints.openai.protocol import parse_body
 from sensorium.entrypoints.openai.responses.answer import ResponseAnswer
 from sensorium.entrypoints.openai.responses.body import ResponseBody
@@ -59,7 +60,8 @@ class ResponseRoutes:
         outputs = await while_connected(request, with_first(self._generate(request, turn, body.params())))
         answer = ResponseAnswer(body, model, turn.plan, is_stored=turn.is_stored)
         if body.stream:
-            return EventStream(self._kept(answer.stream(outputs), answer, turn), is_named=True)
+            events = self._kept(answer.stream(outputs), answer, turn)
+            return EventStream(events, is_named=True, is_padded=body.options().include_obfuscation)
 
         async def finish() -> None:
             async with aclosing(self._kept(answer.events(outputs), answer, turn)) as events:  # type: ignore[type-var]
@@ -79,7 +81,9 @@ class ResponseRoutes:
     async def retrieve(self, request: Request) -> Response:
         """`GET /v1/responses/<id>`."""
         if request.query_params.get("stream", "false") != "false":
-            raise UnsupportedFeatureError("stream: got true, expected false: a response that is kept is given whole.")
+            raise UnsupportedFeatureError(
+                "stream: got true, expected false: a response that is kept is given whole. Remove it.", param="stream"
+            )
         return JsonResponse(self._find(request).body)
 
     async def delete(self, request: Request) -> Response:
@@ -114,6 +118,8 @@ class ResponseRoutes:
                 404,
                 f"{name}: got {response_id!r:.80}, expected the id of a response that is kept. Responses are kept in "
                 "memory, the latest ones: send the conversation as input.",
+                code="response_not_found" if name == "response" else "previous_response_not_found",
+                param=None if name == "response" else name,
             )
         return found
 
@@ -166,20 +172,24 @@ def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:
     unknown = sorted(query.keys() - {"after", "limit", "order", "include"})
     if unknown:
         raise InvalidRequestError(
-            f"{unknown[0]:.60}: got a parameter that there isn't, expected after, limit or order."
+            f"{unknown[0]:.60}: got a parameter that there isn't, expected after, limit or order. Remove it.",
+            code="unknown_parameter",
+            param=unknown[0][:60],
         )
-    limit, order, after = query.get("limit", "20"), query.get("order", "desc"), query.get("after")
-    if not limit.isascii() or not limit.isdigit() or not 1 <= int(limit[:4]) <= _MAX_PAGE:
-        raise InvalidRequestError(f"limit: got {limit!r:.60}, expected 1 to {_MAX_PAGE}. Change limit.")
+    limit, order, after = read_count("limit", query.get("limit", "20")), query.get("order", "desc"), query.get("after")
+    if not 1 <= limit <= _MAX_PAGE:
+        raise InvalidRequestError(f"limit: got {limit}, expected 1 to {_MAX_PAGE}. Change limit.", param="limit")
     if order not in ("asc", "desc"):
-        raise InvalidRequestError(f"order: got {order!r:.60}, expected 'asc' or 'desc'. Change order.")
+        raise InvalidRequestError(f"order: got {order!r:.60}, expected 'asc' or 'desc'. Change order.", param="order")
     ordered = items if order == "asc" else items[::-1]
     if after is not None:
         places = [index for index, item in enumerate(ordered) if item["id"] == after]
         if not places:
-            raise InvalidRequestError(f"after: got {after!r:.80}, expected the id of an item. Change after.")
+            raise InvalidRequestError(
+                f"after: got {after!r:.80}, expected the id of an item. Change after.", param="after"
+            )
         ordered = ordered[places[0] + 1 :]
-    page = ordered[: int(limit)]
+    page = ordered[:limit]
     return {
         "object": "list",
         "data": page,

@@ -8,7 +8,7 @@ from typing import Any
 
 from sensorium.entrypoints.openai.protocol import FunctionBody, parse_body
 from sensorium.entrypoints.openai.tools.request import ToolRequest, check_number, tool_request
-from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError, UnsupportedFeatureError
 from sensorium.parsing import Tool, Tools
 
 _WHERE = "tools[{}]"
@@ -42,8 +42,8 @@ def _function(given: object, where: str) -> Tool:
         )
     try:
         function = parse_body(FunctionBody, {key: value for key, value in given.items() if key != "type"})
-    except InvalidRequestError as error:
-        raise InvalidRequestError(f"{where}.{error}") from None
+    except RequestError as error:
+        raise type(error)(f"{where}.{error}", code=error.code) from None
     return Tool(function.name, function.description, function.parameters or {}, bool(function.strict))
 
 
@@ -80,6 +80,6 @@ def _name(given: object, where: str) -> str:
 
 
 def _check_keys(choice: Mapping[str, Any], known: tuple[str, ...]) -> None:
-    unknown = sorted(str(key) for key in choice.keys() - set(known))
+    unknown = sorted(str(key) for key in choice.keys() - set(known) if choice[key] is not None)
     if unknown:
         raise InvalidRequestError(f"tool_choice.{unknown[0]:.60}: got an unknown field, expected none. Remove it.")

@@ -108,9 +108,9 @@ def parse_choice(choice: object) -> tuple[str | None, str | None]:
     name = function.get("name")
     if not isinstance(name, str):
         raise InvalidTypeError("tool_choice.function.name: got no name, expected a string. Add it.")
-    unknown = next((key for key in choice if key not in ("type", "function")), None)
+    unknown = next((key for key in choice if key not in ("type", "function") and choice[key] is not None), None)
     if unknown is None:
-        unknown = next((f"function.{key}" for key in function if key != "name"), None)
+        unknown = next((f"function.{key}" for key in function if key != "name" and function[key] is not None), None)
     if unknown is not None:
         raise InvalidRequestError(f"tool_choice.{unknown:.60}: got an unknown field, expected none. Remove it.")
     return None, name

@@ -1,0 +1,59 @@
+"""Prompts that are given back in front of their completions, with the log probabilities of their tokens.
+
+That is what evaluation by log-likelihood asks for: how probable a text is behind another.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from sensorium.engine.detokenizer import Detokenizer
+from sensorium.entrypoints.openai.answers import scored_tokens, token_name
+from sensorium.outputs import RequestOutput
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Echo:
+    """One prompt as its choices begin with it."""
+
+    text: str = ""
+    logprobs: dict[str, Any] | None = None
+    """In the form of completions; None where they were not asked for."""
+
+    def before(self, text: str, logprobs: dict[str, Any] | None) -> tuple[str, dict[str, Any] | None]:
+        """What a choice has that goes on with this."""
+        if self.logprobs is None or logprobs is None:
+            return self.text + text, logprobs
+        return self.text + text, {name: [*own, *logprobs[name]] for name, own in self.logprobs.items()}
+
+
+NO_ECHO = Echo()
+
+
+def make_echo(
+    output: RequestOutput, detokenizer: Detokenizer | None, num_top: int | None, *, skip_special_tokens: bool
+) -> Echo:
+    """The echo of an output's prompt: as it was given, or, of token ids, what they stand for.
+
+    Takes time that grows with the prompt.
+
+    Args:
+        output: with the prompt's log probabilities, if `num_top` isn't None.
+        detokenizer: None where there is no tokenizer.
+        num_top: alternatives to name for each token; None for no log probabilities.
+        skip_special_tokens: leave special tokens out of the text of token ids.
+    """
+    token_ids = output.prompt_token_ids
+    text, offsets, tokens = "", [0] * len(token_ids), [token_name(i, None, None) for i in token_ids]
+    if detokenizer is not None:
+        # What was added to a text, such as a token for its beginning, is found by what stands around the text.
+        skip_special_tokens &= output.prompt is None
+        text, offsets = detokenizer.spell(token_ids, skip_special_tokens=skip_special_tokens)
+        tokens = [token_name(i, detokenizer.token_text(i), detokenizer.token_bytes(i)) for i in token_ids]
+    if output.prompt is not None:
+        start = max(text.find(output.prompt), 0)
+        text, offsets = output.prompt, [min(max(each - start, 0), len(output.prompt)) for each in offsets]
+    if num_top is None:
+        return Echo(text)
+    return Echo(text, scored_tokens(token_ids, tokens, output.prompt_logprobs or [None], offsets, num_top))
