@@ -5,8 +5,8 @@ How a remote fetch is kept safe:
   * the name is resolved once, all its addresses are checked (`address.py`), and the connection goes to a checked one,
     with the name kept for the Host header and for TLS: a second look-up that answers differently never happens;
   * redirects are followed here, one by one, each checked like the first address, none from https down to http;
-  * bytes are counted as they come; encoded transfer is refused, so that nothing can inflate;
-  * one deadline covers look-up, connection, redirects and body;
+  * bytes are counted as they come (`origin.py`); encoded transfer is refused, so that nothing can inflate;
+  * one deadline covers look-up, connection, redirects and body; a host that is slow holds a part of all slots only;
   * no cookies, no credentials, no proxies or other settings from the environment, and no connection is used twice.
 """
 
@@ -16,8 +16,9 @@ import asyncio
 import ssl
 import threading
 import weakref
-from collections.abc import Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from concurrent.futures import Future
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -33,13 +34,14 @@ from sensorium.multimodal.media.policy import FetchPolicy
 from sensorium.multimodal.media.url import RemoteUrl, parse_remote_url, scheme_of
 
 if TYPE_CHECKING:
-    import httpx
+    from sensorium.multimodal.media.origin import Answer
 
 logger = get_logger(__name__)
 
 MediaSource = str | Path | bytes
 _REDIRECTS = frozenset({301, 302, 303, 307, 308})
 _MAX_ADDRESSES_TRIED = 4
+_MIN_OF_HOST = 4  # fetches from one host at once, however few may be under way
 _INLINE_CHARS = 1 << 16  # data URLs up to this long are decoded on the event loop
 
 
@@ -82,9 +84,7 @@ class MediaFetcher:
         self._networks = self.policy.networks()
         self._resolver = resolver or SystemResolver()
         self._given_ssl_context = ssl_context
-        self._slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, asyncio.Semaphore] = (
-            weakref.WeakKeyDictionary()
-        )
+        self._slots: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, _Slots] = weakref.WeakKeyDictionary()
         self._sync_slots = threading.BoundedSemaphore(self.limits.max_concurrent_fetches)
 
     def fetch(self, source: MediaSource, modality: str) -> FetchedMedia:
@@ -134,11 +134,12 @@ class MediaFetcher:
     async def _fetch_remote(self, source: str, modality: str) -> FetchedMedia:
         timeout_s = self.limits.fetch_timeout_s(modality)
         loop = asyncio.get_running_loop()
-        slots = self._slots.setdefault(loop, asyncio.Semaphore(self.limits.max_concurrent_fetches))
-        async with slots:
+        slots = self._slots.setdefault(loop, _Slots(self.limits.max_concurrent_fetches))
+        url = parse_remote_url(source)
+        async with slots.for_host(url.host):
             try:
                 async with asyncio.timeout(timeout_s):
-                    return await self._follow(parse_remote_url(source), modality)
+                    return await self._follow(url, modality)
             except TimeoutError:
                 raise MediaUnavailableError(
                     f"{modality} did not arrive in time: got no complete answer, expected one within {timeout_s:g} s. "
@@ -181,16 +182,16 @@ class MediaFetcher:
 
     async def _request_any(self, url: RemoteUrl, addresses: Sequence[IPAddress], modality: str) -> FetchedMedia | str:
         """Request `url` from the first address that accepts a connection: the body, or where it redirects to."""
-        import httpx
+        import httpcore
 
         tried = addresses[:_MAX_ADDRESSES_TRIED]
         connect_timeout_s = self.limits.fetch_timeout_s(modality) / len(tried)
         for address in tried:
             try:
                 return await self._request(url, address, modality, connect_timeout_s)
-            except (httpx.ConnectError, httpx.ConnectTimeout) as error:
+            except (httpcore.ConnectError, httpcore.ConnectTimeout) as error:
                 logger.debug("media source refused a connection: %r", error)
-            except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError, OSError) as error:
+            except (httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException, OSError) as error:
                 logger.debug("media source broke off: %r", error)
                 raise MediaUnavailableError(
                     f"{modality} can't be fetched: got an answer that breaks off or can't be read. "
@@ -204,50 +205,37 @@ class MediaFetcher:
     async def _request(
         self, url: RemoteUrl, address: IPAddress, modality: str, connect_timeout_s: float
     ) -> FetchedMedia | str:
-        import httpx
+        from sensorium.multimodal.media.origin import TooFinelyChopped, ask
 
-        # A fresh client each time: a pooled TLS connection would be verified for another name at the same address.
-        transport = httpx.AsyncHTTPTransport(verify=self._ssl_context, trust_env=False, http2=False)
-        timeout = httpx.Timeout(None, connect=connect_timeout_s)
-        async with httpx.AsyncClient(
-            transport=transport, trust_env=False, follow_redirects=False, timeout=timeout
-        ) as client:
-            request = client.build_request(
-                "GET",
-                httpx.URL(scheme=url.scheme, host=str(address), port=url.port, raw_path=url.target.encode("ascii")),
-                headers={
-                    "Host": url.netloc,
-                    "User-Agent": "Sensorium media fetcher",
-                    "Accept": "*/*",
-                    "Accept-Encoding": "identity",
-                    "Connection": "close",
-                },
-                extensions={"sni_hostname": url.host},
-            )
-            response = await client.send(request, stream=True)
+        context = self._ssl_context if url.scheme == "https" else None
+        max_bytes = self.limits.max_bytes(modality)
+        async with ask(url, address, context, connect_timeout_s=connect_timeout_s, max_bytes=max_bytes) as answer:
+            if answer.status in _REDIRECTS and "location" in answer.headers:
+                return answer.headers["location"]
             try:
-                if response.status_code in _REDIRECTS and "location" in response.headers:
-                    return response.headers["location"]
-                return await self._read_body(response, modality)
-            finally:
-                await response.aclose()
+                return await self._read_body(answer, modality)
+            except TooFinelyChopped:
+                raise MediaUnavailableError(
+                    f"{modality} can't be fetched: got a body in far too many small pieces, expected larger ones. "
+                    "Use another source, or send a data URL."
+                ) from None
 
-    async def _read_body(self, response: httpx.Response, modality: str) -> FetchedMedia:
-        if response.status_code != 200:
+    async def _read_body(self, answer: Answer, modality: str) -> FetchedMedia:
+        if answer.status != 200:
             raise MediaUnavailableError(
-                f"{modality} can't be fetched: got HTTP status {response.status_code}, expected 200. Check the URL."
+                f"{modality} can't be fetched: got HTTP status {answer.status}, expected 200. Check the URL."
             )
-        if response.headers.get("content-encoding", "identity").lower() != "identity":
+        if answer.headers.get("content-encoding", "identity").lower() != "identity":
             raise MediaTypeError(
                 f"{modality} can't be read: got a compressed transfer although none was asked for. Use another source."
             )
         max_bytes = self.limits.max_bytes(modality)
-        declared = response.headers.get("content-length", "")
+        declared = answer.headers.get("content-length", "")
         if declared.isascii() and declared.isdigit() and int(declared) > max_bytes:
             raise bytes_too_large(modality, int(declared), max_bytes)
         body = bytearray()
         lease = None if self.budget is None else self.budget.lease()
-        async for chunk in response.aiter_raw():
+        async for chunk in answer.body:
             if lease is not None:
                 lease.grow(len(chunk))
             extend_bounded(body, chunk, modality, max_bytes)
@@ -260,6 +248,22 @@ class MediaFetcher:
         import httpx
 
         return httpx.create_ssl_context(trust_env=False)
+
+
+class _Slots:
+    """Bounds the fetches under way in one event loop, and those from one host to a quarter of them."""
+
+    def __init__(self, most: int) -> None:
+        self._all = asyncio.Semaphore(most)
+        self._most_of_host = max(most // 4, min(most, _MIN_OF_HOST))
+        self._hosts: weakref.WeakValueDictionary[str, asyncio.Semaphore] = weakref.WeakValueDictionary()
+
+    @asynccontextmanager
+    async def for_host(self, host: str) -> AsyncIterator[None]:
+        """A slot, once there is one."""
+        of_host = self._hosts.setdefault(host, asyncio.Semaphore(self._most_of_host))
+        async with of_host, self._all:
+            yield
 
 
 def _is_remote(source: MediaSource) -> bool:

@@ -129,9 +129,24 @@ def _to_ascii(host: str) -> str:
 
 
 def _canonical_target(rest: str) -> str:
-    """Percent-encode what isn't ASCII, leave the rest alone, and start with a slash."""
+    """Percent-encode what isn't ASCII, resolve "." and "..", and start with a slash; leave the rest alone."""
     encoded = "".join(char if char.isascii() else "".join(f"%{byte:02X}" for byte in char.encode()) for char in rest)
-    return encoded if encoded.startswith("/") else "/" + encoded
+    path, mark, query = encoded.partition("?")
+    return _without_dots(path) + mark + query
+
+
+def _without_dots(path: str) -> str:
+    """Source: RFC 3986, section 5.2.4."""
+    kept: list[str] = []
+    segments = path.removeprefix("/").split("/")
+    for segment in segments:
+        if segment == "..":
+            del kept[-1:]
+        elif segment != ".":
+            kept.append(segment)
+    if segments[-1] in (".", ".."):
+        kept.append("")
+    return "/" + "/".join(kept)
 
 
 def _malformed(got: str, expected: str) -> MediaError:

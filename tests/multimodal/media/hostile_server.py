@@ -115,6 +115,36 @@ class HostileServer:
             yield b"HTTP/1.1 200 OK\r\n"
             while True:
                 yield b"X-Pad: " + b"x" * 60000 + b"\r\n"
+        elif name == "tiny-chunks":
+            yield _head(200, "Transfer-Encoding: chunked")
+            while True:
+                yield b"1\r\nA\r\n" * 10_000
+        elif name == "chunk-extensions":
+            yield _head(200, "Transfer-Encoding: chunked")
+            while True:
+                yield b"1;" + b"x" * 15_000 + b"\r\nA\r\n"
+        elif name == "endless-trailers":
+            yield _head(200, "Transfer-Encoding: chunked") + b"0\r\n"
+            while True:
+                yield b"X-Pad: x\r\n" * 1_000
+        elif name == "endless-informational":
+            while True:
+                yield b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1_000
+        elif name == "many-headers":
+            yield b"HTTP/1.1 200 OK\r\n"
+            while True:
+                yield b"a: b\r\n" * 1_000
+        elif name == "small-reads":
+            yield _head(200)
+            while True:
+                yield b"x"
+        elif name == "encodings":
+            yield _head(200, "Content-Encoding: identity", "Content-Encoding: gzip", "Content-Length: 16") + BODY
+        elif name == "pieces":  # an honest body in many pieces
+            yield _head(200, "Transfer-Encoding: chunked")
+            for _ in range(2_000):
+                yield b"80\r\n" + b"x" * 128 + b"\r\n"
+            yield b"0\r\n\r\n"
         elif name == "gzip":
             yield _head(200, "Content-Encoding: gzip", "Content-Length: 16") + BODY
         elif name == "garbage":

@@ -226,6 +226,80 @@ def test_broken_answers_are_unavailable(server: HostileServer, path: str) -> Non
     assert_says_nothing_inside(caught.value)
 
 
+BUSY = (
+    "/tiny-chunks",
+    "/chunk-extensions",
+    "/endless-trailers",
+    "/endless-informational",
+    "/many-headers",
+    "/small-reads",
+    "/endless-chunked",
+    "/endless",
+    "/endless-head",
+    "/slow",
+    "/slow-head",
+)
+
+
+@pytest.mark.parametrize("path", BUSY)
+def test_no_origin_keeps_the_event_loop_busy(server: HostileServer, path: str) -> None:
+    """An origin that sent chunks of one byte stood between all other requests, and past its own deadline.
+
+    Work on one answer is counted in steps of the loop: whoever else runs there gets a turn after a few reads at most.
+    """
+    limits = MediaLimits(max_image_bytes=1 << 20, image_fetch_timeout_s=2.0)
+    fetcher, _ = make_fetcher(limits=limits)
+    longest_s = 0.0
+
+    async def watch() -> None:
+        nonlocal longest_s
+        while True:
+            before = time.thread_time()
+            await asyncio.sleep(0)
+            longest_s = max(longest_s, time.thread_time() - before)
+
+    async def main() -> None:
+        watcher = asyncio.create_task(watch())
+        fetches = [fetcher.afetch(server.url(path), "image") for _ in range(4)]
+        found = await asyncio.gather(*fetches, return_exceptions=True)
+        assert all(isinstance(each, MediaUnavailableError | MediaTooLargeError) for each in found), found
+        watcher.cancel()
+
+    asyncio.run(main())
+    assert longest_s < 0.3  # of this thread's own work, for four answers together
+
+
+def test_honest_bodies_in_many_pieces_arrive(server: HostileServer) -> None:
+    fetcher, _ = make_fetcher()
+    assert get(fetcher, server.url("/pieces")) == b"x" * 128 * 2_000
+
+
+def test_several_encodings_are_refused(server: HostileServer) -> None:
+    fetcher, _ = make_fetcher()
+    with pytest.raises(MediaTypeError, match="compressed"):
+        get(fetcher, server.url("/encodings"))
+
+
+def test_a_slow_host_leaves_slots_to_others(server: HostileServer) -> None:
+    """Fetches from one host waited for each other in the line that all hosts share."""
+    table = {"media.example": [["127.0.0.1"]], "slow.example": [["127.0.0.1"]]}
+    fetcher, _ = make_fetcher(table, limits=MediaLimits(max_concurrent_fetches=8, image_fetch_timeout_s=30.0))
+
+    async def main() -> bytes:
+        slow = [
+            asyncio.create_task(fetcher.afetch(server.url("/slow", host="slow.example"), "image")) for _ in range(16)
+        ]
+        await asyncio.sleep(0)
+        fetched = await fetcher.afetch(server.url("/ok"), "image")
+        assert not any(each.done() for each in slow)
+        for each in slow:
+            each.cancel()
+        await asyncio.gather(*slow, return_exceptions=True)
+        return fetched.data
+
+    assert asyncio.run(main()) == BODY
+
+
 def test_body_beyond_its_claim_is_cut_off(server: HostileServer) -> None:
     fetcher, _ = make_fetcher()
     assert get(fetcher, server.url("/claims-less")) == BODY[:4]
@@ -286,6 +360,23 @@ def test_target_is_sent_as_parsed(server: HostileServer) -> None:
     fetcher, _ = make_fetcher()
     assert get(fetcher, server.url("/ok/ä b".replace(" ", "%20") + "?q=%2F&r=é#part")) == BODY
     assert server.requests[-1].split("\r\n")[0] == "GET /ok/%C3%A4%20b?q=%2F&r=%C3%A9 HTTP/1.1"
+
+
+@pytest.mark.parametrize(
+    ("path", "target"),
+    [
+        ("/a/../ok", "/ok"),
+        ("/../../ok", "/ok"),
+        ("/ok/./b/.", "/ok/b/"),
+        ("/ok/b/..", "/ok/"),
+        ("/ok//b", "/ok//b"),
+        ("/ok/?to=/../x", "/ok/?to=/../x"),
+    ],
+)
+def test_dots_are_resolved_before_anything_is_asked(server: HostileServer, path: str, target: str) -> None:
+    fetcher, _ = make_fetcher()
+    assert get(fetcher, server.url(path)) == BODY
+    assert server.requests[-1].split(" ")[1] == target
 
 
 def test_tls_keeps_the_name() -> None:
