@@ -1,24 +1,41 @@
-"""Packages that add models: found by an entry point, and loaded in every process of the engine.
+"""Plug-ins: files and packages that add models, loaded in every process of the engine.
 
-A package exposes a function in the group `sensorium.general_plugins`; the function registers what it has to. It may be
-called in several processes, and so must be fit to be called again.
+A package exposes a function in the group of entry points `sensorium.general_plugins`; the function registers what it
+has to. A plain file, or a module, is named by the setting `plugins` (`--plugin my_model.py`), and registers what it has
+to when it is imported. Both may be loaded in several processes, and so must be fit to be run again.
 """
 
 from __future__ import annotations
 
+import importlib
+import importlib.util
+import sys
+from collections.abc import Sequence
+from hashlib import sha256
 from importlib.metadata import entry_points
+from pathlib import Path
+from types import ModuleType
 
+from sensorium.errors import ConfigError, SensoriumError
 from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
 
 GENERAL_PLUGINS_GROUP = "sensorium.general_plugins"
 
+HOW_TO_ADD = (
+    "Add one with ModelRegistry.register_model(architecture, model_class): in a file that you name with "
+    "--plugin FILE.py or LLM(plugins=['FILE.py']), or in a package with an entry point in the group "
+    f"'{GENERAL_PLUGINS_GROUP}'"
+)
+"""For messages on models that nobody has registered."""
+
 _loaded = False
+_failed: dict[str, str] = {}
 
 
 def load_general_plugins() -> None:
-    """Call every plug-in's function, the first time this runs in a process. One that fails doesn't stop the others."""
+    """Call every package's function, the first time this runs in a process. One that fails doesn't stop the others."""
     global _loaded
     if _loaded:
         return
@@ -26,9 +43,88 @@ def load_general_plugins() -> None:
     for entry_point in entry_points(group=GENERAL_PLUGINS_GROUP):
         try:
             entry_point.load()()
-        except Exception:
+        except Exception as error:
+            _failed[entry_point.name] = f"{type(error).__name__}: {error}"
             logger.exception(
                 "Plug-in %s (%s) failed to load; going on without it.", entry_point.name, entry_point.value
             )
         else:
             logger.info("Loaded plug-in %s (%s).", entry_point.name, entry_point.value)
+
+
+def failed_plugins() -> str:
+    """The packages that failed to load and why, in words; empty if there are none."""
+    return "; ".join(f"plug-in {name} failed to load ({error})" for name, error in _failed.items())
+
+
+def check_plugins(plugins: Sequence[str]) -> None:
+    """Return if these can be tried. Raises `ConfigError` for a file that isn't there, or something else than names."""
+    if isinstance(plugins, str) or not all(isinstance(each, str) for each in plugins):
+        raise ConfigError(f"plugins: got {plugins!r}, expected a list of files and modules. Set plugins to one.")
+    for plugin in plugins:
+        plugin_file(plugin)
+
+
+def load_plugins(plugins: Sequence[str]) -> None:
+    """`load_plugin` for each, in order. Raises what it raises."""
+    for plugin in plugins:
+        load_plugin(plugin)
+
+
+def load_plugin(plugin: str) -> ModuleType:
+    """Import a plug-in, unless this process has it already.
+
+    Args:
+        plugin: The path of a Python file, or the name of a module that can be imported. A file may import others
+            of its folder.
+
+    Raises:
+        ConfigError: There is no such file or module, or importing it fails.
+    """
+    path = plugin_file(plugin)
+    try:
+        return importlib.import_module(plugin) if path is None else _import_file(path)
+    except SensoriumError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"plugins: importing {plugin!r} failed: {type(error).__name__}: {error}. Correct it, or set plugins "
+            f"(--plugin) to a file or a module that can be imported."
+        ) from error
+
+
+def plugin_file(plugin: str) -> Path | None:
+    """The file that a plug-in is; None for a module's name. Raises `ConfigError` if there is no such file."""
+    path = Path(plugin).expanduser()
+    if path.suffix != ".py" and len(path.parts) == 1:
+        return None
+    if not path.is_file():
+        raise ConfigError(
+            f"plugins: got {plugin!r}, expected a Python file or the name of a module. There is no such file; correct "
+            f"plugins (--plugin)."
+        )
+    return path.resolve()
+
+
+def _import_file(path: Path) -> ModuleType:
+    for module in list(sys.modules.values()):
+        if getattr(module, "__file__", None) == str(path):
+            return module  # imported by its own name, or the program that runs
+    folder = str(path.parent)
+    if folder not in sys.path:
+        sys.path.append(folder)
+    name = path.stem
+    found = None if name in sys.modules else importlib.util.find_spec(name)
+    if found is None or found.origin != str(path):  # the name is another module's
+        name = f"sensorium_plugin_{sha256(bytes(path)).hexdigest()[:8]}_{path.stem}"
+    spec = importlib.util.spec_from_file_location(name, path)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+    except BaseException:
+        del sys.modules[name]
+        raise
+    return module

@@ -29,6 +29,7 @@ from sensorium.errors import ConfigError, ModelError
 from sensorium.inputs.chat_template import check_template, read_template
 from sensorium.logger import get_logger
 from sensorium.parsing import check_names
+from sensorium.plugins import check_plugins, load_general_plugins, load_plugins
 
 logger = get_logger(__name__)
 
@@ -66,6 +67,8 @@ class EngineArgs:
     """"int8": quantize the weights of linear layers at load, and their inputs as they come. CPU only."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values that replace those of the checkpoint's config."""
+    plugins: tuple[str, ...] = field(default=(), metadata={"flag": "plugin"})
+    """A Python file, or a module, that registers models; imported by every process of the engine. May be repeated."""
 
     device: str = "auto"
     """"auto" (a GPU if there is one), "cpu", or "cuda" with an optional index."""
@@ -143,6 +146,7 @@ class EngineArgs:
         if self.chat_template is not None:
             check_template(read_template(self.chat_template))
         check_names(self.tool_parser, self.reasoning_parser)
+        check_plugins(self.plugins)
 
     def create_engine_config(self) -> EngineConfig:
         """Resolve everything that can be known before the weights are read.
@@ -156,9 +160,8 @@ class EngineArgs:
             return self._resolve()
 
     def _resolve(self) -> EngineConfig:
-        from sensorium.plugins import load_general_plugins
-
         load_general_plugins()
+        load_plugins(self.plugins)
         device = resolve_device(self.device)
         cache = CacheConfig(
             block_size=self.block_size or 16,

@@ -35,7 +35,7 @@ def test_every_field_is_a_flag_with_help(kind: type, capsys: pytest.CaptureFixtu
     text = capsys.readouterr().out
     for field in fields(kind):
         if field.name not in ("model", "tensor_parallel_size"):
-            assert f"--{field.name.replace('_', '-')}" in text
+            assert f"--{field.metadata.get('flag', field.name).replace('_', '-')} " in text.replace(",", " ")
             assert field_docs(kind)[field.name], field.name
 
 
@@ -50,6 +50,7 @@ def test_flags_of_all_kinds() -> None:
     )
     assert (engine.max_model_len, engine.enable_prefix_caching, engine.max_token_gap_s) == (64, False, 0.5)
     assert engine.limit_mm_per_prompt == {"image": 4}
+    assert parse("m", "--plugin", "a.py", "--plugin", "my_models")[0].plugins == ("a.py", "my_models")
     assert (server.api_key, server.port, limits.max_image_pixels) == (("a", "b"), 0, 1000)
 
 
@@ -57,10 +58,12 @@ def test_a_config_file_fills_in_and_flags_win(tmp_path: Path) -> None:
     path = tmp_path / "config.yaml"
     path.write_text(
         "model: one\nmax-model-len: 64\nmax_num_seqs: 3\napi_key: [a, b]\nhf_overrides: {x: 1}\ndrain_s: 5\n"
+        "plugin: a.py\n"
     )
     engine, server, _ = parse("--config", str(path), "--max-num-seqs", "5")
     assert (engine.model, engine.max_model_len, engine.max_num_seqs) == ("one", 64, 5)
     assert (engine.hf_overrides, server.api_key, server.drain_s) == ({"x": 1}, ("a", "b"), 5)
+    assert engine.plugins == ("a.py",)
     assert parse("two", "--config", str(path))[0].model == "two"
 
 

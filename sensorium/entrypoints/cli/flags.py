@@ -4,6 +4,7 @@ max_model_len: int | None = None          -->   --max-model-len INT
 enable_prefix_caching: bool = True        -->   --enable-prefix-caching, --no-enable-prefix-caching
 limit_mm_per_prompt: Mapping[str, int]    -->   --limit-mm-per-prompt '{"image": 4}'
 api_key: tuple[str, ...]                  -->   --api-key A --api-key B
+plugins, with a metadata "flag"           -->   --plugin A --plugin B, where a flag takes one of several
 text_words: Span                          -->   --text-words SPAN, for a class with a `parse`
 """
 
@@ -68,7 +69,7 @@ def add_flags(
             value = (defaults or {}).get(field.name, _default(field))
             default = "" if value is None else f" [{value}]".replace("%", "%%")
             group.add_argument(
-                "--" + field.name.replace("_", "-"),
+                "--" + _flag(field).replace("_", "-"),
                 dest=field.name,
                 default=argparse.SUPPRESS,
                 help=text + default,
@@ -98,7 +99,9 @@ def read_config(path: str, kinds: Sequence[type]) -> dict[str, Any]:
         ) from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"config: got a {type(content).__name__} in {path!r}, expected names and values. Correct it.")
+    named = {_flag(field): field.name for kind in kinds for field in fields(kind)}
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
+    values = {named.get(name, name): value for name, value in values.items()}
     types_of = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:
@@ -130,6 +133,11 @@ def _attribute_lines(text: str) -> dict[str, str]:
         elif name is not None and line.strip():
             docs[name] += " " + line.strip()
     return docs
+
+
+def _flag(field: Field[Any]) -> str:
+    """A field's name as a flag."""
+    return str(field.metadata.get("flag", field.name))
 
 
 def _default(field: Field[Any]) -> Any:

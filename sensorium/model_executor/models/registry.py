@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ConfigError, ModelError
 from sensorium.logger import get_logger
+from sensorium.plugins import HOW_TO_ADD, failed_plugins
 
 if TYPE_CHECKING:
     from torch import nn
@@ -89,8 +90,9 @@ class _ModelRegistry:
         similar = [found for name in names for found in difflib.get_close_matches(name, self._models, n=1)]
         raise ConfigError(
             f"Model architectures {names} are not supported for now. Supported architectures: "
-            f"{self.get_supported_archs()}. Add one with ModelRegistry.register_model(architecture, model_class)"
-            f"{f', or correct the name if {similar[0]!r} is meant' if similar else ''}."
+            f"{self.get_supported_archs()}. {HOW_TO_ADD}"
+            f"{f'; or correct the name if {similar[0]!r} is meant' if similar else ''}."
+            f"{f' Note: {failed}.' if (failed := failed_plugins()) else ''}"
         )
 
     def _load(self, architecture: str) -> Any:
