@@ -12,31 +12,64 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from sensorium.errors import ConfigError
+from sensorium.settings import MAX_BYTES, Bounds, check_setting, check_settings
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
-DTYPES = ("float32", "bfloat16", "float16")
-QUANTIZATIONS = ("int8",)
+# What settings may be. Flat settings (`EngineArgs`) and the resolved ones below share these.
+
+Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
+DTYPES: tuple[str, ...] = get_args(Dtype)
+Quantization: TypeAlias = Literal["int8"]
+LoadFormat: TypeAlias = Literal["safetensors", "dummy"]
+TokenizerMode: TypeAlias = Literal["auto", "slow"]
+SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
+MMSplit: TypeAlias = Literal["auto", "off"]
+PoolingType: TypeAlias = Literal["last", "mean", "cls"]
+ToolParser: TypeAlias = Literal["auto", "none", "qwen3_coder", "glm", "hermes", "mistral", "llama3", "json"]
+"""How calls of functions are written: names of `sensorium.parsing.FORMATS`, none, or as the chat template shows."""
+ReasoningParser: TypeAlias = Literal["auto", "none", "seed", "mistral", "think"]
+"""The same for reasoning, of `sensorium.parsing.REASONING_FORMATS`."""
+Count: TypeAlias = Annotated[int, Bounds(1)]
+Amount: TypeAlias = Annotated[int, Bounds(0)]
+"""A count of what there may also be none of."""
+NumBytes: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
+BytesOrNone: TypeAlias = Annotated[int, Bounds(0, MAX_BYTES)]
+"""A bound on bytes, where 0 turns off what they are for."""
+BlockSize: TypeAlias = Annotated[int, Bounds(1, 1 << 16)]
+Fraction: TypeAlias = Annotated[float, Bounds(0, 1, above=True)]
+NumThreads: TypeAlias = Annotated[int, Bounds(1, 4096)]
+TokenGap: TypeAlias = Annotated[float, Bounds(0, float("inf"), above=True)]
+CompileTime: TypeAlias = Annotated[float, Bounds(0, 3600, above=True)]
+WaitingBound: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
+StepsInFlight: TypeAlias = Annotated[int, Bounds(1, 16)]
+Limits: TypeAlias = Mapping[str, Amount]
 
 
 @dataclass(frozen=True, slots=True)
 class MultiModalConfig:
     """Limits of media. `limit_per_prompt`: most items of a modality in one prompt; a modality not named has 1."""
 
-    limit_per_prompt: Mapping[str, int] = field(default_factory=dict)
+    limit_per_prompt: Limits = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        check_setting("limit_mm_per_prompt", self.limit_per_prompt, Limits)
 
 
 @dataclass(frozen=True, slots=True)
 class PoolerConfig:
     """How a model that pools turns hidden states into one vector: "last", "mean" or "cls"."""
 
-    pooling_type: str = "last"
+    pooling_type: PoolingType = "last"
     normalize: bool = True
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 @dataclass(frozen=True)
@@ -54,7 +87,7 @@ class ModelConfig:
     model_class: type | None = field(default=None, repr=False)
     """The registered class that serves the checkpoint; registrations of the extension API are looked up by it."""
     architecture: str = ""
-    tokenizer_mode: str = "auto"
+    tokenizer_mode: TokenizerMode = "auto"
     trust_remote_code: bool = False
     revision: str | None = None
     code_revision: str | None = None
@@ -67,14 +100,14 @@ class ModelConfig:
     pooler_config: PoolerConfig | None = None
     generation_config: Mapping[str, Any] = field(default_factory=dict)
     """The checkpoint's `generation_config.json`: its end-of-sequence ids and sampling defaults."""
-    mm_split: str = "auto"
-    """"auto", "on" or "off": whether media of a forward-only model is split from its text (tier 0)."""
+    mm_split: MMSplit = "auto"
+    """Whether media of a forward-only model is split from its text (tier 0): "auto" where that is equal, or "off"."""
 
     def __post_init__(self) -> None:
-        if self.dtype_name not in DTYPES:
-            raise ConfigError(f"dtype: got {self.dtype_name!r}, expected one of {DTYPES}. Set dtype.")
-        if self.max_model_len < 1:
-            raise ConfigError(f"max_model_len: got {self.max_model_len}, expected at least 1.")
+        check_setting("dtype", self.dtype_name, Dtype)
+        check_setting("max_model_len", self.max_model_len, Count)
+        check_setting("mm_split", self.mm_split, MMSplit)
+        check_setting("tokenizer_mode", self.tokenizer_mode, TokenizerMode)
 
     @property
     def dtype(self) -> torch.dtype:
@@ -125,60 +158,48 @@ def rope_parameters(text_config: PretrainedConfig) -> Mapping[str, Any]:
 class CacheConfig:
     """Sizes of the caches. A size in bytes or blocks of None is decided at load from the memory that is left."""
 
-    block_size: int = 16
+    block_size: BlockSize = 16
     """Tokens in one KV block."""
-    num_blocks: int | None = None
+    num_blocks: Count | None = None
     """KV blocks; overrides `kv_cache_bytes`."""
-    kv_cache_bytes: int | None = None
-    memory_fraction: float = 0.9
+    kv_cache_bytes: NumBytes | None = None
+    memory_fraction: Fraction = 0.9
     """Share of the device's memory that the engine may use in all."""
     enable_prefix_caching: bool = True
-    mm_processor_cache_bytes: int = 1 << 30
+    mm_processor_cache_bytes: BytesOrNone = 1 << 30
     """Bound on mapped media kept in the front process; 0 turns the cache off."""
-    encoder_cache_rows: int | None = None
+    encoder_cache_rows: Amount | None = None
     """Bound on encoder output rows kept by the worker; None: four times the encoder budget."""
 
     def __post_init__(self) -> None:
-        if self.block_size < 1:
-            raise ConfigError(f"block_size: got {self.block_size}, expected at least 1.")
-        if not 0 < self.memory_fraction <= 1:
-            raise ConfigError(f"memory_fraction: got {self.memory_fraction}, expected a value in (0, 1].")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)
 class SchedulerConfig:
     """Budgets of one step, and the order in which requests get them."""
 
-    max_num_batched_tokens: int = 2048
+    max_num_batched_tokens: Count = 2048
     """Decoder rows in one step."""
-    max_num_seqs: int = 64
+    max_num_seqs: Count = 64
     """Requests that run at once."""
-    max_num_encoder_rows: int = 4096
+    max_num_encoder_rows: Count = 4096
     """Encoder output rows computed in one step; an item larger than this runs alone."""
     enable_chunked_prefill: bool = True
-    policy: str = "fcfs"
+    policy: SchedulingPolicy = "fcfs"
     """"fcfs" or "priority" (lower value first, then arrival)."""
-    max_token_gap_s: float = 0.25
+    max_token_gap_s: TokenGap = 0.25
     """While requests stream, a step's encoding and prefill are sized to keep tokens at most this far apart."""
-    max_waiting_requests: int | None = None
+    max_waiting_requests: WaitingBound | None = None
     """Bound on the waiting line; None: no bound."""
-    max_steps_in_flight: int = 1
+    max_steps_in_flight: StepsInFlight = 1
     """Steps that may be submitted before the results of the first are in. With 2 the host plans a step while the device
     runs the one before."""
-    max_form_compile_s: float = 5.0
+    max_form_compile_s: CompileTime = 5.0
     """Most seconds that the form of structured outputs may take to compile."""
 
     def __post_init__(self) -> None:
-        for name in ("max_num_batched_tokens", "max_num_seqs", "max_num_encoder_rows", "max_steps_in_flight"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1.")
-        if not 0 < self.max_form_compile_s <= 3600:
-            raise ConfigError(
-                f"max_form_compile_s: got {self.max_form_compile_s}, expected more than 0, at most 3600. "
-                "Set max_form_compile_s."
-            )
-        if self.policy not in ("fcfs", "priority"):
-            raise ConfigError(f"scheduling policy: got {self.policy!r}, expected 'fcfs' or 'priority'.")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)
@@ -187,10 +208,13 @@ class DeviceConfig:
 
     device: str = "cpu"
     attention_backend: str = "auto"
-    num_threads: int | None = None
+    num_threads: NumThreads | None = None
     """Threads of CPU kernels; None: torch's default."""
     enforce_eager: bool = False
     """Whether every step runs call by call, without CUDA graphs."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     @property
     def device_type(self) -> str:
@@ -202,18 +226,12 @@ class DeviceConfig:
 class LoadConfig:
     """How weights are read. `load_format`: "safetensors", or "dummy" for seeded random values."""
 
-    load_format: str = "safetensors"
-    quantization: str | None = None
+    load_format: LoadFormat = "safetensors"
+    quantization: Quantization | None = None
     """What the weights of linear layers become at load: "int8", or None to stay as they are."""
 
     def __post_init__(self) -> None:
-        if self.load_format not in ("safetensors", "dummy"):
-            raise ConfigError(f"load_format: got {self.load_format!r}, expected 'safetensors' or 'dummy'.")
-        if self.quantization is not None and self.quantization not in QUANTIZATIONS:
-            raise ConfigError(
-                f"quantization: got {self.quantization!r}, expected 'int8' or None. Checkpoints that are quantized "
-                "already are not supported; load one with float weights."
-            )
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)

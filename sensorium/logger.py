@@ -23,12 +23,12 @@ import time
 from contextvars import ContextVar
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Literal, TypeAlias
 
 _ROOT = "sensorium"
 _FORMAT = "%(asctime)s %(levelname)s %(name)s: %(message)s"
-LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
-FORMATS = ("text", "json")
+LogLevel: TypeAlias = Literal["DEBUG", "INFO", "WARNING", "ERROR"]
+LogFormat: TypeAlias = Literal["text", "json"]
 _seen: set[tuple[str, str]] = set()
 
 request_id_of_logs: ContextVar[str | None] = ContextVar("sensorium_log_request_id", default=None)
@@ -44,10 +44,10 @@ def get_logger(name: str) -> logging.Logger:
 class LogSettings:
     """How the log is written."""
 
-    level: str = "INFO"
+    level: LogLevel = "INFO"
     """The least important lines to write."""
-    form: str = "text"
-    """One of `FORMATS`."""
+    form: LogFormat = "text"
+    """Lines for people, or an object a line."""
 
 
 DEFAULT_LOG = LogSettings()

@@ -10,29 +10,52 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal, TypeAlias
 
 from sensorium.config import (
     DTYPES,
+    Amount,
+    BlockSize,
+    BytesOrNone,
     CacheConfig,
+    CompileTime,
+    Count,
     DeviceConfig,
+    Dtype,
     EngineConfig,
+    Fraction,
+    Limits,
     LoadConfig,
+    LoadFormat,
+    MMSplit,
     ModelConfig,
     MultiModalConfig,
+    NumBytes,
+    NumThreads,
     ParallelConfig,
     PoolerConfig,
+    PoolingType,
+    Quantization,
+    ReasoningParser,
     SchedulerConfig,
+    SchedulingPolicy,
+    StepsInFlight,
+    TokenGap,
+    TokenizerMode,
+    ToolParser,
+    WaitingBound,
 )
 from sensorium.engine.loading import LOADING
 from sensorium.errors import ConfigError, ModelError
 from sensorium.inputs.chat_template import check_template, read_template
 from sensorium.logger import get_logger
-from sensorium.parsing import check_names
 from sensorium.plugins import check_plugins, load_general_plugins, load_plugins
+from sensorium.settings import Bounds, FileName, check_settings, wrong_setting
 
 logger = get_logger(__name__)
 
+Name: TypeAlias = Annotated[str, FileName()]
+DEFAULT_BLOCK_SIZE = 16
 DEMO_MODEL = "demo"
 """The name of the model that comes with the package."""
 
@@ -41,111 +64,114 @@ DEMO_MODEL = "demo"
 class EngineArgs:
     """Settings of an engine. Only `model` is needed."""
 
-    model: str
+    model: Name
     """A directory with a Hugging Face checkpoint, a name on the model hub, or "demo" for the bundled model."""
-    tokenizer: str | None = None
+    tokenizer: Name | None = None
     """Directory or hub name of the tokenizer, if it isn't the model's."""
-    tokenizer_mode: str = "auto"
+    tokenizer_mode: TokenizerMode = "auto"
     """"auto", or "slow" for the tokenizer written in Python."""
     skip_tokenizer_init: bool = False
     """Take and return token ids only."""
     trust_remote_code: bool = False
     """Run Python code that comes with a checkpoint. Off: such a checkpoint is refused."""
-    revision: str | None = None
+    revision: Name | None = None
     """Branch, tag or commit on the hub."""
-    code_revision: str | None = None
+    code_revision: Name | None = None
     """The same for the code that comes with a checkpoint."""
-    dtype: str = "auto"
+    dtype: Literal["auto", Dtype] = "auto"
     """"auto" (the checkpoint's), "float32", "bfloat16" or "float16"."""
-    max_model_len: int | None = None
+    max_model_len: Count | None = None
     """Most tokens of prompt and output together; the model's own limit by default."""
-    seed: int = 0
+    seed: Annotated[int, Bounds(-(2**63), 2**63 - 1)] = 0
     """Seed of requests that bring none."""
-    load_format: str = "safetensors"
+    load_format: LoadFormat = "safetensors"
     """"safetensors", or "dummy" for seeded random weights."""
-    quantization: str | None = None
+    quantization: Quantization | None = None
     """"int8": quantize the weights of linear layers at load, and their inputs as they come. CPU only."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values that replace those of the checkpoint's config."""
     plugins: tuple[str, ...] = field(default=(), metadata={"flag": "plugin"})
     """A Python file, or a module, that registers models; imported by every process of the engine. May be repeated."""
 
-    device: str = "auto"
-    """"auto" (a GPU if there is one), "cpu", or "cuda" with an optional index."""
-    num_threads: int | None = None
+    device: Name = "auto"
+    """"auto" (a GPU if there is one), "cpu", or "cuda" with an optional index, such as "cuda:1"."""
+    num_threads: NumThreads | None = None
     """Threads of CPU kernels; torch's default if not given."""
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: Count = 1
+    """Devices that share the model; this build runs on one."""
 
-    block_size: int | None = None
+    block_size: BlockSize | None = None
     """Tokens in a KV block."""
-    num_blocks: int | None = None
+    num_blocks: Count | None = None
     """KV blocks, instead of a size in bytes."""
-    kv_cache_bytes: int | None = None
+    kv_cache_bytes: NumBytes | None = None
     """Memory for the KV cache; decided from what is free by default."""
-    memory_fraction: float = 0.9
+    memory_fraction: Fraction = 0.9
     """Share of the device's memory that the engine may use."""
     enable_prefix_caching: bool = True
     """Reuse the KV of equal prompt starts, media included."""
-    mm_processor_cache_bytes: int = 1 << 30
+    mm_processor_cache_bytes: BytesOrNone = 1 << 30
     """Memory for mapped media that may come again; 0 turns the cache off."""
-    encoder_cache_rows: int | None = None
+    encoder_cache_rows: Amount | None = None
     """Encoder output rows kept; four times `max_num_encoder_rows` by default; 0 keeps only what is in use."""
 
-    max_num_seqs: int = 64
+    max_num_seqs: Count = 64
     """Requests that run at once."""
-    max_num_batched_tokens: int | None = None
+    max_num_batched_tokens: Count | None = None
     """Decoder rows in one step."""
-    max_num_encoder_rows: int = 4096
+    max_num_encoder_rows: Count = 4096
     """Encoder output rows computed in one step."""
     enable_chunked_prefill: bool = True
     """Spread long prompts over steps."""
-    scheduling_policy: str = "fcfs"
+    scheduling_policy: SchedulingPolicy = "fcfs"
     """"fcfs" (first come, first served) or "priority"."""
-    max_token_gap_s: float = 0.25
+    max_token_gap_s: TokenGap = 0.25
     """While requests stream, keep their tokens at most about this far apart, in seconds."""
-    max_waiting_requests: int | None = None
+    max_waiting_requests: WaitingBound | None = None
     """Refuse requests while so many wait."""
-    max_steps_in_flight: int | None = None
+    max_steps_in_flight: StepsInFlight | None = None
     """Steps submitted before the results of the first are in; 2 on CUDA, where the host plans one while the device runs
     another, 1 on a CPU."""
     enforce_eager: bool = False
     """On CUDA, run every step call by call, without recording graphs."""
-    max_form_compile_s: float = 5.0
+    max_form_compile_s: CompileTime = 5.0
     """Refuse forms of structured outputs that take longer than this to compile, in seconds."""
 
-    limit_mm_per_prompt: Mapping[str, int] = field(default_factory=dict)
+    limit_mm_per_prompt: Limits = field(default_factory=dict)
     """Most items of each modality in one prompt; 1 for a modality not named."""
     mm_processor_kwargs: Mapping[str, Any] | None = None
     """Arguments for the model's input processor and mappers, unless a request brings its own."""
-    mm_split: str = "auto"
-    """"auto", or "off": never split media of a forward-only model from its text."""
-    preprocess_threads: int = 2
+    mm_split: MMSplit = "auto"
+    """"off" never splits media of a forward-only model from its text; "auto" does where that is equal."""
+    preprocess_threads: NumThreads = 2
     """Threads that decode and map media beside the engine's own."""
-    allowed_local_media_path: str | None = None
+    allowed_local_media_path: Name | None = None
     """Folder from which requests may name files."""
 
-    pooling_type: str | None = None
+    pooling_type: PoolingType | None = None
     """"last", "mean" or "cls" for `encode`; the model's own, or "last"."""
-    chat_template: str | None = None
+    chat_template: Name | None = None
     """A chat template, or the path of a file with one, instead of the checkpoint's."""
-    tool_parser: str = "auto"
-    """How the model writes calls of functions: "hermes", "qwen3_coder", "glm", "mistral", "llama3", "json", "none", or
-    "auto" to go by the chat template."""
-    reasoning_parser: str = "auto"
-    """How the model marks its reasoning: "think", "seed", "mistral", "none", or "auto" to go by the chat template."""
+    tool_parser: ToolParser = "auto"
+    """How the model writes calls of functions; "auto" goes by the chat template."""
+    reasoning_parser: ReasoningParser = "auto"
+    """How the model marks its reasoning; "auto" goes by the chat template."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
     def check_files(self) -> None:
-        """Return if the settings that name files can be used, as far as can be said without the model.
+        """Return if settings go together and files that they name can be used, as far as can be said without the model.
 
         Raises:
             ConfigError: One can't.
         """
+        self._check_together()
         local_path("model", self.model)
         if self.tokenizer is not None:
             local_path("tokenizer", self.tokenizer)
         if self.chat_template is not None:
             check_template(read_template(self.chat_template))
-        check_names(self.tool_parser, self.reasoning_parser)
         check_plugins(self.plugins)
 
     def create_engine_config(self) -> EngineConfig:
@@ -164,7 +190,7 @@ class EngineArgs:
         load_plugins(self.plugins)
         device = resolve_device(self.device)
         cache = CacheConfig(
-            block_size=self.block_size or 16,
+            block_size=DEFAULT_BLOCK_SIZE if self.block_size is None else self.block_size,
             num_blocks=self.num_blocks,
             kv_cache_bytes=self.kv_cache_bytes,
             memory_fraction=self.memory_fraction,
@@ -175,26 +201,53 @@ class EngineArgs:
             ),
         )
         scheduler = SchedulerConfig(
-            max_num_batched_tokens=self.max_num_batched_tokens or (2048 if device == "cpu" else 8192),
+            max_num_batched_tokens=self._max_num_batched_tokens(device),
             max_num_seqs=self.max_num_seqs,
             max_num_encoder_rows=self.max_num_encoder_rows,
             enable_chunked_prefill=self.enable_chunked_prefill,
             policy=self.scheduling_policy,
             max_token_gap_s=self.max_token_gap_s,
             max_waiting_requests=self.max_waiting_requests,
-            max_steps_in_flight=default_steps_in_flight(device)
-            if self.max_steps_in_flight is None
-            else self.max_steps_in_flight,
+            max_steps_in_flight=(
+                default_steps_in_flight(device) if self.max_steps_in_flight is None else self.max_steps_in_flight
+            ),
             max_form_compile_s=self.max_form_compile_s,
         )
         return EngineConfig(
-            model_config=self._model_config(),
             cache_config=cache,
             scheduler_config=scheduler,
             device_config=DeviceConfig(device=device, num_threads=self.num_threads, enforce_eager=self.enforce_eager),
             load_config=self._load_config(device),
             parallel_config=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
+            model_config=self._model_config(),  # last, for it reads the checkpoint
         )
+
+    def _check_together(self) -> None:
+        """Raise `ConfigError` for settings of which one would have no effect beside another."""
+        if self.num_blocks is not None and self.kv_cache_bytes is not None:
+            raise ConfigError(
+                f"kv_cache_bytes: got {self.kv_cache_bytes} beside num_blocks, expected one of them. Leave one out."
+            )
+        if self.code_revision is not None and not self.trust_remote_code:
+            raise ConfigError(
+                f"code_revision: got {self.code_revision!r} without trust_remote_code, expected None. Code of a "
+                "checkpoint is only run with trust_remote_code."
+            )
+        if self.revision is not None and Path(self.model).is_dir():
+            raise ConfigError(
+                f"revision: got {self.revision!r} for a directory, expected None. A directory has no revisions; give "
+                "the model's name on the hub, or leave revision out."
+            )
+        for name in ("tokenizer", "chat_template"):
+            if self.skip_tokenizer_init and getattr(self, name) is not None:
+                raise ConfigError(
+                    f"{name}: got a value beside skip_tokenizer_init, expected None. Leave one of them out."
+                )
+
+    def _max_num_batched_tokens(self, device: str) -> int:
+        if self.max_num_batched_tokens is not None:
+            return self.max_num_batched_tokens
+        return 2048 if device == "cpu" else 8192
 
     def _load_config(self, device: str) -> LoadConfig:
         if self.quantization is not None and device != "cpu":
@@ -239,7 +292,7 @@ class EngineArgs:
             hf_image_processor_config=_read_json(path / "preprocessor_config.json"),
             mm_processor_kwargs=self.mm_processor_kwargs,
             multimodal_config=MultiModalConfig(dict(self.limit_mm_per_prompt)) if is_multimodal else None,
-            pooler_config=PoolerConfig(pooling_type=self.pooling_type) if self.pooling_type else None,
+            pooler_config=None if self.pooling_type is None else PoolerConfig(pooling_type=self.pooling_type),
             generation_config=_read_json(path / "generation_config.json"),
             mm_split=self.mm_split,
         )
@@ -254,11 +307,20 @@ def resolve_device(device: str) -> str:
     """The device to run on; "auto" is a GPU if torch sees one."""
     import torch
 
-    if device != "auto":
-        if device != "cpu" and not torch.cuda.is_available():
-            raise ConfigError(f"device: got {device!r}, expected one that torch can use here. Set device to 'cpu'.")
+    if device == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu":
         return device
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    kind, colon, index = device.partition(":")
+    if kind != "cuda" or (colon and not (index.isascii() and index.isdigit())):
+        raise wrong_setting("device", device, "'auto', 'cpu', 'cuda' or 'cuda:' and an index")
+    num_devices = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if int(index or 0) >= num_devices:
+        raise ConfigError(
+            f"device: got {device!r}, expected one of the {num_devices} GPUs that torch can use here. "
+            "Set device (--device) to 'cpu' or another index."
+        )
+    return f"cuda:{int(index)}" if colon else device
 
 
 def local_path(setting: str, name: str) -> Path | None:

@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from queue import SimpleQueue
+from typing import cast
 
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
@@ -36,7 +37,7 @@ from sensorium.engine.core_messages import (
 )
 from sensorium.engine.loading import LOADING
 from sensorium.errors import EngineDeadError, SensoriumError
-from sensorium.logger import get_logger
+from sensorium.logger import LogFormat, LogLevel, get_logger
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 
@@ -207,7 +208,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the front, which says when to stop
     sock = socket_from(sys.argv[1])
-    package_logger.configure(package_logger.LogSettings(*sys.argv[2:4]))
+    level, form = cast(LogLevel, sys.argv[2]), cast(LogFormat, sys.argv[3])
+    package_logger.configure(package_logger.LogSettings(level, form))
     try:
         return 0 if CoreServer(sock, on_orphaned=_exit_soon).serve() else 1
     finally:

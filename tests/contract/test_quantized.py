@@ -138,5 +138,6 @@ def test_other_schemes_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch) 
     with pytest.raises(ConfigError, match="quantization: got 'int4', expected 'int8' or None"):
         EngineArgs(model=model, device="cpu", quantization="int4").create_engine_config()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     with pytest.raises(ConfigError, match="quantization on cuda: got 'int8', expected None"):
         EngineArgs(model=model, device="cuda", quantization="int8").create_engine_config()

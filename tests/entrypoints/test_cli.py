@@ -97,7 +97,7 @@ except SystemExit as end:
 
 def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["serve", "m", "--port", "99999"]) == 2
-    assert capsys.readouterr().err == "sensorium: port: got 99999, expected 0 to 65535. Set port.\n"
+    assert capsys.readouterr().err == "sensorium: port: got 99999, expected 0 to 65535. Set port (--port).\n"
 
 
 def start(path: Path, *more_flags: str) -> tuple[subprocess.Popen[str], str]:

@@ -10,12 +10,14 @@ import asyncio
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import numpy as np
 
+from sensorium.config import Count
 from sensorium.entrypoints.bench.events import Sample, StreamedAnswer
 from sensorium.entrypoints.bench.http_client import BrokenAnswerError, HttpClient
-from sensorium.errors import ConfigError
+from sensorium.settings import Bounds, check_settings
 
 UNFINISHED = "not finished in time"
 
@@ -24,21 +26,16 @@ UNFINISHED = "not finished in time"
 class Arrivals:
     """When requests are sent."""
 
-    streams: int | None = None
+    streams: Count | None = None
     """Requests in flight: as one ends the next is sent [16]. With a rate: most in flight at once; none by default."""
-    rate: float | None = None
+    rate: Annotated[float, Bounds(0, above=True)] | None = None
     """Requests per second at random times, instead of one after another."""
-    burstiness: float = 1.0
+    burstiness: Annotated[float, Bounds(0, 1000)] = 1.0
     """With a rate, how irregular: 1 is a Poisson process, more comes in bursts, 0 keeps even distances. The squared
     coefficient of variation of the gaps, which follow a gamma distribution."""
 
     def __post_init__(self) -> None:
-        if self.streams is not None and self.streams < 1:
-            raise ConfigError(f"streams: got {self.streams}, expected at least 1. Set streams.")
-        if self.rate is not None and not 0 < self.rate < float("inf"):
-            raise ConfigError(f"rate: got {self.rate}, expected more than 0. Set rate.")
-        if not 0 <= self.burstiness <= 1000:
-            raise ConfigError(f"burstiness: got {self.burstiness}, expected 0 to 1000. Set burstiness.")
+        check_settings(self)
 
     def times_s(self, count: int, seed: int) -> list[float]:
         """Seconds from the start at which each request arrives; all zero without a rate."""

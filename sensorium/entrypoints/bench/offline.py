@@ -8,6 +8,7 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sensorium.config import Count
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.bench.chart import Panel, in_order, share_below
 from sensorium.entrypoints.bench.report import plain
@@ -17,6 +18,7 @@ from sensorium.errors import ConfigError
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.outputs import RequestOutput
 from sensorium.sampling_params import SamplingParams
+from sensorium.settings import check_settings
 
 if TYPE_CHECKING:
     from sensorium.entrypoints.llm import LLM
@@ -26,17 +28,15 @@ if TYPE_CHECKING:
 class OfflineBenchArgs:
     """How a model in this process is measured."""
 
-    repeats: int = 3
+    repeats: Count = 3
     """Measured runs, each with requests of its own."""
-    batch_size: int = 1
+    batch_size: Count = 1
     """Requests that are sent together and waited for; only for latency."""
     plain: bool = False
     """Send texts as they are, without a chat around them; for models without a chat template, and without media."""
 
     def __post_init__(self) -> None:
-        for name in ("repeats", "batch_size"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1. Set {name}.")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

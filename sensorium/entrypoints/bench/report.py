@@ -6,25 +6,27 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from sensorium.entrypoints.bench import chart
 from sensorium.entrypoints.bench.chart import Panel
 from sensorium.errors import ConfigError
+from sensorium.settings import FileName, check_settings
 
 
 @dataclass(frozen=True, kw_only=True)
 class OutputArgs:
     """Where the figures go, beside standard output."""
 
-    json: str | None = None
+    json: Annotated[str, FileName()] | None = None
     """File for the figures; the last line of the output holds the same."""
-    chart: str | None = None
+    chart: Annotated[str, FileName()] | None = None
     """File for a chart: .html needs nothing, .png needs sensorium[bench]."""
     label: str = ""
     """A name for this run, kept in the figures."""
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.chart is not None:
             chart.check_path(self.chart)
         for name in ("json", "chart"):

@@ -7,10 +7,11 @@ import gc
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 
+from sensorium.config import Amount
 from sensorium.entrypoints.bench.bodies import BodyMaker
 from sensorium.entrypoints.bench.chart import Panel, share_below
 from sensorium.entrypoints.bench.events import Sample
@@ -21,6 +22,7 @@ from sensorium.entrypoints.bench.spans import Target
 from sensorium.entrypoints.bench.stats import Times, client_cost, summary
 from sensorium.entrypoints.bench.workload import RequestSource, Workload
 from sensorium.errors import ConfigError
+from sensorium.settings import Bounds, check_settings
 
 _PATHS = {"chat": "/v1/chat/completions", "completions": "/v1/completions"}
 
@@ -35,25 +37,22 @@ class ServeBenchArgs:
     """The model's name in requests; the first that the server lists by default."""
     api_key: str | None = None
     """Sent as bearer token; the environment's SENSORIUM_API_KEY by default."""
-    endpoint: str = "chat"
-    """"chat" or "completions"."""
+    endpoint: Literal["chat", "completions"] = "chat"
+    """Which route is asked."""
     ignore_eos: bool = True
     """Have answers go on to their full length. Switch it off for a server that refuses this field."""
     extra_body: Mapping[str, Any] = field(default_factory=dict)
     """Fields for every request."""
-    warmup: int = 2
+    warmup: Amount = 2
     """Requests of the same kind that are sent first and not measured."""
-    max_s: float = 600.0
+    max_s: Annotated[float, Bounds(0, above=True)] = 600.0
     """Bound on the measured run; what has not ended by then fails."""
     goodput: tuple[Target, ...] = ()
     """A bound such as ttft:500, tpot:50, itl:200 (the longest gap) or e2e:5000, in milliseconds; may be given several
     times. Goodput is the rate of requests that keep all of them."""
 
     def __post_init__(self) -> None:
-        if self.endpoint not in _PATHS:
-            raise ConfigError(f"endpoint: got {self.endpoint!r}, expected one of {sorted(_PATHS)}. Set endpoint.")
-        if not self.max_s > 0 or self.warmup < 0:
-            raise ConfigError("max_s and warmup: got a negative value, expected none. Set them.")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -8,11 +8,13 @@ import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any
 
+from sensorium.config import Count
 from sensorium.entrypoints.bench.chart import Panel, in_order
 from sensorium.entrypoints.bench.stats import spread_ms
 from sensorium.errors import ConfigError
+from sensorium.settings import Bounds, check_settings
 
 _PROBE = "sensorium.entrypoints.bench.startup_probe"
 
@@ -21,14 +23,13 @@ _PROBE = "sensorium.entrypoints.bench.startup_probe"
 class StartupBenchArgs:
     """How starting is measured."""
 
-    repeats: int = 3
+    repeats: Count = 3
     """Fresh processes, one after the other. The first may find cold files and kernels that have to be compiled."""
-    timeout_s: float = 600.0
+    timeout_s: Annotated[float, Bounds(0, above=True)] = 600.0
     """Bound on one start."""
 
     def __post_init__(self) -> None:
-        if self.repeats < 1 or not self.timeout_s > 0:
-            raise ConfigError("repeats and timeout_s: got nothing to measure, expected at least 1. Set them.")
+        check_settings(self)
 
 
 @dataclass(frozen=True, slots=True)

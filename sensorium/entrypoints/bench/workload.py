@@ -9,15 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Annotated, Any, Literal
 
 import numpy as np
 
+from sensorium.config import Amount, Count
 from sensorium.entrypoints.bench import media
 from sensorium.entrypoints.bench.media import Media
 from sensorium.entrypoints.bench.spans import Size, Span
 from sensorium.entrypoints.bench.words import WORDS
 from sensorium.errors import ConfigError
+from sensorium.settings import Bounds, check_settings
 
 _NONE = Span(0, 0)
 _EIGHT = Span(8, 8)
@@ -30,13 +32,13 @@ _SMALL = Size(224, 224)
 class Workload:
     """How many requests, and what is in them. Counts and lengths may be spans, from which each request draws."""
 
-    num_requests: int = 64
+    num_requests: Count = 64
     """Requests that are measured."""
-    seed: int = 0
+    seed: Amount = 0
     """Makes texts, media and arrival times; the same seed gives the same requests."""
     text_words: Span = _SIXTY_FOUR
     """Words of a request's own text, such as 64 or 32-128; a word takes most tokenizers a token."""
-    shared_words: int = 0
+    shared_words: Amount = 0
     """Words of a system text that all requests share."""
     output_tokens: Span = _SIXTY_FOUR
     """Tokens that each request asks for."""
@@ -44,8 +46,8 @@ class Workload:
     """Images in a request."""
     image_size: tuple[Size, ...] = (_MEDIUM,)
     """Sizes of images, such as 640x480, or with weights as 640x480:3; may be given several times."""
-    image_format: str = "jpeg"
-    """"jpeg" or "png"."""
+    image_format: Literal["jpeg", "png"] = "jpeg"
+    """How images are encoded."""
     videos: Span = _NONE
     """Clips in a request."""
     video_size: Size = _SMALL
@@ -54,23 +56,15 @@ class Workload:
     """Frames in a clip."""
     audios: Span = _NONE
     """Sounds in a request."""
-    audio_s: float = 2.0
+    audio_s: Annotated[float, Bounds(0, 3600, above=True)] = 2.0
     """Seconds of a sound."""
-    repeated_media: float = 0.0
+    repeated_media: Annotated[float, Bounds(0, 1)] = 0.0
     """Share of the media that came in an earlier request already, 0 to 1."""
 
     def __post_init__(self) -> None:
-        for name, least in (("num_requests", 1), ("shared_words", 0), ("seed", 0)):
-            if getattr(self, name) < least:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least {least}. Set {name}.")
+        check_settings(self)
         if self.output_tokens.low < 1 or self.text_words.low < 1:
             raise ConfigError("output_tokens and text_words: got 0, expected at least 1. Set them.")
-        if self.image_format not in ("jpeg", "png"):
-            raise ConfigError(f"image_format: got {self.image_format!r}, expected 'jpeg' or 'png'. Set image_format.")
-        if not 0 <= self.repeated_media <= 1:
-            raise ConfigError(f"repeated_media: got {self.repeated_media}, expected 0 to 1. Set repeated_media.")
-        if not 0 < self.audio_s <= 3600:
-            raise ConfigError(f"audio_s: got {self.audio_s}, expected more than 0, at most 3600. Set audio_s.")
 
     @property
     def has_media(self) -> bool:

@@ -4,6 +4,7 @@ max_model_len: int | None = None          -->   --max-model-len INT
 enable_prefix_caching: bool = True        -->   --enable-prefix-caching, --no-enable-prefix-caching
 limit_mm_per_prompt: Mapping[str, int]    -->   --limit-mm-per-prompt '{"image": 4}'
 api_key: tuple[str, ...]                  -->   --api-key A --api-key B
+scheduling_policy: Literal["fcfs", ...]   -->   --scheduling-policy {fcfs,priority}
 plugins, with a metadata "flag"           -->   --plugin A --plugin B, where a flag takes one of several
 text_words: Span                          -->   --text-words SPAN, for a class with a `parse`
 """
@@ -14,7 +15,6 @@ import argparse
 import ast
 import inspect
 import json
-import types
 import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, Protocol, Self, TypeVar
 
 from sensorium.errors import ConfigError
+from sensorium.settings import choice_of, form_of
 
 _T = TypeVar("_T")
 
@@ -62,7 +63,7 @@ def add_flags(
     `defaults` are the command's own, where they differ from the class's: for the help alone.
     """
     group = parser.add_argument_group(kind.__name__)
-    hints, helps = typing.get_type_hints(kind), field_docs(kind)
+    hints, helps = typing.get_type_hints(kind, include_extras=True), field_docs(kind)
     for field in fields(kind):
         if field.name not in leave_out:
             text = helps.get(field.name, "").replace("%", "%%")
@@ -102,7 +103,7 @@ def read_config(path: str, kinds: Sequence[type]) -> dict[str, Any]:
     named = {_flag(field): field.name for kind in kinds for field in fields(kind)}
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     values = {named.get(name, name): value for name, value in values.items()}
-    types_of = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind).items()}
+    types_of = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
     unknown = sorted(values.keys() - types_of.keys())
     if unknown:
         raise ConfigError(f"config: got the unknown names {unknown} in {path!r}, expected names of flags. Remove them.")
@@ -149,8 +150,11 @@ def _default(field: Field[Any]) -> Any:
 
 def _form(hint: Any) -> dict[str, Any]:
     """Arguments of `add_argument` for a field's type."""
-    hint = _without_none(hint)
-    origin = typing.get_origin(hint)
+    form = form_of(hint)
+    hint, origin = form.kind, typing.get_origin(form.kind)
+    if form.choices:
+        # What is none of them comes back as it is, and argparse names the flag.
+        return {"type": lambda text: choice_of(text, form.choices) or text, "choices": form.choices}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is not None and issubclass(origin, Mapping):
@@ -162,12 +166,6 @@ def _form(hint: Any) -> dict[str, Any]:
     if hasattr(hint, "parse"):
         return {"type": _as_argument(hint), "metavar": hint.__name__.upper()}
     raise TypeError(f"a field of type {hint} has no form as a flag")
-
-
-def _without_none(hint: Any) -> Any:
-    if typing.get_origin(hint) in (types.UnionType, typing.Union):
-        (hint,) = [each for each in typing.get_args(hint) if each is not type(None)]
-    return hint
 
 
 def _as_argument(kind: type[Parsed]) -> Callable[[str], Parsed]:
@@ -192,16 +190,16 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _as_given(name: str, value: Any, hint: Any) -> Any:
     """A value of a YAML file, checked as a flag would be."""
-    plain = _without_none(hint)
-    origin = typing.get_origin(plain)
+    form = form_of(hint)
+    plain, origin = form.kind, typing.get_origin(form.kind)
+    if form.choices or (value is None and form.is_optional):
+        return value  # a closed set is checked where the settings are made
     if origin is not None and issubclass(origin, Sequence):
         (kind, *_) = typing.get_args(plain)
         return tuple(_one_of_several(each, kind) for each in (value if isinstance(value, list) else [value]))
     if hasattr(plain, "parse"):
         return plain.parse(str(value))
     expected = Mapping if origin is not None else (int, float) if plain is float else plain
-    if value is None and plain is not hint:
-        return None
     if not isinstance(value, expected) or (isinstance(value, bool) and plain is not bool):
         raise ConfigError(f"{name}: got {value!r} in the config file, expected {plain}. Correct it.")
     return value

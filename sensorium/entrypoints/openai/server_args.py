@@ -4,60 +4,66 @@ from __future__ import annotations
 
 import ipaddress
 from dataclasses import dataclass
+from typing import Annotated, TypeAlias
 from urllib.parse import urlsplit
 
+from sensorium.config import Amount, BytesOrNone, Count, NumBytes
 from sensorium.errors import ConfigError
 from sensorium.inputs.transcription import TranscriptionStyle
-from sensorium.logger import FORMATS, LEVELS, LogSettings
+from sensorium.logger import LogFormat, LogLevel, LogSettings
+from sensorium.settings import Bounds, FileName, check_settings, wrong_setting
+
+Name: TypeAlias = Annotated[str, FileName()]
+"""A text that is not empty."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerArgs:
     """How a server listens and whom it lets in."""
 
-    host: str = "127.0.0.1"
+    host: Name = "127.0.0.1"
     """Address to listen on; "0.0.0.0" for all."""
-    port: int = 8000
+    port: Annotated[int, Bounds(0, 65535)] = 8000
     """Port to listen on; 0 for any that is free."""
-    api_key: tuple[str, ...] = ()
+    api_key: tuple[Name, ...] = ()
     """Keys of which every request but those for health must bear one; may be given several times."""
-    served_model_name: tuple[str, ...] = ()
+    served_model_name: tuple[Name, ...] = ()
     """Names of the model in requests; the name it was given by default."""
-    allowed_origin: tuple[str, ...] = ()
+    allowed_origin: tuple[Name, ...] = ()
     """Origins of web pages that may use the server from a browser; "*" for all."""
-    allowed_host: tuple[str, ...] = ()
+    allowed_host: tuple[Name, ...] = ()
     """Names by which requests may call this server, beside localhost and addresses. By default a server on the loopback
     without API keys takes no others, and any other server takes all."""
     playground: bool = True
     """Serve a page to try the model from a browser at "/". It is open without a key; what it asks for is not."""
-    ssl_certfile: str | None = None
+    ssl_certfile: Name | None = None
     """Certificate for TLS."""
-    ssl_keyfile: str | None = None
+    ssl_keyfile: Name | None = None
     """Key of the certificate."""
-    log_level: str = "INFO"
-    """"DEBUG", "INFO", "WARNING" or "ERROR"."""
-    log_format: str = "text"
+    log_level: LogLevel = "INFO"
+    """The least important lines to write."""
+    log_format: LogFormat = "text"
     """"text", or "json" for an object a line."""
-    otlp_traces_endpoint: str | None = None
+    otlp_traces_endpoint: Name | None = None
     """Where to send OpenTelemetry traces over HTTP, such as http://127.0.0.1:4318/v1/traces; nowhere by default."""
-    drain_s: float = 30.0
+    drain_s: Annotated[float, Bounds(0, 86400)] = 30.0
     """How long open requests may go on after the server was told to stop."""
-    restart_core: int = 0
+    restart_core: Amount = 0
     """Start a new engine core when it dies, up to so many times in a row; 0 ends the server instead."""
-    max_body_bytes: int = 128 << 20
+    max_body_bytes: NumBytes = 128 << 20
     """Bound on one request body."""
-    max_waiting_bytes: int = 1 << 30
+    max_waiting_bytes: NumBytes = 1 << 30
     """Bound on all bodies whose answers have not begun."""
-    max_waiting_media_bytes: int = 4 << 30
+    max_waiting_media_bytes: NumBytes = 4 << 30
     """Bound on all media, fetched and mapped, of requests whose answers have not begun; beyond it, 429."""
-    max_connections: int = 4096
+    max_connections: Count = 4096
     """Connections at once; beyond it, 503."""
 
     allow_remote_media: bool = True
     """Fetch media from public addresses that requests name."""
-    allowed_media_host: tuple[str, ...] = ()
+    allowed_media_host: tuple[Name, ...] = ()
     """The only hosts to fetch media from; any public host by default."""
-    allowed_media_network: tuple[str, ...] = ()
+    allowed_media_network: tuple[Name, ...] = ()
     """Networks, such as 10.1.0.0/16, to fetch from although they are not public."""
     allow_embeddings: bool = False
     """Take embeddings (safetensors) instead of media."""
@@ -68,11 +74,11 @@ class ServerArgs:
     strict_reasoning_effort: bool = False
     """Refuse `reasoning_effort` where the model's chat template has no setting for it; by default it is passed over,
     and the answer has a header `Warning` that says so."""
-    max_named_media_bytes: int = 256 << 20
+    max_named_media_bytes: BytesOrNone = 256 << 20
     """Media kept under the names that requests gave them, so that they need not be sent again; 0 keeps none."""
-    max_stored_responses: int = 4096
+    max_stored_responses: Amount = 4096
     """Responses of /v1/responses kept in memory to be come back to; 0 keeps none."""
-    max_stored_response_bytes: int = 256 << 20
+    max_stored_response_bytes: BytesOrNone = 256 << 20
     """Bound on them together, the media in them included."""
     transcription_instruction: str | None = None
     """What the model is told to do with a sound that is to be transcribed; the model's own words by default."""
@@ -80,37 +86,23 @@ class ServerArgs:
     """How it answers, with {text} for the transcript, such as "I hear: {text}."; the model's own way by default."""
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port < 1 << 16:
-            raise ConfigError(f"port: got {self.port}, expected 0 to 65535. Set port.")
-        if any(not key for key in self.api_key):
-            raise ConfigError("api_key: got an empty key, expected at least one character. Remove it.")
-        if self.log_format not in FORMATS:
-            raise ConfigError(f"log_format: got {self.log_format!r}, expected one of {FORMATS}. Set log_format.")
-        if self.log_level.upper() not in LEVELS:
-            raise ConfigError(f"log_level: got {self.log_level!r}, expected one of {LEVELS}. Set log_level.")
-        if self.otlp_traces_endpoint is not None and not _is_address(self.otlp_traces_endpoint):
-            raise ConfigError(
-                f"otlp_traces_endpoint: got {self.otlp_traces_endpoint!r}, expected an address such as "
-                "'http://127.0.0.1:4318/v1/traces'. Set otlp_traces_endpoint."
-            )
-        for network in self.allowed_media_network:
-            if not _is_network(network):
-                raise ConfigError(
-                    f"allowed_media_network: got {network!r}, expected a network such as '10.1.0.0/16' without host "
-                    "bits. Set allowed_media_network."
-                )
+        check_settings(self)
         if self.transcription_answer is not None:
             TranscriptionStyle(answer=self.transcription_answer)  # raises what is wrong with it
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("ssl_certfile and ssl_keyfile: got one of them, expected both or none.")
-        if self.restart_core < 0:
-            raise ConfigError(f"restart_core: got {self.restart_core}, expected at least 0. Set restart_core.")
-        for name in ("max_body_bytes", "max_waiting_bytes", "max_waiting_media_bytes", "max_connections"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 1. Set {name}.")
-        for name in ("max_named_media_bytes", "max_stored_responses", "max_stored_response_bytes"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"{name}: got {getattr(self, name)}, expected at least 0. Set {name}.")
+        for text in self.allowed_media_network:
+            try:
+                ipaddress.ip_network(text)
+            except ValueError:
+                raise wrong_setting("allowed_media_network", text, "a network such as '10.1.0.0/16'") from None
+        if not self.allow_remote_media and (self.allowed_media_host or self.allowed_media_network):
+            raise ConfigError(
+                "allow_remote_media: got false beside allowed_media_host or allowed_media_network, expected one of "
+                "both. Leave out --no-allow-remote-media, or the hosts and networks."
+            )
+        if self.otlp_traces_endpoint is not None and not _is_web_address(self.otlp_traces_endpoint):
+            raise wrong_setting("otlp_traces_endpoint", self.otlp_traces_endpoint, "an http or https address")
 
     @property
     def is_local(self) -> bool:
@@ -131,17 +123,9 @@ class ServerArgs:
         return LogSettings(self.log_level, self.log_format)
 
 
-def _is_address(text: str) -> bool:
+def _is_web_address(text: str) -> bool:
     try:
         parts = urlsplit(text)
         return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
     except ValueError:
         return False
-
-
-def _is_network(text: str) -> bool:
-    try:
-        ipaddress.ip_network(text)
-    except ValueError:
-        return False
-    return True

@@ -7,10 +7,10 @@ keep the worst legal item within about two gigabytes of memory and two minutes o
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, fields
 
 from sensorium.errors import ConfigError, MediaTooLargeError
+from sensorium.settings import check_settings
 
 _MIB = 1 << 20
 # Pillow refuses images above twice its own PIL.Image.MAX_IMAGE_PIXELS by itself; a larger budget could never be used.
@@ -71,11 +71,10 @@ class MediaLimits:
     max_decoded_cache_bytes: int = 512 * _MIB
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for field in fields(self):
             value = getattr(self, field.name)
             least = 0 if field.name in ("max_redirects", "max_decoded_cache_bytes") else 1e-3
-            if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
-                raise ConfigError(f"{field.name}: got {value!r}, expected a finite number. Set {field.name}.")
             if value < least:
                 raise ConfigError(
                     f"{field.name}: got {value}, expected {'at least 0' if least == 0 else 'more than 0'}. "

@@ -71,7 +71,7 @@ def test_a_start_that_fails_says_why_and_one_that_hangs_is_ended(
     [
         (["throughput", "--repeats", "0"], "repeats: got 0"),
         (["throughput", "--plain", "--images", "1"], "plain: got media"),
-        (["startup", "--repeats", "0"], "repeats and timeout_s"),
+        (["startup", "--repeats", "0"], "repeats: got 0"),
         (["latency", "--json", "/nowhere/a"], "json: got '/nowhere/a'"),
     ],
 )
