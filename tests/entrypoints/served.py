@@ -13,12 +13,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import uvicorn
 from PIL import Image
 
 from sensorium import EngineArgs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_client import IN_THIS_PROCESS
+from sensorium.entrypoints.openai.http_server import HttpServer
+from sensorium.entrypoints.openai.listening import listening, url_of
 from sensorium.entrypoints.openai.server import running_app, uvicorn_config
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.multimodal.media import MediaLimits
@@ -34,7 +35,7 @@ class Served:
     url: str
     engine: AsyncLLMEngine
     loop: asyncio.AbstractEventLoop
-    server: uvicorn.Server
+    server: HttpServer
 
     def settle(self, timeout_s: float = 10.0) -> None:
         """Wait until nothing of any request is left."""
@@ -82,14 +83,15 @@ def served(
 def _run(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None, start: _Start) -> None:
     async def run() -> None:
         async with running_app(engine_args, args, limits, make_core=IN_THIS_PROCESS) as (app, engine):
-            server = uvicorn.Server(uvicorn_config(app, args))
-            task = asyncio.create_task(server.serve())
-            while not server.started:
-                await asyncio.sleep(0.01)
-            port = server.servers[0].sockets[0].getsockname()[1]
-            start.served = Served(f"http://127.0.0.1:{port}", engine, asyncio.get_running_loop(), server)
-            start.ready.set()
-            await task
+            with listening(args) as sockets:
+                url = url_of(args, sockets).replace("https:", "http:")  # tests say which they speak
+                server = HttpServer(uvicorn_config(app, args), args.max_connections, url=url)
+                task = asyncio.create_task(server.serve(sockets))
+                while not server.started:
+                    await asyncio.sleep(0.01)
+                start.served = Served(url, engine, asyncio.get_running_loop(), server)
+                start.ready.set()
+                await task
 
     try:
         asyncio.run(run())

@@ -19,7 +19,7 @@ from sensorium.entrypoints.openai.completions import CompletionRoutes
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.errors import HttpError, error_response, forget_frames
 from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
-from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, OnEnd, RequestRecords, log_record
+from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, Capacity, OnEnd, RequestRecords, log_record
 from sensorium.entrypoints.openai.playground import playground_routes
 from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, parse_body
 from sensorium.entrypoints.openai.responses.routes import ResponseRoutes
@@ -41,6 +41,7 @@ def create_app(
     allowed_hosts: Sequence[str] | None = None,
     max_body_bytes: int = 128 << 20,
     max_waiting_bytes: int = 1 << 30,
+    max_requests: int = 4096,
     playground: bool = True,
     on_end: Sequence[OnEnd] = (),
 ) -> Starlette:
@@ -56,6 +57,7 @@ def create_app(
         allowed_hosts: names that a `Host` header may have, beside addresses and those of the loopback; None for any.
         max_body_bytes: bound on one body.
         max_waiting_bytes: bound on all bodies whose answers have not begun.
+        max_requests: requests at once, those for health excepted.
         playground: serve a page to try the model at `/`.
         on_end: get the record of each request that has ended.
     """
@@ -80,6 +82,7 @@ def create_app(
     pages = playground_routes() if playground else []
     paths = {route.endpoint: route.path for route in [*routes, *pages]}
     middleware = [Middleware(RequestRecords, on_end=(context.metrics.take, log_record, *on_end), routes=paths)]
+    middleware.append(Middleware(Capacity, max_requests=max_requests))
     if not api_keys or allowed_hosts is not None:
         # A page without a key gets nowhere, and one with a key has it from somebody.
         origins = ("*",) if api_keys else allowed_origins

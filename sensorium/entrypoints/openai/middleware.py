@@ -1,6 +1,6 @@
 """What stands in front of every route: request ids, records, keys, bounds. Plain ASGI, nothing buffered.
 
-From the outside in: request id and record, then `WebPages`, then keys, then the bounds on bodies.
+From the outside in: request id and record, the bound on requests, `WebPages`, keys, the bounds on bodies.
 """
 
 from __future__ import annotations
@@ -91,6 +91,50 @@ def log_record(record: RequestRecord) -> None:
     """One line of facts without any contents."""
     if logger.isEnabledFor(logging.INFO):
         logger.info("%s %.128s %d", record.method, record.path, record.status, extra={"facts": record.facts()})
+
+
+class Capacity:
+    """Serves so many requests at once; beyond it, 503. Who asks whether the server is well always gets in.
+
+    A request counts from the end of its body on: one that dawdles takes nobody's place.
+    """
+
+    def __init__(self, app: ASGIApp, max_requests: int) -> None:
+        self._app = app
+        self._max_requests = max_requests
+        self._num_requests = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """See ASGI."""
+        if scope["type"] != "http" or (scope["path"] in OPEN_PATHS and not scope["query_string"]):
+            await self._app(scope, receive, send)
+            return
+        is_counted = False
+
+        async def receive_counted() -> Message:
+            nonlocal is_counted
+            message = await receive()
+            if message["type"] == "http.request" and not message.get("more_body", False) and not is_counted:
+                self._check()
+                is_counted = True
+                self._num_requests += 1
+            return message
+
+        try:
+            self._check()
+            await self._app(scope, receive_counted, send)
+        except HttpError as error:
+            await error_response(error)(scope, receive, send)
+        finally:
+            self._num_requests -= is_counted
+
+    def _check(self) -> None:
+        if self._num_requests >= self._max_requests:
+            raise HttpError(
+                503,
+                f"requests: got {self._num_requests} at once, expected fewer. Send the request again later.",
+                headers={"Retry-After": "1", "Connection": "close"},
+            )
 
 
 class ApiKeys:

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import resource
 import signal
 import socket
-from collections.abc import AsyncIterator, Iterator, Sequence
+from collections.abc import AsyncIterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -20,14 +21,17 @@ from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_process import CoreFactory
 from sensorium.entrypoints.extras import require
 from sensorium.entrypoints.openai.app import create_app
+from sensorium.entrypoints.openai.connections import NUM_RESERVED, Deadlines
 from sensorium.entrypoints.openai.context import ServerContext
-from sensorium.entrypoints.openai.listening import BACKLOG, url_of
+from sensorium.entrypoints.openai.http_server import ACCEPTED_AT_ONCE, HttpServer
+from sensorium.entrypoints.openai.listening import url_of
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.entrypoints.openai.middleware import OnEnd
 from sensorium.entrypoints.openai.preflight import fetch_policy
 from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
+from sensorium.errors import ConfigError
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.named_media import NamedMedia
 from sensorium.logger import get_logger
@@ -39,10 +43,10 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 DEFAULT_MAX_WAITING_REQUESTS = 1024
-_MAX_HEADER_BYTES = 64 << 10
-_KEEP_ALIVE_S = 30
 _FILES_PER_CONNECTION = 2
 """A socket, and a segment of media on its way to the core."""
+_OTHER_FILES = 16
+"""The channel to the core, the event loop's own, and media on their way from other servers."""
 _NUM_OTHER_THREADS = 8
 """Threads for what is no preprocessing: name look-ups, large bodies, chat templates. They mostly wait."""
 _WATCH_INTERVAL_S = 0.2
@@ -137,6 +141,7 @@ def _app(
         allowed_hosts=args.host_names,
         max_body_bytes=args.max_body_bytes,
         max_waiting_bytes=args.max_waiting_bytes,
+        max_requests=args.max_connections,
         playground=args.playground,
         on_end=on_end,
     )
@@ -148,9 +153,9 @@ async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits, 
     """
     if not args.api_key and not args.is_local:
         logger.warning("No API key is set, and the server listens on %s: whoever reaches it may use it.", args.host)
-    _raise_file_limit(_FILES_PER_CONNECTION * args.max_connections)
+    args = replace(args, max_connections=num_connections_for(args.max_connections))
     async with running_app(engine_args, args, limits) as (app, engine):
-        server = _Server(uvicorn_config(app, args), url_of(args, sockets))
+        server = HttpServer(uvicorn_config(app, args), args.max_connections, url=url_of(args, sockets))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         watcher = asyncio.create_task(_watch(engine, server))
@@ -161,44 +166,15 @@ async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits, 
         return 1 if engine.has_ended else 0
 
 
-class _Server(uvicorn.Server):
-    """Stops by `stop`. Uvicorn's own way is to let a signal end the process once its connections are closed, which
-    would leave no time for the engine.
-    """
-
-    def __init__(self, config: uvicorn.Config, url: str) -> None:
-        super().__init__(config)
-        self._url = url
-
-    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
-        """Begin to answer, and say so: uvicorn does where it makes its sockets itself."""
-        await super().startup(sockets)
-        logger.info("Sensorium running on %s (Ctrl-C stops it)", self._url)
-
-    @contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Leave signals alone."""
-        yield
-
-    def stop(self) -> None:
-        """Finish open requests; asked a second time, don't."""
-        self.force_exit = self.should_exit
-        self.should_exit = True
-
-
 def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:
     """How uvicorn is to run `app`."""
     return uvicorn.Config(
         app,
         host=args.host,
         port=args.port,
-        backlog=BACKLOG,
-        http="h11",  # the implementation that bounds headers
-        h11_max_incomplete_event_size=_MAX_HEADER_BYTES,
         ws="none",
         lifespan="off",
-        limit_concurrency=args.max_connections,
-        timeout_keep_alive=_KEEP_ALIVE_S,
+        timeout_keep_alive=Deadlines().keep_alive_s,
         timeout_graceful_shutdown=max(1, round(args.drain_s)),
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,
@@ -209,14 +185,33 @@ def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:
     )
 
 
-def _raise_file_limit(wanted: int) -> None:
-    """Let the process open as many files as its connections need, as far as the system allows."""
+def num_connections_for(wanted: int) -> int:
+    """Let the process open as many files as its connections need, as far as the system allows; as many connections as
+    it then can have.
+
+    Raises:
+        ConfigError: It can't have any.
+    """
+    others = len(os.listdir("/dev/fd")) + _OTHER_FILES + NUM_RESERVED + ACCEPTED_AT_ONCE
+    needed = others + _FILES_PER_CONNECTION * wanted
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    most = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-    if soft != resource.RLIM_INFINITY and soft < most:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
-    if most < wanted:
-        logger.warning("open files: got a limit of %d, expected %d. Raise it, or lower max_connections.", most, wanted)
+    allowed = needed if hard == resource.RLIM_INFINITY else min(needed, hard)
+    if soft != resource.RLIM_INFINITY and soft < allowed:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, hard))
+    if allowed == needed:
+        return wanted
+    fitting = (allowed - others) // _FILES_PER_CONNECTION
+    if fitting < 1:
+        raise ConfigError(
+            f"open files: got a limit of {allowed}, expected at least {others + _FILES_PER_CONNECTION}. "
+            "Raise it with ulimit -n."
+        )
+    logger.warning(
+        "max_connections: got %d, which take %d open files, and the system allows %d: %d connections are served at "
+        "once. Raise the limit with ulimit -n, or lower max_connections.",
+        *(wanted, needed, allowed, fitting),
+    )
+    return fitting
 
 
 async def _watch(engine: AsyncLLMEngine, server: uvicorn.Server) -> None:
