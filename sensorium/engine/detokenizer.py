@@ -265,7 +265,7 @@ class IncrementalDetokenizer:
     """The text of one output as it grows, up to its stop string if one appears.
 
     Text that may still turn out to be the beginning of a stop string is held back until it is clear or the
-    output ends.
+    output ends. Without stop strings, ids become text when somebody asks for it.
     """
 
     def __init__(self, detokenizer: Detokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -281,6 +281,8 @@ class IncrementalDetokenizer:
         self.token_offsets: list[int] = []
         """For each id taken in, where in the text what it stands for begins."""
         self._last_id = -1
+        self._unread: list[int] = []
+        """Ids whose text nobody has asked for."""
         self._is_finished = False
         self.stop_string: str | None = None
         """The stop string that ended the output."""
@@ -288,6 +290,7 @@ class IncrementalDetokenizer:
     @property
     def text(self) -> str:
         """What may be shown."""
+        self._read()
         if self._stops is None or self._is_finished:
             return self._text
         num_open = self._stops.num_open_chars
@@ -295,6 +298,9 @@ class IncrementalDetokenizer:
 
     def update(self, token_ids: Sequence[int]) -> int:
         """Take in new ids up to one that completes a stop string; returns how many. Not after the end."""
+        if self._stops is None:
+            self._unread += token_ids
+            return len(token_ids)
         for count, token_id in enumerate(token_ids, 1):
             self.token_offsets.append(len(self._text))
             if token_id not in self._hidden_ids:
@@ -306,8 +312,15 @@ class IncrementalDetokenizer:
     def finish(self) -> None:
         """End the output: what was held back comes out."""
         if not self._is_finished:
+            self._read()
             self._append(self._stream.flush())
             self._is_finished = True
+
+    def _read(self) -> None:
+        """Turn what nobody has asked for yet into text."""
+        if self._unread:
+            unread, self._unread = self._unread, []
+            self._text += "".join([self._piece(token_id) for token_id in unread if token_id not in self._hidden_ids])
 
     def _piece(self, token_id: int) -> str:
         piece = self._stream.push(token_id)

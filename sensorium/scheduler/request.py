@@ -96,8 +96,8 @@ class RequestState:
         "needs_sampled_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
+        "num_departures",
         "num_pending_tokens",
-        "num_preemptions",
         "num_prompt_logprobs",
         "num_prompt_tokens",
         "num_registered_blocks",
@@ -129,8 +129,9 @@ class RequestState:
         """Tokens whose KV was written by steps that are known to have succeeded."""
         self.num_pending_tokens = 0
         """Output tokens that steps in flight sample."""
-        self.num_preemptions = 0
-        """What a step in flight brings counts only if the request was not preempted meanwhile."""
+        self.num_departures = 0
+        """How often it left the running requests: preempted, or ended. What a step in flight brings counts only if that
+        did not happen meanwhile."""
         self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens
         """Its next token can be sampled only after the host has seen the last."""
         self.is_caught_up = False

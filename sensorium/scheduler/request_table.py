@@ -46,7 +46,7 @@ class RequestTable:
         self._give_back(request)
         request.status = RequestStatus.WAITING
         request.is_caught_up = False
-        request.num_preemptions += 1
+        request.num_departures += 1
         self.waiting.push(request)
         self._counters.num_preemptions += 1
 
@@ -61,6 +61,7 @@ class RequestTable:
         else:
             self.waiting.remove(request)
         request.status = RequestStatus.FINISHED
+        request.num_departures += 1
         del self.by_id[request.request_id]
 
     def hold(self, request: RequestState, spans: Sequence[MediaSpan]) -> None:

@@ -21,7 +21,7 @@ class StepPlan:
         "is_alone",
         "is_encoder_closed",
         "new_requests",
-        "num_preemptions",
+        "num_departures",
         "num_prefill_tokens",
         "num_rows",
         "pace",
@@ -47,8 +47,8 @@ class StepPlan:
         """A running request lacks memory, or the line's head does: nobody else gets in."""
         self.is_encoder_closed = False
         """A request waits for room in the encoder cache: nobody behind it may take more of it."""
-        self.num_preemptions: list[int] = []
-        """Of the request of each chunk, when the step was submitted."""
+        self.num_departures: list[int] = []
+        """Of the request of each chunk, when the step was submitted: a chunk whose request has left since is stale."""
 
     @property
     def num_tokens(self) -> int:
@@ -82,10 +82,6 @@ class StepPlan:
         self.rows_left -= span.num_rows
         self.pace.add(0, span.num_rows)
 
-    def is_stale(self, index: int, request: RequestState) -> bool:
-        """Whether chunk `index` is of no use any more: its request has ended, or lost its place since."""
-        return request.is_finished or request.num_preemptions != self.num_preemptions[index]
-
     def submit(self) -> None:
         """Count what the step computes as computed, and what it samples as pending. Nothing is added after that."""
         for request, chunk in self.chunks.items():
@@ -93,7 +89,7 @@ class StepPlan:
             if chunk.is_last:
                 request.is_caught_up = True
                 request.num_pending_tokens += not request.pooling
-            self.num_preemptions.append(request.num_preemptions)
+            self.num_departures.append(request.num_departures)
 
     def to_output(
         self, step: int, free_encoder_keys: tuple[str, ...], freed_request_ids: tuple[str, ...]

@@ -36,9 +36,9 @@ class StepResults:
     def apply(self, plan: StepPlan, result: ModelRunnerOutput) -> list[EngineOutput]:
         """The news of a step's requests, in the order of its chunks."""
         outputs = []
-        for i, (request, chunk) in enumerate(plan.chunks.items()):
-            failure = result.failures.get(request.request_id)
-            if plan.is_stale(i, request):
+        for (request, chunk), num_departures in zip(plan.chunks.items(), plan.num_departures, strict=True):
+            failure = result.failures.get(request.request_id) if result.failures else None
+            if request.num_departures != num_departures:
                 if failure is not None:  # what it was to encode is not there
                     self._encoder_cache.drop(span.key for span in request.spans)
                 continue
@@ -58,7 +58,7 @@ class StepResults:
             return self._output(request, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
         if request.pooling:
             return self._finish_pooling(request, result)
-        if request.request_id in result.complete_request_ids:
+        if result.complete_request_ids and request.request_id in result.complete_request_ids:
             self._table.finish(request)
             return self._output(request, prompt_logprobs=prompt_logprobs, finish_reason=FinishReason.STOP)
         sampled = result.sampled_token_ids.get(request.request_id)
@@ -84,7 +84,8 @@ class StepResults:
 
     def _settle(self, request: RequestState) -> None:
         """Offer full blocks to others, and let go of media that are in the KV cache."""
-        self._kv_cache.commit(request)
+        if request.num_settled_tokens >= (request.num_registered_blocks + 1) * self._kv_cache.block_size:
+            self._kv_cache.commit(request)
         if request.held_spans:
             self._table.release_computed_spans(request)
 
@@ -122,12 +123,9 @@ class StepResults:
 def _append(request: RequestState, sampled: Sequence[int]) -> tuple[int, FinishReason | None, int | None]:
     """Append sampled tokens up to one that ends the output; how many, and how it ended."""
     token_ids, stop = request.token_ids, request.stop
-    num_new = 0
-    end = None
-    for token_id in sampled:
+    for num_new, token_id in enumerate(sampled, 1):
         token_ids.append(token_id)
-        num_new += 1
         end = stop.check(token_id, len(token_ids))
         if end is not None:
-            break
-    return (num_new, None, None) if end is None else (num_new, *end)
+            return num_new, *end
+    return len(sampled), None, None

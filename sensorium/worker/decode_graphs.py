@@ -25,11 +25,11 @@ import torch
 from torch import nn
 
 from sensorium.attention import NO_SLOT, AttentionMetadata
+from sensorium.kernels import largest
 from sensorium.logger import get_logger
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.model_executor.layers.sampler import SamplerOutput
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
-from sensorium.model_executor.sampling_ops import best_tokens
 from sensorium.worker.input_batch import StepArrays
 from sensorium.worker.step_buffers import HostArray, StepBuffers, packed_bytes
 
@@ -209,7 +209,7 @@ class DecodeGraphs:
         )
         hidden = self._driver.forward(StepInputs(token_ids, tensors["positions"], self._kv_caches, metadata))
         logits = self._model.compute_logits(hidden, SamplingMetadata(size))
-        best_ids, best_logits = best_tokens(logits.float())
+        best_ids, best_logits = largest(logits)
         self._last_tokens.index_copy_(0, tensors["slots"], best_ids)
         return logits, best_ids, best_logits
 

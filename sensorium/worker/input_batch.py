@@ -94,6 +94,8 @@ class InputBatch:
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self._block_table = np.zeros((max_num_seqs, max_blocks + 1), dtype=np.int32)
         self._mrope_delta = np.zeros(max_num_seqs, dtype=np.int64)
+        self._media_end = np.zeros(max_num_seqs, dtype=np.int64)
+        """Per slot: first position behind the last media span."""
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
         """Per slot: leading tokens of the sequence that are known."""
         self._states: dict[str, SlotState] = {}
@@ -105,9 +107,10 @@ class InputBatch:
     def __getitem__(self, request_id: str) -> SlotState:
         return self._states[request_id]
 
-    def holds(self, state: SlotState) -> bool:
-        """Whether this request still has the slot that it had then."""
-        return self._states.get(state.request.request_id) is state
+    def hold(self, states: Sequence[SlotState]) -> list[bool]:
+        """Which of these requests still have the slots that they had then."""
+        now = self._states
+        return [now.get(state.request.request_id) is state for state in states]
 
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._states
@@ -124,6 +127,7 @@ class InputBatch:
         self._mrope_delta[slot] = request.mrope_delta
         self._num_known[slot] = num_tokens
         state = SlotState.create(request, slot)
+        self._media_end[slot] = state.media_end
         self._states[request.request_id] = state
         return state
 
@@ -136,13 +140,18 @@ class InputBatch:
 
     def append_blocks(self, chunk: ScheduledChunk) -> None:
         """Add a chunk's new blocks to its request's table."""
-        if chunk.new_block_ids:
-            state = self._states[chunk.request_id]
-            if self._device_tables is not None:
-                self._device_tables.append(state.slot, state.num_blocks, chunk.new_block_ids)
-            end = state.num_blocks + len(chunk.new_block_ids)
-            self._block_table[state.slot, state.num_blocks : end] = chunk.new_block_ids
-            state.num_blocks = end
+        state = self._states[chunk.request_id]
+        if self._device_tables is not None:
+            self._device_tables.append(state.slot, state.num_blocks, chunk.new_block_ids)
+        end = state.num_blocks + len(chunk.new_block_ids)
+        self._block_table[state.slot, state.num_blocks : end] = chunk.new_block_ids
+        state.num_blocks = end
+
+    def is_all_decodes(self, arrays: StepArrays) -> bool:
+        """Whether every chunk is one row that stands behind its request's media."""
+        if len(arrays.slot_mapping) != len(arrays.slots):
+            return False
+        return bool((arrays.seq_lens > self._media_end[arrays.slots]).all())
 
     def append_sampled(self, slots: Int64Array, positions: Int64Array, token_ids: Int64Array) -> None:
         """Record one sampled token for each of these slots, at its position in the sequence; all `(num_rows,)`."""
@@ -153,6 +162,11 @@ class InputBatch:
         """Known tokens `[start, end)` of a request; a view."""
         return self._token_ids[self._states[request_id].slot, start:end]
 
+    def states(self, chunks: Sequence[ScheduledChunk]) -> list[SlotState]:
+        """The requests of these chunks."""
+        states = self._states
+        return [states[chunk.request_id] for chunk in chunks]
+
     def gather(self, chunks: Sequence[ScheduledChunk]) -> StepArrays:
         """The flat batch of these chunks.
 
@@ -160,9 +174,9 @@ class InputBatch:
         `positions [5, 0, 1, 2]`.
         """
         num_chunks = len(chunks)
-        slots = np.fromiter((self._states[c.request_id].slot for c in chunks), np.int64, num_chunks)
-        computed = np.fromiter((c.num_computed_tokens for c in chunks), np.int64, num_chunks)
-        lens = np.fromiter((c.num_scheduled_tokens for c in chunks), np.int64, num_chunks)
+        slots = np.array([state.slot for state in self.states(chunks)], dtype=np.int64)
+        computed = np.array([chunk.num_computed_tokens for chunk in chunks], dtype=np.int64)
+        lens = np.array([chunk.num_scheduled_tokens for chunk in chunks], dtype=np.int64)
         starts = np.zeros(num_chunks + 1, dtype=np.int64)
         np.cumsum(lens, out=starts[1:])
         num_tokens = int(starts[-1])

@@ -207,7 +207,7 @@ class ModelRunner:
         A row that failed gets a token here too; its request ends, so nobody reads it.
         """
         slots, positions, token_ids = rows.slots, rows.positions, rows.output.token_ids
-        kept = [self._batch.holds(state) for state in rows.states]
+        kept = self._batch.hold(rows.states)
         if not all(kept):
             slots, positions, token_ids = slots[kept], positions[kept], token_ids[kept]
         self._batch.append_sampled(slots, positions, token_ids)
@@ -259,14 +259,14 @@ class ModelRunner:
                 self._reporting.add(request.request_id)
         self._constrained.flush()
         for chunk in step.chunks:
-            self._batch.append_blocks(chunk)
+            if chunk.new_block_ids:
+                self._batch.append_blocks(chunk)
         self.encoder.free(step.free_encoder_keys)
 
     def _without_failed(self, chunks: Sequence[ScheduledChunk], pending: PendingStep) -> list[ScheduledChunk]:
         """The chunks of requests that can go on: none failed before, and their media are there."""
         remaining = []
-        for chunk in chunks:
-            state = self._batch[chunk.request_id]
+        for chunk, state in zip(chunks, self._batch.states(chunks), strict=True):
             if state.failure is None and self.encoder.errors:
                 errors = (self.encoder.errors.get(item.key) for item in state.request.media)
                 error = next((error for error in errors if error is not None), None)
@@ -331,8 +331,8 @@ class ModelRunner:
             hidden = hidden[tensors.sampled_rows]
         metadata = SamplingMetadata(len(sampling), state=self._sampling, slots=sampled_slots)
         logits = self._model.compute_logits(hidden, metadata)
-        states = [self._batch[chunks[i].request_id] for i in sampling]
-        rows = self._sample(states, arrays.seq_lens[sampling].astype(np.int64), logits)
+        states = self._batch.states([chunks[i] for i in sampling])
+        rows = self._sample(states, sampled_slots, arrays.seq_lens[sampling].astype(np.int64), logits)
         if self._keeps_tokens:
             self._last_tokens.index_copy_(0, tensors.sampled_slots, rows.output.sampled_token_ids)
         pending.sampled.append(rows)
@@ -342,11 +342,9 @@ class ModelRunner:
 
     def _is_plain_decode(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays) -> bool:
         """Whether every chunk is a single row of text that a token is sampled after, and nothing else is wanted."""
-        if len(arrays.token_ids) != len(chunks) or self._reporting:
+        if self._reporting or not self._batch.is_all_decodes(arrays):
             return False
-        return all(
-            chunk.is_last and chunk.num_computed_tokens >= self._batch[chunk.request_id].media_end for chunk in chunks
-        )
+        return False not in [chunk.is_last for chunk in chunks]
 
     def _replay(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, pending: PendingStep) -> bool:
         """Run a pass of decodes as a graph; False: there is none for so many."""
@@ -354,12 +352,12 @@ class ModelRunner:
         decoded = self.graphs.run(arrays)
         if decoded is None:
             return False
-        states = [self._batch[chunk.request_id] for chunk in chunks]
+        states = self._batch.states(chunks)
         positions = arrays.seq_lens.astype(np.int64)
         if len(self._constrained) == 0 and self._sampling.is_plain[arrays.slots].all():
             rows = self._begin_rows(states, arrays.slots, positions, decoded.best)
         else:
-            rows = self._sample(states, positions, decoded.logits)
+            rows = self._sample(states, arrays.slots, positions, decoded.logits)
             self._last_tokens.index_copy_(0, decoded.slots, rows.output.sampled_token_ids)
         pending.sampled.append(rows)
         return True
@@ -426,9 +424,10 @@ class ModelRunner:
             flat_index = flat_index.pin_memory().to(self._device, non_blocking=True)
         return MediaRows(flat_index, rows[0] if len(rows) == 1 else torch.cat(rows))
 
-    def _sample(self, states: list[SlotState], positions: Int64Array, logits: torch.Tensor) -> _SampledRows:
+    def _sample(
+        self, states: list[SlotState], slots: Int64Array, positions: Int64Array, logits: torch.Tensor
+    ) -> _SampledRows:
         """Sample a token for each of these requests, given its row of the logits and the token's position."""
-        slots = np.fromiter((state.slot for state in states), np.int64, len(states))
         masks = self._constrained.masks(slots)  # computed while the model ran
         token_mask = None if masks is None else TokenMask(masks.rows, masks.words)
         output = self._sampler.sample(logits, self._sampling, slots, token_mask)
