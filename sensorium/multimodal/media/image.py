@@ -16,6 +16,7 @@ from sensorium.errors import MediaError, MediaTypeError
 from sensorium.logger import get_logger
 from sensorium.multimodal.media import memory_fence
 from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, takes_too_much_memory, too_large
+from sensorium.multimodal.media.sample_layout import SampleLayout, layout_of
 from sensorium.multimodal.media.sniff import webp_canvas
 
 if TYPE_CHECKING:
@@ -88,8 +89,9 @@ def canonical_image(image: Image, limits: MediaLimits | None = None) -> Image:
 
     _check_size(image.size, limits or MediaLimits())
     try:
+        layout = layout_of(image)
         image.load()
-        upright = _turn(_to_rgb(image), _orientation(image))
+        upright = _turn(_to_rgb(image, layout), _orientation(image))
         if upright is image and not isinstance(image, ImageFile.ImageFile):
             return image
         bare = upright.copy() if upright is image else upright
@@ -174,10 +176,12 @@ def _turn(image: Image, orientation: int) -> Image:
     return image if orientation == 1 else image.transpose(steps[orientation])
 
 
-def _to_rgb(image: Image) -> Image:
+def _to_rgb(image: Image, layout: SampleLayout) -> Image:
     """RGB pixels of a loaded image; the image itself where it is RGB already."""
     if image.mode in _SIXTEEN_BIT_MODES:
-        return _sixteen_bit_to_rgb(image)
+        return _sixteen_bit_to_rgb(image, layout)
+    if layout.transparent_scale > 1:
+        image.info["transparency"] *= layout.transparent_scale
     if image.mode in _ALPHA_MODES or _has_transparent_colour(image):
         return _flatten(image)
     if image.mode in _OPAQUE_MODES:
@@ -207,16 +211,24 @@ def _flatten(image: Image) -> Image:
     return flat
 
 
-def _sixteen_bit_to_rgb(image: Image) -> Image:
+def _sixteen_bit_to_rgb(image: Image, layout: SampleLayout) -> Image:
     """Grey of 16 bits to its high byte, as decoders do for colour of 16 bits. Pillow's own conversion would clip.
 
-    Mode "I" is read as 16 bits too: encoded images of that mode hold no more.
+    Mode "I" is read as 16 bits too, if its values are.
     """
     import numpy as np
     import PIL.Image
 
-    values = np.asarray(image).astype(np.int64).clip(0, 0xFFFF)
-    grey = (values >> 8).astype(np.uint8)
+    values = np.asarray(image)
+    least, most = int(values.min()), int(values.max())
+    if least < 0 or most >> layout.bits:
+        raise MediaTypeError(
+            f"image has pixels without a defined reading: got values from {least} to {most}, expected "
+            f"{layout.bits} bits. Scale the image to 8 or 16 bits."
+        )
+    grey = (values >> (layout.bits - 8)).astype(np.uint8)
+    if layout.is_inverted:
+        grey = ~grey
     transparent = image.info.get("transparency")
     if isinstance(transparent, int):
         grey[values == transparent] = BACKGROUND[0]
