@@ -21,7 +21,7 @@ from uvicorn.protocols.http.flow_control import HIGH_WATER_LIMIT, FlowControl
 from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from sensorium.entrypoints.openai.connections import Connections, Peer, Phase
-from sensorium.entrypoints.openai.errors import error_body
+from sensorium.entrypoints.openai.errors import HttpError, error_body
 from sensorium.entrypoints.openai.strict_http import StrictConnection
 from sensorium.logger import AtMostOften, get_logger
 
@@ -152,7 +152,7 @@ class HttpProtocol(H11Protocol):
         if self.conn.our_state not in (h11.IDLE, h11.SEND_RESPONSE):
             self.transport.abort()
             return
-        body = json.dumps(error_body(message, status)).encode()
+        body = json.dumps(error_body(HttpError(status, message))).encode()
         headers = [("Content-Type", "application/json"), ("Content-Length", str(len(body))), ("Connection", "close")]
         events = (h11.Response(status_code=status, headers=headers, reason=STATUS_PHRASES[status]), h11.Data(data=body))
         for event in (*events, h11.EndOfMessage()):
