@@ -20,6 +20,8 @@ logger.addFilter(AtMostOften())
 
 NUM_RESERVED = 16
 """Connections beyond those whose requests are served."""
+_GRACE_S = 1.0
+"""So young, a connection's head may be on its way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +116,12 @@ class Connections:
         (self._silent if phase in _EVICTED_FIRST else self._others)[peer] = None
 
     def evict(self, newcomer: Peer | None = None) -> None:
-        """Close the connection that has been silent longest; else the one whose body has been on its way longest; else
-        the newcomer.
+        """Close the connection that has been silent longest; where none has been for a while, the one whose body has
+        been on its way longest; else the newcomer.
         """
-        silent = next(iter(self._silent), None)
-        if silent is None or silent is newcomer:
-            silent = next((peer for peer in self._others if peer.phase is Phase.BODY), newcomer)
+        silent = next((peer for peer in self._silent if peer is not newcomer), None)
+        if silent is None or self._loop.time() - silent.since_s < _GRACE_S:
+            silent = next((peer for peer in self._others if peer.phase is Phase.BODY), silent) or newcomer
         if silent is not None:
             logger.warning("a connection was closed to make room for another. Raise max_connections.")
             self.remove(silent)
