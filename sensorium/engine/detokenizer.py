@@ -182,10 +182,10 @@ class Detokenizer:
         text, token = self.token_text(token_id), self._token(token_id)
         if (byte := _BYTE_TOKEN.fullmatch(token)) is not None and text != token:
             return bytes([int(byte[1], 16)])
-        if REPLACEMENT in text and token and all(char in _BYTE_OF_CHAR for char in token):
-            spelled = bytes(_BYTE_OF_CHAR[char] for char in token)
-            if spelled.decode("utf-8", errors="replace") == text:
-                return spelled
+        if REPLACEMENT in text or not text:  # perhaps a token of bytes, however its vocabulary writes them
+            for spelled in (_as_byte_level(token), _as_latin_1(token)):
+                if spelled is not None and text in (spelled.decode(errors="replace"), spelled.decode(errors="ignore")):
+                    return spelled
         return text.encode()
 
     def _token(self, token_id: int) -> str:
@@ -239,11 +239,9 @@ class Detokenizer:
         token_bytes = self._bytes.get(token_id)
         if token_bytes is None:
             token = self._token(token_id)
-            try:
-                token_bytes = bytes(_BYTE_OF_CHAR[char] for char in token)
-            except KeyError:  # an added token, written as it reads
-                token_bytes = token.encode()
-            self._bytes[token_id] = token_bytes
+            spelled = _as_byte_level(token)
+            # An added token is written as it reads.
+            token_bytes = self._bytes[token_id] = token.encode() if spelled is None else spelled
         return token_bytes
 
 
@@ -259,6 +257,22 @@ def _byte_of_char() -> dict[str, int]:
 
 
 _BYTE_OF_CHAR = _byte_of_char()
+
+
+def _as_byte_level(token: str) -> bytes | None:
+    """What a token stands for that is written as byte-level vocabularies write bytes; None if it isn't."""
+    try:
+        return bytes(_BYTE_OF_CHAR[char] for char in token)
+    except KeyError:
+        return None
+
+
+def _as_latin_1(token: str) -> bytes | None:
+    """What a token stands for that has a character of the same number for each byte; None if it hasn't."""
+    try:
+        return token.encode("latin-1")
+    except UnicodeEncodeError:
+        return None
 
 
 class IncrementalDetokenizer:
@@ -279,7 +293,7 @@ class IncrementalDetokenizer:
         self._keeps_stop = params.include_stop_str_in_output
         self._text = ""
         self.token_offsets: list[int] = []
-        """For each id taken in, where in the text what it stands for begins."""
+        """For each id that has become text, where in it what it stands for begins."""
         self._last_id = -1
         self._unread: list[int] = []
         """Ids whose text nobody has asked for."""
@@ -320,7 +334,13 @@ class IncrementalDetokenizer:
         """Turn what nobody has asked for yet into text."""
         if self._unread:
             unread, self._unread = self._unread, []
-            self._text += "".join([self._piece(token_id) for token_id in unread if token_id not in self._hidden_ids])
+            pieces, num_chars = list[str](), len(self._text)
+            for token_id in unread:
+                self.token_offsets.append(num_chars)
+                if token_id not in self._hidden_ids:
+                    pieces.append(self._piece(token_id))
+                    num_chars += len(pieces[-1])
+            self._text += "".join(pieces)
 
     def _piece(self, token_id: int) -> str:
         piece = self._stream.push(token_id)

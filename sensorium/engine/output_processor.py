@@ -326,8 +326,8 @@ class _Child:
 
     def _offsets(self, first_token: int) -> list[int]:
         """Where tokens from one on begin in the text. What ended the output without being shown begins at its end."""
-        known = [] if self._text is None else self._text.token_offsets[first_token:]
         end = 0 if self._text is None else len(self._text.text)
+        known = [] if self._text is None else self._text.token_offsets[first_token:]
         return known + [end] * (len(self._token_ids) - first_token - len(known))
 
     @property

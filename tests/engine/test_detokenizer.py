@@ -196,6 +196,46 @@ def test_texts_of_tokens_make_up_the_text(name: str) -> None:
     assert DETOKENIZERS[name].token_text(10**6) == ""
 
 
+@pytest.mark.parametrize("name", LOSSLESS)
+@settings(max_examples=50, deadline=None)
+@given(text=_TEXT)
+def test_bytes_of_tokens_make_up_the_text(name: str, text: str) -> None:
+    """Log probabilities gave the bytes of U+FFFD for a token that is part of a character, and no client could put the
+    text together.
+    """
+    ids = TOKENIZERS[name].encode("a" + text, add_special_tokens=False)
+    spelled = b"".join(DETOKENIZERS[name].token_bytes(token_id) for token_id in ids)
+    assert spelled.decode().strip(" ") == _decode(name, ids, skip_special_tokens=False).strip(" ")
+
+
+@pytest.mark.parametrize("name", TOKENIZERS)
+def test_each_token_has_bytes_of_its_own(name: str) -> None:
+    detokenizer, parts = DETOKENIZERS[name], []
+    for token_id in range(len(TOKENIZERS[name])):
+        text, own = detokenizer.token_text(token_id), detokenizer.token_bytes(token_id)
+        assert text in (own.decode(errors="replace"), own.decode(errors="ignore"))
+        assert "\ufffd".encode() not in own
+        parts += [own] if "\ufffd" in own.decode(errors="replace") else []
+    assert len(parts) == len(set(parts))
+    assert bool(parts) == (name in LOSSLESS)
+    assert detokenizer.token_bytes(10**6) == b""
+
+
+@pytest.mark.parametrize("name", LOSSLESS)
+@settings(max_examples=30, deadline=None)
+@given(text=_TEXT)
+def test_each_token_begins_where_its_characters_do(name: str, text: str) -> None:
+    """Offsets were sums of the lengths of U+FFFD and of hidden tokens, so that they ran ahead of the text."""
+    ids = TOKENIZERS[name].encode(f"a{text}</s>b", add_special_tokens=False)
+    for skips in (False, True):
+        spelled, offsets = DETOKENIZERS[name].spell(ids, skip_special_tokens=skips)
+        assert spelled == _decode(name, ids, skip_special_tokens=skips)
+        assert offsets == sorted(offsets)
+        assert spelled[offsets[-1] :].lstrip(" ") == "b"
+        end = ids.index(TOKENIZERS[name].convert_tokens_to_ids("</s>"))
+        assert (spelled[offsets[end] : offsets[end + 1]] == "") == skips
+
+
 def test_each_kind_of_tokenizer_has_its_stream() -> None:
     assert isinstance(DETOKENIZERS["byte_level"].stream([], frozenset()), ByteLevelStream)
     for name in ("byte_fallback_bpe", "byte_fallback_unigram", "wordpiece", "python"):

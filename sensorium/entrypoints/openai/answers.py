@@ -50,7 +50,9 @@ def chat_logprobs(output: CompletionOutput, num_top: int) -> dict[str, Any] | No
 def _token_entry(position: PositionLogprobs, token_id: int) -> dict[str, Any]:
     found = position[token_id]
     text, own = found.decoded_token, found.token_bytes
-    token = token_name(token_id, text, None) if own is None or not _is_part(text, own) else _escaped(own)
+    token = f"token_id:{token_id}" if text is None else text
+    if own is not None and _is_part(text, own):
+        token = _escaped(own)
     return {
         "token": token,
         "logprob": _finite(found.logprob),
@@ -61,9 +63,9 @@ def _token_entry(position: PositionLogprobs, token_id: int) -> dict[str, Any]:
 def token_name(token_id: int, text: str | None, own: bytes | None) -> str:
     """A token as OpenAI's completions write it: its text, or `bytes:\\xc3` where its own bytes are no whole characters.
 
-    `token_id:5` without a tokenizer.
+    `token_id:5` without a tokenizer, and for an id that stands for nothing: a name is all that there is of a token.
     """
-    if text is None:
+    if not text:
         return f"token_id:{token_id}"
     return text if own is None or not _is_part(text, own) else f"bytes:{_escaped(own)}"
 

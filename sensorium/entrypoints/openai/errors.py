@@ -164,9 +164,8 @@ def forget_frames(error: BaseException) -> None:
 
 def invalid_body(error: ValidationError, content: object) -> RequestError:
     """What is wrong with a body, from the first of the findings: the field, and what it should be."""
-    found = error.errors(include_url=False, include_context=False)[0]
+    found, where = _first_finding(error, content)
     kind = found["type"]
-    where = _place(found["loc"], content, is_missing=kind == "missing")[:_MAX_PLACE_CHARS]
     if kind == "extra_forbidden":
         return InvalidRequestError(
             f"{where}: got a field that this server doesn't implement, expected one that it does. Remove {where}.",
@@ -194,14 +193,28 @@ def invalid_body(error: ValidationError, content: object) -> RequestError:
 _BODY = "the body"
 
 
-def _place(steps: Sequence[int | str], content: object, *, is_missing: bool) -> str:
-    """A path such as `tools[0].function`. What pydantic calls the members of a union is no step of the body."""
-    place = ""
+def _first_finding(error: ValidationError, content: object) -> tuple[Any, str]:
+    """The first finding and where it is. Of a field of several types, that of the type which fits furthest."""
+    findings = error.errors(include_url=False, include_context=False)
+    first = findings[0]
+    same_field = [each for each in findings if each["loc"][:1] == first["loc"][:1]]
+    paths = [_path(each["loc"], content, is_missing=each["type"] == "missing") for each in same_field]
+    furthest = max(
+        range(len(paths)), key=lambda i: (len(paths[i]), [step for step in paths[i] if isinstance(step, int)])
+    )
+    place = "".join(f"[{step}]" if isinstance(step, int) else f".{step}" for step in paths[furthest])
+    return same_field[furthest], place.removeprefix(".")[:_MAX_PLACE_CHARS] or _BODY
+
+
+def _path(steps: Sequence[int | str], content: object, *, is_missing: bool) -> list[int | str]:
+    """The steps that lead through the body. What pydantic calls the types of a field is none."""
+    path: list[int | str] = []
     for index, step in enumerate(steps):
-        if isinstance(step, int) and isinstance(content, list) and step < len(content):
-            place, content = f"{place}[{step}]", content[step]
-        elif isinstance(step, str) and isinstance(content, dict) and step in content:
-            place, content = f"{place}.{step}", content[step]
-        elif isinstance(step, str) and is_missing and index == len(steps) - 1:
-            place = f"{place}.{step}"
-    return place.removeprefix(".") or _BODY
+        try:
+            content = content[step]  # type: ignore[index]
+        except (KeyError, IndexError, TypeError):
+            if is_missing and index == len(steps) - 1:
+                path.append(step)
+            continue
+        path.append(step)
+    return path

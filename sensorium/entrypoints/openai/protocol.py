@@ -363,7 +363,7 @@ def _read_text(name: str, text: str) -> str:
 
 def _read_flag(name: str, text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise InvalidRequestError(f"{name}: got {text!r:.60}, expected true or false. Change {name}.")
+        raise InvalidRequestError(f"{name}: got {text!r:.60}, expected true or false. Change {name}.", param=name)
     return text.lower() == "true"
 
 

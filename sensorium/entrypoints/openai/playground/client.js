@@ -64,7 +64,7 @@ export async function* chat(body, signal) {
         return;
       }
       const chunk = JSON.parse(data);
-      if (chunk.error) throw new ServerError(chunk.error.message, chunk.error.code);
+      if (chunk.error) throw new ServerError(chunk.error.message, response.status);
       yield chunk;
     }
   } catch (error) {
