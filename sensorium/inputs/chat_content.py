@@ -6,7 +6,6 @@ Nothing is fetched or decoded here. Errors name the message and the part, as in 
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ MAX_PARTS = 4096
 MODALITIES = ("image", "video", "audio")
 CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
 """Fields of parts by which clients say up to where a prompt is worth keeping. Prefixes are cached without them."""
-_AUDIO_FORMAT = re.compile(r"[a-z0-9.+-]{1,32}")
+_MAX_FORMAT_CHARS = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -225,14 +224,15 @@ def _input_audio(part: Mapping[str, Any], where: str) -> Part:
     if not isinstance(inner, Mapping):
         raise _wrong_type(where_inner, inner, "a dict with data and format")
     _check_keys(inner, ("data", "format"), where_inner)
-    data, audio_format = _content(inner, "data", where_inner), inner.get("format", "wav")
+    data, audio_format = _content(inner, "data", where_inner), inner.get("format")
     if not isinstance(data, str):
         raise _wrong_type(f"{where_inner}.data", data, "base64 as a string")
-    if not isinstance(audio_format, str) or not _AUDIO_FORMAT.fullmatch(audio_format):
+    if audio_format is not None and not (isinstance(audio_format, str) and len(audio_format) <= _MAX_FORMAT_CHARS):
         raise InvalidRequestError(
             f"{where_inner}.format: got {audio_format!r:.60}, expected a short name such as 'wav' or 'mp3'. Change it."
         )
-    source = f"data:audio/{audio_format};base64,{data}"
+    # However clients spell the format, or mistake it: the sound itself tells what it is.
+    source = data if data[:5].lower() == "data:" else f"data:;base64,{data}"
     return MediaPart("audio", source, where, is_encoded=True, uuid=uuid)
 
 

@@ -25,6 +25,7 @@ from sensorium.inputs.side_by_side import all_or_none
 from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal import MultiModalRegistry
 from sensorium.multimodal.media import EncodedMedia
+from sensorium.multimodal.media.local import bytes_of_base64
 from sensorium.stages import stage
 
 if TYPE_CHECKING:
@@ -164,15 +165,12 @@ def read_embeddings(text: str, where: str) -> Any:
 
     Raises `InvalidRequestError` (a `ValueError`) for anything else; nothing is unpickled.
     """
-    import base64
-    import binascii
-
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        tensors = load(base64.b64decode(text, validate=True))
-    except (binascii.Error, ValueError, SafetensorError) as exc:
+        tensors = load(bytes_of_base64(text))
+    except (ValueError, SafetensorError) as exc:
         raise InvalidRequestError(
             f"{where}: got something else, expected base64 of a safetensors file. Encode the tensors with safetensors."
         ) from exc

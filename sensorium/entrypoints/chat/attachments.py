@@ -88,7 +88,7 @@ def attach(source: str, modality: str | None = None) -> Attachment:
 
 def media_type_of(path: Path, head: bytes) -> str:
     """The media type by a file's first bytes, or by its name."""
-    from sensorium.multimodal.media.sniff import sniff_container
+    from sensorium.multimodal.media.sniff import find_stream
 
     for start, media_type in _IMAGE_STARTS.items():
         if head.startswith(start):
@@ -96,9 +96,10 @@ def media_type_of(path: Path, head: bytes) -> str:
     if head[:4] == b"RIFF" and head[8:12] == b"WEBP":
         return "image/webp"
     guessed = mimetypes.guess_type(path.name)[0] or "application/octet-stream"
-    container = sniff_container(head)
-    if container is None:
+    found = find_stream(head)
+    if found is None:
         return guessed
+    container, _ = found
     if container in _VIDEO_TYPES and _modality_of(guessed) in ("audio", "image"):
         return guessed  # containers of clips also hold sounds (m4a) and pictures (avif)
     return _VIDEO_TYPES.get(container) or _AUDIO_TYPES.get(container) or guessed

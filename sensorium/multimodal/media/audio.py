@@ -17,7 +17,7 @@ from sensorium.multimodal.media import memory_fence
 from sensorium.multimodal.media.container import Deadline, open_container, prepare_decoder, unknown_format
 from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, too_large
 from sensorium.multimodal.media.resample import MAX_RATE, MIN_RATE
-from sensorium.multimodal.media.sniff import sniff_container
+from sensorium.multimodal.media.sniff import find_stream
 
 if TYPE_CHECKING:
     from av import AudioFrame
@@ -53,9 +53,10 @@ def decode_audio(data: bytes, limits: MediaLimits | None = None) -> AudioClip:
     """
     limits = limits or MediaLimits()
     check_encoded_bytes("audio", len(data), limits)
-    demuxer = sniff_container(data)
-    if demuxer is None or demuxer == "gif":
+    found = find_stream(data)
+    if found is None or found[0] == "gif":
         raise unknown_format("audio", "wav, mp3, flac, ogg, opus, m4a, aac, aiff, webm")
+    demuxer, data = found
     deadline = Deadline("audio", limits)
     with open_container(data, demuxer, "audio", limits, deadline) as container:
         if not container.streams.audio:

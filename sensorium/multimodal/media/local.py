@@ -17,27 +17,52 @@ from sensorium.multimodal.media.policy import FetchPolicy
 _CHUNK_BYTES = 1 << 20
 _MAX_HEADER_CHARS = 256
 JPEG_FRAMES_TYPE = "video/jpeg"
+_STANDARD_ALPHABET = str.maketrans("-_", "+/")
+_WRAPPING_FACTOR = 2
+"""Line breaks make a text longer, by less than this."""
+_ESCAPING_FACTOR = 3
 
 
 def decode_base64(text: str, *, modality: str, max_bytes: int) -> bytes:
-    """Decode standard base64 with padding; the size is bounded before anything is decoded.
+    """Decode base64; the size is bounded before anything is decoded. See `bytes_of_base64`.
 
     Raises:
         MediaTooLargeError: the text stands for more than `max_bytes`.
-        MediaError: it isn't strict base64.
+        MediaError: it isn't base64.
     """
-    if len(text) > (max_bytes + 2) // 3 * 4:
-        raise bytes_too_large(modality, len(text) // 4 * 3, max_bytes)
+    if len(text) > _max_chars(max_bytes):
+        text = "" if len(text) > _WRAPPING_FACTOR * _max_chars(max_bytes) else "".join(text.split())
+        if not 0 < len(text) <= _max_chars(max_bytes):
+            raise bytes_too_large(modality, max_bytes, max_bytes, at_least=True)
     try:
-        data = binascii.a2b_base64(text, strict_mode=True)
-    except ValueError:  # binascii.Error, and text that isn't ASCII
+        data = bytes_of_base64(text)
+    except ValueError:
         raise MediaError(
-            f"{modality} data can't be read: got something else, expected base64 in the standard alphabet with "
-            "padding and without line breaks. Encode the bytes with base64.b64encode."
+            f"{modality} data can't be read: got something else, expected base64. Encode the bytes with "
+            "base64.b64encode."
         ) from None
     if len(data) > max_bytes:
         raise bytes_too_large(modality, len(data), max_bytes)
     return data
+
+
+def bytes_of_base64(text: str) -> bytes:
+    """The bytes of base64 in the standard or the URL-safe alphabet, with padding or without, wrapped into lines or not.
+
+    Raises:
+        ValueError: it is neither.
+    """
+    try:
+        return binascii.a2b_base64(text, strict_mode=True)
+    except ValueError:  # binascii.Error, and text that isn't ASCII
+        plain = "".join(text.split()).translate(_STANDARD_ALPHABET)
+        if "=" not in plain:
+            plain += "=" * (-len(plain) % 4)
+        return binascii.a2b_base64(plain, strict_mode=True)
+
+
+def _max_chars(num_bytes: int) -> int:
+    return (num_bytes + 2) // 3 * 4
 
 
 def read_data_url(url: str, modality: str, limits: MediaLimits) -> tuple[bytes, str | None]:
@@ -60,10 +85,13 @@ def read_data_url(url: str, modality: str, limits: MediaLimits) -> tuple[bytes, 
     media_type = head.removesuffix(";base64") or None
     max_bytes = limits.max_bytes(modality)
     if is_jpeg_frames(media_type):
-        if len(url) - comma - 1 > (max_bytes + 2) // 3 * 4:
+        if len(url) - comma - 1 > _max_chars(max_bytes):
             raise bytes_too_large(modality, (len(url) - comma - 1) // 4 * 3, max_bytes)
         return url[comma + 1 :].encode("ascii", "replace"), media_type
-    return decode_base64(url[comma + 1 :], modality=modality, max_bytes=max_bytes), media_type
+    payload = url[comma + 1 :]
+    if "%" in payload and len(payload) <= _ESCAPING_FACTOR * _max_chars(max_bytes):
+        payload = unquote(payload)
+    return decode_base64(payload, modality=modality, max_bytes=max_bytes), media_type
 
 
 def is_jpeg_frames(media_type: str | None) -> bool:

@@ -24,7 +24,7 @@ from sensorium.multimodal.media.image import decode_image
 from sensorium.multimodal.media.limits import MediaLimits, check_encoded_bytes, too_large
 from sensorium.multimodal.media.local import decode_base64, is_jpeg_frames
 from sensorium.multimodal.media.sampling import FrameSampler, VideoMetadata, VideoSampling
-from sensorium.multimodal.media.sniff import sniff_video_container
+from sensorium.multimodal.media.sniff import find_video_stream
 from sensorium.multimodal.media.video_decode import (
     FrameCollector,
     check_frame_size,
@@ -81,9 +81,10 @@ def decode_video(
     if is_jpeg_frames(media_type):
         return _decode_jpeg_frames(data, media_type or "", limits, sampler, allocate)
     check_encoded_bytes("video", len(data), limits)
-    demuxer = sniff_video_container(data)
-    if demuxer is None:
+    found = find_video_stream(data)
+    if found is None:
         raise unknown_format("video", "mp4, mov, webm, mkv, avi, gif")
+    demuxer, data = found
     return _ClipDecoder(data, demuxer, limits, allocate).decode(sampler)
 
 
