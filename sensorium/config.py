@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
 from sensorium.errors import ConfigError
+from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.settings import MAX_BYTES, Bounds, check_setting, check_settings
 
 if TYPE_CHECKING:
@@ -39,6 +40,7 @@ Count: TypeAlias = Annotated[int, Bounds(1)]
 Amount: TypeAlias = Annotated[int, Bounds(0)]
 """A count of what there may also be none of."""
 NumBytes: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
+GenerationConfig: TypeAlias = Literal["auto", "none"]
 BytesOrNone: TypeAlias = Annotated[int, Bounds(0, MAX_BYTES)]
 """A bound on bytes, where 0 turns off what they are for."""
 BlockSize: TypeAlias = Annotated[int, Bounds(1, 1 << 16)]
@@ -98,8 +100,10 @@ class ModelConfig:
     multimodal_config: MultiModalConfig | None = None
     """None for a model that takes text only."""
     pooler_config: PoolerConfig | None = None
-    generation_config: Mapping[str, Any] = field(default_factory=dict)
-    """The checkpoint's `generation_config.json`: its end-of-sequence ids and sampling defaults."""
+    sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """Sampling values of requests that leave them out, from the checkpoint's `generation_config.json`."""
+    end_token_ids: frozenset[int] = frozenset()
+    """Ids that end an output, as the files of the checkpoint name them; those of the tokenizer come on top."""
     mm_split: MMSplit = "auto"
     """Whether media of a forward-only model is split from its text (tier 0): "auto" where that is equal, or "off"."""
 

@@ -217,6 +217,8 @@ class LoadReport:
     """What the weights are stored as, if not all in the model's dtype."""
     steps: str = ""
     """How steps are given to the device, if there is a choice."""
+    sampling: str = ""
+    """Sampling values of requests that leave them out, if the checkpoint has any."""
     kernels: str = ""
     """What computes, and what follows from it, if that isn't what this kind of device usually has."""
 
@@ -230,6 +232,7 @@ class LoadReport:
             *([f"weights: {self.weights}"] if self.weights else []),
             *([f"steps: {self.steps}"] if self.steps else []),
             *([f"kernels: {self.kernels}"] if self.kernels else []),
+            *([f"sampling defaults of the checkpoint: {self.sampling}"] if self.sampling else []),
             f"KV cache: {self.num_blocks:,} blocks of {self.block_size} tokens "
             f"= {self.num_blocks * self.block_size:,} tokens",
             f"memory: {', '.join(mib.values())}",

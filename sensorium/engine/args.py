@@ -7,11 +7,12 @@ flags are generated from them.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+from sensorium.checkpoint import read_json
 from sensorium.config import (
     DTYPES,
     Amount,
@@ -24,6 +25,7 @@ from sensorium.config import (
     Dtype,
     EngineConfig,
     Fraction,
+    GenerationConfig,
     Limits,
     LoadConfig,
     LoadFormat,
@@ -50,6 +52,7 @@ from sensorium.errors import ConfigError, ModelError
 from sensorium.inputs.chat_template import check_template, read_template
 from sensorium.logger import get_logger
 from sensorium.plugins import check_plugins, load_general_plugins, load_plugins
+from sensorium.sampling_defaults import FILE_NAME, read_defaults, read_end_ids
 from sensorium.settings import Bounds, FileName, check_settings, wrong_setting
 
 logger = get_logger(__name__)
@@ -150,6 +153,9 @@ class EngineArgs:
 
     pooling_type: PoolingType | None = None
     """"last", "mean" or "cls" for `encode`; the model's own, or "last"."""
+    generation_config: GenerationConfig = "auto"
+    """"auto" takes the sampling values of the checkpoint's generation_config.json for requests that leave them out,
+    "none" doesn't. The tokens that end an answer count either way."""
     chat_template: Name | None = None
     """A chat template, or the path of a file with one, instead of the checkpoint's."""
     tool_parser: ToolParser = "auto"
@@ -273,6 +279,7 @@ class EngineArgs:
                 f"limit_mm_per_prompt: got limits for {architecture}, which takes text only, expected none. "
                 "limit_mm_per_prompt is only supported for multimodal models."
             )
+        generation = read_json(path / FILE_NAME)
         return ModelConfig(
             model=str(path),
             tokenizer=str(path)
@@ -289,11 +296,12 @@ class EngineArgs:
             code_revision=self.code_revision,
             seed=self.seed,
             rope_scaling=getattr(hf_config.get_text_config(), "rope_scaling", None),
-            hf_image_processor_config=_read_json(path / "preprocessor_config.json"),
+            hf_image_processor_config=read_json(path / "preprocessor_config.json"),
             mm_processor_kwargs=self.mm_processor_kwargs,
             multimodal_config=MultiModalConfig(dict(self.limit_mm_per_prompt)) if is_multimodal else None,
             pooler_config=None if self.pooling_type is None else PoolerConfig(pooling_type=self.pooling_type),
-            generation_config=_read_json(path / "generation_config.json"),
+            sampling_defaults=read_defaults(generation if self.generation_config == "auto" else {}),
+            end_token_ids=read_end_ids(generation, FILE_NAME) | written_end_ids(path, hf_config, self.hf_overrides),
             mm_split=self.mm_split,
         )
 
@@ -399,6 +407,22 @@ def config_of_part(hf_config: Any, part: str | None) -> Any:
     return own
 
 
+def written_end_ids(path: Path, hf_config: Any, overrides: Mapping[str, Any]) -> frozenset[int]:
+    """End-of-sequence ids that config.json names, for the whole, the part that is served, and its text.
+
+    Those that a config class has by default don't count: they belong to the checkpoints that the class was made for.
+    """
+    served = (hf_config.model_type, hf_config.get_text_config().model_type)
+
+    def found(level: Mapping[str, Any]) -> Iterator[frozenset[int]]:
+        yield read_end_ids(level, "config.json")
+        for name, value in level.items():
+            if isinstance(value, Mapping) and (name == "text_config" or value.get("model_type") in served):
+                yield from found(value)
+
+    return frozenset().union(*found({**read_json(path / "config.json"), **overrides}))
+
+
 def refuse_quantized_checkpoint(hf_config: Any) -> None:
     """Raise `ModelError`, naming the format, if a checkpoint's weights are quantized already."""
     for config in (hf_config, hf_config.get_text_config()):
@@ -455,10 +479,3 @@ def resolve_max_model_len(asked: int | None, hf_config: Any) -> int:
             "Lower max_model_len, or raise the limit in hf_overrides if you know that the model can do more."
         )
     return asked
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    content = json.loads(path.read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}

@@ -239,7 +239,7 @@ class AsyncLLMEngine:
 
         Args:
             prompt: A string, token ids, or a dict as `LLM.generate` takes it.
-            params: How to sample; defaults of `SamplingParams`.
+            params: How to sample; the checkpoint's defaults if not given.
             request_id: A name that is not in use; made up if not given.
             kind: What outputs hold.
             priority: Lower goes first under the priority policy.
@@ -256,7 +256,7 @@ class AsyncLLMEngine:
             self.preprocessor.process,
             name,
             prompt,
-            params or SamplingParams(),
+            self.config.model_config.sampling_defaults.params() if params is None else params,
             priority=priority,
             arrival_time_s=time.monotonic(),
             cache_salt=cache_salt,
@@ -316,7 +316,7 @@ class AsyncLLMEngine:
             self.preprocessor.process,
             self._new_id(),
             prompt,
-            params or SamplingParams(),
+            self.config.model_config.sampling_defaults.params() if params is None else params,
             mm_processor_kwargs=mm_processor_kwargs,
         )
         await self.preprocessor.decode_ahead(prompt)

@@ -72,7 +72,7 @@ class LLMEngine:
         return self.preprocessor.process(
             request_id,
             prompt,
-            params or SamplingParams(),
+            self.config.model_config.sampling_defaults.params() if params is None else params,
             priority=priority,
             arrival_time_s=time.monotonic() if arrival_time_s is None else arrival_time_s,
             cache_salt=cache_salt,
@@ -115,7 +115,7 @@ class LLMEngine:
             request_id: Names the request in outputs; must not be in use.
             prompt: A string, token ids, or a dict with `prompt` or `prompt_token_ids`, `multi_modal_data` and
                 `mm_processor_kwargs`.
-            params: How to sample; defaults of `SamplingParams`.
+            params: How to sample; the checkpoint's defaults if not given.
             arrival_time: Monotonic seconds; now if not given.
             priority: Lower goes first under the priority policy.
             cache_salt: Only requests with the same salt share caches.

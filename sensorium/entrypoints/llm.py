@@ -62,6 +62,10 @@ class LLM:
         """The tokenizer."""
         return self.engine.get_tokenizer()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """How prompts are sampled that come without parameters: as the checkpoint's generation config says."""
+        return self.engine.config.model_config.sampling_defaults.params()
+
     def generate(
         self,
         prompts: Any,
@@ -76,7 +80,7 @@ class LLM:
         Args:
             prompts: A string, a list of token ids, a dict (`prompt` or `prompt_token_ids`, with `multi_modal_data` and
                 `mm_processor_kwargs`), or a list of these.
-            sampling_params: One for all, or one per prompt.
+            sampling_params: One for all, or one per prompt; `get_default_sampling_params()` if not given.
             use_tqdm: Show a progress bar; by default on runs of several prompts in a terminal.
             priority: One per prompt, for the priority policy; lower goes first.
             return_errors: A prompt that can't be served gets an output with `error` set. Otherwise the first such
@@ -87,7 +91,7 @@ class LLM:
             EngineDeadError: The engine can't go on.
         """
         each = _as_list(prompts)
-        params = _per_prompt(sampling_params, len(each), "sampling_params", SamplingParams())
+        params = _per_prompt(sampling_params, len(each), "sampling_params", self.get_default_sampling_params())
         priorities = _per_prompt(priority, len(each), "priority", 0)
         jobs = [Job(*job) for job in zip(each, params, priorities, strict=True)]
         return self._run(jobs, use_tqdm, return_errors)
@@ -113,7 +117,7 @@ class LLM:
 
         Args:
             messages: `[{"role": ..., "content": ...}, ...]`, or a list of these.
-            sampling_params: One for all, or one per conversation.
+            sampling_params: One for all, or one per conversation; `get_default_sampling_params()` if not given.
             use_tqdm: As in `generate`.
             chat_template: Instead of the checkpoint's.
             add_generation_prompt: End with the start of an answer.
@@ -141,7 +145,7 @@ class LLM:
                 mm_processor_kwargs=mm_processor_kwargs,
             )
 
-        params = _per_prompt(sampling_params, len(conversations), "sampling_params", SamplingParams())
+        params = _per_prompt(sampling_params, len(conversations), "sampling_params", self.get_default_sampling_params())
         if tools:  # marks of calls may be special tokens
             marks = renderer.answer_forms(chat_template=chat_template, has_tools=True).token_ids.values()
             params = [replace(each, visible_special_token_ids=sorted(marks)) for each in params]

@@ -31,6 +31,7 @@ from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
 from sensorium.multimodal.placeholders import IntArray, media_mask
 from sensorium.multimodal.processor_cache import ProcessorCache
+from sensorium.sampling_defaults import read_end_ids
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelConfig, ModelFeatures
@@ -312,13 +313,13 @@ def _processed_ids(processed: Mapping[str, Any]) -> list[int]:
 
 
 def eos_token_ids(model_config: ModelConfig, tokenizer: Any | None) -> frozenset[int]:
-    """Ids that end a model's output: those of its generation config, else of its config, else of its
-    tokenizer.
+    """Ids that end a model's output: all that its generation config, its config and its tokenizer name.
+
+    Where none of them names any, those that the config's class has by default.
     """
-    configs = (model_config.generation_config, vars(model_config.hf_config), vars(model_config.hf_text_config))
-    for config in configs:
-        found = config.get("eos_token_id")
-        if found is not None:
-            return frozenset(found if isinstance(found, list | tuple) else [found])
-    found = getattr(tokenizer, "eos_token_id", None)
-    return frozenset() if found is None else frozenset([found])
+    of_tokenizer = getattr(tokenizer, "eos_token_id", None)
+    named = model_config.end_token_ids | ({of_tokenizer} if isinstance(of_tokenizer, int) else frozenset())
+    if named:
+        return named
+    configs = (model_config.hf_config, model_config.hf_text_config)
+    return frozenset().union(*(read_end_ids(vars(config), "config.json") for config in configs))

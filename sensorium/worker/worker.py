@@ -134,6 +134,7 @@ class Worker:
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
             weights=weights_line(self.model),
             steps=self._steps_line(),
+            sampling=model_config.sampling_defaults.line(),
             kernels=_kernels_line(self._device),
         )
 

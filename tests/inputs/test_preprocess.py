@@ -49,7 +49,7 @@ def test_a_text_becomes_ids() -> None:
     request = processed.engine_request
     assert request.prompt_token_ids == tokenizer.tokenizer.encode("ab")
     assert (processed.prompt_text, request.media, request.mrope_positions) == ("ab", (), None)
-    assert request.eos_token_ids == {2}
+    assert request.eos_token_ids == {tokenizer.tokenizer.eos_token_id}
 
 
 @pytest.mark.parametrize(

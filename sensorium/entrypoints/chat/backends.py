@@ -63,8 +63,8 @@ class LocalBackend:
         self._params = params
 
     @classmethod
-    async def start(cls, args: EngineArgs, limits: MediaLimits, params: SamplingParams) -> LocalBackend:
-        """Load a model.
+    async def start(cls, args: EngineArgs, limits: MediaLimits, sampling: Mapping[str, Any]) -> LocalBackend:
+        """Load a model. `sampling` holds values of `SamplingParams`; others are the checkpoint's, or the engine's.
 
         Raises:
             ConfigError, ModelError, WeightsError: It can't be run as asked.
@@ -84,6 +84,7 @@ class LocalBackend:
         renderer = ChatRenderer(
             engine.config.model_config, engine.tokenizer, loader, chat_template=args.chat_template, accept_objects=False
         )
+        params = engine.config.model_config.sampling_defaults.params(sampling, max_tokens=None)
         return cls(args.model, engine, renderer, params)
 
     async def stream(self, messages: Messages) -> AsyncIterator[Piece]:

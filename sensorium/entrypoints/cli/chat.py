@@ -9,7 +9,7 @@ from typing import Any
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
-from sensorium.entrypoints.cli.generate import NO_FLAG
+from sensorium.entrypoints.cli.generate import NO_FLAG, OF_PARSED_ANSWERS
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
@@ -30,7 +30,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system text")
     add_config(parser)
     add_flags(parser, SamplingParams, leave_out=_NO_FLAG, defaults=_DEFAULTS)
-    add_flags(parser, EngineArgs, leave_out=["model", "seed"])
+    add_flags(parser, EngineArgs, leave_out=["model", "seed", *OF_PARSED_ANSWERS])
     add_flags(parser, MediaLimits)
     parser.set_defaults(run=run)
 
@@ -38,7 +38,8 @@ def fill(parser: argparse.ArgumentParser) -> None:
 def run(parsed: argparse.Namespace) -> int:
     """Chat until the user leaves."""
     values = read_settings(parsed, _KINDS)
-    params = build(SamplingParams, {**_DEFAULTS, **values})
+    sampling = {name: values[name] for name in _sampling_names() if name in values}
+    SamplingParams(**{**_DEFAULTS, **sampling})  # raises what is wrong, before anything is loaded
     limits = build(MediaLimits, values)
     engine_values = {name: values[name] for name in values.keys() & EngineArgs.__dataclass_fields__.keys() - {"seed"}}
     if parsed.url and (unused := sorted(engine_values.keys() - {"model"})):
@@ -54,12 +55,11 @@ def run(parsed: argparse.Namespace) -> int:
     loop = LoopThread()
     try:
         if parsed.url:
-            fields = {name: values[name] for name in _sampling_names() if name in values}
             key = parsed.api_key or os.environ.get("SENSORIUM_API_KEY")
-            backend: Any = loop.call(RemoteBackend.start(parsed.url, key, parsed.model, fields))
+            backend: Any = loop.call(RemoteBackend.start(parsed.url, key, parsed.model, sampling))
         else:
             engine_args = EngineArgs(**{"model": "demo", **engine_values})
-            backend = loop.call(LocalBackend.start(engine_args, limits, params))
+            backend = loop.call(LocalBackend.start(engine_args, limits, sampling))
         try:
             return ChatSession(loop, backend, Terminal(), parsed.system).run()
         finally:

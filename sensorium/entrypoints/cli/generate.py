@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 NO_FLAG = ("prompt_logprobs", "logprobs", "bad_words_token_ids", "structured_outputs", "detokenize")
 """Sampling parameters that only a program can make something of."""
 DEFAULTS = {"max_tokens": 512}
+"""Where neither a flag nor the checkpoint says anything."""
+OF_PARSED_ANSWERS = ("tool_parser", "reasoning_parser")
+"""Settings of the engine that have no effect here: answers are shown as the model writes them."""
 _KINDS = (SamplingParams, StructuredOutputs, EngineArgs, MediaLimits)
 
 
@@ -53,16 +56,17 @@ def fill(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, SamplingParams, leave_out=NO_FLAG, defaults=DEFAULTS)
     add_flags(parser, StructuredOutputs, leave_out=["json"])
     parser.add_argument("--json-schema", metavar="FILE", help="schema that the answers keep to: a file, or JSON")
-    add_flags(parser, EngineArgs, leave_out=["model", "seed"])
+    add_flags(parser, EngineArgs, leave_out=["model", "seed", *OF_PARSED_ANSWERS])
     add_flags(parser, MediaLimits)
     parser.set_defaults(run=run)
 
 
 def run(parsed: argparse.Namespace) -> int:
     """Answer all prompts. Status 1 if one of them could not be."""
-    values = {**DEFAULTS, **read_settings(parsed, _KINDS)}
+    values = read_settings(parsed, _KINDS)
     values["structured_outputs"] = _form(values, parsed.json_schema)
-    params, limits = build(SamplingParams, values), build(MediaLimits, values)
+    given = {name: value for name, value in values.items() if name in SamplingParams.__dataclass_fields__}
+    params, limits = SamplingParams(**{**DEFAULTS, **given}), build(MediaLimits, values)
     prompts = read_prompts(parsed.prompt, parsed.file)
     media = [attach(path, modality) for modality in MODALITIES for path in getattr(parsed, modality)]
     if parsed.plain and (parsed.system or any(prompt.messages for prompt in prompts)):
@@ -76,6 +80,7 @@ def run(parsed: argparse.Namespace) -> int:
     if media:
         settings.setdefault("limit_mm_per_prompt", _counts(media))
     llm = LLM(**settings, media_limits=limits)
+    params = llm.engine.config.model_config.sampling_defaults.params(given, **DEFAULTS)
     try:
         requests = [_plain(each, media) if parsed.plain else each.chat(parsed.system, media) for each in prompts]
         if streams:

@@ -41,7 +41,7 @@ class ChatRoutes:
     async def completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
         body = parse_body(ChatBody, await read_json(request))
-        turn = _Turn(request, body, body.params(), body.tool_request())
+        turn = _Turn(request, body, body.params(self._context.sampling_defaults), body.tool_request())
         model, request_id = self._context.check_model(body.model), request.state.request_id
         options = body.options()
         if not body.stream:

@@ -40,7 +40,7 @@ class CompletionRoutes:
         """`POST /v1/completions`."""
         body = parse_body(CompletionBody, await read_json(request))
         answer = _Answer(request.state.request_id, self._context.check_model(body.model), body)
-        params, prompts = body.params(), body.prompts()
+        params, prompts = body.params(self._context.sampling_defaults), body.prompts()
         self._context.check_kwargs(body.mm_processor_kwargs)
         options = body.options()
         if not body.stream:

@@ -20,6 +20,7 @@ from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.chat_template import EFFORTS
 from sensorium.multimodal.media import MediaLoader
 from sensorium.outputs import OutputKind, RequestOutput
+from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.sampling_params import SamplingParams
 
 
@@ -37,6 +38,11 @@ class ServerContext:
     allow_mm_processor_kwargs: bool = False
     strict_reasoning_effort: bool = False
     created_s: int = field(default_factory=lambda: int(time.time()))
+
+    @property
+    def sampling_defaults(self) -> SamplingDefaults:
+        """Sampling values of requests that leave them out."""
+        return self.engine.config.model_config.sampling_defaults
 
     def check_model(self, name: str | None) -> str:
         """The name to answer with; none stands for the model that there is. Raises `HttpError`."""

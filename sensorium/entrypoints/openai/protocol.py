@@ -19,6 +19,7 @@ from sensorium.entrypoints.openai.records import note_body
 from sensorium.entrypoints.openai.tools.request import ToolRequest, check_number, parse_choice, tool_request
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.parsing import Tool
+from sensorium.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from sensorium.sampling_params import SamplingParams
 
 MAX_PROMPTS = 256
@@ -96,8 +97,13 @@ class SamplingBody(FormFields):
         """What a stream is to hold. Raises `InvalidRequestError`."""
         return stream_options(self.stream_options, is_stream=bool(self.stream))
 
-    def sampling_params(self, *, logprobs: int | None, **changes: Any) -> SamplingParams:
-        """Raises `RequestError` if a value is out of bounds."""
+    def sampling_params(
+        self, defaults: SamplingDefaults, *, logprobs: int | None, least: int | None = None, **changes: Any
+    ) -> SamplingParams:
+        """What the body says, else the checkpoint, else `least` for the tokens of an answer; None: as many as fit.
+
+        Raises `RequestError` if a value is out of bounds.
+        """
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         if self.best_of not in (None, self.n or 1):
             raise UnsupportedFeatureError(
@@ -118,7 +124,7 @@ class SamplingBody(FormFields):
             **changes,
         }
         with as_named(max_tokens="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"):
-            return SamplingParams(**values)
+            return defaults.params(values, max_tokens=least)
 
     def _bound(self) -> int | None:
         """The most tokens of an answer. Raises `InvalidRequestError` for two bounds."""
@@ -207,12 +213,12 @@ class ChatBody(ChatPrompt, SamplingBody):
     include_reasoning: bool = True
     """Whether the answer holds what the model wrote for itself."""
 
-    def params(self) -> SamplingParams:
+    def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
         """Without a bound, an answer may fill the context. Raises `RequestError`."""
         if self.top_logprobs and not self.logprobs:
             raise InvalidRequestError("top_logprobs: got a number without logprobs, expected none. Set logprobs.")
         with as_named(logprobs="top_logprobs"):
-            return self.sampling_params(logprobs=(self.top_logprobs or 0) if self.logprobs else None)
+            return self.sampling_params(defaults, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
 
 class CompletionBody(SamplingBody):
@@ -226,16 +232,15 @@ class CompletionBody(SamplingBody):
     """Begin each answer with its prompt, and its log probabilities with the prompt's."""
     add_special_tokens: bool = True
 
-    def params(self) -> SamplingParams:
-        """Sixteen tokens unless the body says otherwise, as OpenAI has it. Raises `RequestError`.
+    def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
+        """Sixteen tokens unless the body or the checkpoint says otherwise, as OpenAI has it. Raises `RequestError`.
 
         The engine makes at least one token; of an answer of none, it isn't shown.
         """
-        bound = self._bound()
-        changes: dict[str, Any] = {"max_tokens": 16 if bound is None else 1 if self.is_empty else bound}
+        changes: dict[str, Any] = {"max_tokens": 1} if self.is_empty else {}
         if self.echo and self.logprobs is not None:
             changes["prompt_logprobs"] = max(self.logprobs, self.prompt_logprobs or 0)
-        return self.sampling_params(logprobs=self.logprobs, **changes)
+        return self.sampling_params(defaults, logprobs=self.logprobs, least=16, **changes)
 
     @property
     def is_empty(self) -> bool:
@@ -316,7 +321,7 @@ class TranscriptionForm(Body):
     language: str | None = None
     prompt: str | None = None
     response_format: str = "json"
-    temperature: float = 0.0
+    temperature: float | None = None
     stream: bool = False
     max_tokens: int | None = None
     """Without it, a transcript that doesn't end is refused."""
@@ -342,9 +347,13 @@ class TranscriptionForm(Body):
                 f"response_format: got {self.response_format!r:.40} with stream, expected 'json'. Change one of them."
             )
 
-    def params(self) -> SamplingParams:
-        """Raises `RequestError` if a value is out of bounds."""
-        return SamplingParams(temperature=self.temperature, max_tokens=self.max_tokens)
+    def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
+        """Greedy unless the form or the checkpoint says otherwise. Raises `RequestError` if a value is out of bounds.
+
+        Without a bound a transcript goes on to its end: the checkpoint's own bound would cut it off.
+        """
+        given = {"temperature": self.temperature, "max_tokens": self.max_tokens}
+        return defaults.without("max_tokens").params(given, temperature=0.0, max_tokens=None)
 
 
 def parse_body(kind: type[_Body], content: object) -> _Body:

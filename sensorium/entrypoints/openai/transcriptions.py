@@ -75,7 +75,7 @@ class TranscriptionRoutes:
     async def _generate(
         self, request: Request, transcript: _Transcript, kind: OutputKind
     ) -> AsyncIterator[RequestOutput]:
-        params = transcript.form.params()
+        params = transcript.form.params(self._context.sampling_defaults)
         transcript.check()
         self._context.engine.check_accepts()  # before anything is decoded
         await transcript.measure(self._context.media_loader)

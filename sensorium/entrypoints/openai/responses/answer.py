@@ -18,6 +18,7 @@ from sensorium.errors import SensoriumError
 from sensorium.logger import get_logger
 from sensorium.outputs import CompletionOutput, RequestOutput
 from sensorium.parsing import Content, Reasoning, ToolCallArguments, ToolCallStart
+from sensorium.sampling_params import SamplingParams
 
 logger = get_logger(__name__)
 
@@ -25,7 +26,9 @@ logger = get_logger(__name__)
 class ResponseAnswer:
     """One response, from its beginning to its end."""
 
-    def __init__(self, body: ResponseBody, model: str, plan: AnswerPlan, *, is_stored: bool) -> None:
+    def __init__(
+        self, body: ResponseBody, model: str, plan: AnswerPlan, params: SamplingParams, *, is_stored: bool
+    ) -> None:
         self.id = new_id("resp")
         self._num_top = body.num_logprobs or 0
         self._tells_usage = body.options().continuous_usage_stats
@@ -56,12 +59,12 @@ class ResponseAnswer:
             "safety_identifier": body.safety_identifier,
             "service_tier": "default",
             "store": is_stored,
-            "temperature": 1.0 if body.temperature is None else body.temperature,
+            "temperature": params.temperature,
             "text": text,
             "tool_choice": body.tool_choice or "auto",
             "tools": body.tools or [],
             "top_logprobs": body.num_logprobs or 0,
-            "top_p": 1.0 if body.top_p is None else body.top_p,
+            "top_p": params.top_p,
             "truncation": "disabled",
             "usage": None,
             "user": body.user,

@@ -14,6 +14,7 @@ from sensorium.entrypoints.openai.protocol import StreamOptions, stream_options
 from sensorium.entrypoints.openai.responses.tools import read_tools
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError
+from sensorium.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs
 
@@ -137,7 +138,7 @@ class ResponseBody(Body):
             return 0 if LOGPROBS in (self.include or ()) else None
         return self.top_logprobs
 
-    def params(self) -> SamplingParams:
+    def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
         """Without a bound, an answer may fill the context. Raises `RequestError`."""
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= _MAX_TOP_LOGPROBS:
             raise InvalidRequestError(
@@ -145,12 +146,12 @@ class ResponseBody(Body):
             )
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         with as_named(max_tokens="max_output_tokens"):
-            return SamplingParams(
-                **values,
-                max_tokens=self.max_output_tokens,
-                logprobs=self.num_logprobs,
-                structured_outputs=self._form(),
-            )
+            values |= {
+                "max_tokens": self.max_output_tokens,
+                "logprobs": self.num_logprobs,
+                "structured_outputs": self._form(),
+            }
+            return defaults.params(values, max_tokens=None)
 
     def _form(self) -> StructuredOutputs | None:
         form = self.text.format.form() if self.text is not None and self.text.format is not None else None

@@ -57,8 +57,9 @@ class ResponseRoutes:
         """`POST /v1/responses`."""
         body = parse_body(ResponseBody, await read_json(request))
         model, turn = self._context.check_model(body.model), self._turn(request, body)
-        outputs = await while_connected(request, with_first(self._generate(request, turn, body.params())))
-        answer = ResponseAnswer(body, model, turn.plan, is_stored=turn.is_stored)
+        params = body.params(self._context.sampling_defaults)
+        outputs = await while_connected(request, with_first(self._generate(request, turn, params)))
+        answer = ResponseAnswer(body, model, turn.plan, params, is_stored=turn.is_stored)
         if body.stream:
             events = self._kept(answer.stream(outputs), answer, turn)
             return EventStream(events, is_named=True, is_padded=body.options().include_obfuscation)
