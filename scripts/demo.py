@@ -177,11 +177,14 @@ class HuggingFace:
 
     def answer(self, question: Question) -> tuple[str, int]:
         """The greedy answer, and how many tokens it has."""
+        from sensorium.model_executor.models.byte_patches import as_processed
+
         request = self._llm.preprocess_chat(question.messages(), self._params).engine_request
         inputs: dict[str, Any] = {"input_ids": self._torch.tensor([list(request.prompt_token_ids)])}
         inputs["attention_mask"] = self._torch.ones_like(inputs["input_ids"])
         for item in request.media:
-            inputs |= {name: self._torch.as_tensor(value) for name, value in (item.kwargs or {}).items()}
+            kwargs = as_processed(item.kwargs or {}, self._model.config.vision_config.temporal_patch_size)
+            inputs |= {name: self._torch.as_tensor(value) for name, value in kwargs.items()}
         with self._torch.inference_mode():
             output = self._model.generate(**inputs, max_new_tokens=MAX_TOKENS, do_sample=False)
         tokens = output[0, inputs["input_ids"].shape[1] :].tolist()

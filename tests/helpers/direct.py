@@ -15,8 +15,10 @@ from sensorium.engine.args import EngineArgs
 from sensorium.inputs import INPUT_REGISTRY, token_inputs
 from sensorium.model_executor.layers.decoder import head_size_of
 from sensorium.model_executor.model_loader import load_model
+from sensorium.model_executor.models.byte_patches import as_processed
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 from tests.helpers.checkpoints import make_tokenizer
+from tests.helpers.hf_reference import TEMPORAL_PATCH_SIZE
 
 
 def engine_config(path: Path, **settings: Any) -> EngineConfig:
@@ -133,6 +135,6 @@ def hf_logits(reference: Any, token_ids: list[int], kwargs: dict[str, Any]) -> t
     if "image_grid_thw" in kwargs or "video_grid_thw" in kwargs:
         config = reference.config
         types = (ids == config.image_token_id) * 1 + (ids == config.video_token_id) * 2
-        kwargs = {**kwargs, "mm_token_type_ids": types[None]}
+        kwargs = {**as_processed(kwargs, TEMPORAL_PATCH_SIZE), "mm_token_type_ids": types[None]}
     logits: torch.Tensor = reference(ids[None], **kwargs).logits[0]
     return logits

@@ -12,7 +12,11 @@ from typing import Any
 import torch
 
 from sensorium.messages import EngineRequest
+from sensorium.model_executor.models.byte_patches import as_processed
 from tests.helpers.checkpoints import token_ids
+
+TEMPORAL_PATCH_SIZE = 2
+"""Of every checkpoint that takes pictures as bytes."""
 
 
 def hf_inputs(request: EngineRequest) -> dict[str, Any]:
@@ -21,7 +25,7 @@ def hf_inputs(request: EngineRequest) -> dict[str, Any]:
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     by_name: dict[str, list[torch.Tensor]] = {}
     for item in request.media:
-        for name, value in (item.kwargs or {}).items():
+        for name, value in as_processed(item.kwargs or {}, TEMPORAL_PATCH_SIZE).items():
             by_name.setdefault(name, []).append(torch.as_tensor(value))
     inputs |= {name: torch.cat(values) for name, values in by_name.items()}
     if "image_grid_thw" in inputs or "video_grid_thw" in inputs:

@@ -13,11 +13,13 @@ from typing import Any, ClassVar
 
 import numpy as np
 import torch
+from PIL import Image
 
 from sensorium.config import EngineConfig
 from sensorium.errors import InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
 from sensorium.inputs.mrope import positions_from_kwargs
+from sensorium.model_executor.models.byte_patches import all_normalised, map_pictures, pixel_table
 from sensorium.model_executor.models.media_common import (
     as_items,
     expand_placeholders,
@@ -69,8 +71,17 @@ def map_images(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> MultiModalKwargs:
-    """`pixel_values` `(patches, channels * patch volume)`, or `image_embeds`, with `image_grid_thw` `(images, 3)`."""
-    return _map(VisionInputs(ctx, "image", min_pixels=min_pixels, max_pixels=max_pixels), data)
+    """What the tower needs of pictures, with `image_grid_thw` `(images, 3)`.
+
+    `pixel_bytes` and `pixel_table` (see `byte_patches`), `pixel_values` `(patches, channels * patch volume)` of a
+    processor that does more than that, or `image_embeds`.
+    """
+    kind = VisionInputs(ctx, "image", min_pixels=min_pixels, max_pixels=max_pixels)
+    table = pixel_table(kind.processor)
+    pictures = as_items(data)
+    if table is None or not all(isinstance(each, Image.Image) and each.mode == "RGB" for each in pictures):
+        return _map(kind, data)
+    return MultiModalKwargs(map_pictures(kind.processor, pictures, table))
 
 
 def map_videos(
@@ -186,9 +197,15 @@ class Qwen2VLForConditionalGeneration(MediaLanguageModel):
         pixel_values_videos: Any = None,
         video_embeds: Any = None,
         video_grid_thw: Any = None,
+        pixel_bytes: Any = None,
+        pixel_table: Any = None,
         **kwargs: Any,
     ) -> dict[int, Sequence[torch.Tensor]]:
         """See `MediaLanguageModel`; each modality comes as patches or as given rows, with the items' grids."""
+        if pixel_bytes is not None:
+            sizes = [t * h * w for t, h, w in grids_of(image_grid_thw)]
+            num_frames = self.config.vision_config.temporal_patch_size
+            pixel_values = all_normalised(stacked(pixel_bytes, 3), stacked(pixel_table, 2), sizes, num_frames)
         encoded: dict[int, Sequence[torch.Tensor]] = {}
         for token_id, patches, embeds, grid_thw in (
             (self.config.image_token_id, pixel_values, image_embeds, image_grid_thw),
