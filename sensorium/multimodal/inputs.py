@@ -170,5 +170,9 @@ def _stack(value: Any) -> NestedTensors:
 def _to_device(value: Any, device: torch.types.Device) -> NestedTensors:
     if isinstance(value, list | tuple):
         return [_to_device(item, device) for item in value]
-    moved: torch.Tensor = value.to(device, non_blocking=True)
-    return moved
+    import torch
+
+    tensor: torch.Tensor = value
+    if tensor.device.type == "cpu" and torch.device(device or "cpu").type == "cuda":
+        tensor = tensor.pin_memory()  # from other memory, the host waits for the copy and all work before it
+    return tensor.to(device, non_blocking=True)
