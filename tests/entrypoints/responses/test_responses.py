@@ -225,6 +225,27 @@ def test_only_so_many_are_kept(client: openai.OpenAI) -> None:
         client.responses.retrieve(first.id)
 
 
+def test_items_may_be_named_where_they_are_kept(client: openai.OpenAI, http: httpx.Client) -> None:
+    """As a client does by default that knows the ids of what was said before."""
+    first = client.responses.create(input="Hello", **GREEDY)
+    said, more = first.output[0], {"role": "user", "content": "More"}
+    hello = {"role": "user", "content": "Hello"}
+    inputs: list[Any] = [
+        [hello, {"type": "item_reference", "id": said.id}, more],
+        [hello, {"id": said.id}, more],
+        [hello, {"type": None, "id": said.id}, more],
+        [hello, said.model_dump(), more],
+    ]
+    answers = [client.responses.create(input=each, **GREEDY) for each in inputs]
+    answers.append(client.responses.create(input="More", previous_response_id=first.id, **GREEDY))
+    assert len({answer.output_text for answer in answers}) == 1
+    assert len({answer.usage.input_tokens for answer in answers if answer.usage}) == 1
+    response = http.post("/v1/responses", json={"input": [{"type": "item_reference", "id": "msg_x"}]})
+    assert response.status_code == 404
+    error = response.json()["error"]
+    assert (error["code"], error["param"]) == ("item_not_found", "input[0].id")
+
+
 # Refused
 
 

@@ -31,6 +31,24 @@ def test_each_tenant_sees_its_own() -> None:
     assert (store.get(ALICE, "r"), len(store), store.num_bytes) == (None, 0, 0)
 
 
+def test_items_are_found_by_their_ids_as_long_as_they_are_kept() -> None:
+    store = ResponseStore(10, 10**6)
+    said = KeptItem({"id": "msg_1", "text": "x"})
+    first = response(said)
+    store.put(ALICE, "a", first)
+    store.put(ALICE, "b", response(earlier=first.conversation()))
+    assert store.get_item(ALICE, "msg_1") is said
+    assert store.get_item(BOB, "msg_1") is None
+    store.delete(ALICE, "a")
+    assert store.get_item(ALICE, "msg_1") is said
+    again = KeptItem({"id": "msg_1", "text": "y"})
+    store.put(ALICE, "c", response(again))
+    store.delete(ALICE, "b")
+    assert store.get_item(ALICE, "msg_1") is again
+    store.delete(ALICE, "c")
+    assert store.get_item(ALICE, "msg_1") is None
+
+
 def test_the_least_recently_used_goes_first() -> None:
     store = ResponseStore(2, 10**6)
     for name in ("a", "b"):

@@ -21,6 +21,8 @@ STATES = ("in_progress", "completed", "incomplete")
 
 Item: TypeAlias = dict[str, Any]
 _Reader: TypeAlias = Callable[[Mapping[str, Any], str], Item]
+FindItem: TypeAlias = Callable[[str, str], Item]
+"""Gives an item that is kept, by its id; raises an error with the place that names it."""
 
 
 def new_id(kind: str) -> str:
@@ -28,8 +30,12 @@ def new_id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-def read_items(given: object, where: str = "input") -> list[Item]:
-    """The items of a body's input: a string, or a list of items.
+def _nothing_kept(item_id: str, where: str) -> Item:
+    raise UnsupportedFeatureError(f"{where}.type: got 'item_reference', expected an item. Send the item itself.")
+
+
+def read_items(given: object, where: str = "input", find: FindItem = _nothing_kept) -> list[Item]:
+    """The items of a body's input: a string, or a list of items. Those that are named only are found by `find`.
 
     Raises:
         InvalidTypeError, InvalidRequestError: One is not of its form.
@@ -41,16 +47,21 @@ def read_items(given: object, where: str = "input") -> list[Item]:
         raise _wrong_type(where, given, "a string or a list of items")
     if len(given) > MAX_ITEMS:
         raise InvalidRequestError(f"{where}: got {len(given)} items, expected at most {MAX_ITEMS}. Send fewer.")
-    return [_item(each, f"{where}[{index}]") for index, each in enumerate(given)]
+    return [_item(each, f"{where}[{index}]", find) for index, each in enumerate(given)]
 
 
-def _item(given: object, where: str) -> Item:
+def _item(given: object, where: str, find: FindItem) -> Item:
     if not isinstance(given, Mapping):
         raise _wrong_type(where, given, "an object")
-    kind = given.get("type", "message" if "role" in given else None)
+    kind = given.get("type")
+    if kind is None:
+        kind = "message" if "role" in given else "item_reference" if "id" in given else None
+    if kind == "item_reference":
+        _check_keys(given, ("type", "id"), where)
+        return find(_string(given, "id", where), where)
     if not isinstance(kind, str) or kind not in _ITEMS:
         raise UnsupportedFeatureError(
-            f"{where}.type: got {kind!r:.60}, expected one of {sorted(_ITEMS)}. Remove the item."
+            f"{where}.type: got {kind!r:.60}, expected one of {[*sorted(_ITEMS), 'item_reference']}. Remove the item."
         )
     item = _ITEMS[kind](given, where)
     if item.get("status") not in (None, *STATES):

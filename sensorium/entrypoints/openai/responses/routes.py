@@ -103,11 +103,19 @@ class ResponseRoutes:
     def _turn(self, request: Request, body: ResponseBody) -> Turn:
         """The conversation that a body goes on with. Raises `RequestError`, and 404 for a response that isn't kept."""
         body.check()
-        given = [] if body.input is None else read_items(body.input)
+        tenant = tenant_of(request)
+
+        def find(item_id: str, where: str) -> dict[str, Any]:
+            found = self._store.get_item(tenant, item_id)
+            if found is None:
+                raise _not_kept(f"{where}.id", item_id, "an item", code="item_not_found", param=f"{where}.id")
+            return found.content
+
+        given = [] if body.input is None else read_items(body.input, find=find)
         earlier: tuple[KeptItem, ...] = ()
         if body.previous_response_id is not None:
             earlier = self._kept_response(request, body.previous_response_id, "previous_response_id").conversation()
-        return Turn(tenant_of(request), body, earlier, given, is_stored=body.store is not False and self._store.is_on)
+        return Turn(tenant, body, earlier, given, is_stored=body.store is not False and self._store.is_on)
 
     def _find(self, request: Request) -> KeptResponse:
         return self._kept_response(request, request.path_params["id"], "response")
@@ -115,13 +123,9 @@ class ResponseRoutes:
     def _kept_response(self, request: Request, response_id: str, name: str) -> KeptResponse:
         found = self._store.get(tenant_of(request), response_id)
         if found is None:
-            raise HttpError(
-                404,
-                f"{name}: got {response_id!r:.80}, expected the id of a response that is kept. Responses are kept in "
-                "memory, the latest ones: send the conversation as input.",
-                code="response_not_found" if name == "response" else "previous_response_not_found",
-                param=None if name == "response" else name,
-            )
+            if name == "response":
+                raise _not_kept(name, response_id, "a response", code="response_not_found")
+            raise _not_kept(name, response_id, "a response", code="previous_response_not_found", param=name)
         return found
 
     async def _render(self, request: Request, turn: Turn) -> dict[str, Any]:
@@ -165,6 +169,16 @@ class ResponseRoutes:
     def _keep(self, answer: ResponseAnswer, turn: Turn, event: Event) -> None:
         if not self._store.put(turn.tenant, answer.id, turn.with_answer(answer.response)):
             event["response"] = answer.not_stored()
+
+
+def _not_kept(where: str, given: str, kind: str, *, code: str, param: str | None = None) -> HttpError:
+    return HttpError(
+        404,
+        f"{where}: got {given!r:.80}, expected the id of {kind} that is kept. Responses are kept in memory, the latest "
+        "ones: send the conversation as input.",
+        code=code,
+        param=param,
+    )
 
 
 def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:

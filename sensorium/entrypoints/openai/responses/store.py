@@ -20,10 +20,11 @@ _OVERHEAD_BYTES = 64
 class KeptItem:
     """An item, and the bytes that it takes."""
 
-    __slots__ = ("content", "num_bytes")
+    __slots__ = ("content", "id", "num_bytes")
 
     def __init__(self, content: Item) -> None:
         self.content = content
+        self.id: str = content.get("id", "")
         self.num_bytes = nested_bytes(content)
 
 
@@ -56,6 +57,8 @@ class ResponseStore:
         self._max_bytes = max_bytes
         self._kept: OrderedDict[tuple[bytes, str], tuple[KeptResponse, int]] = OrderedDict()
         self._num_uses: dict[KeptItem, int] = {}
+        self._items: dict[tuple[bytes, str], KeptItem] = {}
+        """By tenant and id; of several with one id, the latest."""
         self.num_bytes = 0
 
     def __len__(self) -> int:
@@ -77,6 +80,7 @@ class ResponseStore:
         for item in items:
             self.num_bytes += 0 if self._num_uses.get(item) else item.num_bytes
             self._num_uses[item] = self._num_uses.get(item, 0) + 1
+            self._items[tenant, item.id] = item
         while len(self._kept) > self._max_responses or self.num_bytes > self._max_bytes:
             self._drop(*next(iter(self._kept)))
         return True
@@ -88,6 +92,10 @@ class ResponseStore:
             return None
         self._kept.move_to_end((tenant, response_id))
         return found[0]
+
+    def get_item(self, tenant: bytes, item_id: str) -> KeptItem | None:
+        """An item of the tenant's responses; None if it isn't there."""
+        return self._items.get((tenant, item_id))
 
     def delete(self, tenant: bytes, response_id: str) -> bool:
         """Forget a response; whether it was there."""
@@ -105,6 +113,8 @@ class ResponseStore:
             if not self._num_uses[item]:
                 del self._num_uses[item]
                 self.num_bytes -= item.num_bytes
+                if self._items.get((tenant, item.id)) is item:
+                    del self._items[tenant, item.id]
 
 
 def _size(items: tuple[KeptItem, ...]) -> int:
