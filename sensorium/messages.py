@@ -74,6 +74,8 @@ class EngineRequest:
     arrival_time_s: float = 0.0
     cache_salt: str | None = None
     """Requests share cached blocks and rows only with the same salt."""
+    tenant: str = ""
+    """Who sent it: tenants that wait share the slots evenly."""
     pooling: bool = False
     """The result is a pooled vector instead of tokens."""
 

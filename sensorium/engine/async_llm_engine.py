@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
@@ -100,6 +101,10 @@ class AsyncLLMEngine:
         self._streams: dict[str, OutputStream] = {}
         self._waiting: dict[str, MediaLease | None] = {}
         """Requests without output yet, and what they hold of the budget of media."""
+        self._tenant_of: dict[str, str] = {}
+        """By request, for those that wait."""
+        self._tenants: Counter[str] = Counter()
+        """How many requests of each tenant wait, where some do."""
         self._media_budget = None if media_loader is None else media_loader.budget
         self._vocabulary: bytes | None = None
         """The message with the vocabulary, once one was needed."""
@@ -188,8 +193,9 @@ class AsyncLLMEngine:
         held = 0 if self._media_budget is None else self._media_budget.num_bytes
         return EngineLoad(len(self._streams), len(self._waiting), held)
 
-    def check_accepts(self) -> None:
-        """Return if a request that came now would be taken.
+    def check_accepts(self, tenant: str = "") -> None:
+        """Return if a request of a tenant that came now would be taken. Where the line is full, those still are whose
+        tenant has less than its share of it.
 
         Raises:
             OverloadedError: As many wait as may.
@@ -197,7 +203,8 @@ class AsyncLLMEngine:
         """
         self._check_running()
         num_waiting, most = len(self._waiting), self.config.scheduler_config.max_waiting_requests
-        if most is not None and num_waiting >= most:
+        own, num_tenants = self._tenants[tenant], len(self._tenants.keys() | {tenant})
+        if most is not None and num_waiting >= most and own >= most // num_tenants:
             raise OverloadedError(
                 f"waiting requests: got {num_waiting}, expected fewer than {most}. Send the request again later."
             )
@@ -231,6 +238,7 @@ class AsyncLLMEngine:
         kind: OutputKind = OutputKind.CUMULATIVE,
         priority: int = 0,
         cache_salt: str | None = None,
+        tenant: str = "",
         mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Generate for one prompt; yields outputs, the last of which is `finished`.
@@ -244,6 +252,7 @@ class AsyncLLMEngine:
             kind: What outputs hold.
             priority: Lower goes first under the priority policy.
             cache_salt: Only requests with the same salt share caches.
+            tenant: Who asks: tenants that wait share the slots evenly.
             mm_processor_kwargs: For the model's input processor and mappers.
 
         Raises:
@@ -260,9 +269,10 @@ class AsyncLLMEngine:
             priority=priority,
             arrival_time_s=time.monotonic(),
             cache_salt=cache_salt,
+            tenant=tenant,
             mm_processor_kwargs=mm_processor_kwargs,
         )
-        stream = self._open(name, kind)
+        stream = self._open(name, kind, tenant)
         try:
             await self._submit(name, prompt, prepare, kind)
             del prompt, prepare  # the media that they hold
@@ -278,7 +288,13 @@ class AsyncLLMEngine:
             self._close(name)
 
     async def encode(
-        self, prompt: Any, request_id: str | None = None, *, priority: int = 0, cache_salt: str | None = None
+        self,
+        prompt: Any,
+        request_id: str | None = None,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        tenant: str = "",
     ) -> PoolingRequestOutput:
         """Pool one prompt into a vector `(hidden_size,)`.
 
@@ -294,9 +310,10 @@ class AsyncLLMEngine:
             priority=priority,
             arrival_time_s=time.monotonic(),
             cache_salt=cache_salt,
+            tenant=tenant,
             pooling=True,
         )
-        stream = self._open(name, OutputKind.FINAL_ONLY)
+        stream = self._open(name, OutputKind.FINAL_ONLY, tenant)
         try:
             await self._submit(name, prompt, prepare, OutputKind.FINAL_ONLY)
             output = await stream.get()
@@ -308,7 +325,12 @@ class AsyncLLMEngine:
         return output
 
     async def preprocess(
-        self, prompt: Any, params: SamplingParams | None = None, *, mm_processor_kwargs: Mapping[str, Any] | None = None
+        self,
+        prompt: Any,
+        params: SamplingParams | None = None,
+        *,
+        cache_salt: str | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> ProcessedRequest:
         """What `generate` would send to the core, without sending it. Raises `RequestError`."""
         self._check_running()
@@ -317,6 +339,7 @@ class AsyncLLMEngine:
             self._new_id(),
             prompt,
             self.config.model_config.sampling_defaults.params() if params is None else params,
+            cache_salt=cache_salt,
             mm_processor_kwargs=mm_processor_kwargs,
         )
         await self.preprocessor.decode_ahead(prompt)
@@ -361,22 +384,33 @@ class AsyncLLMEngine:
         if self._is_shutting_down:
             raise EngineDeadError("the engine is shutting down. Send the request again later.")
 
-    def _open(self, request_id: str, kind: OutputKind) -> OutputStream:
-        self.check_accepts()
+    def _open(self, request_id: str, kind: OutputKind, tenant: str) -> OutputStream:
+        self.check_accepts(tenant)
         if request_id in self._streams:
             raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
         stream = self._streams[request_id] = OutputStream(kind)
         self._waiting[request_id] = None
+        self._tenant_of[request_id] = tenant
+        self._tenants[tenant] += 1
         self._all_closed.clear()
         return stream
 
     def _close(self, request_id: str) -> None:
         """Forget a request, and end it in the core if it still runs there."""
         self._core.abort(self._outputs.abort(request_id))
-        self._waiting.pop(request_id, None)
+        self._leave_line(request_id)
         self._streams.pop(request_id, None)
         if not self._streams:
             self._all_closed.set()
+
+    def _leave_line(self, request_id: str) -> None:
+        """Note that a request has output, or none to come."""
+        self._waiting.pop(request_id, None)
+        tenant = self._tenant_of.pop(request_id, None)
+        if tenant is not None:
+            self._tenants[tenant] -= 1
+            if not self._tenants[tenant]:
+                del self._tenants[tenant]
 
     async def _submit(
         self, request_id: str, prompt: Any, prepare: Callable[[], ProcessedRequest], kind: OutputKind
@@ -421,7 +455,7 @@ class AsyncLLMEngine:
         processed = self._outputs.process(news.outputs)
         self._core.abort(processed.abort_ids)
         for output in processed.outputs:
-            self._waiting.pop(output.request_id, None)
+            self._leave_line(output.request_id)
             stream = self._streams.get(output.request_id)
             if stream is not None:
                 stream.put(output)

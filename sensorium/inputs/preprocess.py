@@ -120,6 +120,7 @@ class InputPreprocessor:
         priority: int = 0,
         arrival_time_s: float = 0.0,
         cache_salt: str | None = None,
+        tenant: str = "",
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         pooling: bool = False,
     ) -> ProcessedRequest:
@@ -127,6 +128,7 @@ class InputPreprocessor:
 
         `prompt`: a string, token ids, or a dict (`TextPrompt`, `TokensPrompt`), which may also hold
         `multi_modal_uuids`. `cache_salt`: requests share cached media and blocks only with the same salt.
+        `tenant`: who sends it, for the scheduler.
         `mm_processor_kwargs`: used where the prompt has none of the same name.
 
         Raises:
@@ -152,6 +154,7 @@ class InputPreprocessor:
             priority=priority,
             arrival_time_s=arrival_time_s,
             cache_salt=cache_salt,
+            tenant=tenant,
             pooling=pooling,
         )
         counts: dict[str, tuple[int, ...]] = {}

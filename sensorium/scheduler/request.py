@@ -9,12 +9,15 @@ from __future__ import annotations
 import enum
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.scheduler.stopping import StopRule
+
+Order: TypeAlias = tuple[int, int, int]
+"""A request's place among others: its priority, where it starts in its tenant's share, and its arrival."""
 
 
 class RequestStatus(enum.Enum):
@@ -92,6 +95,7 @@ class RequestState:
         "held_spans",
         "is_cacheable",
         "is_caught_up",
+        "is_new",
         "message",
         "needs_sampled_tokens",
         "num_cached_tokens",
@@ -112,12 +116,14 @@ class RequestState:
         "token_ids",
     )
 
-    def __init__(self, message: EngineRequest, order: tuple[int, int], max_model_len: int) -> None:
+    def __init__(self, message: EngineRequest, order: Order, max_model_len: int) -> None:
         self.message = message
         self.request_id = message.request_id
         self.pooling = message.pooling
         self.order = order
         """The request with the smaller order is served first. Unique."""
+        self.is_new = True
+        """Has had no slot yet."""
         self.status = RequestStatus.WAITING
         self.token_ids: list[int] = list(message.prompt_token_ids)
         """Prompt and output."""

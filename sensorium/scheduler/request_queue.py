@@ -1,21 +1,14 @@
 """The waiting line, in the order in which requests are served.
 
-The order is the whole policy: `(0, arrival)` for first come first served, `(priority, arrival)` for priority. A
-preempted request goes back with the order it had, which is how it keeps its place.
+The order is the whole policy, see `FairShares`. A preempted request goes back with the order it had, which is how it
+keeps its place.
 """
 
 from __future__ import annotations
 
 from bisect import bisect_left, insort
 
-from sensorium.scheduler.request import RequestState, RequestStatus
-
-Order = tuple[int, int]
-
-
-def order_of(policy: str, priority: int, arrival: int) -> Order:
-    """A request's place under a policy, "fcfs" or "priority"; the smaller is served first."""
-    return (priority if policy == "priority" else 0, arrival)
+from sensorium.scheduler.request import Order, RequestState, RequestStatus
 
 
 def may_displace(request: RequestState, victim: RequestState) -> bool:

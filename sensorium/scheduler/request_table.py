@@ -10,6 +10,7 @@ from bisect import bisect_left, insort
 from collections.abc import Sequence
 
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
+from sensorium.scheduler.fair_shares import FairShares
 from sensorium.scheduler.kv_cache_manager import KVCacheManager
 from sensorium.scheduler.request import MediaSpan, RequestState, RequestStatus
 from sensorium.scheduler.request_queue import RequestQueue, by_order
@@ -19,12 +20,15 @@ from sensorium.scheduler.stats import Counters
 class RequestTable:
     """Invariant: each unfinished request is in exactly one of `running` (sorted by order) and `waiting`."""
 
-    def __init__(self, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager, counters: Counters) -> None:
+    def __init__(
+        self, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager, shares: FairShares, counters: Counters
+    ) -> None:
         self.by_id: dict[str, RequestState] = {}
         self.running: list[RequestState] = []
         self.waiting = RequestQueue()
         self._kv_cache = kv_cache
         self._encoder_cache = encoder_cache
+        self._shares = shares
         self._counters = counters
         self._freed_ids: list[str] = []
 
@@ -36,6 +40,7 @@ class RequestTable:
     def start(self, request: RequestState, cached_block_ids: Sequence[int]) -> None:
         """Take the request out of the line and give it a slot and a computed prefix."""
         self.waiting.remove(request)
+        self._shares.start(request)
         self._kv_cache.adopt(request, cached_block_ids)
         request.status = RequestStatus.RUNNING
         insort(self.running, request, key=by_order)
@@ -60,6 +65,7 @@ class RequestTable:
             self._give_back(request)
         else:
             self.waiting.remove(request)
+        self._shares.end(request)
         request.status = RequestStatus.FINISHED
         request.num_departures += 1
         del self.by_id[request.request_id]

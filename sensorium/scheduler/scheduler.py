@@ -16,10 +16,10 @@ from sensorium.messages import EngineOutput, EngineRequest, FinishReason, ModelR
 from sensorium.scheduler.admission import check_request
 from sensorium.scheduler.chunking import ChunkPlanner
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
+from sensorium.scheduler.fair_shares import FairShares
 from sensorium.scheduler.kv_cache_manager import KVCacheManager
 from sensorium.scheduler.pacing import Pacer
 from sensorium.scheduler.request import RequestState
-from sensorium.scheduler.request_queue import order_of
 from sensorium.scheduler.request_table import RequestTable
 from sensorium.scheduler.stats import Counters, SchedulerStats
 from sensorium.scheduler.step_plan import StepPlan
@@ -60,14 +60,14 @@ class Scheduler:
             num_blocks, cache_config.block_size, enable_prefix_caching=cache_config.enable_prefix_caching
         )
         self._encoder_cache = EncoderCacheManager(encoder_cache_rows)
-        self._table = RequestTable(self._kv_cache, self._encoder_cache, self._counters)
+        self._shares = FairShares(scheduler_config.policy, max_model_len)
+        self._table = RequestTable(self._kv_cache, self._encoder_cache, self._shares, self._counters)
         self._pacer = pacer or Pacer(scheduler_config.max_token_gap_s)
         chunks = ChunkPlanner(
             features, self._encoder_cache, enable_chunked_prefill=scheduler_config.enable_chunked_prefill
         )
         self._planner = StepPlanner(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters)
         self._results = StepResults(self._table, self._kv_cache, self._encoder_cache)
-        self._num_arrivals = 0
         self._in_flight: deque[StepPlan] = deque()
 
     def add_request(self, request: EngineRequest) -> None:
@@ -89,14 +89,12 @@ class Scheduler:
             block_size=self._kv_cache.block_size,
         )
         limit = self._config.max_waiting_requests
-        if limit is not None and len(self._table.waiting) >= limit:
+        if limit is not None and not self._shares.has_room(request.tenant, len(self._table.waiting), limit):
             raise OverloadedError(
                 f"waiting requests: got {len(self._table.waiting)} already, expected fewer than {limit}. "
                 "Try again later, or raise max_waiting_requests."
             )
-        self._num_arrivals += 1
-        order = order_of(self._config.policy, request.priority, self._num_arrivals)
-        self._table.add(RequestState(request, order, self._max_model_len))
+        self._table.add(RequestState(request, self._shares.arrive(request), self._max_model_len))
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
         """End requests, also between `schedule` and `update`; ids that are unknown or finished are ignored."""
@@ -206,4 +204,5 @@ class Scheduler:
         self.check()
         assert not self._table.by_id, f"unfinished: {list(self._table.by_id)}"
         assert self._kv_cache.pool.num_free == self._num_blocks, "blocks leaked"
+        self._shares.check_idle()
         assert self._encoder_cache.num_held_rows == 0, "encoder entries leaked"

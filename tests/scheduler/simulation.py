@@ -62,6 +62,7 @@ def make_request(
     *,
     max_tokens: int | None = 4,
     priority: int = 0,
+    tenant: str = "",
     pooling: bool = False,
     cache_salt: str | None = None,
     **params: object,
@@ -74,6 +75,7 @@ def make_request(
         frozenset({EOS}),
         media,
         priority=priority,
+        tenant=tenant,
         pooling=pooling,
         cache_salt=cache_salt,
     )

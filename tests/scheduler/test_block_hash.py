@@ -14,7 +14,7 @@ from tests.scheduler.simulation import PLACEHOLDER, Parts, make_request
 
 
 def hashes(parts: Parts, block_size: int = 4, salt: str | None = None) -> list[bytes]:
-    state = RequestState(make_request("r", parts, cache_salt=salt), (0, 0), 10_000)
+    state = RequestState(make_request("r", parts, cache_salt=salt), (0, 0, 0), 10_000)
     extend_block_hashes(state, state.num_tokens // block_size, block_size)
     return state.block_hashes
 
@@ -43,7 +43,7 @@ def test_a_partial_block_has_no_hash() -> None:
 
 def test_extending_by_steps_equals_extending_at_once() -> None:
     parts: Parts = [[1, 2, 3], image("a", 6), [4] * 5, image("b", 9), [5] * 4]
-    state = RequestState(make_request("r", parts), (0, 0), 10_000)
+    state = RequestState(make_request("r", parts), (0, 0, 0), 10_000)
     for n in (1, 2, 2, 5, 3, 6):
         extend_block_hashes(state, n, 4)
     assert state.block_hashes == hashes(parts)[:6]
@@ -83,7 +83,7 @@ def test_which_positions_are_rows_is_part_of_the_hash() -> None:
     def request(mask: tuple[bool, ...]) -> RequestState:
         message = make_request("r", [("a", mask)])
         message.prompt_token_ids[:] = [5] * 8  # type: ignore[index]
-        return RequestState(message, (0, 0), 100)
+        return RequestState(message, (0, 0, 0), 100)
 
     first, second = request((True, True, False, False) * 2), request((True, False, True, False) * 2)
     for state in (first, second):
@@ -96,7 +96,7 @@ def test_a_mask_of_all_rows_is_no_mask() -> None:
     assert message.media[0].is_media is None
     masked = make_request("r", [("a", (True,) * 8)])
     assert hashes([("a", (True,) * 8)]) == hashes([image("a", 8)])
-    assert RequestState(masked, (0, 0), 100).spans[0].row_positions(0, 8) is None
+    assert RequestState(masked, (0, 0, 0), 100).spans[0].row_positions(0, 8) is None
 
 
 def test_salts_part_everything_and_none_is_a_salt_of_its_own() -> None:

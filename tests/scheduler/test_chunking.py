@@ -18,7 +18,7 @@ ANOTHER = ("another", 0)
 
 
 def make_state(parts: Parts) -> RequestState:
-    return RequestState(make_request("r", parts), (0, 0), 1000)
+    return RequestState(make_request("r", parts), (0, 0, 0), 1000)
 
 
 def make_planner(

@@ -8,7 +8,7 @@ from tests.scheduler.simulation import make_request
 
 
 def make_state(tokens: list[int], **kwargs: object) -> RequestState:
-    return RequestState(make_request("r", [tokens], **kwargs), (0, 0), 1000)  # type: ignore[arg-type]
+    return RequestState(make_request("r", [tokens], **kwargs), (0, 0, 0), 1000)  # type: ignore[arg-type]
 
 
 def compute(manager: KVCacheManager, state: RequestState, num_tokens: int) -> None:

@@ -5,26 +5,19 @@ from __future__ import annotations
 from random import Random
 
 from sensorium.scheduler.request import RequestState, RequestStatus
-from sensorium.scheduler.request_queue import RequestQueue, may_displace, order_of
+from sensorium.scheduler.request_queue import RequestQueue, may_displace
 from tests.scheduler.simulation import make_request
 
 
-def make_state(order: tuple[int, int], status: RequestStatus = RequestStatus.WAITING) -> RequestState:
+def make_state(order: tuple[int, int, int], status: RequestStatus = RequestStatus.WAITING) -> RequestState:
     state = RequestState(make_request(f"r{order}", [[1]]), order, 100)
     state.status = status
     return state
 
 
-def test_first_come_first_served_does_not_read_priorities() -> None:
-    assert order_of("fcfs", 5, 1) < order_of("fcfs", 0, 2)
-    assert order_of("priority", 5, 1) > order_of("priority", 0, 2)
-    assert order_of("priority", 0, 1) < order_of("priority", 0, 2)
-    assert order_of("priority", -1, 9) < order_of("priority", 0, 2)
-
-
 def test_the_line_is_sorted_whatever_comes_and_goes() -> None:
     rng, queue = Random(0), RequestQueue()
-    states = [make_state((rng.randint(0, 3), i)) for i in range(40)]
+    states = [make_state((rng.randint(0, 3), rng.randint(0, 3), i)) for i in range(40)]
     inside: list[RequestState] = []
     for _ in range(400):
         state = rng.choice(states)
@@ -41,8 +34,8 @@ def test_the_line_is_sorted_whatever_comes_and_goes() -> None:
 
 def test_running_requests_take_from_any_behind_and_waiting_ones_from_a_worse_priority() -> None:
     running, waiting = RequestStatus.RUNNING, RequestStatus.WAITING
-    assert may_displace(make_state((0, 1), running), make_state((0, 2), running))
-    assert not may_displace(make_state((0, 2), running), make_state((0, 1), running))
-    assert not may_displace(make_state((0, 1), waiting), make_state((0, 2), running))
-    assert may_displace(make_state((0, 2), waiting), make_state((1, 1), running))
-    assert not may_displace(make_state((1, 1), waiting), make_state((0, 2), running))
+    assert may_displace(make_state((0, 0, 1), running), make_state((0, 0, 2), running))
+    assert not may_displace(make_state((0, 0, 2), running), make_state((0, 0, 1), running))
+    assert not may_displace(make_state((0, 0, 1), waiting), make_state((0, 0, 2), running))
+    assert may_displace(make_state((0, 0, 2), waiting), make_state((1, 0, 1), running))
+    assert not may_displace(make_state((1, 0, 1), waiting), make_state((0, 0, 2), running))

@@ -120,6 +120,7 @@ def random_request(rng: Random, request_id: str, max_len: int, kinds: Sequence[s
         stop_token_ids=[3, 4] if rng.random() < 0.2 else [],
         prompt_logprobs=0 if rng.random() < 0.15 else None,
         priority=rng.randint(0, 2),
+        tenant=rng.choice(["", "", "a", "b"]),
         pooling=rng.random() < 0.1,
         repetition_penalty=1.1 if rng.random() < 0.1 else 1.0,
     )

@@ -59,7 +59,7 @@ class ChatRoutes:
 
     async def _cost(self, request: Request, body: TokenCostBody) -> dict[str, Any]:
         prompt = await self._context.render(request, body.messages, **body.render_options())
-        processed = await self._context.engine.preprocess(prompt, SamplingParams(max_tokens=None))
+        processed = await self._context.preprocess(request, prompt)
         return {
             "prompt_tokens": processed.num_prompt_tokens,
             "media_tokens": {name: list(counts) for name, counts in processed.media_token_counts.items()},
@@ -71,7 +71,9 @@ class ChatRoutes:
         prompt = await self._context.render(turn.http_request, body.messages, **body.render_options())
         turn.plan = self._plan(body, turn.tools, prompt["prompt"])
         params = turn.plan.params(turn.params)
-        outputs = self._context.generate(prompt, params, kind, priority=body.priority, cache_salt=body.cache_salt)
+        outputs = self._context.generate(
+            turn.http_request, prompt, params, kind, priority=body.priority, cache_salt=body.cache_salt
+        )
         del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
             try:

@@ -44,16 +44,16 @@ class CompletionRoutes:
         self._context.check_kwargs(body.mm_processor_kwargs)
         options = body.options()
         if not body.stream:
-            outputs = await while_connected(request, self._whole(body, prompts, params))
+            outputs = await while_connected(request, self._whole(request, body, prompts, params))
             return JsonResponse(answer.whole(outputs))
-        stream = await while_connected(request, self._started(body, prompts, params))
+        stream = await while_connected(request, self._started(request, body, prompts, params))
         return EventStream(answer.chunks(stream, options), is_padded=options.include_obfuscation)
 
     async def embeddings(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
         body = parse_body(EmbeddingBody, await read_json(request))
         name, prompts = self._context.check_model(body.model), body.prompts()
-        outputs = await while_connected(request, self._pool(prompts))
+        outputs = await while_connected(request, self._pool(request, prompts))
         _check_dimensions(body.dimensions, outputs)
         num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         data = [
@@ -63,9 +63,9 @@ class CompletionRoutes:
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
-    async def _pool(self, prompts: list[Any]) -> list[PoolingRequestOutput]:
-        self._context.engine.check_accepts()
-        tasks = [asyncio.ensure_future(self._context.engine.encode(prompt)) for prompt in prompts]
+    async def _pool(self, request: Request, prompts: list[Any]) -> list[PoolingRequestOutput]:
+        self._context.check_accepts(request)
+        tasks = [asyncio.ensure_future(self._context.encode(request, prompt)) for prompt in prompts]
         try:
             return await asyncio.gather(*tasks)
         finally:
@@ -73,12 +73,15 @@ class CompletionRoutes:
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    def _generate(self, body: CompletionBody, prompts: list[Any], params: SamplingParams, kind: OutputKind) -> Numbered:
-        self._context.engine.check_accepts()
+    def _generate(
+        self, request: Request, body: CompletionBody, prompts: list[Any], params: SamplingParams, kind: OutputKind
+    ) -> Numbered:
+        self._context.check_accepts(request)
         kwargs = {"mm_processor_kwargs": body.mm_processor_kwargs} if body.mm_processor_kwargs else {}
         return merged(
             [
                 self._context.generate(
+                    request,
                     _prompt(prompt, body) | kwargs,
                     params,
                     kind,
@@ -111,16 +114,20 @@ class CompletionRoutes:
             lambda: make_echo(output, self._detokenizer, body.logprobs, skip_special_tokens=skips)
         )
 
-    async def _whole(self, body: CompletionBody, prompts: list[Any], params: SamplingParams) -> list[_Done]:
+    async def _whole(
+        self, request: Request, body: CompletionBody, prompts: list[Any], params: SamplingParams
+    ) -> list[_Done]:
         found: dict[int, _Done] = {}
-        generated = self._generate(body, prompts, params, OutputKind.FINAL_ONLY)
+        generated = self._generate(request, body, prompts, params, OutputKind.FINAL_ONLY)
         async with aclosing(self._with_echoes(body, generated)) as outputs:  # type: ignore[type-var]
             async for index, output, echo in outputs:
                 found[index] = output, echo
         return [found[index] for index in range(len(prompts))]
 
-    async def _started(self, body: CompletionBody, prompts: list[Any], params: SamplingParams) -> Echoed:
-        generated = self._generate(body, prompts, params, OutputKind.DELTA)
+    async def _started(
+        self, request: Request, body: CompletionBody, prompts: list[Any], params: SamplingParams
+    ) -> Echoed:
+        generated = self._generate(request, body, prompts, params, OutputKind.DELTA)
         return await with_first(self._with_echoes(body, generated))
 
 

@@ -18,8 +18,9 @@ from sensorium.entrypoints.openai.records import note_warning
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.chat_template import EFFORTS
+from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.multimodal.media import MediaLoader
-from sensorium.outputs import OutputKind, RequestOutput
+from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.sampling_params import SamplingParams
 
@@ -37,6 +38,10 @@ class ServerContext:
     media_loader: MediaLoader
     allow_mm_processor_kwargs: bool = False
     strict_reasoning_effort: bool = False
+    share_caches: bool = False
+    """Whether requests of all API keys share caches."""
+    min_priority: int = 0
+    """The most urgent priority that requests may claim."""
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
@@ -86,7 +91,7 @@ class ServerContext:
         `effort_field`: by which field the request says how long the model may reason.
         """
         self.check_kwargs(mm_processor_kwargs)
-        self.engine.check_accepts()  # before anything is fetched
+        self.check_accepts(request)  # before anything is fetched
         return await self.chat().arender(
             messages,
             scope=tenant_of(request),
@@ -113,17 +118,48 @@ class ServerContext:
             raise UnsupportedFeatureError("text: got text, expected token ids, since there is no tokenizer here.")
         return self.engine.tokenizer
 
+    def check_accepts(self, request: Request) -> None:
+        """`AsyncLLMEngine.check_accepts`, for the tenant that sent a request."""
+        self.engine.check_accepts(tenant_of(request).hex())
+
+    def salt(self, request: Request, given: str | None = None) -> str | None:
+        """What a request's caches are apart by: its API key, unless all share them, and the salt that it gives."""
+        tenant = tenant_of(request)
+        if not tenant or self.share_caches:
+            return given
+        return tenant.hex() if given is None else f"{tenant.hex()}/{given}"
+
+    async def encode(self, request: Request, prompt: Any) -> PoolingRequestOutput:
+        """`AsyncLLMEngine.encode` for the tenant that sent a request."""
+        tenant = tenant_of(request).hex()
+        return await self.engine.encode(prompt, cache_salt=self.salt(request), tenant=tenant)
+
+    async def preprocess(self, request: Request, prompt: Any) -> ProcessedRequest:
+        """`AsyncLLMEngine.preprocess` of a prompt whose answer has no bound, for the tenant that sent a request."""
+        params = SamplingParams(max_tokens=None)
+        return await self.engine.preprocess(prompt, params, cache_salt=self.salt(request))
+
     async def generate(
-        self, prompt: Any, params: SamplingParams, kind: OutputKind, *, priority: int, cache_salt: str | None
+        self,
+        request: Request,
+        prompt: Any,
+        params: SamplingParams,
+        kind: OutputKind,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> AsyncIterator[RequestOutput]:
-        """`AsyncLLMEngine.generate`, counted."""
-        if priority and self.engine.config.scheduler_config.policy != "priority":
-            raise InvalidRequestError(
-                "priority: got a priority, expected none under this server's policy. The operator can set "
-                "--scheduling-policy priority."
-            )
+        """`AsyncLLMEngine.generate` for the tenant that sent a request, counted."""
+        self._check_priority(priority)
         watch = self.metrics.watch()
-        outputs = self.engine.generate(prompt, params, kind=kind, priority=priority, cache_salt=cache_salt)
+        outputs = self.engine.generate(
+            prompt,
+            params,
+            kind=kind,
+            priority=priority,
+            cache_salt=self.salt(request, cache_salt),
+            tenant=tenant_of(request).hex(),
+        )
         del prompt  # the media that it holds
         try:
             async for output in outputs:
@@ -137,3 +173,15 @@ class ServerContext:
         finally:
             await outputs.aclose()  # type: ignore[attr-defined]
             watch.close()
+
+    def _check_priority(self, priority: int) -> None:
+        if priority and self.engine.config.scheduler_config.policy != "priority":
+            raise InvalidRequestError(
+                "priority: got a priority, expected none under this server's policy. The operator can set "
+                "--scheduling-policy priority."
+            )
+        if priority < self.min_priority:
+            raise InvalidRequestError(
+                f"priority: got {priority}, expected at least {self.min_priority}: lower is more urgent. The operator "
+                "can let requests claim more with --min-priority."
+            )

@@ -128,6 +128,8 @@ def _app(
         ServerMetrics(engine),
         loader,
         allow_mm_processor_kwargs=args.allow_mm_processor_kwargs,
+        share_caches=args.share_caches,
+        min_priority=args.min_priority,
         strict_reasoning_effort=args.strict_reasoning_effort,
     )
     return create_app(

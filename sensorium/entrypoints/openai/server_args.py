@@ -59,6 +59,13 @@ class ServerArgs:
     max_connections: Count = 4096
     """Connections at once; beyond it, 503."""
 
+    share_caches: bool = False
+    """Let requests of all API keys share what is cached: faster where many send the same, but by `cached_tokens`, and
+    by how soon an answer begins, one key's holder can find out what another's has asked."""
+    min_priority: Annotated[int, Bounds(-(1 << 31), 0)] = 0
+    """The most urgent priority that requests may claim under the priority policy; lower is more urgent. By default they
+    can only stand back."""
+
     allow_remote_media: bool = True
     """Fetch media from public addresses that requests name."""
     allowed_media_host: tuple[Name, ...] = ()

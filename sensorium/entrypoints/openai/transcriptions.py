@@ -77,11 +77,11 @@ class TranscriptionRoutes:
     ) -> AsyncIterator[RequestOutput]:
         params = transcript.form.params(self._context.sampling_defaults)
         transcript.check()
-        self._context.engine.check_accepts()  # before anything is decoded
+        self._context.check_accepts(request)  # before anything is decoded
         await transcript.measure(self._context.media_loader)
         prompt = await self._context.render(request, transcript.messages())
         transcript.forget_sound()
-        outputs = self._context.generate(prompt, params, kind, priority=0, cache_salt=None)
+        outputs = self._context.generate(request, prompt, params, kind)
         del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:

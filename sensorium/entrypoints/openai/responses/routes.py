@@ -138,7 +138,7 @@ class ResponseRoutes:
 
     async def _count(self, request: Request, turn: Turn) -> int:
         prompt = await self._render(request, turn)
-        processed = await self._context.engine.preprocess(prompt, SamplingParams(max_tokens=None))
+        processed = await self._context.preprocess(request, prompt)
         return processed.num_prompt_tokens
 
     async def _generate(self, request: Request, turn: Turn, params: SamplingParams) -> AsyncIterator[RequestOutput]:
@@ -148,7 +148,7 @@ class ResponseRoutes:
         turn.plan = AnswerPlan(forms, tools, prompt["prompt"], self._context.tokenizer())
         params = turn.plan.params(params)
         outputs = self._context.generate(
-            prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
+            request, prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
         )
         del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
