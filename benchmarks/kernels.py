@@ -201,7 +201,8 @@ class PagedStep:
         kernels.paged_attention(self.query, cache, *tables, scale=self.spec.scale)
 
     def _torch_layer(self, cache: torch.Tensor) -> None:
-        SdpaBackend().paged(self.query, self.key, self.value, cache, self.metadata, self.spec)
+        kernels.write_kv(self.key, self.value, cache, self.metadata.slot_mapping)
+        SdpaBackend().paged(self.query, cache, self.metadata, self.spec)
 
 
 @dataclass

@@ -41,15 +41,13 @@ class AttentionBackend(Protocol):
     def paged(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         spec: AttentionSpec,
     ) -> torch.Tensor:
-        """Write `key` and `value` to their slots and attend causally over the cache.
+        """Attend causally over the cache, which already holds the step's keys and values.
 
-        All come as `(T, heads, D)` or flat, `(T, heads * D)`; the result is like `query`.
+        `query` is `(T, heads, D)` or flat, `(T, heads * D)`; the result is like it.
         """
 
     def varlen(

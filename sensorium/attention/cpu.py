@@ -6,7 +6,7 @@ import torch
 
 from sensorium.attention.backend import AttentionSpec
 from sensorium.attention.metadata import AttentionMetadata
-from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
+from sensorium.kernels.attention import paged_attention, varlen_attention
 from sensorium.kernels.native import native_refusal
 
 
@@ -23,14 +23,11 @@ class CpuBackend:
     def paged(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         spec: AttentionSpec,
     ) -> torch.Tensor:
         """See `AttentionBackend.paged`."""
-        write_kv(key, value, kv_cache, metadata.slot_mapping)
         return paged_attention(
             query,
             kv_cache,

@@ -12,6 +12,7 @@ from torch import nn
 from sensorium.attention.backend import AttentionBackend, AttentionSpec, select_backend
 from sensorium.attention.metadata import AttentionMetadata
 from sensorium.errors import ModelError
+from sensorium.kernels import Rotation, rotary_embedding, rotate_and_write_kv, write_kv
 
 
 class AttentionType(StrEnum):
@@ -126,6 +127,7 @@ class Attention(_AttentionBase):
         kv_cache: torch.Tensor | None,
         attn_metadata: AttentionMetadata,
         attn_type: str = AttentionType.DECODER,
+        rotation: Rotation | None = None,
     ) -> torch.Tensor:
         """Attend; with a cache, first store `key` and `value` in it.
 
@@ -137,6 +139,8 @@ class Attention(_AttentionBase):
                 the given rows are all there is (profiling), and nothing is written.
             attn_metadata: The step's batch.
             attn_type: See `AttentionType`.
+            rotation: How queries and keys, which then have the heads as an axis, are rotated first. With a cache that
+                takes no memory access of its own.
 
         Returns:
             `(num_tokens, num_heads * head_size)`.
@@ -147,12 +151,18 @@ class Attention(_AttentionBase):
         num_tokens = query.shape[0]
         backend = self._backend_for(query)
         if attn_type == AttentionType.DECODER and kv_cache is not None and kv_cache.numel() > 0:
+            if rotation is None:
+                write_kv(key, value, kv_cache, attn_metadata.slot_mapping)
+            else:
+                query = rotate_and_write_kv(query, key, value, rotation, kv_cache, attn_metadata.slot_mapping)
             # Flat or not: with a cache at hand, backends know the head size.
-            out = backend.paged(query, key, value, kv_cache, attn_metadata, self.spec)
+            out = backend.paged(query, kv_cache, attn_metadata, self.spec)
         elif attn_type in (AttentionType.DECODER, AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
             q = query.reshape(num_tokens, self.num_heads, self.head_size)
             k = key.reshape(num_tokens, self.num_kv_heads, self.head_size)
             v = value.reshape(num_tokens, self.num_kv_heads, self.head_size)
+            if rotation is not None:
+                q, k = rotary_embedding(q, k, *rotation)
             causal = attn_type == AttentionType.DECODER
             out = backend.varlen(q, k, v, attn_metadata.cu_seqlens_q, self.spec, causal=causal)
         else:

@@ -14,7 +14,6 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from sensorium.attention.backend import AttentionSpec
 from sensorium.attention.metadata import AttentionMetadata
-from sensorium.kernels.attention import write_kv
 
 
 class SdpaBackend:
@@ -30,14 +29,11 @@ class SdpaBackend:
     def paged(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         spec: AttentionSpec,
     ) -> torch.Tensor:
         """See `AttentionBackend.paged`."""
-        write_kv(key, value, kv_cache, metadata.slot_mapping)
         shape = query.shape
         query = query.reshape(shape[0], spec.num_heads, spec.head_size)
         out = torch.empty_like(query, memory_format=torch.contiguous_format)

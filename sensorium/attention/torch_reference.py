@@ -9,7 +9,6 @@ from sensorium.attention.metadata import AttentionMetadata
 from sensorium.kernels.attention import (
     paged_attention_reference,
     varlen_attention_reference,
-    write_kv_reference,
 )
 
 
@@ -26,14 +25,11 @@ class TorchReferenceBackend:
     def paged(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         spec: AttentionSpec,
     ) -> torch.Tensor:
         """See `AttentionBackend.paged`."""
-        write_kv_reference(key, value, kv_cache, metadata.slot_mapping)
         return paged_attention_reference(
             query,
             kv_cache,

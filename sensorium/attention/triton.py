@@ -28,16 +28,13 @@ class TritonBackend:
     def paged(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
         kv_cache: torch.Tensor,
         metadata: AttentionMetadata,
         spec: AttentionSpec,
     ) -> torch.Tensor:
         """See `AttentionBackend.paged`."""
-        from sensorium.kernels.gpu.attention import paged_attention, write_kv
+        from sensorium.kernels.gpu.attention import paged_attention
 
-        write_kv(key, value, kv_cache, metadata.slot_mapping)
         # In a captured step nothing else is known than that every sequence runs one token, or none.
         is_decode = metadata.max_seqlen_q == 1
         return paged_attention(

@@ -15,6 +15,7 @@ import itertools
 
 import torch
 
+from sensorium.kernels.gpu import on_gpu
 from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, token_rows
 
 
@@ -176,7 +177,8 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slo
     """See `write_kv_reference`."""
     native = native_for(kv_cache)
     if native is None or key.dtype != kv_cache.dtype or value.dtype != kv_cache.dtype:
-        write_kv_reference(key, value, kv_cache, slot_mapping)
+        write = _gpu_write_kv if on_gpu(kv_cache) else write_kv_reference
+        write(key, value, kv_cache, slot_mapping)
         return
     assert slot_mapping.dtype == torch.int64
     key, value, slots = token_rows(key), token_rows(value), slot_mapping.contiguous()
@@ -186,6 +188,12 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slo
         *(keys, values, key.data_ptr(), value.data_ptr(), slots.data_ptr(), len(slots)),
         *(slot_size * size, key.stride(0) * size, value.stride(0) * size, num_threads()),
     )
+
+
+def _gpu_write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+    from sensorium.kernels.gpu.attention import write_kv
+
+    write_kv(key, value, kv_cache, slot_mapping)
 
 
 def _cache_halves(kv_cache: torch.Tensor) -> tuple[int, int, int]:

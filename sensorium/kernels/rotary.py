@@ -15,12 +15,20 @@ from sensorium.kernels.gpu import on_gpu
 from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, token_rows
 
 
+class Rotation(NamedTuple):
+    """How queries and keys are rotated in a step: the arguments of `rotary_embedding` beside them."""
+
+    cos: torch.Tensor
+    sin: torch.Tensor
+    is_neox_style: bool = True
+    rotary_dim: int | None = None
+
+
 def rotary_embedding_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    *,
     is_neox_style: bool = True,
     rotary_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,7 +66,6 @@ def rotary_embedding(
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    *,
     is_neox_style: bool = True,
     rotary_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -67,7 +74,7 @@ def rotary_embedding(
     plain = key.dtype == query.dtype and cos.dtype == sin.dtype and cos.dtype in (query.dtype, torch.float32)
     if native is None or not plain:
         fused = _gpu_rotary_embedding if on_gpu(query) else rotary_embedding_reference
-        return fused(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+        return fused(query, key, cos, sin, is_neox_style, rotary_dim)
     query, key, cos, sin = token_rows(query), token_rows(key), cos.contiguous(), sin.contiguous()
     query_out = torch.empty_like(query, memory_format=torch.contiguous_format)
     key_out = torch.empty_like(key, memory_format=torch.contiguous_format)
@@ -86,22 +93,12 @@ def _gpu_rotary_embedding(
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    *,
     is_neox_style: bool = True,
     rotary_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     from sensorium.kernels.gpu.rotary import rotary_embedding
 
-    return rotary_embedding(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
-
-
-class Rotation(NamedTuple):
-    """How queries and keys are rotated in a step: the arguments of `rotary_embedding` beside them."""
-
-    cos: torch.Tensor
-    sin: torch.Tensor
-    is_neox_style: bool = True
-    rotary_dim: int | None = None
+    return rotary_embedding(query, key, cos, sin, is_neox_style, rotary_dim)
 
 
 def rotate_and_write_kv_reference(
@@ -116,8 +113,7 @@ def rotate_and_write_kv_reference(
 
     See `rotary_embedding_reference` and `attention.write_kv_reference`.
     """
-    cos, sin, is_neox_style, rotary_dim = rotation
-    query, key = rotary_embedding_reference(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+    query, key = rotary_embedding_reference(query, key, *rotation)
     write_kv_reference(key, value, kv_cache, slot_mapping)
     return query
 
@@ -135,7 +131,6 @@ def rotate_and_write_kv(
         from sensorium.kernels.gpu import rotary as gpu
 
         return gpu.rotate_and_write_kv(query, key, value, rotation, kv_cache, slot_mapping)
-    cos, sin, is_neox_style, rotary_dim = rotation
-    query, key = rotary_embedding(query, key, cos, sin, is_neox_style=is_neox_style, rotary_dim=rotary_dim)
+    query, key = rotary_embedding(query, key, *rotation)
     write_kv(key, value, kv_cache, slot_mapping)
     return query

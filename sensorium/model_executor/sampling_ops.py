@@ -64,13 +64,16 @@ def column(values: Array, device: torch.device) -> torch.Tensor:
 
 
 def best_tokens(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Each row's best token id and its logit, which is NaN if any logit of the row is.
+    """Each row's best token id and its logit as float32, which is NaN if any logit of the row is.
+
+    The logits may be of any float type here.
 
     On the CPU NumPy does it, 10 to 20 times faster than torch's own argmax there (0.2 against 2 to 5 ms for
     16 rows of a vocabulary of 152,000).
     """
     if logits.device.type != "cpu":
         return largest(logits)
+    logits = logits.float()
     token_ids = torch.from_numpy(logits.numpy().argmax(axis=-1))
     return token_ids, logits.gather(1, token_ids.unsqueeze(1)).squeeze(1)
 

@@ -6,6 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.gpu.chaining import await_predecessor, chained, release_successor
 from sensorium.kernels.native import rows_of
 
 _BLOCK = 1024
@@ -26,8 +27,11 @@ def _activate(
     KIND: tl.constexpr,
     IS_GATED: tl.constexpr,
     BLOCK: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
     """A piece of one row."""
+    release_successor(IS_CHAINED)
+    await_predecessor(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < size
@@ -58,6 +62,11 @@ def activate(x: torch.Tensor, kind: str, *, gated: bool) -> torch.Tensor:
     out = x.new_empty((*x.shape[:-1], size))
     if out.numel():
         _activate[(num_rows, triton.cdiv(size, _BLOCK))](
-            *(out, rows, rows.stride(0), size), KIND=kind, IS_GATED=gated, BLOCK=_BLOCK, num_warps=4
+            *(out, rows, rows.stride(0), size),
+            KIND=kind,
+            IS_GATED=gated,
+            BLOCK=_BLOCK,
+            num_warps=4,
+            **chained(x.device),
         )
     return out

@@ -1,4 +1,9 @@
-"""The greedy choice of a token in one launch. The twin is in `sensorium.kernels.argmax`."""
+"""The greedy choice of a token. The twin is in `sensorium.kernels.argmax`.
+
+A row is split over programs where there are few rows. A program's finding is one number that orders first by the logit
+and then by the place, so that findings are joined by taking the largest: the logit's bits, turned so that they order as
+integers, above the place, counted backwards.
+"""
 
 from __future__ import annotations
 
@@ -6,33 +11,75 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.gpu import num_processors
+from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.native import rows_of
 
 _BLOCK = 4096
+_MAX_SPLITS = 64
 
 
 @triton.jit
-def _largest(ids, values, logits, stride, size, BLOCK: tl.constexpr):
-    """One row, compared as integers in the order of the numbers, with NaN above all."""
-    row = tl.program_id(0).to(tl.int64)
-    lanes = tl.arange(0, BLOCK)
+def _order(value):
+    """Integers in the order of the numbers, with NaN above all and both zeros equal."""
+    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
+    return tl.where(value != value, 2147483647, bits ^ ((bits >> 31) & 2147483647))
+
+
+@triton.jit
+def _store(ids, values, row, finding):
+    order = (finding >> 32).to(tl.int32)
+    tl.store(ids + row, 2147483647 - (finding & 2147483647))
+    # The function of the order is its own inverse, and gives a NaN for that of NaN.
+    tl.store(values + row, (order ^ ((order >> 31) & 2147483647)).to(tl.float32, bitcast=True))
+
+
+@triton.jit(do_not_specialize=["share"])
+def _find(
+    ids,
+    values,
+    findings,
+    logits,
+    stride,
+    size,
+    share,
+    BLOCK: tl.constexpr,
+    IS_SPLIT: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+):
+    """A share of one row."""
+    await_predecessor(IS_CHAINED)
+    row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
+    begin = split * share
+    end = tl.minimum(begin + share, size)
     best = tl.full([BLOCK], -2147483648, tl.int32)
     place = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, size, BLOCK):
-        columns = start + lanes
-        is_column = columns < size
-        value = tl.load(logits + row * stride + columns, mask=is_column, other=0.0).to(tl.float32)
-        value = tl.where(value == 0.0, 0.0, value)  # the two zeros are equal
-        bits = value.to(tl.int32, bitcast=True)
-        order = tl.where(value != value, 2147483647, bits ^ ((bits >> 31) & 2147483647))
+    for start in range(begin, end, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        is_column = columns < end
+        order = _order(tl.load(logits + row * stride + columns, mask=is_column, other=0.0).to(tl.float32))
         # The first of equal values stays.
         is_better = is_column & (order > best)
         best = tl.where(is_better, order, best)
         place = tl.where(is_better, columns, place)
     top = tl.max(best, 0)
-    tl.store(ids + row, tl.min(tl.where(best == top, place, 2147483647), 0).to(tl.int64))
-    # The order's function is its own inverse, and gives a NaN for that of NaN.
-    tl.store(values + row, (top ^ ((top >> 31) & 2147483647)).to(tl.float32, bitcast=True))
+    first = tl.min(tl.where(best == top, place, 2147483647), 0)
+    finding = (top.to(tl.int64) << 32) | (2147483647 - first).to(tl.int64)
+    if IS_SPLIT:
+        tl.store(findings + row * tl.num_programs(1) + split, finding)
+    else:
+        _store(ids, values, row, finding)
+
+
+@triton.jit
+def _join(ids, values, findings, num_splits, MAX_SPLITS: tl.constexpr, IS_CHAINED: tl.constexpr):
+    """One row."""
+    await_predecessor(IS_CHAINED)
+    row = tl.program_id(0).to(tl.int64)
+    splits = tl.arange(0, MAX_SPLITS)
+    least = -9223372036854775808
+    found = tl.load(findings + row * num_splits + splits, mask=splits < num_splits, other=least)
+    _store(ids, values, row, tl.max(found, 0))
 
 
 def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -41,6 +88,21 @@ def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     num_rows, size = rows.shape
     ids = torch.empty(num_rows, dtype=torch.int64, device=logits.device)
     values = torch.empty(num_rows, dtype=torch.float32, device=logits.device)
-    if num_rows:
-        _largest[(num_rows,)](ids, values, rows, rows.stride(0), size, BLOCK=_BLOCK, num_warps=16)
+    if not num_rows:
+        return ids, values
+    options = chained(logits.device)
+    wanted = 2 * num_processors(logits.device) // num_rows
+    share = triton.cdiv(triton.cdiv(size, _BLOCK), max(min(wanted, _MAX_SPLITS), 1)) * _BLOCK
+    num_splits = triton.cdiv(size, share)
+    is_split = num_splits > 1
+    findings = torch.empty(num_rows * num_splits, dtype=torch.int64, device=logits.device) if is_split else ids
+    _find[(num_rows, num_splits)](
+        *(ids, values, findings, rows, rows.stride(0), size, share),
+        BLOCK=_BLOCK,
+        IS_SPLIT=is_split,
+        num_warps=8,
+        **options,
+    )
+    if is_split:
+        _join[(num_rows,)](ids, values, findings, num_splits, MAX_SPLITS=_MAX_SPLITS, num_warps=1, **options)
     return ids, values

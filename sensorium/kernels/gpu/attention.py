@@ -11,14 +11,27 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.gpu.chunk_attention import attend_chunks
 from sensorium.kernels.gpu.decode_attention import attend_decodes
 from sensorium.kernels.native import token_rows
 
 
 @triton.jit
-def _write_kv(key, value, keys, values, slot_mapping, key_stride, value_stride, slot_size, BLOCK: tl.constexpr):
+def _write_kv(
+    key,
+    value,
+    keys,
+    values,
+    slot_mapping,
+    key_stride,
+    value_stride,
+    slot_size,
+    BLOCK: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+):
     """One token."""
+    await_predecessor(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot < 0:
@@ -48,6 +61,7 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slo
         *(key, value, keys, values, slot_mapping),
         *(key.stride(0), value.stride(0), slot_size),
         BLOCK=triton.next_power_of_2(slot_size),
+        **chained(key.device),
     )
 
 

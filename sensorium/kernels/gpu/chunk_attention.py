@@ -22,6 +22,8 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.gpu.chaining import await_predecessor, chained
+
 LOG2_E = 1.4426950408889634
 _SEARCHED = 128
 """Sequences that are looked at together to find a tile's."""
@@ -40,14 +42,21 @@ class ChunkConfig(NamedTuple):
 
 @cache
 def chunk_config(dtype: torch.dtype, head_size: int, rows_per_seq: int) -> ChunkConfig:
-    """The measured choice. `rows_per_seq`: how many rows, queries times the heads that share a key, a sequence has."""
+    """The measured choice. `rows_per_seq`: how many rows, queries times the heads that share a key, a sequence has.
+
+    Never a single stage: Triton 3.6 then makes wrong code for Hopper's matrix units.
+    """
     if dtype == torch.float32:
-        return ChunkConfig(16, 32, 4, 1)
+        return ChunkConfig(16, 32, 4, 2)
     if rows_per_seq <= 16:
         return ChunkConfig(16, 64, 4, 2)
-    if rows_per_seq <= 96 or head_size > 192:
+    if head_size > 192:
         return ChunkConfig(64, 64, 4, 2)
-    return ChunkConfig(128, 64, 8, 3)
+    if rows_per_seq <= 96:
+        return ChunkConfig(64, 32, 4, 3)
+    if rows_per_seq <= 2048:
+        return ChunkConfig(64, 64, 4, 3)
+    return ChunkConfig(128, 64, 4, 3) if head_size <= 96 else ChunkConfig(128, 64, 8, 5)
 
 
 @triton.jit
@@ -91,6 +100,7 @@ def _attend_blocks(
     HEAD_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IS_ONE_STRIDE: tl.constexpr,
     IS_MASKED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
@@ -110,7 +120,10 @@ def _attend_blocks(
             places = blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE
         else:
             places = tokens.to(tl.int64)
-        key_places, value_places = places * key_stride, places * value_stride
+        key_places = places * key_stride
+        value_places = key_places
+        if not IS_ONE_STRIDE:
+            value_places = places * value_stride
         k_a = _load_keys(key, key_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A)
         scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
         if HEAD_B > 0:
@@ -173,13 +186,16 @@ def _attend(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
+    IS_ONE_STRIDE: tl.constexpr,
     SEARCHED: tl.constexpr,
     HAS_KEY_LENS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
     """One tile and one key/value head. `scale` and `softcap` are such that weights are powers of two."""
+    await_predecessor(IS_CHAINED)
     # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
 
@@ -248,18 +264,18 @@ def _attend(
         best, total, acc_a, acc_b = _attend_blocks(
             best, total, acc_a, acc_b, begin, open_begin, q_a, q_b, positions, key, value, table, num_keys,
             scale, window, softcap, key_stride, value_stride,
-            HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+            HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
         )  # fmt: skip
     open_end = tl.maximum(open_begin, open_end)
     best, total, acc_a, acc_b = _attend_blocks(
         best, total, acc_a, acc_b, open_begin, open_end, q_a, q_b, positions, key, value, table, num_keys,
         scale, window, softcap, key_stride, value_stride,
-        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, False, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, False, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
     )  # fmt: skip
     best, total, acc_a, acc_b = _attend_blocks(
         best, total, acc_a, acc_b, open_end, end, q_a, q_b, positions, key, value, table, num_keys,
         scale, window, softcap, key_stride, value_stride,
-        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
     )  # fmt: skip
 
     weight = 1.0 / tl.where(total == 0.0, 1.0, total)
@@ -331,6 +347,7 @@ def attend_chunks(
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
         BLOCK_SIZE=block_size,
+        IS_ONE_STRIDE=strides[0] == strides[1],
         SEARCHED=_SEARCHED,
         HAS_KEY_LENS=key_lens is not None,
         IS_CAUSAL=causal,
@@ -338,6 +355,7 @@ def attend_chunks(
         HAS_SOFTCAP=softcap is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chained(query.device),
     )
 
 

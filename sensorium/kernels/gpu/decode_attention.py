@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 
 from sensorium.kernels.gpu import num_processors
+from sensorium.kernels.gpu.chaining import await_predecessor, chained, release_successor
 
 LOG2_E = 1.4426950408889634
 
@@ -47,6 +48,8 @@ def decode_config(dtype: torch.dtype, head_size: int) -> DecodeConfig:
 
 
 MAX_SPLITS = 128
+_JOIN_CHUNK = 64
+"""Shares that are joined at a time."""
 
 
 def num_splits_for(config: DecodeConfig, num_programs: int, max_keys: int, device: torch.device) -> int:
@@ -96,8 +99,10 @@ def _attend(
     IS_SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
     """One share, of one sequence's keys of one head. `scale` and `softcap` are such that weights are powers of two."""
+    await_predecessor(IS_CHAINED)
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(cu_seqlens + seq)
     if tl.load(cu_seqlens + seq + 1) == row:
@@ -171,8 +176,11 @@ def _join(
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
     """One query head of one sequence, from its shares."""
+    release_successor(IS_CHAINED)
+    await_predecessor(IS_CHAINED)
     head, seq = tl.program_id(0), tl.program_id(1)
     row = tl.load(cu_seqlens + seq).to(tl.int64)
     if tl.load(cu_seqlens + seq + 1) == row:
@@ -252,6 +260,7 @@ def attend_decodes(
         HAS_SOFTCAP=softcap is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        **chained(query.device),
     )
     if is_split:
         _join[(num_heads, num_seqs)](
@@ -260,7 +269,8 @@ def attend_decodes(
             HEAD_PAD=head_pad,
             BLOCK_N=config.block_n,
             MAX_SPLITS=MAX_SPLITS,
-            CHUNK=32,
+            CHUNK=_JOIN_CHUNK,
             HAS_WINDOW=window is not None,
             num_warps=4,
+            **chained(query.device),
         )

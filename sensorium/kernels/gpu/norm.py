@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.gpu.chaining import await_predecessor, chained, release_successor
 from sensorium.kernels.native import rows_of
 
 _TILE = 2048
@@ -31,11 +32,15 @@ def _rms_norm(
     ROWS: tl.constexpr,
     HAS_RESIDUAL: tl.constexpr,
     ROUND_FIRST: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
     is_column = columns < SIZE
     is_cell = (rows < num_rows) & is_column
+    scale = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
+    release_successor(IS_CHAINED)
+    await_predecessor(IS_CHAINED)
     values = tl.load(x + rows * x_stride + columns, mask=is_cell, other=0.0)
     if HAS_RESIDUAL:
         added = tl.load(residual + rows * residual_stride + columns, mask=is_cell, other=0.0)
@@ -46,7 +51,6 @@ def _rms_norm(
     normed = wide * tl.rsqrt(mean_square + eps)[:, None]
     if ROUND_FIRST:
         normed = normed.to(x.dtype.element_ty).to(tl.float32)
-    scale = tl.load(weight + columns, mask=is_column, other=0.0).to(tl.float32)
     tl.store(out + rows * SIZE + columns, (normed * scale).to(x.dtype.element_ty), mask=is_cell)
 
 
@@ -91,4 +95,5 @@ def _launch(
         HAS_RESIDUAL=residual is not None,
         ROUND_FIRST=weight.dtype == x.dtype,
         num_warps=min(max(block // 512, 4), 32),
+        **chained(x.device),
     )

@@ -9,6 +9,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.native import token_rows
 from sensorium.kernels.rotary import Rotation
 
@@ -73,8 +74,10 @@ def _rotate(
     SLOT_PAD: tl.constexpr,
     IS_NEOX: tl.constexpr,
     WRITES: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
 ):
     """One token. With `WRITES`, its key and value go to its slot of a cache, if it has one."""
+    await_predecessor(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, HALF_PAD)[None, :]
     c = tl.load(cos + token * HALF + pairs, mask=pairs < HALF, other=0.0).to(tl.float32)
@@ -103,7 +106,6 @@ def rotary_embedding(
     key: torch.Tensor,
     cos: torch.Tensor,
     sin: torch.Tensor,
-    *,
     is_neox_style: bool = True,
     rotary_dim: int | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -166,4 +168,5 @@ def _launch(
         IS_NEOX=is_neox_style,
         WRITES=slot_mapping is not None,
         num_warps=4,
+        **chained(query.device),
     )

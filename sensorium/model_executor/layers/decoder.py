@@ -20,14 +20,16 @@ from torch import nn
 
 from sensorium.attention import Attention, AttentionMetadata
 from sensorium.config import EngineConfig, rope_parameters
+from sensorium.kernels import Rotation
 from sensorium.model_executor.layers.activation import get_act_and_mul_fn
 from sensorium.model_executor.layers.layernorm import RMSNorm
 from sensorium.model_executor.layers.linear import (
     MergedColumnParallelLinear,
     QKVParallelLinear,
     RowParallelLinear,
+    widen_inner,
 )
-from sensorium.model_executor.layers.rotary_embedding import CosSin, RotaryEmbedding, get_rope
+from sensorium.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sensorium.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 
@@ -56,7 +58,6 @@ class DecoderAttention(nn.Module):
         self,
         config: EngineConfig,
         options: DecoderOptions,
-        rotary_emb: RotaryEmbedding,
         layer: int,
         prefix: str,
     ) -> None:
@@ -81,7 +82,6 @@ class DecoderAttention(nn.Module):
             quant_config=config.quant_config,
             prefix=f"{prefix}.o_proj",
         )
-        self.rotary_emb = rotary_emb
         self.attn = Attention(
             num_heads,
             head_size,
@@ -95,16 +95,15 @@ class DecoderAttention(nn.Module):
 
     def forward(
         self,
-        cos_sin: CosSin,
+        rotation: Rotation,
         hidden_states: torch.Tensor,
         kv_cache: torch.Tensor,
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """`(num_tokens, hidden_size)` to the same, given the step's rotary angles."""
+        """`(num_tokens, hidden_size)` to the same, given the step's rotation."""
         qkv, _ = self.qkv_proj.forward(hidden_states)
         query, key, value = self.qkv_proj.split_heads(qkv)
-        query, key = self.rotary_emb.rotate(cos_sin, query, key)
-        attended: torch.Tensor = self.attn(query, key, value, kv_cache, attn_metadata)
+        attended: torch.Tensor = self.attn(query, key, value, kv_cache, attn_metadata, rotation=rotation)
         return self.o_proj.forward(attended)[0]
 
 
@@ -133,6 +132,11 @@ class GatedMLP(nn.Module):
         )
         self.act_fn = get_act_and_mul_fn(hidden_act)
 
+    def process_weights_after_loading(self) -> None:
+        """On a GPU, give the inner channels a friendly width, before the layers lay their weights out."""
+        if self.gate_up_proj.weight.is_cuda:
+            widen_inner(self.gate_up_proj, self.down_proj, num_parts=2)
+
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(num_tokens, hidden_size)` to the same."""
         if hidden_states.is_cpu and hidden_states.shape[0] > MLP_CHUNK_ROWS:
@@ -151,13 +155,12 @@ class DecoderLayer(nn.Module):
         self,
         config: EngineConfig,
         options: DecoderOptions,
-        rotary_emb: RotaryEmbedding,
         layer: int,
         prefix: str,
     ) -> None:
         super().__init__()
         text = config.model_config.hf_text_config
-        self.self_attn = DecoderAttention(config, options, rotary_emb, layer, f"{prefix}.self_attn")
+        self.self_attn = DecoderAttention(config, options, layer, f"{prefix}.self_attn")
         self.mlp = GatedMLP(
             text.hidden_size,
             text.intermediate_size,
@@ -171,7 +174,7 @@ class DecoderLayer(nn.Module):
 
     def forward(
         self,
-        cos_sin: CosSin,
+        rotation: Rotation,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
         kv_cache: torch.Tensor,
@@ -183,7 +186,7 @@ class DecoderLayer(nn.Module):
             hidden_states = self.input_layernorm.forward(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm.forward(hidden_states, residual)
-        hidden_states = self.self_attn.forward(cos_sin, hidden_states, kv_cache, attn_metadata)
+        hidden_states = self.self_attn.forward(rotation, hidden_states, kv_cache, attn_metadata)
         hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
         return self.mlp.forward(hidden_states), residual
 
@@ -204,8 +207,7 @@ class Decoder(nn.Module):
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size, prefix=f"{prefix}.embed_tokens")
         self.rotary_emb = rope_of(config)
         self.layers = nn.ModuleList(
-            DecoderLayer(config, options, self.rotary_emb, layer, f"{prefix}.layers.{layer}")
-            for layer in range(text.num_hidden_layers)
+            DecoderLayer(config, options, layer, f"{prefix}.layers.{layer}") for layer in range(text.num_hidden_layers)
         )
         self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
 
@@ -238,9 +240,9 @@ class Decoder(nn.Module):
             inputs_embeds = self.get_input_embeddings(input_ids)
         hidden_states = inputs_embeds
         residual: torch.Tensor | None = None
-        cos_sin = self.rotary_emb.cos_sin(positions)
+        rotation = self.rotary_emb.rotation(positions)
         for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden_states, residual = layer(cos_sin, hidden_states, residual, kv_cache, attn_metadata)
+            hidden_states, residual = layer(rotation, hidden_states, residual, kv_cache, attn_metadata)
         normed: torch.Tensor = self.norm(hidden_states, residual)[0]
         return normed
 

@@ -25,6 +25,7 @@ from sensorium.model_executor.layers.linear import (
     ReplicatedLinear,
     RowParallelLinear,
     copy_weight,
+    widen_inner,
 )
 from sensorium.model_executor.layers.rotary_embedding import CosSin
 
@@ -123,6 +124,11 @@ class EncoderMLP(nn.Module):
             prefix=f"{prefix}.fc2",
         )
         self.act_fn = get_act_fn(hidden_act)
+
+    def process_weights_after_loading(self) -> None:
+        """On a GPU, give the inner channels a friendly width, before the layers lay their weights out."""
+        if self.fc1.weight.is_cuda:
+            widen_inner(self.fc1, self.fc2)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(..., hidden_size)` to `(..., output_size)`."""

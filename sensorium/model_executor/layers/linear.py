@@ -53,6 +53,27 @@ def copy_weight(target: torch.Tensor, loaded: torch.Tensor, what: str) -> None:
     target.copy_(loaded)
 
 
+def friendly_width(size: int) -> int:
+    """The least width from `size` on that a GPU's matrix units read at full speed.
+
+    Rows that don't begin at multiples of 16 bytes are read in pieces of 2 or 4, by kernels of older GPUs. The inner
+    3420 channels of Qwen2.5-VL's tower become 3456, a multiple of 64, as they are widened anyway.
+    """
+    return size if size % 8 == 0 else -(-size // 64) * 64
+
+
+def widen_inner(up: LinearBase, down: LinearBase, num_parts: int = 1) -> None:
+    """Widen what lies between two layers to a friendly width.
+
+    `up` gives `num_parts` parts that become one input of `down`. New channels are zero before the activation, and
+    `down` multiplies them with zero, so that results are equal.
+    """
+    size = friendly_width(down.input_size)
+    if size != down.input_size:
+        up.widen_outputs(size, num_parts)
+        down.widen_inputs(size)
+
+
 def without_memory(parameter: nn.Parameter) -> nn.Parameter:
     """A stand-in for a parameter whose values lie elsewhere: its shape and dtype, on the meta device."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)
@@ -116,6 +137,24 @@ class LinearBase(nn.Module):
     def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
         """Fill `param` (the weight or the bias) from the whole tensor."""
         copy_weight(param.data, loaded_weight, self._name_of(param))
+
+    def widen_outputs(self, size: int, num_parts: int = 1) -> None:
+        """Give each of `num_parts` equal parts of the output `size` channels; the new ones are zero."""
+        with torch.no_grad():
+            for name in ("weight", "bias"):
+                parameter: nn.Parameter | None = getattr(self, name)
+                if parameter is not None:
+                    parts = parameter.view(num_parts, -1, *parameter.shape[1:])
+                    wider = parts.new_zeros((num_parts, size, *parts.shape[2:]))
+                    wider[:, : parts.shape[1]] = parts
+                    setattr(self, name, nn.Parameter(wider.flatten(0, 1), requires_grad=False))
+        self.output_size = num_parts * size
+
+    def widen_inputs(self, size: int) -> None:
+        """Take `size` channels, of which the new ones count nothing."""
+        wider = F.pad(self.weight.detach(), (0, size - self.input_size))
+        self.weight = nn.Parameter(wider, requires_grad=False)
+        self.input_size = size
 
     def process_weights_after_loading(self) -> None:
         """Lay the weight out for the kernels. The plain copy is given up where the layout is another one."""

@@ -2,8 +2,8 @@
 
 Angles are computed in float32 from the positions of a step, as `transformers` does
 (`modeling_rope_utils.py`), so any position is good and there is no table to size. A model whose layers share
-their angles computes them once a step with `cos_sin` and rotates in each layer with `rotate`; calling the
-layer as `(positions, query, key)` does both.
+their angles computes them once a step with `rotation`, with which attention layers rotate; calling the layer as
+`(positions, query, key)` does both.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 from sensorium.errors import ModelError
-from sensorium.kernels import rotary_embedding
+from sensorium.kernels import Rotation, rotary_embedding
 
 CosSin = tuple[torch.Tensor, torch.Tensor]
 
@@ -103,18 +103,17 @@ class RotaryEmbedding(nn.Module):
             return angles.cos(), angles.sin()
         return angles.cos() * self.scale, angles.sin() * self.scale
 
-    def rotate(self, cos_sin: CosSin, query: torch.Tensor, key: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Query `(num_tokens, num_heads, head_size)` and key `(num_tokens, num_kv_heads, head_size)`, rotated."""
-        rotary_dim = None if self.rotary_dim == self.head_size else self.rotary_dim
-        cos, sin = cos_sin
-        return rotary_embedding(query, key, cos, sin, is_neox_style=self.is_neox_style, rotary_dim=rotary_dim)
+    def rotation(self, positions: torch.Tensor) -> Rotation:
+        """How queries and keys at these positions (see `cos_sin`) are rotated."""
+        cos, sin = self.cos_sin(positions)
+        return Rotation(cos, sin, self.is_neox_style, None if self.rotary_dim == self.head_size else self.rotary_dim)
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Rotate by the angles of `positions` (see `cos_sin`); the heads may be an axis, or side by side in one."""
         heads = (len(query), -1, self.head_size)
-        rotated_query, rotated_key = self.rotate(self.cos_sin(positions), query.view(heads), key.view(heads))
+        rotated_query, rotated_key = rotary_embedding(query.view(heads), key.view(heads), *self.rotation(positions))
         return rotated_query.view(query.shape), rotated_key.view(key.shape)
 
     def extra_repr(self) -> str:

@@ -140,10 +140,11 @@ class Sampler(nn.Module):
                 f"compute_logits: got logits of width {logits.shape[1]}, expected the vocabulary's "
                 f"{state.vocab_size}. Make the output head as large as vocab_size of the config says."
             )
-        logits = logits.detach().float()
+        logits = logits.detach()
         if token_mask is None and state.is_plain[slots].all():
             return SamplerOutput(*best_tokens(logits))
 
+        logits = logits.float()
         num_best = state.num_logprobs[slots]
         reporting = np.flatnonzero(num_best != NO_LOGPROBS)
         raw = _rows_of(logits, reporting)

@@ -243,7 +243,7 @@ class ThinkerAudioEncoder(WhisperEncoder):
         lengths = [min(self.chunk, n - start) for n in num_frames for start in range(0, n, self.chunk)]
         hidden_states = self._embed(self._chunks(features, num_frames), lengths)
         rows = [rows_of_frames(length) for length in lengths]
-        starts = torch.tensor([0, *rows], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        starts = torch.tensor([0, *rows], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(hidden_states.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, cu_seqlens=starts)
         sounds = torch.split(hidden_states, [rows_of_frames(n) for n in num_frames])

@@ -65,10 +65,11 @@ class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
         by_window = torch.from_numpy(order).to(pixel_values.device)
         hidden_states = self.patch_embed["proj"](reorder(pixel_values, by_window, square))[0]
         cos, sin = (reorder(angles, by_window, square) for angles in self.cos_sin(grids))
-        starts = {True: frame_starts(grids), False: starts_of(lengths * square)}
+        # On the device once, not in every layer.
+        frames, windows = (s.to(hidden_states.device) for s in (frame_starts(grids), starts_of(lengths * square)))
         for index, block in enumerate(self.blocks):
             is_full = index in self.config.fullatt_block_indexes
-            hidden_states = block(hidden_states, (cos, sin), starts[is_full])
+            hidden_states = block(hidden_states, (cos, sin), frames if is_full else windows)
         rows: torch.Tensor = self.merger(hidden_states)
         return rows[torch.argsort(by_window)]
 

@@ -116,7 +116,7 @@ class Qwen2VisionTransformer(nn.Module):
         """
         hidden_states = self.patch_embed["proj"](pixel_values)[0]
         cos_sin = self.cos_sin(grids)
-        starts = frame_starts(grids)
+        starts = frame_starts(grids).to(hidden_states.device)
         for block in self.blocks:
             hidden_states = block(hidden_states, cos_sin, starts)
         rows: torch.Tensor = self.merger(hidden_states)

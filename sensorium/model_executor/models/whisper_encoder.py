@@ -80,7 +80,7 @@ class WhisperEncoder(nn.Module):
         """
         lengths = [rows_of_frames(each) for each in num_frames]
         hidden_states = torch.cat([self._embed_sound(*each) for each in zip(features, lengths, strict=True)])
-        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32)
+        starts = torch.tensor([0, *lengths], dtype=torch.int32).cumsum(0, dtype=torch.int32).to(hidden_states.device)
         for layer in self.layers:
             hidden_states = layer(hidden_states, cu_seqlens=starts)
         return hidden_states

@@ -102,8 +102,10 @@ def test_rotation(dtype: torch.dtype, neox: bool, heads: int, kv_heads: int, siz
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 100, 5000])
-def test_the_greedy_choice(dtype: torch.dtype, size: int) -> None:
-    """Of equal values the first, also of zeros of both signs; a NaN before all."""
+@pytest.mark.parametrize("block", [512, 4096])
+def test_the_greedy_choice(dtype: torch.dtype, size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of equal values the first, also of zeros of both signs; a NaN before all. A row alone is split over programs."""
+    monkeypatch.setattr(gpu_argmax, "_BLOCK", block)
     logits = rows(6, size, dtype=dtype, wider_by=3).round()
     logits[1] = -torch.inf
     logits[2, size // 2] = torch.inf
@@ -113,3 +115,5 @@ def test_the_greedy_choice(dtype: torch.dtype, size: int) -> None:
     want_ids, want_values = argmax.largest_reference(logits)
     assert torch.equal(ids, want_ids)
     torch.testing.assert_close(values, want_values, atol=0, rtol=0, equal_nan=True)
+    for row in range(6):
+        assert torch.equal(gpu_argmax.largest(logits[row : row + 1])[0], want_ids[row : row + 1])
