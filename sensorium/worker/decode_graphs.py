@@ -8,17 +8,12 @@ the rows that it needs.
 
 Padding rows stand for nobody: they attend to one token of block 0, write no KV, and sample into an entry that no slot
 has.
-
-What a pass asks the host while it is recorded would be the same at every replay. The lengths that `AttentionMetadata`
-has for the host are therefore unreadable then: a model that asks for them can't be recorded, and runs call by call.
 """
 
 from __future__ import annotations
 
-from bisect import bisect_left
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NoReturn, Protocol
+from typing import Any
 
 import numpy as np
 import torch
@@ -26,47 +21,12 @@ from torch import nn
 
 from sensorium.attention import NO_SLOT, AttentionMetadata
 from sensorium.kernels import largest
-from sensorium.logger import get_logger
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.model_executor.layers.sampler import SamplerOutput
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
+from sensorium.worker.graph_capture import UNREADABLE, GraphCapture, RecordedSizes, Replay
 from sensorium.worker.input_batch import StepArrays
 from sensorium.worker.step_buffers import HostArray, StepBuffers, packed_bytes
-
-logger = get_logger(__name__)
-
-Replay = Callable[[], None]
-
-
-class GraphCapture(Protocol):
-    """Records what a function has the device do."""
-
-    def record(self, run: Callable[[], None]) -> Replay:
-        """Run the function as often as needed, and return what repeats it. Raises whatever stands against it."""
-
-
-class CudaGraphCapture:
-    """Records CUDA graphs, which share one pool of memory: only one of them runs at a time."""
-
-    def __init__(self) -> None:
-        self._pool = torch.cuda.graph_pool_handle()
-
-    def record(self, run: Callable[[], None]) -> Replay:
-        """See `GraphCapture.record`."""
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            run()  # kernels are compiled, workspaces allocated
-            stream.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Other threads go on using the device: only this one is held to what a graph can record.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                run()
-            finally:
-                graph.capture_end()
-        torch.cuda.current_stream().wait_stream(stream)
-        return graph.replay
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -85,6 +45,7 @@ class Decoded:
 class _Graph:
     """One recorded size."""
 
+    size: int
     inputs: torch.Tensor
     """The bytes that a step's arrays are copied to."""
     replay: Replay = lambda: None
@@ -95,7 +56,7 @@ class _Graph:
 
 
 class DecodeGraphs:
-    """Invariant: a size is recorded when it is first needed, and never again.
+    """Runs decodes as graphs.
 
     Args:
         capture: Records passes.
@@ -132,28 +93,15 @@ class DecodeGraphs:
         self._uses_mrope = uses_mrope
         self._max_model_len = max_model_len
         self._nobody = len(last_tokens) - 1
-        self._sizes = graph_sizes(self._nobody)
-        self._graphs: dict[int, _Graph] = {}
-        self.refusal: str | None = None
-        """Why nothing is recorded any more."""
-
-    @property
-    def num_recorded(self) -> int:
-        """Sizes that were recorded."""
-        return len(self._graphs)
-
-    def prepare(self) -> None:
-        """Record the smallest size, to find out whether the model can be recorded at all."""
-        self._graph_for(1)
+        self.recorded = RecordedSizes("decoding steps", graph_sizes(self._nobody), self._record)
 
     def run(self, arrays: StepArrays) -> Decoded | None:
         """Run a step of one row per request; None if it can't be done as a graph."""
         num_rows = len(arrays.slots)
-        size = self._sizes[bisect_left(self._sizes, num_rows)]
-        graph = self._graph_for(size)
+        graph = self.recorded.graph_for(num_rows)
         if graph is None:
             return None
-        self._buffers.upload_into(graph.inputs, self._padded(arrays, size))
+        self._buffers.upload_into(graph.inputs, self._padded(arrays, graph.size))
         graph.replay()
         assert graph.logits is not None
         assert graph.token_ids is not None
@@ -162,22 +110,10 @@ class DecodeGraphs:
         best = SamplerOutput(graph.token_ids[:num_rows], graph.best_logits[:num_rows])
         return Decoded(graph.logits[:num_rows], best, graph.slots[:num_rows])
 
-    def _graph_for(self, size: int) -> _Graph | None:
-        if self.refusal is not None:
-            return None
-        if size not in self._graphs:
-            try:
-                self._graphs[size] = self._record(size)
-            except Exception as error:
-                self.refusal = f"{type(error).__name__}: {error}"
-                logger.warning("decoding steps can't be recorded and run call by call: %s", self.refusal, exc_info=True)
-                return None
-        return self._graphs[size]
-
     def _record(self, size: int) -> _Graph:
         padding = self._padded(None, size)
         device = self._last_tokens.device
-        graph = _Graph(torch.empty(packed_bytes(padding), dtype=torch.uint8, device=device))
+        graph = _Graph(size, torch.empty(packed_bytes(padding), dtype=torch.uint8, device=device))
         tensors = self._buffers.upload_into(graph.inputs, padding)
         graph.slots = tensors["slots"]
 
@@ -191,7 +127,6 @@ class DecodeGraphs:
         """The pass itself: logits, the best tokens, and their logits."""
         pending = tensors["pending_slots"]
         token_ids = torch.where(pending >= 0, self._last_tokens[pending.clamp(min=0)], tensors["token_ids"])
-        unreadable: Any = _Unreadable()
         metadata = AttentionMetadata(
             num_tokens=size,
             num_seqs=size,
@@ -203,8 +138,8 @@ class DecodeGraphs:
             max_seq_len=self._max_model_len,
             num_prefill_tokens=0,
             num_decode_tokens=size,
-            query_lens_host=unreadable,
-            seq_lens_host=unreadable,
+            query_lens_host=UNREADABLE,
+            seq_lens_host=UNREADABLE,
             num_leading_decodes=size,
         )
         hidden = self._driver.forward(StepInputs(token_ids, tensors["positions"], self._kv_caches, metadata))
@@ -231,16 +166,6 @@ class DecodeGraphs:
             if arrays.pending_slots is not None:
                 fields["pending_slots"][:num_rows] = arrays.pending_slots
         return fields
-
-
-class _Unreadable:
-    """Stands for what only the host knows, while a pass is recorded."""
-
-    def _refuse(self, *_: object) -> NoReturn:
-        raise RuntimeError("the model reads lengths of sequences on the host, which a recorded pass can't follow")
-
-    __iter__ = __len__ = __getitem__ = __bool__ = __contains__ = __eq__ = __array__ = _refuse
-    __hash__ = None  # type: ignore[assignment]
 
 
 def graph_sizes(max_rows: int) -> list[int]:

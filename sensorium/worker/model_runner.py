@@ -21,34 +21,31 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ModelError, RequestError
+from sensorium.errors import RequestError
 from sensorium.grammar.compiler import FormCompiler
 from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
 from sensorium.logger import get_logger
 from sensorium.messages import (
-    MediaItem,
     ModelRunnerOutput,
     RequestFailure,
     ScheduledChunk,
     SchedulerOutput,
     TokenLogprobs,
 )
-from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
-from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
-from sensorium.model_executor.drivers.placeholder_maps import index_maps
+from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.failures import told_to_caller
 from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, SamplingState
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.worker.block_tables import DeviceBlockTables
-from sensorium.worker.decode_graphs import DecodeGraphs, GraphCapture
 from sensorium.worker.encoder_runner import EncoderRunner
-from sensorium.worker.input_batch import InputBatch, Int64Array, MediaSlice, SlotState, StepArrays
+from sensorium.worker.graph_capture import GraphCapture
+from sensorium.worker.input_batch import InputBatch, Int64Array, SlotState, StepArrays
+from sensorium.worker.passes import PassRunner
 from sensorium.worker.pooling import Pooler
-from sensorium.worker.step_buffers import StepBuffers, StepTensors, host_fields
+from sensorium.worker.step_buffers import host_fields
 from sensorium.worker.step_timer import StepClock, StepTimer
 
 logger = get_logger(__name__)
@@ -129,7 +126,6 @@ class ModelRunner:
             uses_mrope=model_config.uses_mrope,
             device_tables=self._block_tables,
         )
-        self._buffers = StepBuffers(device)
         self._clock = StepClock(device)
         self.encoder = EncoderRunner(driver)
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
@@ -139,21 +135,18 @@ class ModelRunner:
         self._pooler = Pooler(model_config.pooler_config)
         self._reporting: set[str] = set()
         """Requests whose prompt rows are looked at: those that pool, or asked for prompt log probabilities."""
-        self.graphs: DecodeGraphs | None = None
-        """Passes of decodes that can be replayed."""
-        if graph_capture is not None:
-            assert self._block_tables is not None
-            self.graphs = DecodeGraphs(
-                graph_capture,
-                driver,
-                model,
-                kv_caches,
-                self._buffers,
-                self._block_tables.tables,
-                self._last_tokens,
-                uses_mrope=model_config.uses_mrope,
-                max_model_len=model_config.max_model_len,
-            )
+        self.passes = PassRunner(
+            config,
+            model,
+            driver,
+            features,
+            kv_caches,
+            self._batch,
+            self._block_tables,
+            self.encoder,
+            self._last_tokens,
+            graph_capture,
+        )
 
     @property
     def num_requests(self) -> int:
@@ -312,14 +305,13 @@ class ModelRunner:
 
     def _run_pass(self, chunks: list[ScheduledChunk], pending: PendingStep) -> None:
         arrays = self._batch.gather(chunks)
-        if self.graphs is not None and self._is_plain_decode(chunks, arrays) and self._replay(chunks, arrays, pending):
+        if self._is_plain_decode(chunks, arrays) and self._decode(chunks, arrays, pending):
             return
         pools = [self._is_pooling(chunk) for chunk in chunks]
         sampling = [i for i, chunk in enumerate(chunks) if chunk.is_last and not pools[i]]
         sampled_slots = arrays.slots[sampling]
         fields = host_fields(arrays, arrays.starts[1:][sampling] - 1, sampled_slots)
-        tensors = self._buffers.upload(fields)
-        hidden = _hidden_states(self._driver.forward(self._step_inputs(chunks, arrays, tensors)))
+        hidden, tensors = self.passes.forward(chunks, arrays, fields)
         if self._reporting:
             self._report_prompt(chunks, arrays, hidden, pending)
         for chunk, is_pooling in zip(chunks, pools, strict=True):
@@ -346,10 +338,9 @@ class ModelRunner:
             return False
         return False not in [chunk.is_last for chunk in chunks]
 
-    def _replay(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, pending: PendingStep) -> bool:
-        """Run a pass of decodes as a graph; False: there is none for so many."""
-        assert self.graphs is not None
-        decoded = self.graphs.run(arrays)
+    def _decode(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, pending: PendingStep) -> bool:
+        """Run a pass of decodes as a graph; False: there is none for it."""
+        decoded = self.passes.decode(arrays)
         if decoded is None:
             return False
         states = self._batch.states(chunks)
@@ -361,68 +352,6 @@ class ModelRunner:
             self._last_tokens.index_copy_(0, decoded.slots, rows.output.sampled_token_ids)
         pending.sampled.append(rows)
         return True
-
-    def _step_inputs(self, chunks: list[ScheduledChunk], arrays: StepArrays, tensors: StepTensors) -> StepInputs:
-        pieces = [
-            (row, piece)
-            for chunk, row in zip(chunks, arrays.starts.tolist(), strict=False)
-            for piece in self._batch.media_rows(chunk)
-        ]
-        maps = None
-        kwargs = None
-        if pieces and not self._splits_media:
-            items = [piece.item for _, piece in pieces]
-            maps = index_maps(items, chunks[0].num_computed_tokens)
-            kwargs = self._media_kwargs(items)
-        if self._block_tables is None:
-            block_table = torch.from_numpy(self._batch.block_table(arrays))
-        else:
-            block_table = self._block_tables.tables[:, : arrays.max_blocks].index_select(0, tensors.slots)
-        return StepInputs(
-            input_ids=self._input_ids(tensors),
-            positions=tensors.positions,
-            kv_caches=self._kv_caches,
-            attn_metadata=AttentionMetadata.of_step(
-                arrays.query_lens,
-                arrays.seq_lens,
-                cu_seqlens_q=tensors.cu_seqlens,
-                seq_lens_on_device=tensors.seq_lens,
-                block_table=block_table,
-                slot_mapping=tensors.slot_mapping,
-                multi_modal_placeholder_index_maps=maps,
-            ),
-            media=self._gather_media(pieces) if pieces and self._splits_media else None,
-            media_kwargs=kwargs,
-        )
-
-    def _input_ids(self, tensors: StepTensors) -> torch.Tensor:
-        """The rows' token ids, those that the host hasn't seen included."""
-        if tensors.pending_slots is None:
-            return tensors.token_ids
-        sampled = self._last_tokens[tensors.pending_slots.clamp(min=0)]
-        return torch.where(tensors.pending_slots >= 0, sampled, tensors.token_ids)
-
-    def _media_kwargs(self, items: Sequence[MediaItem]) -> dict[str, Any]:
-        """The arguments of whole items, per modality in prompt order."""
-        by_modality: dict[str, list[Any]] = {}
-        for item in items:
-            by_modality.setdefault(item.modality, []).append(item.kwargs or {})
-        kwargs: dict[str, Any] = {}
-        for group in by_modality.values():
-            kwargs |= batch_kwargs(group, self._device, self._dtype)
-        return kwargs
-
-    def _gather_media(self, pieces: Sequence[tuple[int, MediaSlice]]) -> MediaRows:
-        index, rows = [], []
-        for start, piece in pieces:
-            encoded = self.encoder.rows(piece)
-            assert encoded is not None, f"rows of {piece.item.key} are scheduled but were not encoded"
-            index.append(piece.chunk_rows + start)
-            rows.append(encoded)
-        flat_index = torch.from_numpy(np.concatenate(index).astype(np.int64, copy=False))
-        if self._device.type != "cpu":
-            flat_index = flat_index.pin_memory().to(self._device, non_blocking=True)
-        return MediaRows(flat_index, rows[0] if len(rows) == 1 else torch.cat(rows))
 
     def _sample(
         self, states: list[SlotState], slots: Int64Array, positions: Int64Array, logits: torch.Tensor
@@ -482,16 +411,6 @@ def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:
     return RequestFailure(
         "The model produced no valid logits for this request (NaN or infinity). Other requests go on."
     )
-
-
-def _hidden_states(output: Any) -> torch.Tensor:
-    """What `forward` returned, if it is what it should be. Raises `ModelError` (a `TypeError`)."""
-    if not isinstance(output, torch.Tensor):
-        raise ModelError(
-            f"forward of the model: got a {type(output).__name__} from it, expected a tensor of hidden states "
-            f"(num_tokens, hidden_size). Return that alone; compute_logits makes the logits."
-        )
-    return output
 
 
 def _is_device_fault(error: Exception) -> bool:

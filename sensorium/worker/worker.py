@@ -20,7 +20,7 @@ from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.worker import kv_cache
-from sensorium.worker.decode_graphs import CudaGraphCapture, GraphCapture
+from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep
 from sensorium.worker.probe import probe_model
@@ -104,9 +104,9 @@ class Worker:
             caches = kv_cache.allocate(shapes, num_blocks, block_size, dtype, self._device)
         capture = self._graph_capture()
         self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device, capture)
-        if self._runner.graphs is not None:
+        if capture is not None:
             with self._stage("record"):
-                self._runner.graphs.prepare()
+                self._runner.passes.prepare()
         return self._report(features, num_blocks, caches)
 
     def _graph_capture(self) -> GraphCapture | None:
@@ -142,12 +142,11 @@ class Worker:
         if self._device.type == "cpu":
             return ""
         in_flight = f"{self._config.scheduler_config.max_steps_in_flight} in flight"
-        graphs = self.runner.graphs
-        if graphs is None:
+        if self.runner.passes.decodes is None:
             return f"{in_flight}, call by call"
-        if graphs.refusal is not None:
-            return f"{in_flight}, call by call, because decodes can't be recorded: {graphs.refusal}"
-        return f"{in_flight}, decodes as CUDA graphs"
+        if refusals := self.runner.passes.refusals:
+            return f"{in_flight}, call by call, because passes can't be recorded: {refusals[0]}"
+        return f"{in_flight}, decodes and short mixed passes as CUDA graphs"
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from sensorium.errors import ModelError
-from sensorium.worker.model_runner import _hidden_states
+from sensorium.worker.passes import _hidden_states
 
 
 def test_a_forward_that_returns_no_tensor_is_told_what_to_return() -> None:

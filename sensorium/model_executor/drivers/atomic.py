@@ -19,12 +19,17 @@ class AtomicDriver:
     never be taken for a placeholder.
     """
 
+    embeds_media = False
+
     def __init__(self, model: nn.Module) -> None:
         self._forward = ForwardAdapter(model)
 
     def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
         """Never asked for: the scheduler knows that this model's items aren't encoded apart."""
         raise ModelError("a model in atomic mode encodes media in its forward only")
+
+    def embed(self, inputs: StepInputs) -> None:
+        """See `ModelDriver.embed`."""
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """See `ModelDriver.forward`."""

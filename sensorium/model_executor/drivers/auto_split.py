@@ -45,6 +45,8 @@ class AutoSplitDriver:
     otherwise the whole prompt with all its media is run for each capture.
     """
 
+    embeds_media = False
+
     def __init__(
         self,
         model: nn.Module,
@@ -143,6 +145,9 @@ class AutoSplitDriver:
                 **kwargs,
             )
         )
+
+    def embed(self, inputs: StepInputs) -> None:
+        """See `ModelDriver.embed`."""
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """See `ModelDriver.forward`."""

@@ -41,6 +41,8 @@ class StepInputs:
     media: MediaRows | None = None
     media_kwargs: Mapping[str, Any] | None = None
     """Atomic mode only: the mapped media that lie within this batch, as the model's `forward` takes them."""
+    inputs_embeds: torch.Tensor | None = None
+    """What the driver's `embed` made of the same batch, if that was asked before: `(num_tokens, hidden_size)`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -58,8 +60,14 @@ EncodeResult = torch.Tensor | SensoriumError
 class ModelDriver(Protocol):
     """Runs a model of one tier. Stateless between calls; used by one thread."""
 
+    embeds_media: bool
+    """Whether `embed` puts media in their places, so that they don't matter to `forward` any more."""
+
     def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
         """Encode media items. One item's failure leaves the others' results untouched."""
+
+    def embed(self, inputs: StepInputs) -> torch.Tensor | None:
+        """The rows that enter the decoder, media in their places; None: `forward` makes them, from ids alone."""
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """Hidden states `(num_tokens, hidden_size)` of a step."""

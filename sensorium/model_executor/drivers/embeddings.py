@@ -29,6 +29,8 @@ class EmbeddingsDriver:
     `merges_itself`: the model's own merge does more than put rows at their places, so it is used for every chunk.
     """
 
+    embeds_media = True
+
     def __init__(
         self,
         model: nn.Module,
@@ -102,7 +104,7 @@ class EmbeddingsDriver:
             positions=inputs.positions,
             kv_caches=inputs.kv_caches,
             attn_metadata=inputs.attn_metadata,
-            inputs_embeds=self.embed(inputs),
+            inputs_embeds=self.embed(inputs) if inputs.inputs_embeds is None else inputs.inputs_embeds,
         )
         return hidden
 

@@ -15,12 +15,17 @@ from sensorium.model_executor.drivers.base import EncodeJob, EncodeResult, StepI
 class TextDriver:
     """Calls `forward` with ids."""
 
+    embeds_media = False
+
     def __init__(self, model: nn.Module) -> None:
         self._forward = ForwardAdapter(model)
 
     def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
         """Never asked for: admission refuses media."""
         raise ModelError("a text model has nothing to encode media with")
+
+    def embed(self, inputs: StepInputs) -> None:
+        """See `ModelDriver.embed`."""
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """See `ModelDriver.forward`."""

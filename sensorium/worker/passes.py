@@ -1,0 +1,207 @@
+"""Runs the model over one flat batch of chunks: arrays go to the device, media to their places, and passes are replayed
+where they were recorded.
+
+Owns the buffers and the recorded passes. Which chunks share a pass, and what becomes of its hidden states, is the model
+runner's business.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from sensorium.attention import AttentionMetadata
+from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.errors import ModelError
+from sensorium.messages import MediaItem, ScheduledChunk
+from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
+from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.drivers.placeholder_maps import index_maps
+from sensorium.worker.block_tables import DeviceBlockTables
+from sensorium.worker.decode_graphs import Decoded, DecodeGraphs
+from sensorium.worker.encoder_runner import EncoderRunner
+from sensorium.worker.graph_capture import GraphCapture
+from sensorium.worker.input_batch import InputBatch, MediaSlice, StepArrays
+from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors
+from sensorium.worker.trunk_graphs import MAX_CONTEXT, TrunkGraph, TrunkGraphs
+
+Pieces = Sequence[tuple[int, MediaSlice]]
+"""Media of a batch: the row of the batch at which a slice's chunk begins, and the slice."""
+
+
+class PassRunner:
+    """One per worker.
+
+    Args:
+        config: The engine's.
+        model: For its `compute_logits`, in recorded decodes.
+        driver: Runs the model.
+        features: What loading found out about the model.
+        kv_caches: One tensor per attention layer.
+        batch: The requests' slots.
+        block_tables: The same tables on the device; None: there is no other memory than the host's.
+        encoder: Has the rows of encoded media.
+        last_tokens: `(num_slots + 1,)` int64 on the device: the token sampled last in each slot.
+        capture: Records passes; None: every pass runs call by call.
+    """
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        model: nn.Module,
+        driver: ModelDriver,
+        features: ModelFeatures,
+        kv_caches: list[torch.Tensor],
+        batch: InputBatch,
+        block_tables: DeviceBlockTables | None,
+        encoder: EncoderRunner,
+        last_tokens: torch.Tensor,
+        capture: GraphCapture | None,
+    ) -> None:
+        model_config = config.model_config
+        self._driver = driver
+        self._kv_caches = kv_caches
+        self._batch = batch
+        self._block_tables = block_tables
+        self._encoder = encoder
+        self._last_tokens = last_tokens
+        self._device = last_tokens.device
+        self._dtype = model_config.dtype
+        self._splits_media = features.splits_media
+        self._buffers = StepBuffers(self._device)
+        self.decodes: DecodeGraphs | None = None
+        self.trunks: TrunkGraphs | None = None
+        if capture is not None:
+            assert block_tables is not None
+            tables, uses_mrope = block_tables.tables, model_config.uses_mrope
+            self.decodes = DecodeGraphs(
+                capture,
+                driver,
+                model,
+                kv_caches,
+                self._buffers,
+                tables,
+                last_tokens,
+                uses_mrope=uses_mrope,
+                max_model_len=model_config.max_model_len,
+            )
+            self.trunks = TrunkGraphs(capture, driver, kv_caches, self._buffers, tables, uses_mrope=uses_mrope)
+
+    def prepare(self) -> None:
+        """Record the smallest size of each kind, to find out whether the model can be recorded at all."""
+        for kind in (self.decodes, self.trunks):
+            if kind is not None:
+                kind.recorded.graph_for(1)
+
+    @property
+    def refusals(self) -> list[str]:
+        """Why passes aren't recorded any more, if they aren't."""
+        kinds = (self.decodes, self.trunks)
+        return [kind.recorded.refusal for kind in kinds if kind is not None and kind.recorded.refusal is not None]
+
+    def decode(self, arrays: StepArrays) -> Decoded | None:
+        """Run a pass of decodes as a graph, with the greedy choice behind it; None: there is none for it."""
+        return None if self.decodes is None else self.decodes.run(arrays)
+
+    def forward(
+        self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, fields: dict[str, HostArray]
+    ) -> tuple[torch.Tensor, StepTensors]:
+        """Hidden states `(num_tokens, hidden_size)` of any pass, and `fields` on the device.
+
+        Raises:
+            ModelError: `forward` of the model returned something else (a `TypeError`).
+        """
+        pieces = [
+            (row, piece)
+            for chunk, row in zip(chunks, arrays.starts.tolist(), strict=False)
+            for piece in self._batch.media_rows(chunk)
+        ]
+        graph = self._trunk_for(arrays, pieces)
+        if graph is None:
+            tensors = self._buffers.upload(fields)
+            return _hidden_states(self._driver.forward(self._inputs(chunks, arrays, tensors, pieces))), tensors
+        assert self.trunks is not None
+        tensors = self.trunks.upload(graph, fields)
+        media = self._gather_media(pieces) if pieces else None
+        inputs = StepInputs(self._input_ids(tensors), tensors.positions, self._kv_caches, graph.metadata, media)
+        return self.trunks.run(graph, inputs), tensors
+
+    def _trunk_for(self, arrays: StepArrays, pieces: Pieces) -> TrunkGraph | None:
+        if self.trunks is None or arrays.seq_lens.max() > MAX_CONTEXT:
+            return None
+        if pieces and not (self._splits_media and self._driver.embeds_media):
+            return None
+        return self.trunks.recorded.graph_for(len(arrays.slot_mapping))
+
+    def _inputs(
+        self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, tensors: StepTensors, pieces: Pieces
+    ) -> StepInputs:
+        maps = None
+        kwargs = None
+        if pieces and not self._splits_media:
+            items = [piece.item for _, piece in pieces]
+            maps = index_maps(items, chunks[0].num_computed_tokens)
+            kwargs = self._media_kwargs(items)
+        if self._block_tables is None:
+            block_table = torch.from_numpy(self._batch.block_table(arrays))
+        else:
+            block_table = self._block_tables.tables[:, : arrays.max_blocks].index_select(0, tensors.slots)
+        return StepInputs(
+            input_ids=self._input_ids(tensors),
+            positions=tensors.positions,
+            kv_caches=self._kv_caches,
+            attn_metadata=AttentionMetadata.of_step(
+                arrays.query_lens,
+                arrays.seq_lens,
+                cu_seqlens_q=tensors.cu_seqlens,
+                seq_lens_on_device=tensors.seq_lens,
+                block_table=block_table,
+                slot_mapping=tensors.slot_mapping,
+                multi_modal_placeholder_index_maps=maps,
+            ),
+            media=self._gather_media(pieces) if pieces and self._splits_media else None,
+            media_kwargs=kwargs,
+        )
+
+    def _input_ids(self, tensors: StepTensors) -> torch.Tensor:
+        """The rows' token ids, those that the host hasn't seen included."""
+        if tensors.pending_slots is None:
+            return tensors.token_ids
+        sampled = self._last_tokens[tensors.pending_slots.clamp(min=0)]
+        return torch.where(tensors.pending_slots >= 0, sampled, tensors.token_ids)
+
+    def _media_kwargs(self, items: Sequence[MediaItem]) -> dict[str, Any]:
+        """The arguments of whole items, per modality in prompt order."""
+        by_modality: dict[str, list[Any]] = {}
+        for item in items:
+            by_modality.setdefault(item.modality, []).append(item.kwargs or {})
+        kwargs: dict[str, Any] = {}
+        for group in by_modality.values():
+            kwargs |= batch_kwargs(group, self._device, self._dtype)
+        return kwargs
+
+    def _gather_media(self, pieces: Sequence[tuple[int, MediaSlice]]) -> MediaRows:
+        index, rows = [], []
+        for start, piece in pieces:
+            encoded = self._encoder.rows(piece)
+            assert encoded is not None, f"rows of {piece.item.key} are scheduled but were not encoded"
+            index.append(piece.chunk_rows + start)
+            rows.append(encoded)
+        flat_index = torch.from_numpy(np.concatenate(index).astype(np.int64, copy=False))
+        if self._device.type != "cpu":
+            flat_index = flat_index.pin_memory().to(self._device, non_blocking=True)
+        return MediaRows(flat_index, rows[0] if len(rows) == 1 else torch.cat(rows))
+
+
+def _hidden_states(output: Any) -> torch.Tensor:
+    """What `forward` returned, if it is what it should be. Raises `ModelError` (a `TypeError`)."""
+    if not isinstance(output, torch.Tensor):
+        raise ModelError(
+            f"forward of the model: got a {type(output).__name__} from it, expected a tensor of hidden states "
+            f"(num_tokens, hidden_size). Return that alone; compute_logits makes the logits."
+        )
+    return output

@@ -1,0 +1,157 @@
+"""Passes of any mix of prefill chunks and decodes, recorded by number of rows: from the rows that enter the decoder to
+its hidden states.
+
+Short steps with prefills in them (a cached prompt with a new question, a few arrivals beside streams) take the device
+less time than the host needs to launch them. Long ones don't, and are not recorded. Embedding, putting media rows in
+their places, and what comes behind the hidden states run call by call: they are few launches.
+
+Padding rows belong to no sequence: they write no KV, nothing attends to them, and what becomes of them is not read.
+Sequences that aren't there have no rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from sensorium.attention import NO_SLOT, AttentionMetadata
+from sensorium.model_executor.drivers import ModelDriver, StepInputs
+from sensorium.worker.graph_capture import UNREADABLE, GraphCapture, RecordedSizes, Replay
+from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors, packed_bytes
+
+MAX_ROWS = 1024
+"""Longer passes keep the device busy for longer than it takes to launch them."""
+MAX_CONTEXT = 8192
+"""Tokens of the longest sequence. In a recorded pass nobody knows which rows are decodes, whose keys could be split."""
+
+
+@dataclass(slots=True, eq=False)
+class TrunkGraph:
+    """One recorded size."""
+
+    size: int
+    padding: dict[str, HostArray]
+    """The arrays of a step of nobody."""
+    inputs: torch.Tensor
+    """The bytes that a step's arrays are copied to."""
+    metadata: AttentionMetadata
+    rows: torch.Tensor | None = None
+    """`(size, hidden_size)`: what enters the decoder, where the driver makes it; its ids otherwise, `(size,)`."""
+    hidden: torch.Tensor | None = None
+    replay: Replay = lambda: None
+
+
+class TrunkGraphs:
+    """Runs mixed passes as graphs.
+
+    Args:
+        capture: Records passes.
+        driver: Runs the model.
+        kv_caches: One tensor per attention layer.
+        buffers: Brings the steps' arrays to the device.
+        block_tables: `(num_slots + 1, max_blocks)` int32 on the device; the last row belongs to nobody.
+        uses_mrope: Whether positions have three rows.
+    """
+
+    def __init__(
+        self,
+        capture: GraphCapture,
+        driver: ModelDriver,
+        kv_caches: list[torch.Tensor],
+        buffers: StepBuffers,
+        block_tables: torch.Tensor,
+        *,
+        uses_mrope: bool,
+    ) -> None:
+        self._capture = capture
+        self._driver = driver
+        self._kv_caches = kv_caches
+        self._buffers = buffers
+        self._block_tables = block_tables
+        self._uses_mrope = uses_mrope
+        self._nobody = len(block_tables) - 1
+        self.recorded = RecordedSizes("mixed steps", trunk_sizes(), self._record)
+
+    def upload(self, graph: TrunkGraph, arrays: Mapping[str, HostArray]) -> StepTensors:
+        """Bring a step's arrays to where the graph reads them; returns views of the step's own part."""
+        padded = {}
+        for name, empty in graph.padding.items():
+            array = arrays.get(name)
+            if array is not None:
+                padded[name] = empty.copy()
+                padded[name][..., : array.shape[-1]] = array
+            else:
+                padded[name] = empty
+        # Sequences that aren't there begin and end where the last one ends.
+        padded["cu_seqlens"][len(arrays["cu_seqlens"]) :] = arrays["cu_seqlens"][-1]
+        views = self._buffers.upload_into(graph.inputs, padded)
+        return StepTensors(**{name: views[name][..., : array.shape[-1]] for name, array in arrays.items()})
+
+    def run(self, graph: TrunkGraph, inputs: StepInputs) -> torch.Tensor:
+        """Hidden states `(num_tokens, hidden_size)` of a step that was uploaded. The next pass overwrites them."""
+        rows = self._driver.embed(inputs)
+        rows = inputs.input_ids if rows is None else rows
+        assert graph.rows is not None
+        assert graph.hidden is not None
+        graph.rows[: len(rows)].copy_(rows)
+        graph.replay()
+        return graph.hidden[: len(rows)]
+
+    def _record(self, size: int) -> TrunkGraph:
+        padding = self._padding(size)
+        inputs = torch.empty(packed_bytes(padding), dtype=torch.uint8, device=self._block_tables.device)
+        tensors = self._buffers.upload_into(inputs, padding)
+        graph = TrunkGraph(size, padding, inputs, self._metadata(tensors, size))
+        step = StepInputs(tensors["token_ids"], tensors["positions"], self._kv_caches, graph.metadata)
+        embeds = self._driver.embed(step)
+        graph.rows = torch.zeros_like(step.input_ids) if embeds is None else embeds.clone()
+
+        def run() -> None:
+            ids, rows = (graph.rows, None) if embeds is None else (step.input_ids, graph.rows)
+            assert ids is not None
+            metadata = self._metadata(tensors, size)
+            graph.hidden = self._driver.forward(
+                StepInputs(ids, step.positions, self._kv_caches, metadata, inputs_embeds=rows)
+            )
+
+        graph.replay = self._capture.record(run)
+        return graph
+
+    def _metadata(self, tensors: Mapping[str, torch.Tensor], size: int) -> AttentionMetadata:
+        num_seqs = len(tensors["slots"])
+        return AttentionMetadata(
+            num_tokens=size,
+            num_seqs=num_seqs,
+            cu_seqlens_q=tensors["cu_seqlens"],
+            seq_lens=tensors["seq_lens"],
+            block_table=self._block_tables.index_select(0, tensors["slots"]),
+            slot_mapping=tensors["slot_mapping"],
+            max_seqlen_q=size,
+            max_seq_len=MAX_CONTEXT,
+            num_prefill_tokens=size,
+            num_decode_tokens=0,
+            query_lens_host=UNREADABLE,
+            seq_lens_host=UNREADABLE,
+        )
+
+    def _padding(self, size: int) -> dict[str, HostArray]:
+        num_seqs = min(size, self._nobody)
+        return {
+            "token_ids": np.zeros(size, dtype=np.int64),
+            "positions": np.zeros((3, size) if self._uses_mrope else size, dtype=np.int64),
+            "slot_mapping": np.full(size, NO_SLOT, dtype=np.int64),
+            "cu_seqlens": np.zeros(num_seqs + 1, dtype=np.int32),
+            "seq_lens": np.zeros(num_seqs, dtype=np.int32),
+            "slots": np.full(num_seqs, self._nobody, dtype=np.int64),
+            "sampled_rows": np.zeros(num_seqs, dtype=np.int64),
+            "sampled_slots": np.full(num_seqs, self._nobody, dtype=np.int64),
+            "pending_slots": np.full(size, -1, dtype=np.int64),
+        }
+
+
+def trunk_sizes() -> list[int]:
+    """Numbers of rows that graphs are recorded for."""
+    return [16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, MAX_ROWS]
