@@ -23,6 +23,7 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+_FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _MAX_NAMES_IN_MESSAGE = 5
 
@@ -182,3 +183,27 @@ def _listing(names: Sequence[str]) -> str:
 def _json_type(value: object) -> str:
     names = {dict: "object", list: "array", str: "string", bool: "boolean", type(None): "null"}
     return names.get(type(value), "number")
+
+
+def first_float_type(folder: Path) -> str | None:
+    """The type of the first floating-point tensor of a checkpoint, as torch names it; None if there is none.
+
+    Raises what `weight_files` raises.
+    """
+    for file in weight_files(folder):
+        for tensor in _header(file).values():
+            found = _FLOAT_TYPES.get(tensor.get("dtype", "")) if isinstance(tensor, Mapping) else None
+            if found is not None:
+                return found
+    return None
+
+
+def _header(file: Path) -> Mapping[str, Any]:
+    """What stands in front of a safetensors file's values; empty if that can't be read, which loading will tell."""
+    try:
+        with file.open("rb") as stream:
+            size = int.from_bytes(stream.read(8), "little")
+            content = json.loads(stream.read(size)) if size <= MAX_JSON_BYTES else {}
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return content if isinstance(content, Mapping) else {}

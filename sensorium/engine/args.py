@@ -6,15 +6,13 @@ flags are generated from them.
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
 from sensorium.checkpoint import read_json
 from sensorium.config import (
-    DTYPES,
     Amount,
     BlockSize,
     BytesOrNone,
@@ -47,8 +45,17 @@ from sensorium.config import (
     ToolParser,
     WaitingBound,
 )
+from sensorium.engine.hf_config import (
+    check_values,
+    config_of_part,
+    load_hf_config,
+    refuse_quantized_checkpoint,
+    resolve_dtype,
+    resolve_max_model_len,
+    written_end_ids,
+)
 from sensorium.engine.loading import LOADING
-from sensorium.errors import ConfigError, ModelError
+from sensorium.errors import ConfigError
 from sensorium.inputs.chat_template import check_template, read_template
 from sensorium.logger import get_logger
 from sensorium.plugins import check_plugins, load_general_plugins, load_plugins
@@ -268,17 +275,15 @@ class EngineArgs:
         from sensorium.model_executor.models.registry import ModelRegistry
 
         path = resolve_model_path(self.model, self.revision)
-        hf_config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
-        refuse_quantized_checkpoint(hf_config)
-        model_class, architecture = ModelRegistry.resolve(list(getattr(hf_config, "architectures", None) or []))
-        hf_config = config_of_part(hf_config, getattr(model_class, "config_part", None))
+        config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
+        refuse_quantized_checkpoint(config.hf_config)
+        model_class, architecture = ModelRegistry.resolve(config.architectures)
+        hf_config = config_of_part(config.hf_config, getattr(model_class, "config_part", None))
+        check_values(hf_config)
         check_supports_multimodal(model_class)
         is_multimodal = supports_multimodal(model_class)
-        if self.limit_mm_per_prompt and not is_multimodal:
-            raise ConfigError(
-                f"limit_mm_per_prompt: got limits for {architecture}, which takes text only, expected none. "
-                "limit_mm_per_prompt is only supported for multimodal models."
-            )
+        if not is_multimodal:
+            self._refuse_media_settings(architecture)
         generation = read_json(path / FILE_NAME)
         return ModelConfig(
             model=str(path),
@@ -286,7 +291,7 @@ class EngineArgs:
             if self.tokenizer is None
             else str(resolve_model_path(self.tokenizer, None, "tokenizer")),
             hf_config=hf_config,
-            dtype_name=resolve_dtype(self.dtype, hf_config),
+            dtype_name=resolve_dtype(self.dtype, config, hf_config, None if self.load_format == "dummy" else path),
             max_model_len=resolve_max_model_len(self.max_model_len, hf_config),
             model_class=model_class,
             architecture=architecture,
@@ -301,9 +306,22 @@ class EngineArgs:
             multimodal_config=MultiModalConfig(dict(self.limit_mm_per_prompt)) if is_multimodal else None,
             pooler_config=None if self.pooling_type is None else PoolerConfig(pooling_type=self.pooling_type),
             sampling_defaults=read_defaults(generation if self.generation_config == "auto" else {}),
-            end_token_ids=read_end_ids(generation, FILE_NAME) | written_end_ids(path, hf_config, self.hf_overrides),
+            end_token_ids=read_end_ids(generation, FILE_NAME) | written_end_ids(config.written, hf_config),
             mm_split=self.mm_split,
         )
+
+    def _refuse_media_settings(self, architecture: str) -> None:
+        """Raise `ConfigError` for a setting that has no effect on a model of text."""
+        if self.limit_mm_per_prompt:
+            raise ConfigError(
+                f"limit_mm_per_prompt: got limits for {architecture}, which takes text only, expected none. "
+                "limit_mm_per_prompt is only supported for multimodal models."
+            )
+        if self.mm_processor_kwargs:
+            raise ConfigError(
+                f"mm_processor_kwargs: got {dict(self.mm_processor_kwargs)!r:.120} for {architecture}, which takes "
+                "text only, expected None. Leave mm_processor_kwargs out."
+            )
 
 
 def default_steps_in_flight(device: str) -> int:
@@ -373,109 +391,3 @@ def resolve_model_path(model: str, revision: str | None, setting: str = "model")
             f"{setting}: got {model!r}, expected a directory or a name on the model hub ({type(error).__name__}). "
             "Check the spelling, the network, and that the directory exists."
         ) from error
-
-
-def load_hf_config(path: Path, trust_remote_code: bool, code_revision: str | None, overrides: Mapping[str, Any]) -> Any:
-    """The checkpoint's Hugging Face config, with `overrides` in place."""
-    from transformers import AutoConfig
-
-    try:
-        hf_config = AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code, code_revision=code_revision)
-    except ValueError as error:
-        model_type = _model_type(path)
-        hint = (
-            f" If {model_type!r} is a model_type of your own, register its class: "
-            f"AutoConfig.register({model_type!r}, YourConfig), in the function of a plug-in package when serving."
-        )
-        raise ModelError(
-            f"config of {path}: transformers can't read it: {error}{hint if model_type else ''}"
-        ) from error
-    hf_config.update(dict(overrides))
-    return hf_config
-
-
-def config_of_part(hf_config: Any, part: str | None) -> Any:
-    """The part of a config that is about the class that is served, where that is one part of a larger checkpoint.
-
-    That its output head is tied may stand in the whole's config.
-    """
-    own = getattr(hf_config, part, None) if part else None
-    if own is None:
-        return hf_config
-    if getattr(hf_config, "tie_word_embeddings", False):
-        own.tie_word_embeddings = True
-    return own
-
-
-def written_end_ids(path: Path, hf_config: Any, overrides: Mapping[str, Any]) -> frozenset[int]:
-    """End-of-sequence ids that config.json names, for the whole, the part that is served, and its text.
-
-    Those that a config class has by default don't count: they belong to the checkpoints that the class was made for.
-    """
-    served = (hf_config.model_type, hf_config.get_text_config().model_type)
-
-    def found(level: Mapping[str, Any]) -> Iterator[frozenset[int]]:
-        yield read_end_ids(level, "config.json")
-        for name, value in level.items():
-            if isinstance(value, Mapping) and (name == "text_config" or value.get("model_type") in served):
-                yield from found(value)
-
-    return frozenset().union(*found({**read_json(path / "config.json"), **overrides}))
-
-
-def refuse_quantized_checkpoint(hf_config: Any) -> None:
-    """Raise `ModelError`, naming the format, if a checkpoint's weights are quantized already."""
-    for config in (hf_config, hf_config.get_text_config()):
-        for name in ("quantization_config", "compression_config"):
-            settings = getattr(config, name, None)
-            if settings:
-                raise ModelError(
-                    f"{name} in config.json: got a checkpoint quantized by {_quantizer(settings)}, expected float "
-                    "weights. Use the checkpoint that it was made from; quantization='int8' quantizes that at load."
-                )
-
-
-def _quantizer(settings: Any) -> str:
-    """The name of a quantization format, as `quant_method` gives it; older files only have their format's flags."""
-    found: Mapping[str, Any] = settings if isinstance(settings, Mapping) else vars(settings)
-    if found.get("load_in_8bit") or found.get("load_in_4bit"):
-        return "bitsandbytes"
-    name = found.get("quant_method") or found.get("format") or "an unknown method"
-    return str(getattr(name, "value", name))
-
-
-def _model_type(path: Path) -> str | None:
-    """The model_type that a config names and transformers doesn't know, if that is what is wrong with it."""
-    from transformers import CONFIG_MAPPING
-
-    try:
-        found = json.loads((path / "config.json").read_text()).get("model_type")
-    except (OSError, ValueError, AttributeError):
-        return None
-    return found if isinstance(found, str) and found not in CONFIG_MAPPING else None
-
-
-def resolve_dtype(dtype: str, hf_config: Any) -> str:
-    """A dtype's name; "auto" is the checkpoint's own, which keeps outputs equal to the reference."""
-    if dtype != "auto":
-        if dtype not in DTYPES:
-            raise ConfigError(f"dtype: got {dtype!r}, expected 'auto' or one of {DTYPES}.")
-        return dtype
-    for config in (hf_config, hf_config.get_text_config()):
-        found = str(getattr(config, "dtype", None)).removeprefix("torch.")
-        if found in DTYPES:
-            return found
-    return "float32"
-
-
-def resolve_max_model_len(asked: int | None, hf_config: Any) -> int:
-    """The context length: as asked, at most the model's own."""
-    own = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
-    if asked is None:
-        return int(own) if own else 4096
-    if own and asked > own:
-        raise ConfigError(
-            f"max_model_len: got {asked}, expected at most {own}, the model's max_position_embeddings. "
-            "Lower max_model_len, or raise the limit in hf_overrides if you know that the model can do more."
-        )
-    return asked
