@@ -17,6 +17,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any
 
 import httpx
@@ -28,7 +29,7 @@ from sensorium.multimodal.media.encode import audio_to_data_url, image_to_data_u
 
 SIZE = 112
 SAMPLING_RATE = 16_000
-START_TIMEOUT_S = 300.0
+START_TIMEOUT_S = 600.0
 """The first start on a machine compiles the kernels."""
 STOP_TIMEOUT_S = 30.0
 MAX_TOKENS = 48
@@ -215,6 +216,14 @@ def compare(answers: dict[Question, Answer]) -> bool:
     return num_equal == len(answers)
 
 
+def _shown_command() -> list[str]:
+    """What a user types to run `sensorium` in this environment."""
+    installed = Path(sys.executable).with_name("sensorium")
+    if not installed.exists():
+        return [sys.executable, "-m", "sensorium"]
+    return [str(installed.relative_to(Path.cwd()) if installed.is_relative_to(Path.cwd()) else installed)]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description="Start a server with the bundled model, and ask it.")
     parser.add_argument("--exit", action="store_true", help="stop the server at the end")
@@ -232,6 +241,7 @@ def main() -> int:
                 show(question, answer)
             is_right = options.no_compare or compare(answers)
             print(f"The playground: {url}/", flush=True)
+            print(f"The same server, without questions: {' '.join(_shown_command())} serve demo", flush=True)
             if not options.exit:
                 print("Ctrl-C stops the server.", flush=True)
                 status = process.wait()

@@ -14,8 +14,13 @@ os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(Path.home() / ".cache" / "zig"
 import numpy as np
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 from sensorium import logger
+
+# How long an example takes says how busy the machine is.
+settings.register_profile("sensorium", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("sensorium")
 
 
 @pytest.fixture(autouse=True)

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 import sensorium
+from tests.helpers.waiting import HANG_S
 
 PACKAGE = Path(sensorium.__file__).parent
 
@@ -89,5 +90,5 @@ def test_a_room_imports_only_rooms_to_its_right(path: Path) -> None:
 @pytest.mark.parametrize("module", WITHOUT_TORCH)
 def test_these_modules_load_neither_torch_nor_transformers(module: str) -> None:
     code = f"import sys, {module}; print(sorted({{'torch', 'transformers', 'torchvision'}} & set(sys.modules)))"
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True)
     assert result.stdout.strip() == "[]"

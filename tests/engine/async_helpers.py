@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ from sensorium import EngineArgs, SamplingParams
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_client import IN_THIS_PROCESS
 from sensorium.outputs import RequestOutput
+from tests.helpers.waiting import auntil
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "num_blocks": 256, "max_num_seqs": 16, "max_model_len": 512}
 
@@ -42,11 +42,9 @@ def greedy(max_tokens: int = 8, **fields: Any) -> SamplingParams:
     return SamplingParams(temperature=0.0, max_tokens=max_tokens, ignore_eos=True, **fields)
 
 
-async def settled(engine: AsyncLLMEngine, timeout_s: float = 10.0) -> None:
+async def settled(engine: AsyncLLMEngine) -> None:
     """Wait until nothing of any request is left, in the front and in the core."""
-    async with asyncio.timeout(timeout_s):
-        while engine.load().num_open or engine.stats is None or _is_busy(engine):
-            await asyncio.sleep(0.02)
+    await auntil(lambda: not engine.load().num_open and engine.stats is not None and not _is_busy(engine))
 
 
 def _is_busy(engine: AsyncLLMEngine) -> bool:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,16 +19,11 @@ from sensorium.messages import LoadReport
 from sensorium.structured_outputs import StructuredOutputs
 from tests.engine.async_helpers import SETTINGS, greedy, last, settled
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.waiting import auntil
 
 
 def open_files() -> int:
     return len(os.listdir("/proc/self/fd"))
-
-
-async def until(is_so: Callable[[], object], timeout_s: float = 60.0) -> None:
-    async with asyncio.timeout(timeout_s):
-        while not is_so():
-            await asyncio.sleep(0.01)
 
 
 def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
@@ -44,7 +38,7 @@ def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
             held_before = await last(engine.generate("Only text", held))
             files, first = open_files(), engine.core_pid
             readers = [asyncio.create_task(last(engine.generate("Go on", greedy(480)))) for _ in range(4)]
-            await until(lambda: engine.load().num_open == 4 and not engine.load().num_waiting)
+            await auntil(lambda: engine.load().num_open == 4 and not engine.load().num_waiting)
             os.kill(first, signal.SIGKILL)
             for result in await asyncio.gather(*readers, return_exceptions=True):
                 assert isinstance(result, EngineRestartingError)
@@ -53,7 +47,7 @@ def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
             assert not engine.has_ended
             with pytest.raises(EngineRestartingError, match="is being started anew"):
                 await last(engine.generate("Anyone?"))
-            await until(lambda: engine.is_running)
+            await auntil(lambda: engine.is_running)
             assert (engine.num_restarts, engine.core_pid == first) == (1, False)
             assert not Path(f"/proc/{first}").exists()
             after = await last(engine.generate("Only text", greedy()))
@@ -64,7 +58,7 @@ def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
             assert open_files() == files
 
             os.kill(engine.core_pid, signal.SIGKILL)
-            await until(lambda: engine.has_ended)
+            await auntil(lambda: engine.has_ended)
             with pytest.raises(EngineDeadError, match="without a word"):
                 await engine.check_health()
         finally:
@@ -121,7 +115,7 @@ def test_failed_loads_count_and_the_last_is_the_end() -> None:
         factory = Factory("fit", "fails", "fails", "fit")
         supervisor, deaths = await supervised(factory, 2)
         kill(supervisor)
-        await until(lambda: supervisor.has_ended)
+        await auntil(lambda: supervisor.has_ended)
         assert [type(death) for death in deaths] == [EngineRestartingError]
         assert "2 new ones in a row could not start" in str(supervisor.failure)
         assert supervisor.num_restarts == 0
@@ -136,7 +130,7 @@ def test_a_failed_load_is_followed_by_another_one_with_as_much_memory() -> None:
         supervisor, _ = await supervised(factory, 2)
         kill(supervisor)
         assert supervisor.failure is not None
-        await until(lambda: supervisor.failure is None)
+        await auntil(lambda: supervisor.failure is None)
         assert supervisor.num_restarts == 1
         assert [args.num_blocks for args in factory.args] == [None, 8, 8]
         await supervisor.stop()
@@ -148,10 +142,10 @@ def test_deaths_in_a_row_are_bounded_and_long_life_forgives() -> None:
     async def run() -> None:
         supervisor, deaths = await supervised(Factory(*["fit"] * 4), 1)
         kill(supervisor)
-        await until(lambda: supervisor.failure is None)
+        await auntil(lambda: supervisor.failure is None)
         supervisor._ready_time_s -= 3600
         kill(supervisor)
-        await until(lambda: supervisor.failure is None)
+        await auntil(lambda: supervisor.failure is None)
         kill(supervisor)
         assert supervisor.has_ended
         assert [type(death) for death in deaths] == [EngineRestartingError, EngineRestartingError, EngineDeadError]
@@ -164,7 +158,7 @@ def test_another_model_is_not_taken() -> None:
     async def run() -> None:
         supervisor, _ = await supervised(Factory("fit", "other"), 5)
         kill(supervisor)
-        await until(lambda: supervisor.has_ended)
+        await auntil(lambda: supervisor.has_ended)
         assert "not the same" in str(supervisor.failure)
         await supervisor.stop()
 

@@ -62,7 +62,7 @@ def _expected(name: str, prompt: Sequence[int], output: Sequence[int], *, skip_s
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(parts=st.lists(_TEXT | st.sampled_from(tiny_tokenizers.SPECIAL), min_size=1, max_size=4), data=st.data())
 def test_text_equals_the_tokenizers_decoding(name: str, parts: list[str], data: Any) -> None:
     """Of any text, cut anywhere into prompt and output, with special tokens in between, shown or not."""
@@ -77,7 +77,7 @@ def test_text_equals_the_tokenizers_decoding(name: str, parts: list[str], data: 
     assert not any("\ufffd" in text for text in shown[:-1])
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(ids=st.lists(st.integers(0, len(TOKENIZERS["byte_level"]) + 5), max_size=40), skip=st.booleans())
 def test_byte_level_text_is_exact_for_any_ids(ids: list[int], skip: bool) -> None:
     """Also for bytes that are no text, and for ids beyond the tokenizer, which wide output heads can sample."""
@@ -87,7 +87,7 @@ def test_byte_level_text_is_exact_for_any_ids(ids: list[int], skip: bool) -> Non
 
 
 @pytest.mark.parametrize("name", TOKENIZERS)
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(ids=st.lists(st.integers(0, 600), max_size=60), prompt=st.lists(st.integers(-5, 600), max_size=8))
 def test_any_ids_give_text(name: str, ids: list[int], prompt: list[int]) -> None:
     shown = _pieces(name, prompt, ids)
@@ -261,7 +261,7 @@ def _naive_open(text: str, stops: Sequence[str]) -> int:
 _STOPS = st.lists(st.text("ab", min_size=1, max_size=5), min_size=1, max_size=4)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(stops=_STOPS, pieces=st.lists(st.text("abc", max_size=4), max_size=8))
 def test_matcher_finds_what_a_naive_search_finds(stops: list[str], pieces: list[str]) -> None:
     matcher, before = StopStringMatcher(stops), ""
@@ -282,7 +282,7 @@ def test_matcher_takes_up_after_a_match() -> None:
     assert matcher.feed("ba") == StopMatch("aba", 2)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(
     stops=_STOPS,
     words=st.lists(st.text("abc 你", min_size=1, max_size=4), max_size=8),

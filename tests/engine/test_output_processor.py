@@ -247,7 +247,7 @@ def test_a_prompt_of_one_token_has_prompt_log_probabilities_too() -> None:
 _WORDS = ["the", " quick", " fox", "你好", "🦊", "\n", "a", "b", "ab"]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data(), num_outputs=st.integers(1, 3), logprobs=st.sampled_from([None, 1]))
 def test_the_kinds_agree_and_every_request_ends_once(data: Any, num_outputs: int, logprobs: int | None) -> None:
     """Random tokens in random rounds, with stop strings, failures and aborts."""

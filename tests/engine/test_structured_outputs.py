@@ -231,7 +231,7 @@ def test_without_a_tokenizer_it_is_refused(checkpoint: Path) -> None:
 
 def test_streams_over_the_process_boundary_run_on_beside_a_form_that_does_not_compile(checkpoint: Path) -> None:
     async def run() -> None:
-        async with running(checkpoint, in_process=False, max_form_compile_s=1.0) as engine:
+        async with running(checkpoint, in_process=False, max_form_compile_s=5.0) as engine:
             begun = asyncio.Event()
 
             async def stream() -> list[int]:
@@ -248,7 +248,7 @@ def test_streams_over_the_process_boundary_run_on_beside_a_form_that_does_not_co
             streaming = asyncio.create_task(stream())
             await begun.wait()
             good = asyncio.create_task(last(engine.generate("a", held(PERSON, seed=1))))
-            with pytest.raises(RequestError, match="compiling it takes more than 1 s") as error:
+            with pytest.raises(RequestError, match="compiling it takes more than 5 s") as error:
                 await last(engine.generate("a", held(ENDLESS)))
             assert error.value.status == 400
             jsonschema.validate(json.loads((await good).outputs[0].text), PERSON)

@@ -6,7 +6,6 @@ import asyncio
 import base64
 import io
 import threading
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,9 +22,9 @@ from sensorium.entrypoints.openai.listening import listening, url_of
 from sensorium.entrypoints.openai.server import running_app, uvicorn_config
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.multimodal.media import MediaLimits
+from tests.helpers.waiting import HANG_S, until
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "num_blocks": 512, "max_num_seqs": 16, "max_model_len": 1024}
-START_TIMEOUT_S = 120.0
 
 
 @dataclass
@@ -37,12 +36,9 @@ class Served:
     loop: asyncio.AbstractEventLoop
     server: HttpServer
 
-    def settle(self, timeout_s: float = 10.0) -> None:
+    def settle(self) -> None:
         """Wait until nothing of any request is left."""
-        deadline_s = time.monotonic() + timeout_s
-        while not self._is_idle():
-            assert time.monotonic() < deadline_s, (self.engine.load(), self.engine.stats)
-            time.sleep(0.02)
+        until(self._is_idle, lambda: (self.engine.load(), self.engine.stats))
 
     def _is_idle(self) -> bool:
         stats = self.engine.stats  # None as long as nothing has reached the core
@@ -68,7 +64,7 @@ def served(
     thread = threading.Thread(target=_run, args=(engine_args, args, limits, start))
     thread.start()
     try:
-        assert start.ready.wait(START_TIMEOUT_S)
+        assert start.ready.wait(HANG_S)
         if start.error is not None:
             raise start.error
         assert start.served is not None
@@ -76,7 +72,7 @@ def served(
     finally:
         if start.served is not None:
             start.served.server.should_exit = True
-        thread.join(START_TIMEOUT_S)
+        thread.join(HANG_S)
         assert not thread.is_alive()
 
 

@@ -11,6 +11,7 @@ import pytest
 from sensorium.entrypoints.openai import protocol
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.waiting import HANG_S
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_tokens": 1}
 BODIES = {
@@ -28,7 +29,7 @@ LEAK = re.compile(r"Traceback|0x[0-9a-f]{6}|/root|/tmp|/home|/usr|site-packages|
 
 @pytest.fixture(scope="module")
 def client() -> Iterator[httpx.Client]:
-    with served(make_checkpoint("qwen2_vl")) as running, httpx.Client(base_url=running.url, timeout=60) as client:
+    with served(make_checkpoint("qwen2_vl")) as running, httpx.Client(base_url=running.url, timeout=HANG_S) as client:
         yield client
         _settle(running, client)
 

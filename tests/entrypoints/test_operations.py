@@ -31,6 +31,7 @@ from sensorium.logger import JsonFormatter, LogSettings, TextFormatter, configur
 from tests.entrypoints.served import Served, data_url, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
+from tests.helpers.waiting import HANG_S, until
 
 DOCS = Path(__file__).parents[2] / "docs"
 SECRET = "xyzzy-secret"
@@ -56,7 +57,7 @@ def server(exported: InMemorySpanExporter) -> Iterator[Served]:
 
 @pytest.fixture
 def client(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, trust_env=False, timeout=30) as client:
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=HANG_S) as client:
         yield client
 
 
@@ -113,10 +114,7 @@ def families(samples: dict[str, float]) -> set[str]:
 
 def eventually(client: httpx.Client, name: str, value: float) -> None:
     """Wait until a metric has a value: the core tells its own now and then."""
-    deadline_s = time.monotonic() + 10
-    while metrics(client).get(name) != value:
-        assert time.monotonic() < deadline_s, (name, metrics(client).get(name))
-        time.sleep(0.05)
+    until(lambda: metrics(client).get(name) == value, lambda: (name, metrics(client).get(name)))
 
 
 # Metrics
@@ -238,11 +236,9 @@ def test_a_request_leaves_one_line_of_facts_and_none_of_its_contents(client: htt
     assert "media_forbidden" in failures
 
 
-def written_lines(stream: io.StringIO, timeout_s: float = 10.0) -> list[str]:
+def written_lines(stream: io.StringIO) -> list[str]:
     """The lines once there are any: a request's is written after its answer, whose reader may be faster."""
-    deadline_s = time.monotonic() + timeout_s
-    while not stream.getvalue().endswith("\n") and time.monotonic() < deadline_s:
-        time.sleep(0.01)
+    until(lambda: stream.getvalue().endswith("\n"))
     return stream.getvalue().splitlines()
 
 
@@ -288,14 +284,13 @@ def no_earlier_spans(exported: InMemorySpanExporter) -> None:
 
 def spans_of(exported: InMemorySpanExporter, request_id: str) -> list[ReadableSpan]:
     """The spans of a request, once they are there: they come when its record is read, after the answer."""
-    deadline_s = time.monotonic() + 10
-    while True:
+
+    def roots() -> list[ReadableSpan]:
         spans = exported.get_finished_spans()
-        roots = [span for span in spans if (span.attributes or {}).get("sensorium.request_id") == request_id]
-        if roots:
-            return below(roots[0], spans)
-        assert time.monotonic() < deadline_s
-        time.sleep(0.02)
+        return [span for span in spans if (span.attributes or {}).get("sensorium.request_id") == request_id]
+
+    until(roots)
+    return below(roots()[0], exported.get_finished_spans())
 
 
 def below(root: ReadableSpan, spans: Sequence[ReadableSpan]) -> list[ReadableSpan]:
@@ -392,5 +387,5 @@ def test_without_the_flag_opentelemetry_is_not_imported() -> None:
         "import sys, sensorium.entrypoints.openai.server, sensorium.entrypoints.cli.main; "
         "print(any(name.startswith('opentelemetry') for name in sys.modules))"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True)
     assert result.stdout.strip() == "False"

@@ -13,6 +13,7 @@ from sensorium.entrypoints.openai import playground
 from tests.entrypoints.served import Served, served
 from tests.helpers.browser import running_browser
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.waiting import HANG_S
 
 KEY = "a key of this server"
 FILES = [route.path for route in playground.playground_routes()]
@@ -26,7 +27,7 @@ def server() -> Iterator[Served]:
 
 @pytest.fixture
 def client(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=HANG_S) as client:
         yield client
 
 
@@ -75,9 +76,9 @@ def test_nothing_else_is_open_without_a_key(client: httpx.Client) -> None:
 def test_the_page_can_be_switched_off() -> None:
     with served(make_checkpoint("llama"), {"playground": False, "api_key": (KEY,)}) as running:
         for path in FILES:
-            assert httpx.get(running.url + path, trust_env=False).status_code == 401
+            assert httpx.get(running.url + path, trust_env=False, timeout=HANG_S).status_code == 401
             headers = {"Authorization": f"Bearer {KEY}"}
-            assert httpx.get(running.url + path, headers=headers, trust_env=False).status_code == 404
+            assert httpx.get(running.url + path, headers=headers, trust_env=False, timeout=HANG_S).status_code == 404
 
 
 def test_a_browser_asks_for_the_key_and_keeps_it_in_memory_only(server: Served) -> None:

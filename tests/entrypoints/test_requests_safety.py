@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import socket
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +17,7 @@ from sensorium.entrypoints.openai import middleware
 from tests.entrypoints.served import Served, data_url, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
+from tests.helpers.waiting import HANG_S, auntil, until
 
 KEYS = ("first-key", "second-key")
 MAX_BODY_BYTES = 200_000
@@ -42,7 +41,7 @@ def server(checkpoint: Path) -> Iterator[Served]:
 @pytest.fixture
 def client(server: Served) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {KEYS[1]}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=30, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, headers=headers, timeout=HANG_S, trust_env=False) as client:
         yield client
 
 
@@ -190,19 +189,21 @@ def test_the_cost_of_a_chat_is_what_it_then_takes(client: httpx.Client) -> None:
 @pytest.mark.parametrize("header", [None, "Bearer wrong", "Bearer", f"Basic {KEYS[0]}", KEYS[0], "Bearer first-key2"])
 def test_nothing_but_health_is_open(server: Served, path: str, header: str | None) -> None:
     headers = {} if header is None else {"Authorization": header}
-    response = httpx.get(server.url + path, headers=headers, trust_env=False)
+    response = httpx.get(server.url + path, headers=headers, trust_env=False, timeout=HANG_S)
     refused(response, 401, "API key")
     assert all(key not in response.text for key in KEYS)
 
 
 @pytest.mark.parametrize("key", KEYS)
 def test_every_key_opens(server: Served, key: str) -> None:
-    assert httpx.get(server.url + "/version", headers={"Authorization": f"Bearer {key}"}, trust_env=False).is_success
+    assert httpx.get(
+        server.url + "/version", headers={"Authorization": f"Bearer {key}"}, trust_env=False, timeout=HANG_S
+    ).is_success
 
 
 def test_health_is_open_and_can_make_a_token(server: Served) -> None:
     for path in ("/health", "/ping", "/health?generate=1"):
-        assert httpx.get(server.url + path, trust_env=False).status_code == 200
+        assert httpx.get(server.url + path, trust_env=False, timeout=HANG_S).status_code == 200
 
 
 def test_many_who_ask_for_a_token_at_once_get_one(server: Served, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -212,12 +213,15 @@ def test_many_who_ask_for_a_token_at_once_get_one(server: Served, monkeypatch: p
 
     async def slow(**options: Any) -> None:
         checks.append(options)
-        await asyncio.sleep(0.5)
+        await auntil(lambda: len(server.server.server_state.tasks) >= 8)  # all of them are being answered
         await check(**options)
 
     monkeypatch.setattr(server.engine, "check_health", slow)
     url = f"{server.url}/health?generate=1"
-    threads = [threading.Thread(target=httpx.get, args=(url,), kwargs={"trust_env": False}) for _ in range(8)]
+    threads = [
+        threading.Thread(target=httpx.get, args=(url,), kwargs={"trust_env": False, "timeout": HANG_S})
+        for _ in range(8)
+    ]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -235,14 +239,18 @@ def test_keys_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch, ser
 
     monkeypatch.setattr(middleware.hmac, "compare_digest", count)
     for token in (KEYS[0], "x", "y" * 1000):
-        httpx.get(server.url + "/version", headers={"Authorization": f"Bearer {token}"}, trust_env=False)
+        httpx.get(
+            server.url + "/version", headers={"Authorization": f"Bearer {token}"}, trust_env=False, timeout=HANG_S
+        )
     assert compared == [(32, 32)] * 2 * 3, "each key every time, digests of one length"
 
 
 def test_a_browsers_preflight_needs_no_key_and_only_the_named_origin_passes(server: Served) -> None:
     def preflight(origin: str) -> httpx.Response:
         headers = {"Origin": origin, "Access-Control-Request-Method": "POST"}
-        return httpx.request("OPTIONS", server.url + "/v1/chat/completions", headers=headers, trust_env=False)
+        return httpx.request(
+            "OPTIONS", server.url + "/v1/chat/completions", headers=headers, trust_env=False, timeout=HANG_S
+        )
 
     allowed = preflight("https://page.example")
     assert allowed.headers["access-control-allow-origin"] == "https://page.example"
@@ -259,7 +267,7 @@ def test_request_ids_come_back_unless_they_are_odd(client: httpx.Client) -> None
 
 def raw(server: Served, request: bytes) -> bytes:
     address = server.url.removeprefix("http://").split(":")
-    with socket.create_connection((address[0], int(address[1])), timeout=10) as connection:
+    with socket.create_connection((address[0], int(address[1])), timeout=HANG_S) as connection:
         connection.sendall(request)
         return connection.recv(65536)
 
@@ -283,18 +291,17 @@ def test_bodies_that_wait_are_bounded_together(server: Served, client: httpx.Cli
     waiting = []
     try:
         for _ in range(2):
-            connection = socket.create_connection((address[0], int(address[1])), timeout=10)
+            connection = socket.create_connection((address[0], int(address[1])), timeout=HANG_S)
             waiting.append(connection)
             connection.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + b"x" * (size - 1))
-        time.sleep(0.3)
+        until(lambda: client.post("/v1/completions", content=b" " * 10_000, headers=JSON).status_code == 503)
         response = client.post("/v1/completions", content=b" " * 10_000, headers=JSON)
         refused(response, 503, "waiting request bodies")
         assert int(response.headers["Retry-After"]) >= 1
     finally:
         for connection in waiting:
             connection.close()
-    time.sleep(0.3)
-    assert client.post("/v1/chat/completions", json=CHAT).is_success, "what was given up is free again"
+    until(lambda: client.post("/v1/chat/completions", json=CHAT).is_success, "what was given up is not free again")
 
 
 def test_huge_headers_are_refused(server: Served) -> None:
@@ -308,7 +315,7 @@ def test_requests_beyond_the_waiting_line_get_429(checkpoint: Path) -> None:
 
         def ask() -> None:
             body = {**CHAT, "max_tokens": 100, "ignore_eos": True}
-            response = httpx.post(running.url + "/v1/chat/completions", json=body, timeout=60, trust_env=False)
+            response = httpx.post(running.url + "/v1/chat/completions", json=body, timeout=HANG_S, trust_env=False)
             statuses.append((response.status_code, response.headers.get("Retry-After")))
 
         threads = [threading.Thread(target=ask) for _ in range(12)]
@@ -332,7 +339,7 @@ def test_good_answers_are_the_same_among_hostile_requests_and_disconnects(server
     bad = ({"n": -1}, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "x"}}]}]})
 
     def attack(index: int) -> None:
-        own = httpx.Client(base_url=server.url, headers=client.headers, trust_env=False, timeout=30)
+        own = httpx.Client(base_url=server.url, headers=client.headers, trust_env=False, timeout=HANG_S)
         with own:
             if index % 4 == 0:
                 answers.append(own.post("/v1/chat/completions", json=good).json()["choices"][0]["message"]["content"])
@@ -364,12 +371,12 @@ def test_a_reader_who_never_reads_stalls_nobody(server: Served, client: httpx.Cl
         stuck.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
         for _ in range(3):
             assert client.post("/v1/chat/completions", json=CHAT).is_success
-    server.settle(20)
+    server.settle()
 
 
 def test_the_death_of_the_engine_is_told(checkpoint: Path) -> None:
     with served(checkpoint) as running:
-        client = httpx.Client(base_url=running.url, timeout=30, trust_env=False)
+        client = httpx.Client(base_url=running.url, timeout=HANG_S, trust_env=False)
         with client, client.stream("POST", "/v1/chat/completions", json=_long()) as response:
             lines = response.iter_lines()
             next(lines)
@@ -378,12 +385,19 @@ def test_the_death_of_the_engine_is_told(checkpoint: Path) -> None:
             assert "server_error" in rest
             assert "data: [DONE]" in rest
             for path in ("/health", "/ping"):
-                refused(httpx.get(running.url + path, trust_env=False), 503, "has ended")
-            refused(httpx.post(running.url + "/v1/chat/completions", json=CHAT, trust_env=False), 503, "has ended")
+                refused(httpx.get(running.url + path, trust_env=False, timeout=HANG_S), 503, "has ended")
+            refused(
+                httpx.post(running.url + "/v1/chat/completions", json=CHAT, trust_env=False, timeout=HANG_S),
+                503,
+                "has ended",
+            )
 
 
 def test_a_new_engine_takes_the_place_of_a_dead_one(checkpoint: Path) -> None:
-    with served(checkpoint, {"restart_core": 1}) as running, httpx.Client(base_url=running.url, timeout=30) as client:
+    with (
+        served(checkpoint, {"restart_core": 1}) as running,
+        httpx.Client(base_url=running.url, timeout=HANG_S) as client,
+    ):
         with client.stream("POST", "/v1/chat/completions", json=_long()) as response:
             lines = response.iter_lines()
             next(lines)
@@ -393,10 +407,7 @@ def test_a_new_engine_takes_the_place_of_a_dead_one(checkpoint: Path) -> None:
         refused(answer, 503, "is being started anew")
         assert 1 <= int(answer.headers["Retry-After"]) <= 60
         refused(client.get("/health"), 503, "is being started anew")
-        deadline_s = time.monotonic() + 60
-        while not client.get("/health").is_success:
-            assert time.monotonic() < deadline_s
-            time.sleep(0.05)
+        until(lambda: client.get("/health").is_success)
         assert client.post("/v1/chat/completions", json=CHAT).is_success
         assert "sensorium_core_restarts_total 1.0" in client.get("/metrics").text
 

@@ -17,6 +17,7 @@ from pydantic import BaseModel, Field
 
 from tests.entrypoints.served import Served, data_url, served
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.waiting import HANG_S
 
 CHAT: list[Any] = [{"role": "user", "content": "Who is it?"}]
 ENDLESS = {"allOf": [{"type": "string", "pattern": f".*a.{{{i}}}b.*"} for i in range(1, 30)]}
@@ -39,7 +40,7 @@ class Home(BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with served(make_checkpoint("qwen2_vl"), max_form_compile_s=1.0) as running:
+    with served(make_checkpoint("qwen2_vl"), max_form_compile_s=5.0) as running:
         yield running
 
 
@@ -101,7 +102,7 @@ def test_the_asynchronous_client_and_responses(server: Served) -> None:
 def test_bodies_ask_for_forms(server: Served, fields: dict[str, Any], pattern: str, stream: bool) -> None:
     common = {"model": "tiny", "max_tokens": 40, "seed": 1, "stream": stream, **fields}
     for route, prompt in (("chat/completions", {"messages": CHAT}), ("completions", {"prompt": "Go"})):
-        answer = httpx.post(f"{server.url}/v1/{route}", json={**common, **prompt}, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/{route}", json={**common, **prompt}, timeout=HANG_S)
         assert answer.status_code == 200, answer.text
         assert re.fullmatch(pattern, _text(answer.text, stream), re.DOTALL)
 
@@ -130,7 +131,7 @@ def _text(body: str, stream: bool) -> str:
 def test_a_schema_that_is_not_served_is_a_400(server: Served, schema: dict[str, Any], text: str, stream: bool) -> None:
     form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
     body = {"messages": CHAT, "stream": stream, "response_format": form}
-    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+    answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=HANG_S)
     assert answer.status_code == 400
     assert text in answer.json()["error"]["message"]
 
@@ -145,13 +146,13 @@ def test_a_stream_runs_on_beside_hostile_forms(server: Served) -> None:
         {"structured_outputs": {"json": {**ENDLESS, "title": "another"}}},
     ]
     plain = {"messages": CHAT, "max_tokens": 200, "temperature": 0, "ignore_eos": True}
-    quiet = httpx.post(f"{server.url}/v1/chat/completions", json=plain, timeout=60).json()
+    quiet = httpx.post(f"{server.url}/v1/chat/completions", json=plain, timeout=HANG_S).json()
     answers, begun = [], threading.Event()
 
     def stream() -> str:
         pieces = []
         body = {**plain, "stream": True}
-        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=60) as answer:
+        with httpx.stream("POST", f"{server.url}/v1/chat/completions", json=body, timeout=HANG_S) as answer:
             for line in answer.iter_lines():
                 if line.startswith("data: {"):
                     begun.set()
@@ -161,10 +162,10 @@ def test_a_stream_runs_on_beside_hostile_forms(server: Served) -> None:
     texts: list[str] = []
     streaming = threading.Thread(target=lambda: texts.append(stream()))
     streaming.start()
-    begun.wait(60)
+    assert begun.wait(HANG_S)
     for fields in hostile:
         body = {"messages": CHAT, "max_tokens": 3, **fields}
-        answers.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60))
+        answers.append(httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=HANG_S))
     streaming.join()
     assert [each.status_code for each in answers[:3]] == [400, 400, 400]
     assert answers[4].status_code == 400

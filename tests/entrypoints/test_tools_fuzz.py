@@ -13,6 +13,7 @@ import pytest
 from tests.entrypoints.scripted import Script, checkpoint_with_marks
 from tests.entrypoints.served import Served, served
 from tests.helpers.tool_templates import TEMPLATES
+from tests.helpers.waiting import HANG_S
 from tests.parsing.test_properties import SNIPPETS
 
 USER: dict[str, Any] = {"role": "user", "content": "a"}
@@ -74,7 +75,7 @@ def test_damaged_bodies_are_answered_or_refused(server: Served, template: str) -
     script.install(server)
     rng = random.Random(template)
     statuses = set()
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=HANG_S) as client:
         for _ in range(200):
             body = damaged(BODY, rng)
             response = client.post("/v1/chat/completions", json={**body, "chat_template": TEMPLATES[template]})
@@ -90,7 +91,7 @@ def test_whatever_a_model_says_is_an_answer(server: Served) -> None:
     script = Script()
     script.install(server)
     rng = random.Random(0)
-    with httpx.Client(base_url=server.url) as client:
+    with httpx.Client(base_url=server.url, timeout=HANG_S) as client:
         for number in range(120):
             script.texts = ["".join(rng.choice(SNIPPETS) for _ in range(rng.randrange(30)))]
             script.tokens_at_once = rng.randrange(1, 8)

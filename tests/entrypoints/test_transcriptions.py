@@ -18,6 +18,7 @@ from sensorium.multimodal.media import MediaLimits
 from sensorium.multimodal.media.encode import encode_audio
 from tests.entrypoints.served import SETTINGS, Served, served
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.waiting import HANG_S
 from tests.multimodal.media import samples
 from training.speech import SAMPLE_RATE, SpeechBank
 
@@ -47,7 +48,7 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture
 def http(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=30, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=HANG_S, trust_env=False) as client:
         yield client
 
 
@@ -172,7 +173,7 @@ def send_part(server: Served, num_declared: int, num_sent: int) -> socket.socket
         "POST /v1/audio/transcriptions HTTP/1.1\r\nHost: localhost\r\nContent-Type: multipart/form-data; boundary=x\r\n"
     )
     part = '--x\r\nContent-Disposition: form-data; name="file"; filename="a"\r\n\r\n'
-    connection = socket.create_connection((address[0], int(address[1])), timeout=10)
+    connection = socket.create_connection((address[0], int(address[1])), timeout=HANG_S)
     connection.sendall(f"{head}Content-Length: {num_declared}\r\n\r\n{part}".encode() + b"x" * num_sent)
     return connection
 

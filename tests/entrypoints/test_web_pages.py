@@ -11,6 +11,7 @@ import pytest
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.waiting import HANG_S
 
 BODY: dict[str, Any] = {"prompt": "Hi"}
 TEXT = '{"prompt": "Hi"}'
@@ -25,7 +26,7 @@ def server() -> Iterator[Served]:
 
 @pytest.fixture
 def client(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=HANG_S) as client:
         yield client
 
 
@@ -111,9 +112,11 @@ def test_with_keys_it_is_the_key_that_counts() -> None:
     headers = {"Host": "proxy.example", "Origin": "app://notes", "Authorization": "Bearer secret"}
     with served(make_checkpoint("llama"), {"api_key": ("secret",)}) as running:
         url = f"{running.url}/tokenize"
-        assert httpx.post(url, json=BODY, headers=headers, trust_env=False).is_success
-        refused(httpx.post(url, json=BODY, headers={**headers, "Authorization": ""}, trust_env=False), 401)
-        refused(httpx.post(url, content=TEXT, headers=headers, trust_env=False), 415)
+        assert httpx.post(url, json=BODY, headers=headers, trust_env=False, timeout=HANG_S).is_success
+        refused(
+            httpx.post(url, json=BODY, headers={**headers, "Authorization": ""}, trust_env=False, timeout=HANG_S), 401
+        )
+        refused(httpx.post(url, content=TEXT, headers=headers, trust_env=False, timeout=HANG_S), 415)
 
 
 @pytest.mark.parametrize(

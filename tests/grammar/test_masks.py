@@ -84,7 +84,7 @@ def test_outputs_match_their_expression(name: str, pattern: str) -> None:
         assert re.fullmatch(pattern, text_of(name, token_ids))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=12), min_size=1, max_size=6),
     st.randoms(use_true_random=False),

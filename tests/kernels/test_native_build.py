@@ -20,6 +20,7 @@ from sensorium.kernels import build, native
 from sensorium.kernels.activation import gelu_reference, silu_and_mul_reference
 from sensorium.kernels.attention import varlen_attention_reference
 from sensorium.kernels.norm import rms_norm_reference
+from tests.helpers.waiting import HANG_S
 
 
 @pytest.fixture
@@ -105,7 +106,7 @@ def test_processes_that_start_together_compile_once(fresh: Path, tmp_path: Path)
         subprocess.Popen([sys.executable, "-c", code], env=environment, stdout=subprocess.PIPE, text=True)
         for _ in range(2)
     ]
-    paths = {job.communicate(timeout=120)[0].strip() for job in jobs}
+    paths = {job.communicate(timeout=HANG_S)[0].strip() for job in jobs}
     assert all(job.returncode == 0 for job in jobs)
     assert len(paths) == 1
     assert Path(paths.pop()).exists()

@@ -24,6 +24,7 @@ from sensorium.model_executor.models.interfaces import (
     supports_multimodal,
 )
 from sensorium.model_executor.models.registry import IN_TREE, ModelRegistry
+from tests.helpers.waiting import HANG_S
 
 
 @pytest.fixture
@@ -159,7 +160,7 @@ def test_packages_add_models_in_every_process_and_a_broken_one_does_no_harm(tmp_
         env={"PYTHONPATH": f"{tmp_path}:{root}", "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=HANG_S,
         check=False,
     )
     assert result.stdout.strip() == "(1, 'MyModel', [1.0, 1.0])", result.stderr

@@ -182,7 +182,7 @@ def test_the_same_tokens_stay_as_in_hugging_face(params: SamplingParams) -> None
     assert drawn.nonzero().flatten().tolist() == kept.nonzero().flatten().tolist()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(
     seed=st.integers(0, 2**16),
     scale=st.sampled_from([0.2, 3.0]),
@@ -289,7 +289,7 @@ def _edited(logits: torch.Tensor, state: SamplingState) -> torch.Tensor:
     return edited
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     prompt=st.lists(st.integers(-3, VOCAB + 4), max_size=30),
     output=st.lists(st.integers(0, VOCAB - 1), max_size=200),
@@ -333,7 +333,7 @@ def test_logit_bias_equals_hugging_face() -> None:
     torch.testing.assert_close(_edited(logits, _state(SamplingParams(logit_bias=bias))), expected)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     words=st.lists(st.lists(st.integers(3, 6), min_size=1, max_size=4), min_size=1, max_size=6),
     prompt=st.lists(st.integers(3, 6), min_size=1, max_size=6),
@@ -451,7 +451,7 @@ _ANY_PARAMS = st.builds(
 )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(params=st.lists(_ANY_PARAMS, min_size=1, max_size=6), order=st.randoms(use_true_random=False), data=st.data())
 def test_tokens_depend_on_the_request_alone(params: list[SamplingParams], order: Any, data: Any) -> None:
     """Alone from start to end, or in any slot and any row beside others, preempted on the way: the same tokens.

@@ -151,9 +151,9 @@ def test_ids_that_a_processor_added(before: list[int], after: list[int], expecte
 def test_a_million_tokens_take_a_moment() -> None:
     # Published as CVE-2025-46560: expansion that was quadratic in the prompt stalled the engine.
     ids = array([1, PAD] * 500_000)
-    start = time.perf_counter()
+    start = time.process_time()
     positions = np.flatnonzero(is_placeholder(ids, {PAD, -4, SEPARATOR}))
     spans = split_by_rows(positions, [250_000, 250_000])
     assert inserted_ids(array([1, 2]), ids) == {1, PAD}
     assert media_mask(spans, len(ids)).sum() == 500_000
-    assert time.perf_counter() - start < 5.0
+    assert time.process_time() - start < 5.0

@@ -15,6 +15,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensorium.multimodal.processor_cache import ProcessorCache, nested_bytes
+from tests.helpers.waiting import HANG_S
 
 KIB = 1024
 
@@ -43,17 +44,17 @@ def test_requests_for_one_key_share_one_computation() -> None:
     def compute() -> dict[str, Any]:
         calls.append(1)
         started.set()
-        assert release.wait(10)
+        assert release.wait(HANG_S)
         return value_of(10)
 
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(cache.get_or_compute, "a", compute)
-        assert started.wait(10)
+        assert started.wait(HANG_S)
         others = [pool.submit(cache.get_or_compute, "a", unexpected) for _ in range(7)]
         assert cache.get_or_compute("b", lambda: value_of(1)) is not None  # another key isn't held up
         time.sleep(0.05)
         release.set()
-        assert {id(other.result(10)) for other in others} == {id(first.result(10))}
+        assert {id(other.result(HANG_S)) for other in others} == {id(first.result(HANG_S))}
     assert len(calls) == 1
     statistics = cache.statistics()
     assert statistics.shared + statistics.hits == 7
@@ -65,17 +66,17 @@ def test_a_failure_stays_with_its_owner_and_is_not_kept() -> None:
 
     def fail() -> dict[str, Any]:
         started.set()
-        assert release.wait(10)
+        assert release.wait(HANG_S)
         raise ValueError("only mine")
 
     with ThreadPoolExecutor(2) as pool:
         first = pool.submit(cache.get_or_compute, "a", fail)
-        assert started.wait(10)
+        assert started.wait(HANG_S)
         waiting = pool.submit(cache.get_or_compute, "a", lambda: value_of(3))
         release.set()
         with pytest.raises(ValueError, match="only mine"):
-            first.result(10)
-        assert waiting.result(10)["pixel_values"].nbytes == 3
+            first.result(HANG_S)
+        assert waiting.result(HANG_S)["pixel_values"].nbytes == 3
     assert cache.get_or_compute("a", unexpected)["pixel_values"].nbytes == 3
 
 

@@ -59,7 +59,7 @@ def cut(text: str, seed: int) -> list[str]:
     return [text[a:b] for a, b in zip([0, *places], [*places, len(text)], strict=True)]
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(FORMS, TEXTS, st.booleans(), st.integers(0, 10_000))
 def test_an_answer_is_the_same_however_it_is_cut(tool_format: str, text: str, is_open: bool, seed: int) -> None:
     whole = parser_of(tool_format, is_open=is_open).parse([text])
@@ -67,7 +67,7 @@ def test_an_answer_is_the_same_however_it_is_cut(tool_format: str, text: str, is
     assert parser_of(tool_format, is_open=is_open).parse(text) == whole
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(FORMS, TEXTS)
 def test_letters_are_never_lost_and_never_made_up(tool_format: str, text: str) -> None:
     answer = parser_of(tool_format).parse([text])
@@ -86,7 +86,7 @@ VALUES = st.recursive(
 )
 
 
-@settings(max_examples=200, deadline=None, derandomize=True)
+@settings(max_examples=200, derandomize=True)
 @given(st.dictionaries(st.text(min_size=1), VALUES, max_size=5), st.booleans(), st.integers(0, 10_000))
 def test_any_arguments_come_back(arguments: dict[str, object], ascii_only: bool, seed: int) -> None:
     written = json.dumps(arguments, ensure_ascii=ascii_only)
@@ -100,7 +100,7 @@ def test_any_arguments_come_back(arguments: dict[str, object], ascii_only: bool,
         assert call.arguments == written
 
 
-@settings(max_examples=400, deadline=None, derandomize=True)
+@settings(max_examples=400, derandomize=True)
 @given(VALUES.map(json.dumps), st.data())
 def test_the_scanner_agrees_with_the_json_module(text: str, data: st.DataObject) -> None:
     """On values, and on values with a character changed, left out or put in."""

@@ -120,7 +120,7 @@ parts_strategy = st.lists(
 )
 
 
-@settings(max_examples=300, deadline=None, derandomize=True)
+@settings(max_examples=300, derandomize=True)
 @given(first=parts_strategy, second=parts_strategy, block_size=st.sampled_from([1, 2, 3]))
 def test_equal_hashes_mean_equal_inputs(first: Parts, second: Parts, block_size: int) -> None:
     """Blocks with one hash hold the same KV: tokens and rows up to their end are equal."""

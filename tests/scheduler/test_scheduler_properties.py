@@ -158,7 +158,7 @@ def play(scenario: Scenario) -> Simulation:
     return simulation
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck), derandomize=True)
+@settings(max_examples=150, suppress_health_check=list(HealthCheck), derandomize=True)
 @given(scenario=scenarios)
 def test_every_request_gets_what_it_gets_alone(scenario: Scenario) -> None:
     play(scenario)

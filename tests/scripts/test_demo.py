@@ -13,8 +13,9 @@ from pathlib import Path
 
 import httpx
 
+from tests.helpers.waiting import HANG_S
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "demo.py"
-TIMEOUT_S = 240
 
 
 @contextmanager
@@ -34,7 +35,7 @@ def demo(*flags: str) -> Iterator[subprocess.Popen[str]]:
             if process.poll() is None:
                 process.send_signal(signal.SIGINT)  # so that it ends its server too
                 try:
-                    process.wait(60)
+                    process.wait(HANG_S)
                 except subprocess.TimeoutExpired:
                     process.kill()
 
@@ -47,14 +48,14 @@ def answer_to(question: str, output: str) -> str:
 
 def is_open(url: str) -> bool:
     try:
-        return httpx.get(f"{url}/health", trust_env=False).is_success
+        return httpx.get(f"{url}/health", trust_env=False, timeout=HANG_S).is_success
     except httpx.HTTPError:
         return False
 
 
 def test_it_answers_truly_and_as_hugging_face_does_and_exits() -> None:
     with demo("--exit") as process:
-        output, _ = process.communicate(timeout=TIMEOUT_S)
+        output, _ = process.communicate(timeout=HANG_S)
     assert process.returncode == 0, output
     assert all(word in answer_to("What is in the image?", output) for word in ("red", "circle"))
     assert "circle" in answer_to("What moves?", output)
@@ -75,8 +76,8 @@ def test_the_playground_is_there_until_ctrl_c_ends_all() -> None:
             if "Ctrl-C stops" in line:
                 break
         assert url is not None
-        page = httpx.get(f"{url}/", trust_env=False)
+        page = httpx.get(f"{url}/", trust_env=False, timeout=HANG_S)
         assert "<title>Sensorium</title>" in page.text
         process.send_signal(signal.SIGINT)
-        assert process.wait(60) == 0
+        assert process.wait(HANG_S) == 0
         assert not is_open(url)

@@ -73,7 +73,7 @@ def test_mrope_positions_come_from_the_request_in_the_prompt_and_from_the_delta_
     assert positions.tolist() == [[1, 3, 2], [2, 3, 2], [1, 3, 2]]
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.data())
 def test_chunks_together_take_every_media_row_exactly_once(data: st.DataObject) -> None:
     """Wherever a prompt is cut, the slices of its items add up to the items, at the right rows."""

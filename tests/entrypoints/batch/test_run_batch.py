@@ -9,7 +9,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -34,6 +33,7 @@ from tests.entrypoints.served import SETTINGS, data_url
 from tests.entrypoints.test_transcriptions import spoken
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
+from tests.helpers.waiting import until
 
 GREEDY: dict[str, Any] = {"temperature": 0, "max_tokens": 6, "ignore_eos": True}
 CHAT = "/v1/chat/completions"
@@ -154,11 +154,7 @@ def test_a_run_that_is_killed_goes_on_where_it_was(tmp_path: Path) -> None:
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
     command = [sys.executable, "-m", "sensorium.entrypoints.cli.main", *arguments]
     with subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL) as process:
-        deadline_s = time.monotonic() + 120
-        while not target.exists() or target.read_bytes().count(b"\n") < 4:
-            assert time.monotonic() < deadline_s
-            assert process.poll() is None
-            time.sleep(0.01)
+        until(lambda: process.poll() is not None or (target.exists() and target.read_bytes().count(b"\n") >= 4))
         process.kill()
     content = target.read_bytes()
     num_before = content.count(b"\n")

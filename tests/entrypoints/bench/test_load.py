@@ -53,7 +53,7 @@ def test_times_and_counts_of_a_stream() -> None:
     assert (sample.error, sample.num_prompt_tokens, sample.num_output_tokens) == (None, 7, 4)
     assert len(sample.token_s) == 3
     assert sample.ttft_s >= 0.019
-    assert all(gap >= 0.01 for gap in sample.gaps_s)
+    assert sample.ttft_s + sum(sample.gaps_s) >= 0.059, "three pauses of 20 ms, however late they are noticed"
     assert sample.e2e_s >= sample.ttft_s + sum(sample.gaps_s)
     assert server.bodies == [b"a"]
 
@@ -105,11 +105,10 @@ def test_failures_are_named_and_do_not_end_the_run(data: bytes, error: str) -> N
 def test_a_run_ends_at_its_bound() -> None:
     async def answer(path: str, body: bytes, writer: asyncio.StreamWriter) -> None:
         writer.write(STREAM_HEAD + token())
-        await asyncio.sleep(5)
+        await asyncio.Event().wait()
 
     result, _ = load(answer, [b"a"] * 5, Arrivals(streams=2), max_s=0.2)
     assert [sample.error for sample in result.samples] == [UNFINISHED] * 2
-    assert result.wall_s < 2
 
 
 def test_a_server_that_goes_away() -> None:

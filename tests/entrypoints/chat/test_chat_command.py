@@ -23,6 +23,7 @@ from sensorium.entrypoints.cli.main import main
 from tests.entrypoints.served import Served, data_url, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
+from tests.helpers.waiting import HANG_S
 
 KEY = "a-key"
 CHAT = ["-m", "sensorium.entrypoints.cli.main", "chat"]
@@ -42,7 +43,9 @@ def pipe(monkeypatch: pytest.MonkeyPatch, *lines: str) -> None:
 def answer(server: Served, messages: list[Any]) -> str:
     body = {"messages": messages, "temperature": 0, "max_tokens": 8, "ignore_eos": True}
     headers = {"Authorization": f"Bearer {KEY}"}
-    response = httpx.post(f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=60, trust_env=False)
+    response = httpx.post(
+        f"{server.url}/v1/chat/completions", json=body, headers=headers, timeout=HANG_S, trust_env=False
+    )
     text: str = response.json()["choices"][0]["message"]["content"]
     return text
 
@@ -116,7 +119,7 @@ class InTerminal:
     def type(self, text: str) -> None:
         os.write(self._fd, text.encode())
 
-    def expect(self, pattern: str, timeout_s: float = 60.0) -> str:
+    def expect(self, pattern: str, timeout_s: float = HANG_S) -> str:
         """What comes up to a match, without control sequences; the match is consumed."""
         deadline_s = time.monotonic() + timeout_s
         while not (found := re.search(pattern, self.seen)):
@@ -161,7 +164,7 @@ def test_in_a_terminal_with_the_bundled_model(tmp_path: Path) -> None:
         terminal.expect("1 turns written")
         terminal.expect("> ")
         terminal.type("\x04")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(HANG_S) == 0
     finally:
         terminal.close()
     question = json.loads(saved.read_text())["messages"][0]["content"]
@@ -183,6 +186,6 @@ def test_ctrl_c_stops_an_answer_and_not_the_program(server: Served) -> None:
         terminal.type("/reset\n")
         terminal.expect("forgotten\n> ")
         terminal.type("/quit\n")
-        assert terminal.process.wait(30) == 0
+        assert terminal.process.wait(HANG_S) == 0
     finally:
         terminal.close()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from sensorium.entrypoints.chat.terminal import Terminal
 from sensorium.errors import EngineDeadError, InvalidRequestError
 from sensorium.multimodal.media.encode import encode_audio, encode_video
 from tests.helpers.mixed_requests import picture
+from tests.helpers.waiting import until
 from tests.multimodal.media import samples
 
 
@@ -123,10 +123,7 @@ def test_an_interrupt_stops_the_answer_and_keeps_what_came(loop: LoopThread) -> 
     status, echo = chat(loop, script)
     assert (status, "".join(script.written).count("(stopped)")) == (0, 1)
     assert echo.asked[1][1] == {"role": "assistant", "content": "abc"}
-    deadline_s = time.monotonic() + 5
-    while echo.num_open:
-        assert time.monotonic() < deadline_s, "the stream that was stopped is still open"
-        time.sleep(0.01)
+    until(lambda: not echo.num_open, "the stream that was stopped is still open")
 
 
 def test_errors_end_an_answer_and_not_the_chat(loop: LoopThread) -> None:

@@ -16,6 +16,7 @@ from sensorium import LLM, SamplingParams
 from tests.entrypoints.served import SETTINGS, Served, data_url, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
+from tests.helpers.waiting import HANG_S
 
 KEYS = ("first-key", "second-key")
 GREEDY: dict[str, Any] = {"model": "tiny", "temperature": 0.0, "max_output_tokens": 12}
@@ -43,7 +44,7 @@ def client(server: Served) -> Iterator[openai.OpenAI]:
 @pytest.fixture
 def http(server: Served) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {KEYS[0]}"}
-    with httpx.Client(base_url=server.url, headers=headers, timeout=30, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, headers=headers, timeout=HANG_S, trust_env=False) as client:
         yield client
 
 
@@ -309,7 +310,7 @@ def test_bad_parameters_are_refused(client: openai.OpenAI, http: httpx.Client, p
 
 def test_a_stream_that_breaks_off_ends_with_a_failure(checkpoint: Path) -> None:
     with served(checkpoint) as running:
-        client = httpx.Client(base_url=running.url, timeout=30, trust_env=False)
+        client = httpx.Client(base_url=running.url, timeout=HANG_S, trust_env=False)
         body = {"input": "Hi", "stream": True, "ignore_eos": True}
         with client, client.stream("POST", "/v1/responses", json=body) as response:
             lines = response.iter_lines()

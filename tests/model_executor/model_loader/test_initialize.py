@@ -11,6 +11,7 @@ from torch import nn
 
 from sensorium.model_executor.layers.linear import ColumnParallelLinear
 from sensorium.model_executor.model_loader.initialize import build_empty, fill_with_random
+from tests.helpers.waiting import HANG_S
 
 CPU = torch.device("cpu")
 
@@ -93,5 +94,5 @@ def test_parameters_that_wait_are_not_filled_and_torchs_compiler_is_not_imported
         "build_empty(lambda: torch.nn.Embedding(4, 4), dtype=torch.float32, device=torch.device('cpu'))\n"
         "print('torch._dynamo' in sys.modules)"
     )
-    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=HANG_S, check=True)
     assert result.stdout.strip() == "False"

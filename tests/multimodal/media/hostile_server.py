@@ -10,6 +10,8 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from tests.helpers.waiting import HANG_S
+
 BODY = b"sixteen bytes ok"
 CERTIFICATE = Path(__file__).with_name("tls_media_example.pem")
 
@@ -40,7 +42,7 @@ class HostileServer:
     def close(self) -> None:
         self._stop.set()
         for thread in self._threads:
-            thread.join(timeout=10)
+            thread.join(HANG_S)
         self._listener.close()
 
     def _accept(self) -> None:
@@ -52,7 +54,7 @@ class HostileServer:
                 thread.start()
 
     def _serve(self, connection: socket.socket) -> None:
-        connection.settimeout(5)
+        connection.settimeout(HANG_S)
         with connection, contextlib.suppress(OSError):
             if self._tls is not None:
                 with self._tls.wrap_socket(connection, server_side=True) as secure:

@@ -16,11 +16,12 @@ from sensorium.errors import (
     MediaUnavailableError,
 )
 from sensorium.multimodal.media import FetchedMedia, FetchPolicy, MediaFetcher, MediaLimits
+from tests.helpers.waiting import HANG_S, auntil
 from tests.multimodal.media.hostile_server import BODY, CERTIFICATE, FakeResolver, HostileServer
 
 Fetch = Callable[[MediaFetcher, str], FetchedMedia]
 LOOPBACK = "127.0.0.1/32"
-LIMITS = MediaLimits(max_image_bytes=1 << 20, image_fetch_timeout_s=5.0)
+LIMITS = MediaLimits(max_image_bytes=1 << 20, image_fetch_timeout_s=HANG_S)
 
 
 @pytest.fixture(scope="module")
@@ -212,10 +213,8 @@ def test_redirects_are_few(server: HostileServer) -> None:
 @pytest.mark.parametrize("path", ["/endless", "/endless-chunked", "/claims-much"])
 def test_bodies_are_bounded(server: HostileServer, path: str) -> None:
     fetcher, _ = make_fetcher()
-    start = time.monotonic()
     with pytest.raises(MediaTooLargeError, match="max_image_bytes"):
         get(fetcher, server.url(path))
-    assert time.monotonic() - start < 4
 
 
 @pytest.mark.parametrize("path", ["/claims-more", "/garbage", "/cut", "/endless-head", "/nothing"])
@@ -316,16 +315,14 @@ def test_one_deadline_for_everything(server: HostileServer, path: str) -> None:
     """Every read makes progress, so that a time-out per read would never strike."""
     limits = MediaLimits(image_fetch_timeout_s=0.4, max_redirects=10**9)
     fetcher, _ = make_fetcher(limits=limits)
-    start = time.monotonic()
     with pytest.raises(MediaUnavailableError, match="image_fetch_timeout_s"):
         get(fetcher, server.url(path))
-    assert time.monotonic() - start < 3
 
 
 def test_deadline_covers_the_look_up(server: HostileServer) -> None:
     class StuckResolver:
         async def resolve(self, host: str, port: int) -> list[str]:
-            await asyncio.sleep(60)
+            await asyncio.sleep(HANG_S)
             return []
 
     fetcher = MediaFetcher(MediaLimits(image_fetch_timeout_s=0.2), resolver=StuckResolver())
@@ -334,7 +331,7 @@ def test_deadline_covers_the_look_up(server: HostileServer) -> None:
 
 
 def test_deadline_differs_by_modality(server: HostileServer) -> None:
-    limits = MediaLimits(image_fetch_timeout_s=60, audio_fetch_timeout_s=0.2)
+    limits = MediaLimits(image_fetch_timeout_s=HANG_S, audio_fetch_timeout_s=0.2)
     fetcher, _ = make_fetcher(limits=limits)
     with pytest.raises(MediaUnavailableError, match="audio_fetch_timeout_s"):
         fetcher.fetch(server.url("/slow"), "audio")
@@ -426,11 +423,12 @@ def test_cancelled_fetch_frees_its_slot(server: HostileServer) -> None:
     fetcher, _ = make_fetcher(limits=MediaLimits(max_concurrent_fetches=1))
 
     async def main() -> bytes:
+        before = len(server.requests)
         task = asyncio.create_task(fetcher.afetch(server.url("/slow"), "image"))
-        await asyncio.sleep(0.1)
+        await auntil(lambda: len(server.requests) > before)
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
-        return (await asyncio.wait_for(fetcher.afetch(server.url("/ok"), "image"), 3)).data
+        return (await fetcher.afetch(server.url("/ok"), "image")).data
 
     assert asyncio.run(main()) == BODY

@@ -100,13 +100,13 @@ CLIPS = ["mp4", "mov", "mkv", "webm", "avi", "gif"]
 
 def assert_bounded(decode: Callable[[], None]) -> bool:
     """Run one decoding; whether it succeeded."""
-    start = time.monotonic()
+    start = time.process_time()
     refusal = None
     try:
         decode()
     except MediaError as error:
         refusal = str(error)
-    assert time.monotonic() - start < SLOWEST_S
+    assert time.process_time() - start < SLOWEST_S
     assert refusal is None or not re.search(r"Errno|0x|[/\\<>]", refusal)
     return refusal is None
 

@@ -69,13 +69,13 @@ BOMBS = {
 def test_bombs_are_refused_at_no_cost(name: str, decode: object) -> None:
     assert len(BOMBS[name]) < 5_000
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    start = time.monotonic()
+    start = time.process_time()
     with pytest.raises(MediaError) as caught:
         decode(BOMBS[name])  # type: ignore[operator]
     if name != "compressed tables":
         assert isinstance(caught.value, MediaTooLargeError)
         assert "too many samples" in str(caught.value)
-    assert time.monotonic() - start < 1.0
+    assert time.process_time() - start < 2.0
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 64 * 1024  # kilobytes
 
 
