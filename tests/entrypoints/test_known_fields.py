@@ -185,7 +185,15 @@ NEUTRAL: list[dict[str, Any]] = [
     *({"modalities": ["text"]}, {"parallel_tool_calls": True}, {"parallel_tool_calls": False}),
     *({"tools": []}, {"tool_choice": "auto"}, {"tool_choice": "none"}, {"functions": []}, {"function_call": "none"}),
     *({"max_tool_calls": 5}, {"include": []}, {"include": ["reasoning.encrypted_content"]}, {"verbosity": "medium"}),
-    *({"best_of": 1}, {"n": 1}, {"logit_bias": {}}, {"suffix": ""}, {"echo": False}, {"stream": False}),
+    *(
+        {"best_of": 1},
+        {"n": 1},
+        {"logit_bias": {}},
+        {"suffix": ""},
+        {"echo": False},
+        {"stream": False},
+        {"logprobs": False},
+    ),
     *({"use_beam_search": False}, {"length_penalty": 1.0}, {"length_penalty": 1}, {"allowed_token_ids": []}),
     *({"context_management": []}, {"top_logprobs": 0}, {"separate_reasoning": True}),
 ]

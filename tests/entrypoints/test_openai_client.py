@@ -160,6 +160,19 @@ def test_embeddings_are_those_of_the_engine(client: openai.OpenAI, llm: LLM, kin
         assert got == pytest.approx(output.outputs.embedding.tolist(), abs=1e-6)
 
 
+def test_as_many_texts_are_pooled_as_clients_send_at_once(client: openai.OpenAI, server: Served) -> None:
+    """Clients cut long lists into pieces of 1,000 or 2,048."""
+    texts = [f"{number}" for number in range(1000)]
+    answer = client.embeddings.create(model="tiny", input=texts)
+    assert [each.index for each in answer.data] == list(range(1000))
+    assert answer.usage.prompt_tokens == sum(map(len, texts))
+    (alone,) = client.embeddings.create(model="tiny", input=texts[777]).data
+    assert answer.data[777].embedding == pytest.approx(alone.embedding, abs=1e-5)
+    with pytest.raises(openai.BadRequestError, match="got 2049 inputs, expected 1 to 2048"):
+        client.embeddings.create(model="tiny", input=["a"] * 2049)
+    server.settle()
+
+
 def test_a_stream_that_is_closed_early_leaves_nothing(client: openai.OpenAI, server: Served) -> None:
     stream = client.chat.completions.create(
         model="tiny", messages=image_chat(), max_tokens=800, stream=True, extra_body={"ignore_eos": True}

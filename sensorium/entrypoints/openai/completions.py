@@ -64,8 +64,15 @@ class CompletionRoutes:
         return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
     async def _pool(self, request: Request, prompts: list[Any]) -> list[PoolingRequestOutput]:
+        """All vectors in order. No more texts are on their way than a step may have: a body may have thousands."""
         self._context.check_accepts(request)
-        tasks = [asyncio.ensure_future(self._context.encode(request, prompt)) for prompt in prompts]
+        places = asyncio.Semaphore(self._context.engine.config.scheduler_config.max_num_seqs)
+
+        async def pool(prompt: Any) -> PoolingRequestOutput:
+            async with places:
+                return await self._context.encode(request, prompt)
+
+        tasks = [asyncio.ensure_future(pool(prompt)) for prompt in prompts]
         try:
             return await asyncio.gather(*tasks)
         finally:

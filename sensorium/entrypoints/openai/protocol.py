@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import msgspec
-from pydantic import ValidationError
+from pydantic import ValidationError, field_validator
 
 from sensorium.entrypoints.openai.body import Body, field_names
 from sensorium.entrypoints.openai.errors import as_named, invalid_body
@@ -24,6 +24,8 @@ from sensorium.sampling_params import SamplingParams
 
 MAX_PROMPTS = 256
 """Most prompts in one body."""
+MAX_INPUTS = 2048
+"""Most texts to pool in one body: as many as OpenAI takes, since clients cut their work by that."""
 
 _Body = TypeVar("_Body", bound=Body)
 
@@ -228,9 +230,15 @@ class CompletionBody(SamplingBody):
 
     prompt: str | list[int] | list[str] | list[list[int]]
     logprobs: int | None = None
+    """Alternatives to report for each token; chats have true and false there, of which false asks for nothing."""
     echo: bool = False
     """Begin each answer with its prompt, and its log probabilities with the prompt's."""
     add_special_tokens: bool = True
+
+    @field_validator("logprobs", mode="before")
+    @classmethod
+    def _none_for_false(cls, given: Any) -> Any:
+        return None if given is False else given
 
     def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
         """Sixteen tokens unless the body or the checkpoint says otherwise, as OpenAI has it. Raises `RequestError`.
@@ -253,7 +261,7 @@ class CompletionBody(SamplingBody):
         if prompts and isinstance(prompts[0], int):
             prompts = [prompts]
         if not 0 < len(prompts) <= MAX_PROMPTS:
-            raise InvalidRequestError(f"prompt: got {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}.")
+            raise InvalidRequestError(f"prompt: got {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}. Send fewer.")
         return prompts
 
 
@@ -306,8 +314,8 @@ class EmbeddingBody(Body):
         inputs: list[Any] = list(self.input) if isinstance(self.input, list) else [self.input]
         if inputs and isinstance(inputs[0], int):
             inputs = [inputs]
-        if not 0 < len(inputs) <= MAX_PROMPTS:
-            raise InvalidRequestError(f"input: got {len(inputs)} inputs, expected 1 to {MAX_PROMPTS}.")
+        if not 0 < len(inputs) <= MAX_INPUTS:
+            raise InvalidRequestError(f"input: got {len(inputs)} inputs, expected 1 to {MAX_INPUTS}. Send fewer.")
         return inputs
 
 
