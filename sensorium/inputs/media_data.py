@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +19,7 @@ from sensorium.errors import InvalidRequestError, InvalidTypeError, MediaError
 from sensorium.inputs.admission import check_arrays
 from sensorium.inputs.prompts import ParsedPrompt, check_uuids
 from sensorium.inputs.side_by_side import all_or_none
+from sensorium.inputs.transcription import check_heard, transcription_style
 from sensorium.multimodal.hashing import Identity, identify, identify_encoded, identify_uuid
 from sensorium.multimodal.media import EncodedMedia, VideoFrames, VideoSampling
 from sensorium.multimodal.video_array import VideoArray
@@ -151,7 +153,23 @@ class MediaCollector:
             # An object may be large: it is read only if it has no name.
             identity = _identity_of_object(item) if uuid is None else identify_uuid(uuid)
             value = _as_video_array(item) if modality == "video" else item
+        if modality == "audio":
+            self._check_heard(value)
         return value, identity if uuid is None else identify_uuid(uuid)
+
+    @cached_property
+    def _heard_s(self) -> float | None:
+        """The longest sound that the model hears whole, as far as its class or its checkpoint says."""
+        return transcription_style(self._model_config).max_audio_s
+
+    def _check_heard(self, sound: Any) -> None:
+        """Refuse a sound of which the model's mapper would pass over the end."""
+        if self._heard_s is None or not (isinstance(sound, tuple) and len(sound) == 2):
+            return
+        samples, rate = sound
+        num_samples = len(samples) if hasattr(samples, "__len__") else 0
+        if isinstance(rate, int | float) and rate > 0:
+            check_heard("audio", num_samples / rate, self._heard_s)
 
     def _fetch(self, modality: str, source: Any, mm_processor_kwargs: Mapping[str, Any]) -> EncodedMedia:
         if self._loader is None or modality not in ("image", "audio", "video"):

@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 
 _HOOK = "get_transcription_style"
 _TEXT = "{text}"
+ENCODER_PADDING_S = 0.08
+"""Encoders fill a sound up to whole frames, and begin with empty ones: 30 s of MP3 are 30.06 s when decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +75,21 @@ class TranscriptionStyle:
 
     def check_duration(self, duration_s: float) -> None:
         """Refuse a sound of which the model would hear only the beginning. Raises `InvalidRequestError`."""
-        if self.max_audio_s is not None and duration_s > self.max_audio_s:
-            raise InvalidRequestError(
-                f"file: got a sound of {duration_s:.1f} s, expected at most the {self.max_audio_s:g} s that the model "
-                "hears. Send it in parts."
-            )
+        if self.max_audio_s is not None:
+            check_heard("file", duration_s, self.max_audio_s)
+
+
+def check_heard(what: str, duration_s: float, most_s: float) -> None:
+    """Refuse a sound of which the model would hear only the beginning, but for the silence that encoders add.
+
+    Raises:
+        InvalidRequestError: It is longer than what the model hears.
+    """
+    if duration_s > most_s + ENCODER_PADDING_S:
+        raise InvalidRequestError(
+            f"{what}: got a sound of {duration_s:.1f} s, expected at most the {most_s:g} s that the model hears. "
+            "Send it in parts."
+        )
 
 
 def transcription_style(

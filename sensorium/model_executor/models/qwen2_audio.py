@@ -18,8 +18,7 @@ import torch
 from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
-from sensorium.inputs.transcription import TranscriptionStyle
-from sensorium.logger import get_logger, warn_once
+from sensorium.inputs.transcription import TranscriptionStyle, check_heard
 from sensorium.model_executor.layers.linear import ReplicatedLinear
 from sensorium.model_executor.models.media_common import (
     as_items,
@@ -35,8 +34,6 @@ from sensorium.model_executor.models.whisper_encoder import WhisperEncoder, rows
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 from sensorium.multimodal.audio import resample_audio
 from sensorium.sequence import SequenceData
-
-logger = get_logger(__name__)
 
 Sound: TypeAlias = Any
 """Samples `(num_samples,)`, or a pair of samples and their rate in Hz; or given rows `(num_rows, hidden_size)`."""
@@ -62,7 +59,8 @@ def checked(sound: Sound, extractor: Any) -> tuple[np.ndarray[Any, Any], float]:
 
     Raises:
         InvalidTypeError: Not samples of one channel.
-        InvalidRequestError: A rate or a sample is not finite, or the rate not positive.
+        InvalidRequestError: A rate or a sample is not finite, or the rate not positive; or it is longer than what the
+            model hears, of which the reference would pass over the rest.
     """
     samples, rate = sound if isinstance(sound, tuple) and len(sound) == 2 else (sound, extractor.sampling_rate)
     samples = np.asarray(samples)
@@ -76,16 +74,14 @@ def checked(sound: Sound, extractor: Any) -> tuple[np.ndarray[Any, Any], float]:
             f"audio: got samples that are not finite, or a rate of {rate} Hz, expected finite samples and a positive "
             "rate. Check how the sound was decoded."
         )
+    check_heard("audio", len(samples) / rate, extractor.n_samples / extractor.sampling_rate)
     return samples, rate
 
 
 def heard_samples(sound: Sound, extractor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Samples `(num_samples,)` at the model's rate, at most as many as it hears."""
+    """Samples `(num_samples,)` at the model's rate, without what an encoder may have added beyond what is heard."""
     samples, rate = checked(sound, extractor)
     resampled = resample_audio(samples.astype(np.float32), orig_sr=rate, target_sr=extractor.sampling_rate)
-    if len(resampled) > extractor.n_samples:
-        seconds = extractor.n_samples / extractor.sampling_rate
-        warn_once(logger, f"Sounds longer than {seconds:g} s are cut off there, as the reference does.")
     return resampled[: extractor.n_samples]
 
 

@@ -1,6 +1,6 @@
 """Images: from encoded bytes or a PIL image to one canonical form.
 
-Canonical: a PIL image of mode "RGB", first frame, upright (the EXIF orientation is applied), alpha composited over
+Canonical: a PIL image of mode "RGB", its only frame, upright (the EXIF orientation is applied), alpha composited over
 white, 16-bit grey reduced to its high byte, no colour profile applied, no metadata kept. An RGB image in memory without
 orientation comes through untouched, so Hugging Face's processors see the very pixels that they would see
 without us. Whatever can't be brought into this form exactly is refused.
@@ -33,6 +33,9 @@ BYTES_PER_PIXEL = 4
 _WORKING_BYTES_PER_PIXEL = 32
 """The most that decoding takes for a pixel: coefficients of a progressive JPEG, copies while modes are converted."""
 _ORIENTATION_TAG = 0x0112
+_SUBFILE_TYPE = 254
+_PREVIEW_OR_MASK = 1 | 4
+_MAX_PREVIEWS = 8
 _SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I"})
 _ALPHA_MODES = frozenset({"RGBA", "LA", "PA", "La", "RGBa"})
 _OPAQUE_MODES = frozenset({"RGB", "RGBX", "1", "L", "P", "CMYK", "YCbCr", "HSV"})
@@ -57,7 +60,34 @@ def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image:
     image = _open(data, limits)
     _check_size(image.size, limits)
     _allow(image.size, len(data))
+    try:
+        _check_single(image)
+    except MediaError:
+        raise
+    except Exception as error:  # decoders raise what they like; a caller is told one thing
+        raise _corrupt(error) from None
     return canonical_image(image, limits)
+
+
+def _check_single(image: Image) -> None:
+    """Refuse frames and pages of which a model would see the first only. Previews beside a picture are no pages."""
+    if not getattr(image, "is_animated", False):
+        return
+    if image.format == "TIFF":
+        for page in range(1, _MAX_PREVIEWS + 1):
+            try:
+                image.seek(page)
+            except EOFError:
+                image.seek(0)
+                return
+            if not image.tag_v2.get(_SUBFILE_TYPE, 0) & _PREVIEW_OR_MASK:  # type: ignore[attr-defined]
+                break
+    elif image.format == "MPO":  # a photograph, with smaller ones or another eye's beside it
+        return
+    raise MediaTypeError(
+        f"image has several {'pages' if image.format == 'TIFF' else 'frames'}: got more than one, expected one. Send "
+        "each as an image of its own, or an animated GIF as a video."
+    )
 
 
 def _allow(size: tuple[int, int], num_bytes: int) -> None:
