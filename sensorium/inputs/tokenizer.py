@@ -43,10 +43,11 @@ def get_tokenizer(model_config: ModelConfig) -> Any:
             trust_remote_code=model_config.trust_remote_code,
             revision=model_config.revision if is_own else None,
         )
-    except (OSError, ValueError, ImportError) as exc:
+    except Exception as exc:  # the tokenizers' library raises plain Exceptions on malformed files
+        reason = " ".join(str(exc).split())
         raise ConfigError(
             f"tokenizer: got {model_config.tokenizer!r}, expected a directory with a tokenizer that transformers can "
-            f"load ({type(exc).__name__}). Set tokenizer, or skip_tokenizer_init to take token ids only."
+            f"load ({type(exc).__name__}: {reason:.200}). Set tokenizer, or skip_tokenizer_init to take token ids only."
         ) from exc
 
 

@@ -14,14 +14,15 @@ Transformers is imported when a function is called, not before.
 from __future__ import annotations
 
 import importlib
-import json
 import sys
 from collections.abc import Hashable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
+from sensorium.checkpoint import read_json
 from sensorium.errors import ConfigError, InvalidRequestError, InvalidTypeError, ProcessorError
+from sensorium.multimodal.processor_names import folder_with_current_names, with_current_names
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
@@ -108,7 +109,10 @@ def with_settings(base: Any, kwargs: Mapping[str, Any]) -> Any:
 
 
 def read_config_file(processor_name: str, filename: str, revision: str | None = None) -> dict[str, Any]:
-    """A JSON file of a checkpoint; empty if it has none of that name."""
+    """A JSON file of a checkpoint, with the current names of processors; empty if it has none of that name.
+
+    Raises `ModelError` (a `TypeError`) if it is no JSON object.
+    """
     from transformers.utils import cached_file
 
     path = cached_file(
@@ -116,8 +120,7 @@ def read_config_file(processor_name: str, filename: str, revision: str | None = 
     )
     if path is None:
         return {}
-    content = json.loads(Path(path).read_text(encoding="utf-8"))
-    return content if isinstance(content, dict) else {}
+    return with_current_names(read_json(Path(path)))
 
 
 def hide_torchvision() -> None:
@@ -196,9 +199,10 @@ def _image_processor(name: str, trust_remote_code: bool, revision: str | None, b
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
     try:
-        return AutoImageProcessor.from_pretrained(
-            name, backend=backend, trust_remote_code=trust_remote_code, revision=revision
-        )
+        with folder_with_current_names(name) as folder:
+            return AutoImageProcessor.from_pretrained(
+                folder, backend=backend, trust_remote_code=trust_remote_code, revision=revision
+            )
     except (ImportError, OSError, ValueError) as exc:
         raise ProcessorError(
             "No HuggingFace processor is available to process the image object: the checkpoint has no usable "
