@@ -139,6 +139,7 @@ class Scheduler:
         plan = self._in_flight.popleft()
         self._counters.encode_s += result.encode_s
         self._counters.forward_s += result.forward_s
+        self._counters.idle_s += result.idle_s
         if plan.chunks and not result.failures:
             self._pacer.observe(plan.num_prefill_tokens, plan.num_rows, result.encode_s, result.forward_s)
         return self._results.apply(plan, result)
@@ -187,6 +188,7 @@ class Scheduler:
             num_encoded_rows=counters.num_encoded_rows,
             encode_s=counters.encode_s,
             forward_s=counters.forward_s,
+            idle_s=counters.idle_s,
         )
 
     def check(self) -> None:

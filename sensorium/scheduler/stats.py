@@ -37,6 +37,8 @@ class SchedulerStats:
     """Time that steps spent in encoders."""
     forward_s: float = 0.0
     """Time that they spent in everything behind them."""
+    idle_s: float = 0.0
+    """Time between steps in which the device had nothing to do, though requests ran."""
 
 
 @dataclass(slots=True)
@@ -52,3 +54,4 @@ class Counters:
     num_encoded_rows: int = 0
     encode_s: float = 0.0
     forward_s: float = 0.0
+    idle_s: float = 0.0

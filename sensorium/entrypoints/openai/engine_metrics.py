@@ -25,6 +25,7 @@ _COUNTERS = {
     "engine_steps": ("num_steps", "Steps of the engine."),
     "encode_seconds": ("encode_s", "Time that steps spent in encoders of media."),
     "forward_seconds": ("forward_s", "Time that steps spent in the rest of the model."),
+    "idle_seconds": ("idle_s", "Time between steps in which the device had nothing to do, though requests ran."),
     "preemptions": ("num_preemptions", "Requests whose KV was given up and computed again."),
     "kv_block_evictions": ("num_block_evictions", "KV blocks with known content that were needed for other content."),
     "prefix_cache_query_tokens": ("num_prefix_query_tokens", "Prompt tokens looked up in the prefix cache."),
