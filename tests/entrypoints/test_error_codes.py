@@ -27,6 +27,7 @@ from sensorium.errors import (
 )
 from sensorium.multimodal.media.encode import encode_audio
 from tests.entrypoints.served import Served, served
+from tests.helpers.waiting import HANG_S
 
 KEY = "secret"
 LONG = "word " * 3000
@@ -46,7 +47,7 @@ def server() -> Iterator[Served]:
 @pytest.fixture
 def http(server: Served) -> Iterator[httpx.Client]:
     headers = {"Authorization": f"Bearer {KEY}"}
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False, headers=headers) as client:
+    with httpx.Client(base_url=server.url, timeout=HANG_S, trust_env=False, headers=headers) as client:
         yield client
 
 
@@ -108,7 +109,10 @@ def test_what_the_core_refuses_is_known_too() -> None:
 
 
 def test_memory_that_is_too_small_is_known_too() -> None:
-    with served("demo", max_model_len=1024, num_blocks=8) as small, httpx.Client(base_url=small.url) as client:
+    with (
+        served("demo", max_model_len=1024, num_blocks=8) as small,
+        httpx.Client(base_url=small.url, timeout=HANG_S) as client,
+    ):
         response = client.post(COMPLETIONS, json={"prompt": "a " * 200, "max_tokens": 2})
         assert told(response, 400) == ("context_length_exceeded", "prompt")
 
@@ -206,7 +210,7 @@ def test_media_are_named_by_their_part(http: httpx.Client, url: str, status: int
 
 
 def test_what_stands_in_the_way_of_a_route_has_a_code(server: Served, http: httpx.Client) -> None:
-    with httpx.Client(base_url=server.url, trust_env=False) as stranger:
+    with httpx.Client(base_url=server.url, trust_env=False, timeout=HANG_S) as stranger:
         assert told(stranger.post(CHAT, json=chat("a")), 401) == ("invalid_api_key", None)
     plain = http.post(CHAT, content="{}", headers={"Content-Type": "text/plain"})
     assert told(plain, 415) == ("unsupported_content_type", None)

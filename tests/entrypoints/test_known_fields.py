@@ -42,6 +42,7 @@ from sensorium.entrypoints.openai.responses.body import ReasoningConfig, Respons
 from sensorium.errors import InvalidRequestError, RequestError, UnsupportedFeatureError
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.waiting import HANG_S
 
 MESSAGES = [{"role": "user", "content": "Hi"}]
 BODIES: list[tuple[type[Body], dict[str, Any]]] = [
@@ -309,7 +310,7 @@ def server() -> Iterator[Served]:
 
 @pytest.fixture
 def http(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=HANG_S, trust_env=False) as client:
         yield client
 
 

@@ -184,8 +184,9 @@ def test_a_stream_that_is_closed_early_leaves_nothing(client: openai.OpenAI, ser
 
 
 def test_a_request_given_up_before_its_answer_leaves_nothing(server: Served) -> None:
+    settings: dict[str, Any] = {"base_url": f"{server.url}/v1", "api_key": "none", "max_retries": 0}
     with (
-        openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", timeout=0.15, max_retries=0) as client,
+        openai.OpenAI(**settings, timeout=0.15) as client,  # gives up on purpose
         pytest.raises(openai.APITimeoutError),
     ):
         client.chat.completions.create(

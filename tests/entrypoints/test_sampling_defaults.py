@@ -18,6 +18,7 @@ from sensorium.entrypoints.cli.main import main
 from sensorium.multimodal.media.encode import encode_audio
 from sensorium.sampling_params import SamplingParams
 from tests.entrypoints.served import Served, served
+from tests.helpers.waiting import HANG_S
 
 VALUES = {"temperature": 0.25, "top_k": 3, "top_p": 0.75, "repetition_penalty": 1.05, "max_new_tokens": 9}
 SAMPLING = {name: value for name, value in VALUES.items() if name != "max_new_tokens"}
@@ -75,7 +76,7 @@ def transcription(http: httpx.Client, fields: dict[str, Any]) -> httpx.Response:
 @pytest.mark.parametrize("ask", [chat, completion, response, transcription])
 def test_every_route_takes_the_values_of_the_checkpoint(ask: Ask, server: Served, seen: list[SamplingParams]) -> None:
     """They were ignored: requests that left sampling to the model were sampled at temperature 1."""
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=HANG_S, trust_env=False) as http:
         ask(http, {})
         ask(http, {"temperature": 0.5})
     first, second = seen
@@ -86,7 +87,7 @@ def test_every_route_takes_the_values_of_the_checkpoint(ask: Ask, server: Served
 
 
 def test_a_response_tells_the_values_that_it_was_sampled_with(server: Served) -> None:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as http:
+    with httpx.Client(base_url=server.url, timeout=HANG_S, trust_env=False) as http:
         body = response(http, {}).json()
     assert (body["temperature"], body["top_p"]) == (0.25, 0.75)
 

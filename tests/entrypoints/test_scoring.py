@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint, make_hf_model
+from tests.helpers.waiting import HANG_S
 
 TEXT = "Straße, 你好 and é"
 PATH = "/v1/completions"
@@ -31,7 +32,7 @@ def server() -> Iterator[Served]:
 
 @pytest.fixture
 def http(server: Served) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60, trust_env=False) as client:
+    with httpx.Client(base_url=server.url, timeout=HANG_S, trust_env=False) as client:
         yield client
 
 

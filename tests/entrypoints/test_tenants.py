@@ -13,6 +13,7 @@ import pytest
 from tests.entrypoints.served import Served, data_url, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
+from tests.helpers.waiting import HANG_S
 
 KEYS = ("key-a", "key-b")
 SECRET = "The launch code is 7-4-1-9, and the meeting is at noon on Friday. " * 4
@@ -32,7 +33,7 @@ def server(checkpoint: Path) -> Iterator[Served]:
 
 def post(server: Served, key: str, path: str, body: dict[str, Any]) -> dict[str, Any]:
     headers = {"Authorization": f"Bearer {key}"}
-    response = httpx.post(server.url + path, json=body, headers=headers, timeout=120, trust_env=False)
+    response = httpx.post(server.url + path, json=body, headers=headers, timeout=HANG_S, trust_env=False)
     assert response.status_code == 200, response.text
     answer: dict[str, Any] = response.json()
     return answer
@@ -118,7 +119,9 @@ def test_one_body_does_not_stand_before_another_keys_request(server: Served) -> 
     ended = threading.Event()
 
     def ask() -> None:
-        with httpx.stream("POST", server.url + "/v1/completions", json=flood, headers=headers, timeout=300) as answer:
+        with httpx.stream(
+            "POST", server.url + "/v1/completions", json=flood, headers=headers, timeout=HANG_S
+        ) as answer:
             started.set()
             for _ in answer.iter_lines():
                 if ended.is_set():
@@ -128,7 +131,7 @@ def test_one_body_does_not_stand_before_another_keys_request(server: Served) -> 
     thread = threading.Thread(target=ask)
     thread.start()
     try:
-        assert started.wait(120)
+        assert started.wait(HANG_S)
         post(server, "key-a", "/v1/completions", {"prompt": "hi", "max_tokens": 1})
         stats = server.engine.stats
         assert stats is not None
@@ -146,7 +149,7 @@ def test_a_line_filled_by_one_key_has_room_for_another(checkpoint: Path) -> None
         def ask() -> None:
             body = {"prompt": "once", "max_tokens": 200, "ignore_eos": True}
             headers = {"Authorization": "Bearer key-b"}
-            answer = httpx.post(running.url + "/v1/completions", json=body, headers=headers, timeout=300)
+            answer = httpx.post(running.url + "/v1/completions", json=body, headers=headers, timeout=HANG_S)
             statuses.append(answer.status_code)
 
         threads = [threading.Thread(target=ask) for _ in range(12)]
@@ -176,7 +179,9 @@ def test_how_urgent_requests_may_be_is_the_operators_to_say(
             ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "max_tokens": 1}),
             ("/v1/responses", {"input": "a", "max_output_tokens": 1}),
         ):
-            answer = httpx.post(running.url + path, json={**body, "priority": priority}, timeout=60, trust_env=False)
+            answer = httpx.post(
+                running.url + path, json={**body, "priority": priority}, timeout=HANG_S, trust_env=False
+            )
             if text is None:
                 assert answer.status_code == 200, answer.text
             else:

@@ -110,7 +110,7 @@ def test_a_hostile_form_is_its_callers_error_and_soon(compiler: FormCompiler, na
     assert message.isprintable()
     assert len(message) < 600
     with pytest.raises(InvalidRequestError, match="structured_outputs"):
-        compiler.compile(form).result(0.0)  # remembered
+        compiler.compile(form).result(0.0)  # gives up on purpose: it is remembered
 
 
 @pytest.mark.parametrize("name", HARMLESS)

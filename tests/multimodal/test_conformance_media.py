@@ -33,6 +33,7 @@ from sensorium.multimodal.utils import (
 from sensorium.multimodal.video import rescale_video_size, resize_video, sample_frames_from_video
 from tests.helpers.configs import make_model_config
 from tests.helpers.processors import make_image, make_tokenizer, make_video, save_llava, save_qwen2_vl
+from tests.helpers.waiting import HANG_S
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +210,7 @@ def test_an_installed_torchvision_is_never_imported(llava: Path, tmp_path: Path)
             print("untouched")
     """
     result = subprocess.run(
-        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=120, check=False
+        [sys.executable, "-c", textwrap.dedent(code)], capture_output=True, text=True, timeout=HANG_S, check=False
     )
     assert result.stdout.strip() == "untouched", result.stderr
 

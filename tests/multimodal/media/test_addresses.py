@@ -220,7 +220,7 @@ def test_stuck_look_ups_delay_nobody_and_are_bounded(monkeypatch: pytest.MonkeyP
     async def main() -> None:
         for _ in range(2):
             with pytest.raises(TimeoutError):
-                await asyncio.wait_for(resolver.resolve("media.example", 80), 0.05)
+                await asyncio.wait_for(resolver.resolve("media.example", 80), 0.05)  # gives up on purpose
         with pytest.raises(MediaUnavailableError, match="under way"):
             await resolver.resolve("media.example", 80)
 
