@@ -83,7 +83,8 @@ def check_include(include: list[Any]) -> None:
     for each in include:
         if each != LOGPROBS and each not in INCLUDABLE:
             raise UnsupportedFeatureError(
-                f"include: got {each!r:.80}, expected some of {sorted((LOGPROBS, *INCLUDABLE))}. Remove it."
+                f"include: got {each!r:.80}, expected some of {sorted((LOGPROBS, *INCLUDABLE))}. Remove it.",
+                param="include",
             )
 
 

@@ -247,6 +247,14 @@ def test_items_may_be_named_where_they_are_kept(client: openai.OpenAI, http: htt
     assert (error["code"], error["param"]) == ("item_not_found", "input[0].id")
 
 
+def test_what_may_be_included_is_taken_with_what_is_kept(client: openai.OpenAI) -> None:
+    first = client.responses.create(input="Hello", **GREEDY)
+    again = client.responses.retrieve(first.id, include=["reasoning.encrypted_content"], stream=False)
+    assert again.output_text == first.output_text
+    items = client.responses.input_items.list(first.id, include=["message.input_image.image_url"], limit=5, order="asc")
+    assert len(items.data) == 1
+
+
 # Refused
 
 
@@ -299,6 +307,11 @@ def test_a_bad_field_is_refused_by_name(http: httpx.Client, fields: dict[str, An
         ("/input_items?order=up", "order"),
         ("/input_items?after=x", "after"),
         ("/input_items?made_up=1", "made_up"),
+        ("/input_items?limit=5&limit=6", "limit: got it twice"),
+        ("/input_items?include=made.up", "include"),
+        ("?starting_after=5", "starting_after"),
+        ("?include_obfuscation=true", "include_obfuscation"),
+        ("?include[]=made.up", "include"),
     ],
 )
 def test_bad_parameters_are_refused(client: openai.OpenAI, http: httpx.Client, path: str, text: str) -> None:

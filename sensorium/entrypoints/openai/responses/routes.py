@@ -12,6 +12,7 @@ from starlette.routing import Route
 
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.errors import HttpError
+from sensorium.entrypoints.openai.fields import check_include
 from sensorium.entrypoints.openai.http import (
     EventStream,
     JsonResponse,
@@ -81,10 +82,13 @@ class ResponseRoutes:
 
     async def retrieve(self, request: Request) -> Response:
         """`GET /v1/responses/<id>`."""
-        if request.query_params.get("stream", "false") != "false":
-            raise UnsupportedFeatureError(
-                "stream: got true, expected false: a response that is kept is given whole. Remove it.", param="stream"
-            )
+        query = _query(request, "stream", "include_obfuscation")
+        for name, value in query.items():
+            if value.lower() != "false":
+                raise UnsupportedFeatureError(
+                    f"{name}: got {value!r:.60}, expected false: a response that is kept is given whole. Remove it.",
+                    param=name,
+                )
         return JsonResponse(self._find(request).body)
 
     async def delete(self, request: Request) -> Response:
@@ -181,16 +185,33 @@ def _not_kept(where: str, given: str, kind: str, *, code: str, param: str | None
     )
 
 
+def _query(request: Request, *known: str) -> dict[str, str]:
+    """The parameters of a request, each of which stands there once; and what is to be included, which changes nothing.
+
+    Raises `RequestError`.
+    """
+    found: dict[str, str] = {}
+    included = []
+    for name, value in request.query_params.multi_items():
+        if name in ("include", "include[]"):  # clients write lists either way
+            included.append(value)
+            continue
+        if name not in known:
+            raise InvalidRequestError(
+                f"{name:.60}: got a parameter that there isn't, expected one of {list(known)}. Remove it.",
+                code="unknown_parameter",
+                param=name[:60],
+            )
+        if name in found:
+            raise InvalidRequestError(f"{name}: got it twice, expected it once. Remove one.", param=name)
+        found[name] = value
+    check_include(included)
+    return found
+
+
 def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:
     """Items from `after` on, `limit` of them. Raises `InvalidRequestError`."""
-    query = request.query_params
-    unknown = sorted(query.keys() - {"after", "limit", "order", "include"})
-    if unknown:
-        raise InvalidRequestError(
-            f"{unknown[0]:.60}: got a parameter that there isn't, expected after, limit or order. Remove it.",
-            code="unknown_parameter",
-            param=unknown[0][:60],
-        )
+    query = _query(request, "after", "limit", "order")
     limit, order, after = read_count("limit", query.get("limit", "20")), query.get("order", "desc"), query.get("after")
     if not 1 <= limit <= _MAX_PAGE:
         raise InvalidRequestError(f"limit: got {limit}, expected 1 to {_MAX_PAGE}. Change limit.", param="limit")
