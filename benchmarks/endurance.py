@@ -70,9 +70,20 @@ async def ask(connection: Connection, body: bytes) -> bytes:
     return text.encode()
 
 
-async def check_good(run: Run, connection: Connection, name: int, body: bytes) -> None:
+async def ask_half_closed(connection: Connection, body: bytes) -> bytes:
+    """The same, of a client that closes its sending side behind the request."""
+    head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
+    answer = await connection.raw(head.encode() + b"\r\n\r\n" + body, closes=True)
+    while answer.startswith(b"HTTP/1.1 100 "):
+        answer = answer.partition(b"\r\n\r\n")[2]
+    assert answer.startswith(b"HTTP/1.1 200"), answer[:300]
+    text: str = json.loads(answer.partition(b"\r\n\r\n")[2])["choices"][0]["message"]["content"]
+    return text.encode()
+
+
+async def check_good(run: Run, connection: Connection, name: int, body: bytes, *, half_closes: bool = False) -> None:
     """Ask, and compare with the quiet run's answer, or be that run."""
-    text = await ask(connection, body)
+    text = await (ask_half_closed if half_closes else ask)(connection, body)
     if run.expected.setdefault(name, text) == text:
         run.count("good_equal")
     else:
@@ -118,7 +129,7 @@ async def mix_one(run: Run, connection: Connection, index: int) -> None:
     good = good_requests()
     if index % 3 == 0:
         name = index // 3 % len(good)
-        await check_good(run, connection, name, good[name])
+        await check_good(run, connection, name, good[name], half_closes=index % 4 == 0)
         return
     attack = HOSTILE[index % len(HOSTILE)]
     outcome = await attack(connection, index)

@@ -16,6 +16,7 @@ from benchmarks.http_client import Connection
 from sensorium.multimodal.media.encode import encode_audio, encode_image, encode_video
 
 CHAT = "/v1/chat/completions"
+COMPLETIONS = "/v1/completions"
 Attack = Callable[[Connection, int], Awaitable[str]]
 LEAKS = (b"Traceback", b"0x", b"/root", b"/tmp", b"/home", b"site-packages", b"127.0.0.1", b"Errno")
 
@@ -29,6 +30,10 @@ FIELDS: Sequence[dict[str, Any]] = (
     {"stop": ["x"] * 1000},
     {"seed": 2**90},
     {"made_up": True},
+    {"priority": -5},
+    {"tools": [{}] * 1000},
+    {"messages": [{"role": "x" * 1000, "content": "x"}]},
+    {"messages": [{"role": f"role{index}", "content": "x"} for index in range(100)]},
     {"messages": 5},
     {"messages": [{"role": "user", "content": "<|IMAGE|>"}]},
     {"messages": [{"role": "user", "content": "x" * 100_000}]},
@@ -45,8 +50,31 @@ URLS = (
 )
 
 
-async def _post(connection: Connection, body: bytes, *, may_succeed: bool = False) -> str:
-    answer = await connection.request("POST", CHAT, body)
+MANY = 20_000
+MISTAKES: Sequence[tuple[str, bytes]] = (
+    (COMPLETIONS, b'{"prompt":[' + b"{}," * MANY + b"{}]}"),
+    (COMPLETIONS, b'{"prompt":"x","logit_bias":{' + b",".join(b'"a%d":"b"' % i for i in range(MANY)) + b"}}"),
+    (CHAT, b'{"messages":[' + b'{"role":1},' * MANY + b"{}]}"),
+    (CHAT, b'{"messages":[],' + b",".join(b'"a%d":1' % i for i in range(MANY)) + b"}"),
+    ("/v1/responses", b'{"input":[' + b'{"type":"message"},' * MANY + b"{}]}"),
+    ("/v1/embeddings", b'{"input":[' + b"[null]," * MANY + b"[]]}"),
+    (CHAT, b'{"messages":[' + b"[]," * 1_100_000 + b"[]]}"),
+)
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+AMBIGUOUS = (
+    HEAD + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n2\r\n{}\r\n0\r\n\r\n",
+    HEAD + b"Content-Length: 2\r\nContent-Length: 3\r\n\r\n{} ",
+    HEAD + b"Content-Length: 2\nX-A: b\r\n\r\n{}",
+    HEAD + b"Content-Length:\r\n 2\r\n\r\n{}",
+    HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x2\r\n{}\r\n0\r\n\r\n",
+    HEAD + b"X-A: \x1b[2J\r\nContent-Length: 2\r\n\r\n{}",
+    HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + b"1\r\n \r\n" * 12_000,
+)
+
+
+async def _post(connection: Connection, body: bytes, *, path: str = CHAT, may_succeed: bool = False) -> str:
+    answer = await connection.request("POST", path, body)
     if answer.status == 200 and may_succeed:
         return "answered"
     is_refused = 400 <= answer.status < 500 and not any(leak in answer.body for leak in LEAKS)
@@ -156,7 +184,50 @@ async def half_a_request(connection: Connection, index: int) -> str:
     return "outlasted"
 
 
+async def many_mistakes(connection: Connection, index: int) -> str:
+    """A body in which everything is wrong, or that has very many elements."""
+    path, body = MISTAKES[index % len(MISTAKES)]
+    return await _post(connection, body, path=path)
+
+
+async def ambiguous(connection: Connection, index: int) -> str:
+    """A request that two readers read in two ways, and another one behind it."""
+    got = await connection.raw(AMBIGUOUS[index % len(AMBIGUOUS)] + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
+    is_refused = got.count(b"HTTP/1.1 ") == 1 and got.startswith((b"HTTP/1.1 400", b"HTTP/1.1 501"))
+    return "refused" if is_refused else "wrong"
+
+
+async def forged_line(connection: Connection, index: int) -> str:
+    """A path with a line of a log in it."""
+    answer = await connection.request("GET", f"/%0A2026-01-01%2000:00:00,000%20INFO%20forged%1B[2J{index}")
+    return "refused" if answer.status == 404 else "wrong"
+
+
+async def half_a_head(connection: Connection, index: int) -> str:
+    """Connections that say half of what they want, and no more."""
+    held = [asyncio.create_task(connection.raw(HEAD + b"X-A: ")) for _ in range(8)]
+    await asyncio.sleep(0.2)
+    for each in held:
+        each.cancel()
+    await asyncio.gather(*held, return_exceptions=True)
+    return "outlasted"
+
+
+async def floods(connection: Connection, index: int) -> str:
+    """Asks for very many outputs at once, and hangs up after a while."""
+    body = {"prompt": ["once"] * 2, "n": 64, "max_tokens": 100, "stream": True}
+    try:
+        async with asyncio.timeout(random.Random(index).uniform(0, 0.5)):
+            async for _ in connection.stream(COMPLETIONS, json.dumps(body).encode()):
+                pass
+    except TimeoutError:
+        pass
+    connection.close()
+    return "outlasted"
+
+
 HOSTILE: tuple[Attack, ...] = (
     *(bad_field, bad_url, fuzzed, bad_body, leaves),
     *(bad_field, fuzzed, bomb, never_reads, half_a_request, bad_url),
+    *(many_mistakes, ambiguous, forged_line, half_a_head, floods, many_mistakes),
 )

@@ -74,11 +74,30 @@ class Connection:
             async for piece in self._pieces(fields):
                 yield piece
 
+    async def raw(self, data: bytes, *, closes: bool = False) -> bytes:
+        """All that comes back for these bytes, on a connection of their own; with `closes`, its sending side is closed
+        behind them.
+        """
+        async with asyncio.timeout(self._timeout_s):
+            reader, writer = await asyncio.open_connection(self._host, self._port)
+            try:
+                writer.write(data)
+                await writer.drain()
+                if closes:
+                    writer.write_eof()
+                return await reader.read()
+            except ConnectionError:
+                return b""
+            finally:
+                writer.transport.abort()
+
     async def _ask(self, method: str, path: str, body: bytes, headers: tuple[str, ...]) -> tuple[int, dict[str, str]]:
         if self._writer is None:
             self._reader, self._writer = await asyncio.open_connection(self._host, self._port, limit=1 << 22)
         assert self._reader is not None
         lines = [f"{method} {path} HTTP/1.1", f"Host: {self._host}:{self._port}", f"Content-Length: {len(body)}"]
+        if not any(each.lower().startswith("content-type:") for each in headers):
+            lines.append("Content-Type: application/json")
         self._writer.write("\r\n".join([*lines, *headers, "", ""]).encode() + body)
         try:
             head = (await self._reader.readuntil(b"\r\n\r\n")).decode("latin-1").split("\r\n")

@@ -38,6 +38,9 @@ if TYPE_CHECKING:
     from sensorium.multimodal.media import MediaLoader
 
 
+_FEW_PARTS = 64
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Request:
     """A conversation, parsed and checked, and everything that rendering it needs."""
@@ -153,7 +156,10 @@ class ChatRenderer:
 
     async def arender(self, messages: object, **options: Any) -> dict[str, Any]:
         """As `render`, for an event loop: media are fetched side by side, without a thread."""
-        request = self._prepare(messages, **options)
+        if _is_long(messages):
+            request = await asyncio.to_thread(self._prepare, messages, **options)
+        else:
+            request = self._prepare(messages, **options)
         media = await self._media.aload(request.media(), request.mm_processor_kwargs, request.scope)
         loop = asyncio.get_running_loop()
         with stage("render"):
@@ -272,6 +278,15 @@ class ChatRenderer:
             return None
         token = self._tokenizer.convert_ids_to_tokens(token_id)
         return token if isinstance(token, str) else None
+
+
+def _is_long(messages: object) -> bool:
+    """Whether a conversation is too long to be looked through on an event loop."""
+    if not isinstance(messages, list):
+        return False
+    contents = (message.get("content") for message in messages[:_FEW_PARTS] if isinstance(message, dict))
+    num_parts = sum(len(content) for content in contents if isinstance(content, list))
+    return len(messages) > _FEW_PARTS or num_parts > _FEW_PARTS
 
 
 class _MessageWriter:

@@ -17,6 +17,9 @@ MAX_MESSAGES = 4096
 """Most messages in one conversation."""
 MAX_PARTS = 4096
 """Most parts of one message."""
+MAX_ROLES = 16
+"""Most roles in one conversation: it takes a while to find out what a template does with one."""
+MAX_ROLE_CHARS = 64
 MODALITIES = ("image", "video", "audio")
 CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
 """Fields of parts by which clients say up to where a prompt is worth keeping. Prefixes are cached without them."""
@@ -86,7 +89,11 @@ def parse_messages(messages: object, places: Sequence[str] | None = None) -> lis
         raise InvalidRequestError(f"messages: got {len(messages)}, expected at most {MAX_MESSAGES}. Send fewer.")
     if places is None:
         places = [f"messages[{index}]" for index in range(len(messages))]
-    return [_parse_message(message, where) for message, where in zip(messages, places, strict=True)]
+    parsed = [_parse_message(message, where) for message, where in zip(messages, places, strict=True)]
+    roles = {message.role for message in parsed}
+    if len(roles) > MAX_ROLES:
+        raise InvalidRequestError(f"messages: got {len(roles)} roles, expected at most {MAX_ROLES}. Change roles.")
+    return parsed
 
 
 def _parse_message(message: object, where: str) -> Message:
@@ -95,6 +102,10 @@ def _parse_message(message: object, where: str) -> Message:
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str) or not role:
         raise _wrong_type(f"{where}.role", role, "a string such as 'user'")
+    if len(role) > MAX_ROLE_CHARS:
+        raise InvalidRequestError(
+            f"{where}.role: got {len(role)} characters, expected at most {MAX_ROLE_CHARS}. Change {where}.role."
+        )
     fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
     if not isinstance(fields.get("tool_call_id", ""), str):
         raise _wrong_type(f"{where}.tool_call_id", fields["tool_call_id"], "a string")

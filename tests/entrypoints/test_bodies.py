@@ -73,11 +73,12 @@ def test_many_unknown_fields_are_one_mistake(kind: type[Body]) -> None:
 @pytest.mark.parametrize(
     ("body", "text"),
     [
-        (b"[" + b"{}," * 16 * MAX_CONTAINERS + b"{}]", "lists and objects"),
-        (b"[" + b"[]," * 16 * MAX_CONTAINERS + b"[]]", "lists and objects"),
+        (b"[" + b"{}," * (1 << 20) + b"{}]", "lists and objects"),
+        (b"[" + b"[]," * (1 << 20) + b"[]]", "lists and objects"),
         (b'{"prompt":[' + b"0," * (MAX_ELEMENTS + 1) + b"0]}", "elements"),
+        (b"{" + b'"a":1,' * (1 << 18) + b'"b":1}', "members"),
     ],
-    ids=["objects", "lists", "numbers"],
+    ids=["objects", "lists", "numbers", "members"],
 )
 def test_a_body_of_too_many_elements_is_refused_before_any_is_made(
     body: bytes, text: str, monkeypatch: pytest.MonkeyPatch
@@ -94,6 +95,19 @@ def test_lists_and_objects_are_counted_and_brackets_in_texts_are_not() -> None:
         _parse(json.dumps({"logit_bias": {str(index): 1 for index in range(MAX_MEMBERS + 1)}}).encode())
     text = "{[" * MAX_CONTAINERS
     assert _parse(json.dumps({"prompt": text}).encode()) == {"prompt": text}
+
+
+@pytest.mark.parametrize(
+    ("messages", "text"),
+    [
+        ([{"role": "a" * 65, "content": "x"}], "role: got 65 characters"),
+        ([{"role": f"role{index}", "content": "x"} for index in range(17)], "got 17 roles"),
+    ],
+)
+def test_roles_are_few_and_short(messages: list[dict[str, str]], text: str) -> None:
+    """A role of 60 MB kept a thread for 48 s: what the template does with it was tried out."""
+    with pytest.raises(InvalidRequestError, match=text):
+        parse_messages(messages)
 
 
 @pytest.mark.parametrize(

@@ -18,10 +18,10 @@ from sensorium.entrypoints.openai.chat import ChatRoutes
 from sensorium.entrypoints.openai.completions import CompletionRoutes
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.errors import HttpError, error_response, forget_frames
-from sensorium.entrypoints.openai.http import JsonResponse, read_json, while_connected
+from sensorium.entrypoints.openai.http import JsonResponse, read_body, while_connected
 from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, Capacity, OnEnd, RequestRecords, log_record
 from sensorium.entrypoints.openai.playground import playground_routes
-from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody, parse_body
+from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody
 from sensorium.entrypoints.openai.responses.routes import ResponseRoutes
 from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
@@ -118,7 +118,7 @@ class PlainRoutes:
 
     async def tokenize(self, request: Request) -> Response:
         """`POST /tokenize`."""
-        body = parse_body(TokenizeBody, await read_json(request))
+        body = await read_body(request, TokenizeBody)
         self._context.check_model(body.model)
         self._context.tokenizer()
         assert self._encoder is not None
@@ -129,7 +129,7 @@ class PlainRoutes:
 
     async def detokenize(self, request: Request) -> Response:
         """`POST /detokenize`."""
-        body = parse_body(DetokenizeBody, await read_json(request))
+        body = await read_body(request, DetokenizeBody)
         self._context.check_model(body.model)
         tokenizer, tokens = self._context.tokenizer(), body.tokens
         config = self._context.engine.config.model_config

@@ -12,8 +12,8 @@ from starlette.responses import Response
 
 from sensorium.entrypoints.openai.chat_answer import ChatAnswer
 from sensorium.entrypoints.openai.context import ServerContext
-from sensorium.entrypoints.openai.http import EventStream, JsonResponse, read_json, while_connected, with_first
-from sensorium.entrypoints.openai.protocol import ChatBody, TokenCostBody, parse_body
+from sensorium.entrypoints.openai.http import EventStream, JsonResponse, read_body, while_connected, with_first
+from sensorium.entrypoints.openai.protocol import ChatBody, TokenCostBody
 from sensorium.entrypoints.openai.tools.plan import AnswerPlan
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import RequestError
@@ -40,7 +40,7 @@ class ChatRoutes:
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/chat/completions`."""
-        body = parse_body(ChatBody, await read_json(request))
+        body = await read_body(request, ChatBody)
         turn = _Turn(request, body, body.params(self._context.sampling_defaults), body.tool_request())
         model, request_id = self._context.check_model(body.model), request.state.request_id
         options = body.options()
@@ -53,7 +53,7 @@ class ChatRoutes:
 
     async def token_cost(self, request: Request) -> Response:
         """`POST /v1/chat/token_cost`: prompt tokens of a chat, media counted one by one, without generating."""
-        body = parse_body(TokenCostBody, await read_json(request))
+        body = await read_body(request, TokenCostBody)
         self._context.check_model(body.model)
         return JsonResponse(await while_connected(request, self._cost(request, body)))
 

@@ -17,8 +17,8 @@ from sensorium.engine.detokenizer import Detokenizer
 from sensorium.entrypoints.openai.answers import Usage, completion_logprobs, prompt_logprobs
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.echo import NO_ECHO, Echo, make_echo
-from sensorium.entrypoints.openai.http import EventStream, JsonResponse, merged, read_json, while_connected, with_first
-from sensorium.entrypoints.openai.protocol import CompletionBody, EmbeddingBody, StreamOptions, parse_body
+from sensorium.entrypoints.openai.http import EventStream, JsonResponse, merged, read_body, while_connected, with_first
+from sensorium.entrypoints.openai.protocol import CompletionBody, EmbeddingBody, StreamOptions
 from sensorium.errors import UnsupportedFeatureError
 from sensorium.outputs import CompletionOutput, OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
@@ -38,7 +38,7 @@ class CompletionRoutes:
 
     async def completions(self, request: Request) -> Response:
         """`POST /v1/completions`."""
-        body = parse_body(CompletionBody, await read_json(request))
+        body = await read_body(request, CompletionBody)
         answer = _Answer(request.state.request_id, self._context.check_model(body.model), body)
         params, prompts = body.params(self._context.sampling_defaults), body.prompts()
         self._context.check_kwargs(body.mm_processor_kwargs)
@@ -51,7 +51,7 @@ class CompletionRoutes:
 
     async def embeddings(self, request: Request) -> Response:
         """`POST /v1/embeddings`."""
-        body = parse_body(EmbeddingBody, await read_json(request))
+        body = await read_body(request, EmbeddingBody)
         name, prompts = self._context.check_model(body.model), body.prompts()
         outputs = await while_connected(request, self._pool(request, prompts))
         _check_dimensions(body.dimensions, outputs)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import secrets
-from collections.abc import AsyncIterator, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -14,7 +13,9 @@ from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from sensorium.entrypoints.openai.body import Body
 from sensorium.entrypoints.openai.errors import HttpError, error_body
+from sensorium.entrypoints.openai.protocol import parse_body
 from sensorium.entrypoints.openai.records import note_failure
 from sensorium.errors import InvalidRequestError, RequestAbortedError, SensoriumError
 from sensorium.logger import get_logger
@@ -22,26 +23,31 @@ from sensorium.logger import get_logger
 logger = get_logger(__name__)
 
 MAX_NESTING = 32
-MAX_CONTAINERS = 1 << 16
-"""Most lists and objects in one body. What looks like one, in a text too, may be there sixteen times as often."""
+MAX_CONTAINERS = 1 << 15
+"""Most lists and objects in one body."""
+_MAX_BRACKETS = 1 << 20
+"""Most of what looks like the beginning of one, in texts too."""
 MAX_MEMBERS = 1 << 16
 """Most members of one object."""
-MAX_ELEMENTS = 1 << 22
+_MAX_COLONS = 1 << 18
+"""Most of what may stand behind the name of a member, in texts too."""
+MAX_ELEMENTS = 1 << 20
 """Most elements of all lists and objects together; commas in texts count too."""
 PADDED_BYTES = 128
 """Events that are padded have a multiple of this length: the pieces of an answer are shorter, and mostly all alike."""
 _PARSE_IN_THREAD_BYTES = 1 << 16
 _T = TypeVar("_T")
+_Body = TypeVar("_Body", bound=Body)
 
 
-async def read_json(request: Request) -> Any:
-    """The body as plain values.
+async def read_body(request: Request, kind: type[_Body]) -> _Body:
+    """The body, which is JSON, as one of a kind.
 
     Its type must be said to be JSON: that is what a web page can't do without asking the server first (CORS).
 
     Raises:
         HttpError: 415, it is said to be something else.
-        InvalidRequestError: It is no JSON, or nested too deeply.
+        InvalidRequestError: It is no JSON, nested too deeply, or not of the kind.
         RequestAbortedError: The client is gone.
     """
     _check_type(request.headers.get("Content-Type"))
@@ -49,9 +55,14 @@ async def read_json(request: Request) -> Any:
         body = await request.body()
     except ClientDisconnect:
         raise RequestAbortedError("the client has gone.") from None
-    if len(body) > _PARSE_IN_THREAD_BYTES:
-        return await asyncio.to_thread(_parse, body)
-    return _parse(body)
+    return await beside_loop(request, lambda: parse_body(kind, _parse(body)))
+
+
+async def beside_loop(request: Request, call: Callable[[], _T]) -> _T:
+    """What `call` makes of a body that has been read: in a thread if that may take long enough for others to notice."""
+    if len(await request.body()) > _PARSE_IN_THREAD_BYTES:
+        return await asyncio.to_thread(call)
+    return call()
 
 
 def _check_type(content_type: str | None) -> None:
@@ -65,50 +76,39 @@ def _check_type(content_type: str | None) -> None:
 
 
 def _parse(body: bytes) -> Any:
-    _check_counts(body.count(b"{") + body.count(b"["), 16 * MAX_CONTAINERS, body.count(b","))  # before any is made
+    _check_raw_counts(body)
     try:
         content = msgspec.json.decode(body)
     except (msgspec.DecodeError, UnicodeDecodeError):
         raise InvalidRequestError("the body: got something that is no JSON, expected a JSON object.") from None
     except RecursionError:
         raise _too_deep() from None
-    _check_nesting(content)
-    if b'"logit_bias"' in body:
-        json.loads(body, object_pairs_hook=_once, parse_int=str, parse_float=str)
-    return content
-
-
-def _once(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object with a name that stands there twice: whoever reads it may go by either."""
-    names: set[str] = set()
-    for name, _ in pairs:
-        if name in names:
-            raise InvalidRequestError(f"a name in the body: got {name!r:.60} twice, expected it once. Remove one.")
-        names.add(name)
-
-
-def _check_nesting(content: object) -> None:
     level, num_containers = [content], 0
     for _ in range(MAX_NESTING):
         level = [member for value in level for member in _members(value)]
         if not level:
-            return
+            return content
         num_containers += len(level)
-        _check_counts(num_containers, MAX_CONTAINERS)
+        if num_containers > MAX_CONTAINERS:
+            raise _too_many(num_containers, "lists and objects", MAX_CONTAINERS)
     raise _too_deep()
 
 
-def _check_counts(num_containers: int, max_containers: int, num_elements: int = 0) -> None:
-    if num_containers > max_containers:
-        raise InvalidRequestError(
-            f"the body: got {num_containers} lists and objects or more, expected at most {max_containers}. "
-            "Send several smaller requests."
-        )
-    if num_elements > MAX_ELEMENTS:
-        raise InvalidRequestError(
-            f"the body: got {num_elements} elements of lists and objects, expected at most {MAX_ELEMENTS}. "
-            "Send several smaller requests."
-        )
+def _check_raw_counts(body: bytes) -> None:
+    """Refuse what would take long to decode, before anything is made of it."""
+    for number, kind, most in (
+        (body.count(b"{") + body.count(b"["), "lists and objects, or brackets in texts", _MAX_BRACKETS),
+        (body.count(b":"), "members of objects, or colons in texts", _MAX_COLONS),
+        (body.count(b","), "elements of lists and objects, or commas in texts", MAX_ELEMENTS),
+    ):
+        if number > most:
+            raise _too_many(number, kind, most)
+
+
+def _too_many(number: int, kind: str, most: int) -> InvalidRequestError:
+    return InvalidRequestError(
+        f"the body: got {number} {kind}, expected at most {most}. Send several smaller requests."
+    )
 
 
 def _members(value: object) -> list[Any]:

@@ -5,6 +5,7 @@ The names that files have on the sender's side are of no use here, and are not l
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
@@ -18,6 +19,8 @@ from sensorium.multimodal.media.limits import bytes_too_large
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
+
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what a client got wrong is told to the client
 
 MAX_PARTS = 32
 MAX_FIELD_BYTES = 64 << 10

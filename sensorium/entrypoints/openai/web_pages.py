@@ -2,7 +2,7 @@
 visits reaches what his browser does: the loopback too.
 
 Two ways lead here. A page may send requests to another server than its own, without reading the answers; browsers then
-send its `Origin`, and none of JSON's content type (`http.read_json` insists on that). Or its own name may be made to
+send its `Origin`, and none of JSON's content type (`http.read_body` insists on that). Or its own name may be made to
 mean this machine (DNS rebinding), so that it may read answers too; browsers then send that name as `Host`.
 """
 

@@ -16,13 +16,13 @@ from sensorium.entrypoints.openai.fields import check_include
 from sensorium.entrypoints.openai.http import (
     EventStream,
     JsonResponse,
-    read_json,
+    beside_loop,
+    read_body,
     tenant_of,
     while_connected,
     with_first,
 )
 from sensorium.entrypoints.openai.numbers import read_count
-from sensorium.entrypoints.openai.protocol import parse_body
 from sensorium.entrypoints.openai.responses.answer import ResponseAnswer
 from sensorium.entrypoints.openai.responses.body import ResponseBody
 from sensorium.entrypoints.openai.responses.items import read_items
@@ -56,8 +56,9 @@ class ResponseRoutes:
 
     async def create(self, request: Request) -> Response:
         """`POST /v1/responses`."""
-        body = parse_body(ResponseBody, await read_json(request))
-        model, turn = self._context.check_model(body.model), self._turn(request, body)
+        body = await read_body(request, ResponseBody)
+        model = self._context.check_model(body.model)
+        turn = await beside_loop(request, lambda: self._turn(request, body))
         params = body.params(self._context.sampling_defaults)
         outputs = await while_connected(request, with_first(self._generate(request, turn, params)))
         answer = ResponseAnswer(body, model, turn.plan, params, is_stored=turn.is_stored)
@@ -75,9 +76,10 @@ class ResponseRoutes:
 
     async def input_tokens(self, request: Request) -> Response:
         """`POST /v1/responses/input_tokens`: the prompt tokens that a body would take; nothing is generated."""
-        body = parse_body(ResponseBody, await read_json(request))
+        body = await read_body(request, ResponseBody)
         self._context.check_model(body.model)
-        num_tokens = await while_connected(request, self._count(request, self._turn(request, body)))
+        turn = await beside_loop(request, lambda: self._turn(request, body))
+        num_tokens = await while_connected(request, self._count(request, turn))
         return JsonResponse({"object": "response.input_tokens", "input_tokens": num_tokens})
 
     async def retrieve(self, request: Request) -> Response:
