@@ -12,6 +12,9 @@ from typing import Any
 from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
 from sensorium.errors import InvalidRequestError
+from sensorium.grammar.reasons import told
+from sensorium.grammar.schemas.big_numbers import OPTIONS
+from sensorium.grammar.schemas.ready import with_ready_schemas
 from sensorium.structured_outputs import StructuredOutputs
 
 LIMITS = LLParserLimits(
@@ -33,24 +36,29 @@ go on with spaces for ever."""
 _NO_FORCING = '%llguidance {"no_forcing": true}\n'
 """Without this, where text is certain the library allows no token but the one that its tokenizer would choose there,
 which isn't always the one that the model knows: in front of `"kind":` one token for all of it was forbidden."""
-_MAX_MESSAGE_CHARS = 300
 _GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
-def grammar_text(form: StructuredOutputs) -> str:
+def grammar_text(form: StructuredOutputs, tokenizer: LLTokenizer) -> str:
     """The form in llguidance's form of Lark.
 
     Raises:
-        InvalidRequestError: A GBNF grammar can't be read.
+        InvalidRequestError: A GBNF grammar can't be read, or a schema asks for what can't be held to.
     """
-    return str(LLMatcher.grammar_from_lark(_NO_FORCING + _lark_of(form)))
+    lark = _lark_of(form)
+    try:
+        ready = with_ready_schemas(lark, tokenizer) if "%json" in lark else lark
+    except ValueError as error:
+        raise refusal(form, str(error)) from None
+    return str(LLMatcher.grammar_from_lark(_NO_FORCING + ready))
 
 
 def _lark_of(form: StructuredOutputs) -> str:
     if form.json is not None or form.json_object:
-        schema: Any = form.json or '{"type":"object"}'
-        text = LLMatcher.grammar_from_json_schema(schema, defaults={"whitespace_pattern": WHITESPACE})
-        return f"start: %json {json.dumps(json.loads(text)['grammars'][0]['json_schema'])}"
+        schema: Any = json.loads(form.json) if isinstance(form.json, str) else {"type": "object"}
+        own = schema.get(OPTIONS)
+        options = {"whitespace_pattern": WHITESPACE, **(own if isinstance(own, dict) else {})}
+        return f"start: %json {json.dumps({**schema, OPTIONS: options}, ensure_ascii=False)}"
     if form.regex is not None:
         text = LLMatcher.grammar_from_regex(form.regex)
         return str(json.loads(text)["grammars"][0]["lark_grammar"])
@@ -65,7 +73,7 @@ def compile_form(form: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
     Raises:
         InvalidRequestError: The form means nothing, asks for what can't be held to, or is too large.
     """
-    matcher = LLMatcher(tokenizer, grammar_text(form), limits=LIMITS, log_level=0)
+    matcher = LLMatcher(tokenizer, grammar_text(form, tokenizer), limits=LIMITS, log_level=0)
     if matcher.is_error():
         raise refusal(form, matcher.get_error())
     return matcher
@@ -74,7 +82,7 @@ def compile_form(form: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
 def refusal(form: StructuredOutputs, reason: str) -> InvalidRequestError:
     """The error for a form that can't be compiled; `reason` is the library's."""
     return InvalidRequestError(
-        f"structured_outputs.{form.kind}: got one that can't be held to ({_one_line(reason)}), expected one that can. "
+        f"structured_outputs.{form.kind}: got one that can't be held to ({told(reason)}), expected one that can. "
         f"Change {form.kind}."
     )
 
@@ -89,15 +97,6 @@ def _as_lark(grammar: str) -> str:
         return str(any_to_lark(grammar))
     except (GbnfToLarkError, RecursionError, ValueError, IndexError) as error:
         raise InvalidRequestError(
-            f"structured_outputs.grammar: got GBNF that can't be read ({_one_line(str(error))}), expected rules such "
+            f"structured_outputs.grammar: got GBNF that can't be read ({told(str(error))}), expected rules such "
             "as root ::= ... . Correct grammar."
         ) from None
-
-
-def _one_line(text: str) -> str:
-    """The line that says what is wrong, or the first that says something; printable and short."""
-    lines = [line.strip() for line in text.splitlines()]
-    told = [line for line in lines if line and line != "<non-verbose/>"] or ["no reason given"]
-    chosen = next((line for line in told if line.startswith("error: ")), told[0])
-    shown = "".join(char if char.isprintable() else " " for char in chosen)
-    return shown if len(shown) <= _MAX_MESSAGE_CHARS else shown[:_MAX_MESSAGE_CHARS] + "..."

@@ -6,6 +6,7 @@ from llguidance import LLMatcher, LLTokenizer
 
 from sensorium.errors import InvalidRequestError
 from sensorium.grammar.forms import compile_form
+from sensorium.grammar.reasons import told
 from sensorium.grammar.row_state import RowState
 from sensorium.structured_outputs import StructuredOutputs
 
@@ -86,5 +87,5 @@ class RowMatcher:
 
     def _fail(self, reason: str) -> bool:
         self.state = RowState.FAILED
-        self.error = reason
+        self.error = told(reason)
         return False

@@ -58,7 +58,6 @@ HOSTILE: dict[str, dict[str, Any]] = {
     "not a grammar": {"grammar": "\x00\x01 {{"},
     "bad GBNF": {"grammar": "root ::= ("},
     "unknown keywords": {"json": {"type": "array", "uniqueItems": True, "contains": {}}},
-    "unknown format": {"json": {"type": "string", "format": "weird"}},
     "impossible": {"json": {"allOf": [{"type": "string"}, {"type": "integer"}]}},
 }
 HARMLESS: dict[str, dict[str, Any]] = {
@@ -76,6 +75,7 @@ HARMLESS: dict[str, dict[str, Any]] = {
             | {"a60": {"type": "string"}},
         }
     },
+    "unknown format": {"json": {"type": "string", "format": "weird"}},
     "many choices": {"choice": [f"{'prefix ' * 12}{i}" for i in range(1000)]},
 }
 

@@ -80,7 +80,7 @@ class ChatRoutes:
                 async for output in outputs:
                     yield output
             except RequestError as error:
-                raise turn.plan.blame(error) from None
+                raise body.in_own_terms(turn.plan.blame(error, body.form_field())) from None
 
     def _plan(self, body: ChatBody, request: ToolRequest | None, prompt: str) -> AnswerPlan:
         forms = self._context.chat().answer_forms(chat_template=body.chat_template, has_tools=request is not None)

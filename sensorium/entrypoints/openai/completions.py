@@ -87,13 +87,15 @@ class CompletionRoutes:
         kwargs = {"mm_processor_kwargs": body.mm_processor_kwargs} if body.mm_processor_kwargs else {}
         return merged(
             [
-                self._context.generate(
-                    request,
-                    _prompt(prompt, body) | kwargs,
-                    params,
-                    kind,
-                    priority=body.priority,
-                    cache_salt=body.cache_salt,
+                body.told_in_own_terms(
+                    self._context.generate(
+                        request,
+                        _prompt(prompt, body) | kwargs,
+                        params,
+                        kind,
+                        priority=body.priority,
+                        cache_salt=body.cache_salt,
+                    )
                 )
                 for prompt in prompts
             ]

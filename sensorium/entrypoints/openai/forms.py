@@ -1,14 +1,43 @@
-"""How bodies ask for answers of a form: OpenAI's way, vLLM's, and vLLM's older one."""
+"""How bodies ask for answers of a form: OpenAI's way, vLLM's, and vLLM's older one.
+
+What is wrong with a form is told of `StructuredOutputs`, whose fields few clients have sent: `FormFields.in_own_terms`
+tells it of those that they have.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import AsyncIterator
+from contextlib import aclosing
 from typing import Any
 
 from pydantic import Field
 
 from sensorium.entrypoints.openai.body import Body
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, RequestError
+from sensorium.outputs import RequestOutput
 from sensorium.structured_outputs import StructuredOutputs
+
+_FORM = re.compile(r"structured_outputs(\.\w+)?")
+_NEXT_STEP = re.compile(r"\b(Change|Simplify|Correct|Set) (?:json|json_object|regex|grammar|choice|one)\.$")
+_HELD_TO = re.compile(r".*? got one that can't be held to \((.*)\), expected one that can\. Change \w+\.", re.DOTALL)
+
+
+def told_of(error: RequestError, field: str) -> RequestError:
+    """An error about a form, told of the field that asked for it; other errors as they are."""
+    text = str(error)
+    found = _FORM.match(text)
+    if found is None:
+        return error
+    last = field.rpartition(".")[2]
+    error.args = (_NEXT_STEP.sub(rf"\1 {last}.", field + text[found.end() :]),)
+    return error
+
+
+def reason_of(error: RequestError) -> str:
+    """Why a form can't be held to, without the form's own field."""
+    found = _HELD_TO.fullmatch(str(error))
+    return found[1] if found is not None else _FORM.sub("", str(error), count=1).removeprefix(": ")
 
 
 class JsonSchemaFormat(Body):
@@ -72,6 +101,9 @@ class FormBody(Body):
         )
 
 
+_GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
+
+
 class FormFields(Body):
     """The fields of a body that say what form the answer has."""
 
@@ -84,6 +116,34 @@ class FormFields(Body):
 
     def form(self) -> StructuredOutputs | None:
         """The form of the answer; None if it is free. Raises `InvalidRequestError`, also for several."""
+        try:
+            return self._form()
+        except RequestError as error:
+            raise self.in_own_terms(error) from None
+
+    def form_field(self) -> str | None:
+        """The field that asks for the form; None where it is `structured_outputs`, whose errors are of its fields."""
+        if self.structured_outputs is not None:
+            return None
+        if self.response_format is not None and self.response_format.type != "text":
+            return "response_format.json_schema.schema" if self.response_format.json_schema else "response_format"
+        return next((name for name in _GUIDED if getattr(self, name) is not None), None)
+
+    def in_own_terms(self, error: RequestError) -> RequestError:
+        """An error about the form, told of the field that was sent."""
+        field = self.form_field()
+        return error if field is None else told_of(error, field)
+
+    async def told_in_own_terms(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
+        """The same outputs, with such errors. Raises what `outputs` raises."""
+        async with aclosing(outputs):  # type: ignore[type-var]
+            try:
+                async for output in outputs:
+                    yield output
+            except RequestError as error:
+                raise self.in_own_terms(error) from None
+
+    def _form(self) -> StructuredOutputs | None:
         given = [name for name in FormFields.model_fields if getattr(self, name) is not None]
         if given == ["response_format"]:
             assert self.response_format is not None

@@ -9,11 +9,11 @@ from pydantic import Field
 from sensorium.entrypoints.openai.body import Body
 from sensorium.entrypoints.openai.errors import as_named
 from sensorium.entrypoints.openai.fields import LOGPROBS, check_include, check_metadata
-from sensorium.entrypoints.openai.forms import FormBody
+from sensorium.entrypoints.openai.forms import FormBody, told_of
 from sensorium.entrypoints.openai.protocol import StreamOptions, stream_options
 from sensorium.entrypoints.openai.responses.tools import read_tools
 from sensorium.entrypoints.openai.tools.request import ToolRequest
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.sampling_defaults import NO_DEFAULTS, SamplingDefaults
 from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs
@@ -153,7 +153,24 @@ class ResponseBody(Body):
             }
             return defaults.params(values, max_tokens=None)
 
+    def form_field(self) -> str | None:
+        """The field that asks for the form; None where it is `structured_outputs`, whose errors are of its fields."""
+        if self.structured_outputs is not None or self.text is None or self.text.format is None:
+            return None
+        return "text.format.schema" if self.text.format.schema_ is not None else "text.format"
+
+    def in_own_terms(self, error: RequestError) -> RequestError:
+        """An error about the form, told of the field that was sent."""
+        field = self.form_field()
+        return error if field is None else told_of(error, field)
+
     def _form(self) -> StructuredOutputs | None:
+        try:
+            return self._asked_form()
+        except RequestError as error:
+            raise self.in_own_terms(error) from None
+
+    def _asked_form(self) -> StructuredOutputs | None:
         form = self.text.format.form() if self.text is not None and self.text.format is not None else None
         if self.structured_outputs is None:
             return form

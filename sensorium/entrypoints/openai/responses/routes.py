@@ -162,7 +162,7 @@ class ResponseRoutes:
                 async for output in outputs:
                     yield output
             except RequestError as error:
-                raise turn.plan.blame(error, "text.format") from None
+                raise body.in_own_terms(turn.plan.blame(error, body.form_field())) from None
 
     async def _kept(self, events: AsyncIterator[Event], answer: ResponseAnswer, turn: Turn) -> AsyncIterator[Event]:
         """The same events; the response is kept before the last of them is told."""

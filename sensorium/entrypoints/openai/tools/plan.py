@@ -9,12 +9,14 @@ events = reader.push(output) ...
 from __future__ import annotations
 
 import json
+import re
 import secrets
 import string
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from sensorium.entrypoints.openai.forms import reason_of
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.inputs.chat_forms import AnswerForms
@@ -25,6 +27,7 @@ from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs
 
 _JSON_KINDS = ("json", "json_object")
+_OF_GRAMMAR = re.compile(r"structured_outputs(\.grammar)?: ")
 _LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 _CALL_ID_CHARS = 24
 
@@ -58,6 +61,7 @@ class AnswerPlan:
         self.tool_format = forms.calls() if request is not None else None
         self.is_reasoning_open = forms.is_reasoning_open(prompt, is_continued=is_continued)
         self._has_grammar = False
+        self._has_schema = False
         self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
 
     def params(self, params: SamplingParams) -> SamplingParams:
@@ -83,17 +87,26 @@ class AnswerPlan:
             return "call_" + _random_chars(_CALL_ID_CHARS)
         return _random_chars(num_chars)
 
-    def blame(self, error: RequestError, format_name: str = "response_format") -> RequestError:
-        """An error about a form, in terms of what the request has. `format_name`: the field that asks for JSON."""
-        if not str(error).startswith("structured_outputs.grammar") or not self._has_grammar:
+    def blame(self, error: RequestError, format_field: str | None = None) -> RequestError:
+        """An error about a grammar that the request didn't send, in terms of what it did.
+
+        `format_field`: what asks for JSON, if it isn't `structured_outputs`.
+        """
+        if not self._has_grammar or not isinstance(error, InvalidRequestError) or not _OF_GRAMMAR.match(str(error)):
             return error
+        reason = f"{reason_of(error):.400}"
+        schema = format_field or "structured_outputs"
         if self.request is None:
-            return InvalidRequestError(
-                f"{format_name}: got a schema that can't be held to ({error!s:.400}). Change it."
-            )
+            return InvalidRequestError(f"{schema}: got a schema that can't be held to ({reason}). Change it.")
+        both = f" and {schema}" if self._has_schema else ""
+        causes = [
+            *(["strict"] if self.request.is_strict else []),
+            *(["tool_choice"] if self.request.is_forced else []),
+            *([schema] if self._has_schema else []),
+        ]
         return InvalidRequestError(
-            f"tools: calls can't be held to the functions' parameters ({error!s:.400}). Change parameters, or "
-            "leave out strict and tool_choice."
+            f"tools{both}: calls can't be held to the functions' parameters ({reason}). Change parameters, or leave "
+            f"out {' and '.join(causes)}."
         )
 
     def _form(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
@@ -111,6 +124,7 @@ class AnswerPlan:
                     f"tools: got functions and structured_outputs.{asked.kind}, expected one of them. Remove one."
                 )
             schema = _schema(asked)
+            self._has_schema = True
         assert self.tool_format is not None
         held = Held.CALLS if request.is_forced else Held.PROPER if asked is None else Held.EITHER
         grammar = answer_grammar(
