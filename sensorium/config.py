@@ -28,7 +28,8 @@ Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
 Quantization: TypeAlias = Literal["int8"]
 LoadFormat: TypeAlias = Literal["safetensors", "dummy"]
-TokenizerMode: TypeAlias = Literal["auto", "slow"]
+TokenizerMode: TypeAlias = Literal["auto"]
+"""There is one tokenizer of each kind: that written in Python, "slow", left transformers with its version 5."""
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 MMSplit: TypeAlias = Literal["auto", "off"]
 PoolingType: TypeAlias = Literal["last", "mean", "cls"]
@@ -48,6 +49,8 @@ Fraction: TypeAlias = Annotated[float, Bounds(0, 1, above=True)]
 NumThreads: TypeAlias = Annotated[int, Bounds(1, 4096)]
 TokenGap: TypeAlias = Annotated[float, Bounds(0, float("inf"), above=True)]
 CompileTime: TypeAlias = Annotated[float, Bounds(0, 3600, above=True)]
+NumSeqs: TypeAlias = Annotated[int, Bounds(1, 1 << 16)]
+EncoderRows: TypeAlias = Annotated[int, Bounds(1, 1 << 28)]
 WaitingBound: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
 StepsInFlight: TypeAlias = Annotated[int, Bounds(1, 16)]
 Limits: TypeAlias = Mapping[str, Amount]
@@ -185,9 +188,9 @@ class SchedulerConfig:
 
     max_num_batched_tokens: Count = 2048
     """Decoder rows in one step."""
-    max_num_seqs: Count = 64
+    max_num_seqs: NumSeqs = 64
     """Requests that run at once."""
-    max_num_encoder_rows: Count = 4096
+    max_num_encoder_rows: EncoderRows = 4096
     """Encoder output rows computed in one step; an item larger than this runs alone."""
     enable_chunked_prefill: bool = True
     policy: SchedulingPolicy = "fcfs"
@@ -211,7 +214,6 @@ class DeviceConfig:
     """Where tensors live: "cpu", or "cuda" with an index."""
 
     device: str = "cpu"
-    attention_backend: str = "auto"
     num_threads: NumThreads | None = None
     """Threads of CPU kernels; None: torch's default."""
     enforce_eager: bool = False

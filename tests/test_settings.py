@@ -11,7 +11,9 @@ from typing import Annotated, Any, Literal, get_args
 
 import numpy as np
 import pytest
+from PIL import Image
 
+from sensorium import LLM, SamplingParams
 from sensorium.config import (
     CacheConfig,
     DeviceConfig,
@@ -30,12 +32,13 @@ from sensorium.entrypoints.bench.workload import Workload
 from sensorium.entrypoints.cli.flags import add_flags, build
 from sensorium.entrypoints.cli.main import LazyParser, main
 from sensorium.entrypoints.openai.server_args import ServerArgs
-from sensorium.errors import ConfigError
+from sensorium.errors import ConfigError, MediaForbiddenError
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.parsing.detect import AUTO, NONE
 from sensorium.parsing.formats import FORMATS
 from sensorium.parsing.reasoning import REASONING_FORMATS
 from sensorium.settings import Bounds, FileName, check_setting, check_settings, form_of
+from tests.helpers.checkpoints import make_checkpoint
 
 KINDS = (
     *(EngineArgs, ServerArgs, MediaLimits, CacheConfig, SchedulerConfig, DeviceConfig, LoadConfig, PoolerConfig),
@@ -111,6 +114,7 @@ def test_every_field_refuses_what_cannot_be_meant(kind: type, name: str, hint: A
         {"num_threads": 0},
         {"tool_parser": "hermes2"},
         {"tokenizer_mode": "fast"},
+        {"tokenizer_mode": "slow"},
         {"limit_mm_per_prompt": {"image": -1}},
         {"limit_mm_per_prompt": {"image": True}},
         {"limit_mm_per_prompt": {"image": 1.5}},
@@ -256,3 +260,31 @@ def test_messages_say_what_was_got_what_is_expected_and_what_to_do() -> None:
         assert str(caught.value) == message
     assert Example(names=["a"]).names == ("a",)  # type: ignore[arg-type]
     assert check_setting("x", 3, int | None) == 3
+
+
+def test_a_cache_that_no_machine_has_room_for_is_one_sentence() -> None:
+    with pytest.raises(ConfigError, match=r"KV cache: got 2147483647 blocks .*--num-blocks"):
+        LLM(str(make_checkpoint("llama")), num_blocks=2**31 - 1, block_size=1 << 16, device="cpu")
+
+
+def test_a_folder_of_local_media_holds_for_programs_too(tmp_path: Path) -> None:
+    """`LLM` took the setting and read every file nevertheless."""
+    (tmp_path / "inside").mkdir()
+    for name in ("inside/a.png", "b.png"):
+        Image.new("RGB", (56, 56)).save(tmp_path / name)
+    llm = LLM(
+        str(make_checkpoint("qwen2_vl")),
+        allowed_local_media_path=str(tmp_path / "inside"),
+        num_blocks=64,
+        max_model_len=512,
+        device="cpu",
+    )
+
+    def chat(name: str) -> Any:
+        part = {"type": "image_url", "image_url": {"url": str(tmp_path / name)}}
+        return llm.chat([{"role": "user", "content": [part]}], SamplingParams(max_tokens=1))
+
+    assert chat("inside/a.png")[0].outputs
+    with pytest.raises(MediaForbiddenError):
+        chat("b.png")
+    llm.shutdown()

@@ -21,6 +21,7 @@ from sensorium.config import (
     Count,
     DeviceConfig,
     Dtype,
+    EncoderRows,
     EngineConfig,
     Fraction,
     GenerationConfig,
@@ -31,6 +32,7 @@ from sensorium.config import (
     ModelConfig,
     MultiModalConfig,
     NumBytes,
+    NumSeqs,
     NumThreads,
     ParallelConfig,
     PoolerConfig,
@@ -79,7 +81,7 @@ class EngineArgs:
     tokenizer: Name | None = None
     """Directory or hub name of the tokenizer, if it isn't the model's."""
     tokenizer_mode: TokenizerMode = "auto"
-    """"auto", or "slow" for the tokenizer written in Python."""
+    """Which tokenizer of the checkpoint to take: there is one of each kind."""
     skip_tokenizer_init: bool = False
     """Take and return token ids only."""
     trust_remote_code: bool = False
@@ -125,11 +127,11 @@ class EngineArgs:
     encoder_cache_rows: Amount | None = None
     """Encoder output rows kept; four times `max_num_encoder_rows` by default; 0 keeps only what is in use."""
 
-    max_num_seqs: Count = 64
+    max_num_seqs: NumSeqs = 64
     """Requests that run at once."""
     max_num_batched_tokens: Count | None = None
     """Decoder rows in one step."""
-    max_num_encoder_rows: Count = 4096
+    max_num_encoder_rows: EncoderRows = 4096
     """Encoder output rows computed in one step."""
     enable_chunked_prefill: bool = True
     """Spread long prompts over steps."""

@@ -31,8 +31,9 @@ class LLM:
         outputs = llm.generate(["Hello", {"prompt": "<image>What is this?", "multi_modal_data": {"image": image}}])
         outputs = llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.jpg"}}]}])
 
-    Keyword arguments are the fields of `EngineArgs`. Files that prompts name are read with this process's own rights;
-    addresses on the network are fetched under the limits of `sensorium.multimodal.media`.
+    Keyword arguments are the fields of `EngineArgs`. Files that prompts name are read with this process's own rights,
+    or under `allowed_local_media_path` alone if that is set; addresses on the network are fetched under the limits of
+    `sensorium.multimodal.media`.
     """
 
     def __init__(self, model: str, *, media_limits: MediaLimits | None = None, **engine_args: Any) -> None:
@@ -43,7 +44,9 @@ class LLM:
             ConfigError, ModelError, WeightsError: The model can't be served as asked.
         """
         args = EngineArgs(model=model, **{"max_token_gap_s": math.inf, **engine_args})
-        self._media = MediaLoader(media_limits, FetchPolicy(allow_any_local_path=True))
+        folder = args.allowed_local_media_path
+        policy = FetchPolicy(allowed_local_media_path=folder, allow_any_local_path=folder is None)
+        self._media = MediaLoader(media_limits, policy)
         self.engine = LLMEngine(
             args.create_engine_config(), skip_tokenizer=args.skip_tokenizer_init, media_loader=self._media
         )

@@ -15,8 +15,6 @@ from sensorium.inputs.admission import prompt_too_long
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
 
-TOKENIZER_MODES = ("auto", "slow")
-
 
 def get_tokenizer(model_config: ModelConfig) -> Any:
     """The Hugging Face tokenizer of a model, as `AutoTokenizer` makes it.
@@ -26,11 +24,6 @@ def get_tokenizer(model_config: ModelConfig) -> Any:
 
     Raises `ConfigError` (a `ValueError`) if there is none that can be loaded.
     """
-    if model_config.tokenizer_mode not in TOKENIZER_MODES:
-        raise ConfigError(
-            f"tokenizer_mode: got {model_config.tokenizer_mode!r}, expected one of {TOKENIZER_MODES}. "
-            "Set tokenizer_mode."
-        )
     from transformers import AutoTokenizer
 
     is_own = model_config.tokenizer == model_config.model
@@ -39,7 +32,6 @@ def get_tokenizer(model_config: ModelConfig) -> Any:
             model_config.tokenizer,
             # With the config at hand, its file needn't be read again; another directory's may differ.
             config=model_config.hf_config if is_own else None,
-            use_fast=model_config.tokenizer_mode != "slow",
             trust_remote_code=model_config.trust_remote_code,
             revision=model_config.revision if is_own else None,
         )

@@ -74,8 +74,20 @@ def decide_num_blocks(
 def allocate(
     shapes: Sequence[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
 ) -> list[torch.Tensor]:
-    """Per layer a zeroed tensor `(2, num_blocks, block_size, num_kv_heads, head_size)`."""
-    return [_zeros((2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device) for shape in shapes]
+    """Per layer a zeroed tensor `(2, num_blocks, block_size, num_kv_heads, head_size)`.
+
+    Raises `ConfigError` if they don't fit into memory.
+    """
+    try:
+        return [
+            _zeros((2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device) for shape in shapes
+        ]
+    except (MemoryError, ValueError, RuntimeError) as error:  # of numpy, of numpy for absurd sizes, and of torch
+        size = num_blocks * sum(shape.block_bytes(block_size, dtype.itemsize) for shape in shapes)
+        raise ConfigError(
+            f"KV cache: got {num_blocks} blocks of {block_size} tokens, which take {size} bytes, expected what the "
+            "device has room for. Lower num_blocks (--num-blocks) or kv_cache_bytes (--kv-cache-bytes)."
+        ) from error
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

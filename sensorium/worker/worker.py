@@ -11,7 +11,7 @@ from torch import nn
 
 from sensorium.attention import Attention
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ModelError
+from sensorium.errors import ConfigError, ModelError
 from sensorium.inputs import INPUT_REGISTRY
 from sensorium.kernels import native_refusal
 from sensorium.logger import get_logger
@@ -103,7 +103,14 @@ class Worker:
             block_size = config.cache_config.block_size
             caches = kv_cache.allocate(shapes, num_blocks, block_size, dtype, self._device)
         capture = self._graph_capture()
-        self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device, capture)
+        try:
+            self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device, capture)
+        except MemoryError as error:
+            raise ConfigError(
+                f"max_num_seqs: got {config.scheduler_config.max_num_seqs} with max_model_len "
+                f"{config.model_config.max_model_len}, expected what their tables have room for in memory. Lower "
+                "max_num_seqs (--max-num-seqs)."
+            ) from error
         if capture is not None:
             with self._stage("record"):
                 self._runner.passes.prepare()
@@ -132,7 +139,7 @@ class Worker:
             memory_bytes=memory,
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
-            weights=weights_line(self.model),
+            weights=weights_line(self.model, self._config.load_config.quantization),
             steps=self._steps_line(),
             sampling=model_config.sampling_defaults.line(),
             kernels=_kernels_line(self._device),

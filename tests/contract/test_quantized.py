@@ -17,6 +17,7 @@ from sensorium.errors import ConfigError, ModelError
 from sensorium.kernels import native_refusal
 from tests.helpers import toy_models as toys
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.direct import load
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
 
@@ -89,6 +90,22 @@ def prompt_logprobs(engine: LLMEngine, each: Planned, params: SamplingParams) ->
     assert output.prompt_logprobs is not None
     entries = zip(output.prompt_token_ids, output.prompt_logprobs, strict=True)
     return torch.tensor([entry[token].logprob for token, entry in entries if entry is not None])
+
+
+@pytest.mark.parametrize("cls", [toys.SeedPageModel, toys.OwnMergeModel, toys.TwoMethodModel])
+def test_the_report_says_what_stays_in_float_because_of_its_class(cls: type, tmp_path: Path) -> None:
+    """A class of plain nn.Linear was asked for in int8: nothing was quantized, and nothing was said."""
+    toys.save_checkpoint(cls, tmp_path)
+    settings: dict[str, Any] = {"skip_tokenizer_init": True, "device": "cpu"}
+    lines = [each for each in make_engine(tmp_path, quantization="int8", **settings).report.lines() if "int8" in each]
+    (line,) = lines
+    model, _ = load(tmp_path, skip_tokenizer_init=True)
+    plain = [name for name, module in model.named_modules() if isinstance(module, torch.nn.Linear)]
+    assert plain
+    assert "torch.nn.Linear is never quantized" in line
+    assert plain[0] in line
+    assert "sensorium.model_executor.layers.linear" in line
+    assert not [each for each in make_engine(tmp_path, **settings).report.lines() if each.startswith("weights")]
 
 
 @pytest.mark.parametrize("cls", [toys.SeedPageModel, toys.OwnMergeModel, toys.TwoMethodModel])

@@ -30,7 +30,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--system", metavar="TEXT", help="system text")
     add_config(parser)
     add_flags(parser, SamplingParams, leave_out=_NO_FLAG, defaults=_DEFAULTS)
-    add_flags(parser, EngineArgs, leave_out=["model", "seed", *OF_PARSED_ANSWERS])
+    add_flags(parser, EngineArgs, leave_out=["model", "seed", *OF_PARSED_ANSWERS, "allowed_local_media_path"])
     add_flags(parser, MediaLimits)
     parser.set_defaults(run=run)
 

@@ -34,17 +34,29 @@ def quantized_names(model: nn.Module) -> list[str]:
     return [name for name, module in model.named_modules() if isinstance(module, Quantizable) and module.is_quantized]
 
 
-def weights_line(model: nn.Module) -> str:
-    """What a quantized model's weights are stored as, for people; empty for any other."""
-    quantized = quantized_names(model)
-    if not quantized:
+def weights_line(model: nn.Module, quantization: str | None) -> str:
+    """What became integers in a model for which that was asked, and what did not; empty where it was not asked."""
+    if quantization is None:
         return ""
+    quantized = quantized_names(model)
     floats = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
     matrices = [name.removesuffix(".weight") for name, parameter in floats if parameter.dim() > 1]
     num_vectors = len(floats) - len(matrices)
+    done = f"in {len(quantized)} layers ({_listing(quantized)})" if quantized else "in no layer"
     return (
-        f"int8 weights in {len(quantized)} layers ({_listing(quantized)}); in float: "
-        f"{_listing(matrices) or 'no matrix'}, and {num_vectors} vectors (norms, biases)"
+        f"{quantization} weights {done}; in float: {_listing(matrices) or 'no matrix'}, and {num_vectors} vectors "
+        f"(norms, biases){_plain_layers_note(model)}"
+    )
+
+
+def _plain_layers_note(model: nn.Module) -> str:
+    """Which layers stay in float because of how the class is written, and how to have them quantized."""
+    plain = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not plain:
+        return ""
+    return (
+        f". torch.nn.Linear is never quantized ({_listing(plain)}): for integers there, let the class use the layers "
+        "of sensorium.model_executor.layers.linear"
     )
 
 
