@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
+from collections.abc import Iterator
 from pathlib import Path
 
 # Models of a few thousand weights gain nothing from threads, and lose much where test processes share the cores.
@@ -30,3 +32,14 @@ def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     np.random.seed(0)
     torch.manual_seed(0)
     monkeypatch.setattr(logger, "_seen", set())
+
+
+@pytest.fixture(autouse=True)
+def same_log() -> Iterator[None]:
+    """Take back how a command that ran in this process had its log written: to a stream that is the test's own."""
+    loggers = [logging.getLogger(name) for name in ("sensorium", "uvicorn")]
+    before = [(each.level, list(each.handlers)) for each in loggers]
+    yield
+    for each, (level, handlers) in zip(loggers, before, strict=True):
+        each.setLevel(level)
+        each.handlers[:] = handlers

@@ -50,12 +50,9 @@ WRONG = {
     "a folder for a template": (["--chat-template", "/"], "chat_template: got '/'"),
     "a picture for a template": (["--chat-template", str(ROOT / "docs/playground.png")], "chat_template: got"),
     "half a template": (["--chat-template", "{% for m in messages %}\n{{ m"], "chat_template: .*line 2"),
-    "no parser": (["--tool-parser", "none of these"], "tool_parser: got 'none of these'"),
-    "no reasoning parser": (["--reasoning-parser", "none of these"], "reasoning_parser: got 'none of these'"),
     "no tokenizer": (["--tokenizer", "/none"], "tokenizer: got '/none'"),
     "no such host": (["--host", "host.invalid"], "host: got 'host.invalid'"),
     "another's address": (["--host", "192.0.2.1"], "host: got '192.0.2.1'"),
-    "no level": (["--log-level", "loud"], "log_level: got 'loud'"),
     "no address": (["--otlp-traces-endpoint", "somewhere"], "otlp_traces_endpoint: got 'somewhere'"),
     "no config": (["--config", "none.yaml"], "config: got 'none.yaml'"),
 }
@@ -94,7 +91,7 @@ def test_a_model_that_is_not_there_is_named(command: list[str], model: str, caps
     assert f"model: got {model!r}" in refusal([*command, model, *prompt], capsys)
 
 
-OFFLINE = ("no template", "a folder for a template", "half a template", "no parser", "no tokenizer", "no config")
+OFFLINE = ("no template", "a folder for a template", "half a template", "no tokenizer", "no config")
 
 
 @pytest.mark.usefixtures("never_loads")
