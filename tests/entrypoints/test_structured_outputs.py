@@ -257,7 +257,7 @@ def test_errors_of_forms_name_the_field_that_was_sent(
 ) -> None:
     """They spoke of structured_outputs, which most clients have never sent, and of options of the library."""
     asked = {"chat/completions": {"messages": CHAT}, "completions": {"prompt": "Hi"}, "responses": {"input": "Hi"}}
-    answer = httpx.post(f"{server.url}/v1/{route}", json={**asked[route], **fields, "stream": stream}, timeout=60)
+    answer = httpx.post(f"{server.url}/v1/{route}", json={**asked[route], **fields, "stream": stream}, timeout=HANG_S)
     message = answer.json()["error"]["message"]
     assert answer.status_code == 400
     assert message.startswith(named)
@@ -285,7 +285,7 @@ def test_several_answers_of_a_form_that_had_a_dead_end_are_whole(server: Served)
             "stream": stream,
             "max_tokens": 150,
         }
-        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=60)
+        answer = httpx.post(f"{server.url}/v1/chat/completions", json=body, timeout=HANG_S)
         assert answer.status_code == 200
         assert '"error"' not in answer.text
         if not stream:
