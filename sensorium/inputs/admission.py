@@ -35,11 +35,12 @@ def prompt_too_long(
 ) -> ContextLengthError:
     """The error for a prompt that doesn't fit. `got`: the number of tokens, in words.
 
-    Clients tell such an error by the words "maximum context length", if not by its code.
+    Clients tell such an error by the words "This model's maximum context length is" or "prompt is too long", if not
+    by its code.
     """
     return ContextLengthError(
-        f"prompt too long to fit into the model: got {got} tokens, expected at most {max_tokens}. This model's maximum "
-        f"context length is {max_model_len} tokens. {advice}, or raise max_model_len."
+        f"the prompt is too long to fit into the model: got {got} tokens, expected at most {max_tokens}. This model's "
+        f"maximum context length is {max_model_len} tokens. {advice}, or raise max_model_len."
     )
 
 

@@ -18,7 +18,7 @@ def check_request(request: EngineRequest, *, max_model_len: int, num_blocks: int
     max_prompt_tokens = max_model_len if request.pooling else max_model_len - 1
     if num_prompt_tokens > max_prompt_tokens:
         raise ContextLengthError(
-            f"prompt too long to fit into the model: got {num_prompt_tokens} tokens, expected at most "
+            f"the prompt is too long to fit into the model: got {num_prompt_tokens} tokens, expected at most "
             f"{max_prompt_tokens}. This model's maximum context length is {max_model_len} tokens. Shorten the prompt, "
             "or raise max_model_len."
         )

@@ -93,7 +93,9 @@ def test_a_prompt_that_is_too_long_is_known_by_its_code(
         body = {**body, "stream": True}
     response = http.post(path, json=body)
     assert told(response, 400) == ("context_length_exceeded", param)
-    assert WORDS_OF_CLIENTS.search(response.json()["error"]["message"])
+    message = response.json()["error"]["message"]
+    assert WORDS_OF_CLIENTS.search(message)
+    assert "prompt is too long" in message
 
 
 def test_so_is_one_beside_a_sound(http: httpx.Client) -> None:

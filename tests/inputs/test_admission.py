@@ -36,7 +36,8 @@ def test_a_prompt_that_does_not_fit_says_which_share_is_media() -> None:
     front = Front(limits={"image": 1000})
     images = [picture(8, seed) for seed in range(600)]
     message = (
-        "prompt too long to fit into the model: got 4800 (4800 from 600 image items) tokens, expected at most 4095. "
+        "the prompt is too long to fit into the model: got 4800 (4800 from 600 image items) tokens, expected at most "
+        "4095. "
         "This model's maximum context length is 4096 tokens. Send fewer or smaller media items, shorten the prompt, or "
         "raise max_model_len."
     )
