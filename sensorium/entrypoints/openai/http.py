@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import secrets
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import aclosing, suppress
@@ -83,11 +84,27 @@ def _parse(body: bytes) -> Any:
         raise InvalidRequestError("the body: got something that is no JSON, expected a JSON object.") from None
     except RecursionError:
         raise _too_deep() from None
+    _check_nesting(content)
+    if b'"logit_bias"' in body:
+        json.loads(body, object_pairs_hook=_once, parse_int=str, parse_float=str)
+    return content
+
+
+def _once(pairs: list[tuple[str, Any]]) -> None:
+    """Refuse an object with a name that stands there twice: whoever reads it may go by either."""
+    names: set[str] = set()
+    for name, _ in pairs:
+        if name in names:
+            raise InvalidRequestError(f"a name in the body: got {name!r:.60} twice, expected it once. Remove one.")
+        names.add(name)
+
+
+def _check_nesting(content: object) -> None:
     level, num_containers = [content], 0
     for _ in range(MAX_NESTING):
         level = [member for value in level for member in _members(value)]
         if not level:
-            return content
+            return
         num_containers += len(level)
         if num_containers > MAX_CONTAINERS:
             raise _too_many(num_containers, "lists and objects", MAX_CONTAINERS)
