@@ -32,6 +32,7 @@ TokenizerMode: TypeAlias = Literal["auto"]
 """There is one tokenizer of each kind: that written in Python, "slow", left transformers with its version 5."""
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 MMSplit: TypeAlias = Literal["auto", "off"]
+ProcessorBackend: TypeAlias = Literal["auto", "pil", "torchvision"]
 PoolingType: TypeAlias = Literal["last", "mean", "cls"]
 ToolParser: TypeAlias = Literal["auto", "none", "qwen3_coder", "glm", "hermes", "mistral", "llama3", "json"]
 """How calls of functions are written: names of `sensorium.parsing.FORMATS`, none, or as the chat template shows."""
@@ -107,6 +108,8 @@ class ModelConfig:
     """Sampling values of requests that leave them out, from the checkpoint's `generation_config.json`."""
     end_token_ids: frozenset[int] = frozenset()
     """Ids that end an output, as the files of the checkpoint name them; those of the tokenizer come on top."""
+    mm_processor_backend: ProcessorBackend = "auto"
+    """What Hugging Face's image processors compute with; "auto": PIL, or torchvision for those that have no other."""
     mm_split: MMSplit = "auto"
     """Whether media of a forward-only model is split from its text (tier 0): "auto" where that is equal, or "off"."""
 
@@ -114,6 +117,7 @@ class ModelConfig:
         check_setting("dtype", self.dtype_name, Dtype)
         check_setting("max_model_len", self.max_model_len, Count)
         check_setting("mm_split", self.mm_split, MMSplit)
+        check_setting("mm_processor_backend", self.mm_processor_backend, ProcessorBackend)
         check_setting("tokenizer_mode", self.tokenizer_mode, TokenizerMode)
 
     @property

@@ -22,6 +22,7 @@ extension API have learnt to catch, so `except ValueError` written for another e
         ├── UnregisteredModalityError  400   (KeyError)
         ├── UnsupportedFeatureError    400   (NotImplementedError)
         ├── ProcessorError             400   (RuntimeError)  the model's processor or mapper failed on this input
+        │   └── MissingLibraryError    500                   it needs a library that isn't there
         ├── MediaError                 400   (ValueError)    media can't be fetched or decoded
         │   ├── MediaForbiddenError    403
         │   ├── MediaTooLargeError     413
@@ -156,6 +157,12 @@ class ProcessorError(RequestError, RuntimeError):
     """The model's input processor, mapper or encoder failed on this request's input."""
 
     code = "processing_failed"
+
+
+class MissingLibraryError(ProcessorError):
+    """The model's processor needs a library that can't be had here. Found at load, as far as it can be."""
+
+    status = 500
 
 
 class MediaError(RequestError, ValueError):

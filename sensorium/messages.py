@@ -223,6 +223,8 @@ class LoadReport:
     """Sampling values of requests that leave them out, if the checkpoint has any."""
     kernels: str = ""
     """What computes, and what follows from it, if that isn't what this kind of device usually has."""
+    processors: str = ""
+    """What media are preprocessed with, where there is a choice."""
 
     def lines(self) -> list[str]:
         """The report for people, a line each."""
@@ -235,6 +237,7 @@ class LoadReport:
             *([f"steps: {self.steps}"] if self.steps else []),
             *([f"kernels: {self.kernels}"] if self.kernels else []),
             *([f"sampling defaults of the checkpoint: {self.sampling}"] if self.sampling else []),
+            *([f"processors: {self.processors}"] if self.processors else []),
             f"KV cache: {self.num_blocks:,} blocks of {self.block_size} tokens "
             f"= {self.num_blocks * self.block_size:,} tokens",
             f"memory: {', '.join(mib.values())}",

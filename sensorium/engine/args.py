@@ -37,6 +37,7 @@ from sensorium.config import (
     ParallelConfig,
     PoolerConfig,
     PoolingType,
+    ProcessorBackend,
     Quantization,
     ReasoningParser,
     SchedulerConfig,
@@ -153,6 +154,9 @@ class EngineArgs:
     """Most items of each modality in one prompt; 1 for a modality not named."""
     mm_processor_kwargs: Mapping[str, Any] | None = None
     """Arguments for the model's input processor and mappers, unless a request brings its own."""
+    mm_processor_backend: ProcessorBackend = "auto"
+    """"pil" or "torchvision" for Hugging Face's image processors, whose pixels differ in rounding; "auto": PIL, or
+    torchvision for those that have no other."""
     mm_split: MMSplit = "auto"
     """"off" never splits media of a forward-only model from its text; "auto" does where that is equal."""
     preprocess_threads: NumThreads = 2
@@ -275,6 +279,7 @@ class EngineArgs:
     def _model_config(self) -> ModelConfig:
         from sensorium.model_executor.models.interfaces import check_supports_multimodal, supports_multimodal
         from sensorium.model_executor.models.registry import ModelRegistry
+        from sensorium.multimodal import MULTIMODAL_REGISTRY
 
         path = resolve_model_path(self.model, self.revision)
         config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
@@ -287,7 +292,7 @@ class EngineArgs:
         if not is_multimodal:
             self._refuse_media_settings(architecture)
         generation = read_json(path / FILE_NAME)
-        return ModelConfig(
+        model_config = ModelConfig(
             model=str(path),
             tokenizer=str(path)
             if self.tokenizer is None
@@ -309,8 +314,11 @@ class EngineArgs:
             pooler_config=None if self.pooling_type is None else PoolerConfig(pooling_type=self.pooling_type),
             sampling_defaults=read_defaults(generation if self.generation_config == "auto" else {}),
             end_token_ids=read_end_ids(generation, FILE_NAME) | written_end_ids(config.written, hf_config),
+            mm_processor_backend=self.mm_processor_backend,
             mm_split=self.mm_split,
         )
+        MULTIMODAL_REGISTRY.check_mappers(model_config)
+        return model_config
 
     def _refuse_media_settings(self, architecture: str) -> None:
         """Raise `ConfigError` for a setting that has no effect on a model of text."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from sensorium.errors import MissingLibraryError
 from sensorium.logger import get_logger
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 
@@ -26,7 +27,8 @@ _SAMPLE_RATE = 16_000
 def warm_up(model_config: ModelConfig, registry: MultiModalRegistry = MULTIMODAL_REGISTRY) -> None:
     """Map one small item of each modality that the model takes, and forget it.
 
-    Never fails: what is wrong with a mapper is told to the request that needs it.
+    Raises `MissingLibraryError` (a `RuntimeError`) if a mapper needs a library that isn't there. Whatever else is wrong
+    with a mapper is told to the request that needs it.
     """
     begin_s = time.monotonic()
     for modality, limit in registry.get_mm_limits_per_prompt(model_config).items():
@@ -35,6 +37,8 @@ def warm_up(model_config: ModelConfig, registry: MultiModalRegistry = MULTIMODAL
             continue
         try:
             registry.map_input(model_config, {modality: make()})
+        except MissingLibraryError:
+            raise
         except Exception as error:
             # The author's mapper may well want another item than this one.
             logger.debug("no warm-up for %s: %s", modality, error)

@@ -74,6 +74,9 @@ class MultiModalPlugin(ABC):
         """The most decoder rows of an item, for a class that registers without a number of its own."""
         raise NotImplementedError
 
+    def _check_default_mapper(self, model_config: ModelConfig) -> None:  # noqa: B027  # most need nothing
+        """Raise what is known before loading to keep the default mapper from its work, a library that isn't there."""
+
     # Mappers
 
     def register_input_mapper(self, mapper: MultiModalInputMapper | None = None) -> Callable[[C], C]:
@@ -102,6 +105,11 @@ class MultiModalPlugin(ABC):
     def uses_default_mapper(self, model_class: type | None) -> bool:
         """Whether the class takes this modality with the plugin's own mapper."""
         return self.has_input_mapper(model_class) and self.get_input_mapper(model_class) == self._default_input_mapper
+
+    def check_mapper(self, model_config: ModelConfig) -> None:
+        """Raise `MissingLibraryError` (a `RuntimeError`) if the class's mapper is known to lack a library."""
+        if self.uses_default_mapper(model_config.model_class):
+            self._check_default_mapper(model_config)
 
     def map_input(
         self, model_config: ModelConfig, data: Any, mm_processor_kwargs: Mapping[str, Any] | None = None

@@ -18,10 +18,10 @@ from sensorium.multimodal.hf_processors import (
     Backend,
     cached_get_image_processor,
     cached_get_tokenizer,
-    hide_torchvision,
+    cause,
     read_config_file,
 )
-from sensorium.multimodal.video_processor import cached_get_video_processor
+from sensorium.multimodal.video_processor import cached_get_video_processor, settle_torchvision
 
 _PARTS = ("image_processor", "tokenizer", "video_processor", "feature_extractor")
 _FILES_NAMING_THE_CLASS = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -57,21 +57,22 @@ def load_processor(
 
 @lru_cache(maxsize=16)
 def _load(name: str, trust_remote_code: bool, revision: str | None, backend: Backend) -> Any:
-    if backend == "pil":
-        hide_torchvision()
+    settle_torchvision(name, revision, backend)
     try:
         processor_class = None if backend == "torchvision" else _find_class(name, trust_remote_code, revision)
         if processor_class is None or not set(processor_class.get_attributes()) <= set(_PARTS):
             from transformers import AutoProcessor
 
             return AutoProcessor.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
-        parts = [_load_part(part, name, trust_remote_code, revision) for part in processor_class.get_attributes()]
+        parts = [
+            _load_part(part, name, trust_remote_code, revision, backend) for part in processor_class.get_attributes()
+        ]
         settings, _ = processor_class.get_processor_dict(name, revision=revision)
         return _accepting_any_video_processor(processor_class).from_args_and_dict(parts, settings)
     except (ImportError, OSError, ValueError, KeyError) as exc:
         raise ProcessorError(
-            "HuggingFace processor: the checkpoint has none that can be loaded. Add its processor files, or write an "
-            "input processor that doesn't ask for it."
+            f"HuggingFace processor: the checkpoint has none that can be loaded ({cause(exc)}). Add its "
+            f"processor files and what they need, or write an input processor that doesn't ask for it."
         ) from exc
 
 
@@ -92,11 +93,12 @@ def _find_class(name: str, trust_remote_code: bool, revision: str | None) -> Any
     return mapping.get(type(config), None)
 
 
-def _load_part(part: str, name: str, trust_remote_code: bool, revision: str | None) -> Any:
+def _load_part(part: str, name: str, trust_remote_code: bool, revision: str | None, backend: Backend) -> Any:
+    options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "backend": backend}
     if part == "image_processor":
-        return cached_get_image_processor(name, trust_remote_code=trust_remote_code, revision=revision)
+        return cached_get_image_processor(name, **options)
     if part == "video_processor":
-        return cached_get_video_processor(name, trust_remote_code=trust_remote_code, revision=revision)
+        return cached_get_video_processor(name, **options)
     if part == "tokenizer":
         return cached_get_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
     from transformers import AutoFeatureExtractor

@@ -1,9 +1,8 @@
-"""Hugging Face tokenizers and processors: loaded once per checkpoint and settings, without torchvision.
+"""Hugging Face tokenizers and processors: loaded once per checkpoint and settings.
 
-Transformers imports torchvision wherever it is installed. That costs a second of start-up, a CUDA build of it fails
-beside a CPU build of torch, and nothing here needs it: image processors have a backend of PIL and NumPy. So that
-backend is the default, and unless the program has already loaded torchvision, transformers is told that there is none.
-`backend="torchvision"` chooses the other one.
+Image processors have up to two backends, which give slightly different pixels: PIL with NumPy, and torchvision. PIL's
+is the default where there is one, so that torchvision is not needed, and left out if it is installed
+(`sensorium.multimodal.torchvision`); the engine's setting `mm_processor_backend` chooses.
 
 Settings (`size`, `min_pixels`, ...) never reach the loader of files: they may come from a request, which must not name
 revisions, folders or code. A processor with settings is made from the file's own, overlaid.
@@ -13,8 +12,7 @@ Transformers is imported when a function is called, not before.
 
 from __future__ import annotations
 
-import importlib
-import sys
+import re
 from collections.abc import Hashable, Iterator, Mapping
 from functools import lru_cache
 from pathlib import Path
@@ -23,16 +21,20 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from sensorium.checkpoint import read_json
 from sensorium.errors import ConfigError, InvalidRequestError, InvalidTypeError, ProcessorError
 from sensorium.multimodal.processor_names import folder_with_current_names, with_current_names
+from sensorium.multimodal.torchvision import only_for_torchvision, require_torchvision
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
 
-Backend: TypeAlias = Literal["pil", "torchvision"]
+Backend: TypeAlias = Literal["auto", "pil", "torchvision"]
+"""Of image processors; "auto": PIL's, or torchvision's for those that have no other."""
 
 _CHOSEN_BY_ENGINE = frozenset({"processor_name", "trust_remote_code", "revision", "backend", "tokenizer"})
 """Arguments of the functions below that are no settings."""
 _NO_SETTINGS = frozenset({"return_tensors", "device", "data_format", "input_data_format"})
 """Keywords of a Hugging Face processor's call that settle where and in which layout its output is."""
+_LONGEST_CAUSE = 400
+_PATH = re.compile(r"(?<![\w:/])(/[\w.@~-]+){2,}/?")
 _CACHED_FILES = 16
 """Checkpoints whose files stay parsed."""
 _CACHED_SETTINGS = 64
@@ -40,14 +42,11 @@ _CACHED_SETTINGS = 64
 
 
 def processor_options(model_config: ModelConfig) -> dict[str, Any]:
-    """For the functions below: which files, code and backend a model's processors are loaded with.
-
-    The backend may be set by the engine's `mm_processor_kwargs`, not by a request's.
-    """
+    """For the functions below: which files, code and backend a model's processors are loaded with."""
     return {
         "trust_remote_code": model_config.trust_remote_code,
         "revision": model_config.revision,
-        "backend": (model_config.mm_processor_kwargs or {}).get("backend", "pil"),
+        "backend": model_config.mm_processor_backend,
     }
 
 
@@ -61,7 +60,7 @@ def cached_get_image_processor(
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    backend: Backend = "pil",
+    backend: Backend = "auto",
     **kwargs: Any,
 ) -> Any:
     """The image processor of a checkpoint, with `kwargs` in place of its file's settings of these names.
@@ -85,7 +84,7 @@ def cached_get_processor(
     trust_remote_code: bool = False,
     revision: str | None = None,
     tokenizer: Any = None,
-    backend: Backend = "pil",
+    backend: Backend = "auto",
     **kwargs: Any,
 ) -> Any:
     """The whole processor of a checkpoint: its tokenizer (or the one given), image processor and so on.
@@ -123,26 +122,64 @@ def read_config_file(processor_name: str, filename: str, revision: str | None = 
     return with_current_names(read_json(Path(path)))
 
 
-def hide_torchvision() -> None:
-    """Let transformers find that torchvision is not installed, for good, unless it is imported already.
+def image_processor_type(processor_name: str, revision: str | None = None) -> str | None:
+    """The type of image processor that a checkpoint's files name, if they do."""
+    nested = read_config_file(processor_name, "processor_config.json", revision).get("image_processor")
+    own = read_config_file(processor_name, "preprocessor_config.json", revision)
+    for settings in (nested if isinstance(nested, dict) else {}, own):
+        if isinstance(named := settings.get("image_processor_type"), str):
+            return named
+    return None
 
-    Transformers asks once, through functions that remember the answer. They are asked while an import of torchvision
-    would fail.
+
+def torchvision_only_class(processor_name: str, revision: str | None = None) -> str | None:
+    """The class of a checkpoint's image processor if that exists for torchvision and not for PIL."""
+    model_type = read_config_file(processor_name, "config.json", revision).get("model_type")
+    return only_for_torchvision(
+        image_processor_type(processor_name, revision), model_type if isinstance(model_type, str) else None
+    )
+
+
+def resolve_backend(processor_name: str, revision: str | None, backend: Backend) -> Literal["pil", "torchvision"]:
+    """The backend with which a checkpoint's image processor is loaded; torchvision is imported or hidden accordingly.
+
+    Raises `ConfigError` for a backend that there isn't, `MissingLibraryError` (a `RuntimeError`) if torchvision is
+    needed and can't be had.
     """
-    if sys.modules.get("torchvision") is not None:
-        return
-    import_utils = importlib.import_module("transformers.utils.import_utils")
-    questions = [
-        getattr(import_utils, name, None) for name in ("is_torchvision_available", "is_torchvision_v2_available")
-    ]
-    sys.modules["torchvision"] = None  # type: ignore[assignment]  # makes importlib.util.find_spec return None
-    try:
-        for question in questions:
-            if question is not None:
-                question.cache_clear()
-                question()
-    finally:
-        del sys.modules["torchvision"]
+    if backend not in ("auto", "pil", "torchvision"):
+        raise ConfigError(
+            f"mm_processor_backend: got {backend!r}, expected 'auto', 'pil' or 'torchvision'. Set mm_processor_backend."
+        )
+    only = torchvision_only_class(processor_name, revision)
+    if only is not None:
+        what = f"the image processor of this checkpoint, {only}, exists for torchvision only, and so"
+        if backend == "pil":
+            raise ConfigError(f"mm_processor_backend: got 'pil', but {what} needs it. Set it to 'auto'.")
+        require_torchvision(
+            what,
+            "; or register a mapper with register_image_input_mapper(mapper), or set limit_mm_per_prompt to "
+            "{'image': 0}",
+        )
+        return "torchvision"
+    if backend == "torchvision":
+        require_torchvision("mm_processor_backend='torchvision'", "; or set it to 'auto'")
+        return "torchvision"
+    from sensorium.multimodal.video_processor import settle_torchvision
+
+    settle_torchvision(processor_name, revision, backend)
+    return "pil"
+
+
+def describe_backend(model_config: ModelConfig) -> str:
+    """For the load report: with what images are preprocessed; empty where the checkpoint has no image processor."""
+    kind = image_processor_type(model_config.model, model_config.revision)
+    if kind is None:
+        return ""
+    if torchvision_only_class(model_config.model, model_config.revision) is not None:
+        return "images by torchvision, since this processor has no other backend"
+    if model_config.mm_processor_backend == "torchvision":
+        return "images by torchvision, as set; PIL's pixels differ in rounding"
+    return "images by PIL; torchvision's pixels, which Hugging Face takes where it is installed, differ in rounding"
 
 
 class _Frozen(Mapping[str, Any]):
@@ -190,11 +227,8 @@ def _is_setting(base: Any, name: str) -> bool:
 
 
 @lru_cache(maxsize=_CACHED_FILES)
-def _image_processor(name: str, trust_remote_code: bool, revision: str | None, backend: str) -> Any:
-    if backend not in ("pil", "torchvision"):
-        raise ConfigError(f"image processor backend: got {backend!r}, expected 'pil' or 'torchvision'.")
-    if backend == "pil":
-        hide_torchvision()
+def _image_processor(name: str, trust_remote_code: bool, revision: str | None, backend: Backend) -> Any:
+    backend = resolve_backend(name, revision, backend)
     # From its own module: some versions of transformers withhold the name without torchvision.
     from transformers.models.auto.image_processing_auto import AutoImageProcessor
 
@@ -205,9 +239,27 @@ def _image_processor(name: str, trust_remote_code: bool, revision: str | None, b
             )
     except (ImportError, OSError, ValueError) as exc:
         raise ProcessorError(
-            "No HuggingFace processor is available to process the image object: the checkpoint has no usable "
-            "preprocessor_config.json. Add it, or register a mapper with register_image_input_mapper(mapper)."
+            f"No HuggingFace processor is available to process the image object: {_why_none(name, revision, exc)} Or "
+            f"register a mapper with register_image_input_mapper(mapper)."
         ) from exc
+
+
+def _why_none(name: str, revision: str | None, error: Exception) -> str:
+    """What keeps a checkpoint's image processor from being loaded, and what to do about it."""
+    nested = read_config_file(name, "processor_config.json", revision).get("image_processor")
+    if not nested and not read_config_file(name, "preprocessor_config.json", revision):
+        return "the checkpoint has no usable preprocessor_config.json. Add it."
+    named = image_processor_type(name, revision)
+    return (
+        f"the checkpoint's is {named or 'of no type that its preprocessor_config.json names'}, which can't be loaded: "
+        f"{cause(error)}. Correct image_processor_type there, or install what is missing."
+    )
+
+
+def cause(error: Exception) -> str:
+    """What transformers says about a failure, in one line, which a caller may read: no paths of this machine."""
+    text = " ".join(_PATH.sub("the checkpoint", str(error)).split())
+    return f"{type(error).__name__}: {text[:_LONGEST_CAUSE].rstrip('.')}"
 
 
 @lru_cache(maxsize=_CACHED_SETTINGS)

@@ -12,6 +12,7 @@ from sensorium.multimodal.hf_processors import (
     cached_get_image_processor,
     processor_options,
     processor_settings,
+    resolve_backend,
 )
 from sensorium.multimodal.inputs import MultiModalKwargs
 from sensorium.multimodal.resize_limits import check_picture
@@ -20,6 +21,8 @@ from sensorium.multimodal.utils import is_list_of
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+    from sensorium.config import ModelConfig
 
 __all__ = ["ImagePlugin", "cached_get_image_processor", "rescale_image_size", "smart_resize"]
 
@@ -64,6 +67,9 @@ class ImagePlugin(MultiModalPlugin):
 
     def _default_max_multimodal_tokens(self, ctx: InputContext) -> int:
         return DEFAULT_MAX_IMAGE_TOKENS
+
+    def _check_default_mapper(self, model_config: ModelConfig) -> None:
+        resolve_backend(model_config.model, model_config.revision, model_config.mm_processor_backend)
 
 
 def preprocess(processor: Any, data: Any) -> MultiModalKwargs:

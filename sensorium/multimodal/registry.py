@@ -186,6 +186,17 @@ class MultiModalRegistry:
                 limits[modality] = limit
         self._limits[id(model_config)] = MappingProxyType(limits)
 
+    def check_mappers(self, model_config: ModelConfig) -> None:
+        """Raise `MissingLibraryError` (a `RuntimeError`) if a modality that a prompt may have needs a library that
+        isn't there.
+        """
+        multimodal_config = model_config.multimodal_config
+        if multimodal_config is None:
+            return
+        for modality, plugin in self._plugins.items():
+            if multimodal_config.limit_per_prompt.get(modality, DEFAULT_LIMIT):
+                plugin.check_mapper(model_config)
+
     def get_mm_limits_per_prompt(self, model_config: ModelConfig) -> Mapping[str, int]:
         """For each modality, the most items in one prompt. Raises `ModelLookupError` (a `KeyError`) before
         init.

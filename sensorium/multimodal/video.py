@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -12,7 +12,10 @@ from sensorium.multimodal.hf_processors import processor_options, processor_sett
 from sensorium.multimodal.image import ImagePlugin, preprocess, type_name
 from sensorium.multimodal.inputs import MultiModalKwargs
 from sensorium.multimodal.utils import is_list_of
-from sensorium.multimodal.video_processor import cached_get_video_processor
+from sensorium.multimodal.video_processor import cached_get_video_processor, resolve_video_backend
+
+if TYPE_CHECKING:
+    from sensorium.config import ModelConfig
 
 __all__ = [
     "VideoPlugin",
@@ -55,6 +58,9 @@ class VideoPlugin(ImagePlugin):
 
     def _default_max_multimodal_tokens(self, ctx: InputContext) -> int:
         return DEFAULT_MAX_VIDEO_TOKENS
+
+    def _check_default_mapper(self, model_config: ModelConfig) -> None:
+        resolve_video_backend(model_config.model, model_config.revision, model_config.mm_processor_backend)
 
 
 def resize_video(frames: Frames, size: tuple[int, int]) -> Frames:

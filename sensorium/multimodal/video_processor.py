@@ -15,20 +15,23 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
+from sensorium.errors import InvalidRequestError, InvalidTypeError, ProcessorError, UnsupportedFeatureError
 from sensorium.multimodal.hf_processors import (
     Backend,
     cached_get_image_processor,
-    hide_torchvision,
+    cause,
     read_config_file,
+    torchvision_only_class,
     with_settings,
 )
+from sensorium.multimodal.processor_names import folder_with_current_names
 from sensorium.multimodal.resize_limits import MAX_CLIP_PIXELS, check_picture, check_pixels
 from sensorium.multimodal.smart_resize import smart_resize
+from sensorium.multimodal.torchvision import hide_torchvision, require_torchvision, torchvision_problem
 
 if TYPE_CHECKING:
     import torch
@@ -68,6 +71,8 @@ _TYPE_OF_MODEL: Mapping[str, str] = {
     "internvl": "InternVLVideoProcessor",
 }
 """For checkpoints whose files don't name a video processor: the one of their `model_type`."""
+
+_WAY_OUT = "; or register a mapper with register_video_input_mapper(mapper)"
 
 _INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """Names in torch of PIL's resampling filters."""
@@ -251,15 +256,16 @@ def cached_get_video_processor(
     *,
     trust_remote_code: bool = False,
     revision: str | None = None,
-    backend: Backend = "pil",
+    backend: Backend = "auto",
     **kwargs: Any,
 ) -> Any:
     """The video processor of a checkpoint, with `kwargs` in place of its file's settings of these names.
 
-    `backend="torchvision"` gives Hugging Face's own. Raises `ProcessorError` (a `RuntimeError`) if the checkpoint has
-    neither a video nor an image processor, `UnsupportedFeatureError` if it has one that is not computed here.
+    `backend="torchvision"` gives Hugging Face's own, and so does "auto" for those that are not computed here. Raises
+    `ProcessorError` (a `RuntimeError`) if the checkpoint has neither a video nor an image processor,
+    `MissingLibraryError` if it has one that needs torchvision, and that can't be had.
     """
-    if backend == "torchvision":
+    if resolve_video_backend(processor_name, revision, backend) == "torchvision":
         return with_settings(_torchvision_video_processor(processor_name, trust_remote_code, revision), kwargs)
     base = _video_processor(processor_name, revision)
     if base is not None:
@@ -271,31 +277,83 @@ def cached_get_video_processor(
     )
 
 
+def resolve_video_backend(
+    processor_name: str, revision: str | None, backend: Backend
+) -> Literal["native", "torchvision"]:
+    """Whether a checkpoint's clips are processed by this module, or by Hugging Face's classes on torchvision.
+
+    Raises `MissingLibraryError` (a `RuntimeError`) if torchvision is needed and can't be had.
+    """
+    settle_torchvision(processor_name, revision, backend)
+    if backend == "torchvision":
+        require_torchvision("mm_processor_backend='torchvision'", "; or set it to 'auto'")
+        return "torchvision"
+    foreign = foreign_video_processor(processor_name, revision)
+    if foreign is None or backend == "pil":
+        return "native"
+    require_torchvision(
+        f"the video processor of this checkpoint, {foreign}, exists for torchvision only, and so",
+        f"{_WAY_OUT}, or set limit_mm_per_prompt to {{'video': 0}}",
+    )
+    return "torchvision"
+
+
+def settle_torchvision(processor_name: str, revision: str | None, backend: Backend) -> None:
+    """Import torchvision if any processor of a checkpoint needs it and it can be had; else keep it from being imported.
+
+    Transformers remembers what it finds, so that a checkpoint's processors of all kinds must find the same.
+    """
+    needed = (
+        backend == "torchvision"
+        or torchvision_only_class(processor_name, revision) is not None
+        or foreign_video_processor(processor_name, revision) is not None
+    )
+    if not needed or torchvision_problem() is not None:
+        hide_torchvision()
+
+
 @lru_cache(maxsize=16)
 def _torchvision_video_processor(processor_name: str, trust_remote_code: bool, revision: str | None) -> Any:
     from transformers import AutoVideoProcessor
 
-    return AutoVideoProcessor.from_pretrained(processor_name, trust_remote_code=trust_remote_code, revision=revision)
+    try:
+        with folder_with_current_names(processor_name) as folder:
+            return AutoVideoProcessor.from_pretrained(folder, trust_remote_code=trust_remote_code, revision=revision)
+    except (ImportError, OSError, ValueError) as exc:
+        raise ProcessorError(
+            f"Video processor: the checkpoint has none that can be loaded ({cause(exc)}). Correct its "
+            f"video_preprocessor_config.json{_WAY_OUT}."
+        ) from exc
+
+
+@lru_cache(maxsize=16)
+def foreign_video_processor(processor_name: str, revision: str | None) -> str | None:
+    """The type of a checkpoint's video processor if it is none of those that are computed here."""
+    kind = _video_processor_type(processor_name, revision)
+    return None if kind is None or kind in DEFAULTS else kind
+
+
+def _video_processor_type(processor_name: str, revision: str | None) -> str | None:
+    """The type of a checkpoint's video processor; None if its files describe only an image processor."""
+    settings = _video_settings(processor_name, revision)
+    kind = settings.get("video_processor_type") or _type_by_model(processor_name, revision, settings)
+    if kind is None and "temporal_patch_size" in settings:
+        kind = settings.get("image_processor_type", "a processor of space-time patches")
+    return kind
 
 
 @lru_cache(maxsize=16)
 def _video_processor(processor_name: str, revision: str | None) -> VideoProcessor | None:
     """The processor that a checkpoint's files describe; None if they describe only an image processor."""
-    hide_torchvision()
-    settings = _video_settings(processor_name, revision)
-    kind = settings.get("video_processor_type") or _type_by_model(processor_name, revision, settings)
+    kind = _video_processor_type(processor_name, revision)
     if kind is None:
-        if "temporal_patch_size" in settings:
-            kind = settings.get("image_processor_type", "a processor of space-time patches")
-        else:
-            return None
+        return None
     if kind not in DEFAULTS:
         raise UnsupportedFeatureError(
-            f"Video processor: got {kind}, expected one of {sorted(DEFAULTS)}. Register a mapper with "
-            f"register_video_input_mapper(mapper), or install torchvision and set mm_processor_kwargs "
-            f"{{'backend': 'torchvision'}}."
+            f"Video processor: got {kind}, expected one of {sorted(DEFAULTS)}. Install torchvision and set "
+            f"mm_processor_backend to 'auto'{_WAY_OUT}."
         )
-    return VideoProcessor.from_settings({**DEFAULTS[kind], **settings})
+    return VideoProcessor.from_settings({**DEFAULTS[kind], **_video_settings(processor_name, revision)})
 
 
 def split_videos(videos: Any) -> list[Any]:

@@ -19,6 +19,7 @@ from sensorium.messages import LoadReport, SchedulerOutput
 from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
+from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker import kv_cache
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
@@ -140,6 +141,7 @@ class Worker:
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
             weights=weights_line(self.model, self._config.load_config.quantization),
+            processors=describe_backend(model_config) if model_config.is_multimodal_model else "",
             steps=self._steps_line(),
             sampling=model_config.sampling_defaults.line(),
             kernels=_kernels_line(self._device),
