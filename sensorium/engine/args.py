@@ -6,6 +6,7 @@ flags are generated from them.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -159,8 +160,8 @@ class EngineArgs:
     torchvision for those that have no other."""
     mm_split: MMSplit = "auto"
     """"off" never splits media of a forward-only model from its text; "auto" does where that is equal."""
-    preprocess_threads: NumThreads = 2
-    """Threads that decode and map media beside the engine's own."""
+    preprocess_threads: NumThreads | None = None
+    """Threads that map media beside the engine's own; half as many as there are cores by default, 2 to 8."""
     allowed_local_media_path: Name | None = None
     """Folder from which requests may name files."""
 
@@ -178,6 +179,13 @@ class EngineArgs:
 
     def __post_init__(self) -> None:
         check_settings(self)
+
+    @property
+    def num_preprocess_threads(self) -> int:
+        """`preprocess_threads`, or its default on this machine."""
+        if self.preprocess_threads is not None:
+            return self.preprocess_threads
+        return min(max((os.cpu_count() or 1) // 2, 2), 8)
 
     def check_files(self) -> None:
         """Return if settings go together and files that they name can be used, as far as can be said without the model.

@@ -157,7 +157,7 @@ class AsyncLLMEngine:
                 core,
                 tokenizer,
                 media_loader,
-                preprocess_threads=args.preprocess_threads,
+                preprocess_threads=args.num_preprocess_threads,
                 accept_embeddings=accept_embeddings,
             )
         except BaseException:

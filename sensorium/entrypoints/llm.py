@@ -50,7 +50,7 @@ class LLM:
         self.engine = LLMEngine(
             args.create_engine_config(), skip_tokenizer=args.skip_tokenizer_init, media_loader=self._media
         )
-        self._num_threads = args.preprocess_threads
+        self._num_threads = args.num_preprocess_threads
         self._chat_template = args.chat_template
         self._tool_parser, self._reasoning_parser = args.tool_parser, args.reasoning_parser
         self._chat_renderer: ChatRenderer | None = None

@@ -22,7 +22,7 @@ from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.worker.graph_capture import UNREADABLE, GraphCapture, RecordedSizes, Replay
 from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors, packed_bytes
 
-MAX_ROWS = 1024
+MAX_ROWS = 2048
 """Longer passes keep the device busy for longer than it takes to launch them."""
 MAX_CONTEXT = 8192
 """Tokens of the longest sequence. In a recorded pass nobody knows which rows are decodes, whose keys could be split."""
@@ -154,4 +154,4 @@ class TrunkGraphs:
 
 def trunk_sizes() -> list[int]:
     """Numbers of rows that graphs are recorded for."""
-    return [16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, MAX_ROWS]
+    return [16, 32, 64, 96, 128, 192, 256, 384, 512, 640, 768, 896, 1024, 1280, 1536, 1792, MAX_ROWS]
