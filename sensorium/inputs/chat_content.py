@@ -220,8 +220,7 @@ def _check_detail(detail: object, where: str) -> None:
     """Pictures are always seen in full detail, as far as the model's own limits go."""
     if detail not in (None, "auto", "high", "original"):
         raise UnsupportedFeatureError(
-            f"{where}: got {detail!r:.60}, expected 'auto' or 'high'. Send a smaller image, or set max_pixels in "
-            f"mm_processor_kwargs."
+            f"{where}: got {detail!r:.60}, expected 'auto' or 'high'. Leave it out, or send a smaller image."
         )
 
 

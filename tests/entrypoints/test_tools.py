@@ -345,3 +345,34 @@ def test_the_cost_of_tools(client: openai.OpenAI) -> None:
         for extra in ({}, {"tools": TOOLS, "tool_choice": "none"}, {"tools": TOOLS})
     ]
     assert costs[0] == costs[1] < costs[2]
+
+
+@pytest.mark.parametrize(
+    ("fields", "expected"),
+    [
+        ({"guided_regex": "a+"}, "tools: got functions and guided_regex, expected one of them"),
+        ({"structured_outputs": {"choice": ["a"]}}, r"tools: got functions and structured_outputs\.choice, expected"),
+        ({"tool_choice": "required"}, r"tools: calls can't be held .*characters.* leave out tool_choice\."),
+        ({"strict": True}, r"tools: calls can't be held .*characters.* leave out strict\."),
+        (
+            {"strict": True, "response_format": {"type": "json_object"}},
+            r"tools and response_format: calls .*characters.* leave out strict and response_format\.",
+        ),
+    ],
+    ids=str,
+)
+def test_errors_about_calls_name_what_was_sent(
+    client: openai.OpenAI, script: Script, fields: dict[str, Any], expected: str
+) -> None:
+    """They named a grammar that the server had made. Here it becomes too long: each argument has the definitions."""
+    parameters = {
+        "type": "object",
+        "properties": {f"a{index}": {"$ref": "#/$defs/long"} for index in range(8)},
+        "$defs": {"long": {"type": "integer", "description": "x" * 40_000}},
+    }
+    function = {"name": "f", "parameters": parameters, "strict": fields.get("strict", False)}
+    rest = {key: value for key, value in fields.items() if key != "strict"}
+    script.texts = ["Yes."]
+    with pytest.raises(openai.BadRequestError, match=expected) as error:
+        ask(client, "qwen3_coder", tools=[{"type": "function", "function": function}], extra_body=rest)
+    assert ("structured_outputs" in str(error.value)) == ("structured_outputs" in fields)

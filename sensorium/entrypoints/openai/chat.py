@@ -70,7 +70,7 @@ class ChatRoutes:
         body = turn.body
         prompt = await self._context.render(turn.http_request, body.messages, **body.render_options())
         turn.plan = self._plan(body, turn.tools, prompt["prompt"])
-        params = turn.plan.params(turn.params)
+        params = turn.plan.params(turn.params, body.form_field())
         outputs = self._context.generate(
             turn.http_request, prompt, params, kind, priority=body.priority, cache_salt=body.cache_salt
         )
@@ -80,7 +80,7 @@ class ChatRoutes:
                 async for output in outputs:
                     yield output
             except RequestError as error:
-                raise body.in_own_terms(turn.plan.blame(error, body.form_field())) from None
+                raise body.in_own_terms(turn.plan.blame(error)) from None
 
     def _plan(self, body: ChatBody, request: ToolRequest | None, prompt: str) -> AnswerPlan:
         forms = self._context.chat().answer_forms(chat_template=body.chat_template, has_tools=request is not None)

@@ -152,7 +152,7 @@ class ResponseRoutes:
         prompt = await self._render(request, turn)
         forms = self._context.chat().answer_forms(has_tools=tools is not None)
         turn.plan = AnswerPlan(forms, tools, prompt["prompt"], self._context.tokenizer())
-        params = turn.plan.params(params)
+        params = turn.plan.params(params, body.form_field())
         outputs = self._context.generate(
             request, prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
         )
@@ -162,7 +162,7 @@ class ResponseRoutes:
                 async for output in outputs:
                     yield output
             except RequestError as error:
-                raise body.in_own_terms(turn.plan.blame(error, body.form_field())) from None
+                raise body.in_own_terms(turn.plan.blame(error)) from None
 
     async def _kept(self, events: AsyncIterator[Event], answer: ResponseAnswer, turn: Turn) -> AsyncIterator[Event]:
         """The same events; the response is kept before the last of them is told."""

@@ -62,14 +62,18 @@ class AnswerPlan:
         self.is_reasoning_open = forms.is_reasoning_open(prompt, is_continued=is_continued)
         self._has_grammar = False
         self._has_schema = False
+        self._format_field: str | None = None
         self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
 
-    def params(self, params: SamplingParams) -> SamplingParams:
+    def params(self, params: SamplingParams, format_field: str | None = None) -> SamplingParams:
         """Sampling parameters with marks kept in the text, and with the form that answers must have.
+
+        `format_field`: what asks for a form, if it isn't `structured_outputs`.
 
         Raises:
             InvalidRequestError: Functions and another form of the output can't be held to together.
         """
+        self._format_field = format_field
         if self.forms.token_ids:
             visible = {*params.visible_special_token_ids, *self.forms.token_ids.values()}
             params = replace(params, visible_special_token_ids=sorted(visible))
@@ -87,15 +91,12 @@ class AnswerPlan:
             return "call_" + _random_chars(_CALL_ID_CHARS)
         return _random_chars(num_chars)
 
-    def blame(self, error: RequestError, format_field: str | None = None) -> RequestError:
-        """An error about a grammar that the request didn't send, in terms of what it did.
-
-        `format_field`: what asks for JSON, if it isn't `structured_outputs`.
-        """
+    def blame(self, error: RequestError) -> RequestError:
+        """An error about a grammar that the request didn't send, in terms of what it did."""
         if not self._has_grammar or not isinstance(error, InvalidRequestError) or not _OF_GRAMMAR.match(str(error)):
             return error
         reason = f"{reason_of(error):.400}"
-        schema = format_field or "structured_outputs"
+        schema = self._format_field or "structured_outputs"
         if self.request is None:
             return InvalidRequestError(f"{schema}: got a schema that can't be held to ({reason}). Change it.")
         both = f" and {schema}" if self._has_schema else ""
@@ -120,9 +121,8 @@ class AnswerPlan:
         schema = None
         if asked is not None and not request.is_forced:
             if asked.kind not in _JSON_KINDS:
-                raise InvalidRequestError(
-                    f"tools: got functions and structured_outputs.{asked.kind}, expected one of them. Remove one."
-                )
+                other = self._format_field or f"structured_outputs.{asked.kind}"
+                raise InvalidRequestError(f"tools: got functions and {other}, expected one of them. Remove one.")
             schema = _schema(asked)
             self._has_schema = True
         assert self.tool_format is not None
@@ -141,7 +141,10 @@ class AnswerPlan:
 
     def _grammar(self, grammar: str) -> StructuredOutputs | None:
         self._has_grammar = True
-        return self._behind_reasoning(StructuredOutputs(grammar=grammar))
+        try:
+            return self._behind_reasoning(StructuredOutputs(grammar=grammar))
+        except RequestError as error:  # it is too long, or nested too deep
+            raise self.blame(error) from None
 
     def _behind_reasoning(self, form: StructuredOutputs | None) -> StructuredOutputs | None:
         if form is None or not self.is_reasoning_open or form.start_after is not None:
