@@ -38,6 +38,8 @@ from sensorium.errors import (
     RequestAbortedError,
     SensoriumError,
 )
+from sensorium.inputs import INPUT_REGISTRY
+from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.inputs.warm_up import warm_up
@@ -492,6 +494,7 @@ def _resolve(args: EngineArgs) -> tuple[EngineConfig, Any | None]:
     with LOADING:
         config = args.create_engine_config()
         MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+        MediaSettings(config.model_config, INPUT_REGISTRY, MULTIMODAL_REGISTRY).check_engine()
         return config, None if args.skip_tokenizer_init else get_tokenizer(config.model_config)
 
 

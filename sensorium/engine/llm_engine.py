@@ -16,6 +16,8 @@ from sensorium.engine.core import EngineCore
 from sensorium.engine.loading import LOADING
 from sensorium.engine.output_processor import OutputProcessor
 from sensorium.errors import InvalidRequestError
+from sensorium.inputs import INPUT_REGISTRY
+from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.messages import EngineOutput, LoadReport
@@ -36,6 +38,7 @@ class LLMEngine:
     ) -> None:
         with LOADING:
             MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
+            MediaSettings(config.model_config, INPUT_REGISTRY, MULTIMODAL_REGISTRY).check_engine()
             self.tokenizer: Any = None if skip_tokenizer else get_tokenizer(config.model_config)
             self.core = EngineCore(config)
         self.config = self.core.config

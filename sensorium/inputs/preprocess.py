@@ -18,6 +18,7 @@ import numpy as np
 from sensorium.errors import InvalidTypeError, ModelError, ModelLookupError, SensoriumError
 from sensorium.inputs import INPUT_REGISTRY, InputRegistry, admission, token_inputs
 from sensorium.inputs.media_data import MediaCollector, MediaData
+from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.mrope import checked_positions, mrope_positions, positions_from_kwargs
 from sensorium.inputs.placement import Placement, Prompt
 from sensorium.inputs.prompts import ParsedPrompt, parse_prompt
@@ -103,6 +104,8 @@ class InputPreprocessor:
         self._mm_registry = mm_registry
         self._cache = ProcessorCache(config.cache_config.mm_processor_cache_bytes)
         mapper = MediaMapper(self._model_config, mm_registry, self._cache)
+        self._settings = MediaSettings(config.model_config, input_registry, mm_registry)
+        self._settings.check_engine()
         self._stage = MediaStage(config, features, mm_registry, mapper, accept_embeddings=accept_embeddings)
         self._placeholder_ids: frozenset[int] = frozenset().union(*self._stage.placeholder_ids.values())
         self._eos_token_ids = eos_token_ids(self._model_config, tokenizer)
@@ -138,6 +141,8 @@ class InputPreprocessor:
         try:
             parsed = parse_prompt(prompt)
             kwargs = {**(mm_processor_kwargs or {}), **parsed.mm_processor_kwargs}
+            kwargs = {name: value for name, value in kwargs.items() if value is not None}  # null asks for nothing
+            self._settings.check_request(kwargs)
             prepared = self._prepare(parsed, kwargs, sampling_params, cache_salt, pooling=pooling)
         except SensoriumError as error:
             if error.__cause__ is not None:

@@ -79,7 +79,15 @@ class InputRegistry:
         check_callable(processor, "register_input_processor")
         return self._processors.decorator(processor, "an input processor")
 
+    def get_input_processor(self, model_class: type | None) -> InputProcessor | None:
+        """The class's input processor, or None."""
+        return None if model_class is None else self._processors.get(model_class)
+
     # Dummy data
+
+    def get_dummy_data_factory(self, model_class: type | None) -> DummyDataFactory | None:
+        """What makes the class's dummy data, or None where that is the default."""
+        return None if model_class is None else self._dummy_factories.get(model_class)
 
     def has_dummy_encoder_data(self, model_class: type) -> bool:
         """Whether the class registered dummy data for an encoder half."""

@@ -44,6 +44,16 @@ class CheckpointSampling:
                 return settings
         return {}
 
+    @property
+    def names(self) -> frozenset[str]:
+        """Names of the settings that change which frames are taken, under the rule of the checkpoint."""
+        of_rule = {"temporal_patches": _BOUNDS, "endpoints": ("min_frames", "max_frames"), "uniform": ()}
+        return frozenset(("num_frames", "fps", *of_rule[self._rule]))
+
+    @property
+    def _rule(self) -> Rule:
+        return _RULES.get(str(self._settings.get("video_processor_type")), "uniform")
+
     def __call__(self, mm_processor_kwargs: Mapping[str, Any]) -> VideoSampling:
         """The sampling for a request. Raises `InvalidRequestError` (a `ValueError`) for values that can't be
         used.
@@ -57,5 +67,4 @@ class CheckpointSampling:
         bounds = {
             name: value for name in _BOUNDS if (value := mm_processor_kwargs.get(name, settings.get(name))) is not None
         }
-        rule = _RULES.get(str(settings.get("video_processor_type")), "uniform")
-        return VideoSampling(**wanted, **bounds, rule=rule)
+        return VideoSampling(**wanted, **bounds, rule=self._rule)

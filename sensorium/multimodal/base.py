@@ -151,6 +151,10 @@ class MultiModalPlugin(ABC):
         calc = self._default_max_multimodal_tokens if max_mm_tokens is None else max_mm_tokens
         return self._max_mm_tokens.decorator(calc, f"a maximum number of tokens for {self.get_data_key()!r}")
 
+    def get_max_tokens_calc(self, model_class: type | None) -> MultiModalTokensCalc | None:
+        """What the class registered as the most decoder rows of one item, or None."""
+        return None if model_class is None else self._max_mm_tokens.get(model_class)
+
     def get_max_multimodal_tokens(self, model_config: ModelConfig) -> int:
         """The most decoder rows that one item takes; 0 if the class takes no media or registered nothing.
 

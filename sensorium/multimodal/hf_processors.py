@@ -12,6 +12,7 @@ Transformers is imported when a function is called, not before.
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Hashable, Iterator, Mapping
 from functools import lru_cache
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 from sensorium.checkpoint import read_json
 from sensorium.errors import ConfigError, InvalidRequestError, InvalidTypeError, ProcessorError
 from sensorium.multimodal.processor_names import folder_with_current_names, with_current_names
+from sensorium.multimodal.setting_values import check_values
 from sensorium.multimodal.torchvision import only_for_torchvision, require_torchvision
 
 if TYPE_CHECKING:
@@ -35,6 +37,8 @@ _NO_SETTINGS = frozenset({"return_tensors", "device", "data_format", "input_data
 """Keywords of a Hugging Face processor's call that settle where and in which layout its output is."""
 _LONGEST_CAUSE = 400
 _PATH = re.compile(r"(?<![\w:/])(/[\w.@~-]+){2,}/?")
+_USED_BEFORE = frozenset({"min_pixels", "max_pixels", "do_convert_rgb", "default_to_square"})
+"""Settings that a processor looks at before its `_preprocess`, where it knows them."""
 _CACHED_FILES = 16
 """Checkpoints whose files stay parsed."""
 _CACHED_SETTINGS = 64
@@ -104,7 +108,9 @@ def with_settings(base: Any, kwargs: Mapping[str, Any]) -> Any:
     `TypeError`) for one that isn't plain.
     """
     settings = {name: value for name, value in kwargs.items() if _is_setting(base, name)}
-    return _with_settings(base, _Frozen(settings)) if settings else base
+    frozen = _Frozen(settings)
+    check_values(settings)
+    return _with_settings(base, frozen) if settings else base
 
 
 def read_config_file(processor_name: str, filename: str, revision: str | None = None) -> dict[str, Any]:
@@ -180,6 +186,28 @@ def describe_backend(model_config: ModelConfig) -> str:
     if model_config.mm_processor_backend == "torchvision":
         return "images by torchvision, as set; PIL's pixels differ in rounding"
     return "images by PIL; torchvision's pixels, which Hugging Face takes where it is installed, differ in rounding"
+
+
+def effective_settings(base: Any) -> frozenset[str]:
+    """Names of the settings of a Hugging Face processor that change what it computes.
+
+    Processors of one family share a list of names, of which each uses some. Those are parameters of the method that
+    computes; what only disappears in its `**kwargs` is passed over.
+    """
+    known = frozenset(getattr(getattr(base, "valid_kwargs", None), "__annotations__", {})) | frozenset(vars(base))
+    used = frozenset(
+        name
+        for method in ("_preprocess", "preprocess")
+        for name, parameter in _parameters(getattr(base, method, None)).items()
+        if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
+    )
+    if not used & known:  # a processor of another build: what it declares has to do
+        return frozenset(name for name in known if _is_setting(base, name))
+    return frozenset(name for name in known & (used | _USED_BEFORE) if _is_setting(base, name))
+
+
+def _parameters(method: Any) -> Mapping[str, inspect.Parameter]:
+    return {} if method is None else inspect.signature(method).parameters
 
 
 class _Frozen(Mapping[str, Any]):

@@ -19,17 +19,19 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from sensorium.errors import InvalidRequestError, InvalidTypeError, ProcessorError, UnsupportedFeatureError
+from sensorium.errors import InvalidTypeError, ProcessorError, UnsupportedFeatureError
 from sensorium.multimodal.hf_processors import (
     Backend,
     cached_get_image_processor,
     cause,
+    effective_settings,
     read_config_file,
     torchvision_only_class,
     with_settings,
 )
 from sensorium.multimodal.processor_names import folder_with_current_names
 from sensorium.multimodal.resize_limits import MAX_CLIP_PIXELS, check_picture, check_pixels
+from sensorium.multimodal.setting_values import check_values, wrong_value
 from sensorium.multimodal.smart_resize import smart_resize
 from sensorium.multimodal.torchvision import hide_torchvision, require_torchvision, torchvision_problem
 
@@ -74,6 +76,19 @@ _TYPE_OF_MODEL: Mapping[str, str] = {
 
 _WAY_OUT = "; or register a mapper with register_video_input_mapper(mapper)"
 
+_OF_PATCHES = frozenset(
+    {
+        "patch_size",
+        "temporal_patch_size",
+        "merge_size",
+        "cap_pixels_per_frame",
+        "max_video_tokens",
+        "min_pixels",
+        "max_pixels",
+    }
+)
+"""Settings without a meaning where the output is frames."""
+
 _INTERPOLATION = {0: "nearest-exact", 2: "bilinear", 3: "bicubic"}
 """Names in torch of PIL's resampling filters."""
 
@@ -116,14 +131,23 @@ class VideoProcessor:
         Raises `InvalidRequestError` (a `ValueError`) for values that can't be used.
         """
         known = {field.name for field in fields(self)} | {"min_pixels", "max_pixels"}
-        values = {name: value for name, value in settings.items() if name in known}
+        values = {name: value for name, value in settings.items() if name in known and value is not None}
         if not values:
             return self
+        check_values(values)
         sizes = _sizes(values, values.get("size", self.size), values.get("crop_size", self.crop_size))
         own = {name: value for name, value in values.items() if name not in ("min_pixels", "max_pixels")}
         processor = replace(self, **own | sizes)
         processor.check()
         return processor
+
+    @property
+    def effective_settings(self) -> frozenset[str]:
+        """Names of the settings that change what is computed: of patches, or of frames."""
+        names = {field.name for field in fields(self)} | {"min_pixels", "max_pixels"}
+        if self.patch_size is None:
+            names -= _OF_PATCHES
+        return frozenset(names)
 
     def check(self) -> None:
         """Refuse sizes that aren't positive numbers, with `InvalidRequestError`."""
@@ -131,9 +155,9 @@ class VideoProcessor:
         sizes |= {"temporal_patch_size": self.temporal_patch_size, "patch_size": self.patch_size or 1}
         for name, value in sizes.items():
             if not isinstance(value, int) or value < 1:
-                raise _wrong_setting(name, value, "a positive integer")
+                raise wrong_value(name, value, "a positive integer")
         if not {"shortest_edge", "longest_edge"} <= self.size.keys() and self.patch_size is not None:
-            raise _wrong_setting("size", dict(self.size), "shortest_edge and longest_edge, in pixels of a frame")
+            raise wrong_value("size", dict(self.size), "shortest_edge and longest_edge, in pixels of a frame")
 
     def __call__(self, videos: Any, return_tensors: str = "pt", **kwargs: Any) -> Any:
         """`preprocess` with settings for this call, as Hugging Face's processors call their parts."""
@@ -231,6 +255,11 @@ class FrameStackProcessor:
     """Videos through an image processor, for checkpoints that have no video processor."""
 
     image_processor: Any
+
+    @property
+    def effective_settings(self) -> frozenset[str]:
+        """Those of the image processor."""
+        return effective_settings(self.image_processor)
 
     def __call__(self, videos: Any, return_tensors: str = "pt", **kwargs: Any) -> Any:
         """`preprocess`; settings are the image processor's own."""
@@ -416,17 +445,11 @@ def _stack_if_equal(clips: list[torch.Tensor]) -> torch.Tensor | list[torch.Tens
     return torch.stack(clips) if len({clip.shape for clip in clips}) == 1 else clips
 
 
-def _wrong_setting(name: str, value: object, expected: str) -> InvalidRequestError:
-    return InvalidRequestError(
-        f"Video processor setting {name!r}: got {value!r}, expected {expected}. Correct mm_processor_kwargs."
-    )
-
-
 def _sizes(settings: Mapping[str, Any], size: Any, crop_size: Any) -> dict[str, Any]:
     """`size` and `crop_size` as dicts of edges; the older `min_pixels` and `max_pixels` win over `size`."""
     for name, value in (("size", size), ("crop_size", crop_size)):
         if not isinstance(value, Mapping | int | None):
-            raise _wrong_setting(name, value, "a dict of edges")
+            raise wrong_value(name, value, "a dict of edges")
     merged = {"shortest_edge": size} if isinstance(size, int) else dict(size or {})
     for old, new in (("min_pixels", "shortest_edge"), ("max_pixels", "longest_edge")):
         if settings.get(old) is not None:

@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from sensorium.errors import (
+    ConfigError,
     InvalidRequestError,
     InvalidTypeError,
     ModelError,
@@ -407,13 +408,14 @@ def test_kwargs_of_the_request_win_over_the_engine_s_and_are_part_of_identity() 
     assert keys_of(by_argument) == keys_of(processed[1])
 
 
-@pytest.mark.filterwarnings("default")
-def test_unknown_kwargs_are_dropped_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    front = Front()
-    with caplog.at_level(logging.WARNING):
-        front.images(picture(), mm_processor_kwargs={"colour": 1, "ctx": 2})
-    assert "'colour'" in caplog.text
-    assert "'ctx'" in caplog.text
+@pytest.mark.parametrize("name", ["colour", "ctx", "scal", "images_kwargs"])
+def test_names_that_nothing_takes_are_refused(name: str) -> None:
+    """They were dropped with a line in the log, where nobody who sent them could see it."""
+    with pytest.raises(InvalidRequestError, match=f"'{name}'"):
+        Front().images(picture(), mm_processor_kwargs={name: 1})
+    with pytest.raises(ConfigError, match=f"'{name}'"):
+        Front(mm_processor_kwargs={name: 1})
+    Front().images(picture(), mm_processor_kwargs={name: None})  # null asks for nothing
 
 
 # Identity

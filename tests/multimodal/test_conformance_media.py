@@ -162,7 +162,7 @@ def test_a_checkpoint_without_an_image_processor_is_that_requests_error(
 
 
 def test_a_setting_that_the_processor_refuses_is_that_requests_error(qwen2_vl: Path) -> None:
-    with pytest.raises(InvalidRequestError, match="refuses"):
+    with pytest.raises(InvalidRequestError, match=r"size.*got .enormous."):
         cached_get_image_processor(str(qwen2_vl), size="enormous")
 
 
@@ -361,7 +361,7 @@ def test_a_setting_of_a_video_must_be_a_positive_number(qwen2_vl: Path) -> None:
         with pytest.raises(ValueError, match="expected a positive integer"):
             MULTIMODAL_REGISTRY.map_input(config, {"video": make_video()}, bad)
     for bad in ({"size": "large"}, {"size": {"height": 3}}, {"crop_size": [1, 2]}):
-        with pytest.raises(ValueError, match="Video processor setting"):
+        with pytest.raises(ValueError, match="mm_processor_kwargs"):
             MULTIMODAL_REGISTRY.map_input(config, {"video": make_video()}, bad)
     smaller = MULTIMODAL_REGISTRY.map_input(config, {"video": make_video()}, {"max_pixels": 28 * 56})
     assert smaller["video_grid_thw"].tolist() == [[2, 2, 2]]
