@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -22,10 +23,9 @@ def test_there_is_a_page_with_examples() -> None:
 def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # A page may add a modality, which other tests must not see.
     monkeypatch.setattr(MULTIMODAL_REGISTRY, "_plugins", dict(MULTIMODAL_REGISTRY._plugins))
-    for name in ("tier0", "tier1"):
-        (tmp_path / name).mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     text = (DOCS / page).read_text()
-    namespace = {"tmp_path": tmp_path, "__name__": f"docs.{page.removesuffix('.md')}"}
+    namespace: dict[str, object] = {"__name__": f"docs.{page.removesuffix('.md')}"}  # and no name that a page lacks
     for match in BLOCK.finditer(text):
         line = text[: match.start(1)].count("\n")
         # Blank lines in front, so that a traceback names the line of the page.
