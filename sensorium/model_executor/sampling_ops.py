@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from sensorium.kernels import largest
+from sensorium.kernels.gpu import on_gpu
 from sensorium.sampling_params import MIX_FACTOR_1, MIX_FACTOR_2, MIX_INCREMENT
 
 Array: TypeAlias = "np.ndarray[Any, Any]"
@@ -51,6 +52,15 @@ class RowParams:
             self.key[index],
             self.position[index],
         )
+
+    def packed(self) -> Array:
+        """int64 `(num_rows, 6)` in the order of the fields, with the bits of those that are float32."""
+        floats = (
+            np.asarray(values, np.float32).view(np.int32) for values in (self.temperature, self.top_p, self.min_p)
+        )
+        temperature, top_p, min_p = floats
+        fields = (temperature, self.top_k, top_p, min_p, self.key, self.position)
+        return np.stack([np.asarray(field, np.int64) for field in fields], axis=1)
 
     @property
     def is_truncated(self) -> Array:
@@ -128,6 +138,8 @@ def draw_tokens(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
     probabilities it is indifferent to rounding errors of the logits, unless two tokens come within such an
     error of each other.
     """
+    if on_gpu(logits):
+        return _draw_on_gpu(logits, params)
     token_ids = torch.empty(len(logits), dtype=torch.int64, device=logits.device)
     truncated = params.is_truncated
     narrow = (params.top_k > 0) & (params.top_k <= MAX_NARROW_TOP_K)
@@ -143,6 +155,20 @@ def draw_tokens(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
             rows = torch.from_numpy(index).to(logits.device)
             token_ids[rows] = draw(logits[rows], params.rows(index))
     return token_ids
+
+
+def _draw_on_gpu(logits: torch.Tensor, params: RowParams) -> torch.Tensor:
+    """The same in one launch."""
+    from sensorium.kernels.gpu.sampling import draw
+
+    return draw(
+        logits,
+        torch.from_numpy(params.packed()).pin_memory().to(logits.device, non_blocking=True),
+        max_narrow_top_k=MAX_NARROW_TOP_K,
+        num_candidates=NUM_CANDIDATES,
+        group_size=GROUP_SIZE,
+        first_group_counter=_GROUP_COUNTER,
+    )
 
 
 def draw_from_all(logits: torch.Tensor, params: RowParams) -> torch.Tensor:

@@ -13,6 +13,7 @@ import triton.language as tl
 
 from sensorium.kernels.gpu import num_processors
 from sensorium.kernels.gpu.chaining import await_predecessor, chained
+from sensorium.kernels.gpu.ordering import order_of, value_of
 from sensorium.kernels.native import rows_of
 
 _BLOCK = 4096
@@ -20,18 +21,10 @@ _MAX_SPLITS = 64
 
 
 @triton.jit
-def _order(value):
-    """Integers in the order of the numbers, with NaN above all and both zeros equal."""
-    bits = tl.where(value == 0.0, 0.0, value).to(tl.int32, bitcast=True)
-    return tl.where(value != value, 2147483647, bits ^ ((bits >> 31) & 2147483647))
-
-
-@triton.jit
 def _store(ids, values, row, finding):
     order = (finding >> 32).to(tl.int32)
     tl.store(ids + row, 2147483647 - (finding & 2147483647))
-    # The function of the order is its own inverse, and gives a NaN for that of NaN.
-    tl.store(values + row, (order ^ ((order >> 31) & 2147483647)).to(tl.float32, bitcast=True))
+    tl.store(values + row, value_of(order))
 
 
 @triton.jit(do_not_specialize=["share"])
@@ -57,7 +50,7 @@ def _find(
     for start in range(begin, end, BLOCK):
         columns = start + tl.arange(0, BLOCK)
         is_column = columns < end
-        order = _order(tl.load(logits + row * stride + columns, mask=is_column, other=0.0).to(tl.float32))
+        order = order_of(tl.load(logits + row * stride + columns, mask=is_column, other=0.0).to(tl.float32))
         # The first of equal values stays.
         is_better = is_column & (order > best)
         best = tl.where(is_better, order, best)
