@@ -50,6 +50,8 @@ def grammar_text(form: StructuredOutputs, tokenizer: LLTokenizer) -> str:
         ready = with_ready_schemas(lark, tokenizer) if "%json" in lark else lark
     except ValueError as error:
         raise refusal(form, str(error)) from None
+    except RecursionError:
+        raise refusal(form, "what it refers to is nested too deep") from None
     return str(LLMatcher.grammar_from_lark(_NO_FORCING + ready))
 
 

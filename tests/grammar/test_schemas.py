@@ -204,6 +204,15 @@ def test_numbers_that_can_t_be_held_to_are_refused(schema: dict[str, Any], named
         compile_form(StructuredOutputs(json=schema), INDEX)
 
 
+def test_constants_behind_a_thousand_references_are_answered_or_refused() -> None:
+    definitions: dict[str, Any] = {
+        f"a{i}": {"anyOf": [{"$ref": f"#/$defs/a{i + 1}"}, {"const": i}]} for i in range(1000)
+    }
+    schema = {"$ref": "#/$defs/a0", "$defs": {**definitions, "a1000": {"const": ID}}}
+    with pytest.raises(InvalidRequestError, match="what it refers to is nested too deep"):
+        compile_form(StructuredOutputs(json=schema), INDEX)
+
+
 @pytest.mark.parametrize("text", ['{"enum": [1e400]}', '{"minimum": -1e999}', '{"const": NaN}'])
 def test_what_is_no_number_is_refused(text: str) -> None:
     with pytest.raises(InvalidRequestError, match=r"structured_outputs\.json: got .* no JSON"):

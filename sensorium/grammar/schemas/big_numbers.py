@@ -38,7 +38,7 @@ def has_big_constants(root: Schema) -> bool:
 
 def _with_big_constants(root: Schema) -> set[int]:
     """Ids of the schemas that have big constants within, or behind a reference."""
-    schemas = walk(root)
+    schemas = walk(root)[::-1]
     found = {id(schema) for schema in schemas if _holds_big((schema.get("const"), schema.get("enum")))}
     num_before = -1
     while num_before < len(found):

@@ -85,7 +85,7 @@ def _only_matches(pattern: str, names: list[str], tokenizer: LLTokenizer) -> lis
 
     The library itself says: an object that has all these names, and may have others that match.
     """
-    matched = [name for name in names if _matches(pattern, name, tokenizer)]
+    matched = _matched(pattern, names, tokenizer)
     grammar = {
         "properties": {name: {"const": 0} for name in matched},
         "required": matched,
@@ -101,10 +101,13 @@ def _only_matches(pattern: str, names: list[str], tokenizer: LLTokenizer) -> lis
     return matched if matcher.is_error() or matcher.is_stopped() else None
 
 
-def _matches(pattern: str, name: str, tokenizer: LLTokenizer) -> bool:
+def _matched(pattern: str, names: list[str], tokenizer: LLTokenizer) -> list[str]:
+    """The names that a pattern matches."""
     matcher = _matcher({"patternProperties": {pattern: {"const": 0}}}, tokenizer)
-    text = "{" + json.dumps(name, ensure_ascii=False) + ":0}"
-    return not matcher.is_error() and bool(matcher.consume_tokens(tokenizer.tokenize_str(text)))
+    if matcher.is_error():
+        return []
+    texts = {name: "{" + json.dumps(name, ensure_ascii=False) + ":0}" for name in names}
+    return [name for name, text in texts.items() if matcher.deep_copy().consume_tokens(tokenizer.tokenize_str(text))]
 
 
 def _is_closed(matcher: LLMatcher, tokenizer: LLTokenizer) -> bool:
@@ -130,7 +133,7 @@ def _list(schema: Schema, value: Any, names: list[str]) -> None:
 
 def _without_endless(root: Schema) -> Schema:
     """The schema with `false` for schemas that only endless values fit."""
-    schemas = walk(root)
+    schemas = walk(root)[::-1]  # what is within or behind a reference comes first, so that few rounds are enough
     possible: dict[int, frozenset[str]] = {id(schema): frozenset() for schema in schemas}
     is_changed = True
     while is_changed:
