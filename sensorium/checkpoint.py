@@ -23,6 +23,8 @@ INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 PICKLE_PATTERNS = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 
+TOKENIZER_CONFIG = "tokenizer_config.json"
+_TOKENIZER_FILES = ("vocab_file", "merges_file", "tokenizer_file", "spm_file", "source_spm", "target_spm")
 _FLOAT_TYPES = {"F64": "float64", "F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 _SHARD = re.compile(r"(.+)-\d{5}-of-(\d{5})\.safetensors")
 _MAX_NAMES_IN_MESSAGE = 5
@@ -67,6 +69,24 @@ def member(folder: Path, name: object, named_by: str) -> Path:
             "Correct the name, and move the file into the folder."
         )
     return folder / name
+
+
+def check_tokenizer_names(folder: Path) -> None:
+    """Refuse a tokenizer whose settings name files outside of its folder, which transformers would open.
+
+    Paths of the machine that it was saved on are left over in many; what isn't there can't be opened.
+
+    Raises:
+        ModelError: It names the file and where it is named.
+    """
+    settings = read_json(folder / TOKENIZER_CONFIG)
+    names = settings.get("fast_tokenizer_files")
+    for name in names if isinstance(names, list) else ():
+        member(folder, name, f"fast_tokenizer_files in {TOKENIZER_CONFIG}")
+    for key in _TOKENIZER_FILES:
+        name = settings.get(key)
+        if isinstance(name, str) and not _stays_inside(name) and "\0" not in name and (folder / name).is_file():
+            member(folder, name, f"{key} in {TOKENIZER_CONFIG}")
 
 
 def _stays_inside(name: str) -> bool:

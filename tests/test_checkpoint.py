@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from sensorium.checkpoint import MAX_JSON_BYTES, member, read_json, weight_files
+from sensorium.checkpoint import MAX_JSON_BYTES, check_tokenizer_names, member, read_json, weight_files
 from sensorium.errors import ModelError, SensoriumError, WeightsError
 
 INDEX = "model.safetensors.index.json"
@@ -159,3 +159,24 @@ def test_a_folder_in_place_of_a_file_is_one_sentence(tmp_path: Path) -> None:
         read_json(tmp_path / "config.json")
     shutil.rmtree(tmp_path / "config.json")
     assert read_json(tmp_path / "config.json") == {}
+
+
+@pytest.mark.parametrize("key", ["fast_tokenizer_files", "vocab_file", "tokenizer_file"])
+def test_a_tokenizer_names_no_files_outside(key: str, tmp_path: Path) -> None:
+    (tmp_path / "inside").mkdir()
+    (tmp_path / "tokenizer.0.1.json").write_text("{}")
+    folder = tmp_path / "inside"
+
+    def write(name: str) -> None:
+        settings = {key: [name] if key == "fast_tokenizer_files" else name}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+    for name in ("../tokenizer.0.1.json", str(tmp_path / "tokenizer.0.1.json")):
+        write(name)
+        with pytest.raises(ModelError, match=f"{key} in tokenizer_config"):
+            check_tokenizer_names(folder)
+    write("tokenizer.0.1.json")
+    check_tokenizer_names(folder)
+    if key != "fast_tokenizer_files":
+        write("/home/somebody/that/saved/it/vocab.json")  # stands in many checkpoints, and is nowhere
+        check_tokenizer_names(folder)

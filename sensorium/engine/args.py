@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
-from sensorium.checkpoint import read_json
+from sensorium.checkpoint import check_tokenizer_names, read_json
 from sensorium.config import (
     Amount,
     BlockSize,
@@ -299,12 +299,13 @@ class EngineArgs:
         is_multimodal = supports_multimodal(model_class)
         if not is_multimodal:
             self._refuse_media_settings(architecture)
+        tokenizer = path if self.tokenizer is None else resolve_model_path(self.tokenizer, None, "tokenizer")
+        if not self.skip_tokenizer_init:
+            check_tokenizer_names(tokenizer)
         generation = read_json(path / FILE_NAME)
         model_config = ModelConfig(
             model=str(path),
-            tokenizer=str(path)
-            if self.tokenizer is None
-            else str(resolve_model_path(self.tokenizer, None, "tokenizer")),
+            tokenizer=str(tokenizer),
             hf_config=hf_config,
             dtype_name=resolve_dtype(self.dtype, config, hf_config, None if self.load_format == "dummy" else path),
             max_model_len=resolve_max_model_len(self.max_model_len, hf_config),

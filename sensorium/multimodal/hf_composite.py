@@ -13,9 +13,10 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any
 
-from sensorium.errors import ProcessorError
+from sensorium.errors import ProcessorError, SensoriumError
 from sensorium.multimodal.hf_processors import (
     Backend,
+    cached_get_feature_extractor,
     cached_get_image_processor,
     cached_get_tokenizer,
     cause,
@@ -69,7 +70,9 @@ def _load(name: str, trust_remote_code: bool, revision: str | None, backend: Bac
         ]
         settings, _ = processor_class.get_processor_dict(name, revision=revision)
         return _accepting_any_video_processor(processor_class).from_args_and_dict(parts, settings)
-    except (ImportError, OSError, ValueError, KeyError) as exc:
+    except SensoriumError:
+        raise
+    except Exception as exc:  # whatever transformers raises on what stands in the files
         raise ProcessorError(
             f"HuggingFace processor: the checkpoint has none that can be loaded ({cause(exc)}). Add its "
             f"processor files and what they need, or write an input processor that doesn't ask for it."
@@ -101,9 +104,7 @@ def _load_part(part: str, name: str, trust_remote_code: bool, revision: str | No
         return cached_get_video_processor(name, **options)
     if part == "tokenizer":
         return cached_get_tokenizer(name, trust_remote_code=trust_remote_code, revision=revision)
-    from transformers import AutoFeatureExtractor
-
-    return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    return cached_get_feature_extractor(name, trust_remote_code=trust_remote_code, revision=revision)
 
 
 def _accepting_any_video_processor(processor_class: Any) -> Any:

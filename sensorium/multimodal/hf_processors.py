@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, TypeAlias
 
 from sensorium.checkpoint import read_json
-from sensorium.errors import ConfigError, InvalidRequestError, InvalidTypeError, ProcessorError
+from sensorium.errors import ConfigError, InvalidRequestError, InvalidTypeError, ProcessorError, SensoriumError
 from sensorium.multimodal.processor_names import folder_with_current_names, with_current_names
 from sensorium.multimodal.setting_values import check_values
 from sensorium.multimodal.torchvision import only_for_torchvision, require_torchvision
@@ -73,6 +73,14 @@ def cached_get_image_processor(
     no image processor, `InvalidRequestError` (a `ValueError`) if a setting has a value that it refuses.
     """
     return with_settings(_image_processor(processor_name, trust_remote_code, revision, backend), kwargs)
+
+
+def cached_get_feature_extractor(name: str, *, trust_remote_code: bool = False, revision: str | None = None) -> Any:
+    """The feature extractor of a checkpoint: the same object every time.
+
+    Raises `ProcessorError` (a `RuntimeError`) that names its type if it can't be loaded.
+    """
+    return _feature_extractor(name, trust_remote_code, revision)
 
 
 def cached_get_tokenizer(
@@ -265,7 +273,9 @@ def _image_processor(name: str, trust_remote_code: bool, revision: str | None, b
             return AutoImageProcessor.from_pretrained(
                 folder, backend=backend, trust_remote_code=trust_remote_code, revision=revision
             )
-    except (ImportError, OSError, ValueError) as exc:
+    except SensoriumError:
+        raise
+    except Exception as exc:  # whatever transformers raises on what stands in the file
         raise ProcessorError(
             f"No HuggingFace processor is available to process the image object: {_why_none(name, revision, exc)} Or "
             f"register a mapper with register_image_input_mapper(mapper)."
@@ -288,6 +298,20 @@ def cause(error: Exception) -> str:
     """What transformers says about a failure, in one line, which a caller may read: no paths of this machine."""
     text = " ".join(_PATH.sub("the checkpoint", str(error)).split())
     return f"{type(error).__name__}: {text[:_LONGEST_CAUSE].rstrip('.')}"
+
+
+@lru_cache(maxsize=_CACHED_FILES)
+def _feature_extractor(name: str, trust_remote_code: bool, revision: str | None) -> Any:
+    from transformers import AutoFeatureExtractor
+
+    try:
+        return AutoFeatureExtractor.from_pretrained(name, trust_remote_code=trust_remote_code, revision=revision)
+    except Exception as exc:  # whatever transformers raises on what stands in the file
+        named = read_config_file(name, "preprocessor_config.json", revision).get("feature_extractor_type")
+        raise ProcessorError(
+            f"feature extractor: the checkpoint's is {named or 'of no type that its preprocessor_config.json names'}, "
+            f"which can't be loaded: {cause(exc)}. Correct feature_extractor_type there, or add the file."
+        ) from exc
 
 
 @lru_cache(maxsize=_CACHED_SETTINGS)

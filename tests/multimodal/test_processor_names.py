@@ -12,9 +12,13 @@ import pytest
 from PIL import Image
 
 from sensorium.engine.args import EngineArgs
-from sensorium.errors import ConfigError, ModelError, SensoriumError
+from sensorium.errors import ConfigError, ModelError, ProcessorError, SensoriumError
 from sensorium.inputs.tokenizer import get_tokenizer
-from sensorium.multimodal.hf_processors import cached_get_image_processor, read_config_file
+from sensorium.multimodal.hf_processors import (
+    cached_get_feature_extractor,
+    cached_get_image_processor,
+    read_config_file,
+)
 from sensorium.multimodal.processor_names import RENAMED, current_name
 from sensorium.multimodal.video_processor import cached_get_video_processor
 from tests.helpers.checkpoints import make_checkpoint
@@ -94,6 +98,19 @@ def read_all(path: str) -> None:
     cached_get_image_processor(path)
 
 
+@pytest.mark.parametrize("name", ["NoSuchImageProcessor", 3, ["x"]])
+def test_an_unknown_image_processor_is_named(name: Any, tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "qwen2_5_vl", preprocessor_config={"image_processor_type": name})
+    with pytest.raises(ProcessorError, match=name if isinstance(name, str) else "image_processor_type"):
+        cached_get_image_processor(path)
+
+
+def test_an_unknown_feature_extractor_is_named(tmp_path: Path) -> None:
+    path = checkpoint(tmp_path, "qwen2_audio", preprocessor_config={"feature_extractor_type": "NoSuchExtractor"})
+    with pytest.raises(ProcessorError, match=r"NoSuchExtractor.*Correct feature_extractor_type"):
+        cached_get_feature_extractor(path)
+
+
 @pytest.mark.parametrize("file", ["preprocessor_config", "processor_config", "generation_config", "config"])
 @pytest.mark.parametrize("text", ["{", "[]", "\xff"])
 def test_malformed_files_are_one_sentence(file: str, text: str, tmp_path: Path) -> None:
@@ -119,7 +136,6 @@ def test_malformed_tokenizers_are_one_sentence(file: str, text: str, tmp_path: P
     """The tokenizers' library raises bare Exceptions, which came through."""
     path = checkpoint(tmp_path, "llama")
     (tmp_path / file).write_text(text)
-    model_config = EngineArgs(path, device="cpu").create_engine_config().model_config
-    with pytest.raises(ConfigError, match="tokenizer: got") as caught:
-        get_tokenizer(model_config)
+    with pytest.raises((ConfigError, ModelError), match=r"^tokenizer(_config\.json of the checkpoint)?: got") as caught:
+        get_tokenizer(EngineArgs(path, device="cpu").create_engine_config().model_config)
     assert "\n" not in str(caught.value)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -33,6 +32,7 @@ from sensorium.model_executor.models.utils import WeightsMapper, maybe_prefix
 from sensorium.model_executor.models.whisper_encoder import WhisperEncoder, rows_of_frames
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 from sensorium.multimodal.audio import resample_audio
+from sensorium.multimodal.hf_processors import cached_get_feature_extractor
 from sensorium.sequence import SequenceData
 
 Sound: TypeAlias = Any
@@ -44,14 +44,9 @@ Sound: TypeAlias = Any
 
 def feature_extractor(model_config: ModelConfig) -> Any:
     """The checkpoint's feature extractor."""
-    return _feature_extractor(model_config.model, model_config.revision)
-
-
-@lru_cache(maxsize=16)
-def _feature_extractor(model: str, revision: str | None) -> Any:
-    from transformers import AutoFeatureExtractor
-
-    return AutoFeatureExtractor.from_pretrained(model, revision=revision)
+    return cached_get_feature_extractor(
+        model_config.model, trust_remote_code=model_config.trust_remote_code, revision=model_config.revision
+    )
 
 
 def checked(sound: Sound, extractor: Any) -> tuple[np.ndarray[Any, Any], float]:
