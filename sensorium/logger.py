@@ -114,6 +114,10 @@ class JsonFormatter(logging.Formatter):
         return json.dumps(line, default=str)
 
 
+_MAX_TEXTS = 256
+"""Remembered by one filter."""
+
+
 class AtMostOften(logging.Filter):
     """Lets a line of the same text through once in a while, and says then how many there were: what clients cause as
     often as they like doesn't fill the disk.
@@ -135,6 +139,8 @@ class AtMostOften(logging.Filter):
             if now_s - last_s < self._interval_s:
                 self._last[text] = (last_s, num_left_out + 1)
                 return False
+            if len(self._last) >= _MAX_TEXTS:
+                self._last.clear()
             self._last[text] = (now_s, 0)
         if num_left_out:
             record.msg = f"{text} ({num_left_out} more like this in the last {now_s - last_s:.0f} s)"

@@ -81,6 +81,9 @@ def test_a_line_that_clients_can_cause_is_written_now_and_then_and_counted(monke
         line = record(text)
         return line.getMessage() if often.filter(line) else None
 
+    for index in range(2000):
+        assert written(f"line {index}")
+    assert len(often._last) <= 256
     assert written("no more files") == "no more files"
     assert [written("no more files") for _ in range(1000)] == [None] * 1000
     assert written("another") == "another"

@@ -27,6 +27,7 @@ from sensorium.engine.core import within_blocks
 from sensorium.engine.core_messages import News, UseVocabulary
 from sensorium.engine.core_process import CoreFactory
 from sensorium.engine.core_supervisor import CoreSupervisor
+from sensorium.engine.fair_turns import FairTurns
 from sensorium.engine.loading import LOADING
 from sensorium.engine.output_processor import OutputProcessor
 from sensorium.engine.output_stream import OutputStream
@@ -96,6 +97,7 @@ class AsyncLLMEngine:
             config, report.features, tokenizer, media_loader, accept_embeddings=accept_embeddings
         )
         self.pool = ThreadPoolExecutor(max(preprocess_threads, 1), thread_name_prefix="sensorium-preprocess")
+        self._turns = FairTurns(max(preprocess_threads, 1))
         self.stats: SchedulerStats | None = None
         """The core's latest; None before its first."""
         self._core = core
@@ -421,7 +423,8 @@ class AsyncLLMEngine:
         with stage("prepare"):
             await self.preprocessor.decode_ahead(prompt)  # holds no thread of the pool, however long it takes
             del prompt
-            processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
+            async with self._turns.turn(self._tenant_of[request_id]):
+                processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
             if processed.engine_request.sampling_params.structured_outputs is not None:
                 await self._send_vocabulary()
         self._check_running()

@@ -73,6 +73,7 @@ class ChatRenderer:
         tool_parser: how the model writes calls: a name of `sensorium.parsing.FORMATS`, "none", or "auto" to go by the
             template.
         reasoning_parser: the same for reasoning, of `sensorium.parsing.REASONING_FORMATS`.
+        media_are_apart: decode anew for one scope what another has sent.
         named_media: keeps media that have a `uuid`; without it, a `uuid` is the item's identity.
     """
 
@@ -89,6 +90,7 @@ class ChatRenderer:
         tool_parser: str = "auto",
         reasoning_parser: str = "auto",
         named_media: NamedMedia | None = None,
+        media_are_apart: bool = False,
         mm_registry: MultiModalRegistry = MULTIMODAL_REGISTRY,
     ) -> None:
         self._model_config = model_config
@@ -103,6 +105,7 @@ class ChatRenderer:
             named_media,
             accept_objects,
             accept_embeddings,
+            media_are_apart,
         )
         self._templates = (
             read_template(chat_template) if chat_template else checkpoint_template(model_config, tokenizer)

@@ -8,7 +8,7 @@ where content sent before is found (see `NamedMedia`), so that nobody can give o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from sensorium.errors import (
@@ -50,6 +50,8 @@ class ChatMedia:
     named: NamedMedia | None
     accept_objects: bool
     accept_embeddings: bool
+    are_apart: bool = False
+    """Whether what one scope sent is decoded anew for another, so that no time tells whether it was known."""
 
     def check(self, parts: Sequence[MediaPart]) -> None:
         """Refuse media that can't be taken before anything is fetched. Raises `RequestError`."""
@@ -94,12 +96,16 @@ class ChatMedia:
             MediaError: One can't be fetched, or its name stands for nothing.
             RequestError: One can't be taken.
         """
-        return self._with_names(parts, [self._load(part, kwargs) for part in parts], kwargs, scope)
+        loaded = [self._salted(self._load(part, kwargs), scope) for part in parts]
+        return self._with_names(parts, loaded, kwargs, scope)
 
     async def aload(self, parts: Sequence[MediaPart], kwargs: Mapping[str, Any], scope: bytes) -> list[Any]:
         """As `load`, for an event loop: side by side, without a thread."""
-        loaded = await all_or_none([self._aload(part, kwargs) for part in parts])
-        return self._with_names(parts, loaded, kwargs, scope)
+        fetched = await all_or_none([self._aload(part, kwargs) for part in parts])
+        return self._with_names(parts, [self._salted(each, scope) for each in fetched], kwargs, scope)
+
+    def _salted(self, item: Any, scope: bytes) -> Any:
+        return replace(item, salt=scope) if self.are_apart and isinstance(item, EncodedMedia) else item
 
     def _load(self, part: MediaPart, kwargs: Mapping[str, Any]) -> Any:
         if part.source is None or not part.is_encoded:

@@ -99,6 +99,18 @@ def test_mapped_pictures_are_apart_too(server: Served) -> None:
     assert num_hits() == hits
 
 
+def test_pictures_are_decoded_anew_for_another_key(server: Served) -> None:
+    """Decoding takes long enough for a stop watch."""
+    url = data_url(picture(9))
+    body = {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": url}}]}]}
+    cache = server.engine.preprocessor._collector._loader.cache  # type: ignore[union-attr]
+    counts = []
+    for key in ("key-a", "key-b", "key-a"):
+        post(server, key, "/v1/chat/token_cost", body)
+        counts.append(cache.stats().misses)
+    assert counts[0] < counts[1] == counts[2]
+
+
 @pytest.mark.parametrize(
     ("settings", "headers"),
     [({"api_key": KEYS, "share_caches": True}, True), ({}, False)],

@@ -39,7 +39,8 @@ def run(parsed: argparse.Namespace) -> int:
     """Serve until stopped."""
     engine_args, server_args, limits = settings(parsed)
     package_logger.configure(server_args.log_settings)
-    package_logger.configure(server_args.log_settings, "uvicorn")
+    for library in ("uvicorn", "asyncio"):
+        package_logger.configure(server_args.log_settings, library)
     check_settings("sensorium serve", engine_args, server_args)
     with listening(server_args) as sockets:
         from sensorium.entrypoints.openai.server import serve  # loads the server's libraries and torch

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,9 +13,11 @@ import uvicorn
 from sensorium.entrypoints.openai.connections import NUM_RESERVED, Connections, Deadlines
 from sensorium.entrypoints.openai.http_protocol import HttpProtocol, TlsProtocol
 from sensorium.entrypoints.openai.listening import BACKLOG
-from sensorium.logger import get_logger
+from sensorium.logger import AtMostOften, get_logger
 
 logger = get_logger(__name__)
+_asyncio_lines = AtMostOften()
+"""Asyncio's own: it writes one for each write to a client that has gone."""
 
 ACCEPTED_AT_ONCE = 16
 """Before any of them is looked at: so many open files beyond the bound there may be for a moment."""
@@ -47,6 +50,7 @@ class HttpServer(uvicorn.Server):
         """See uvicorn: begin to answer on sockets that listen, and say so."""
         loop = asyncio.get_running_loop()
         self.connections = Connections(self._max_open, self._deadlines)
+        logging.getLogger("asyncio").addFilter(_asyncio_lines)
         loop.set_exception_handler(self.connections.take_loop_error)
         self._sweeper = loop.create_task(self._sweep())
         self.servers = []

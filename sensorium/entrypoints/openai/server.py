@@ -118,6 +118,7 @@ def _app(
             accept_objects=False,
             accept_embeddings=args.allow_embeddings,
             named_media=NamedMedia(args.max_named_media_bytes),
+            media_are_apart=not args.share_caches,
             tool_parser=engine_args.tool_parser,
             reasoning_parser=engine_args.reasoning_parser,
         )

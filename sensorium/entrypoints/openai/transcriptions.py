@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator
 from contextlib import aclosing
+from dataclasses import replace
 from typing import Any
 
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from sensorium.entrypoints.openai.context import ServerContext
-from sensorium.entrypoints.openai.http import EventStream, JsonResponse, while_connected, with_first
+from sensorium.entrypoints.openai.http import EventStream, JsonResponse, tenant_of, while_connected, with_first
 from sensorium.entrypoints.openai.multipart import read_form
 from sensorium.entrypoints.openai.protocol import TranscriptionForm, parse_body
 from sensorium.errors import ContextLengthError, UnsupportedFeatureError
@@ -49,8 +50,10 @@ class TranscriptionRoutes:
         form = parse_body(TranscriptionForm, TranscriptionForm.values(upload.fields))
         self._context.check_model(form.model)
         form.check_format()
-        transcript = _Transcript(form, await self._style(), loader.encoded("audio", upload.file))
-        del upload  # the sound goes once the core has it
+        salt = b"" if self._context.share_caches else tenant_of(request)
+        sound = replace(loader.encoded("audio", upload.file), salt=salt)
+        transcript = _Transcript(form, await self._style(), sound)
+        del upload, sound  # the sound goes once the core has it
         if form.stream:
             generated = self._generate(request, transcript, OutputKind.DELTA)
             return EventStream(transcript.events(await while_connected(request, with_first(generated))))

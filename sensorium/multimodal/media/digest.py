@@ -33,6 +33,7 @@ class EncodedMedia:
         media_type: type of a data URL; only "video/jpeg" changes how bytes are read.
         sampler: which frames of a clip are wanted; without effect on other modalities.
         lease: holds the bytes in a budget for as long as they are here.
+        salt: sets an item apart from others of the same bytes: whose it is, where that must not be found out.
     """
 
     modality: str
@@ -40,6 +41,7 @@ class EncodedMedia:
     media_type: str | None = None
     sampler: FrameSampler = field(default_factory=VideoSampling)
     lease: MediaLease | None = field(default=None, repr=False, compare=False)
+    salt: bytes = b""
 
     def __post_init__(self) -> None:
         if self.modality not in ("image", "audio", "video"):
@@ -49,9 +51,9 @@ class EncodedMedia:
 
     @cached_property
     def digest(self) -> bytes:
-        """BLAKE2b, 32 bytes, over modality, decode options and bytes, each preceded by its length."""
+        """BLAKE2b, 32 bytes, over modality, decode options, bytes and salt, each preceded by its length."""
         state = hashlib.blake2b(digest_size=_DIGEST_BYTES)
-        for part in (_DOMAIN, self.modality.encode(), self._options().encode(), self.data):
+        for part in (_DOMAIN, self.modality.encode(), self._options().encode(), self.data, self.salt):
             state.update(len(part).to_bytes(8, "little"))
             state.update(part)
         return state.digest()
