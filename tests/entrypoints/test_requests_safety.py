@@ -294,10 +294,13 @@ def test_bodies_that_wait_are_bounded_together(server: Served, client: httpx.Cli
             connection = socket.create_connection((address[0], int(address[1])), timeout=HANG_S)
             waiting.append(connection)
             connection.sendall(f"{head}Content-Length: {size}\r\n\r\n".encode() + b"x" * (size - 1))
-        until(lambda: client.post("/v1/completions", content=b" " * 10_000, headers=JSON).status_code == 503)
-        response = client.post("/v1/completions", content=b" " * 10_000, headers=JSON)
+        own = {**JSON, "Authorization": f"Bearer {KEYS[0]}"}
+        until(lambda: client.post("/v1/completions", content=b" " * 10_000, headers=own).status_code == 503)
+        response = client.post("/v1/completions", content=b" " * 10_000, headers=own)
         refused(response, 503, "waiting request bodies")
         assert int(response.headers["Retry-After"]) >= 1
+        another = client.post("/v1/completions", content=b" " * 10_000, headers=JSON)
+        refused(another, 400)  # read, though it is no JSON: another key has its share
     finally:
         for connection in waiting:
             connection.close()

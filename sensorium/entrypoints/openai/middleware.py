@@ -11,6 +11,7 @@ import logging
 import re
 import time
 import uuid
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, TypeAlias
 
@@ -175,24 +176,30 @@ class ApiKeys:
 
 
 class BodyBounds:
-    """Bounds the bytes of one body, and those of all bodies whose answers have not begun, while they arrive."""
+    """Bounds the bytes of one body, and those of all bodies whose answers have not begun, while they arrive.
+
+    Beyond the latter, those still get in whose API key has less than its share of it.
+    """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_waiting_bytes: int) -> None:
         self._app = app
         self._max_body_bytes = max_body_bytes
         self._max_waiting_bytes = max_waiting_bytes
-        self._num_waiting_bytes = 0
+        self._num_waiting_bytes: Counter[bytes] = Counter()
+        """By tenant, for those who have some."""
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """See ASGI."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        num_bytes = 0
+        num_bytes, tenant = 0, scope.get("state", {}).get("tenant", b"")
 
         def release() -> None:
             nonlocal num_bytes
-            self._num_waiting_bytes -= num_bytes
+            self._num_waiting_bytes[tenant] -= num_bytes
+            if not self._num_waiting_bytes[tenant]:
+                del self._num_waiting_bytes[tenant]
             num_bytes = 0
 
         async def receive_bounded() -> Message:
@@ -200,8 +207,8 @@ class BodyBounds:
             message = await receive()
             size = len(message.get("body", b""))
             num_bytes += size
-            self._num_waiting_bytes += size
-            self._check(num_bytes)
+            self._num_waiting_bytes[tenant] += size
+            self._check(num_bytes, tenant)
             return message
 
         async def send_and_release(message: Message) -> None:
@@ -218,9 +225,10 @@ class BodyBounds:
         finally:
             release()
 
-    def _check(self, num_bytes: int) -> None:
+    def _check(self, num_bytes: int, tenant: bytes) -> None:
         self._check_one(num_bytes)
-        if self._num_waiting_bytes > self._max_waiting_bytes:
+        waiting, most = self._num_waiting_bytes, self._max_waiting_bytes
+        if waiting.total() > most and waiting[tenant] > most // len(waiting):
             raise HttpError(
                 503,
                 f"waiting request bodies: got more than {self._max_waiting_bytes} bytes, expected fewer. "
