@@ -147,7 +147,7 @@ def test_one_body_does_not_stand_before_another_keys_request(server: Served) -> 
         post(server, "key-a", "/v1/completions", {"prompt": "hi", "max_tokens": 1})
         stats = server.engine.stats
         assert stats is not None
-        assert stats.num_waiting > 100, "the other key's outputs still wait"
+        assert stats.num_waiting > 20, "the other key's outputs still wait"
     finally:
         ended.set()
         thread.join()
