@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from sensorium.sampling_params import SamplingParams
     from sensorium.structured_outputs import StructuredOutputs
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 _HOMES = {
     "LLM": "sensorium.entrypoints.llm",

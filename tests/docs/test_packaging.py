@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
+
+import sensorium
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,3 +24,30 @@ def test_the_licence_comes_with_the_package() -> None:
     text = (ROOT / "LICENSE").read_text()
     assert text.split()[:6] == ["Apache", "License", "Version", "2.0,", "January", "2004"]
     assert "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_version_stands_in_one_place() -> None:
+    assert "version" not in project()
+    assert project()["dynamic"] == ["version"]
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    assert f"## {sensorium.__version__}\n" in changes, "the changes begin with this version"
+    assert changes.index(f"## {sensorium.__version__}") == changes.index("\n## ") + 1
+
+
+def test_links_between_pages_lead_somewhere() -> None:
+    """Pages at the root and in docs/, the only ones that link to files."""
+    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
+    broken = [
+        (str(page.relative_to(ROOT)), link)
+        for page in pages
+        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
+        if "://" not in link and not (page.parent / link).exists()
+    ]
+    assert broken == []
+
+
+def test_files_that_contributing_names_exist() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    named = re.findall(r"`((?:sensorium|tests|benchmarks|scripts)/[\w./]+)`", text)
+    assert len(named) > 10
+    assert [name for name in named if not (ROOT / name).exists()] == []
