@@ -11,13 +11,14 @@ annotations.
 
 from __future__ import annotations
 
+import difflib
 import math
 import operator
 import os
 import reprlib
 import types
 import typing
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Annotated, Any, Literal, NamedTuple
@@ -89,6 +90,13 @@ def check_setting(name: str, value: Any, hint: Any) -> Any:
 def wrong_setting(name: str, value: object, expected: str) -> ConfigError:
     """The error for a setting, in the one form that all have."""
     return ConfigError(f"{name}: got {reprlib.repr(value)}, expected {expected}. Set {name} ({flag_of(name)}).")
+
+
+def unknown_setting(name: str, known: Iterable[str]) -> ConfigError:
+    """The error for a setting that there isn't, with the one that may be meant."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    meant = f"{close[0]!r}, if that is meant" if close else "a field of EngineArgs"
+    return ConfigError(f"{name}: got a setting that there isn't, expected {meant}. Remove or rename it.")
 
 
 def flag_of(name: str) -> str:

@@ -288,3 +288,10 @@ def test_a_folder_of_local_media_holds_for_programs_too(tmp_path: Path) -> None:
     with pytest.raises(MediaForbiddenError):
         chat("b.png")
     llm.shutdown()
+
+
+def test_a_setting_that_there_is_not_is_named_with_the_one_that_may_be_meant() -> None:
+    with pytest.raises(ConfigError, match=r"^block_sizes: got a setting that there isn't, expected 'block_size'"):
+        LLM("no-such-model", block_sizes=16)
+    with pytest.raises(ConfigError, match="expected a field of EngineArgs"):
+        LLM("no-such-model", xyzzy=16)

@@ -20,6 +20,7 @@ from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.parsing import AnswerParser, Tool, Tools
 from sensorium.sampling_params import SamplingParams
+from sensorium.settings import unknown_setting
 
 Conversation = Sequence[Mapping[str, Any]]
 
@@ -43,6 +44,8 @@ class LLM:
         Raises:
             ConfigError, ModelError, WeightsError: The model can't be served as asked.
         """
+        for name in engine_args.keys() - EngineArgs.__dataclass_fields__.keys():
+            raise unknown_setting(name, EngineArgs.__dataclass_fields__)
         args = EngineArgs(model=model, **{"max_token_gap_s": math.inf, **engine_args})
         folder = args.allowed_local_media_path
         policy = FetchPolicy(allowed_local_media_path=folder, allow_any_local_path=folder is None)
