@@ -58,9 +58,7 @@ def failed_plugins() -> str:
 
 
 def check_plugins(plugins: Sequence[str]) -> None:
-    """Return if these can be tried. Raises `ConfigError` for a file that isn't there, or something else than names."""
-    if isinstance(plugins, str) or not all(isinstance(each, str) for each in plugins):
-        raise ConfigError(f"plugins: got {plugins!r}, expected a list of files and modules. Set plugins to one.")
+    """Return if these can be tried. Raises `ConfigError` for a file that isn't there."""
     for plugin in plugins:
         plugin_file(plugin)
 

@@ -16,9 +16,12 @@ import torch
 
 from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import ModelError, SensoriumError
-from sensorium.inputs import INPUT_REGISTRY
+from sensorium.inputs import INPUT_REGISTRY, token_inputs
+from sensorium.logger import get_logger
 from sensorium.model_executor.failures import told_to_author
 from sensorium.multimodal import MULTIMODAL_REGISTRY
+
+logger = get_logger(__name__)
 
 _NUM_TEXT_TOKENS = 64
 """Tokens that the dummy prompt has room for beside its media."""
@@ -39,6 +42,8 @@ class DummyMedia:
     counts: Mapping[str, int]
     """Per modality, the number of items."""
     maps_items_alone: bool
+    data: Mapping[str, Sequence[Any]]
+    """Per modality, the items before they were mapped."""
     placeholders: Mapping[str, Sequence[Any]] | None = None
     """Per modality the ranges of its items, where the factory says them."""
 
@@ -69,10 +74,11 @@ def make_dummy_media(config: EngineConfig) -> DummyMedia:
         )
     items: dict[str, tuple[Mapping[str, Any], ...]] = {}
     counts: dict[str, int] = {}
+    every: dict[str, Sequence[Any]] = {}
     alone_everywhere = True
     for modality, data in dummy.multi_modal_data.items():
         varied = [vary(each, seed) for seed, each in enumerate(data if isinstance(data, list) else [data])]
-        counts[modality] = len(varied)
+        counts[modality], every[modality] = len(varied), varied
         with _blamed(f"{name}: its {modality} mapper failed on its dummy data ({_described(varied[0])})"):
             each_alone = tuple(_map(model_config, modality, [one]) for one in varied)
             together = _map(model_config, modality, varied) if len(varied) > 1 else None
@@ -81,7 +87,36 @@ def make_dummy_media(config: EngineConfig) -> DummyMedia:
             each_alone = (together,)
         items[modality] = each_alone
     token_ids = np.asarray(dummy.seq_data.prompt_token_ids, dtype=np.int64)
-    return DummyMedia(token_ids, items, counts, alone_everywhere, dummy.multi_modal_placeholders)
+    return DummyMedia(token_ids, items, counts, alone_everywhere, every, dummy.multi_modal_placeholders)
+
+
+def unexpanded_note(
+    config: EngineConfig, dummy: DummyMedia, placeholder_ids: Mapping[str, frozenset[int]]
+) -> tuple[str, ...]:
+    """A note if the input processor leaves one placeholder where the dummy prompt has one for each row.
+
+    That is right only for a model whose prompts come expanded, or are expanded as text, which isn't tried here.
+    """
+    notes = []
+    for modality, items in dummy.data.items():
+        ids = placeholder_ids.get(modality, frozenset())
+        num_rows = int(np.isin(dummy.token_ids, list(ids)).sum())
+        if len(ids) != 1 or num_rows <= len(items):
+            continue
+        (placeholder,) = ids
+        inputs = token_inputs([placeholder] * len(items), multi_modal_data={modality: list(items)})
+        try:
+            processed: Any = INPUT_REGISTRY.process_input(config.model_config, inputs)
+            left = list(processed["prompt_token_ids"]).count(placeholder)
+        except Exception as error:  # it may want another prompt than this one
+            logger.debug("the input processor can't be tried on placeholder tokens", exc_info=error)
+            continue
+        if left == len(items):
+            notes.append(
+                f"the input processor leaves {left} placeholder tokens for {len(items)} {modality} items of "
+                f"{num_rows // len(items)} rows: prompts of token ids must come expanded"
+            )
+    return tuple(notes)
 
 
 @contextmanager

@@ -29,7 +29,7 @@ from sensorium.model_executor.drivers import (
 from sensorium.model_executor.drivers.carrier import Carrier, find_candidates
 from sensorium.model_executor.models.interfaces import EMBED_INPUT_METHODS, EMBED_MULTIMODAL_METHODS, find_override
 from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media
+from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media, unexpanded_note
 from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.kv_cache import LayerShape
 from sensorium.worker.split_check import dummy_kwargs, joined, observe_embeddings, observe_split, placeholder_maps
@@ -97,13 +97,14 @@ def _probe_tier_one(
         return driver, replace(features, notes=features.notes + unknown)
     observed = observe_embeddings(driver, methods, dummy, declared, trial, steps)
     driver.merges_itself = observed.merges_itself
+    ids = {**observed.placeholder_token_ids, **declared}
     return driver, replace(
         features,
-        placeholder_token_ids={**observed.placeholder_token_ids, **declared},
+        placeholder_token_ids=ids,
         maps_items_alone=dummy.maps_items_alone,
         # A merge by the model itself looks for placeholders in the chunk, so items go in whole.
         atomic_items=features.atomic_items or observed.merges_itself,
-        notes=features.notes + _mapping_note(dummy) + observed.notes,
+        notes=features.notes + _mapping_note(dummy) + observed.notes + unexpanded_note(config, dummy, ids),
     )
 
 
@@ -141,12 +142,14 @@ def _probe_tier_zero(
             carrier.remove()
             continue
         driver.shares_items = observed.shares_items
+        ids = {**observed.placeholder_token_ids, **features.placeholder_token_ids}
+        where = f"media rows are read and written at {name} ({kind})"
         return driver, replace(
             features,
             tier="0 auto-split",
-            placeholder_token_ids={**observed.placeholder_token_ids, **features.placeholder_token_ids},
+            placeholder_token_ids=ids,
             shares_items=observed.shares_items,
-            notes=(*features.notes, f"media rows are read and written at {name} ({kind})", *observed.notes),
+            notes=(*features.notes, where, *observed.notes, *unexpanded_note(config, dummy, ids)),
         )
     _check_media_matter(trial, dummy, kwargs, whole)
     return _atomic(model, features, "; ".join(reasons) or "no module stands in front of all attention layers")

@@ -100,8 +100,8 @@ def test_a_program_may_name_its_own_file(tmp_path: Path) -> None:
         (["no_such_file.py"], r"'no_such_file\.py'.*no such file"),
         (["folder/no_such_module"], r"no such file"),
         (["no_such_module"], r"'no_such_module' failed: ModuleNotFoundError"),
-        ("a.py", r"got 'a\.py', expected a list"),
-        ([3], r"got \[3\], expected a list"),
+        ("a.py", r"plugins: got 'a\.py'"),
+        ([3], r"plugins: got 3"),
     ],
 )
 def test_a_plugin_that_is_not_there_is_named(plugins: Any, expected: str, tmp_path: Path) -> None:
