@@ -11,6 +11,8 @@ import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from PIL import Image
+
 from benchmarks.good_requests import chat, clip, good_requests, picture, sound, text
 from benchmarks.http_client import Connection
 from sensorium.multimodal.media.encode import encode_audio, encode_image, encode_video
@@ -146,6 +148,45 @@ async def bomb(connection: Connection, index: int) -> str:
     return await _post(connection, chat({"type": "image_url", "image_url": {"url": _BOMB_URL}}, text("What?")))
 
 
+def _much_work(num_scans: int) -> bytes:
+    """A progressive JPEG whose last scan comes again and again."""
+    data = encode_image(Image.new("L", (4_000, 4_000), 128), "JPEG", progressive=True, quality=5)
+    begin, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
+    return data[:begin] + data[begin:end] * num_scans + data[end:]
+
+
+def _box(kind: bytes, *parts: bytes) -> bytes:
+    body = b"".join(parts)
+    return struct.pack(">I", 8 + len(body)) + kind + body
+
+
+def _edited(num_edits: int) -> bytes:
+    """A clip whose edit list repeats its samples."""
+    sizes = _box(b"stsz", struct.pack(">III", 0, 1, 100_000))
+    edits = _box(b"elst", struct.pack(">II", 0, num_edits), struct.pack(">IiHH", 90_000, 0, 1, 0) * num_edits)
+    media = _box(b"mdia", _box(b"minf", _box(b"stbl", sizes)))
+    return _box(b"ftyp", b"isom\0\0\0\0isom") + _box(b"moov", _box(b"trak", _box(b"edts", edits), media))
+
+
+async def much_work(connection: Connection, index: int) -> str:
+    """A picture of few bytes that takes minutes to decode, whose sender doesn't stay for it."""
+    url = "data:image/jpeg;base64," + base64.b64encode(_much_work(2_000 + index)).decode()
+    body = chat({"type": "image_url", "image_url": {"url": url}}, text("What?"))
+    try:
+        async with asyncio.timeout(random.Random(index).uniform(0.1, 1.0)):
+            await connection.request("POST", CHAT, body)
+    except TimeoutError:
+        pass
+    connection.close()
+    return "outlasted"
+
+
+async def edited(connection: Connection, index: int) -> str:
+    """A clip of a few kilobytes that becomes gigabytes of tables."""
+    url = "data:video/mp4;base64," + base64.b64encode(_edited(300 + index)).decode()
+    return await _post(connection, chat({"type": "video_url", "video_url": {"url": url}}, text("What?")))
+
+
 async def leaves(connection: Connection, index: int) -> str:
     """Hangs up in the middle of an answer."""
     body = json.dumps({**json.loads(good_requests()[index % 16]), "stream": True, "max_tokens": 300}).encode()
@@ -229,5 +270,5 @@ async def floods(connection: Connection, index: int) -> str:
 HOSTILE: tuple[Attack, ...] = (
     *(bad_field, bad_url, fuzzed, bad_body, leaves),
     *(bad_field, fuzzed, bomb, never_reads, half_a_request, bad_url),
-    *(many_mistakes, ambiguous, forged_line, half_a_head, floods, many_mistakes),
+    *(many_mistakes, ambiguous, forged_line, half_a_head, floods, many_mistakes, much_work, edited),
 )

@@ -21,13 +21,13 @@ import httpx
 import PIL.Image
 import pytest
 
-from sensorium.multimodal.media import MediaLimits, fetch
+from sensorium.multimodal.media import EncodedMedia, MediaLimits, fetch
 from sensorium.multimodal.media.encode import encode_image
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S, until
 from tests.multimodal.media.hostile_server import FakeResolver, HostileServer
-from tests.multimodal.media.samples import clip, sound
+from tests.multimodal.media.samples import clip, many_scans, sound
 from tests.multimodal.media.test_fuzz import damaged
 from tests.multimodal.media.test_image import png_claiming
 
@@ -374,3 +374,21 @@ def test_local_files_are_closed(client: httpx.Client, tmp_path: Path) -> None:
     path.write_bytes(encode_image(PIL.Image.new("RGB", (40, 40))))
     for url in (str(path), f"file://{path}"):
         refused(ask(client, "image", url), 403)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_decoding_ends_when_its_client_goes(server: Served, stream: bool) -> None:
+    """A picture of few bytes was decoded for minutes after its client had gone, and others waited for it."""
+    loader = server.engine.preprocessor._collector._loader
+    assert loader is not None
+    pool = loader.decoders
+    assert pool is not None
+    about = chat_about("image", data_url("image/jpeg", many_scans(6_500, side=1_000)))
+    body = json.dumps({**about, "stream": stream}).encode()
+    port = int(server.url.rpartition(":")[2])
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost:{port}\r\nContent-Type: application/json\r\n"
+    with socket.create_connection(("127.0.0.1", port)) as leaving:
+        leaving.sendall(f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+        until(lambda: any(decoder.job for decoder in pool._decoders), lambda: pool._decoders)
+    until(lambda: not any(decoder.job for decoder in pool._decoders), lambda: pool._decoders)
+    assert pool.submit(EncodedMedia("image", encode_image(PIL.Image.new("RGB", (4, 4))))).result(HANG_S).size == (4, 4)  # type: ignore[union-attr]
