@@ -109,8 +109,9 @@ def test_a_hostile_form_is_its_callers_error_and_soon(compiler: FormCompiler, na
     message = str(e.value)
     assert message.isprintable()
     assert len(message) < 600
+    assert compiler._known[form].error == message  # remembered: nothing compiles it again
     with pytest.raises(InvalidRequestError, match="structured_outputs"):
-        compiler.compile(form).result(0.0)  # gives up on purpose: it is remembered
+        compiler.compile(form).result(HANG_S)
 
 
 @pytest.mark.parametrize("name", HARMLESS)
