@@ -97,6 +97,7 @@ def _probe_tier_one(
         return driver, replace(features, notes=features.notes + unknown)
     observed = observe_embeddings(driver, methods, dummy, declared, trial, steps)
     driver.merges_itself = observed.merges_itself
+    driver.batchable = driver.batchable and not observed.mixes_items
     ids = {**observed.placeholder_token_ids, **declared}
     return driver, replace(
         features,

@@ -11,7 +11,7 @@ For tier 1 (`observe_embeddings`): which tokens the model's own merge replaces, 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -54,6 +54,8 @@ class EmbeddingsObservation:
 
     placeholder_token_ids: Mapping[str, frozenset[int]] = field(default_factory=dict)
     merges_itself: bool = False
+    mixes_items: bool = False
+    """An item's rows depend on what else its encoder is given, so that each is encoded alone."""
     notes: tuple[str, ...] = ()
 
 
@@ -217,13 +219,58 @@ def observe_embeddings(
     Raises:
         ModelError: Encoder, merge or decoder can't be run on the model's own dummy data.
     """
-    encode, embed = methods
+    encode, _ = methods
     outputs = {
         modality: trial.encode(driver, encode, dummy, modality, kwargs)
         for modality, kwargs in dummy_kwargs(dummy, steps).items()
     }
     for modality in outputs.keys() & declared.keys():
         _check_declared(trial, dummy, modality, declared[modality], flatten_rows(outputs[modality]))
+    observed = _observe_merge(driver, methods, dummy, declared, outputs, trial, steps)
+    mixing = [name for name, rows in outputs.items() if _mixes_items(driver, encode, dummy, name, rows, trial, steps)]
+    if not mixing:
+        return observed
+    note = f"{encode} gives {' and '.join(mixing)} items other rows in company: each is encoded alone"
+    return replace(observed, mixes_items=True, notes=(*observed.notes, note))
+
+
+def _mixes_items(
+    driver: EmbeddingsDriver,
+    encode: str,
+    dummy: DummyMedia,
+    modality: str,
+    output: Any,
+    trial: Trial,
+    steps: DummySteps,
+) -> bool:
+    """Whether the first dummy item gets other rows alone than beside another (itself, if it is the only one)."""
+    items = dummy.items[modality]
+    if not driver.batchable or not dummy.maps_items_alone:
+        return False
+    rows = flatten_rows(output)
+    if len(items) > 1:
+        alone = trial.encode(driver, encode, dummy, modality, batch_kwargs(items[:1], steps.device, steps.dtype))
+        first = flatten_rows(alone)
+        return relative_difference(rows[: len(first)], first) > TOLERANCE[steps.dtype]
+    try:
+        twice = flatten_rows(driver.call_encoder(batch_kwargs([*items, *items], steps.device, steps.dtype)))
+    except Exception as error:  # an encoder of one item
+        logger.debug("two items can't be encoded in one call", exc_info=error)
+        return True
+    return relative_difference(twice, torch.cat([rows, rows])) > TOLERANCE[steps.dtype]
+
+
+def _observe_merge(
+    driver: EmbeddingsDriver,
+    methods: tuple[str, str],
+    dummy: DummyMedia,
+    declared: Mapping[str, frozenset[int]],
+    outputs: Mapping[str, Any],
+    trial: Trial,
+    steps: DummySteps,
+) -> EmbeddingsObservation:
+    """Where the model's own merge puts these outputs of its encoder, and whether it does no more than that."""
+    encode, embed = methods
     if declared.keys() >= outputs.keys():
         masks = {name: np.isin(dummy.token_ids, list(declared[name])) for name in outputs}
         _run_rows(driver, dummy, outputs, masks, trial)

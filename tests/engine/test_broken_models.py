@@ -474,3 +474,37 @@ def test_placeholders_that_were_not_expanded_are_told_with_both_numbers(
     assert re.search(r"\b1\b", message), message
     if merge is not own_merge:
         assert isinstance(caught.value, InvalidRequestError)
+
+
+class MixesItems(TwoMethodModel):
+    """Its encoder was written for one image: it takes out the mean of all that it is given."""
+
+    def get_multimodal_embeddings(self, pixel_values: Any) -> Any:
+        images = toys.leaves(pixel_values)
+        mean = torch.cat(images).mean() * len(images)
+        return [self.vision(image - mean) for image in images]
+
+
+class TakesOneItem(TwoMethodModel):
+    def get_multimodal_embeddings(self, pixel_values: Any) -> Any:
+        [image] = toys.leaves(pixel_values)
+        return [self.vision(image)]
+
+
+@pytest.mark.parametrize(("cls", "limit"), [(MixesItems, 1), (MixesItems, 2), (TakesOneItem, 1)])
+def test_an_encoder_that_is_not_made_for_several_items_gets_one_at_a_time(
+    cls: type, limit: int, tmp_path: Path
+) -> None:
+    """Two requests in one step must not change each other's images."""
+    ModelRegistry.register_model(cls.__name__, cls)
+    llm = load(cls, tmp_path, limit_mm_per_prompt={"image": limit})
+    assert any("encoded alone" in note for note in llm.report.features.notes), llm.report.features.notes
+    prompts = [
+        {"prompt_token_ids": [1, IMAGE_TOKEN, 20 + i], "multi_modal_data": {"image": [toys.image(i, 6)]}}
+        for i in range(3)
+    ]
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True, logit_bias=toys.NO_MEDIA_TOKENS)
+    together = [list(each.outputs[0].token_ids) for each in llm.generate(prompts, params)]
+    (tmp_path / "again").mkdir()
+    fresh = load(cls, tmp_path / "again", limit_mm_per_prompt={"image": limit})
+    assert together == [list(fresh.generate([each], params)[0].outputs[0].token_ids) for each in prompts]

@@ -27,6 +27,7 @@ class EmbeddingsDriver:
     """Encodes items in batches, embeds text, puts rows where they belong, and calls `forward(inputs_embeds=...)`.
 
     `merges_itself`: the model's own merge does more than put rows at their places, so it is used for every chunk.
+    `batchable`: one encoder call takes items of several requests.
     """
 
     embeds_media = True
@@ -48,7 +49,7 @@ class EmbeddingsDriver:
         self._embed: Callable[..., torch.Tensor] = getattr(model, embed_method)
         self._encode_parameters = inspect.signature(self._encode).parameters
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in self._encode_parameters.values())
-        self._batchable: bool = getattr(model, "mm_encoder_batchable", True)
+        self.batchable: bool = getattr(model, "mm_encoder_batchable", True)
         self._vocab_size = vocab_size
         self._dtype = dtype
         self._device = device
@@ -59,7 +60,7 @@ class EmbeddingsDriver:
         order = sorted(range(len(jobs)), key=lambda i: (_group(jobs[i]), i))
         for _, members in groupby(order, key=lambda i: _group(jobs[i])):
             indices = list(members)
-            batches = [indices] if self._batchable else [[i] for i in indices]
+            batches = [indices] if self.batchable else [[i] for i in indices]
             for batch in batches:
                 results |= zip(batch, self._encode_batch([jobs[i] for i in batch]), strict=True)
         return [results[i] for i in range(len(jobs))]
