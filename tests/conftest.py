@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import random
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -18,7 +19,14 @@ import pytest
 import torch
 from hypothesis import HealthCheck, settings
 
+# Triton reads it when it is imported, which several tests do: without a GPU its interpreter runs the same code.
+if not torch.cuda.is_available():
+    os.environ["TRITON_INTERPRET"] = "1"
+
 from sensorium import logger
+
+# What a shell starts in the background ignores Ctrl-C, and so would the programs on which tests press it.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # How long an example takes says how busy the machine is.
 settings.register_profile("sensorium", deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -84,8 +84,11 @@ class BatchRunner:
             async with self._client, asyncio.TaskGroup() as group:
                 for _ in range(self._concurrency):
                     group.create_task(work())
-        except* EngineDeadError as errors:
-            raise errors.exceptions[0] from None
+        except ExceptionGroup as errors:  # by except*, Python up to 3.11.3 would raise a group again
+            dead, others = errors.split(EngineDeadError)
+            if dead is None or others is not None:
+                raise
+            raise dead.exceptions[0] from None
         return self.counts
 
     async def _take(self, number: int, text: bytes) -> None:

@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-import os
-
 import pytest
 import torch
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-if DEVICE == "cpu":
-    # Triton reads it when it is imported, which nothing does before these tests.
-    os.environ["TRITON_INTERPRET"] = "1"
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 OLD_INTERPRETER = DEVICE == "cpu" and tuple(map(int, triton.__version__.split(".")[:2])) < (3, 7)
 
