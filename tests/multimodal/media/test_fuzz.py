@@ -84,7 +84,8 @@ def image_files() -> dict[str, bytes]:
         "jpeg cmyk": encode_image(picture.convert("CMYK"), "JPEG"),
         "webp": encode_image(picture, "WEBP"),
         "webp animated": encode_image(picture, "WEBP", save_all=True, append_images=[alpha, picture]),
-        "gif": encode_image(picture, "GIF", save_all=True, append_images=[picture.rotate(90)]),
+        "gif": encode_image(picture, "GIF"),
+        "gif animated": encode_image(picture, "GIF", save_all=True, append_images=[picture.rotate(90)]),
         "bmp": encode_image(picture, "BMP"),
         "tiff": encode_image(picture, "TIFF", compression="tiff_lzw"),
         "tiff deflate": encode_image(picture, "TIFF", compression="tiff_deflate", exif=exif),
@@ -143,7 +144,7 @@ def check_video(data: bytes) -> None:
 
 @pytest.mark.parametrize("name", IMAGES)
 def test_images(name: str) -> None:
-    assert assert_bounded(lambda: check_image(IMAGES[name]))
+    assert assert_bounded(lambda: check_image(IMAGES[name])) is ("animated" not in name)
     outcomes = [assert_bounded(lambda data=data: check_image(data)) for data in damaged(IMAGES[name], 1)]  # type: ignore[misc]
     assert not all(outcomes)
 
