@@ -99,6 +99,7 @@ def _probe_tier_one(
     driver.merges_itself = observed.merges_itself
     driver.batchable = driver.batchable and not observed.mixes_items
     ids = {**observed.placeholder_token_ids, **declared}
+    features = _with_observed_rows(features, dummy, ids)
     return driver, replace(
         features,
         placeholder_token_ids=ids,
@@ -144,6 +145,7 @@ def _probe_tier_zero(
             continue
         driver.shares_items = observed.shares_items
         ids = {**observed.placeholder_token_ids, **features.placeholder_token_ids}
+        features = _with_observed_rows(features, dummy, ids)
         where = f"media rows are read and written at {name} ({kind})"
         return driver, replace(
             features,
@@ -168,6 +170,24 @@ def _check_media_matter(
                 f"{described(dummy, kwargs[modality], modality)}, expected other ones. Read these arguments by their "
                 f"names in forward, and put the media's rows where placeholder tokens stand in the dummy prompt."
             )
+
+
+def _with_observed_rows(
+    features: ModelFeatures, dummy: DummyMedia, placeholder_ids: Mapping[str, frozenset[int]]
+) -> ModelFeatures:
+    """The features with items as large as those of the dummy data, where the class has registered a smaller maximum."""
+    most, notes = dict(features.max_item_rows), list(features.notes)
+    token_ids = dummy.token_ids.tolist()
+    for modality, ids in placeholder_ids.items():
+        count = dummy.counts.get(modality, 0)
+        rows = -(-sum(map(token_ids.count, ids)) // count) if count else 0
+        if 0 < most.get(modality, 0) < rows:
+            notes.append(
+                f"register_max_multimodal_tokens({modality!r}, ...) says {most[modality]} rows, but an item of the "
+                f"dummy data has {rows}, which counts"
+            )
+            most[modality] = rows
+    return replace(features, max_item_rows=most, notes=tuple(notes))
 
 
 def _not_text(config: EngineConfig, features: ModelFeatures, dummy: DummyMedia | str | None) -> set[int]:

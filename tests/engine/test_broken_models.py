@@ -379,6 +379,27 @@ def test_a_mistake_is_told_at_load(cls: type, mm_split: str, tmp_path: Path) -> 
     assert re.search(BROKEN[cls], str(caught.value)), str(caught.value)
 
 
+class SaysTooFewRows(SeedPageModel):
+    pass
+
+
+class SaysTooFewRowsInHalves(TwoMethodModel):
+    pass
+
+
+@pytest.mark.parametrize("cls", [SaysTooFewRows, SaysTooFewRowsInHalves])
+@pytest.mark.parametrize("limit", [1, 3])
+def test_a_maximum_below_the_dummy_items_rows_is_reported_and_raised(cls: type, limit: int, tmp_path: Path) -> None:
+    """It loaded without a word, and every large picture was refused; published files state too little, too."""
+    MULTIMODAL_REGISTRY.register_max_image_tokens(toys.MAX_ROWS - 1)(cls)
+    ModelRegistry.register_model(cls.__name__, cls)
+    llm = load(cls, tmp_path, limit_mm_per_prompt={"image": limit})
+    assert any("says 7 rows, but an item of the dummy data has 8" in note for note in llm.report.features.notes)
+    prompt = {"prompt_token_ids": [1, IMAGE_TOKEN, 20], "multi_modal_data": {"image": [toys.image(0, toys.MAX_ROWS)]}}
+    [output] = llm.generate([prompt], SamplingParams(temperature=0, max_tokens=2, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 2
+
+
 def test_what_a_constructor_raises_names_the_class(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     ModelRegistry.register_model("TextModel", TextModel)
     toys.save_checkpoint(TextModel, tmp_path)
