@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import resource
 import signal
@@ -162,6 +163,8 @@ async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits, 
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         watcher = asyncio.create_task(_watch(engine, server))
+        gc.collect()
+        gc.freeze()  # what is loaded stays: to look through it for garbage takes a third of a second, in a stream
         try:
             await server.serve(sockets)
         finally:
