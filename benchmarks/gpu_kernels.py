@@ -17,9 +17,11 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -30,13 +32,18 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 # The interpreter cuts bfloat16 off instead of rounding, and multiplies its bits.
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 
-from sensorium.kernels import activation, argmax, norm, rotary  # noqa: E402
+from sensorium.kernels import PackedWeight, activation, argmax, norm, packed_linear, rotary  # noqa: E402
 from sensorium.kernels import attention as attention_twins  # noqa: E402
 from sensorium.kernels.gpu import activation as gpu_activation  # noqa: E402
 from sensorium.kernels.gpu import argmax as gpu_argmax  # noqa: E402
 from sensorium.kernels.gpu import attention as gpu_attention  # noqa: E402
+from sensorium.kernels.gpu import decode_attention  # noqa: E402
+from sensorium.kernels.gpu import linear as gpu_linear  # noqa: E402
 from sensorium.kernels.gpu import norm as gpu_norm  # noqa: E402
 from sensorium.kernels.gpu import rotary as gpu_rotary  # noqa: E402
+from sensorium.kernels.gpu import sampling as gpu_sampling  # noqa: E402
+from sensorium.kernels.linear import packed_linear_reference  # noqa: E402
+from sensorium.model_executor import sampling_ops  # noqa: E402
 
 L2_BYTES = 60_000_000
 MODELS = {"3B": (16, 2, 128, 2048, 11008), "7B": (28, 4, 128, 3584, 18944), "8B": (32, 8, 128, 4096, 14336)}
@@ -192,12 +199,11 @@ def batch(model: str, lens: list[tuple[int, int]], dry: bool, block_size: int = 
     ]
 
 
-def attention_case(
-    name: str, model: str, lens: list[tuple[int, int]], num_decodes: int, dry: bool, *, compared: bool = True
-) -> Case:
+def attention_case(name: str, model: str, lens: list[tuple[int, int]], dry: bool, *, compared: bool = True) -> Case:
     sets = batch(model, lens, dry)
     heads, kv_heads, head_size = (4, 2, 32) if dry else MODELS[model][:3]
-    rules: dict[str, Any] = {"scale": head_size**-0.5, "num_decodes": num_decodes}
+    counts = {q for q, _ in lens}
+    rules: dict[str, Any] = {"scale": head_size**-0.5, "has_decodes": 1 in counts, "has_chunks": counts != {1}}
     operations = sum(4 * heads * head_size * (q * k - q * (q - 1) / 2) for q, k in lens)
     num_rows = sum(q for q, _ in lens)
     num_bytes = 4 * head_size * (kv_heads * sum(k for _, k in lens) + heads * num_rows)
@@ -221,19 +227,19 @@ def decode_cases(dry: bool) -> Iterator[Case]:
             ((3, 40),) if dry else ((1, 1024), (16, 1024), (64, 1024), (256, 1024), (1, 16384), (16, 16384))
         ):
             lens = [(1, length - 7 * (i % 9)) for i in range(count)]
-            yield attention_case(f"decode {count} at {length}", model, lens, count, dry, compared=count <= 64)
+            yield attention_case(f"decode {count} at {length}", model, lens, dry, compared=count <= 64)
 
 
 def prefill_cases(dry: bool) -> Iterator[Case]:
     if dry:
-        yield attention_case("prefill", "3B", [(70, 90)], 0, dry)
-        yield attention_case("mixed", "3B", [(1, 40), (1, 3), (50, 70)], 2, dry)
+        yield attention_case("prefill", "3B", [(70, 90)], dry)
+        yield attention_case("mixed", "3B", [(1, 40), (1, 3), (50, 70)], dry)
         return
     for model in MODELS:
-        yield attention_case("prefill 8192", model, [(8192, 8192)], 0, dry, compared=model == "3B")
-    yield attention_case("chunk 1024 of 8192", "3B", [(1024, 8192)], 0, dry)
-    yield attention_case("prefill 64 x 128", "3B", [(128, 128)] * 64, 0, dry)
-    yield attention_case("64 decodes at 1024 and chunk 1024", "3B", [(1, 1024)] * 64 + [(1024, 2048)], 64, dry)
+        yield attention_case("prefill 8192", model, [(8192, 8192)], dry, compared=model == "3B")
+    yield attention_case("chunk 1024 of 8192", "3B", [(1024, 8192)], dry)
+    yield attention_case("prefill 64 x 128", "3B", [(128, 128)] * 64, dry)
+    yield attention_case("64 decodes at 1024 and chunk 1024", "3B", [(1, 1024)] * 64 + [(1024, 2048)], dry)
 
 
 def tower_case(name: str, lens: list[int], dry: bool) -> Case:
@@ -262,6 +268,71 @@ def tower_cases(dry: bool) -> Iterator[Case]:
     yield tower_case("frame", [70], dry) if dry else tower_case("frame of 5476", [5476], dry)
 
 
+def linear_cases(dry: bool) -> Iterator[Case]:
+    for model in ("3B",) if dry else MODELS:
+        heads, kv_heads, head_size, hidden, inner = (4, 2, 16, 40, 56) if dry else MODELS[model]
+        sizes = {
+            "qkv": ((heads + 2 * kv_heads) * head_size, hidden),
+            "o": (hidden, heads * head_size),
+            "gate_up": (2 * inner, hidden),
+            "down": (hidden, inner),
+        }
+        for rows in (1, 2):
+            for name, (num_outputs, size) in sizes.items():
+                yield linear_case(f"linear {name} {model}, {rows} rows", rows, num_outputs, size, dry)
+
+
+def linear_case(name: str, rows: int, num_outputs: int, size: int, dry: bool) -> Case:
+    """As the engine does it: by the kernel here, or by cuBLAS where that is faster."""
+    num_bytes = 2 * num_outputs * size
+    sets = [
+        (randn(rows, size), PackedWeight(num_outputs, size, DTYPE, plain=randn(num_outputs, size)))
+        for _ in range(copies(num_bytes, dry))
+    ]
+    x, weight = sets[0]
+    if dry:
+        assert weight.plain is not None
+        kernel = partial(gpu_linear.linear, x, weight.plain, None)
+    else:
+        kernel = partial(packed_linear, x, weight)
+    return Case(
+        name,
+        [partial(packed_linear, *s) for s in sets],
+        lambda: error(kernel(), packed_linear_reference(x, weight)),
+        num_bytes,
+    )
+
+
+def draw_cases(dry: bool) -> Iterator[Case]:
+    """Against the twin on the CPU; the limit is one pass over the logits."""
+    for rows in (3,) if dry else (1, 64, 256):
+        for name, top_k, top_p in (("all tokens", 0, 1.0), ("top-k", 50, 1.0), ("top-p", 0, 0.9)):
+            size = 1100 if dry else 151936
+            logits = randn(rows, size, dtype=torch.float32) * 3
+            same = [np.full(rows, value, np.float32) for value in (0.8, top_p, 0.0)]
+            keys = np.arange(rows, dtype=np.int64)
+            params = sampling_ops.RowParams(same[0], np.full(rows, top_k), same[1], same[2], keys, keys)
+            yield draw_case(f"draw {rows} x {size}, {name}", logits, params)
+
+
+def draw_case(name: str, logits: torch.Tensor, params: sampling_ops.RowParams) -> Case:
+    packed = torch.from_numpy(params.packed()).to(DEVICE)
+    call = partial(
+        gpu_sampling.draw,
+        *(logits, packed),
+        max_narrow_top_k=sampling_ops.MAX_NARROW_TOP_K,
+        num_candidates=sampling_ops.NUM_CANDIDATES,
+        group_size=sampling_ops.GROUP_SIZE,
+        first_group_counter=sampling_ops._GROUP_COUNTER,
+    )
+
+    def check() -> float:
+        return float((call().cpu() != sampling_ops.draw_tokens(logits.cpu(), params)).double().mean())
+
+    # Tokens may differ where two come within a rounding error of each other.
+    return Case(name, [call], check, logits.nbytes, tolerance=0.02)
+
+
 CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "norm": norm_cases,
     "activation": activation_cases,
@@ -270,6 +341,8 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "decode": decode_cases,
     "prefill": prefill_cases,
     "tower": tower_cases,
+    "linear": linear_cases,
+    "draw": draw_cases,
 }
 
 
@@ -277,7 +350,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", default=",".join(CASES), help="which, separated by commas")
     parser.add_argument("--dry", action="store_true", help="tiny sizes, no timing")
+    parser.add_argument(
+        "--decode", help="another configuration for decodes: keys of a tile, warps, stages, programs per processor"
+    )
     arguments = parser.parse_args()
+    if arguments.decode:
+        config = decode_attention.DecodeConfig(*map(int, arguments.decode.split(",")))
+        decode_attention.decode_config = lambda *_: config
     torch.manual_seed(0)
     dry = arguments.dry or not HAS_GPU
     bandwidth, rate = (1.0, 1.0) if dry else measured_limits()

@@ -54,8 +54,8 @@ class AttentionMetadata:
     """Tokens of sequences that run exactly one."""
     query_lens_host: tuple[int, ...]
     seq_lens_host: tuple[int, ...]
-    num_leading_decodes: int = 0
-    """How many sequences, from the first one on, run exactly one token."""
+    has_decodes: bool = True
+    """Whether a sequence may run exactly one token."""
     multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None
     """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
 
@@ -122,7 +122,7 @@ class AttentionMetadata:
             num_decode_tokens=num_decode_tokens,
             query_lens_host=query_lens_host,
             seq_lens_host=seq_lens_host,
-            num_leading_decodes=next((i for i, n in enumerate(query_lens_host) if n != 1), len(query_lens_host)),
+            has_decodes=num_decode_tokens > 0,
             multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
         )
 

@@ -35,8 +35,6 @@ class TritonBackend:
         """See `AttentionBackend.paged`."""
         from sensorium.kernels.gpu.attention import paged_attention
 
-        # In a captured step nothing else is known than that every sequence runs one token, or none.
-        is_decode = metadata.max_seqlen_q == 1
         return paged_attention(
             query,
             kv_cache,
@@ -46,7 +44,8 @@ class TritonBackend:
             scale=spec.scale,
             window=spec.window,
             softcap=spec.softcap,
-            num_decodes=metadata.num_seqs if is_decode else metadata.num_leading_decodes,
+            has_decodes=metadata.has_decodes,
+            has_chunks=metadata.max_seqlen_q > 1,
         )
 
     def varlen(

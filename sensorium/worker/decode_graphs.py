@@ -140,7 +140,6 @@ class DecodeGraphs:
             num_decode_tokens=size,
             query_lens_host=UNREADABLE,
             seq_lens_host=UNREADABLE,
-            num_leading_decodes=size,
         )
         hidden = self._driver.forward(StepInputs(token_ids, tensors["positions"], self._kv_caches, metadata))
         logits = self._model.compute_logits(hidden, SamplingMetadata(size))

@@ -25,7 +25,8 @@ from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors, p
 MAX_ROWS = 2048
 """Longer passes keep the device busy for longer than it takes to launch them."""
 MAX_CONTEXT = 8192
-"""Tokens of the longest sequence. In a recorded pass nobody knows which rows are decodes, whose keys could be split."""
+"""Tokens of the longest sequence. In a recorded pass nobody knows how many rows are decodes, so their keys are split
+over few programs."""
 
 
 @dataclass(slots=True, eq=False)

@@ -1,8 +1,8 @@
 """Attention over paged and over flat keys and values, and the writing of the paged cache.
 
-The twins, and the conventions of shapes, are in `sensorium.kernels.attention`. Which kernel a sequence goes to depends
-on what the host knows: sequences of one token that stand first in a step go to the one that splits their keys over
-programs, the others to the one that makes tiles of queries.
+The twins, and the conventions of shapes, are in `sensorium.kernels.attention`. Sequences of one query go to the kernel
+that splits their keys over programs, the others to the one that makes tiles of queries. Which is which, the kernels
+see on the device, and pass over the others' sequences; the host only says if one of them isn't needed.
 """
 
 from __future__ import annotations
@@ -75,28 +75,30 @@ def paged_attention(
     scale: float,
     window: int | None = None,
     softcap: float | None = None,
-    num_decodes: int = 0,
+    has_decodes: bool = True,
+    has_chunks: bool = True,
 ) -> torch.Tensor:
     """See `attention.paged_attention_reference`.
 
-    `num_decodes`: how many sequences, from the first one on, are known to have one query each, or none.
+    Args as there, and `has_decodes`: whether a sequence may have exactly one query; `has_chunks`: whether one may have
+    more.
     """
     block_size, num_kv_heads, head_size = kv_cache.shape[2:]
     flat = token_rows(query).flatten(1)
     out = torch.empty_like(flat, memory_format=torch.contiguous_format)
-    if num_decodes and len(flat):
+    if has_decodes and len(flat):
         attend_decodes(
-            *(out, flat, kv_cache, block_table, cu_seqlens_q, seq_lens, num_decodes),
+            *(out, flat, kv_cache, block_table, cu_seqlens_q, seq_lens),
+            is_mixed=has_chunks,
             scale=scale,
             window=window,
             softcap=softcap,
         )
-    if num_decodes < len(seq_lens):
+    if has_chunks:
         attend_chunks(
             *(out, flat, kv_cache[0], kv_cache[1], (num_kv_heads, head_size), cu_seqlens_q),
             strides=(num_kv_heads * head_size,) * 2,
-            first_seq=num_decodes,
-            num_rows=len(flat) - num_decodes,
+            least_queries=2 if has_decodes else 1,
             key_lens=seq_lens,
             table=block_table,
             block_size=block_size,
@@ -127,8 +129,7 @@ def varlen_attention(
     attend_chunks(
         *(out, flat, key, value, (num_kv_heads, head_size), cu_seqlens),
         strides=(key.stride(0), value.stride(0)),
-        first_seq=0,
-        num_rows=len(flat),
+        least_queries=1,
         key_lens=key_lens,
         table=None,
         block_size=0,

@@ -159,7 +159,7 @@ def _attend_blocks(
     return best, total, acc_a, acc_b
 
 
-@triton.jit(do_not_specialize=["first_seq", "num_seqs", "window", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "least_queries", "window", "table_stride"])
 def _attend(
     out,
     query,
@@ -168,8 +168,8 @@ def _attend(
     block_table,
     cu_seqlens,
     key_lens,
-    first_seq,
     num_seqs,
+    least_queries,
     scale,
     window,
     softcap,
@@ -199,18 +199,17 @@ def _attend(
     # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
 
-    # The last sequence whose first tile is not behind this one. Tiles count from that of `first_seq`.
-    row_base = tl.load(cu_seqlens + first_seq)
-    behind = 0
+    # The last sequence whose first tile is not behind this one.
+    num_begun = 0
     for start in range(0, num_seqs, SEARCHED):
         those = start + tl.arange(0, SEARCHED)
-        starts = tl.load(cu_seqlens + first_seq + those, mask=those < num_seqs, other=0) - row_base
-        behind += tl.sum(((starts // BLOCK_Q + those <= tile) & (those < num_seqs)).to(tl.int32), 0)
-    seq = first_seq + behind - 1
+        starts = tl.load(cu_seqlens + those, mask=those < num_seqs, other=0)
+        num_begun += tl.sum(((starts // BLOCK_Q + those <= tile) & (those < num_seqs)).to(tl.int32), 0)
+    seq = num_begun - 1
     first_row = tl.load(cu_seqlens + seq)
     num_queries = tl.load(cu_seqlens + seq + 1) - first_row
-    first_query = (tile - ((first_row - row_base) // BLOCK_Q + behind - 1)) * BLOCK_Q
-    if first_query >= num_queries:
+    first_query = (tile - (first_row // BLOCK_Q + seq)) * BLOCK_Q
+    if (first_query >= num_queries) | (num_queries < least_queries):
         return
     num_keys = num_queries
     if HAS_KEY_LENS:
@@ -235,7 +234,7 @@ def _attend(
     if BLOCK_SIZE == 0:
         key += first_row.to(tl.int64) * key_stride
         value += first_row.to(tl.int64) * value_stride
-    table = block_table + seq.to(tl.int64) * table_stride
+    table = block_table + tl.cast(seq, tl.int64) * table_stride
 
     # A causal query is one of the last `num_queries` of the keys' positions. Keys from `begin` on are seen by some of
     # the tile's queries, those from `open_begin` to `open_end` by all.
@@ -295,8 +294,7 @@ def attend_chunks(
     cu_seqlens: torch.Tensor,
     *,
     strides: tuple[int, int],
-    first_seq: int,
-    num_rows: int,
+    least_queries: int,
     key_lens: torch.Tensor | None,
     table: torch.Tensor | None,
     block_size: int,
@@ -305,7 +303,7 @@ def attend_chunks(
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """Fill the rows of `out` `(T, H * D)` of the sequences from `first_seq` on.
+    """Fill the rows of `out` `(T, H * D)` of the sequences that have at least `least_queries` queries.
 
     Args:
         out: Like `query`.
@@ -315,8 +313,7 @@ def attend_chunks(
         kv_shape: Key/value heads, and channels of a head.
         cu_seqlens: `(num_seqs + 1,)` int32: where each sequence's rows begin.
         strides: Elements from one slot, or row, to the next, of keys and of values.
-        first_seq: The sequence to begin with.
-        num_rows: How many rows these sequences have, or more.
+        least_queries: How many queries a sequence must have, to be looked at.
         key_lens: `(num_seqs,)` int32: keys of each sequence; `None`: as many as queries.
         table: `(num_seqs, max_blocks)` int32 block ids.
         block_size: Tokens per block; 0 without `table`.
@@ -326,7 +323,7 @@ def attend_chunks(
         softcap: See `attention.attend_reference`.
     """
     num_kv_heads, head_size = kv_shape
-    num_seqs = len(cu_seqlens) - 1 - first_seq
+    num_rows, num_seqs = len(query), len(cu_seqlens) - 1
     if not num_rows or not num_seqs:
         return
     group = query.shape[1] // (num_kv_heads * head_size)
@@ -337,7 +334,7 @@ def attend_chunks(
     rules = (scale / softcap, window or 0, softcap * LOG2_E) if softcap else (scale * LOG2_E, window or 0, 1.0)
     _attend[(num_kv_heads, num_rows // block_q + num_seqs)](
         *(out, query, key, value, cu_seqlens if table is None else table, cu_seqlens),
-        *(cu_seqlens if key_lens is None else key_lens, first_seq, num_seqs, *rules),
+        *(cu_seqlens if key_lens is None else key_lens, num_seqs, least_queries, *rules),
         *(out.stride(0), query.stride(0), *strides, 0 if table is None else table.stride(0)),
         GROUP=group,
         HEAD_SIZE=head_size,

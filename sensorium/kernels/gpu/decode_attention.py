@@ -52,13 +52,14 @@ _JOIN_CHUNK = 64
 """Shares that are joined at a time."""
 
 
-def num_splits_for(config: DecodeConfig, num_programs: int, max_keys: int, device: torch.device) -> int:
+def num_splits_for(config: DecodeConfig, num_programs: int, max_keys: int, device: torch.device, least: int) -> int:
     """Shares that the keys of a sequence are split into at most.
 
-    `num_programs`: sequences times key/value heads; `max_keys`: what a row of the block table can hold.
+    `num_programs`: sequences times key/value heads; `max_keys`: what a row of the block table can hold; `least`: how
+    many there should be in any case.
     """
     wanted = config.programs_per_processor * num_processors(device) // num_programs
-    return max(min(wanted, -(-max_keys // config.block_n), MAX_SPLITS), 1)
+    return max(min(max(wanted, least), -(-max_keys // config.block_n), MAX_SPLITS), 1)
 
 
 @triton.jit
@@ -105,7 +106,7 @@ def _attend(
     await_predecessor(IS_CHAINED)
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(cu_seqlens + seq)
-    if tl.load(cu_seqlens + seq + 1) == row:
+    if tl.load(cu_seqlens + seq + 1) - row != 1:
         return
     seq_len = tl.load(seq_lens + seq)
     begin, share = _share_of(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
@@ -153,7 +154,7 @@ def _attend(
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
     if IS_SPLIT:
         num_heads = tl.num_programs(1) * GROUP
-        shares = (row.to(tl.int64) * num_heads + heads) * num_splits + split
+        shares = (seq.to(tl.int64) * num_heads + heads) * num_splits + split
         tl.store(partial + shares[:, None] * HEAD_SIZE + channels[None, :], acc, mask=is_cell)
         tl.store(partial_log + shares, best + tl.log2(total), mask=members < GROUP)
     else:
@@ -183,12 +184,12 @@ def _join(
     await_predecessor(IS_CHAINED)
     head, seq = tl.program_id(0), tl.program_id(1)
     row = tl.load(cu_seqlens + seq).to(tl.int64)
-    if tl.load(cu_seqlens + seq + 1) == row:
+    if tl.load(cu_seqlens + seq + 1) - row != 1:
         return
     seq_len = tl.load(seq_lens + seq)
     begin, share = _share_of(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
     num_shares = tl.cdiv(seq_len - begin, share)
-    shares = (row * tl.num_programs(0) + head) * num_splits
+    shares = (seq.to(tl.int64) * tl.num_programs(0) + head) * num_splits
     every = tl.arange(0, MAX_SPLITS)
     best = tl.max(tl.load(partial_log + shares + every, mask=every < num_shares, other=float("-inf")), 0)
 
@@ -220,23 +221,25 @@ def attend_decodes(
     block_table: torch.Tensor,
     cu_seqlens: torch.Tensor,
     seq_lens: torch.Tensor,
-    num_seqs: int,
     *,
+    is_mixed: bool,
     scale: float,
     window: int | None,
     softcap: float | None,
 ) -> None:
-    """Fill the rows of `out` `(T, H * D)` of the first `num_seqs` sequences, which have one query or none.
+    """Fill the rows of `out` `(T, H * D)` of the sequences that have exactly one query.
 
     `query` is `(T, H * D)` with channels side by side; the others are as for `attention.paged_attention_reference`.
-    A sequence of length 0 gets zeros.
+    A sequence of length 0 gets zeros. `is_mixed`: there may be other sequences, so that fewer programs find something
+    to do.
     """
     block_size, num_kv_heads, head_size = kv_cache.shape[2:]
     num_heads = query.shape[1] // head_size
     group = num_heads // num_kv_heads
     config = decode_config(query.dtype, head_size)
     max_keys = block_table.shape[1] * block_size
-    num_splits = num_splits_for(config, num_seqs * num_kv_heads, max_keys, query.device)
+    num_seqs = len(seq_lens)
+    num_splits = num_splits_for(config, num_seqs * num_kv_heads, max_keys, query.device, 4 if is_mixed else 1)
     is_split = num_splits > 1
     partial = partial_log = out
     if is_split:
