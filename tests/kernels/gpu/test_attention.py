@@ -92,7 +92,7 @@ def test_decodes_among_chunks(rules: dict[str, Any]) -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("block_size", [4, 16, 48, 64])
+@pytest.mark.parametrize("block_size", [4, 48, 64])
 @pytest.mark.parametrize("has_decodes", [False, True])
 def test_storage_types_and_block_sizes(dtype: torch.dtype, block_size: int, has_decodes: bool) -> None:
     arguments = paged([(1, 12), (1, 90), (40, 70), (1, 1)], (4, 1, 32), block_size, dtype)

@@ -1,0 +1,63 @@
+"""Compiles the GPU kernels for compute capability 9, without a GPU. Run by `test_compile.py` in its own process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from sensorium.kernels.gpu import argmax, chunk_attention, decode_attention, linear, norm, rotary, sampling
+
+TARGET = GPUTarget("cuda", 90, 32)
+HALVES = ("out", "total", "x", "residual", "weight", "bias", "query", "key", "value")
+HALVES += ("query_out", "key_out", "value_out")
+TYPES = {
+    **dict.fromkeys(HALVES, "*bf16"),
+    **dict.fromkeys(["logits", "cos", "sin", "partial", "partial_log", "values"], "*fp32"),
+    **dict.fromkeys(["block_table", "cu_seqlens", "seq_lens", "key_lens"], "*i32"),
+    **dict.fromkeys(["slot_mapping", "ids", "params", "findings"], "*i64"),
+    **dict.fromkeys(["eps", "scale", "softcap"], "fp32"),
+}
+"""What the kernels' arguments are, by name; all others are i32."""
+
+
+def compiled(function: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> Any:
+    """The kernel's machine code and what it takes, with addresses and strides that are multiples of 16."""
+    constants["IS_CHAINED"] = True
+    names = function.arg_names
+    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    aligned = [name for name in names if signature[name].startswith("*") or name.endswith("_stride")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
+    source = ASTSource(function, signature, values, attributes)
+    return triton.compile(source, target=TARGET, options={"num_warps": num_warps, "num_stages": num_stages})
+
+
+def main() -> None:
+    head = {"HEAD_SIZE": 128, "HAS_WINDOW": False, "BLOCK_N": 64}
+    rules = {**head, "BLOCK_SIZE": 16, "HAS_SOFTCAP": False, "GROUP": 8}
+    compiled(norm._rms_norm, 4, SIZE=2048, BLOCK=2048, ROWS=1, HAS_RESIDUAL=True, ROUND_FIRST=True)
+    compiled(linear._linear, 4, SIZE=2048, ROWS=1, BLOCK_N=4, BLOCK_K=1024, HAS_BIAS=True)
+    compiled(argmax._find, 8, BLOCK=4096, IS_SPLIT=True)
+    rotated = {"HEADS": 16, "HEADS_PAD": 16, "KV_HEADS": 2, "KV_HEADS_PAD": 2, "HEAD_SIZE": 128, "SLOT_PAD": 256}
+    compiled(rotary._rotate, 4, **rotated, HALF=64, HALF_PAD=64, REST_PAD=0, IS_NEOX=True, WRITES=True)
+    compiled(decode_attention._attend, 4, **rules, GROUP_PAD=16, HEAD_PAD=128, IS_SPLIT=True)
+    compiled(decode_attention._join, 4, **head, HEAD_PAD=128, MAX_SPLITS=128, CHUNK=64)
+    tile = {"HEAD_A": 128, "HEAD_B": 0, "BLOCK_Q": 16, "BLOCK_M": 128, "SEARCHED": 128}
+    chunk = compiled(
+        *(chunk_attention._attend, 8, 5),
+        **rules,
+        **tile,
+        IS_ONE_STRIDE=True,
+        HAS_KEY_LENS=True,
+        IS_CAUSAL=True,
+    )
+    assert "wgmma" in chunk.asm["ptx"], "tiles don't use Hopper's matrix units"
+    draw = {"MAX_NARROW_TOP_K": 1024, "NUM_CANDIDATES": 256, "GROUP": 256, "FIRST": 1 << 40}
+    compiled(sampling._draw, 16, **draw, BLOCK=4096)
+
+
+if __name__ == "__main__":
+    main()
