@@ -35,8 +35,9 @@ def test_the_version_stands_in_one_place() -> None:
 
 
 def test_links_between_pages_lead_somewhere() -> None:
-    """Pages at the root and in docs/, the only ones that link to files."""
-    pages = [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md"), ROOT / "training" / "README.md"]
+    """Pages at the root, in docs/ and in folders of their own, the only ones that link to files."""
+    folders = [ROOT / name for name in ("docs", "examples", "training")]
+    pages = [page for folder in (ROOT, *folders) for page in folder.glob("*.md")]
     broken = [
         (str(page.relative_to(ROOT)), link)
         for page in pages
