@@ -1,4 +1,7 @@
-"""The documentation's Python blocks run, in order, as one program per page."""
+"""The documentation's Python blocks run, in order, as one program per page.
+
+A block that stands word for word in a script of `examples/` runs there instead.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,18 @@ import pytest
 
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 
-DOCS = Path(__file__).parents[2] / "docs"
+ROOT = Path(__file__).parents[2]
 BLOCK = re.compile(r"^```python\n(.*?)^```$", re.MULTILINE | re.DOTALL)
-PAGES = sorted(page.name for page in DOCS.glob("*.md") if BLOCK.search(page.read_text()))
+PAGES = sorted(
+    str(page.relative_to(ROOT))
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md"))
+    if BLOCK.search(page.read_text())
+)
+SCRIPTS = [path.read_text() for path in (ROOT / "examples").glob("*.py")]
 
 
-def test_there_is_a_page_with_examples() -> None:
-    assert "adding_a_multimodal_model.md" in PAGES
+def test_there_are_pages_with_examples() -> None:
+    assert {"README.md", "docs/adding_a_multimodal_model.md"} <= set(PAGES)
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -24,9 +32,20 @@ def test_the_blocks_of_a_page_run(page: str, tmp_path: Path, monkeypatch: pytest
     # A page may add a modality, which other tests must not see.
     monkeypatch.setattr(MULTIMODAL_REGISTRY, "_plugins", dict(MULTIMODAL_REGISTRY._plugins))
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    text = (DOCS / page).read_text()
-    namespace: dict[str, object] = {"__name__": f"docs.{page.removesuffix('.md')}"}  # and no name that a page lacks
+    text = (ROOT / page).read_text()
+    namespace: dict[str, object] = {"__name__": f"docs.{Path(page).stem}"}  # and no name that a page lacks
     for match in BLOCK.finditer(text):
+        if any(match.group(1) in script for script in SCRIPTS):
+            continue
         line = text[: match.start(1)].count("\n")
         # Blank lines in front, so that a traceback names the line of the page.
-        exec(compile("\n" * line + match.group(1), str(DOCS / page), "exec"), namespace)
+        exec(compile("\n" * line + match.group(1), str(ROOT / page), "exec"), namespace)
+
+
+def test_the_readme_starts_with_an_answer_and_says_which(capsys: pytest.CaptureFixture[str]) -> None:
+    first = BLOCK.search((ROOT / "README.md").read_text())
+    assert first is not None
+    assert 'LLM("demo")' in first[1]
+    exec(compile(first[1], "README.md", "exec"), {"__name__": "docs.first"})
+    [promised] = re.findall(r"^print\(.*\)  # (.*)$", first[1], re.MULTILINE)
+    assert capsys.readouterr().out.strip() == promised

@@ -1,0 +1,116 @@
+"""Writes docs/settings.md from the fields of the settings' classes: name, flag, what it takes, default, help.
+
+    python scripts/make_docs.py
+
+A test fails while the page and the classes differ.
+"""
+
+from __future__ import annotations
+
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import MISSING, Field, fields
+from pathlib import Path
+from typing import Any
+
+from sensorium.engine.args import EngineArgs
+from sensorium.entrypoints.cli.flags import field_docs
+from sensorium.entrypoints.openai.server_args import ServerArgs
+from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.settings import Form, flag_of, form_of
+
+PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+
+INTRODUCTION = """\
+# Settings
+
+Made by `scripts/make_docs.py` from the fields' own descriptions; don't edit it by hand.
+
+Every setting has a flag, and a name that is the same in Python and in the YAML file of `--config`; flags win over the
+file. All are checked before anything is loaded: a value that can't be used is an error that names its setting. Where no
+default is given, the description says what happens. [Serving](serving.md) and [Operations](operations.md) say what to
+set when, and `--help` of each [command](commands.md) which settings it has, with defaults of its own where they differ.
+"""
+
+SECTIONS: Mapping[type, tuple[str, str]] = {
+    EngineArgs: (
+        "The engine",
+        "Flags of every command that loads a model, fields of `EngineArgs`, and keywords of `LLM`, where "
+        "`max_token_gap_s` is infinite by default, since nobody reads along.",
+    ),
+    ServerArgs: ("The server", "Flags of `sensorium serve`."),
+    MediaLimits: (
+        "Media",
+        "Budgets of one item unless the name says otherwise: flags of the commands that take media, and fields of "
+        "`MediaLimits`, which `LLM` takes as `media_limits`. All must be more than 0, but for `max_redirects` and "
+        "`max_decoded_cache_bytes`.",
+    ),
+}
+_NAMES = {str: "text", int: "whole number", float: "number"}
+_UNITS = {30: "GiB", 20: "MiB"}
+
+
+def page() -> str:
+    """The whole page."""
+    return INTRODUCTION + "".join(
+        f"\n## {title}\n\n{text}\n\n" + "\n".join(rows(kind)) + "\n" for kind, (title, text) in SECTIONS.items()
+    )
+
+
+def rows(kind: type) -> Iterator[str]:
+    """The lines of one class's table."""
+    yield "| setting | flag | takes | default | what |"
+    yield "|---|---|---|---|---|"
+    hints, helps = typing.get_type_hints(kind, include_extras=True), field_docs(kind)
+    for field in fields(kind):
+        form = form_of(hints[field.name])
+        text = helps[field.name][0].upper() + helps[field.name][1:]
+        cells = (f"`{field.name}`", flags(field, form), takes(form), default(field, form), text)
+        yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
+
+
+def flags(field: Field[Any], form: Form) -> str:
+    """How a field is set on the command line."""
+    if field.name == "model":
+        return "first argument"
+    flag = flag_of(field.metadata.get("flag", field.name))
+    return f"`{flag}`, `{flag.replace('--', '--no-', 1)}`" if form.kind is bool else f"`{flag}`"
+
+
+def takes(form: Form) -> str:
+    """What a field's value may be, in a few words."""
+    if form.choices:
+        return ", ".join(f"`{choice}`" for choice in form.choices)
+    if form.kind is bool:
+        return "true or false"
+    origin = typing.get_origin(form.kind)
+    if origin is not None:
+        (*_, inner) = [each for each in typing.get_args(form.kind) if each is not ...]
+        if issubclass(origin, Mapping):
+            return "JSON object" if inner is Any else f"JSON object of values: {takes(form_of(inner))}"
+        assert issubclass(origin, Sequence)
+        return f"{takes(form_of(inner))}, may be repeated"
+    bounds = [str(each) for each in form.bounds if each.low > -(2**62)]  # a seed may be any integer
+    return ", ".join([_NAMES[form.kind], *bounds])
+
+
+def default(field: Field[Any], form: Form) -> str:
+    """A field's default; empty where there is none, or where the description has it."""
+    value = field.default
+    if value is MISSING or value is None or value == ():
+        return ""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if "bytes" in field.name:
+        return f"{value} ({size(value)})"
+    return f"`{value}`" if form.kind is str or form.choices else str(value)
+
+
+def size(num_bytes: int) -> str:
+    """Bytes as people say them, exactly."""
+    power = next(power for power in _UNITS if num_bytes % (1 << power) == 0)
+    return f"{num_bytes >> power} {_UNITS[power]}"
+
+
+if __name__ == "__main__":
+    PAGE.write_text(page(), encoding="utf-8")
