@@ -5,6 +5,9 @@ which weighs all rows alike, mixes what the prompt holds. Every command that loa
 `sensorium serve CHECKPOINT --plugin colour_namer.py`. docs/adding_a_multimodal_model.md goes through one step by step.
 """
 
+from collections.abc import Iterable, Sequence
+from typing import Any
+
 import numpy as np
 import torch
 from PIL import Image
@@ -12,7 +15,7 @@ from torch import nn
 from transformers import AutoConfig, PretrainedConfig
 
 from sensorium import ModelRegistry
-from sensorium.attention import Attention
+from sensorium.attention import Attention, AttentionMetadata
 from sensorium.inputs import INPUT_REGISTRY, DummyData
 from sensorium.model_executor.models.interfaces import SupportsMultiModal
 from sensorium.model_executor.models.utils import (
@@ -37,18 +40,33 @@ class ColourNamerConfig(PretrainedConfig):
 AutoConfig.register("colour_namer", ColourNamerConfig)
 
 
-def mean_colours(ctx, data):
+def mean_colours(ctx: Any, data: Any) -> dict[str, torch.Tensor]:
     """The mapper: PIL images to `(images, 1, 3)`, between -1 and 1."""
     images = data if isinstance(data, list) else [data]
     colours = [np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)) for image in images]
     return {"pixel_values": torch.from_numpy(np.stack(colours))[:, None] / 127.5 - 1}
 
 
-def dummy_data(ctx, seq_len, mm_counts):
+def dummy_data(ctx: Any, seq_len: int, mm_counts: Any) -> DummyData:
     """The largest legal input: all the pictures, and text behind them."""
     count = mm_counts["image"]
     tokens = SequenceData.from_prompt_token_counts((IMAGE_TOKEN, count), (1, seq_len - count))
     return DummyData(tokens, {"image": [Image.new("RGB", (8, 8), "red")] * count})
+
+
+class Mixer(nn.Module):
+    """A decoder of one layer: each row becomes the mean of the rows up to it."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.attention = Attention(1, width, scale=1.0)
+
+    def forward(
+        self, kv_caches: Sequence[torch.Tensor], attn_metadata: AttentionMetadata, inputs_embeds: torch.Tensor
+    ) -> torch.Tensor:
+        """Rows to rows, `(num_tokens, hidden_size)`."""
+        alike = torch.zeros_like(inputs_embeds)
+        return self.attention(alike, alike, inputs_embeds, kv_caches[0], attn_metadata)
 
 
 @MULTIMODAL_REGISTRY.register_image_input_mapper(mean_colours)
@@ -58,27 +76,33 @@ def dummy_data(ctx, seq_len, mm_counts):
 class ColourNamer(nn.Module, SupportsMultiModal):
     """The word whose colour is nearest to the mean of what came before."""
 
-    def __init__(self, *, config, prefix=""):
+    def __init__(self, *, config: Any, prefix: str = "") -> None:
         super().__init__()
         sizes = config.model_config.hf_config
         self.words = nn.Embedding(sizes.vocab_size, sizes.hidden_size)
-        self.attention = Attention(1, sizes.hidden_size, scale=1.0)
+        self.mixer = Mixer(sizes.hidden_size)
 
-    def forward(self, input_ids, positions, kv_caches, attn_metadata, pixel_values=None):
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: Sequence[torch.Tensor],
+        attn_metadata: AttentionMetadata,
+        pixel_values: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Rows of text and pictures to hidden states `(num_tokens, hidden_size)`."""
         rows = self.words(input_ids)
         if pixel_values is not None:
             colours = flatten_bn(pixel_values, concat=True).flatten(0, -2)
             padded = nn.functional.pad(colours, (0, rows.shape[-1] - 3)).to(rows.dtype)
             rows = merge_multimodal_embeddings(input_ids, rows, padded, IMAGE_TOKEN)
-        alike = torch.zeros_like(rows)
-        return self.attention(alike, alike, rows, kv_caches[0], attn_metadata)
+        return self.mixer(kv_caches, attn_metadata, inputs_embeds=rows)
 
-    def compute_logits(self, hidden_states, sampling_metadata):
+    def compute_logits(self, hidden_states: torch.Tensor, sampling_metadata: Any) -> torch.Tensor:
         """How near each word is: `(num_rows, vocab_size)`."""
         return hidden_states @ self.words.weight.T
 
-    def load_weights(self, weights):
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Take the checkpoint's tensors by their names."""
         return AutoWeightsLoader(self).load_weights(weights)
 

@@ -52,7 +52,7 @@ EXPECTED = {
         r" 0\.\d+  a red circle elsewhere\n 0\.\d+  a blue circle\n +-?0\.\d+  a text\n"
     ),
     "evaluation": r"circle   8 of 8 right\nsquare   8 of 8 right\ndiamond  8 of 8 right\nall      100%\n",
-    "own_model": r"tier: 0 .*\nnavy -> blue\ngold -> yellow\nred and yellow -> orange\n",
+    "own_model": r"tier: 0 auto-split\nnavy -> blue\ngold -> yellow\nred and yellow -> orange\n",
 }
 ALONE = {
     "asyncio_streams": (
