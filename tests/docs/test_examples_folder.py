@@ -55,11 +55,12 @@ EXPECTED = {
     "own_model": r"tier: 0 auto-split\nnavy -> blue\ngold -> yellow\nred and yellow -> orange\n",
 }
 ALONE = {
-    "asyncio_streams": (
-        r"(?:(?:red|green|blue): There\| is\| a\| (?:red|green|blue)\| circle\| in\| the\| center\|\.\n){3}"
-    ),
+    "asyncio_streams": "".join(
+        rf"(?=(?:.*\n)*{color}: There is a {color} circle in the center\.\n)" for color in ("red", "green", "blue")
+    )
+    + r"(?:.+\n){3}",
     "tool_call": r"2 circles: call order with \{'count': 2\}\n3 circles: call order with \{'count': 3\}\n",
-    "transcription": r"seven_three_nine\.mp3: 'seven three nine'\nas a stream:(?: \[[^]]+\]){2,}\n",
+    "transcription": r"seven_three_nine\.mp3: 'seven three nine'\nas a stream: \[seven three nine\]\n",
 }
 """Processes or servers of their own."""
 
@@ -135,8 +136,10 @@ def test_a_script_prints_what_it_should(name: str, printed: dict[tuple[str, bool
 
 @pytest.mark.parametrize("name", ALONE)
 def test_a_script_with_processes_of_its_own(name: str, tmp_path: Path) -> None:
+    """Where a stream's pieces end depends on how fast they are read: slow readers get several tokens at once."""
     text = run(str(EXAMPLES / f"{name}.py"), folder=tmp_path)
-    assert re.fullmatch(ALONE[name], text), text
+    whole = text.replace("|", "").replace("] [", "")
+    assert re.fullmatch(ALONE[name], whole), text
 
 
 def test_a_path_that_is_given_is_looked_at_instead(printed: dict[tuple[str, bool], str]) -> None:
