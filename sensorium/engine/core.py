@@ -174,6 +174,12 @@ class EngineCore:
             self._submit()
             self._collect()
 
+    def use_idle_time(self) -> bool:
+        """While no request is unfinished: get ready for later ones, for a moment. False: nothing is left to do."""
+        self._check_alive()
+        with self._fatal_failures():
+            return self._executor.use_idle_time()
+
     def stats(self) -> SchedulerStats:
         """Counters and gauges of the scheduler and its caches; requests that wait for their forms count as waiting."""
         stats = self.scheduler.stats()

@@ -118,12 +118,16 @@ class CoreServer:
 
     def _run(self, core: EngineCore) -> bool:
         while True:
-            if not self._take_orders(core):
-                return True
-            if not core.has_unfinished_requests():
-                continue
             try:
+                while not core.has_unfinished_requests() and self._orders.empty() and core.use_idle_time():
+                    pass
+                if not self._take_orders(core):
+                    return True
+                if not core.has_unfinished_requests():
+                    continue
                 outputs = core.step()
+            except OSError:
+                raise  # the front is gone
             except EngineDeadError as error:
                 self._send(Died(str(error)))
                 return False

@@ -25,6 +25,9 @@ class Executor(Protocol):
     def submit(self, step: SchedulerOutput) -> PendingStep:
         """Begin a step. Results are asked for in the same order. An exception means that the worker can't go on."""
 
+    def use_idle_time(self) -> bool:
+        """Get ready for later steps, for a fraction of a second, while there is none; False: nothing is left to do."""
+
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
         """Say what tokens outputs consist of; before the first `compile_form`."""
 

@@ -30,6 +30,10 @@ class SingleProcessExecutor:
         """See `Executor.submit`."""
         return self._worker.submit(step)
 
+    def use_idle_time(self) -> bool:
+        """See `Executor.use_idle_time`."""
+        return self._worker.use_idle_time()
+
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
         """See `Executor.use_vocabulary`."""
         self._worker.runner.form_compiler.use_vocabulary(vocabulary)

@@ -55,7 +55,7 @@ Graph = TypeVar("Graph")
 
 
 class RecordedSizes(Generic[Graph]):
-    """Graphs of one kind of pass by size. A size is recorded when it is first needed, and never again.
+    """Graphs of one kind of pass by size. A size is recorded when it is first needed or in idle time, and never again.
 
     Args:
         what: The kind of pass, for the log.
@@ -80,13 +80,23 @@ class RecordedSizes(Generic[Graph]):
             return None
         size = self._sizes[bisect_left(self._sizes, num_rows)]
         if size not in self._graphs:
-            try:
-                self._graphs[size] = self._record(size)
-            except Exception as error:
-                self.refusal = f"{type(error).__name__}: {error}"
-                logger.warning("%s can't be recorded and run call by call", self._what, exc_info=True)
-                return None
-        return self._graphs[size]
+            self._try(size)
+        return self._graphs.get(size)
+
+    def record_next(self) -> bool:
+        """Record the smallest size that is not; False: there is none left to record."""
+        size = next((size for size in self._sizes if size not in self._graphs), None)
+        if size is None or self.refusal is not None:
+            return False
+        self._try(size)
+        return True
+
+    def _try(self, size: int) -> None:
+        try:
+            self._graphs[size] = self._record(size)
+        except Exception as error:
+            self.refusal = f"{type(error).__name__}: {error}"
+            logger.warning("%s can't be recorded and run call by call", self._what, exc_info=True)
 
 
 class _Unreadable:

@@ -97,6 +97,10 @@ class PassRunner:
             if kind is not None:
                 kind.recorded.graph_for(1)
 
+    def record_next(self) -> bool:
+        """Record one more size, of decodes first; False: nothing is left to record."""
+        return any(kind.recorded.record_next() for kind in (self.decodes, self.trunks) if kind is not None)
+
     @property
     def refusals(self) -> list[str]:
         """Why passes aren't recorded any more, if they aren't."""

@@ -163,6 +163,11 @@ class Worker:
         yield
         self._seconds[name] = time.perf_counter() - begin
 
+    @torch.inference_mode()
+    def use_idle_time(self) -> bool:
+        """See `Executor.use_idle_time`."""
+        return self.runner.passes.record_next()
+
     def submit(self, step: SchedulerOutput) -> PendingStep:
         """Begin a step."""
         return self.runner.submit(step)

@@ -9,7 +9,9 @@ import pytest
 from sensorium import EngineArgs, LLMEngine, SamplingParams
 from sensorium.errors import EngineDeadError, InvalidRequestError
 from sensorium.messages import ModelRunnerOutput
+from sensorium.worker.worker import Worker
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.graphs import HostReplay
 from tests.helpers.serving import Planned, make_engine, serve
 
 
@@ -70,6 +72,26 @@ def test_a_worker_that_can_not_go_on_ends_the_engine_with_one_clear_error(checkp
             engine.step()
     with pytest.raises(EngineDeadError):
         engine.add_request("b", "hello")
+
+
+def test_sizes_are_recorded_while_there_is_nothing_to_do(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU a size that is needed for the first time costs a tenth of a second, in the middle of an answer."""
+    capture = HostReplay()
+    monkeypatch.setattr(Worker, "_graph_capture", lambda worker: capture)
+    engine = make_engine(checkpoint, max_num_seqs=4)
+    passes = engine.core.executor.worker.runner.passes  # type: ignore[attr-defined]
+    assert len(passes.decodes.recorded) == 1
+    num_recorded = 0
+    while engine.core.use_idle_time():
+        num_recorded += 1
+    assert num_recorded > 10
+    assert not engine.core.use_idle_time()
+    params = SamplingParams(temperature=0, max_tokens=6, ignore_eos=True)
+    plans = [Planned(name, text, params) for name, text in (("a", "hello"), ("b", "there"), ("c", "you"))]
+    replayed = serve(engine, plans)
+    called = serve(make_engine(checkpoint, max_num_seqs=4, num_threads=None), plans)
+    assert [replayed.tokens(each.request_id) for each in plans] == [called.tokens(each.request_id) for each in plans]
+    assert len(passes.decodes.recorded) + len(passes.trunks.recorded) == num_recorded + 2
 
 
 def test_a_forward_pass_that_fails_for_one_request_ends_that_one_only(checkpoint: Path) -> None:
