@@ -8,6 +8,7 @@ input processor sees the media, since processors replace, wrap or resample them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -120,8 +121,12 @@ class MediaCollector:
         ]
         if items:
             self._registry.check_data(self._model_config, {name: value for name, value in data.items() if value})
-            with stage("decode"):
-                await all_or_none([self._loader.adecode_ahead(item) for item in items])
+            await all_or_none([self._ahead(self._loader, item) for item in items])
+
+    @staticmethod
+    async def _ahead(loader: MediaLoader, item: EncodedMedia) -> None:
+        with stage("decode", item.modality) if loader.decodes_ahead else nullcontext():
+            await loader.adecode_ahead(item)
 
     def _split(self, modality: str, data: Any) -> tuple[list[Any], bool]:
         """As `split_items`. To the default image mapper a tensor is embeddings, `(num_items, num_rows,
@@ -146,7 +151,8 @@ class MediaCollector:
             item = self._fetch(modality, item, mm_processor_kwargs)
         if isinstance(item, EncodedMedia):
             identity = identify_encoded(item.digest)
-            with stage("decode", modality):
+            is_there = self._loader is not None and self._loader.decodes_ahead
+            with nullcontext() if is_there else stage("decode", modality):
                 value = self._decode(modality, item)
         else:
             check_arrays(modality, item)

@@ -75,6 +75,9 @@ class FakeCore:
     def has_unfinished_requests(self) -> bool:
         return False
 
+    def use_idle_time(self) -> bool:
+        return False
+
     def shutdown(self) -> None:
         pass
 

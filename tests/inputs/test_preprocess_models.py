@@ -11,6 +11,7 @@ import torch
 
 from sensorium.errors import InvalidRequestError, MediaError
 from sensorium.inputs.mrope import get_mrope_positions
+from sensorium.model_executor.models.byte_patches import as_processed
 from sensorium.multimodal.media import EncodedMedia, FetchPolicy, MediaLoader
 from tests.helpers.checkpoints import HIDDEN_SIZE, token_ids
 from tests.helpers.processors import make_image, make_video
@@ -47,7 +48,7 @@ def test_qwen2_vl_ids_patches_and_positions_equal_hugging_face() -> None:
     request = processed.engine_request
     reference = hf_processor("qwen2_vl")(text=text, images=images, videos=[video], return_tensors="pt")
     assert list(request.prompt_token_ids) == reference["input_ids"][0].tolist()
-    kwargs = [item.kwargs for item in request.media if item.modality == "image" and item.kwargs]
+    kwargs = [as_processed(item.kwargs, 2) for item in request.media if item.modality == "image" and item.kwargs]
     assert torch.equal(torch.cat([each["pixel_values"] for each in kwargs]), reference["pixel_values"])
     positions, delta = get_mrope_positions(
         list(request.prompt_token_ids),

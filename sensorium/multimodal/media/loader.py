@@ -91,9 +91,14 @@ class MediaLoader:
         Does nothing where nothing is cached, or where no other process decodes. Raises as `adecode` does.
         """
         decoders = self.decoders
-        if decoders is not None and self.limits.max_decoded_cache_bytes:
+        if decoders is not None and self.decodes_ahead:
             digest = await _digest(media)
             await asyncio.wrap_future(self.cache.join(digest, lambda: decoders.submit(media)))
+
+    @property
+    def decodes_ahead(self) -> bool:
+        """Whether `adecode_ahead` does something."""
+        return self.decoders is not None and self.limits.max_decoded_cache_bytes > 0
 
     def start(self) -> None:
         """Start the processes that decode, if there are some to be. Returns at once."""
