@@ -99,7 +99,9 @@ class CoreSupervisor:
         self._ready_time_s = time.monotonic()
         self._load_s = self._ready_time_s - start_s
         # Later cores get as much memory for their cache, so that what was admitted stays admissible.
-        self._args = replace(self._args, num_blocks=self._report.num_blocks, block_size=self._report.block_size)
+        self._args = replace(
+            self._args, num_blocks=self._report.num_blocks, kv_cache_bytes=None, block_size=self._report.block_size
+        )
         return self._report
 
     def add(self, request: EncodedMessage) -> None:
