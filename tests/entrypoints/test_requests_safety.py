@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -13,6 +14,7 @@ import httpx
 import pytest
 
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
+from sensorium.engine.core_supervisor import CoreSupervisor
 from sensorium.entrypoints.openai import middleware
 from tests.entrypoints.served import Served, data_url, served
 from tests.helpers.checkpoints import make_checkpoint
@@ -396,7 +398,14 @@ def test_the_death_of_the_engine_is_told(checkpoint: Path) -> None:
             )
 
 
-def test_a_new_engine_takes_the_place_of_a_dead_one(checkpoint: Path) -> None:
+def test_a_new_engine_takes_the_place_of_a_dead_one(checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    may_restart, restart = threading.Event(), CoreSupervisor._restart
+
+    async def held(supervisor: CoreSupervisor) -> None:
+        await asyncio.to_thread(may_restart.wait, HANG_S)
+        await restart(supervisor)
+
+    monkeypatch.setattr(CoreSupervisor, "_restart", held)
     with (
         served(checkpoint, {"restart_core": 1}) as running,
         httpx.Client(base_url=running.url, timeout=HANG_S) as client,
@@ -410,6 +419,7 @@ def test_a_new_engine_takes_the_place_of_a_dead_one(checkpoint: Path) -> None:
         refused(answer, 503, "is being started anew")
         assert 1 <= int(answer.headers["Retry-After"]) <= 60
         refused(client.get("/health"), 503, "is being started anew")
+        may_restart.set()
         until(lambda: client.get("/health").is_success)
         assert client.post("/v1/chat/completions", json=CHAT).is_success
         assert "sensorium_core_restarts_total 1.0" in client.get("/metrics").text

@@ -41,6 +41,10 @@ IN_TREE: dict[str, str] = {
 """Architectures with a model file here."""
 
 
+MAX_NAMED_ARCHS = 24
+"""How many architectures an error message names."""
+
+
 class _ModelRegistry:
     """Classes by architecture. Use the one instance, `ModelRegistry`."""
 
@@ -90,10 +94,16 @@ class _ModelRegistry:
         similar = [found for name in names for found in difflib.get_close_matches(name, self._models, n=1)]
         raise ConfigError(
             f"Model architectures {names} are not supported for now. Supported architectures: "
-            f"{self.get_supported_archs()}. {HOW_TO_ADD}"
+            f"{self._some_archs()}. {HOW_TO_ADD}"
             f"{f'; or correct the name if {similar[0]!r} is meant' if similar else ''}."
             f"{f' Note: {failed}.' if (failed := failed_plugins()) else ''}"
         )
+
+    def _some_archs(self) -> str:
+        """The supported architectures for an error message, which stays readable however many there are."""
+        known = list(self.get_supported_archs())
+        shown = ", ".join(known[:MAX_NAMED_ARCHS])
+        return shown if len(known) <= MAX_NAMED_ARCHS else f"{shown} and {len(known) - MAX_NAMED_ARCHS} more"
 
     def _load(self, architecture: str) -> Any:
         target = self._models[architecture]
