@@ -106,6 +106,8 @@ class _Unreadable:
         raise RuntimeError("the model reads lengths of sequences on the host, which a recorded pass can't follow")
 
     __iter__ = __len__ = __getitem__ = __bool__ = __contains__ = __eq__ = __array__ = _refuse
+    __index__ = __int__ = __float__ = __lt__ = __le__ = __gt__ = __ge__ = _refuse
+    __add__ = __radd__ = __sub__ = __rsub__ = __mul__ = __rmul__ = _refuse
     __hash__ = None  # type: ignore[assignment]
 
 

@@ -132,8 +132,8 @@ class TrunkGraphs:
             slot_mapping=tensors["slot_mapping"],
             max_seqlen_q=size,
             max_seq_len=MAX_CONTEXT,
-            num_prefill_tokens=size,
-            num_decode_tokens=0,
+            num_prefill_tokens=UNREADABLE,
+            num_decode_tokens=UNREADABLE,
             query_lens_host=UNREADABLE,
             seq_lens_host=UNREADABLE,
         )
