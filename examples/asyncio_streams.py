@@ -4,8 +4,7 @@ import asyncio
 
 from PIL import Image, ImageDraw
 
-from sensorium import EngineArgs, SamplingParams
-from sensorium.engine.async_llm_engine import AsyncLLMEngine
+from sensorium import AsyncLLMEngine, EngineArgs, SamplingParams
 from sensorium.outputs import OutputKind
 
 

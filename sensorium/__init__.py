@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from sensorium.engine.args import EngineArgs
+    from sensorium.engine.async_llm_engine import AsyncLLMEngine
     from sensorium.engine.llm_engine import LLMEngine
     from sensorium.entrypoints.llm import LLM
     from sensorium.model_executor.models.registry import ModelRegistry
@@ -28,6 +29,7 @@ __version__ = "0.2.0"
 _HOMES = {
     "LLM": "sensorium.entrypoints.llm",
     "LLMEngine": "sensorium.engine.llm_engine",
+    "AsyncLLMEngine": "sensorium.engine.async_llm_engine",
     "EngineArgs": "sensorium.engine.args",
     "ModelRegistry": "sensorium.model_executor.models.registry",
     "SamplingParams": "sensorium.sampling_params",
@@ -39,6 +41,7 @@ _HOMES = {
 
 __all__ = [
     "LLM",
+    "AsyncLLMEngine",
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",
