@@ -72,6 +72,13 @@ def test_an_unknown_architecture_lists_the_known_ones(models: registry._ModelReg
         models.resolve(architectures)
 
 
+def test_the_message_for_an_unknown_architecture_stays_readable(models: registry._ModelRegistry) -> None:
+    for i in range(100):
+        models.register_model(f"A{i:02}", Model)
+    with pytest.raises(ValueError, match=r"'A23'\] and 77 more\. Add one with"):
+        models.resolve("Unknown")
+
+
 def test_registering_again_warns_and_wins(models: registry._ModelRegistry, caplog: pytest.LogCaptureFixture) -> None:
     models.register_model("New", Model)
     assert not caplog.records

@@ -101,9 +101,9 @@ class _ModelRegistry:
 
     def _some_archs(self) -> str:
         """The supported architectures for an error message, which stays readable however many there are."""
-        known = list(self.get_supported_archs())
-        shown = ", ".join(known[:MAX_NAMED_ARCHS])
-        return shown if len(known) <= MAX_NAMED_ARCHS else f"{shown} and {len(known) - MAX_NAMED_ARCHS} more"
+        known = self.get_supported_archs()
+        others = len(known) - MAX_NAMED_ARCHS
+        return f"{known[:MAX_NAMED_ARCHS]}" if others <= 0 else f"{known[:MAX_NAMED_ARCHS]} and {others} more"
 
     def _load(self, architecture: str) -> Any:
         target = self._models[architecture]
