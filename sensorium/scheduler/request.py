@@ -180,11 +180,6 @@ class RequestState:
             return False
         return self.needs_sampled_tokens or self.num_expected_tokens >= self.stop.max_total_tokens
 
-    @property
-    def is_finished(self) -> bool:
-        """Whether the final output went out."""
-        return self.status is RequestStatus.FINISHED
-
     def spans_from(self, position: int) -> Iterator[MediaSpan]:
         """The spans that end behind `position`, in order."""
         for i in range(bisect_right(self._span_ends, position), len(self.spans)):

@@ -149,11 +149,6 @@ class Scheduler:
         return bool(self._table.by_id)
 
     @property
-    def num_in_flight(self) -> int:
-        """Steps that were scheduled and have not brought their results."""
-        return len(self._in_flight)
-
-    @property
     def has_releases(self) -> bool:
         """Whether the worker still keeps something of ended requests; one more step, if an empty one, frees it."""
         return self._table.has_freed_ids or self._encoder_cache.has_freed_keys

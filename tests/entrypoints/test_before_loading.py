@@ -193,7 +193,7 @@ NEEDS = {
     "serve": ("serve", ["serve", "demo"]),
     "run-batch": ("serve", ["run-batch", "demo", "-i", __file__, "-o", "/dev/null"]),
     "--otlp-traces-endpoint": ("tracing", ["serve", "demo", "--otlp-traces-endpoint", "http://127.0.0.1:1/v1"]),
-    "--chart": ("bench", ["bench", "latency", "demo", "--chart", "/tmp/chart.png"]),
+    "--chart": ("bench", ["bench", "latency", "demo", "--chart", "chart.png"]),
 }
 
 NEED_NONE = {
