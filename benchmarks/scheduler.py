@@ -18,6 +18,7 @@ from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
 from sensorium.messages import EngineRequest, MediaItem, ModelRunnerOutput
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
+from sensorium.spans import Span
 
 PROMPT_LEN = 256
 IMAGE_ROWS = 144
@@ -30,7 +31,7 @@ def make_scheduler(num_seqs: int, num_blocks: int = 1 << 14) -> Scheduler:
 
 def make_request(i: int, max_tokens: int, *, image: bool) -> EngineRequest:
     prompt = [(7919 * i + j) % 32000 for j in range(PROMPT_LEN)]
-    media = (MediaItem("image", f"{i:064x}", 16, IMAGE_ROWS),) if image else ()
+    media = (MediaItem("image", f"{i:064x}", Span(16, IMAGE_ROWS)),) if image else ()
     params = SamplingParams(max_tokens=max_tokens, ignore_eos=True)
     return EngineRequest(f"request-{i}", prompt, params, frozenset({2}), media)
 

@@ -20,37 +20,22 @@ import numpy as np
 
 from sensorium.config import ModelFeatures
 from sensorium.sampling_params import SamplingParams
+from sensorium.spans import Span
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaItem:
-    """One media item of a request, as the engine core sees it.
-
-    Positions count in the expanded prompt. The span `[offset, offset + length)` may contain tokens that are not media
-    (separators, or text between the parts of a group); `is_media` marks the rows that are.
-    """
+    """One media item of a request, as the engine core sees it."""
 
     modality: str
     key: str
     """Identity of the item's rows: hex digest of at least 128 bits over content, processing and model."""
-    offset: int
-    length: int
-    is_media: np.ndarray[Any, np.dtype[np.bool_]] | None = None
-    """`(length,)`, or None where every row of the span is media."""
+    span: Span
+    """Where its rows stand in the expanded prompt."""
     kwargs: Mapping[str, Any] | None = None
     """The mapped keyword arguments of this item, leaves without batch axes; only the worker looks inside."""
     index: int = 0
     """The item's position among the request's items of its modality."""
-
-    @property
-    def end(self) -> int:
-        """First position behind the span."""
-        return self.offset + self.length
-
-    @property
-    def num_rows(self) -> int:
-        """Number of decoder rows that come from media."""
-        return self.length if self.is_media is None else int(self.is_media.sum())
 
 
 @dataclass(frozen=True, slots=True, eq=False)

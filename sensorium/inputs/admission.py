@@ -14,7 +14,8 @@ import numpy as np
 
 from sensorium.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
 from sensorium.multimodal.inputs import iter_leaves
-from sensorium.multimodal.placeholders import BoolArray, IntArray, Span, is_placeholder
+from sensorium.multimodal.placeholders import BoolArray, is_placeholder
+from sensorium.spans import IntArray, Span
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelFeatures

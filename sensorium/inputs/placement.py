@@ -16,17 +16,15 @@ import numpy as np
 
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.multimodal.placeholders import (
-    IntArray,
-    Span,
     check_disjoint,
     inserted_ids,
     is_placeholder,
     joined,
     runs,
-    span_of_positions,
     spans_of_ranges,
     split_by_rows,
 )
+from sensorium.spans import IntArray, Span
 
 RowsHint: TypeAlias = Callable[[int], Sequence[int] | None]
 """Given the number of rows in all, the rows of each item, or None where nothing tells."""
@@ -149,17 +147,17 @@ def _split(
     all.
     """
     if num_items == 1:
-        return _items(modality, [span_of_positions(positions)])
+        return _items(modality, [Span.of_positions(positions)])
     breaks = np.flatnonzero(np.diff(positions) > 1) + 1
     if len(breaks) + 1 == num_items:
-        return _items(modality, [span_of_positions(part) for part in np.split(positions, breaks)])
+        return _items(modality, [Span.of_positions(part) for part in np.split(positions, breaks)])
     rows = rows_hint(len(positions))
     if rows is not None and len(rows) == num_items and sum(rows) == len(positions) and min(rows) > 0:
         return _items(modality, split_by_rows(positions, rows))
     spans = spans_hint()
     if spans is not None:
         return _items(modality, spans)
-    return [Placement((modality,), (tuple(range(num_items)),), span_of_positions(positions))]
+    return [Placement((modality,), (tuple(range(num_items)),), Span.of_positions(positions))]
 
 
 def group(placements: Sequence[Placement], num_tokens: int) -> Placement:

@@ -30,9 +30,10 @@ from sensorium.logger import get_logger
 from sensorium.messages import EngineRequest, MediaItem, Vocabulary
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
-from sensorium.multimodal.placeholders import IntArray, media_mask
+from sensorium.multimodal.placeholders import media_mask
 from sensorium.multimodal.processor_cache import ProcessorCache
 from sensorium.sampling_defaults import read_end_ids
+from sensorium.spans import IntArray
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelConfig, ModelFeatures
@@ -164,7 +165,7 @@ class InputPreprocessor:
         )
         counts: dict[str, tuple[int, ...]] = {}
         for item in prepared.items:
-            counts[item.modality] = (*counts.get(item.modality, ()), item.length)
+            counts[item.modality] = (*counts.get(item.modality, ()), item.span.length)
         return ProcessedRequest(request, parsed.text, counts)
 
     async def decode_ahead(self, prompt: object) -> None:

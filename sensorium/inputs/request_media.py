@@ -27,7 +27,8 @@ from sensorium.messages import MediaItem
 from sensorium.multimodal.alignment import align_items
 from sensorium.multimodal.hashing import Identity, callable_identity, derive, group_identity, key_of
 from sensorium.multimodal.mapping import MediaMapper, check_distinct
-from sensorium.multimodal.placeholders import Span, is_placeholder
+from sensorium.multimodal.placeholders import is_placeholder
+from sensorium.spans import Span
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelFeatures
@@ -281,9 +282,7 @@ class RequestMedia:
         return MediaItem(
             modality=modality,
             key=key,
-            offset=span.offset,
-            length=span.length,
-            is_media=span.is_media,
+            span=span,
             kwargs=kwargs,
             index=placement.indices[0][0],
         )

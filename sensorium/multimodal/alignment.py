@@ -21,7 +21,8 @@ from typing import TypeAlias
 
 import numpy as np
 
-from sensorium.multimodal.placeholders import BoolArray, IntArray, Span, runs, span_of_positions
+from sensorium.multimodal.placeholders import BoolArray, runs
+from sensorium.spans import IntArray, Span
 
 _Tokens: TypeAlias = tuple[int, ...]
 _Fits: TypeAlias = Callable[[_Tokens, _Tokens], bool]
@@ -61,7 +62,7 @@ def align_items(
     spans: dict[str, list[Span]] = {label: [] for label in labels}
     for label, (first, last) in zip(items, pairwise([-1, *ends]), strict=True):
         positions = [np.arange(start, end) for start, end, _ in pieces[first + 1 : last + 1]]
-        spans[label].append(span_of_positions(np.concatenate(positions)))
+        spans[label].append(Span.of_positions(np.concatenate(positions)))
     return spans
 
 

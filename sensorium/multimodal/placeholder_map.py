@@ -8,6 +8,7 @@ from typing import Any, NamedTuple, Protocol
 
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.inputs import PlaceholderRange
+from sensorium.spans import Span
 
 
 class IndexMap(NamedTuple):
@@ -84,12 +85,12 @@ class MultiModalPlaceholderMap:
         needed = []
         for placeholder, item in zip(multi_modal_placeholders, multi_modal_items, strict=True):
             start, length = placeholder["offset"], placeholder["length"]
-            first, end = max(start, positions.start), min(start + length, positions.stop)
-            if first >= end:
+            rows = Span(start, length).rows_in(positions.start, positions.stop)
+            if not rows:
                 continue
-            to_src, to_dest = self.src_len - start, self.dest_len - positions.start
-            self.src_ranges.append(range(first + to_src, end + to_src))
-            self.dest_ranges.append(range(first + to_dest, end + to_dest))
+            to_dest = self.dest_len + start - positions.start
+            self.src_ranges.append(range(rows.start + self.src_len, rows.stop + self.src_len))
+            self.dest_ranges.append(range(rows.start + to_dest, rows.stop + to_dest))
             self.src_len += length
             needed.append(item)
         self.dest_len += len(positions)

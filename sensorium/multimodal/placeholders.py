@@ -7,44 +7,14 @@ Called by preprocessing. Positions count in the expanded prompt.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 from sensorium.errors import InvalidRequestError
+from sensorium.spans import IntArray, Span
 
-IntArray: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
 BoolArray: TypeAlias = np.ndarray[Any, np.dtype[np.bool_]]
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Span:
-    """The rows `[offset, offset + length)` that one item, or one group of items, takes.
-
-    `is_media`: `(length,)`, which of them come from media; None where all do. A span begins and ends with
-    such a row unless the processor gave it otherwise.
-    """
-
-    offset: int
-    length: int
-    is_media: BoolArray | None = None
-
-    @property
-    def end(self) -> int:
-        """First position behind the span."""
-        return self.offset + self.length
-
-    @property
-    def num_rows(self) -> int:
-        """Number of rows that come from media."""
-        return self.length if self.is_media is None else int(self.is_media.sum())
-
-    def media_positions(self) -> IntArray:
-        """Positions of the rows that come from media, ascending."""
-        if self.is_media is None:
-            return np.arange(self.offset, self.end)
-        return np.flatnonzero(self.is_media) + self.offset
 
 
 def runs(mask: BoolArray) -> tuple[IntArray, IntArray]:
@@ -68,23 +38,13 @@ def is_placeholder(token_ids: IntArray, placeholder_ids: Collection[int]) -> Boo
     return np.isin(token_ids, np.fromiter(placeholder_ids, dtype=np.int64, count=len(placeholder_ids)))
 
 
-def span_of_positions(positions: IntArray) -> Span:
-    """The span of ascending positions; rows in between that aren't among them are masked."""
-    offset, end = int(positions[0]), int(positions[-1]) + 1
-    if end - offset == len(positions):
-        return Span(offset, end - offset)
-    is_media = np.zeros(end - offset, dtype=np.bool_)
-    is_media[positions - offset] = True
-    return Span(offset, end - offset, is_media)
-
-
 def split_by_rows(positions: IntArray, rows_per_item: Sequence[int]) -> list[Span]:
     """Give ascending media positions to items in order, `rows_per_item[i]` to item i.
 
     The caller has checked that the counts are positive and add up to the number of positions.
     """
     bounds = np.cumsum(np.asarray(rows_per_item, dtype=np.int64))
-    return [span_of_positions(part) for part in np.split(positions, bounds[:-1])]
+    return [Span.of_positions(part) for part in np.split(positions, bounds[:-1])]
 
 
 def spans_of_ranges(
@@ -104,8 +64,7 @@ def spans_of_ranges(
                 f"non-empty range in a prompt of {len(token_ids)} tokens. Correct the input processor."
             )
         is_media = is_placeholder(token_ids[offset : offset + length], placeholder_ids)
-        masked = is_media.any() and not is_media.all()
-        spans.append(Span(offset, length, is_media if masked else None))
+        spans.append(Span.of_mask(offset, is_media) if is_media.any() else Span(offset, length))
     return spans
 
 
@@ -146,13 +105,13 @@ def media_mask(spans: Iterable[Span], num_tokens: int) -> BoolArray:
     """`(num_tokens,)`: which rows of the prompt come from media."""
     mask = np.zeros(num_tokens, dtype=np.bool_)
     for span in spans:
-        if span.is_media is None:
+        if span.is_dense:
             mask[span.offset : span.end] = True
         else:
-            mask[span.offset : span.end] |= span.is_media
+            mask[span.positions()] = True
     return mask
 
 
 def joined(spans: Sequence[Span], num_tokens: int) -> Span:
     """One span over all rows of several."""
-    return span_of_positions(np.flatnonzero(media_mask(spans, num_tokens)))
+    return Span.of_positions(np.flatnonzero(media_mask(spans, num_tokens)))

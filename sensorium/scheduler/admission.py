@@ -38,14 +38,15 @@ def check_request(request: EngineRequest, *, max_model_len: int, num_blocks: int
 def _check_media(request: EngineRequest, num_prompt_tokens: int) -> None:
     end = 0
     for item in request.media:
-        if item.offset < end or item.length < 1 or item.end > num_prompt_tokens:
+        span = item.span
+        if span.offset < end or span.length < 1 or span.end > num_prompt_tokens:
             raise InvalidRequestError(
-                f"{item.modality} item {item.index}: got the span [{item.offset}, {item.end}), expected one within "
+                f"{item.modality} item {item.index}: got the span [{span.offset}, {span.end}), expected one within "
                 f"[{end}, {num_prompt_tokens}), behind the item before it. Check the placeholders in the prompt."
             )
-        if item.is_media is not None and item.is_media.shape != (item.length,):
+        if not span.has_valid_rows:
             raise InvalidRequestError(
-                f"{item.modality} item {item.index}: got a row mask of shape {item.is_media.shape}, expected "
-                f"({item.length},). Check the placeholders in the prompt."
+                f"{item.modality} item {item.index}: got row offsets that don't ascend within the span, expected "
+                f"ascending ones from 0 to {span.length - 1}. Check the placeholders in the prompt."
             )
-        end = item.end
+        end = span.end

@@ -35,15 +35,19 @@ def root_hash(cache_salt: str | None) -> bytes:
 def media_identity(request: RequestState, begin: int, end: int) -> bytes:
     """What positions `[begin, end)` hold of the request's media items; empty where they hold none."""
     parts = []
-    for span in request.spans_from(begin):
-        if span.start >= end:
+    for item in request.media_from(begin):
+        span = item.span
+        if span.offset >= end:
             break
-        parts.append(_lengthened(span.key.encode("utf-8", "surrogatepass")))
-        parts.append(span.num_rows_before(begin).to_bytes(8, "little"))
-        parts.append(max(span.start - begin, 0).to_bytes(8, "little"))
+        rows = span.rows_in(begin, end)
+        parts.append(_lengthened(item.key.encode("utf-8", "surrogatepass")))
+        parts.append(rows.start.to_bytes(8, "little"))
+        parts.append(max(span.offset - begin, 0).to_bytes(8, "little"))
         parts.append((min(span.end, end) - begin).to_bytes(8, "little"))
-        rows = span.row_positions(begin, end)
-        parts.append(b"all" if rows is None else b"some" + _lengthened(rows))
+        if span.is_dense:
+            parts.append(b"all")
+        else:
+            parts.append(b"some" + _lengthened((span.positions(rows) - begin).astype("<i8").tobytes()))
     return b"".join(parts)
 
 
@@ -57,7 +61,8 @@ def extend_block_hashes(request: RequestState, num_blocks: int, block_size: int)
     # Signed 64 bits: ids at media rows may be negative or beyond the vocabulary.
     tokens = array("q", request.token_ids[first * block_size : num_blocks * block_size]).tobytes()
     block_bytes = 8 * block_size
-    last_media = request.spans[-1].end if request.spans else 0
+    media = request.message.media
+    last_media = media[-1].span.end if media else 0
     for i in range(num_blocks - first):
         digest = blake2b(parent, digest_size=DIGEST_BYTES)
         digest.update(tokens[i * block_bytes : (i + 1) * block_bytes])

@@ -14,9 +14,11 @@ import enum
 from dataclasses import dataclass, field
 
 from sensorium.config import ModelFeatures
+from sensorium.messages import MediaItem
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
-from sensorium.scheduler.request import MediaSpan, RequestState
+from sensorium.scheduler.request import RequestState
 from sensorium.scheduler.step_plan import StepPlan
+from sensorium.spans import Span
 
 
 class Shortage(enum.Enum):
@@ -36,9 +38,9 @@ class ChunkDraft:
 
     start: int
     end: int
-    encode: list[MediaSpan] = field(default_factory=list)
+    encode: list[MediaItem] = field(default_factory=list)
     """Items to encode in this step."""
-    hold: list[MediaSpan] = field(default_factory=list)
+    hold: list[MediaItem] = field(default_factory=list)
     """Items whose rows the chunk reads, those to encode included."""
     num_rows: int = 0
     """Rows of `encode`."""
@@ -48,7 +50,7 @@ class ChunkDraft:
 
     def has_key(self, key: str) -> bool:
         """Whether an item with this key is among `hold`."""
-        return any(span.key == key for span in self.hold)
+        return any(item.key == key for item in self.hold)
 
 
 class ChunkPlanner:
@@ -72,17 +74,17 @@ class ChunkPlanner:
         if self.keeps_prompts_whole:
             return request.num_tokens - start
         if self.keeps_items_whole:
-            span = next(request.spans_from(start), None)
-            if span is not None and span.start <= start:
-                return span.end - start
+            item = next(request.media_from(start), None)
+            if item is not None and item.span.offset <= start:
+                return item.span.end - start
         return 1
 
     def round_prefix(self, request: RequestState, num_tokens: int, block_size: int) -> int:
         """The longest prefix of whole blocks within `num_tokens` that ends inside no item that must stay whole."""
         if self.keeps_items_whole:
-            for span in reversed(request.spans):
-                if span.start < num_tokens < span.end:
-                    num_tokens = span.start // block_size * block_size
+            for item in reversed(request.message.media):
+                if item.span.offset < num_tokens < item.span.end:
+                    num_tokens = item.span.offset // block_size * block_size
         return num_tokens
 
     def draft(self, request: RequestState, plan: StepPlan, *, start: int, max_tokens: int) -> ChunkDraft | Shortage:
@@ -109,41 +111,42 @@ class ChunkPlanner:
 
     def _fit_media(self, request: RequestState, draft: ChunkDraft, plan: StepPlan) -> None:
         """Shorten a draft to what the media in it allow."""
-        for span in request.spans_from(draft.start):
-            if span.start >= draft.end:
+        for item in request.media_from(draft.start):
+            span = item.span
+            if span.offset >= draft.end:
                 break
             if self.keeps_items_whole and span.end > draft.end:
-                draft.end = span.start
+                draft.end = span.offset
                 break
             row = span.first_row_from(draft.start) if self._encodes else None
             if row is None or row >= draft.end:
                 continue
-            if not self._cover(request, span, row, draft, plan):
-                draft.end = span.start if self.keeps_items_whole else row
+            if not self._cover(request, item, row, draft, plan):
+                draft.end = span.offset if self.keeps_items_whole else row
                 break
-            if draft.encode and draft.encode[-1] is span and not self.keeps_prompts_whole:
+            if draft.encode and draft.encode[-1] is item and not self.keeps_prompts_whole:
                 # Encoding takes time that the chunk's tokens no longer have.
                 least_end = span.end if self.keeps_items_whole else row + 1
                 paced_end = draft.start + plan.pace.token_room(draft.num_rows)
                 draft.end = min(draft.end, max(paced_end, least_end))
 
-    def _cover(self, request: RequestState, span: MediaSpan, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
+    def _cover(self, request: RequestState, item: MediaItem, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Take an item into the draft, if it is encoded or can be in this step."""
-        if not draft.has_key(span.key):
-            newly_held = 0 if self._cache.is_held(span.key) else span.num_rows
+        if not draft.has_key(item.key):
+            newly_held = 0 if self._cache.is_held(item.key) else item.span.num_rows
             if newly_held:
                 if plan.is_encoder_closed:
                     return False
                 if not self._has_cache_room(newly_held, draft, plan, request):
                     draft.lacks_cache = True
                     return False
-            if span.key not in self._cache:
-                if not self._may_encode(span, row, draft, plan):
+            if item.key not in self._cache:
+                if not self._may_encode(item.span, row, draft, plan):
                     return False
-                draft.encode.append(span)
-                draft.num_rows += span.num_rows
+                draft.encode.append(item)
+                draft.num_rows += item.span.num_rows
             draft.num_newly_held_rows += newly_held
-        draft.hold.append(span)
+        draft.hold.append(item)
         return True
 
     def _has_cache_room(self, num_rows: int, draft: ChunkDraft, plan: StepPlan, request: RequestState) -> bool:
@@ -153,7 +156,7 @@ class ChunkPlanner:
             return True
         return self._lifts_limits(plan) and self._cache.is_held_only_by(request.request_id)
 
-    def _may_encode(self, span: MediaSpan, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
+    def _may_encode(self, span: Span, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Whether the step has rows and time for an item.
 
         The first item of a step may have any number of rows. An item at the very beginning of a step's first prefill
@@ -169,7 +172,7 @@ class ChunkPlanner:
             if self.keeps_prompts_whole:
                 return True
             if is_first:
-                num_tokens_before = (span.start if self.keeps_items_whole else row) - draft.start
+                num_tokens_before = (span.offset if self.keeps_items_whole else row) - draft.start
                 return num_tokens_before < plan.pace.token_room(num_rows)  # which is never 0 here
         least_end = draft.end if self.keeps_prompts_whole else span.end if self.keeps_items_whole else row + 1
         return plan.pace.admits_rows(num_rows, least_end - draft.start)

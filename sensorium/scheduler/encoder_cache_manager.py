@@ -14,7 +14,7 @@ from collections.abc import Iterable
 class EncoderCacheManager:
     """Invariant: the rows kept are at most `capacity_rows`, or belong to one holder that could not be served otherwise.
 
-    A holder is `(request id, item index)`: two items of one request may have the same key.
+    A holder is `(request id, offset of the item's span)`: two items of one request may have the same key.
     """
 
     def __init__(self, capacity_rows: int) -> None:

@@ -9,9 +9,7 @@ from __future__ import annotations
 import enum
 from bisect import bisect_right
 from collections.abc import Iterator
-from typing import Any, TypeAlias
-
-import numpy as np
+from typing import TypeAlias
 
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.scheduler.stopping import StopRule
@@ -28,56 +26,6 @@ class RequestStatus(enum.Enum):
     FINISHED = enum.auto()
 
 
-class MediaSpan:
-    """Where one media item's rows stand in its prompt.
-
-    Worked example: a span at offset 10 with the mask [no, yes, yes, no, yes] has 3 rows, at positions 11, 12 and 14;
-    `rows_begin` is 11, `rows_end` is 15, and before position 13 stand 2 of its rows.
-    """
-
-    __slots__ = ("_row_positions", "end", "index", "key", "num_rows", "rows_begin", "rows_end", "start")
-
-    def __init__(self, item: MediaItem, index: int) -> None:
-        self.key = item.key
-        self.index = index
-        """The item's place in `EngineRequest.media`."""
-        self.start = item.offset
-        self.end = item.end
-        self._row_positions: np.ndarray[Any, np.dtype[np.intp]] | None = None
-        if item.is_media is None or item.is_media.all():
-            self.num_rows = item.length
-            self.rows_begin, self.rows_end = self.start, self.end
-            return
-        positions = np.flatnonzero(item.is_media) + item.offset
-        self._row_positions = positions
-        self.num_rows = len(positions)
-        self.rows_begin = int(positions[0]) if self.num_rows else self.start
-        self.rows_end = int(positions[-1]) + 1 if self.num_rows else self.start
-
-    def first_row_from(self, position: int) -> int | None:
-        """The first media row at `position` or behind it; None if there is none."""
-        if position <= self.rows_begin:
-            return self.rows_begin if self.num_rows else None
-        if position >= self.rows_end:
-            return None
-        if self._row_positions is None:
-            return position
-        return int(self._row_positions[np.searchsorted(self._row_positions, position)])
-
-    def num_rows_before(self, position: int) -> int:
-        """How many of the item's rows stand before `position`."""
-        if self._row_positions is None:
-            return min(max(position - self.start, 0), self.num_rows)
-        return int(np.searchsorted(self._row_positions, position))
-
-    def row_positions(self, begin: int, end: int) -> bytes | None:
-        """Which positions of `[begin, end)` are rows, as bytes; None where the whole span is rows."""
-        if self._row_positions is None:
-            return None
-        first, last = np.searchsorted(self._row_positions, (begin, end))
-        return (self._row_positions[first:last] - begin).astype("<i8").tobytes()
-
-
 class RequestState:
     """One request from `add_request` to its final output.
 
@@ -89,10 +37,10 @@ class RequestState:
     """
 
     __slots__ = (
-        "_span_ends",
+        "_media_ends",
         "block_hashes",
         "block_ids",
-        "held_spans",
+        "held_media",
         "is_cacheable",
         "is_caught_up",
         "is_new",
@@ -110,7 +58,6 @@ class RequestState:
         "pooling",
         "request_id",
         "scheduled_time_s",
-        "spans",
         "status",
         "stop",
         "token_ids",
@@ -149,8 +96,7 @@ class RequestState:
         """Prompt tokens taken from the prefix cache when it first ran."""
         self.num_prompt_logprobs = 0
         """Prompt positions whose log probabilities went out."""
-        self.spans = tuple(MediaSpan(item, index) for index, item in enumerate(message.media))
-        self._span_ends = [span.end for span in self.spans]
+        self._media_ends = [item.span.end for item in message.media]
         # Fields of the KV-cache manager.
         self.block_ids: list[int] = []
         self.block_hashes: list[bytes] = []
@@ -158,8 +104,8 @@ class RequestState:
         self.num_registered_blocks = 0
         """Leading blocks of `block_ids` that came from the prefix cache or were offered to it."""
         self.is_cacheable = True
-        self.held_spans: list[MediaSpan] = []
-        """Spans whose encoder entries this request holds."""
+        self.held_media: list[MediaItem] = []
+        """Items whose encoder entries this request holds."""
 
     @property
     def num_tokens(self) -> int:
@@ -180,10 +126,10 @@ class RequestState:
             return False
         return self.needs_sampled_tokens or self.num_expected_tokens >= self.stop.max_total_tokens
 
-    def spans_from(self, position: int) -> Iterator[MediaSpan]:
-        """The spans that end behind `position`, in order."""
-        for i in range(bisect_right(self._span_ends, position), len(self.spans)):
-            yield self.spans[i]
+    def media_from(self, position: int) -> Iterator[MediaItem]:
+        """The media items whose spans end behind `position`, in order."""
+        for i in range(bisect_right(self._media_ends, position), len(self._media_ends)):
+            yield self.message.media[i]
 
     @property
     def max_cached_tokens(self) -> int:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
+from sensorium.messages import MediaItem
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.fair_shares import FairShares
 from sensorium.scheduler.kv_cache_manager import KVCacheManager
-from sensorium.scheduler.request import MediaSpan, RequestState, RequestStatus
+from sensorium.scheduler.request import RequestState, RequestStatus
 from sensorium.scheduler.request_queue import RequestQueue, by_order
 from sensorium.scheduler.stats import Counters
 
@@ -60,7 +61,7 @@ class RequestTable:
         if request.status is RequestStatus.RUNNING:
             del self.running[bisect_left(self.running, request.order, key=by_order)]
             if has_failed:
-                self._encoder_cache.drop(span.key for span in request.spans)
+                self._encoder_cache.drop(item.key for item in request.message.media)
                 self._kv_cache.discard(request)
             self._give_back(request)
         else:
@@ -70,26 +71,26 @@ class RequestTable:
         request.num_departures += 1
         del self.by_id[request.request_id]
 
-    def hold(self, request: RequestState, spans: Sequence[MediaSpan]) -> None:
+    def hold(self, request: RequestState, media: Sequence[MediaItem]) -> None:
         """Hold the encoder entries of these items for a running request, adding those that are to be encoded."""
         cache = self._encoder_cache
         # What is there is held first: adding entries may evict those that nobody holds.
-        for span in sorted(spans, key=lambda span: span.key not in cache):
-            if span not in request.held_spans:
+        for item in sorted(media, key=lambda item: item.key not in cache):
+            if item not in request.held_media:
                 self._counters.num_encoder_queries += 1
-                self._counters.num_encoder_hits += span.key in cache
-                request.held_spans.append(span)
-            cache.hold(span.key, span.num_rows, (request.request_id, span.index))
+                self._counters.num_encoder_hits += item.key in cache
+                request.held_media.append(item)
+            cache.hold(item.key, item.span.num_rows, (request.request_id, item.span.offset))
 
-    def release_computed_spans(self, request: RequestState) -> None:
+    def release_computed_media(self, request: RequestState) -> None:
         """Let go of the encoder entries whose rows are all in the KV cache."""
         still_held = []
-        for span in request.held_spans:
-            if span.rows_end <= request.num_settled_tokens:
-                self._encoder_cache.release(span.key, (request.request_id, span.index))
+        for item in request.held_media:
+            if item.span.rows_end <= request.num_settled_tokens:
+                self._encoder_cache.release(item.key, (request.request_id, item.span.offset))
             else:
-                still_held.append(span)
-        request.held_spans = still_held
+                still_held.append(item)
+        request.held_media = still_held
 
     def take_freed_ids(self) -> tuple[str, ...]:
         """Requests whose slots are free since the last call."""
@@ -114,11 +115,11 @@ class RequestTable:
             assert self.by_id[waiting.request_id] is waiting
             assert waiting.status is RequestStatus.WAITING
             assert not waiting.block_ids, "a request in line has blocks"
-            assert not waiting.held_spans, "a request in line holds encoder entries"
+            assert not waiting.held_media, "a request in line holds encoder entries"
 
     def _give_back(self, request: RequestState) -> None:
-        for span in request.held_spans:
-            self._encoder_cache.release(span.key, (request.request_id, span.index))
-        request.held_spans = []
+        for item in request.held_media:
+            self._encoder_cache.release(item.key, (request.request_id, item.span.offset))
+        request.held_media = []
         self._kv_cache.release(request)
         self._freed_ids.append(request.request_id)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from sensorium.messages import EncoderInput, NewRequest, ScheduledChunk, SchedulerOutput
+from sensorium.messages import EncoderInput, MediaItem, NewRequest, ScheduledChunk, SchedulerOutput
 from sensorium.scheduler.pacing import StepPace
-from sensorium.scheduler.request import MediaSpan, RequestState
+from sensorium.scheduler.request import RequestState
 
 
 class StepPlan:
@@ -75,12 +75,13 @@ class StepPlan:
         self.pace.add(num_tokens, 0)
         self.computing.update(hashes)
 
-    def add_encoder_input(self, request: RequestState, span: MediaSpan) -> None:
+    def add_encoder_input(self, request: RequestState, item: MediaItem) -> None:
         """Encode an item in this step."""
-        self.encoder_inputs.append(EncoderInput(request.request_id, span.index))
-        self.num_rows += span.num_rows
-        self.rows_left -= span.num_rows
-        self.pace.add(0, span.num_rows)
+        self.encoder_inputs.append(EncoderInput(request.request_id, request.message.media.index(item)))
+        num_rows = item.span.num_rows
+        self.num_rows += num_rows
+        self.rows_left -= num_rows
+        self.pace.add(0, num_rows)
 
     def submit(self) -> None:
         """Count what the step computes as computed, and what it samples as pending. Nothing is added after that."""

@@ -107,7 +107,7 @@ class StepPlanner:
         for victim in reversed(self._table.running):
             if not may_displace(request, victim):
                 break
-            if shortage is Shortage.BLOCKS or victim.held_spans:
+            if shortage is Shortage.BLOCKS or victim.held_media:
                 plan.cancel(victim)
                 plan.is_admission_closed = True
                 self._table.preempt(victim)

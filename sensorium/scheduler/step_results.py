@@ -40,7 +40,7 @@ class StepResults:
             failure = result.failures.get(request.request_id) if result.failures else None
             if request.num_departures != num_departures:
                 if failure is not None:  # what it was to encode is not there
-                    self._encoder_cache.drop(span.key for span in request.spans)
+                    self._encoder_cache.drop(item.key for item in request.message.media)
                 continue
             output = self._fail(request, failure) if failure is not None else self._advance(request, chunk, result)
             if output is not None:
@@ -86,8 +86,8 @@ class StepResults:
         """Offer full blocks to others, and let go of media that are in the KV cache."""
         if request.num_settled_tokens >= (request.num_registered_blocks + 1) * self._kv_cache.block_size:
             self._kv_cache.commit(request)
-        if request.held_spans:
-            self._table.release_computed_spans(request)
+        if request.held_media:
+            self._table.release_computed_media(request)
 
     def _take_prompt_logprobs(
         self, request: RequestState, chunk: ScheduledChunk, result: ModelRunnerOutput

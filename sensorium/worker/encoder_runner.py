@@ -59,9 +59,9 @@ class EncoderRunner:
 
 
 def _row_error(job: EncodeJob, rows: torch.Tensor) -> ProcessorError | None:
-    if len(rows) == job.item.num_rows:
+    if len(rows) == job.item.span.num_rows:
         return None
     return ProcessorError(
-        f"Attempted to assign {len(rows)} = {len(rows)} multimodal tokens to {job.item.num_rows} placeholders. "
+        f"Attempted to assign {len(rows)} = {len(rows)} multimodal tokens to {job.item.span.num_rows} placeholders. "
         f"{job.item.modality} item {job.item.index} has another size in the prompt than in the model."
     )

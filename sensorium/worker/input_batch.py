@@ -8,7 +8,7 @@ come and go. Called by the model runner only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
@@ -30,8 +30,6 @@ class SlotState:
     num_blocks: int = 0
     media_end: int = 0
     """First position behind the last media span."""
-    media_rows_before: list[Int64Array | None] = field(default_factory=list)
-    """Per item: `(length + 1,)` number of media rows before each position of its span; None where all are media."""
 
     @classmethod
     def create(cls, request: EngineRequest, slot: int) -> SlotState:
@@ -39,15 +37,8 @@ class SlotState:
         return cls(
             request,
             slot,
-            media_end=max((item.end for item in request.media), default=0),
-            media_rows_before=[_rows_before(item) for item in request.media],
+            media_end=max((item.span.end for item in request.media), default=0),
         )
-
-
-def _rows_before(item: MediaItem) -> Int64Array | None:
-    if item.is_media is None:
-        return None
-    return np.concatenate([[0], np.cumsum(item.is_media)]).astype(np.int64)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -226,17 +217,12 @@ class InputBatch:
         if start >= state.media_end:
             return []
         slices = []
-        for item, before in zip(state.request.media, state.media_rows_before, strict=True):
-            first, last = max(start, item.offset), min(end, item.end)
-            if first >= last:
-                continue
-            first_in, last_in = first - item.offset, last - item.offset
-            if before is None:
-                slices.append(MediaSlice(item, np.arange(first - start, last - start), first_in, last_in))
-            elif before[first_in] < before[last_in]:
-                assert item.is_media is not None
-                rows = np.flatnonzero(item.is_media[first_in:last_in]) + (first - start)
-                slices.append(MediaSlice(item, rows, int(before[first_in]), int(before[last_in])))
+        for item in state.request.media:
+            if item.span.offset >= end:
+                break
+            rows = item.span.rows_in(start, end)
+            if rows:
+                slices.append(MediaSlice(item, item.span.positions(rows) - start, rows.start, rows.stop))
         return slices
 
 

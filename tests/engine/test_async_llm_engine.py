@@ -29,6 +29,7 @@ from sensorium.errors import (
 )
 from sensorium.messages import EngineOutput, EngineRequest, MediaItem
 from sensorium.outputs import CompletionOutput, OutputKind, RequestOutput
+from sensorium.spans import Span
 from tests.engine.async_helpers import SETTINGS, greedy, last, running, settled
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
@@ -280,8 +281,7 @@ def test_tensors_of_all_kinds_cross_unchanged() -> None:
         "sizes": [(3, 4), (5, 6)],
         "nested": {"flag": True, "text": "x", "none": None, "list": [torch.ones(2)]},
     }
-    is_media = np.array([True, False, True])
-    item = MediaItem("image", "key", 1, 3, is_media=is_media, kwargs=kwargs)
+    item = MediaItem("image", "key", Span.of_mask(1, [True, False, True]), kwargs=kwargs)
     positions = np.arange(15).reshape(3, 5)
     request = EngineRequest(
         "a", [1, -7, 10**6, 3, 4], greedy(stop=["x"]), frozenset([2]), (item,), positions, mrope_delta=-3
@@ -298,8 +298,8 @@ def test_tensors_of_all_kinds_cross_unchanged() -> None:
     assert got.mrope_positions is not None
     assert (got.mrope_positions == positions).all()
     (media,) = got.media
-    assert media.is_media is not None
-    assert media.is_media.tolist() == is_media.tolist()
+    assert (media.span.offset, media.span.length) == (1, 3)
+    assert media.span.positions().tolist() == [1, 3]
     assert media.kwargs is not None
     assert media.kwargs.keys() == kwargs.keys()
     for name in ("pixel_values", "transposed", "half", "grid", "scalar", "empty"):
@@ -315,7 +315,7 @@ def test_tensors_of_all_kinds_cross_unchanged() -> None:
 
 
 def test_a_mapped_value_that_cannot_leave_the_process_is_named() -> None:
-    item = MediaItem("image", "key", 0, 1, kwargs={"pixel_values": {"bad": object()}})
+    item = MediaItem("image", "key", Span(0, 1), kwargs={"pixel_values": {"bad": object()}})
     with pytest.raises(ModelError, match=r"kwargs\['pixel_values'\]\['bad'\]: got a object"):
         encode_request(EngineRequest("a", [1], SamplingParams(), media=(item,)))
 

@@ -199,7 +199,7 @@ def hf_processor(family: str) -> Any:
 
 
 def spans_of(processed: ProcessedRequest) -> list[tuple[int, int]]:
-    return [(item.offset, item.length) for item in processed.engine_request.media]
+    return [(item.span.offset, item.span.length) for item in processed.engine_request.media]
 
 
 def keys_of(processed: ProcessedRequest) -> list[str]:

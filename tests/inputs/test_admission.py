@@ -120,9 +120,8 @@ def test_a_placeholder_id_beyond_the_vocabulary_is_fine_at_media_rows() -> None:
 def test_special_tokens_between_the_rows_of_an_item_stay_text() -> None:
     processed = Front(new_model(processor=expand_with_ranges)).images(picture(2))
     (item,) = processed.engine_request.media
-    assert (item.offset, item.length, item.num_rows) == (0, 4, 2)
-    assert item.is_media is not None
-    assert item.is_media.tolist() == [False, True, True, False]
+    assert (item.span.offset, item.span.length, item.span.num_rows) == (0, 4, 2)
+    assert item.span.positions().tolist() == [1, 2]
     assert processed.engine_request.prompt_token_ids[0] == START
 
 
@@ -165,7 +164,7 @@ def embeddings(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
 def test_embeddings_that_fit_are_taken(shape: tuple[int, ...], dtype: torch.dtype) -> None:
     given = embeddings(*shape, dtype=dtype)
     (item,) = Front().images(given).engine_request.media
-    assert (item.length, item.num_rows) == (3, 3)
+    assert (item.span.length, item.span.num_rows) == (3, 3)
     assert item.kwargs is not None
     assert torch.equal(item.kwargs["image_embeds"][0], given)
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.inputs.placement import Placement, Prompt, group_overlapping, locate
-from sensorium.multimodal.placeholders import Span
+from sensorium.spans import Span
 from tests.inputs.front import (
     IMAGE,
     VIDEO,
@@ -173,7 +173,7 @@ def test_alternating_modalities_are_grouped_where_the_model_places_rows_itself()
     clip = Placement(("video",), ((0,),), Span(2, 2))
     (both,) = group_overlapping([clip, sound], 8, may_group=True)
     assert both.counts == {"audio": 1, "video": 1}
-    assert (both.span.offset, both.span.length, both.span.is_media) == (1, 5, None)
+    assert (both.span.offset, both.span.length, both.span.row_offsets) == (1, 5, None)
     with pytest.raises(UnsupportedFeatureError, match="audio and video items whose places alternate"):
         group_overlapping([clip, sound], 8, may_group=False)
 
@@ -194,7 +194,7 @@ def test_neighbours_of_unknown_size_form_a_group() -> None:
         for first, second in ((3, 2), (2, 3))
     )
     assert one.prompt_token_ids == other.prompt_token_ids
-    assert [(item.offset, item.length) for item in one.media] == [(0, 5)]
+    assert [(item.span.offset, item.span.length) for item in one.media] == [(0, 5)]
     assert one.media[0].key != other.media[0].key
     assert one.media[0].kwargs is not None
     assert [len(rows) for rows in one.media[0].kwargs["pixel_values"]] == [3, 2]
@@ -204,7 +204,7 @@ def test_a_model_in_one_piece_takes_media_without_a_place() -> None:
     features = features_of(tier="0 atomic", splits_media=False, atomic_items=True, placeholder_token_ids={})
     front = Front(new_model(processor=None), features=features)
     (item,) = front.images(picture(3), text="abc").engine_request.media
-    assert (item.offset, item.length, item.is_media) == (0, 3, None)
+    assert (item.span.offset, item.span.length, item.span.row_offsets) == (0, 3, None)
 
 
 def test_interleaved_groups_of_two_modalities() -> None:
@@ -214,7 +214,7 @@ def test_interleaved_groups_of_two_modalities() -> None:
     prompt = {"prompt": "<image>a<|video_pad|>b<image>", "multi_modal_data": data}
     grouped = features_of(tier="0 auto-split", maps_items_alone=False)
     (item,) = Front(new_model(mappers=mappers), features=grouped)(prompt).engine_request.media
-    assert (item.modality, item.offset, item.length, item.num_rows) == ("image+video", 0, 7, 5)
+    assert (item.modality, item.span.offset, item.span.length, item.span.num_rows) == ("image+video", 0, 7, 5)
     assert item.kwargs is not None
     assert set(item.kwargs) == {"pixel_values", "video_values"}
     with pytest.raises(UnsupportedFeatureError, match="places alternate"):
@@ -236,8 +236,8 @@ def test_a_group_holds_only_the_items_whose_places_alternate() -> None:
     images, clip = [picture(2, 1), picture(2, 2)], picture(2, 3)[None]
     prompt = {"prompt": "a", "multi_modal_data": {"image": images, "video": [clip]}}
     alone, group = front(prompt).engine_request.media
-    assert (alone.modality, alone.offset, alone.num_rows) == ("image", 0, 2)
-    assert (group.modality, group.offset, group.num_rows, group.index) == ("image+video", 3, 4, 1)
+    assert (alone.modality, alone.span.offset, alone.span.num_rows) == ("image", 0, 2)
+    assert (group.modality, group.span.offset, group.span.num_rows, group.index) == ("image+video", 3, 4, 1)
     assert group.kwargs is not None
     (pixels,) = group.kwargs["pixel_values"]
     np.testing.assert_array_equal(pixels, images[1])

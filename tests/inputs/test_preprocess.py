@@ -145,7 +145,7 @@ def test_an_item_gets_its_span_its_kwargs_and_its_place_among_its_kind() -> None
     assert ids[1:4] == [IMAGE] * 3
     assert ids[5:7] == [IMAGE] * 2
     for index, (item, image) in enumerate(zip(request.media, images, strict=True)):
-        assert (item.modality, item.index, item.is_media) == ("image", index, None)
+        assert (item.modality, item.index, item.span.row_offsets) == ("image", index, None)
         assert item.kwargs is not None
         np.testing.assert_array_equal(item.kwargs["pixel_values"][0], image)
     assert processed.media_token_counts == {"image": (3, 2)}
@@ -186,9 +186,8 @@ def test_models_that_map_items_together_get_one_group() -> None:
     front = Front(new_model(calls), features=features_of(maps_items_alone=False))
     images = [picture(3, 1), picture(2, 2)]
     (item,) = front.images(*images, text="a<image>b<image>c").engine_request.media
-    assert (item.offset, item.length, item.num_rows) == (1, 6, 5)
-    assert item.is_media is not None
-    assert item.is_media.tolist() == [True] * 3 + [False] + [True] * 2
+    assert (item.span.offset, item.span.length, item.span.num_rows) == (1, 6, 5)
+    assert item.span.positions().tolist() == [1, 2, 3, 5, 6]
     assert [len(data) for data in calls.of("image")] == [2]
     assert item.kwargs is not None
     assert len(item.kwargs["pixel_values"]) == 2
@@ -201,7 +200,7 @@ def test_several_modalities_come_in_order_of_offset() -> None:
     data = {"image": [picture(1, 1), picture(1, 2)], "video": [picture(2, 3)[None]]}
     processed = front({"prompt": "<image>a<|video_pad|>b<image>", "multi_modal_data": data})
     media = processed.engine_request.media
-    assert [(item.modality, item.index, item.offset) for item in media] == [
+    assert [(item.modality, item.index, item.span.offset) for item in media] == [
         ("image", 0, 0),
         ("video", 0, 2),
         ("image", 1, 5),
@@ -290,7 +289,7 @@ def test_a_processor_may_turn_the_list_into_one_object() -> None:
 
     front = Front(new_model(processor=process, mappers={"image": unwrap}))
     (item,) = front.images(picture(2, 1), picture(1, 2)).engine_request.media
-    assert (item.offset, item.length, item.num_rows) == (0, 4, 3)
+    assert (item.span.offset, item.span.length, item.span.num_rows) == (0, 4, 3)
 
 
 def test_a_processor_may_map_by_itself() -> None:
@@ -303,7 +302,7 @@ def test_a_processor_may_map_by_itself() -> None:
 
     front = Front(new_model(calls, processor=process))
     (item,) = front.images(picture(2)).engine_request.media
-    assert (item.offset, item.length) == (0, 2)
+    assert (item.span.offset, item.span.length) == (0, 2)
     assert item.kwargs is not None
     assert item.kwargs["pixel_values"].tolist() == [1.0]
     assert not calls
@@ -335,7 +334,7 @@ def test_a_merged_processor_stands_in_for_processor_and_mappers(given_as: str) -
     assert spans_of(one) == [(0, 2)]
     two = front({**prompt, "multi_modal_data": {"image": [picture(2, 1), picture(3, 2)]}})
     (group,) = two.engine_request.media
-    assert (group.offset, group.length, group.num_rows) == (0, 6, 5)
+    assert (group.span.offset, group.span.length, group.span.num_rows) == (0, 6, 5)
     assert keys_of(one) != keys_of(two)
     with pytest.raises(InvalidRequestError, match=r"At most 4 image\(s\)"):
         front({**prompt, "multi_modal_data": {"image": [picture(2)] * 5}})

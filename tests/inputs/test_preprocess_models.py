@@ -35,7 +35,7 @@ def test_llava_ids_and_pixels_equal_hugging_face() -> None:
     assert list(request.prompt_token_ids) == reference["input_ids"][0].tolist()
     pixels = torch.cat([item.kwargs["pixel_values"] for item in request.media if item.kwargs])
     assert torch.equal(pixels, reference["pixel_values"])
-    assert [item.length for item in request.media] == [LLAVA_ROWS] * 2
+    assert [item.span.length for item in request.media] == [LLAVA_ROWS] * 2
 
 
 def test_qwen2_vl_ids_patches_and_positions_equal_hugging_face() -> None:

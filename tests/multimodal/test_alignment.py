@@ -18,7 +18,7 @@ def aligned(before: list[int], after: list[int]) -> dict[str, list[list[int]]] |
     spans = align_items(one, other, masks)
     if spans is None:
         return None
-    return {name: [span.media_positions().tolist() for span in each] for name, each in spans.items()}
+    return {name: [span.positions().tolist() for span in each] for name, each in spans.items()}
 
 
 def test_the_text_between_two_items_ends_the_first() -> None:

@@ -12,17 +12,16 @@ from hypothesis import strategies as st
 
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.placeholders import (
-    Span,
     check_disjoint,
     inserted_ids,
     is_placeholder,
     joined,
     media_mask,
     runs,
-    span_of_positions,
     spans_of_ranges,
     split_by_rows,
 )
+from sensorium.spans import Span
 
 PAD, SEPARATOR = -3, 90
 """A placeholder outside the vocabulary, and a token that stands between the rows of one item."""
@@ -61,8 +60,8 @@ def expected_span(offset: int, parts: list[int]) -> tuple[int, int, list[bool]]:
 
 
 def shape_of(span: Span) -> tuple[int, int, list[bool]]:
-    mask = [True] * span.length if span.is_media is None else span.is_media.tolist()
-    return span.offset, span.length, mask
+    rows = set(span.positions().tolist())
+    return span.offset, span.length, [position in rows for position in range(span.offset, span.end)]
 
 
 @given(prompts())
@@ -80,7 +79,7 @@ def test_known_row_counts_reconstruct_every_span(
     check_disjoint(spans)
     if items:
         whole = joined(spans, len(ids))
-        assert whole.media_positions().tolist() == positions.tolist()
+        assert whole.positions().tolist() == positions.tolist()
         assert (whole.offset, whole.end) == (positions[0], positions[-1] + 1)
 
 
@@ -105,14 +104,14 @@ def test_runs_are_maximal_and_cover_the_mask(mask: list[bool]) -> None:
 
 def test_a_range_without_known_placeholders_is_media_throughout() -> None:
     (span,) = spans_of_ranges([(1, 3)], array([5, 6, 7, 8]), {PAD})
-    assert span.is_media is None
+    assert span.row_offsets is None
     assert span.num_rows == 3
 
 
 def test_pads_inside_a_range_are_not_media() -> None:
     (span,) = spans_of_ranges([(1, 4)], array([5, SEPARATOR, PAD, PAD, SEPARATOR]), {PAD})
     assert shape_of(span) == (1, 4, [False, True, True, False])
-    assert span.media_positions().tolist() == [2, 3]
+    assert span.positions().tolist() == [2, 3]
 
 
 @pytest.mark.parametrize("wrong", [(0, 0), (-1, 2), (3, 2), (4, 1), (0, -1)])
@@ -128,8 +127,8 @@ def test_overlapping_ranges_are_refused_in_any_order() -> None:
 
 
 def test_positions_without_gaps_need_no_mask() -> None:
-    assert span_of_positions(array([4, 5, 6])).is_media is None
-    assert shape_of(span_of_positions(array([4, 6]))) == (4, 3, [True, False, True])
+    assert Span.of_positions(array([4, 5, 6])).row_offsets is None
+    assert shape_of(Span.of_positions(array([4, 6]))) == (4, 3, [True, False, True])
 
 
 @pytest.mark.parametrize(

@@ -46,13 +46,13 @@ def media_value(item: MediaItem, row: int) -> Value:
 
 def encode(item: MediaItem) -> list[Value]:
     """The item's rows."""
-    return [media_value(item, row) for row in range(item.num_rows)]
+    return [media_value(item, row) for row in range(item.span.num_rows)]
 
 
 def media_rows(item: MediaItem) -> dict[int, int]:
     """Position in the prompt -> row."""
-    positions = [i for i in range(item.length) if item.is_media is None or item.is_media[i]]
-    return {item.offset + i: row for row, i in enumerate(positions)}
+    offsets = range(item.span.length) if item.span.row_offsets is None else item.span.row_offsets.tolist()
+    return {item.span.offset + i: row for row, i in enumerate(offsets)}
 
 
 class TrueSequence:
@@ -207,8 +207,8 @@ class FakeWorker:
             assert found == slot.sequence.state(position), f"wrong KV at {position} of {chunk.request_id}"
         if self.keeps_items_whole:
             for item in slot.sequence.request.media:
-                assert not item.offset < begin < item.end, "a chunk begins inside an item"
-                assert not item.offset < end < item.end, "a chunk ends inside an item"
+                assert not item.span.offset < begin < item.span.end, "a chunk begins inside an item"
+                assert not item.span.offset < end < item.span.end, "a chunk ends inside an item"
 
     def _check_order_and_writes(self, chunks: Iterable[ScheduledChunk]) -> None:
         seen_prefill = False
@@ -242,7 +242,7 @@ class FakeWorker:
         self.bad_keys |= bad_keys
         is_bad = any(item.key in self.bad_keys for item in request.media)
         if not self.splits_media:  # the forward pass itself encodes
-            is_bad = any(i.key.startswith("bad") and i.offset < end and begin < i.end for i in request.media)
+            is_bad = any(i.key.startswith("bad") and i.span.offset < end and begin < i.span.end for i in request.media)
         is_injected = self.rng.random() < self.failure_rate
         if is_bad or is_injected:
             if is_injected:

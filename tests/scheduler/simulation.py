@@ -8,8 +8,6 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
-import numpy as np
-
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
 from sensorium.errors import OverloadedError
 from sensorium.messages import (
@@ -24,6 +22,7 @@ from sensorium.messages import (
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
 from sensorium.scheduler.pacing import Pacer
+from sensorium.spans import Span
 from tests.scheduler.fake_worker import EOS, FakeWorker, TrueSequence, expected_output, expected_prompt_logprobs
 
 Parts = Sequence[Sequence[Any]]
@@ -34,8 +33,7 @@ SEPARATOR = 41
 
 
 def make_item(key: str, offset: int, mask: Sequence[bool]) -> MediaItem:
-    is_media = None if all(mask) else np.array(mask, dtype=bool)
-    return MediaItem("image", key, offset, len(mask), is_media)
+    return MediaItem("image", key, Span.of_mask(offset, mask))
 
 
 def item_tokens(mask: Sequence[bool]) -> list[int]:
@@ -240,7 +238,7 @@ class Simulation:
             assert len(step.chunks) == 1, "more than the budget only for a chunk that runs alone"
             assert not config.enable_chunked_prefill or self.worker.keeps_items_whole
         is_alone = len(step.chunks) == 1 and not config.enable_chunked_prefill
-        rows = [self.requests[each.request_id].media[each.item].num_rows for each in step.encoder_inputs]
+        rows = [self.requests[each.request_id].media[each.item].span.num_rows for each in step.encoder_inputs]
         assert sum(rows) <= config.max_num_encoder_rows or len(rows) == 1 or is_alone
 
     def _check_streams(self, step: SchedulerOutput) -> None:

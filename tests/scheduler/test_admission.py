@@ -10,6 +10,7 @@ from sensorium.errors import InvalidRequestError, OverloadedError
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
+from sensorium.spans import Span
 from tests.scheduler.simulation import make_request
 
 
@@ -69,12 +70,16 @@ def test_a_full_line() -> None:
 @pytest.mark.parametrize(
     "media",
     [
-        (MediaItem("image", "a", 5, 6),),
-        (MediaItem("image", "a", -1, 2),),
-        (MediaItem("image", "a", 1, 0),),
-        (MediaItem("image", "a", 0, 4), MediaItem("image", "b", 3, 2)),
-        (MediaItem("image", "a", 4, 2), MediaItem("image", "b", 0, 2)),
-        (MediaItem("image", "a", 0, 4, np.ones(3, dtype=bool)),),
+        (MediaItem("image", "a", Span(5, 6)),),
+        (MediaItem("image", "a", Span(-1, 2)),),
+        (MediaItem("image", "a", Span(1, 0)),),
+        (MediaItem("image", "a", Span(0, 4)), MediaItem("image", "b", Span(3, 2))),
+        (MediaItem("image", "a", Span(4, 2)), MediaItem("image", "b", Span(0, 2))),
+        (MediaItem("image", "a", Span(0, 4, np.array([0, 4]))),),
+        (MediaItem("image", "a", Span(0, 4, np.array([-1, 2]))),),
+        (MediaItem("image", "a", Span(0, 4, np.array([2, 1]))),),
+        (MediaItem("image", "a", Span(0, 4, np.array([1, 1]))),),
+        (MediaItem("image", "a", Span(0, 4, np.array([[0, 1]]))),),
     ],
 )
 def test_media_that_contradict_the_prompt(media: tuple[MediaItem, ...]) -> None:

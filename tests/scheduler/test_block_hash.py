@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sensorium.messages import EngineRequest, MediaItem
+from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler.block_hash import DIGEST_BYTES, extend_block_hashes, root_hash
 from sensorium.scheduler.request import RequestState
+from sensorium.spans import Span
 from tests.scheduler.fake_worker import TrueSequence
 from tests.scheduler.simulation import PLACEHOLDER, Parts, make_request
 
@@ -92,11 +96,15 @@ def test_which_positions_are_rows_is_part_of_the_hash() -> None:
 
 
 def test_a_mask_of_all_rows_is_no_mask() -> None:
-    message = make_request("r", [image("a", 8)])
-    assert message.media[0].is_media is None
-    masked = make_request("r", [("a", (True,) * 8)])
-    assert hashes([("a", (True,) * 8)]) == hashes([image("a", 8)])
-    assert RequestState(masked, (0, 0, 0), 100).spans[0].row_positions(0, 8) is None
+    def hashed(span: Span) -> list[bytes]:
+        message = EngineRequest("r", [5] * 8, SamplingParams(), media=(MediaItem("image", "a", span),))
+        state = RequestState(message, (0, 0, 0), 100)
+        extend_block_hashes(state, 2, 4)
+        return state.block_hashes
+
+    unmasked = hashed(Span(0, 8))
+    assert unmasked == hashed(Span.of_mask(0, [True] * 8)) == hashed(Span(0, 8, np.arange(8)))
+    assert unmasked != hashed(Span.of_mask(0, [True] * 7 + [False]))
 
 
 def test_salts_part_everything_and_none_is_a_salt_of_its_own() -> None:

@@ -10,9 +10,9 @@ from sensorium.config import ModelFeatures
 from sensorium.scheduler.chunking import ChunkDraft, ChunkPlanner, Shortage
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.pacing import StepPace
-from sensorium.scheduler.request import MediaSpan, RequestState
+from sensorium.scheduler.request import RequestState
 from sensorium.scheduler.step_plan import StepPlan
-from tests.scheduler.simulation import Parts, make_item, make_request
+from tests.scheduler.simulation import Parts, make_request
 
 ANOTHER = ("another", 0)
 
@@ -44,7 +44,9 @@ def draft(
     plan = StepPlan(tokens, rows, is_alone=is_alone)
     plan.pace = pace or StepPace()
     result = planner.draft(state, plan, start=start, max_tokens=max_tokens)
-    return (result.end, [span.index for span in result.encode]) if isinstance(result, ChunkDraft) else result
+    if isinstance(result, Shortage):
+        return result
+    return result.end, [state.message.media.index(item) for item in result.encode]
 
 
 def image(rows: int, key: str = "a") -> tuple[str, Sequence[bool]]:
@@ -52,18 +54,6 @@ def image(rows: int, key: str = "a") -> tuple[str, Sequence[bool]]:
 
 
 MIXED = [[1] * 5, image(6, "a"), [1] * 2, image(4, "b"), [1] * 3]  # spans [5, 11) and [13, 17), 20 tokens
-
-
-def test_spans_know_where_their_rows_stand() -> None:
-    masked = MediaSpan(make_item("a", 10, (False, True, True, False, True)), 0)
-    assert (masked.num_rows, masked.rows_begin, masked.rows_end) == (3, 11, 15)
-    assert [masked.first_row_from(p) for p in (0, 11, 12, 13, 14, 15)] == [11, 11, 12, 14, 14, None]
-    assert [masked.num_rows_before(p) for p in (9, 11, 12, 13, 15)] == [0, 0, 1, 2, 3]
-    full = MediaSpan(make_item("a", 10, (True,) * 3), 0)
-    assert [full.first_row_from(p) for p in (0, 10, 12, 13)] == [10, 10, 12, None]
-    assert [full.num_rows_before(p) for p in (9, 10, 12, 13, 20)] == [0, 0, 2, 3, 3]
-    empty = MediaSpan(make_item("a", 10, (False, False)), 0)
-    assert [empty.first_row_from(p) for p in (0, 10, 11)] == [None, None, None]
 
 
 def test_a_chunk_ends_at_the_budget_of_tokens_and_at_the_table() -> None:
@@ -98,7 +88,7 @@ def test_an_item_over_the_budget_is_encoded_as_the_only_one() -> None:
     assert draft(planner, make_state(MIXED), 20, rows=1, start=13) == (20, [1])
     plan = StepPlan(20, 9)
     state = make_state(MIXED)
-    plan.add_encoder_input(state, state.spans[0])
+    plan.add_encoder_input(state, state.message.media[0])
     assert planner.draft(state, plan, start=13, max_tokens=1000) is Shortage.BUDGET
 
 

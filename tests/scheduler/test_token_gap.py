@@ -30,7 +30,7 @@ class Machine:
 
     def seconds(self, step: SchedulerOutput) -> tuple[float, float]:
         requests = self.simulation.requests
-        rows = sum(requests[each.request_id].media[each.item].num_rows for each in step.encoder_inputs)
+        rows = sum(requests[each.request_id].media[each.item].span.num_rows for each in step.encoder_inputs)
         tokens = self.num_prefill_tokens(step)
         encode_s, forward_s = self.row_s * rows, self.decode_s + self.token_s * tokens
         self.last_step_s = encode_s + forward_s

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from sensorium.messages import EngineRequest, MediaItem, NewRequest, ScheduledChunk
 from sensorium.sampling_params import SamplingParams
+from sensorium.spans import Span
 from sensorium.worker.input_batch import InputBatch
 
 
@@ -81,8 +82,7 @@ def test_chunks_together_take_every_media_row_exactly_once(data: st.DataObject) 
     offset = data.draw(st.integers(0, length - 2))
     span = data.draw(st.integers(1, length - offset))
     mask = data.draw(st.none() | st.lists(st.booleans(), min_size=span, max_size=span).filter(any))
-    is_media = None if mask is None else np.array(mask)
-    item = MediaItem("image", "k", offset, span, is_media)
+    item = MediaItem("image", "k", Span(offset, span) if mask is None else Span.of_mask(offset, mask))
     batch = make_batch()
     batch.add(NewRequest(request("a", list(range(length)), media=(item,))))
     cuts = sorted(data.draw(st.sets(st.integers(1, length - 1), max_size=4)) | {0, length})
@@ -94,8 +94,8 @@ def test_chunks_together_take_every_media_row_exactly_once(data: st.DataObject) 
             rows.extend(range(piece.first, piece.last))
             places.extend((piece.chunk_rows + start).tolist())
 
-    expected = offset + (np.arange(span) if is_media is None else np.flatnonzero(is_media))
-    assert rows == list(range(item.num_rows))
+    expected = offset + (np.arange(span) if mask is None else np.flatnonzero(mask))
+    assert rows == list(range(item.span.num_rows))
     assert places == expected.tolist()
 
 

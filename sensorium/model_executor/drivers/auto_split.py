@@ -85,16 +85,18 @@ class AutoSplitDriver:
         rows = passes[key]
         if isinstance(rows, SensoriumError):
             return rows
-        span = rows[job.item.offset - start : job.item.end - start]
-        return span if job.item.is_media is None else span[torch.from_numpy(job.item.is_media)]
+        span = job.item.span
+        if span.is_dense:
+            return rows[span.offset - start : span.end - start]
+        return rows[torch.from_numpy(span.positions() - start)]
 
     @staticmethod
     def _window(job: EncodeJob) -> tuple[int, int]:
         """The item with the text on both sides, up to its neighbours: models may look for marker tokens there."""
-        others = [item for item in job.request.media if item is not job.item]
-        start = max((item.end for item in others if item.end <= job.item.offset), default=0)
+        others = [item.span for item in job.request.media if item is not job.item]
+        start = max((span.end for span in others if span.end <= job.item.span.offset), default=0)
         end = min(
-            (item.offset for item in others if item.offset >= job.item.end),
+            (span.offset for span in others if span.offset >= job.item.span.end),
             default=len(job.request.prompt_token_ids),
         )
         return start, end

@@ -54,7 +54,7 @@ class EncodeJob:
 
 
 EncodeResult = torch.Tensor | SensoriumError
-"""Rows `(item.num_rows, hidden_size)` of one item, or why there are none."""
+"""Rows `(item.span.num_rows, hidden_size)` of one item, or why there are none."""
 
 
 class ModelDriver(Protocol):
@@ -91,6 +91,6 @@ def encoding_error(job: EncodeJob, error: BaseException) -> SensoriumError:
         return error
     return ProcessorError(
         f"{job.item.modality} item {job.item.index} could not be encoded by the model ({told_to_caller(error)}), with "
-        f"{job.item.num_rows} placeholders for its rows in the prompt. Check that the item is valid for this model, "
-        f"and that its input processor writes one placeholder for each row."
+        f"{job.item.span.num_rows} placeholders for its rows in the prompt. Check that the item is valid for this "
+        f"model, and that its input processor writes one placeholder for each row."
     )

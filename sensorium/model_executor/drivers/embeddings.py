@@ -69,7 +69,7 @@ class EmbeddingsDriver:
         try:
             kwargs = batch_kwargs([job.item.kwargs or {} for job in jobs], self._device, self._dtype)
             output = self.call_encoder(kwargs)
-            return [rows.to(self._dtype) for rows in split_rows(output, [job.item.num_rows for job in jobs])]
+            return [rows.to(self._dtype) for rows in split_rows(output, [job.item.span.num_rows for job in jobs])]
         except Exception as error:
             if len(jobs) == 1:
                 return [encoding_error(jobs[0], error)]
