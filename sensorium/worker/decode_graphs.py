@@ -130,7 +130,7 @@ class DecodeGraphs:
         metadata = AttentionMetadata(
             num_tokens=size,
             num_seqs=size,
-            cu_seqlens_q=tensors["cu_seqlens"],
+            cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],
             block_table=self._block_tables.index_select(0, tensors["slots"]),
             slot_mapping=tensors["slot_mapping"],
@@ -154,7 +154,7 @@ class DecodeGraphs:
             "token_ids": np.zeros(size, dtype=np.int64),
             "positions": np.zeros((3, size) if self._uses_mrope else size, dtype=np.int64),
             "slot_mapping": np.full(size, NO_SLOT, dtype=np.int64),
-            "cu_seqlens": np.arange(size + 1, dtype=np.int32),
+            "cu_seqlens_q": np.arange(size + 1, dtype=np.int32),
             "seq_lens": np.ones(size, dtype=np.int32),
             "slots": np.full(size, self._nobody, dtype=np.int64),
             "pending_slots": np.full(size, -1, dtype=np.int64),

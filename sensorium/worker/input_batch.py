@@ -43,7 +43,8 @@ class SlotState:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class StepArrays:
-    """One step's flat batch on the host: rows of chunk `i` are `[starts[i], starts[i + 1])`."""
+    """One step's flat batch on the host: rows of chunk `i` are
+    `[cu_seqlens_q[i], cu_seqlens_q[i + 1])`."""
 
     token_ids: Int64Array
     """`(num_tokens,)`; any id where `pending_slots` says so."""
@@ -55,7 +56,7 @@ class StepArrays:
     seq_lens: npt.NDArray[np.int32]
     max_blocks: int
     """Blocks of the longest sequence."""
-    starts: Int64Array
+    cu_seqlens_q: npt.NDArray[np.int32]
     """`(num_chunks + 1,)`"""
     slots: Int64Array
     """`(num_chunks,)`"""
@@ -161,32 +162,34 @@ class InputBatch:
     def gather(self, chunks: Sequence[ScheduledChunk]) -> StepArrays:
         """The flat batch of these chunks.
 
-        Worked example: chunks of 1 and 3 rows starting at positions 5 and 0 give `starts [0, 1, 4]` and
+        Worked example: chunks of 1 and 3 rows starting at positions 5 and 0 give `cu_seqlens_q [0, 1, 4]` and
         `positions [5, 0, 1, 2]`.
         """
         num_chunks = len(chunks)
         slots = np.array([state.slot for state in self.states(chunks)], dtype=np.int64)
         computed = np.array([chunk.num_computed_tokens for chunk in chunks], dtype=np.int64)
         lens = np.array([chunk.num_scheduled_tokens for chunk in chunks], dtype=np.int64)
-        starts = np.zeros(num_chunks + 1, dtype=np.int64)
-        np.cumsum(lens, out=starts[1:])
-        num_tokens = int(starts[-1])
+        cu_seqlens_q = np.zeros(num_chunks + 1, dtype=np.int32)
+        np.cumsum(lens, out=cu_seqlens_q[1:])
+        num_tokens = int(cu_seqlens_q[-1])
         if num_tokens == num_chunks:  # every chunk is one row: nothing to repeat
             row_slots, positions = slots, computed
         else:
             row_slots = np.repeat(slots, lens)
-            positions = np.arange(num_tokens) + np.repeat(computed - starts[:-1], lens)
+            positions = np.arange(num_tokens) + np.repeat(computed - cu_seqlens_q[:-1], lens)
         block_index, block_offset = np.divmod(positions, self.block_size)
         seq_lens = (computed + lens).astype(np.int32)
         is_pending = positions >= self._num_known[row_slots]
         return StepArrays(
             token_ids=self._token_ids[row_slots, positions],
-            positions=self._mrope_positions(chunks, positions, row_slots, starts) if self.uses_mrope else positions,
+            positions=self._mrope_positions(chunks, positions, row_slots, cu_seqlens_q)
+            if self.uses_mrope
+            else positions,
             slot_mapping=self._block_table[row_slots, block_index].astype(np.int64) * self.block_size + block_offset,
             query_lens=lens.astype(np.int32),
             seq_lens=seq_lens,
             max_blocks=-(-int(seq_lens.max(initial=0)) // self.block_size),
-            starts=starts,
+            cu_seqlens_q=cu_seqlens_q,
             slots=slots,
             pending_slots=np.where(is_pending, row_slots, -1) if is_pending.any() else None,
         )
@@ -196,7 +199,11 @@ class InputBatch:
         return self._block_table[arrays.slots, : arrays.max_blocks]
 
     def _mrope_positions(
-        self, chunks: Sequence[ScheduledChunk], positions: Int64Array, row_slots: Int64Array, starts: Int64Array
+        self,
+        chunks: Sequence[ScheduledChunk],
+        positions: Int64Array,
+        row_slots: Int64Array,
+        cu_seqlens_q: npt.NDArray[np.int32],
     ) -> Int64Array:
         """`(3, num_tokens)`: the request's own positions in the prompt, index plus delta behind it."""
         result = np.tile(positions + self._mrope_delta[row_slots], (3, 1))
@@ -206,7 +213,7 @@ class InputBatch:
             if start >= len(request.prompt_token_ids) or request.mrope_positions is None:
                 continue
             end = min(start + chunk.num_scheduled_tokens, len(request.prompt_token_ids))
-            row = int(starts[i])
+            row = int(cu_seqlens_q[i])
             result[:, row : row + end - start] = request.mrope_positions[:, start:end]
         return result
 

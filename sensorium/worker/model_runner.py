@@ -310,7 +310,8 @@ class ModelRunner:
         pools = [self._is_pooling(chunk) for chunk in chunks]
         sampling = [i for i, chunk in enumerate(chunks) if chunk.is_last and not pools[i]]
         sampled_slots = arrays.slots[sampling]
-        fields = host_fields(arrays, arrays.starts[1:][sampling] - 1, sampled_slots)
+        sampled_rows = arrays.cu_seqlens_q[1:][sampling].astype(np.int64) - 1
+        fields = host_fields(arrays, sampled_rows, sampled_slots)
         hidden, tensors = self.passes.forward(chunks, arrays, fields)
         if self._reporting:
             self._report_prompt(chunks, arrays, hidden, pending)
@@ -383,7 +384,7 @@ class ModelRunner:
             if chunk.request_id not in self._reporting:
                 continue
             request = self._batch[chunk.request_id].request
-            rows = slice(int(arrays.starts[i]), int(arrays.starts[i + 1]))
+            rows = slice(*arrays.cu_seqlens_q[i : i + 2].tolist())
             if request.pooling:
                 self._pooler.add(chunk.request_id, hidden[rows])
             top = request.sampling_params.prompt_logprobs

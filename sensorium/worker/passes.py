@@ -17,9 +17,9 @@ from torch import nn
 from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
-from sensorium.messages import MediaItem, ScheduledChunk
+from sensorium.messages import ScheduledChunk
 from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
-from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.drivers.media_kwargs import kwargs_of_items
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.decode_graphs import Decoded, DecodeGraphs
@@ -121,7 +121,7 @@ class PassRunner:
         """
         pieces = [
             (row, piece)
-            for chunk, row in zip(chunks, arrays.starts.tolist(), strict=False)
+            for chunk, row in zip(chunks, arrays.cu_seqlens_q.tolist(), strict=False)
             for piece in self._batch.media_rows(chunk)
         ]
         graph = self._trunk_for(arrays, pieces)
@@ -149,7 +149,7 @@ class PassRunner:
         if pieces and not self._splits_media:
             items = [piece.item for _, piece in pieces]
             maps = index_maps(items, chunks[0].num_computed_tokens)
-            kwargs = self._media_kwargs(items)
+            kwargs = kwargs_of_items(items, self._device, self._dtype)
         if self._block_tables is None:
             block_table = torch.from_numpy(self._batch.block_table(arrays))
         else:
@@ -161,7 +161,7 @@ class PassRunner:
             attn_metadata=AttentionMetadata.of_step(
                 arrays.query_lens,
                 arrays.seq_lens,
-                cu_seqlens_q=tensors.cu_seqlens,
+                cu_seqlens_q=tensors.cu_seqlens_q,
                 seq_lens_on_device=tensors.seq_lens,
                 block_table=block_table,
                 slot_mapping=tensors.slot_mapping,
@@ -177,16 +177,6 @@ class PassRunner:
             return tensors.token_ids
         sampled = self._last_tokens[tensors.pending_slots.clamp(min=0)]
         return torch.where(tensors.pending_slots >= 0, sampled, tensors.token_ids)
-
-    def _media_kwargs(self, items: Sequence[MediaItem]) -> dict[str, Any]:
-        """The arguments of whole items, per modality in prompt order."""
-        by_modality: dict[str, list[Any]] = {}
-        for item in items:
-            by_modality.setdefault(item.modality, []).append(item.kwargs or {})
-        kwargs: dict[str, Any] = {}
-        for group in by_modality.values():
-            kwargs |= batch_kwargs(group, self._device, self._dtype)
-        return kwargs
 
     def _gather_media(self, pieces: Sequence[tuple[int, MediaSlice]]) -> MediaRows:
         index, rows = [], []

@@ -34,7 +34,7 @@ class StepTensors:
     token_ids: torch.Tensor
     positions: torch.Tensor
     slot_mapping: torch.Tensor
-    cu_seqlens: torch.Tensor
+    cu_seqlens_q: torch.Tensor
     """`(num_chunks + 1,)` int32"""
     seq_lens: torch.Tensor
     slots: torch.Tensor
@@ -54,7 +54,7 @@ def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int
         "token_ids": arrays.token_ids,
         "positions": arrays.positions,
         "slot_mapping": arrays.slot_mapping,
-        "cu_seqlens": arrays.starts.astype(np.int32),
+        "cu_seqlens_q": arrays.cu_seqlens_q,
         "seq_lens": arrays.seq_lens,
         "slots": arrays.slots,
         "sampled_rows": sampled_rows,

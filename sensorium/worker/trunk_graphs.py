@@ -87,7 +87,7 @@ class TrunkGraphs:
             else:
                 padded[name] = empty
         # Sequences that aren't there begin and end where the last one ends.
-        padded["cu_seqlens"][len(arrays["cu_seqlens"]) :] = arrays["cu_seqlens"][-1]
+        padded["cu_seqlens_q"][len(arrays["cu_seqlens_q"]) :] = arrays["cu_seqlens_q"][-1]
         views = self._buffers.upload_into(graph.inputs, padded)
         return StepTensors(**{name: views[name][..., : array.shape[-1]] for name, array in arrays.items()})
 
@@ -126,7 +126,7 @@ class TrunkGraphs:
         return AttentionMetadata(
             num_tokens=size,
             num_seqs=num_seqs,
-            cu_seqlens_q=tensors["cu_seqlens"],
+            cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],
             block_table=self._block_tables.index_select(0, tensors["slots"]),
             slot_mapping=tensors["slot_mapping"],
@@ -144,7 +144,7 @@ class TrunkGraphs:
             "token_ids": np.zeros(size, dtype=np.int64),
             "positions": np.zeros((3, size) if self._uses_mrope else size, dtype=np.int64),
             "slot_mapping": np.full(size, NO_SLOT, dtype=np.int64),
-            "cu_seqlens": np.zeros(num_seqs + 1, dtype=np.int32),
+            "cu_seqlens_q": np.zeros(num_seqs + 1, dtype=np.int32),
             "seq_lens": np.zeros(num_seqs, dtype=np.int32),
             "slots": np.full(num_seqs, self._nobody, dtype=np.int64),
             "sampled_rows": np.zeros(num_seqs, dtype=np.int64),

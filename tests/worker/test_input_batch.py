@@ -42,7 +42,7 @@ def test_gathers_a_decode_and_a_prefill_chunk_into_one_flat_batch() -> None:
     assert arrays.token_ids.tolist() == [15, 21, 22, 23]
     assert arrays.positions.tolist() == [5, 1, 2, 3]
     assert arrays.slot_mapping.tolist() == [2 * 4 + 1, 5 * 4 + 1, 5 * 4 + 2, 5 * 4 + 3]
-    assert arrays.starts.tolist() == [0, 1, 4]
+    assert arrays.cu_seqlens_q.tolist() == [0, 1, 4]
     assert arrays.query_lens.tolist() == [1, 3]
     assert arrays.seq_lens.tolist() == [6, 4]
     assert batch.block_table(arrays)[0].tolist() == [7, 2]

@@ -34,7 +34,7 @@ from sensorium.model_executor.drivers.base import (
     without_media_ids,
 )
 from sensorium.model_executor.drivers.carrier import Captured, Carrier
-from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.drivers.media_kwargs import kwargs_of_items
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
 
 
@@ -107,12 +107,7 @@ class AutoSplitDriver:
             positions = request.mrope_positions[:, start:end]
         else:
             positions = np.arange(start, end)
-        by_modality: dict[str, list[Mapping[str, Any]]] = {}
-        for item in media:
-            by_modality.setdefault(item.modality, []).append(item.kwargs or {})
-        kwargs: dict[str, Any] = {}
-        for items in by_modality.values():
-            kwargs |= batch_kwargs(items, self._device, self._dtype)
+        kwargs = kwargs_of_items(media, self._device, self._dtype)
         captured = self.capture(token_ids, positions, kwargs, index_maps(media, start))
         if captured is None or len(captured.rows) != len(token_ids):
             raise ProcessorError("the model did not pass this prompt's rows to its decoder.")

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 
+from sensorium.messages import MediaItem
 from sensorium.multimodal import MultiModalKwargs
+
+
+def kwargs_of_items(items: Iterable[MediaItem], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """The arguments of one call with these items, batched by modality in the order of the items."""
+    by_modality: dict[str, list[Mapping[str, Any]]] = {}
+    for item in items:
+        by_modality.setdefault(item.modality, []).append(item.kwargs or {})
+    batches = [batch_kwargs(members, device, dtype) for members in by_modality.values()]
+    return {name: value for batch in batches for name, value in batch.items()}
 
 
 def batch_kwargs(items: Sequence[Mapping[str, Any]], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
