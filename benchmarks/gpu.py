@@ -257,6 +257,8 @@ def prefill(bench: Bench, shape: str, llm: LLM) -> None:
     seconds = statistics.median(times[1:])
     limit = checkpoints.prefill_operations(shape, count) / bench.matrix_rate
     bench.report(f"{shape} prefill {count}", ms=seconds * 1e3, tok_s=count / seconds, share=limit / seconds)
+    if "steps" in bench.options.cases and not bench.is_dry:
+        print_kernels(lambda: generate(llm, [{"prompt_token_ids": token_ids(count, 90_100)}], 1), 1)
 
 
 def text(bench: Bench, shape: str, llm: LLM) -> None:

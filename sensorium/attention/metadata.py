@@ -58,6 +58,8 @@ class AttentionMetadata:
     """Whether a sequence may run exactly one token."""
     multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None
     """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
+    is_recorded: bool = False
+    """The pass is recorded, to be repeated for other lengths: those on the host can't be read."""
 
     @property
     def query_start_loc(self) -> torch.Tensor:

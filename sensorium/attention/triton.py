@@ -46,6 +46,7 @@ class TritonBackend:
             softcap=spec.softcap,
             has_decodes=metadata.has_decodes,
             has_chunks=metadata.max_seqlen_q > 1,
+            key_lens=None if metadata.is_recorded else metadata.seq_lens_host,
         )
 
     def varlen(

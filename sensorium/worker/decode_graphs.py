@@ -140,6 +140,7 @@ class DecodeGraphs:
             num_decode_tokens=size,
             query_lens_host=UNREADABLE,
             seq_lens_host=UNREADABLE,
+            is_recorded=True,
         )
         hidden = self._driver.forward(StepInputs(token_ids, tensors["positions"], self._kv_caches, metadata))
         logits = self._model.compute_logits(hidden, SamplingMetadata(size))

@@ -136,6 +136,7 @@ class TrunkGraphs:
             num_decode_tokens=UNREADABLE,
             query_lens_host=UNREADABLE,
             seq_lens_host=UNREADABLE,
+            is_recorded=True,
         )
 
     def _padding(self, size: int) -> dict[str, HostArray]:

@@ -7,6 +7,8 @@ integers, above the place, counted backwards.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -16,7 +18,19 @@ from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.gpu.ordering import order_of, value_of
 from sensorium.kernels.native import rows_of
 
-_BLOCK = 4096
+
+class FindConfig(NamedTuple):
+    """How a launch is cut into programs."""
+
+    block: int
+    """Logits that are looked at together."""
+    num_warps: int
+    programs_per_processor: int
+    """How many programs are to be had, by splitting, for each of the GPU's processors."""
+
+
+FIND_CONFIG = FindConfig(1024, 4, 16)
+"""The measured choice."""
 _MAX_SPLITS = 64
 
 
@@ -47,14 +61,19 @@ def _find(
     end = tl.minimum(begin + share, size)
     best = tl.full([BLOCK], -2147483648, tl.int32)
     place = tl.zeros([BLOCK], tl.int32)
-    for start in range(begin, end, BLOCK):
-        columns = start + tl.arange(0, BLOCK)
-        is_column = columns < end
-        order = order_of(tl.load(logits + row * stride + columns, mask=is_column, other=0.0).to(tl.float32))
+    columns = begin + tl.arange(0, BLOCK)
+    cells = logits + row * stride
+    # The next logits are on their way while these are looked at.
+    ahead = tl.load(cells + columns, mask=columns < end, other=0.0)
+    for _ in range(begin, end, BLOCK):
+        current = ahead
+        ahead = tl.load(cells + columns + BLOCK, mask=columns + BLOCK < end, other=0.0)
+        order = order_of(current.to(tl.float32))
         # The first of equal values stays.
-        is_better = is_column & (order > best)
+        is_better = (columns < end) & (order > best)
         best = tl.where(is_better, order, best)
         place = tl.where(is_better, columns, place)
+        columns += BLOCK
     top = tl.max(best, 0)
     first = tl.min(tl.where(best == top, place, 2147483647), 0)
     finding = (top.to(tl.int64) << 32) | (2147483647 - first).to(tl.int64)
@@ -84,16 +103,17 @@ def largest(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     if not num_rows:
         return ids, values
     options = chained(logits.device)
-    wanted = 2 * num_processors(logits.device) // num_rows
-    share = triton.cdiv(triton.cdiv(size, _BLOCK), max(min(wanted, _MAX_SPLITS), 1)) * _BLOCK
+    block, num_warps, programs = FIND_CONFIG
+    wanted = programs * num_processors(logits.device) // num_rows
+    share = triton.cdiv(triton.cdiv(size, block), max(min(wanted, _MAX_SPLITS), 1)) * block
     num_splits = triton.cdiv(size, share)
     is_split = num_splits > 1
     findings = torch.empty(num_rows * num_splits, dtype=torch.int64, device=logits.device) if is_split else ids
     _find[(num_rows, num_splits)](
         *(ids, values, findings, rows, rows.stride(0), size, share),
-        BLOCK=_BLOCK,
+        BLOCK=block,
         IS_SPLIT=is_split,
-        num_warps=8,
+        num_warps=num_warps,
         **options,
     )
     if is_split:

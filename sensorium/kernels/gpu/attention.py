@@ -7,10 +7,13 @@ see on the device, and pass over the others' sequences; the host only says if on
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.gpu import gathered_attention
 from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.gpu.chunk_attention import attend_chunks
 from sensorium.kernels.gpu.decode_attention import attend_decodes
@@ -77,11 +80,12 @@ def paged_attention(
     softcap: float | None = None,
     has_decodes: bool = True,
     has_chunks: bool = True,
+    key_lens: Sequence[int] | None = None,
 ) -> torch.Tensor:
     """See `attention.paged_attention_reference`.
 
     Args as there, and `has_decodes`: whether a sequence may have exactly one query; `has_chunks`: whether one may have
-    more.
+    more; `key_lens`: `seq_lens` on the host, where they are known there.
     """
     block_size, num_kv_heads, head_size = kv_cache.shape[2:]
     flat = token_rows(query).flatten(1)
@@ -94,11 +98,27 @@ def paged_attention(
             window=window,
             softcap=softcap,
         )
-    if has_chunks:
+    least_queries = 2 if has_decodes else 1
+    if not has_chunks:
+        return out.view(query.shape)
+    group = flat.shape[1] // (num_kv_heads * head_size)
+    if (
+        window is None
+        and softcap is None
+        and key_lens is not None
+        and gathered_attention.fits(flat, head_size, group, key_lens)
+    ):
+        gathered_attention.attend_gathered(
+            *(out, flat, kv_cache, block_table, cu_seqlens_q, seq_lens),
+            num_tiles=gathered_attention.num_tiles_of(key_lens),
+            least_queries=least_queries,
+            scale=scale,
+        )
+    else:
         attend_chunks(
             *(out, flat, kv_cache[0], kv_cache[1], (num_kv_heads, head_size), cu_seqlens_q),
             strides=(num_kv_heads * head_size,) * 2,
-            least_queries=2 if has_decodes else 1,
+            least_queries=least_queries,
             key_lens=seq_lens,
             table=block_table,
             block_size=block_size,

@@ -38,6 +38,8 @@ class ChunkConfig(NamedTuple):
     """Keys of a block."""
     num_warps: int
     num_stages: int
+    max_registers: int | None = None
+    """Of a thread, where fewer let another program on the processor; None: as many as the compiler likes."""
 
 
 @cache
@@ -56,7 +58,7 @@ def chunk_config(dtype: torch.dtype, head_size: int, rows_per_seq: int) -> Chunk
         return ChunkConfig(64, 32, 4, 3)
     if rows_per_seq <= 2048:
         return ChunkConfig(64, 64, 4, 3)
-    return ChunkConfig(128, 64, 4, 3) if head_size <= 96 else ChunkConfig(128, 64, 8, 5)
+    return ChunkConfig(128, 64, 4, 3) if head_size <= 96 else ChunkConfig(128, 64, 8, 3, 128)
 
 
 @triton.jit
@@ -352,6 +354,7 @@ def attend_chunks(
         HAS_SOFTCAP=softcap is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
+        maxnreg=config.max_registers,
         **chained(query.device),
     )
 

@@ -59,6 +59,9 @@ def num_splits_for(config: DecodeConfig, num_programs: int, max_keys: int, devic
     many there should be in any case.
     """
     wanted = config.programs_per_processor * num_processors(device) // num_programs
+    if num_programs > 1.5 * num_processors(device):
+        # Splitting would even out the work a little, and joining take longer than that saves.
+        wanted = 1
     return max(min(max(wanted, least), -(-max_keys // config.block_n), MAX_SPLITS), 1)
 
 

@@ -2,13 +2,25 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from sensorium.kernels.gpu import argmax, chunk_attention, decode_attention, linear, norm, rotary, sampling
+from sensorium.kernels.gpu import (
+    argmax,
+    chunk_attention,
+    decode_attention,
+    gathered_attention,
+    linear,
+    norm,
+    rotary,
+    sampling,
+)
 
 TARGET = GPUTarget("cuda", 90, 32)
 HALVES = ("out", "total", "x", "residual", "weight", "bias", "query", "key", "value")
@@ -23,16 +35,25 @@ TYPES = {
 """What the kernels' arguments are, by name; all others are i32."""
 
 
-def compiled(function: Any, num_warps: int, num_stages: int = 3, **constants: Any) -> Any:
+def compiled(
+    function: Any,
+    num_warps: int,
+    num_stages: int = 3,
+    max_registers: int | None = None,
+    types: Mapping[str, str] = MappingProxyType({}),
+    **constants: Any,
+) -> Any:
     """The kernel's machine code and what it takes, with addresses and strides that are multiples of 16."""
     constants["IS_CHAINED"] = True
     names = function.arg_names
-    signature = {name: "constexpr" if name in constants else TYPES.get(name, "i32") for name in names}
+    types = {**TYPES, **types}
+    signature = {name: "constexpr" if name in constants else types.get(name, "i32") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     aligned = [name for name in names if signature[name].startswith("*") or name.endswith("_stride")]
     attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in aligned}
     source = ASTSource(function, signature, values, attributes)
-    return triton.compile(source, target=TARGET, options={"num_warps": num_warps, "num_stages": num_stages})
+    options = {"num_warps": num_warps, "num_stages": num_stages, "maxnreg": max_registers}
+    return triton.compile(source, target=TARGET, options=options)
 
 
 def main() -> None:
@@ -47,7 +68,7 @@ def main() -> None:
     compiled(decode_attention._join, 4, **head, HEAD_PAD=128, MAX_SPLITS=128, CHUNK=64)
     tile = {"HEAD_A": 128, "HEAD_B": 0, "BLOCK_Q": 16, "BLOCK_M": 128, "SEARCHED": 128}
     chunk = compiled(
-        *(chunk_attention._attend, 8, 5),
+        *(chunk_attention._attend, *chunk_attention.chunk_config(torch.bfloat16, 128, 8192)[2:]),
         **rules,
         **tile,
         IS_ONE_STRIDE=True,
@@ -55,6 +76,20 @@ def main() -> None:
         IS_CAUSAL=True,
     )
     assert "wgmma" in chunk.asm["ptx"], "tiles don't use Hopper's matrix units"
+    searched = {"HEAD_SIZE": 128, "TILE": 128, "SEARCHED": 128}
+    compiled(gathered_attention._gather, 8, types={"keys": "*bf16", "values": "*bf16"}, **searched, BLOCK_SIZE=16)
+    described = "tensordesc<bf16[64,128]>"
+    gathered = compiled(
+        *(gathered_attention._attend, 4, 2),
+        types={"keys": described, "values": described},
+        **searched,
+        GROUP=8,
+        BLOCK_Q=16,
+        BLOCK_M=128,
+        BLOCK_N=64,
+    )
+    assert "wgmma" in gathered.asm["ptx"]
+    assert "cp.async.bulk.tensor" in gathered.asm["ptx"], "gathered keys aren't read by descriptors"
     draw = {"MAX_NARROW_TOP_K": 1024, "NUM_CANDIDATES": 256, "GROUP": 256, "FIRST": 1 << 40}
     compiled(sampling._draw, 16, **draw, BLOCK=4096)
 

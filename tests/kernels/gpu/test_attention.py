@@ -13,7 +13,7 @@ from sensorium.kernels.attention import (
     varlen_attention_reference,
     write_kv_reference,
 )
-from sensorium.kernels.gpu import attention, chunk_attention, decode_attention
+from sensorium.kernels.gpu import attention, chunk_attention, decode_attention, gathered_attention
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXES = [
@@ -162,3 +162,68 @@ def test_written_slots(form: str) -> None:
     attention.write_kv(key, value, caches[0], slots)
     write_kv_reference(key, value, caches[1], slots)
     assert torch.equal(*caches)
+
+
+def gathered(arguments: Any, least_queries: int, num_spare_tiles: int = 0) -> torch.Tensor:
+    query, _, _, cu_seqlens, seq_lens = arguments
+    out = torch.full_like(query, -7.0)
+    num_queries = cu_seqlens.diff()
+    key_lens = seq_lens[num_queries >= least_queries].tolist()
+    gathered_attention.attend_gathered(
+        *(out, *arguments),
+        num_tiles=gathered_attention.num_tiles_of(key_lens) + num_spare_tiles,
+        least_queries=least_queries,
+        scale=0.2,
+    )
+    return out
+
+
+@pytest.mark.parametrize("lens", [*MIXES, [(200, 300), (1, 40), (64, 64), (130, 700)]])
+@pytest.mark.parametrize("heads", [(4, 2, 64), (7, 1, 128)])
+@pytest.mark.parametrize("searched", [2, 128])
+def test_gathered_keys(
+    lens: list[tuple[int, int]], heads: tuple[int, int, int], searched: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks of nobody are NaN, and what stands behind a sequence's end isn't read."""
+    monkeypatch.setattr(gathered_attention, "_SEARCHED", searched)
+    arguments = paged([pair for pair in lens if pair[0]], heads, 16, torch.float16)
+    close(gathered(arguments, 1), paged_attention_reference(*arguments, scale=0.2))
+
+
+def test_gathering_passes_over_decodes() -> None:
+    """Their rows stay as they were, and where there are fewer tiles than programs the others find nothing to do."""
+    lens = [(1, 300), (40, 200), (1, 1), (9, 9), (1, 130)]
+    arguments = paged(lens, (4, 2, 64), 16, torch.float16)
+    got = gathered(arguments, 2, num_spare_tiles=5)
+    want = paged_attention_reference(*arguments, scale=0.2)
+    is_decode = torch.tensor([q == 1 for q, _ in lens]).repeat_interleave(torch.tensor([q for q, _ in lens]))
+    assert bool((got[is_decode] == -7).all())
+    close(got[~is_decode], want[~is_decode])
+
+
+def test_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that fits, and the host knows the lengths."""
+    arguments = paged([(1, 90), (150, 210), (70, 70)], (16, 2, 64), 16, torch.float16)
+    want = paged_attention_reference(*arguments, scale=0.1)
+    seen: list[Any] = []
+    plain = gathered_attention.attend_gathered
+    monkeypatch.setattr(gathered_attention, "fits", lambda *args: bool(seen.append(args)) or True)
+    monkeypatch.setattr(
+        gathered_attention, "attend_gathered", lambda *args, **rules: seen.append(plain(*args, **rules))
+    )
+    close(attention.paged_attention(*arguments, scale=0.1, key_lens=[90, 210, 70]), want)
+    assert [args and args[1:] for args in seen] == [(64, 8, [90, 210, 70]), None]
+    for rules in ({}, {"key_lens": [90, 210, 70], "window": 400}):
+        close(attention.paged_attention(*arguments, scale=0.1, **rules), want)
+    assert len(seen) == 2
+
+
+def test_when_gathering_pays() -> None:
+    """Many rows, and not too many keys for them; and only where there are descriptors."""
+    rows = torch.empty(600, 16 * 128, dtype=torch.bfloat16, device=DEVICE)
+    is_possible = DEVICE == "cuda" and torch.cuda.get_device_capability()[0] >= 9
+    assert gathered_attention.fits(rows, 128, 8, [4000, 800]) is is_possible
+    assert not gathered_attention.fits(rows, 128, 8, [4000, 801])
+    assert not gathered_attention.fits(rows[:511], 128, 8, [600])
+    assert not gathered_attention.fits(rows.float(), 128, 8, [600])
+    assert not gathered_attention.fits(rows, 80, 8, [600])

@@ -105,7 +105,7 @@ def test_rotation(dtype: torch.dtype, neox: bool, heads: int, kv_heads: int, siz
 @pytest.mark.parametrize("block", [512, 4096])
 def test_the_greedy_choice(dtype: torch.dtype, size: int, block: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of equal values the first, also of zeros of both signs; a NaN before all. A row alone is split over programs."""
-    monkeypatch.setattr(gpu_argmax, "_BLOCK", block)
+    monkeypatch.setattr(gpu_argmax, "FIND_CONFIG", gpu_argmax.FindConfig(block, 4, 8))
     logits = rows(6, size, dtype=dtype, wider_by=3).round()
     logits[1] = -torch.inf
     logits[2, size // 2] = torch.inf

@@ -1,0 +1,265 @@
+"""Attention of long prefill chunks: their sequences' keys and values are gathered from the blocks first, in one copy.
+
+Reading keys block by block takes registers for addresses, and so many that only one program fits on a processor: while
+it computes exponentials, the matrix units wait. Keys that lie side by side are read by descriptors (Hopper's tensor
+memory accelerator) without any, two programs fit, and one multiplies while the other doesn't. Gathering takes about a
+hundredth of the time that a chunk of thousands of rows then needs.
+
+Each sequence begins at a multiple of `TILE` keys, and is filled up with zeros, so that what a tile reads behind a
+sequence's end is nobody's. Worked example: sequences of 130, 5 and 128 keys begin at keys 0, 256 and 384 of 512.
+
+Rows become programs as in `chunk_attention`.
+
+Source: FlashAttention-3 (https://arxiv.org/abs/2407.08608), section 3.1, for what the processors should overlap.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from sensorium.kernels.gpu.chaining import await_predecessor, chained
+
+LOG2_E = 1.4426950408889634
+TILE = 128
+"""Keys that are copied by a program."""
+_BLOCK_M, _BLOCK_N = 128, 64
+_SEARCHED = 128
+"""Sequences that are looked at together."""
+MIN_ROWS = 512
+MAX_KEYS_PER_ROW = 8
+
+
+def fits(query: torch.Tensor, head_size: int, group: int, key_lens: Sequence[int]) -> bool:
+    """Whether gathering is possible for a batch, and pays: enough rows for the keys that are copied.
+
+    It bounds the copy too, to less than the rows take in an MLP.
+    """
+    if query.dtype == torch.float32 or head_size not in (64, 128) or group > _BLOCK_M or not query.is_cuda:
+        return False
+    if torch.cuda.get_device_capability(query.device)[0] < 9:
+        return False
+    return len(query) >= MIN_ROWS and sum(key_lens) <= MAX_KEYS_PER_ROW * len(query)
+
+
+@triton.jit
+def _tiles_of(cu_seqlens, key_lens, those, num_seqs, least_queries, TILE: tl.constexpr):
+    """How many tiles of keys each of these sequences has; none if it has fewer than `least_queries` queries."""
+    is_seq = those < num_seqs
+    begin = tl.load(cu_seqlens + those, mask=is_seq, other=0)
+    end = tl.load(cu_seqlens + those + 1, mask=is_seq, other=0)
+    num_keys = tl.load(key_lens + those, mask=is_seq, other=0)
+    return tl.where(end - begin >= least_queries, (num_keys + TILE - 1) // TILE, 0)
+
+
+@triton.jit(do_not_specialize=["num_seqs", "least_queries", "table_stride"])
+def _gather(
+    keys,
+    values,
+    key,
+    value,
+    block_table,
+    cu_seqlens,
+    key_lens,
+    num_seqs,
+    least_queries,
+    slot_stride,
+    table_stride,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_SIZE: tl.constexpr,
+    TILE: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+):
+    """One tile of one head."""
+    await_predecessor(IS_CHAINED)
+    tile, head = tl.program_id(0), tl.program_id(1)
+    # The sequence is the first whose tiles end behind this one.
+    seq, tiles_before, num_tiles = 0, 0, 0
+    for start in range(0, num_seqs, SEARCHED):
+        those = start + tl.arange(0, SEARCHED)
+        tiles = _tiles_of(cu_seqlens, key_lens, those, num_seqs, least_queries, TILE)
+        is_before = (num_tiles + tl.cumsum(tiles, 0) <= tile) & (those < num_seqs)
+        seq += tl.sum(is_before.to(tl.int32), 0)
+        tiles_before += tl.sum(tl.where(is_before, tiles, 0), 0)
+        num_tiles += tl.sum(tiles, 0)
+    if tile >= num_tiles:
+        return
+    tokens = (tile - tiles_before) * TILE + tl.arange(0, TILE)
+    is_token = tokens < tl.load(key_lens + seq)
+    channels = head * HEAD_SIZE + tl.arange(0, HEAD_SIZE)
+    table = block_table + tl.cast(seq, tl.int64) * table_stride
+    blocks = tl.load(table + tokens // BLOCK_SIZE, mask=is_token, other=0)
+    places = (blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * slot_stride
+    sources = places[:, None] + channels[None, :]
+    rows = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
+    targets = rows[:, None] * slot_stride + channels[None, :]
+    tl.store(keys + targets, tl.load(key + sources, mask=is_token[:, None], other=0.0))
+    tl.store(values + targets, tl.load(value + sources, mask=is_token[:, None], other=0.0))
+
+
+@triton.jit
+def _attend_blocks(
+    best,
+    total,
+    acc,
+    begin,
+    end,
+    q,
+    keys,
+    values,
+    first_key,
+    column,
+    positions,
+    scale,
+    BLOCK_N: tl.constexpr,
+    IS_MASKED: tl.constexpr,
+):
+    """Take the keys `begin:end` in, block by block."""
+    for start in range(begin, end, BLOCK_N):
+        k = keys.load([first_key + start, column])
+        scores = tl.dot(q, k.T)
+        if IS_MASKED:
+            tokens = start + tl.arange(0, BLOCK_N)
+            scores = tl.where(positions[:, None] >= tokens[None, :], scores, float("-inf"))
+        # Every row has seen its sequence's first key in the first block, so that this is a number.
+        new_best = tl.maximum(best, tl.max(scores, 1) * scale)
+        weights = tl.exp2(scores * scale - new_best[:, None])
+        fade = tl.exp2(best - new_best)
+        total = total * fade + tl.sum(weights, 1)
+        v = values.load([first_key + start, column])
+        acc = tl.dot(weights.to(v.dtype), v, acc * fade[:, None])
+        best = new_best
+    return best, total, acc
+
+
+@triton.jit(do_not_specialize=["num_seqs", "least_queries"])
+def _attend(
+    out,
+    query,
+    keys,
+    values,
+    cu_seqlens,
+    key_lens,
+    num_seqs,
+    least_queries,
+    scale,
+    out_stride,
+    query_stride,
+    GROUP: tl.constexpr,
+    HEAD_SIZE: tl.constexpr,
+    BLOCK_Q: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    TILE: tl.constexpr,
+    SEARCHED: tl.constexpr,
+    IS_CHAINED: tl.constexpr,
+):
+    """One tile of queries and one key/value head. `scale` is such that weights are powers of two."""
+    await_predecessor(IS_CHAINED)
+    # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
+    kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
+    # The last sequence whose first tile of queries is not behind this one.
+    num_begun = 0
+    for start in range(0, num_seqs, SEARCHED):
+        those = start + tl.arange(0, SEARCHED)
+        starts = tl.load(cu_seqlens + those, mask=those < num_seqs, other=0)
+        num_begun += tl.sum(((starts // BLOCK_Q + those <= tile) & (those < num_seqs)).to(tl.int32), 0)
+    seq = num_begun - 1
+    first_row = tl.load(cu_seqlens + seq)
+    num_queries = tl.load(cu_seqlens + seq + 1) - first_row
+    first_query = (tile - (first_row // BLOCK_Q + seq)) * BLOCK_Q
+    if (first_query >= num_queries) | (num_queries < least_queries):
+        return
+    first_key = 0
+    for start in range(0, seq, SEARCHED):
+        those = start + tl.arange(0, SEARCHED)
+        first_key += TILE * tl.sum(_tiles_of(cu_seqlens, key_lens, those, seq, least_queries, TILE), 0)
+
+    rows, channels = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_SIZE)
+    queries = first_query + rows // GROUP
+    is_row = (rows < BLOCK_Q * GROUP) & (queries < num_queries)
+    heads = kv_head * GROUP + rows % GROUP
+    row_index = (first_row + queries).to(tl.int64)
+    sources = query + row_index * query_stride + heads * HEAD_SIZE
+    q = tl.load(sources[:, None] + channels[None, :], mask=is_row[:, None], other=0.0)
+
+    # A query is one of the last `num_queries` of the keys' positions; keys up to `open_end` are seen by all of them.
+    first_position = first_query + tl.load(key_lens + seq) - num_queries
+    positions = first_position + rows // GROUP
+    end = tl.minimum(first_query + BLOCK_Q, num_queries) - first_query + first_position
+    open_end = (first_position + 1) // BLOCK_N * BLOCK_N
+    best = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, HEAD_SIZE], tl.float32)
+    column = kv_head * HEAD_SIZE
+    best, total, acc = _attend_blocks(
+        best, total, acc, 0, open_end, q, keys, values, first_key, column, positions, scale, BLOCK_N, False
+    )
+    best, total, acc = _attend_blocks(
+        best, total, acc, open_end, end, q, keys, values, first_key, column, positions, scale, BLOCK_N, True
+    )
+    targets = out + row_index * out_stride + heads * HEAD_SIZE
+    tl.store(
+        targets[:, None] + channels[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=is_row[:, None]
+    )
+
+
+def attend_gathered(
+    out: torch.Tensor,
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    block_table: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    seq_lens: torch.Tensor,
+    *,
+    num_tiles: int,
+    least_queries: int,
+    scale: float,
+) -> None:
+    """Fill the rows of `out` `(T, H * D)` of the sequences that have at least `least_queries` queries.
+
+    Args as for `attention.paged_attention_reference`, with `query` `(T, H * D)`; `num_tiles`: at least the sum of the
+    sequences' keys in tiles of `TILE`, each rounded up.
+    """
+    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    num_seqs, width = len(seq_lens), num_kv_heads * head_size
+    group = query.shape[1] // width
+    block_q = _BLOCK_M // group
+    gathered = torch.empty(2, num_tiles * TILE, width, dtype=kv_cache.dtype, device=query.device)
+    options = chained(query.device)
+    _gather[(num_tiles, num_kv_heads)](
+        *(gathered[0], gathered[1], kv_cache[0], kv_cache[1], block_table, cu_seqlens, seq_lens),
+        *(num_seqs, least_queries, width, block_table.stride(0)),
+        HEAD_SIZE=head_size,
+        BLOCK_SIZE=block_size,
+        TILE=TILE,
+        SEARCHED=_SEARCHED,
+        num_warps=8,
+        **options,
+    )
+    shape, strides = [num_tiles * TILE, width], [width, 1]
+    keys, values = (TensorDescriptor(part, shape, strides, [_BLOCK_N, head_size]) for part in gathered)
+    _attend[(num_kv_heads, len(query) // block_q + num_seqs)](
+        *(out, query, keys, values, cu_seqlens, seq_lens),
+        *(num_seqs, least_queries, scale * LOG2_E, out.stride(0), query.stride(0)),
+        GROUP=group,
+        HEAD_SIZE=head_size,
+        BLOCK_Q=block_q,
+        BLOCK_M=_BLOCK_M,
+        BLOCK_N=_BLOCK_N,
+        TILE=TILE,
+        SEARCHED=_SEARCHED,
+        num_warps=4,
+        num_stages=2,
+        **options,
+    )
+
+
+def num_tiles_of(key_lens: Sequence[int]) -> int:
+    """Tiles that sequences of so many keys take."""
+    return sum(-(-length // TILE) for length in key_lens)
