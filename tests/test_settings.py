@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import argparse
 import math
+import re
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
@@ -29,7 +31,7 @@ from sensorium.entrypoints.bench.offline import OfflineBenchArgs
 from sensorium.entrypoints.bench.serve import ServeBenchArgs
 from sensorium.entrypoints.bench.startup import StartupBenchArgs
 from sensorium.entrypoints.bench.workload import Workload
-from sensorium.entrypoints.cli.flags import add_flags, build
+from sensorium.entrypoints.cli.flags import add_config, add_flags, build, field_docs, read_settings
 from sensorium.entrypoints.cli.main import LazyParser, main
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError, MediaForbiddenError
@@ -219,6 +221,17 @@ def test_an_error_of_the_command_line_names_the_flag(
     assert error.count("\n") == 1
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_setting_that_names_a_file_takes_a_path(kind: type) -> None:
+    """`plugins` took texts alone, while every single file could be a `Path`."""
+    named = ("file", "folder", "directory", "path")
+    for name, hint in typing.get_type_hints(kind, include_extras=True).items():
+        words = set(re.findall(r"[a-z]+", field_docs(kind).get(name, "").lower()))
+        if form_of(hint).kind is str and words & set(named) and not name.endswith("host"):
+            assert form_of(hint).is_file_name, name
+    assert EngineArgs(Path("a"), plugins=[Path("b.py")]).plugins == ("b.py",)  # type: ignore[arg-type, list-item]
+
+
 def test_closed_sets_of_a_config_file_are_checked(tmp_path: Path) -> None:
     (tmp_path / "c.yaml").write_text("scheduling_policy: fair\n")
     with pytest.raises(ConfigError, match="scheduling_policy: got 'fair'"):
@@ -226,9 +239,10 @@ def test_closed_sets_of_a_config_file_are_checked(tmp_path: Path) -> None:
 
 
 def _values(path: Path) -> Mapping[str, Any]:
-    from sensorium.entrypoints.cli.flags import read_config
-
-    return read_config(str(path), [EngineArgs])
+    parser = argparse.ArgumentParser()
+    add_config(parser)
+    add_flags(parser, EngineArgs)
+    return read_settings(parser.parse_args(["--config", str(path)]))
 
 
 # The checks themselves

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib
 import os
 import re
 import signal
@@ -14,12 +16,14 @@ import httpx
 import pytest
 
 from sensorium.engine.args import EngineArgs
-from sensorium.entrypoints.cli.flags import field_docs
+from sensorium.entrypoints.bench.workload import Workload
+from sensorium.entrypoints.cli.flags import field_docs, read_config
 from sensorium.entrypoints.cli.main import main, make_parser
 from sensorium.entrypoints.cli.serve import settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError
 from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.sampling_params import SamplingParams
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S, until
 
@@ -76,6 +80,32 @@ def test_a_config_file_that_is_wrong_is_refused(tmp_path: Path, text: str, match
     path.write_text(text)
     with pytest.raises(ConfigError, match=match):
         parse("m", "--config", str(path))
+
+
+@pytest.mark.parametrize("command", ["serve", "chat", "generate", "run_batch", "bench_serve", "bench_latency"])
+def test_a_config_file_holds_what_the_flags_below_it_say_and_nothing_else(command: str, tmp_path: Path) -> None:
+    """`generate` and `chat` took every field of their settings' classes from the file, `tool_parser` and `n` among
+    them, for which they have no flag because they have no use; and `json-schema`, a flag, they did not take.
+    """
+    parser = argparse.ArgumentParser()
+    importlib.import_module(f"sensorium.entrypoints.cli.{command}").fill(parser)
+    below = parser.format_help().rpartition("--config FILE")[2]
+    flags = {name.replace("-", "_") for name in re.findall(r"^  --([\w-]+)", below, re.M)}
+    settings = parser.get_default("config_settings")
+    assert {setting.flag for setting in settings.values()} == flags | ({"model"} & settings.keys())
+    left_out = sorted(_ALL_FIELDS - settings.keys())
+    assert left_out
+    for name in left_out:
+        (tmp_path / "c.yaml").write_text(f"{name}: 1")
+        with pytest.raises(ConfigError, match=rf"unknown names \['{name}'\]"):
+            read_config(str(tmp_path / "c.yaml"), settings)
+
+
+_ALL_FIELDS = {
+    name
+    for kind in (ServerArgs, EngineArgs, MediaLimits, SamplingParams, Workload)
+    for name in kind.__dataclass_fields__
+}
 
 
 @pytest.mark.parametrize(

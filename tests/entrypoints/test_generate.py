@@ -128,8 +128,10 @@ def test_answers_of_a_given_form(capsys: pytest.CaptureFixture[str], tmp_path: P
     schema = {"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
     path = tmp_path / "schema.json"
     path.write_text(json.dumps(schema))
-    for given in (str(path), json.dumps(schema)):
-        assert main(["generate", TINY, "Which?", "--json-schema", given, *flags]) == 0
+    config = tmp_path / "settings.yaml"
+    config.write_text(f"json-schema: {path}")
+    for given in (["--json-schema", str(path)], ["--json-schema", json.dumps(schema)], ["--config", str(config)]):
+        assert main(["generate", TINY, "Which?", *given, *flags]) == 0
         assert json.loads(capsys.readouterr().out)["a"] in (1, 2)
 
 

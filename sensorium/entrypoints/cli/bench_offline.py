@@ -11,7 +11,7 @@ from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.bench.offline import OfflineBenchArgs
 from sensorium.entrypoints.bench.report import OutputArgs, finish
 from sensorium.entrypoints.bench.workload import Workload
-from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, build, read_settings
 from sensorium.multimodal.media.limits import MediaLimits
 
 _KINDS = (OfflineBenchArgs, Workload, OutputArgs, EngineArgs, MediaLimits)
@@ -20,7 +20,7 @@ Measure = Callable[..., tuple[dict[str, Any], list[Any]]]
 
 def fill_offline(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]) -> None:
     """Add the arguments of both, less those that mean nothing to one."""
-    parser.add_argument("model", nargs="?", help='a directory, a name on the model hub, or "demo"')
+    add_model(parser)
     add_config(parser)
     for kind in _KINDS:
         own = ["model", "seed"] if kind is EngineArgs else leave_out  # the seed is the workload's
@@ -29,7 +29,7 @@ def fill_offline(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]) -
 
 def run_offline(parsed: argparse.Namespace, measure: Measure) -> int:
     """Measure and report."""
-    values = {"model": "demo", **read_settings(parsed, _KINDS)}
+    values = {"model": "demo", **read_settings(parsed)}
     output = build(OutputArgs, values)
     package_logger.configure(package_logger.LogSettings("WARNING"))
     figures, panels = measure(

@@ -24,7 +24,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Measure a server. Status 1 if no request succeeded."""
-    values = read_settings(parsed, _KINDS)
+    values = read_settings(parsed)
     values.setdefault("api_key", os.environ.get("SENSORIUM_API_KEY"))
     args, workload, output = build(ServeBenchArgs, values), build(Workload, values), build(OutputArgs, values)
     bench = run_blocking(args, workload, build(Arrivals, values))

@@ -7,14 +7,14 @@ import argparse
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.bench.report import OutputArgs, finish
 from sensorium.entrypoints.bench.startup import StartupBenchArgs, startup
-from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, build, read_settings
 
 _KINDS = (StartupBenchArgs, OutputArgs, EngineArgs)
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", nargs="?", help='a directory, a name on the model hub, or "demo"')
+    add_model(parser)
     add_config(parser)
     for kind in _KINDS:
         add_flags(parser, kind, leave_out=["model"])
@@ -23,7 +23,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Measure and report."""
-    values = {"model": "demo", **read_settings(parsed, _KINDS)}
+    values = {"model": "demo", **read_settings(parsed)}
     output, args = build(OutputArgs, values), build(StartupBenchArgs, values)
     build(EngineArgs, values)  # checked here, before processes are started
     model = values.pop("model")

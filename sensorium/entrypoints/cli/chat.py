@@ -8,13 +8,12 @@ from typing import Any
 
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
-from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, build, read_settings
 from sensorium.entrypoints.cli.generate import NO_FLAG, OF_PARSED_ANSWERS
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
 
-_KINDS = (SamplingParams, EngineArgs, MediaLimits)
 _NO_FLAG = (*NO_FLAG, "n")
 _DEFAULTS = {"max_tokens": None}
 """An answer may fill the context."""
@@ -22,9 +21,7 @@ _DEFAULTS = {"max_tokens": None}
 
 def fill(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument(
-        "model", nargs="?", help='a directory, a name on the model hub, or "demo"; with --url its name there'
-    )
+    add_model(parser, 'a directory, a name on the model hub, or "demo"; with --url its name there')
     parser.add_argument("--url", metavar="URL", help="a server to ask instead of loading a model here")
     parser.add_argument("--api-key", metavar="KEY", help="for the server; the variable SENSORIUM_API_KEY by default")
     parser.add_argument("--system", metavar="TEXT", help="system text")
@@ -37,15 +34,18 @@ def fill(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Chat until the user leaves."""
-    values = read_settings(parsed, _KINDS)
+    values = read_settings(parsed)
     sampling = {name: values[name] for name in _sampling_names() if name in values}
     SamplingParams(**{**_DEFAULTS, **sampling})  # raises what is wrong, before anything is loaded
     limits = build(MediaLimits, values)
     engine_values = {name: values[name] for name in values.keys() & EngineArgs.__dataclass_fields__.keys() - {"seed"}}
-    if parsed.url and (unused := sorted(engine_values.keys() - {"model"})):
+    media_values = values.keys() & MediaLimits.__dataclass_fields__.keys()
+    if parsed.url and (unused := sorted((engine_values.keys() | media_values) - {"model"})):
         raise InvalidRequestError(
             f"url: got a server and the engine's settings {unused}, expected one of both. Leave one out."
         )
+    if parsed.api_key and not parsed.url:
+        raise InvalidRequestError("api_key: got a key without a server, expected none. Set --url, or leave it out.")
     package_logger.configure(package_logger.LogSettings("WARNING"))
     from sensorium.entrypoints.chat.answers import LoopThread
     from sensorium.entrypoints.chat.backends import LocalBackend, RemoteBackend
@@ -56,7 +56,7 @@ def run(parsed: argparse.Namespace) -> int:
     try:
         if parsed.url:
             key = parsed.api_key or os.environ.get("SENSORIUM_API_KEY")
-            backend: Any = loop.call(RemoteBackend.start(parsed.url, key, parsed.model, sampling))
+            backend: Any = loop.call(RemoteBackend.start(parsed.url, key, values.get("model"), sampling))
         else:
             engine_args = EngineArgs(**{"model": "demo", **engine_values})
             backend = loop.call(LocalBackend.start(engine_args, limits, sampling))

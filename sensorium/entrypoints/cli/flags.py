@@ -19,7 +19,7 @@ import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
 from pathlib import Path
-from typing import Any, Protocol, Self, TypeVar
+from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from sensorium.errors import ConfigError
 from sensorium.settings import choice_of, form_of
@@ -35,18 +35,43 @@ class Parsed(Protocol):
         """The value as people write it. Raises `ConfigError`."""
 
 
+_SETTINGS = "config_settings"
+"""Where a parser notes the settings that its config file may hold: the type of each field, and its name as a flag."""
+
+
+class Setting(NamedTuple):
+    """What a config file may say."""
+
+    flag: str
+    hint: Any
+
+
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names a file of settings."""
+    """Add the flag that names a file of settings. The file may say what flags say that are added by `add_flags` or
+    noted by `accept_in_config`, and nothing else: what a command has no use for must not stand there in vain.
+    """
     parser.add_argument("--config", metavar="FILE", help="a YAML file with values of the flags below; flags win")
 
 
-def read_settings(parsed: argparse.Namespace, kinds: Sequence[type]) -> dict[str, Any]:
+def add_model(parser: argparse.ArgumentParser, text: str = 'a directory, a name on the model hub, or "demo"') -> None:
+    """Add the argument that names the model, which the config file may name instead."""
+    parser.add_argument("model", nargs="?", help=text)
+    accept_in_config(parser, "model", str)
+
+
+def accept_in_config(parser: argparse.ArgumentParser, name: str, hint: Any, flag: str | None = None) -> None:
+    """Let the config file of a parser hold a value by this name."""
+    known = parser.get_default(_SETTINGS) or {}
+    parser.set_defaults(**{_SETTINGS: {**known, name: Setting(flag or name, hint)}})
+
+
+def read_settings(parsed: argparse.Namespace) -> dict[str, Any]:
     """All values by field name: those of the config file, and over them those of the flags.
 
     Raises:
         ConfigError: The config file can't be used.
     """
-    values = read_config(parsed.config, kinds) if parsed.config else {}
+    values = read_config(parsed.config, getattr(parsed, _SETTINGS)) if parsed.config else {}
     given = {name: tuple(value) if isinstance(value, list) else value for name, value in vars(parsed).items()}
     return values | {name: value for name, value in given.items() if value is not None}
 
@@ -76,6 +101,7 @@ def add_flags(
                 help=text + default,
                 **_form(hints[field.name]),
             )
+            accept_in_config(parser, field.name, hints[field.name], _flag(field))
 
 
 def build(kind: Callable[..., _T], values: Mapping[str, Any]) -> _T:
@@ -84,7 +110,7 @@ def build(kind: Callable[..., _T], values: Mapping[str, Any]) -> _T:
     return kind(**{name: value for name, value in values.items() if name in names})
 
 
-def read_config(path: str, kinds: Sequence[type]) -> dict[str, Any]:
+def read_config(path: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Values from a YAML file, by field name or flag name.
 
     Raises:
@@ -100,14 +126,16 @@ def read_config(path: str, kinds: Sequence[type]) -> dict[str, Any]:
         ) from error
     if not isinstance(content, Mapping):
         raise ConfigError(f"config: got a {type(content).__name__} in {path!r}, expected names and values. Correct it.")
-    named = {_flag(field): field.name for kind in kinds for field in fields(kind)}
+    named = {setting.flag: name for name, setting in settings.items()}
     values = {str(name).replace("-", "_"): value for name, value in content.items()}
     values = {named.get(name, name): value for name, value in values.items()}
-    types_of = {name: hint for kind in kinds for name, hint in typing.get_type_hints(kind, include_extras=True).items()}
-    unknown = sorted(values.keys() - types_of.keys())
+    unknown = sorted(values.keys() - settings.keys())
     if unknown:
-        raise ConfigError(f"config: got the unknown names {unknown} in {path!r}, expected names of flags. Remove them.")
-    return {name: _as_given(name, value, types_of[name]) for name, value in values.items()}
+        raise ConfigError(
+            f"config: got the unknown names {unknown} in {path!r}, expected names of flags that --help lists below "
+            "--config. Remove them."
+        )
+    return {name: _as_given(name, value, settings[name].hint) for name, value in values.items()}
 
 
 def field_docs(kind: type) -> dict[str, str]:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.chat.attachments import MODALITIES, Attachment, attach
-from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.cli.flags import accept_in_config, add_config, add_flags, build, read_settings
 from sensorium.entrypoints.cli.prompt_sources import Prompt, read_prompts
 from sensorium.errors import InvalidRequestError
 from sensorium.multimodal.media.limits import MediaLimits
@@ -28,7 +28,6 @@ DEFAULTS = {"max_tokens": 512}
 """Where neither a flag nor the checkpoint says anything."""
 OF_PARSED_ANSWERS = ("tool_parser", "reasoning_parser")
 """Settings of the engine that have no effect here: answers are shown as the model writes them."""
-_KINDS = (SamplingParams, StructuredOutputs, EngineArgs, MediaLimits)
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
@@ -56,6 +55,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
     add_flags(parser, SamplingParams, leave_out=NO_FLAG, defaults=DEFAULTS)
     add_flags(parser, StructuredOutputs, leave_out=["json"])
     parser.add_argument("--json-schema", metavar="FILE", help="schema that the answers keep to: a file, or JSON")
+    accept_in_config(parser, "json_schema", str)
     add_flags(parser, EngineArgs, leave_out=["model", "seed", *OF_PARSED_ANSWERS])
     add_flags(parser, MediaLimits)
     parser.set_defaults(run=run)
@@ -63,8 +63,8 @@ def fill(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Answer all prompts. Status 1 if one of them could not be."""
-    values = read_settings(parsed, _KINDS)
-    values["structured_outputs"] = _form(values, parsed.json_schema)
+    values = read_settings(parsed)
+    values["structured_outputs"] = _form(values)
     given = {name: value for name, value in values.items() if name in SamplingParams.__dataclass_fields__}
     params, limits = SamplingParams(**{**DEFAULTS, **given}), build(MediaLimits, values)
     prompts = read_prompts(parsed.prompt, parsed.file)
@@ -92,10 +92,10 @@ def run(parsed: argparse.Namespace) -> int:
     return _write(prompts, outputs, parsed.format)
 
 
-def _form(values: Mapping[str, Any], schema: str | None) -> StructuredOutputs | None:
+def _form(values: Mapping[str, Any]) -> StructuredOutputs | None:
     """What the answers keep to, if anything is asked for."""
     given = {name: value for name, value in values.items() if name in StructuredOutputs.__dataclass_fields__}
-    if schema is not None:
+    if (schema := values.get("json_schema")) is not None:
         given["json"] = schema if schema.lstrip().startswith("{") else _read(schema)
     return StructuredOutputs(**given) if given else None
 

@@ -13,7 +13,7 @@ from typing import Any
 
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
-from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, build, read_settings
 from sensorium.entrypoints.openai.preflight import check_settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError
@@ -22,14 +22,15 @@ from sensorium.multimodal.media.limits import MediaLimits
 _KINDS = (ServerArgs, EngineArgs, MediaLimits)
 _OF_THE_NETWORK = (
     *("host", "port", "api_key", "allowed_origin", "allowed_host", "ssl_certfile", "ssl_keyfile", "drain_s"),
-    *("max_connections", "max_waiting_bytes"),
+    *("max_connections", "max_waiting_bytes", "handshake_timeout_s", "head_timeout_s", "body_timeout_s"),
+    *("min_body_bytes", "read_timeout_s", "keep_alive_s"),
 )
 _UNBOUNDED = 1 << 62
 
 
 def fill(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", nargs="?", help='a directory, a name on the model hub, or "demo"')
+    add_model(parser)
     parser.add_argument(
         "-i", "--input", required=True, metavar="FILE", help="requests, one a line; - for standard input"
     )
@@ -50,10 +51,10 @@ def fill(parser: argparse.ArgumentParser) -> None:
 
 def run(parsed: argparse.Namespace) -> int:
     """Answer a file of requests. Status 1 if any of them failed."""
-    values = {"model": "demo", "log_level": "WARNING", **read_settings(parsed, _KINDS)}
+    values = {"model": "demo", "log_level": "WARNING", **read_settings(parsed)}
     engine_args, limits = build(EngineArgs, values), build(MediaLimits, values)
-    server_args = build(ServerArgs, {name: value for name, value in values.items() if name not in _OF_THE_NETWORK})
-    server_args = replace(server_args, max_waiting_bytes=_UNBOUNDED)  # what is in flight is bounded by its number
+    # What is in flight is bounded by its number.
+    server_args = build(ServerArgs, {**values, "max_waiting_bytes": _UNBOUNDED})
     concurrency = parsed.concurrency or 2 * engine_args.max_num_seqs
     if concurrency < 1:
         raise ConfigError(f"concurrency: got {concurrency}, expected at least 1. Set concurrency.")

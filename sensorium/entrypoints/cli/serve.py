@@ -7,7 +7,7 @@ import asyncio
 
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
-from sensorium.entrypoints.cli.flags import add_config, add_flags, build, read_settings
+from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, build, read_settings
 from sensorium.entrypoints.openai.listening import listening
 from sensorium.entrypoints.openai.preflight import check_settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
@@ -18,7 +18,7 @@ _KINDS = (ServerArgs, EngineArgs, MediaLimits)
 
 def fill(parser: argparse.ArgumentParser) -> None:
     """Add the command's arguments."""
-    parser.add_argument("model", nargs="?", help='a directory, a name on the model hub, or "demo"')
+    add_model(parser)
     add_config(parser)
     for kind in _KINDS:
         add_flags(parser, kind, leave_out=["model"])
@@ -31,7 +31,7 @@ def settings(parsed: argparse.Namespace) -> tuple[EngineArgs, ServerArgs, MediaL
     Raises:
         ConfigError: A value can't be used.
     """
-    values = read_settings(parsed, _KINDS)
+    values = read_settings(parsed)
     return build(EngineArgs, {"model": "demo", **values}), build(ServerArgs, values), build(MediaLimits, values)
 
 

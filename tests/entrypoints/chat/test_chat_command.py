@@ -86,6 +86,8 @@ def test_what_a_server_refuses_is_shown_and_the_chat_goes_on(
             ["--url", "http://127.0.0.1:1", "--num-blocks", "3"],
             "url: got a server and the engine's settings",
         ),
+        (["--url", "http://127.0.0.1:1", "--max-decode-s", "3"], "url: got a server and the engine's settings"),
+        (["demo", "--api-key", KEY], "api_key: got a key without a server"),
     ],
 )
 def test_servers_that_cannot_be_asked(
@@ -94,6 +96,16 @@ def test_servers_that_cannot_be_asked(
     pipe(monkeypatch)
     assert main(["chat", *flags]) == 2
     assert capsys.readouterr().err.startswith(f"sensorium: {error}")
+
+
+def test_the_config_file_names_the_model_of_a_server(
+    server: Served, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    """The name was passed over, and the server's first model answered."""
+    (tmp_path / "chat.yaml").write_text("model: another")
+    pipe(monkeypatch, "Hello")
+    assert main(["chat", "--url", server.url, "--api-key", KEY, "--config", str(tmp_path / "chat.yaml")]) == 1
+    assert "another" in capsys.readouterr().err
 
 
 def test_a_server_that_wants_another_key(
