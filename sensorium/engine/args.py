@@ -104,7 +104,7 @@ class EngineArgs:
     """"int8": quantize the weights of linear layers at load, and their inputs as they come. CPU only."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values that replace those of the checkpoint's config."""
-    plugins: tuple[str, ...] = field(default=(), metadata={"flag": "plugin"})
+    plugins: tuple[Name, ...] = field(default=(), metadata={"flag": "plugin"})
     """A Python file, or a module, that registers models; imported by every process of the engine. May be repeated."""
 
     device: Name = "auto"

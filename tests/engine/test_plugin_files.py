@@ -52,7 +52,7 @@ def test_a_file_is_imported_by_every_process(base: type, tmp_path: Path, monkeyp
     name = f"PlainFile{base.__name__}"
     file = write_model(tmp_path, name, base)
     monkeypatch.syspath_prepend(str(ROOT))  # for the toys; the core gets the path of its front
-    settings = {**SERVED, "plugins": [str(file)]}
+    settings = {**SERVED, "plugins": [file]}
     prompt = {"prompt_token_ids": [9, toys.IMAGE_TOKEN, 10], "multi_modal_data": {"image": toys.image(1, 5)}}
 
     async def served() -> list[int]:
