@@ -73,6 +73,12 @@ def hide_torchvision() -> None:
 
 
 @lru_cache(maxsize=64)
+def is_processor(name: str) -> bool:
+    """Whether transformers has a class of this name, be it usable here or not. Loads none."""
+    return name in dir(importlib.import_module("transformers"))
+
+
+@lru_cache(maxsize=64)
 def only_for_torchvision(image_processor_type: str | None, model_type: str | None) -> str | None:
     """The class of an image processor that exists for torchvision and not for PIL; None for any other.
 

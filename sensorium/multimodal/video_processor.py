@@ -33,7 +33,7 @@ from sensorium.multimodal.processor_names import folder_with_current_names
 from sensorium.multimodal.resize_limits import MAX_CLIP_PIXELS, check_picture, check_pixels
 from sensorium.multimodal.setting_values import check_values, wrong_value
 from sensorium.multimodal.smart_resize import smart_resize
-from sensorium.multimodal.torchvision import hide_torchvision, require_torchvision, torchvision_problem
+from sensorium.multimodal.torchvision import hide_torchvision, is_processor, require_torchvision, torchvision_problem
 
 if TYPE_CHECKING:
     import torch
@@ -311,13 +311,16 @@ def resolve_video_backend(
 ) -> Literal["native", "torchvision"]:
     """Whether a checkpoint's clips are processed by this module, or by Hugging Face's classes on torchvision.
 
-    Raises `MissingLibraryError` (a `RuntimeError`) if torchvision is needed and can't be had.
+    Raises `MissingLibraryError` (a `RuntimeError`) if torchvision is needed and can't be had, `ProcessorError` (one
+    too) if the checkpoint names a video processor that nobody has.
     """
     settle_torchvision(processor_name, revision, backend)
     if backend == "torchvision":
         require_torchvision("mm_processor_backend='torchvision'", "; or set it to 'auto'")
         return "torchvision"
     foreign = foreign_video_processor(processor_name, revision)
+    if foreign is not None:
+        _check_exists(processor_name, revision)
     if foreign is None or backend == "pil":
         return "native"
     require_torchvision(
@@ -369,6 +372,18 @@ def _video_processor_type(processor_name: str, revision: str | None) -> str | No
     if kind is None and "temporal_patch_size" in settings:
         kind = settings.get("image_processor_type", "a processor of space-time patches")
     return kind
+
+
+def _check_exists(processor_name: str, revision: str | None) -> None:
+    """Raise `ProcessorError` if a checkpoint names a video processor that neither transformers nor its own code has."""
+    settings = _video_settings(processor_name, revision)
+    kind, own_code = settings.get("video_processor_type"), settings.get("auto_map") or {}
+    if kind is not None and not is_processor(str(kind)) and "AutoVideoProcessor" not in own_code:
+        raise ProcessorError(
+            f"Video processor: the checkpoint's is {kind}, which transformers doesn't have. Correct "
+            f"video_processor_type in its video_preprocessor_config.json{_WAY_OUT}, or set limit_mm_per_prompt to "
+            "{'video': 0}."
+        )
 
 
 @lru_cache(maxsize=16)

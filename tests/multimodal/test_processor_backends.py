@@ -107,6 +107,23 @@ def test_a_type_that_nobody_knows_is_named_with_what_transformers_says(kind: str
         cached_get_image_processor(path)
 
 
+@pytest.mark.parametrize("backend", ["auto", "pil"])
+@pytest.mark.parametrize("kind", ["NobodysVideoProcessor", "Qwen3VLVideoProcesor"])
+def test_a_video_processor_that_nobody_knows_is_named_as_such(kind: str, backend: Any, tmp_path: Path) -> None:
+    """The error said that it exists for torchvision only, and to install that, which would not have helped."""
+    path = write(tmp_path, config={}, video_preprocessor_config={"video_processor_type": kind})
+    with pytest.raises(ProcessorError, match=rf"the checkpoint's is {kind}, which transformers doesn't have\. Correct"):
+        cached_get_video_processor(path, backend=backend)
+
+
+@pytest.mark.usefixtures("without_torchvision")
+def test_a_video_processor_of_a_checkpoints_own_code_needs_torchvision(tmp_path: Path) -> None:
+    own_code = {"video_processor_type": "OwnVideoProcessor", "auto_map": {"AutoVideoProcessor": "code.Own"}}
+    path = write(tmp_path, config={}, video_preprocessor_config=own_code)
+    with pytest.raises(MissingLibraryError, match=r"OwnVideoProcessor.* needs torchvision"):
+        cached_get_video_processor(path)
+
+
 def test_what_is_passed_on_names_no_paths(tmp_path: Path) -> None:
     path = write(tmp_path, config={}, preprocessor_config={"image_processor_type": "NobodysImageProcessor"})
     with pytest.raises(ProcessorError) as caught:
