@@ -419,24 +419,29 @@ class AsyncLLMEngine:
     async def _submit(
         self, request_id: str, prompt: Any, prepare: Callable[[], ProcessedRequest], kind: OutputKind
     ) -> None:
-        """Prepare a request in the pool and send it to the core, unless it has been aborted meanwhile."""
-        with stage("prepare"):
-            await self.preprocessor.decode_ahead(prompt)  # holds no thread of the pool, however long it takes
-            del prompt
-            async with self._turns.turn(self._tenant_of[request_id]):
-                processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
-            if processed.engine_request.sampling_params.structured_outputs is not None:
-                await self._send_vocabulary()
+        """Prepare a request and send it to the core. Raises what its stream is told to fail with meanwhile."""
+        preparation = self._prepare(self._tenant_of[request_id], prompt, prepare)
+        del prompt, prepare
+        processed, encoded = await self._streams[request_id].unless_failed(preparation)
         self._check_running()
-        stream = self._streams[request_id]
-        if stream.has_failed:
-            encoded.close()
-            return
         if self._media_budget is not None:
             self._waiting[request_id] = self._media_budget.lease(encoded.segment_bytes())
         requests = self._outputs.add_request(processed, kind)
         outputs = [(request.request_id, request.sampling_params) for request in requests]
         self._core.add(encode_add(encoded, outputs))
+
+    async def _prepare(
+        self, tenant: str, prompt: Any, prepare: Callable[[], ProcessedRequest]
+    ) -> tuple[ProcessedRequest, EncodedMessage]:
+        """A request as the core takes it. Its media are decoded first, then it waits for its tenant's turn."""
+        with stage("prepare"):
+            await self.preprocessor.decode_ahead(prompt)  # holds no thread of the pool, however long it takes
+            del prompt
+            async with self._turns.turn(tenant):
+                processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
+            if processed.engine_request.sampling_params.structured_outputs is not None:
+                await self._send_vocabulary()
+        return processed, encoded
 
     async def _send_vocabulary(self) -> None:
         """Tell the core what tokens outputs consist of, unless it knows."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from dataclasses import replace
+from typing import Any, TypeVar
 
 from sensorium.outputs import CompletionOutput, OutputKind, PoolingRequestOutput, RequestOutput
 
 Output = RequestOutput | PoolingRequestOutput
+_T = TypeVar("_T")
 
 
 class OutputStream:
@@ -22,11 +24,24 @@ class OutputStream:
         self._unread: list[Output] = []
         self._error: BaseException | None = None
         self._has_news = asyncio.Event()
+        self._preparation: asyncio.Task[Any] | None = None
 
-    @property
-    def has_failed(self) -> bool:
-        """Whether `fail` was called."""
-        return self._error is not None
+    async def unless_failed(self, preparation: Coroutine[Any, Any, _T]) -> _T:
+        """What a request's preparation returns. Raises what `fail` is told, which ends the preparation at once."""
+        task = asyncio.ensure_future(preparation)
+        self._preparation = task
+        if self._error is not None:
+            task.cancel()
+        try:
+            result = await task
+        except asyncio.CancelledError:
+            if self._error is None:  # the reader was cancelled, and the preparation with it
+                raise
+        finally:
+            self._preparation = None  # it holds what it returned
+        if self._error is not None:
+            raise self._error
+        return result
 
     def put(self, output: Output) -> None:
         """Give the reader an output."""
@@ -39,6 +54,8 @@ class OutputStream:
         """End the stream: the reader gets what there is, then the error."""
         if self._error is None:
             self._error = error
+        if self._preparation is not None:
+            self._preparation.cancel()
         self._has_news.set()
 
     async def get(self) -> Output:
