@@ -32,6 +32,7 @@ _NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
     **dict.fromkeys(("begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty"), ([], {})),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "force_words_ids", "constraints"), ([],)),
+    "max_length": (20,),  # which the library writes where nobody has set it
     **dict.fromkeys(("top_h", "max_time", "watermarking_config", "dola_layers"), ()),
 }
 """Names of what the engine doesn't do, with the values that ask for nothing."""

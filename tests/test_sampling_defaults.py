@@ -70,6 +70,8 @@ def test_what_is_not_followed_is_named() -> None:
     defaults = read_defaults({"num_beams": 4, "no_repeat_ngram_size": 3, "typical_p": 1.0, "guidance_scale": None})
     assert defaults.not_followed == ("num_beams=4", "no_repeat_ngram_size=3")
     assert defaults.line() == "not followed: num_beams=4, no_repeat_ngram_size=3"
+    assert read_defaults({"max_length": 4096}).not_followed == ("max_length=4096",)
+    assert read_defaults({"max_length": 20}).not_followed == (), "what the library writes where nobody set it"
 
 
 @pytest.mark.parametrize(
