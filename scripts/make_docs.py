@@ -47,7 +47,7 @@ SECTIONS: Mapping[type, tuple[str, str]] = {
     ),
 }
 _NAMES = {str: "text", int: "whole number", float: "number"}
-_UNITS = {30: "GiB", 20: "MiB"}
+_UNITS = {30: "GiB", 20: "MiB", 10: "KiB"}
 
 
 def page() -> str:

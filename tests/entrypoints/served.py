@@ -81,7 +81,7 @@ def _run(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None, 
         async with running_app(engine_args, args, limits, make_core=IN_THIS_PROCESS) as (app, engine):
             with listening(args) as sockets:
                 url = url_of(args, sockets).replace("https:", "http:")  # tests say which they speak
-                server = HttpServer(uvicorn_config(app, args), args.max_connections, url=url)
+                server = HttpServer(uvicorn_config(app, args), args.max_connections, args.deadlines, url=url)
                 task = asyncio.create_task(server.serve(sockets))
                 while not server.started:
                     await asyncio.sleep(0.01)

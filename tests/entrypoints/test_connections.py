@@ -19,13 +19,15 @@ from typing import Any
 import h11
 import pytest
 import uvicorn
+from starlette.applications import Starlette
 from starlette.types import Receive, Scope, Send
 
 from sensorium.entrypoints.openai import server as server_module
 from sensorium.entrypoints.openai.connections import NUM_RESERVED, Connections, Deadlines, Phase
 from sensorium.entrypoints.openai.http_server import HttpServer
 from sensorium.entrypoints.openai.middleware import Capacity
-from sensorium.entrypoints.openai.server import num_connections_for
+from sensorium.entrypoints.openai.server import num_connections_for, uvicorn_config
+from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.strict_http import StrictConnection
 from sensorium.errors import ConfigError
 
@@ -33,8 +35,8 @@ CERTIFICATE = Path(__file__).parents[1] / "multimodal" / "media" / "tls_media_ex
 """Signed by itself, with its key."""
 PATIENT_S = 60.0
 """Long enough for a busy machine; nothing waits for so long unless it fails."""
-LAZY = Deadlines(handshake_s=600, head_s=600, body_s=600, reading_s=600, keep_alive_s=600)
-STRICT = Deadlines(handshake_s=1, head_s=0.3, body_s=0.3, min_body_bytes=1000, reading_s=0.5, keep_alive_s=600)
+LAZY = Deadlines(handshake_s=600, head_s=600, body_s=600, min_body_bytes=1000, reading_s=600)
+STRICT = Deadlines(handshake_s=1, head_s=0.3, body_s=0.3, min_body_bytes=1000, reading_s=0.5)
 GET = b"GET /x HTTP/1.1\r\nHost: x\r\n\r\n"
 
 
@@ -140,11 +142,11 @@ def running(deadlines: Deadlines = LAZY, max_connections: int = 100, *, tls: boo
             lifespan="off",
             ws="none",
             log_config=None,
-            timeout_keep_alive=deadlines.keep_alive_s,
+            timeout_keep_alive=600,
             timeout_graceful_shutdown=1,
             **options,
         )
-        server = HttpServer(config, max_connections, url="here", deadlines=deadlines)
+        server = HttpServer(config, max_connections, deadlines, url="here")
         task = asyncio.create_task(server.serve([listener]))
         while not server.started:
             await asyncio.sleep(0.01)
@@ -294,6 +296,15 @@ def test_garbage_behind_an_early_answer_ends_the_connection(lazy: Running, caplo
 # Deadlines
 
 
+def test_how_long_clients_may_take_is_the_operators_to_say() -> None:
+    """The deadlines were constants, too short for who uploads over a slow line."""
+    args = ServerArgs(
+        handshake_timeout_s=1, head_timeout_s=2, body_timeout_s=3, min_body_bytes=4, read_timeout_s=5, keep_alive_s=6
+    )
+    assert args.deadlines == Deadlines(handshake_s=1, head_s=2, body_s=3, min_body_bytes=4, reading_s=5)
+    assert uvicorn_config(Starlette(), args).timeout_keep_alive == 6
+
+
 @pytest.mark.parametrize("sent", [b"", b"G", b"GET /x HTTP/1.1\r\n", POST + b"X-A: ", GET + b"GET /x HT"])
 def test_a_head_has_a_deadline(sent: bytes) -> None:
     with running(STRICT) as server:
@@ -418,7 +429,7 @@ def test_where_files_run_out_few_lines_say_so_and_the_silent_make_room(caplog: p
 
     async def run() -> None:
         loop = asyncio.get_running_loop()
-        connections = Connections(100, Deadlines())
+        connections = Connections(100, LAZY)
         for _ in range(3):
             connections.add(Transport(), None, Phase.HEAD)  # type: ignore[arg-type]
         for _ in range(1000):

@@ -26,18 +26,13 @@ _GRACE_S = 1.0
 
 @dataclass(frozen=True, slots=True)
 class Deadlines:
-    """How long a client may take."""
+    """How long a client may take. The settings of the server say what each is, see `ServerArgs`."""
 
-    handshake_s: int = 10
-    head_s: float = 10.0
-    """From the connection, or from a head's first byte, to its end."""
-    body_s: float = 20.0
-    """A body has to bring `min_body_bytes` in any such time, or its end."""
-    min_body_bytes: int = 10 << 10
-    reading_s: float = 60.0
-    """To take any byte of what waits to be sent to it."""
-    keep_alive_s: int = 30
-    """Between an answer and the next request."""
+    handshake_s: float
+    head_s: float
+    body_s: float
+    min_body_bytes: int
+    reading_s: float
 
 
 class Owner(Protocol):

@@ -201,14 +201,14 @@ class HttpProtocol(H11Protocol):
 class TlsProtocol(SSLProtocol):
     """TLS under HTTP: a connection is known from its acceptance on, not only from the end of its handshake."""
 
-    def __init__(self, protocol: HttpProtocol, context: ssl.SSLContext, handshake_s: int) -> None:
+    def __init__(self, protocol: HttpProtocol, context: ssl.SSLContext, handshake_s: float) -> None:
         super().__init__(
             asyncio.get_running_loop(),
             protocol,
             context,
             None,  # type: ignore[arg-type]  # nobody waits
             server_side=True,
-            ssl_handshake_timeout=handshake_s,
+            ssl_handshake_timeout=handshake_s,  # type: ignore[arg-type]  # a float will do
             ssl_shutdown_timeout=handshake_s,
         )
         self._http = protocol

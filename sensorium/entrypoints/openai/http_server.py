@@ -31,19 +31,17 @@ class HttpServer(uvicorn.Server):
     Args:
         config: how uvicorn runs the application.
         max_connections: connections whose requests are served; a few more are let in.
-        url: where it is, for the log.
         deadlines: how long clients may take.
+        url: where it is, for the log.
     """
 
     connections: Connections
 
-    def __init__(
-        self, config: uvicorn.Config, max_connections: int, *, url: str, deadlines: Deadlines | None = None
-    ) -> None:
+    def __init__(self, config: uvicorn.Config, max_connections: int, deadlines: Deadlines, *, url: str) -> None:
         super().__init__(config)
         self._url = url
         self._max_open = max_connections + NUM_RESERVED
-        self._deadlines = deadlines or Deadlines()
+        self._deadlines = deadlines
         self._sweeper: asyncio.Task[None] | None = None
 
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:

@@ -22,7 +22,7 @@ from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_process import CoreFactory
 from sensorium.entrypoints.extras import require
 from sensorium.entrypoints.openai.app import create_app
-from sensorium.entrypoints.openai.connections import NUM_RESERVED, Deadlines
+from sensorium.entrypoints.openai.connections import NUM_RESERVED
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.http_server import ACCEPTED_AT_ONCE, HttpServer
 from sensorium.entrypoints.openai.listening import url_of
@@ -159,7 +159,7 @@ async def serve(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits, 
         logger.warning("No API key is set, and the server listens on %s: whoever reaches it may use it.", args.host)
     args = replace(args, max_connections=num_connections_for(args.max_connections))
     async with running_app(engine_args, args, limits) as (app, engine):
-        server = HttpServer(uvicorn_config(app, args), args.max_connections, url=url_of(args, sockets))
+        server = HttpServer(uvicorn_config(app, args), args.max_connections, args.deadlines, url=url_of(args, sockets))
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, server.stop)
         watcher = asyncio.create_task(_watch(engine, server))
@@ -180,7 +180,7 @@ def uvicorn_config(app: Starlette, args: ServerArgs) -> uvicorn.Config:
         port=args.port,
         ws="none",
         lifespan="off",
-        timeout_keep_alive=Deadlines().keep_alive_s,
+        timeout_keep_alive=args.keep_alive_s,
         timeout_graceful_shutdown=max(1, round(args.drain_s)),
         ssl_certfile=args.ssl_certfile,
         ssl_keyfile=args.ssl_keyfile,

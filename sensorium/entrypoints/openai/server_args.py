@@ -8,6 +8,7 @@ from typing import Annotated, TypeAlias
 from urllib.parse import urlsplit
 
 from sensorium.config import Amount, BytesOrNone, Count, NumBytes
+from sensorium.entrypoints.openai.connections import Deadlines
 from sensorium.errors import ConfigError
 from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.logger import LogFormat, LogLevel, LogSettings
@@ -15,6 +16,8 @@ from sensorium.settings import Bounds, FileName, check_settings, wrong_setting
 
 Name: TypeAlias = Annotated[str, FileName()]
 """A text that is not empty."""
+Patience: TypeAlias = Annotated[float, Bounds(0, 86400, above=True)]
+"""How long a client may take, in seconds."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +61,18 @@ class ServerArgs:
     """Bound on all media, fetched and mapped, of requests whose answers have not begun; beyond it, 429."""
     max_connections: Count = 4096
     """Connections at once; beyond it, 503."""
+    handshake_timeout_s: Patience = 10.0
+    """How long a client may take for the handshake of TLS, in seconds."""
+    head_timeout_s: Patience = 10.0
+    """How long a request's head may take, from the connection or its first byte on, in seconds; then 408."""
+    body_timeout_s: Patience = 20.0
+    """In any such time, in seconds, a request's body has to bring `min_body_bytes`, or its end; else 408."""
+    min_body_bytes: NumBytes = 10 << 10
+    """What a body has to bring in `body_timeout_s`."""
+    read_timeout_s: Patience = 60.0
+    """How long a client may take nothing of what is sent to it, in seconds; then the connection is closed."""
+    keep_alive_s: Annotated[int, Bounds(1, 86400)] = 30
+    """How long a connection is kept open between an answer and the next request, in seconds."""
 
     share_caches: bool = False
     """Let requests of all API keys share what is cached: faster where many send the same, but by `cached_tokens`, and
@@ -123,6 +138,17 @@ class ServerArgs:
     def host_names(self) -> tuple[str, ...] | None:
         """Names that a `Host` header may have, beside addresses and those of the loopback; None for any."""
         return self.allowed_host if self.allowed_host or (self.is_local and not self.api_key) else None
+
+    @property
+    def deadlines(self) -> Deadlines:
+        """How long clients may take."""
+        return Deadlines(
+            handshake_s=self.handshake_timeout_s,
+            head_s=self.head_timeout_s,
+            body_s=self.body_timeout_s,
+            min_body_bytes=self.min_body_bytes,
+            reading_s=self.read_timeout_s,
+        )
 
     @property
     def log_settings(self) -> LogSettings:
