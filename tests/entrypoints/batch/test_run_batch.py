@@ -217,9 +217,7 @@ def test_from_standard_input_to_standard_output_with_a_config_file(
     tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = tmp_path / "batch.yaml"
-    config.write_text(
-        f"model: {make_checkpoint('qwen2_vl')}\nnum_blocks: 64\nmax_model_len: 128\nport: 1\napi_key: [a]\n"
-    )
+    config.write_text(f"model: {make_checkpoint('qwen2_vl')}\nnum_blocks: 64\nmax_model_len: 128\n")
     lines = (chat("one", "a") + "\n" + chat("two", "b", n=0) + "\n").encode()
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(lines)))
     assert main(["run-batch", "--config", str(config), "-i", "-", "-o", "-"]) == 1
