@@ -1,4 +1,4 @@
-"""What it costs to hold outputs to a form: compiling, masks of a step, laying them over the logits.
+"""What it costs to hold outputs to a grammar: compiling, masks of a step, laying them over the logits.
 
     python benchmarks/structured_output.py [--rows 16] [--vocab-sizes 32000 151936] [--tokenizer tokenizer.json]
 
@@ -17,18 +17,19 @@ import random
 import statistics
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from sensorium import SamplingParams, StructuredOutputs
-from sensorium.grammar.compiler import FormCompiler
-from sensorium.grammar.constrained_slots import ConstrainedSlots
-from sensorium.messages import Vocabulary
+from sensorium.grammar.compiler import GrammarCompiler
+from sensorium.grammar.constrained_requests import ConstrainedRequests
+from sensorium.messages import EngineOutput, EngineRequest, NewRequest, SchedulerOutput, Vocabulary
 from sensorium.model_executor.token_mask import TokenMask
+from sensorium.worker.token_masks import MaskReader, RowMasks
 
 END = "<|endoftext|>"
 PERSON = {
@@ -106,44 +107,51 @@ def measure(tokenizer: Tokenizer, num_rows: int) -> dict[str, Any]:
     end_id = tokenizer.token_to_id(END)
     vocab_size = tokenizer.get_vocab_size()
     vocabulary = Vocabulary(tokenizer.to_str(), () if end_id is None else (end_id,), vocab_size)
-    compiler = FormCompiler(num_rows, deadline_s=30.0)
+    compiler = GrammarCompiler(num_rows, deadline_s=30.0)
     compiler.use_vocabulary(vocabulary)
-    form = StructuredOutputs(json=SCHEMA)
-    first_s = timed(lambda: compiler.compile(form).result())
+    grammar = StructuredOutputs(json=SCHEMA)
+    first_s = timed(lambda: compiler.compile(grammar).result())
     compile_s = [
         timed(lambda i=i: compiler.compile(StructuredOutputs(json={**SCHEMA, "title": str(i)})).result())  # type: ignore[misc]
         for i in range(20)
     ]
-    again_s = [timed(lambda: compiler.compile(form).result()) for _ in range(20)]
+    again_s = [timed(lambda: compiler.compile(grammar).result()) for _ in range(20)]
 
-    slots = ConstrainedSlots(compiler)
-    params = SamplingParams(structured_outputs=form)
+    requests, reader = ConstrainedRequests(compiler, num_rows), MaskReader()
+    names = [str(i) for i in range(num_rows)]
+    params = SamplingParams(structured_outputs=grammar)
+    new = tuple(NewRequest(EngineRequest(name, [1], params)) for name in names)
+
+    def masks_of(step: SchedulerOutput) -> RowMasks | None:
+        masks = requests.begin_step(step)
+        assert masks is not None
+        reader.begin_step(masks)
+        return reader.read(masks, names)
+
     documents = [tokenizer.encode(document(rng), add_special_tokens=False).ids for _ in range(num_rows)]
     num_steps = min(map(len, documents)) - 1
-    every = np.arange(num_rows)
-    for slot in range(num_rows):
-        slots.add(slot, params, ())
-    first_masks_s = timed(lambda: slots.masks(every))
+    first_masks_s = timed(lambda: masks_of(replace(SchedulerOutput.idle(), new_requests=new)))
     mask_s, apply_s = [], []
     logits = torch.randn(num_rows, vocab_size)
     for step in range(num_steps):
-        tokens = np.array([ids[step] for ids in documents])
+        outputs = [EngineOutput(name, [ids[step]]) for name, ids in zip(names, documents, strict=True)]
         begin_s = time.perf_counter()
-        slots.append_each(every, tokens)
-        masks = slots.masks(every)
+        requests.append(outputs)
+        masks = masks_of(SchedulerOutput.idle())
         mask_s.append(time.perf_counter() - begin_s)
         assert masks is not None
         assert len(masks.rows) == num_rows, masks.failures
         mask = TokenMask(masks.rows, masks.words)
         apply_s.append(timed(lambda mask=mask: mask.apply_(logits)))  # type: ignore[misc]
+    reader.close()
     compiler.close()
     return {
         "vocab_size": vocab_size,
         "rows": num_rows,
         "steps": num_steps,
-        "first form, processes started (ms)": round(1e3 * first_s, 1),
-        "new form (ms)": milliseconds(compile_s),
-        "known form (ms)": milliseconds(again_s),
+        "first grammar, processes started (ms)": round(1e3 * first_s, 1),
+        "new grammar (ms)": milliseconds(compile_s),
+        "known grammar (ms)": milliseconds(again_s),
         "first masks (ms)": round(1e3 * first_masks_s, 3),
         "masks of a step (ms)": milliseconds(mask_s),
         "laying them over the logits (ms)": milliseconds(apply_s),

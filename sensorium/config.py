@@ -206,8 +206,8 @@ class SchedulerConfig:
     max_steps_in_flight: StepsInFlight = 1
     """Steps that may be submitted before the results of the first are in. With 2 the host plans a step while the device
     runs the one before."""
-    max_form_compile_s: CompileTime = 5.0
-    """Most seconds that the form of structured outputs may take to compile."""
+    max_grammar_compile_s: CompileTime = 5.0
+    """Most seconds that the grammar of structured outputs may take to compile."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -21,6 +21,7 @@ import numpy as np
 from sensorium.config import ModelFeatures
 from sensorium.sampling_params import SamplingParams
 from sensorium.spans import Span
+from sensorium.token_masks import StepMasks
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -67,7 +68,7 @@ class EngineRequest:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Vocabulary:
-    """What holding outputs to a form needs to know of a tokenizer."""
+    """What holding outputs to a grammar needs to know of a tokenizer."""
 
     tokenizer_json: str
     """The tokenizer as the `tokenizers` library writes it, added tokens included."""
@@ -128,6 +129,15 @@ class SchedulerOutput:
     freed_request_ids: tuple[str, ...]
     """Requests that finished, were aborted or preempted since the last step: their slots are free."""
     num_scheduled_tokens: int
+    masks: StepMasks | None = None
+    """Where constrained requests have their masks; None: no running request is constrained."""
+    is_idle: bool = False
+    """Nobody asks for anything: the worker may get ready for later steps, for a fraction of a second."""
+
+    @classmethod
+    def idle(cls) -> SchedulerOutput:
+        """The step that is given to workers while no request is unfinished."""
+        return cls(0, (), (), (), (), (), 0, is_idle=True)
 
 
 class TokenLogprobs(msgspec.Struct, frozen=True):
@@ -167,7 +177,11 @@ class ModelRunnerOutput:
     idle_s: float = 0.0
     """Between the step before and this one, while the device had nothing to do."""
     complete_request_ids: frozenset[str] = frozenset()
-    """Requests to whose output nothing may be added: its form is complete. They sampled nothing."""
+    """Requests to whose output nothing may be added: its grammar is complete. They sampled nothing."""
+    lost_mask_source: int | None = None
+    """A source of masks that did not answer, and is not asked any more."""
+    is_prepared: bool = True
+    """After an idle step: nothing is left to get ready."""
 
 
 class EngineOutput(msgspec.Struct, frozen=True, eq=False):

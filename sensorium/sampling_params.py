@@ -96,7 +96,7 @@ class SamplingParams:
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     """Token sequences that must not be completed."""
     structured_outputs: StructuredOutputs | None = None
-    """The form that the output must have: JSON, a schema, a grammar and the like."""
+    """What the output is held to: JSON, a schema, a grammar and the like."""
     detokenize: bool = True
     """Turn the output into text. Without it, no stop strings."""
     skip_special_tokens: bool = True

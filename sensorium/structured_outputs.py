@@ -1,6 +1,6 @@
 """What one request's output must look like: JSON, a JSON schema, a regular expression, a grammar, or one of a list.
 
-`StructuredOutputs` is a value: checked for form and size at construction, and small enough to travel to the engine
+`StructuredOutputs` is a value: checked for syntax and size at construction, and small enough to travel to the engine
 core. Whether a schema, an expression or a grammar means something is found out when it is compiled, off the step loop.
 Free of torch and of the library that compiles; importable from every room.
 """
@@ -33,9 +33,9 @@ _KINDS = ("json", "json_object", "regex", "grammar", "choice")
 
 @dataclass(frozen=True, slots=True)
 class StructuredOutputs:
-    """The form of an output; exactly one of the first five fields is set.
+    """What an output is held to; exactly one of the first five fields is set.
 
-    Equal values have equal forms, so that a compiled one can be shared.
+    Equal values have the same grammar, so that a compiled one can be shared.
 
     Raises:
         InvalidRequestError: None or several are set, or one is empty, too long, or nested too deep.
@@ -54,8 +54,8 @@ class StructuredOutputs:
     choice: Sequence[str] = ()
     """The output is one of these strings."""
     start_after: str | None = None
-    """What comes before this text, and the text itself, is free; the form holds from there on. An output in which the
-    text doesn't appear stays free. For answers behind reasoning: `</think>`."""
+    """What comes before this text, and the text itself, is free; the output is held from there on. An output in which
+    the text doesn't appear stays free. For answers behind reasoning: `</think>`."""
 
     def __post_init__(self) -> None:
         chosen = [name for name in _KINDS if getattr(self, name) not in (None, False, (), [])]

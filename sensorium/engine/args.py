@@ -148,8 +148,8 @@ class EngineArgs:
     another, 1 on a CPU."""
     enforce_eager: bool = False
     """On CUDA, run every step call by call, without recording graphs."""
-    max_form_compile_s: CompileTime = 5.0
-    """Refuse forms of structured outputs that take longer than this to compile, in seconds."""
+    max_grammar_compile_s: CompileTime = 5.0
+    """Refuse structured outputs whose grammar takes longer than this to compile, in seconds."""
 
     limit_mm_per_prompt: Limits = field(default_factory=dict)
     """Most items of each modality in one prompt; 1 for a modality not named."""
@@ -238,7 +238,7 @@ class EngineArgs:
             max_steps_in_flight=(
                 default_steps_in_flight(device) if self.max_steps_in_flight is None else self.max_steps_in_flight
             ),
-            max_form_compile_s=self.max_form_compile_s,
+            max_grammar_compile_s=self.max_grammar_compile_s,
         )
         return EngineConfig(
             cache_config=cache,

@@ -8,9 +8,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.engine.form_line import FormLine
+from sensorium.engine.grammar_queue import GrammarQueue
 from sensorium.errors import EngineDeadError, InvalidRequestError, SensoriumError
 from sensorium.executor import Executor, PendingStep, SingleProcessExecutor
+from sensorium.grammar.compiler import GrammarCompiler
+from sensorium.grammar.constrained_requests import ConstrainedRequests
 from sensorium.logger import get_logger
 from sensorium.messages import (
     EngineOutput,
@@ -25,8 +27,8 @@ from sensorium.scheduler import Scheduler, SchedulerStats
 
 logger = get_logger(__name__)
 
-_FORM_WAIT_S = 0.02
-"""How long a step that has nothing to do waits for a form that is being compiled."""
+_GRAMMAR_WAIT_S = 0.02
+"""How long a step that has nothing to do waits for a grammar that is being compiled."""
 
 
 class EngineCore:
@@ -51,7 +53,10 @@ class EngineCore:
         )
         self._max_in_flight = self.config.scheduler_config.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, PendingStep]] = deque()
-        self._form_line = FormLine(self._executor.compile_form)
+        scheduler_config = config.scheduler_config
+        self._grammars = GrammarCompiler(scheduler_config.max_num_seqs, scheduler_config.max_grammar_compile_s)
+        self._grammar_queue = GrammarQueue(self._grammars.compile)
+        self._constrained = ConstrainedRequests(self._grammars, scheduler_config.max_num_seqs)
         self._failure: BaseException | None = None
 
     @property
@@ -65,11 +70,11 @@ class EngineCore:
         return self._executor
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Say what tokens outputs consist of; before the first request whose output has a form."""
-        self._executor.use_vocabulary(vocabulary)
+        """Say what tokens outputs consist of; before the first request whose output is constrained."""
+        self._grammars.use_vocabulary(vocabulary)
 
     def add_request(self, request: EngineRequest) -> None:
-        """Put a request in line; one whose output has a form, once that is compiled.
+        """Put a request in line; one whose output is held to a grammar, once that is compiled.
 
         Raises:
             InvalidRequestError: It needs more KV blocks than there are, or its id is in use.
@@ -77,7 +82,7 @@ class EngineCore:
             EngineDeadError: An earlier step ended the engine.
         """
         self._check_alive()
-        if request.request_id in self._form_line:
+        if request.request_id in self._grammar_queue:
             raise InvalidRequestError(
                 f"request_id: got {request.request_id!r}, expected an id that no unfinished request has. "
                 "Send another request_id."
@@ -85,42 +90,42 @@ class EngineCore:
         if request.sampling_params.structured_outputs is None or request.pooling:
             self.scheduler.add_request(request)
         else:
-            self._form_line.add(request)
+            self._grammar_queue.add(request)
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
         """End requests; ids that are unknown or finished are ignored."""
         request_ids = list(request_ids)
-        in_form_line = self._form_line.abort(request_ids)
-        outputs = [EngineOutput(request_id, finish_reason=FinishReason.ABORT) for request_id in in_form_line]
+        in_grammar_queue = self._grammar_queue.abort(request_ids)
+        outputs = [EngineOutput(request_id, finish_reason=FinishReason.ABORT) for request_id in in_grammar_queue]
         outputs += self.scheduler.abort(request_ids)
         self._release_if_idle()
         return outputs
 
     def has_unfinished_requests(self) -> bool:
         """Whether a step would have something to do."""
-        return self.scheduler.has_unfinished_requests() or len(self._form_line) > 0
+        return self.scheduler.has_unfinished_requests() or len(self._grammar_queue) > 0
 
     def step(self) -> list[EngineOutput]:
         """Keep the worker busy and take in the oldest step's results.
 
-        If all requests wait for their forms, wait with them for a little while.
+        If all requests wait for their grammars, wait with them for a little while.
 
         Raises:
             EngineDeadError: The worker can't go on.
         """
         self._check_alive()
-        outputs = self._take_from_form_line()
+        outputs = self._take_compiled()
         if self.scheduler.has_unfinished_requests():
             outputs += self._step()
         elif not outputs:
-            self._form_line.wait(_FORM_WAIT_S)
+            self._grammar_queue.wait(_GRAMMAR_WAIT_S)
         self._release_if_idle()
         return outputs
 
-    def _take_from_form_line(self) -> list[EngineOutput]:
-        """Put requests whose forms are compiled in line; returns the news of those that can't be."""
+    def _take_compiled(self) -> list[EngineOutput]:
+        """Put requests whose grammars are compiled in line; returns the news of those that can't be."""
         outputs = []
-        for request, error in self._form_line.take_ready():
+        for request, error in self._grammar_queue.take_ready():
             try:
                 if error is not None:
                     raise error
@@ -140,6 +145,9 @@ class EngineCore:
         step = self.scheduler.schedule()
         if step is None:
             return False
+        masks = self._constrained.begin_step(step)
+        if masks is not None:
+            step = replace(step, masks=masks)
         with self._fatal_failures():
             self._in_flight.append((step, self._executor.submit(step)))
         return bool(step.chunks)
@@ -149,7 +157,11 @@ class EngineCore:
         step, pending = self._in_flight.popleft()
         with self._fatal_failures():
             result = pending.result()
-        return self.scheduler.update(step, result)
+        outputs = self.scheduler.update(step, result)
+        if result.lost_mask_source is not None:
+            self._constrained.give_up(result.lost_mask_source)
+        self._constrained.append(outputs)
+        return outputs
 
     @contextmanager
     def _fatal_failures(self) -> Iterator[None]:
@@ -178,15 +190,17 @@ class EngineCore:
         """While no request is unfinished: get ready for later ones, for a moment. False: nothing is left to do."""
         self._check_alive()
         with self._fatal_failures():
-            return self._executor.use_idle_time()
+            return not self._executor.submit(SchedulerOutput.idle()).result().is_prepared
 
     def stats(self) -> SchedulerStats:
-        """Counters and gauges of the scheduler and its caches; requests that wait for their forms count as waiting."""
+        """Counters and gauges of the scheduler and its caches; requests in the grammar queue count as waiting."""
         stats = self.scheduler.stats()
-        return replace(stats, num_waiting=stats.num_waiting + len(self._form_line)) if self._form_line else stats
+        num_compiling = len(self._grammar_queue)
+        return replace(stats, num_waiting=stats.num_waiting + num_compiling) if num_compiling else stats
 
     def shutdown(self) -> None:
-        """Free the worker's memory."""
+        """Free the worker's memory, and end the processes that hold outputs to grammars."""
+        self._grammars.close()
         self._executor.shutdown()
 
     def _check_alive(self) -> None:

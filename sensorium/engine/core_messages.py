@@ -25,7 +25,7 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class UseVocabulary(msgspec.Struct, frozen=True, tag=True):
-    """What tokens outputs consist of. Comes before the first request whose output has a form."""
+    """What tokens outputs consist of. Comes before the first request whose output is constrained."""
 
     vocabulary: Vocabulary
 

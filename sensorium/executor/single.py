@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from concurrent.futures import Future
-
 from sensorium.config import EngineConfig
 from sensorium.executor.base import PendingStep
-from sensorium.messages import LoadReport, SchedulerOutput, Vocabulary
-from sensorium.structured_outputs import StructuredOutputs
+from sensorium.messages import LoadReport, SchedulerOutput
 from sensorium.worker.worker import Worker
 
 
@@ -29,18 +26,6 @@ class SingleProcessExecutor:
     def submit(self, step: SchedulerOutput) -> PendingStep:
         """See `Executor.submit`."""
         return self._worker.submit(step)
-
-    def use_idle_time(self) -> bool:
-        """See `Executor.use_idle_time`."""
-        return self._worker.use_idle_time()
-
-    def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """See `Executor.use_vocabulary`."""
-        self._worker.runner.form_compiler.use_vocabulary(vocabulary)
-
-    def compile_form(self, form: StructuredOutputs) -> Future[None]:
-        """See `Executor.compile_form`."""
-        return self._worker.runner.form_compiler.compile(form)
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""

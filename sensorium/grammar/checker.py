@@ -1,8 +1,8 @@
-"""Tries forms before anything relies on them: each compiles once in a forked child, which may come to grief alone.
+"""Tries grammars before anything relies on them: each compiles once in a forked child, which may come to grief alone.
 
 A child that is not back in time is killed, one that takes too much memory dies, one that overflows its stack crashes;
-each is a verdict. Two lanes keep quick forms from waiting behind slow ones: every form starts in the quick lane, and
-moves to the slow lane when its time there is over.
+each is a verdict. Two lanes keep quick grammars from waiting behind slow ones: every grammar starts in the quick lane,
+and moves to the slow lane when its time there is over.
 
 The process has one thread only, since it forks.
 """
@@ -23,21 +23,21 @@ import msgspec
 from llguidance import LLTokenizer
 
 from sensorium.errors import InvalidRequestError
-from sensorium.grammar.forms import compile_form, refusal
-from sensorium.grammar.messages import CancelCheck, CheckForm, Verdict
+from sensorium.grammar.matchers import compile_grammar, refusal
+from sensorium.grammar.messages import CancelCheck, CheckGrammar, Verdict
 
 QUICK_LANE_S = 0.5
 NUM_QUICK, NUM_SLOW = 2, 2
 MAX_CHILD_BYTES = 512 << 20
 """Address space that compiling may take."""
 MAX_COST_BYTES = 128 << 20
-"""Memory that a compiled form may take."""
+"""Memory that a compiled grammar may take."""
 _QUICK_NICE, _SLOW_NICE = 5, 15
 
 
 @dataclass(slots=True, eq=False)
 class _Child:
-    order: CheckForm
+    order: CheckGrammar
     pid: int
     pipe: Connection
     started_s: float
@@ -45,18 +45,18 @@ class _Child:
 
 
 class Checker:
-    """Answers `CheckForm`s with `Verdict`s, in any order."""
+    """Answers `CheckGrammar`s with `Verdict`s, in any order."""
 
     def __init__(self, connection: Connection, tokenizer: LLTokenizer, deadline_s: float) -> None:
-        """`deadline_s`: most seconds that a form may take to compile."""
+        """`deadline_s`: most seconds that a grammar may take to compile."""
         self._connection = connection
         self._tokenizer = tokenizer
         self._deadline_s = deadline_s
-        self._decoder: msgspec.msgpack.Decoder[CheckForm | CancelCheck] = msgspec.msgpack.Decoder(
-            CheckForm | CancelCheck
+        self._decoder: msgspec.msgpack.Decoder[CheckGrammar | CancelCheck] = msgspec.msgpack.Decoder(
+            CheckGrammar | CancelCheck
         )
-        self._quick_line: deque[CheckForm] = deque()
-        self._slow_line: deque[CheckForm] = deque()
+        self._quick_line: deque[CheckGrammar] = deque()
+        self._slow_line: deque[CheckGrammar] = deque()
         self._children: list[_Child] = []
 
     def run(self) -> None:
@@ -77,8 +77,8 @@ class Checker:
             for child in list(self._children):
                 self._kill(child)
 
-    def _take(self, message: CheckForm | CancelCheck) -> None:
-        if isinstance(message, CheckForm):
+    def _take(self, message: CheckGrammar | CancelCheck) -> None:
+        if isinstance(message, CheckGrammar):
             self._quick_line.append(message)
             return
         for line in (self._quick_line, self._slow_line):
@@ -117,7 +117,7 @@ class Checker:
             if now_s - child.started_s >= self._deadline_s:
                 self._kill(child)
                 reason = f"compiling it takes more than {self._deadline_s:g} s"
-                self._answer(Verdict(order.check_id, str(refusal(order.form, reason))))
+                self._answer(Verdict(order.check_id, str(refusal(order.grammar, reason))))
             elif self._num(slow=True) < NUM_SLOW:
                 child.is_slow = True
                 _renice(child.pid, _SLOW_NICE)
@@ -127,7 +127,7 @@ class Checker:
 
     # Children
 
-    def _start(self, order: CheckForm, *, is_slow: bool) -> None:
+    def _start(self, order: CheckGrammar, *, is_slow: bool) -> None:
         receiving, sending = Pipe(duplex=False)
         pid = os.fork()
         if pid == 0:
@@ -135,7 +135,7 @@ class Checker:
         sending.close()
         self._children.append(_Child(order, pid, receiving, time.monotonic(), is_slow))
 
-    def _check(self, order: CheckForm, sending: Connection, nice: int) -> NoReturn:
+    def _check(self, order: CheckGrammar, sending: Connection, nice: int) -> NoReturn:
         """The child's whole life."""
         try:
             self._connection.close()
@@ -152,7 +152,7 @@ class Checker:
             verdict = msgspec.msgpack.decode(child.pipe.recv_bytes(), type=Verdict)
         except (EOFError, OSError, msgspec.MsgspecError):
             reason = "compiling it takes too much memory or too deep a recursion"
-            verdict = Verdict(child.order.check_id, str(refusal(child.order.form, reason)))
+            verdict = Verdict(child.order.check_id, str(refusal(child.order.grammar, reason)))
         self._kill(child)
         self._answer(verdict)
 
@@ -164,17 +164,17 @@ class Checker:
         os.waitpid(child.pid, 0)
 
 
-def _verdict(order: CheckForm, tokenizer: LLTokenizer) -> Verdict:
+def _verdict(order: CheckGrammar, tokenizer: LLTokenizer) -> Verdict:
     """Compile, and compute the first mask."""
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     try:
-        matcher = compile_form(order.form, tokenizer)
+        matcher = compile_grammar(order.grammar, tokenizer)
         matcher.compute_bitmask()
         if matcher.is_error():
-            raise refusal(order.form, matcher.get_error())
+            raise refusal(order.grammar, matcher.get_error())
         cost_bytes = 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
         if cost_bytes > MAX_COST_BYTES:
-            raise refusal(order.form, f"compiled it takes {cost_bytes >> 20} MiB")
+            raise refusal(order.grammar, f"compiled it takes {cost_bytes >> 20} MiB")
     except InvalidRequestError as error:
         return Verdict(order.check_id, str(error))
     return Verdict(order.check_id, cost_bytes=cost_bytes)

@@ -1,6 +1,6 @@
-"""Compiles forms without making anyone wait: a thread that talks to the grammar processes, and futures.
+"""Compiles grammars without making anyone wait: a thread that talks to the grammar processes, and futures.
 
-Starts the processes when the first form comes, and again if they end. What is known of a form, good or bad, is
+Starts the processes when the first grammar comes, and again if they end. What is known of a grammar, good or bad, is
 remembered, so that a repeated one costs one message.
 """
 
@@ -17,7 +17,7 @@ from multiprocessing.connection import Connection, Pipe, wait
 import msgspec
 
 from sensorium.errors import InvalidRequestError, OverloadedError, SensoriumError, UnsupportedFeatureError
-from sensorium.grammar.messages import NO_CHECK, CancelCheck, CheckForm, LoadForm, Verdict
+from sensorium.grammar.messages import NO_CHECK, CancelCheck, CheckGrammar, LoadGrammar, Verdict
 from sensorium.grammar.service import GrammarService
 from sensorium.logger import get_logger
 from sensorium.messages import Vocabulary
@@ -27,65 +27,71 @@ logger = get_logger(__name__)
 
 _MAX_REMEMBERED = 1024
 MAX_OPEN = 256
-"""Forms that may be compiled at once, or wait for it."""
-_FAILED = "The engine could not compile the form of this output. Send the request again."
+"""Grammars that may be compiled at once, or wait for it."""
+_FAILED = "The engine could not compile structured_outputs. Send the request again."
 
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """A form that is being compiled, and who waits for it."""
+    """A grammar that is being compiled, and who waits for it."""
 
     check_id: int
-    form: StructuredOutputs
+    grammar: StructuredOutputs
     futures: list[Future[None]] = field(default_factory=list)
     is_loading: bool = False
 
 
-class FormCompiler:
+class GrammarCompiler:
     """One pair of grammar processes at a time. `compile` may be called from any thread."""
 
-    def __init__(self, num_slots: int, deadline_s: float) -> None:
-        """`num_slots`: outputs that may be held to a form at once. `deadline_s`: most seconds that a form may take."""
-        self._num_slots = num_slots
+    def __init__(self, num_rows: int, deadline_s: float) -> None:
+        """`num_rows`: outputs that may be held to grammars at once. `deadline_s`: most seconds that a compile takes."""
+        self._num_rows = num_rows
         self._deadline_s = deadline_s
         self._vocabulary: Vocabulary | None = None
         self.service: GrammarService | None = None
-        """The processes that compiled forms are in; None before the first and after they ended."""
+        """The processes that compiled grammars are in; None before the first and after they ended."""
         self._thread: threading.Thread | None = None
         self._waking: Connection | None = None
         self._woken: Connection | None = None
         self._incoming: deque[tuple[StructuredOutputs, Future[None]] | None] = deque()
         self._ids = itertools.count(NO_CHECK + 1)
+        self._service_ids = itertools.count(1)
         self._jobs: dict[StructuredOutputs, _Job] = {}
         self._known: OrderedDict[StructuredOutputs, Verdict] = OrderedDict()
         self._unsupported: str | None = None
-        """Why no output can be held to any form."""
+        """Why no output can be held to any grammar."""
         self._is_closing = False
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Say what tokens outputs consist of; once, before the first form."""
+        """Say what tokens outputs consist of; once, before the first grammar."""
         if self._vocabulary is None:
             self._vocabulary = vocabulary
 
     @property
     def has_vocabulary(self) -> bool:
-        """Whether forms can be compiled."""
+        """Whether grammars can be compiled."""
         return self._vocabulary is not None
 
-    def compile(self, form: StructuredOutputs) -> Future[None]:
-        """Resolves once rows may be held to the form; cancelling gives it up.
+    def compile(self, grammar: StructuredOutputs) -> Future[None]:
+        """Resolves once rows may be held to the grammar; cancelling gives it up.
 
         The future raises:
-            InvalidRequestError: The form means nothing, or takes too much.
-            OverloadedError: Too many forms wait.
-            UnsupportedFeatureError: No form can be held to with this tokenizer.
+            InvalidRequestError: The grammar means nothing, or takes too much.
+            OverloadedError: Too many grammars wait.
+            UnsupportedFeatureError: No grammar can be held to with this tokenizer.
         """
         future: Future[None] = Future()
         if self._vocabulary is None:
-            future.set_exception(UnsupportedFeatureError("structured_outputs: got a form, but there is no tokenizer."))
+            future.set_exception(
+                UnsupportedFeatureError(
+                    "structured_outputs: got some, but the engine has no tokenizer, expected one. Load the model with "
+                    "its tokenizer, or remove structured_outputs."
+                )
+            )
             return future
         future.add_done_callback(self._wake_if_cancelled)
-        self._incoming.append((replace(form, start_after=None), future))
+        self._incoming.append((replace(grammar, start_after=None), future))
         self._start()
         self._wake()
         return future
@@ -140,7 +146,7 @@ class FormCompiler:
             except (EOFError, OSError, msgspec.MsgspecError):
                 self._service_ended(service)
             except Exception:
-                logger.exception("compiling forms failed")
+                logger.exception("compiling grammars failed")
                 self._service_ended(service)
         self._end_jobs(lambda: SensoriumError(_FAILED))
 
@@ -153,19 +159,19 @@ class FormCompiler:
             elif not entry[1].cancelled():
                 self._add(*entry)
         for job in [each for each in self._jobs.values() if all(future.cancelled() for future in each.futures)]:
-            del self._jobs[job.form]
+            del self._jobs[job.grammar]
             if self.service is not None:
                 self.service.checks.send_bytes(msgspec.msgpack.encode(CancelCheck(job.check_id)))
 
-    def _add(self, form: StructuredOutputs, future: Future[None]) -> None:
-        job = self._jobs.get(form)
+    def _add(self, grammar: StructuredOutputs, future: Future[None]) -> None:
+        job = self._jobs.get(grammar)
         if job is not None:
             job.futures.append(future)
             return
         if self._unsupported is not None:
             _fail(future, UnsupportedFeatureError(self._unsupported))
             return
-        known = self._known.get(form)
+        known = self._known.get(grammar)
         if known is not None and known.error is not None:
             _settle(future, known)
             return
@@ -173,24 +179,25 @@ class FormCompiler:
             _fail(
                 future,
                 OverloadedError(
-                    f"structured_outputs: got one more form to compile while {MAX_OPEN} wait, expected fewer. "
+                    f"structured_outputs: got one more to compile while {MAX_OPEN} wait, expected fewer. "
                     "Send the request again later."
                 ),
             )
             return
-        job = self._jobs[form] = _Job(next(self._ids), form, [future])
+        job = self._jobs[grammar] = _Job(next(self._ids), grammar, [future])
         if self.service is None:
             assert self._vocabulary is not None
-            self.service = GrammarService(self._vocabulary, self._num_slots, self._deadline_s)
+            service_id = next(self._service_ids)
+            self.service = GrammarService(service_id, self._vocabulary, self._num_rows, self._deadline_s)
         if known is None:
-            self.service.checks.send_bytes(msgspec.msgpack.encode(CheckForm(job.check_id, form)))
+            self.service.checks.send_bytes(msgspec.msgpack.encode(CheckGrammar(job.check_id, grammar)))
         else:
             self._load(job, known)
 
     def _load(self, job: _Job, verdict: Verdict) -> None:
         assert self.service is not None
         job.is_loading = True
-        order = LoadForm(job.check_id, job.form, verdict.cost_bytes)
+        order = LoadGrammar(job.check_id, job.grammar, verdict.cost_bytes)
         self.service.loads.send_bytes(msgspec.msgpack.encode(order))
 
     def _take(self, verdict: Verdict) -> None:
@@ -202,26 +209,26 @@ class FormCompiler:
         if job is None:
             return
         if not job.is_loading:
-            self._remember(job.form, verdict)
+            self._remember(job.grammar, verdict)
         if verdict.error is None and not job.is_loading:
             self._load(job, verdict)
             return
-        del self._jobs[job.form]
+        del self._jobs[job.grammar]
         for future in job.futures:
             _settle(future, verdict)
 
-    def _remember(self, form: StructuredOutputs, verdict: Verdict) -> None:
-        self._known[form] = verdict
+    def _remember(self, grammar: StructuredOutputs, verdict: Verdict) -> None:
+        self._known[grammar] = verdict
         while len(self._known) > _MAX_REMEMBERED:
             self._known.popitem(last=False)
 
     def _service_ended(self, service: GrammarService | None) -> None:
-        """Whoever waits learns it; the next form starts new processes."""
+        """Whoever waits learns it; the next grammar starts new processes."""
         if service is None:
             return
         if not self._is_closing and self._unsupported is None:
             logger.error("the grammar processes have ended")
-        self._known = OrderedDict((form, each) for form, each in self._known.items() if each.error is not None)
+        self._known = OrderedDict((grammar, each) for grammar, each in self._known.items() if each.error is not None)
         if self.service is service:
             self.service = None
         service.close()

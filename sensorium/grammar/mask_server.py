@@ -1,7 +1,7 @@
 """The process that owns the matchers of all constrained outputs and computes their masks.
 
-The main thread follows rows and computes; a second one compiles forms, which leaves Python's lock alone. Ends when the
-engine closes its end.
+The main thread follows rows and computes; a second one compiles grammars, which leaves Python's lock alone. Ends when
+the engine closes its end.
 """
 
 from __future__ import annotations
@@ -16,33 +16,33 @@ import numpy as np
 from llguidance import LLExecutor
 
 from sensorium.errors import InvalidRequestError
-from sensorium.grammar.mask_memory import Int32Array, MaskMemory
 from sensorium.grammar.messages import (
     AddRow,
     AppendToken,
-    LoadForm,
-    RowFailure,
-    RowsDone,
+    LoadGrammar,
     RowUpdate,
     RowUpdates,
     Verdict,
 )
 from sensorium.grammar.row_matcher import RowMatcher
-from sensorium.grammar.row_state import RowState
-from sensorium.grammar.store import FormStore
+from sensorium.grammar.store import GrammarStore
+from sensorium.token_masks import Int32Array, MaskMemory, RowFailure, RowsDone, RowState
 
 _MAX_THREADS = 8
 _MIN_ROWS_PER_THREAD = 2
-_FORM_IS_GONE = RowFailure("The compiled form of this output had to make room for others. Send the request again.", 503)
+_GRAMMAR_IS_GONE = RowFailure(
+    "The compiled grammar of this output had to make room for others. Send the request again.", 503
+)
 
 
 class MaskServer:
-    """Rows by slot. Masks lie in `memory`; whoever asked for them reads them once `RowsDone` is there."""
+    """Outputs by row. Masks lie in `memory`; who samples reads them once `RowsDone` is there."""
 
-    def __init__(self, store: FormStore, memory: MaskMemory, end_token_ids: Iterable[int]) -> None:
+    def __init__(self, store: GrammarStore, memory: MaskMemory, end_token_ids: Iterable[int]) -> None:
         self._store = store
         self._memory = memory
-        self._rows: dict[int, RowMatcher] = {}
+        self._outputs: dict[int, RowMatcher] = {}
+        """By row."""
         self._hides_end: set[int] = set()
         self._without_ends = _mask_without(end_token_ids, memory.masks.shape[1])
         num_threads = min(max((os.cpu_count() or 1) // 4, 1), _MAX_THREADS)
@@ -53,89 +53,88 @@ class MaskServer:
         failures: dict[int, RowFailure] = {}
         touched: dict[int, None] = {}
         for update in message.updates:
-            touched[update.slot] = None
+            touched[update.row] = None
             self._update(update, failures)
-        rows = {slot: self._rows[slot] for slot in touched if slot in self._rows}
-        self._compute({slot: row for slot, row in rows.items() if row.state is RowState.HELD})
-        for slot, row in rows.items():
-            if row.state is RowState.FAILED:
-                failures[slot] = RowFailure(f"structured_outputs: the output can't go on ({row.error}). Simplify it.")
-            self._memory.states[slot] = row.state
-        for slot in failures:
-            self._memory.states[slot] = RowState.FAILED
+        outputs = {row: self._outputs[row] for row in touched if row in self._outputs}
+        self._compute({row: output for row, output in outputs.items() if output.state is RowState.HELD})
+        for row, output in outputs.items():
+            if output.state is RowState.FAILED:
+                failures[row] = RowFailure(f"structured_outputs: the output can't go on ({output.error}). Simplify it.")
+            self._memory.states[row] = output.state
+        for row in failures:
+            self._memory.states[row] = RowState.FAILED
         return RowsDone(message.number, failures)
 
     def _update(self, update: RowUpdate, failures: dict[int, RowFailure]) -> None:
-        slot = update.slot
+        row = update.row
         if isinstance(update, AppendToken):
-            if slot in self._rows:
-                self._rows[slot].append(update.token_id)
+            if row in self._outputs:
+                self._outputs[row].append(update.token_id)
             return
-        self._rows.pop(slot, None)
-        self._hides_end.discard(slot)
-        failures.pop(slot, None)
+        self._outputs.pop(row, None)
+        self._hides_end.discard(row)
+        failures.pop(row, None)
         if not isinstance(update, AddRow):
             return
         try:
-            matcher = self._store.matcher(update.form)
+            matcher = self._store.matcher(update.grammar)
         except InvalidRequestError as error:
-            failures[slot] = RowFailure(str(error))
+            failures[row] = RowFailure(str(error))
             return
         if matcher is None:
-            failures[slot] = _FORM_IS_GONE
+            failures[row] = _GRAMMAR_IS_GONE
             return
-        row = self._rows[slot] = RowMatcher(update.form, self._store.tokenizer, matcher)
+        output = self._outputs[row] = RowMatcher(update.grammar, self._store.tokenizer, matcher)
         if update.hides_end:
-            self._hides_end.add(slot)
+            self._hides_end.add(row)
         for token_id in update.token_ids:
-            row.append(token_id)
+            output.append(token_id)
 
-    def _compute(self, rows: dict[int, RowMatcher]) -> None:
-        while rows:
-            self._fill(rows)
-            rows = {slot: row for slot, row in rows.items() if not self._is_settled(slot, row)}
+    def _compute(self, outputs: dict[int, RowMatcher]) -> None:
+        while outputs:
+            self._fill(outputs)
+            outputs = {row: output for row, output in outputs.items() if not self._is_settled(row, output)}
 
-    def _is_settled(self, slot: int, row: RowMatcher) -> bool:
-        if not row.check_mask() and row.state is RowState.HELD:
+    def _is_settled(self, row: int, output: RowMatcher) -> bool:
+        if not output.check_mask() and output.state is RowState.HELD:
             return False
-        if slot in self._hides_end:
-            self._memory.masks[slot] &= self._without_ends
+        if row in self._hides_end:
+            self._memory.masks[row] &= self._without_ends
         return True
 
-    def _fill(self, rows: dict[int, RowMatcher]) -> None:
+    def _fill(self, outputs: dict[int, RowMatcher]) -> None:
         masks = self._memory.masks
         row_bytes = masks.shape[1] * masks.itemsize
-        if self._executor is not None and len(rows) >= 2 * _MIN_ROWS_PER_THREAD:
-            matchers = [(row.matcher, slot) for slot, row in rows.items()]
+        if self._executor is not None and len(outputs) >= 2 * _MIN_ROWS_PER_THREAD:
+            matchers = [(output.matcher, row) for row, output in outputs.items()]
             self._executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, row_bytes, len(masks))
             return
-        for slot, row in rows.items():
-            row.matcher.unsafe_compute_mask_ptr(masks.ctypes.data + slot * row_bytes, row_bytes)
+        for row, output in outputs.items():
+            output.matcher.unsafe_compute_mask_ptr(masks.ctypes.data + row * row_bytes, row_bytes)
 
 
-def serve_masks(server: MaskServer, connection: Connection) -> None:
-    """Answer until the other end closes."""
+def serve_masks(server: MaskServer, orders: Connection, done: Connection) -> None:
+    """Do what comes in `orders`, and say in `done` what is done, until either's other end closes."""
     decoder = msgspec.msgpack.Decoder(RowUpdates)
     try:
         while True:
-            done = server.apply(decoder.decode(connection.recv_bytes()))
-            connection.send_bytes(msgspec.msgpack.encode(done))
+            done.send_bytes(msgspec.msgpack.encode(server.apply(decoder.decode(orders.recv_bytes()))))
     except (EOFError, OSError):
         return
 
 
-def start_loading(store: FormStore, connection: Connection) -> None:
-    """Compile forms in a thread of their own until the other end closes."""
+def start_loading(store: GrammarStore, connection: Connection) -> None:
+    """Compile grammars in a thread of their own until the other end closes."""
     threading.Thread(target=_load, args=(store, connection), name="sensorium-grammar-loader", daemon=True).start()
 
 
-def _load(store: FormStore, connection: Connection) -> None:
-    decoder = msgspec.msgpack.Decoder(LoadForm)
+def _load(store: GrammarStore, connection: Connection) -> None:
+    decoder = msgspec.msgpack.Decoder(LoadGrammar)
     try:
         while True:
             order = decoder.decode(connection.recv_bytes())
             try:
-                store.load(order.form, order.cost_bytes)
+                store.load(order.grammar, order.cost_bytes)
                 verdict = Verdict(order.check_id)
             except InvalidRequestError as error:
                 verdict = Verdict(order.check_id, str(error))

@@ -1,8 +1,10 @@
-"""What the worker and the grammar processes say to each other; msgpack with a schema.
+"""What the engine core and the grammar processes say to each other; msgpack with a schema.
 
-worker  --CheckForm, CancelCheck-->  checker      worker  <--Verdict--  checker
-worker  --LoadForm-->  mask server's loader       worker  <--Verdict--  loader
-worker  --RowUpdates-->  mask server              worker  <--RowsDone--  mask server
+core  --CheckGrammar, CancelCheck-->  checker      core  <--Verdict--  checker
+core  --LoadGrammar-->  mask server's loader       core  <--Verdict--  loader
+core  --RowUpdates-->  mask server                 worker  <--RowsDone--  mask server
+
+`RowsDone` is the worker's business, see `sensorium.token_masks`.
 """
 
 from __future__ import annotations
@@ -14,14 +16,14 @@ import msgspec
 from sensorium.structured_outputs import StructuredOutputs
 
 NO_CHECK = 0
-"""The id of a verdict over all forms: this tokenizer's outputs can't be held to any."""
+"""The id of a verdict over all grammars: this tokenizer's outputs can't be held to any."""
 
 
-class CheckForm(msgspec.Struct, frozen=True, tag=True):
-    """Find out whether a form can be compiled within the bounds."""
+class CheckGrammar(msgspec.Struct, frozen=True, tag=True):
+    """Find out whether a grammar can be compiled within the bounds."""
 
     check_id: int
-    form: StructuredOutputs
+    grammar: StructuredOutputs
 
 
 class CancelCheck(msgspec.Struct, frozen=True, tag=True):
@@ -30,11 +32,11 @@ class CancelCheck(msgspec.Struct, frozen=True, tag=True):
     check_id: int
 
 
-class LoadForm(msgspec.Struct, frozen=True):
-    """Compile a form that was checked, so that rows can start with it at once; one that is there stays."""
+class LoadGrammar(msgspec.Struct, frozen=True):
+    """Compile a grammar that was checked, so that rows can start with it at once; one that is there stays."""
 
     check_id: int
-    form: StructuredOutputs
+    grammar: StructuredOutputs
     cost_bytes: int
     """What the check says that it takes."""
 
@@ -44,39 +46,32 @@ class Verdict(msgspec.Struct, frozen=True):
 
     check_id: int
     error: str | None = None
-    """Why the form is refused, fit for its caller."""
+    """Why the grammar is refused, fit for its caller."""
     cost_bytes: int = 0
     """Memory that compiling took."""
 
 
 class AddRow(msgspec.Struct, frozen=True, tag=True):
-    """Hold the output in a slot to a form, from its beginning; it has these tokens already."""
+    """Hold the output in a row to a grammar, from its beginning; it has these tokens already."""
 
-    slot: int
-    form: StructuredOutputs
+    row: int
+    grammar: StructuredOutputs
     token_ids: list[int]
     hides_end: bool
     """No end-of-sequence token may come, however complete the output is."""
 
 
 class RemoveRow(msgspec.Struct, frozen=True, tag=True):
-    """Forget a slot."""
+    """Forget a row."""
 
-    slot: int
+    row: int
 
 
 class AppendToken(msgspec.Struct, frozen=True, tag=True):
-    """A token was sampled in a slot."""
+    """A token was sampled in a row."""
 
-    slot: int
+    row: int
     token_id: int
-
-
-class RowFailure(msgspec.Struct, frozen=True):
-    """Why a row can't go on, fit for its caller."""
-
-    message: str
-    status: int = 400
 
 
 RowUpdate: TypeAlias = AddRow | RemoveRow | AppendToken
@@ -87,11 +82,3 @@ class RowUpdates(msgspec.Struct, frozen=True):
 
     number: int
     updates: list[RowUpdate]
-
-
-class RowsDone(msgspec.Struct, frozen=True):
-    """The masks of a `RowUpdates` are in shared memory."""
-
-    number: int
-    failures: dict[int, RowFailure]
-    """By slot: rows that can't go on."""

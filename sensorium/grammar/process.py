@@ -10,26 +10,27 @@ from multiprocessing.connection import Connection
 import msgspec
 
 from sensorium.grammar.checker import Checker
-from sensorium.grammar.mask_memory import MaskMemory
 from sensorium.grammar.mask_server import MaskServer, serve_masks, start_loading
 from sensorium.grammar.messages import NO_CHECK, Verdict
-from sensorium.grammar.store import FormStore
+from sensorium.grammar.store import GrammarStore
 from sensorium.grammar.vocabulary import index_vocabulary
 from sensorium.messages import Vocabulary
+from sensorium.token_masks import MaskMemory
 
 
-def main(fds: list[int], num_slots: int, deadline_s: float) -> None:
+def main(fds: list[int], num_rows: int, deadline_s: float) -> None:
     """Serve until the engine closes its ends.
 
     Args:
-        fds: Numbers of open files: vocabulary, mask memory, and the connections for checks, loading and masks.
-        num_slots: Outputs that may be held to a form at once.
-        deadline_s: Most seconds that a form may take to compile.
+        fds: Numbers of open files: vocabulary, mask memory, and the connections for checks, loading, rows, and what is
+            done.
+        num_rows: Outputs that may be held to a grammar at once.
+        deadline_s: Most seconds that a grammar may take to compile.
     """
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)  # meant for the engine, whose end is the sign to stop
     vocabulary_fd, memory_fd, *connection_fds = fds
-    checks, loads, masks = (Connection(fd) for fd in connection_fds)
+    checks, loads, rows, done = (Connection(fd) for fd in connection_fds)
     with open(vocabulary_fd, "rb") as file:
         vocabulary = msgspec.msgpack.decode(file.read(), type=Vocabulary)
     try:
@@ -40,14 +41,15 @@ def main(fds: list[int], num_slots: int, deadline_s: float) -> None:
     pid = os.fork()
     if pid == 0:
         checks.close()
-        memory = MaskMemory(memory_fd, num_slots, vocabulary.size)
-        store = FormStore(tokenizer)
+        memory = MaskMemory(memory_fd, num_rows, vocabulary.size)
+        store = GrammarStore(tokenizer)
         start_loading(store, loads)
-        serve_masks(MaskServer(store, memory, vocabulary.eos_token_ids), masks)
+        serve_masks(MaskServer(store, memory, vocabulary.eos_token_ids), rows, done)
         os._exit(0)
     os.close(memory_fd)
     loads.close()
-    masks.close()
+    rows.close()
+    done.close()
     try:
         Checker(checks, tokenizer, deadline_s).run()
     finally:

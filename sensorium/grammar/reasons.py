@@ -1,8 +1,8 @@
-"""Why a form can't be held to, in words that its sender can follow.
+"""Why a grammar can't be held to, in words that its sender can follow.
 
-The library that compiles forms speaks of options that nobody here can set, of numbers that it made of those that were
-sent, and of its own insides. Here that becomes what is wrong with the form. What isn't known stays as it was told,
-unless it gives advice.
+The library that compiles grammars speaks of options that nobody here can set, of numbers that it made of those that
+were sent, and of its own insides. Here that becomes what is wrong with the grammar. What isn't known stays as it was
+told, unless it gives advice.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _TOLD = (
     (r"lexer|Lexer|fuel|too many states|too many expressions", "it is too large, or " + _TOO_MUCH),
     (r"(?:schema|grammar) too large|max_grammar_size", "it is too large"),
     (r"^NoExtension", "nothing that it describes can follow"),
-    (r"^InternalError|panicked", "the compiler of forms failed on it"),
+    (r"^InternalError|panicked", "the compiler of grammars failed on it"),
 )
 _PATTERNS = tuple((re.compile(pattern), text) for pattern, text in _TOLD)
 

@@ -1,14 +1,14 @@
-"""One constrained output: where its form begins, what it allows next, when it is complete."""
+"""One constrained output: where its grammar begins, what it allows next, when it is complete."""
 
 from __future__ import annotations
 
 from llguidance import LLMatcher, LLTokenizer
 
 from sensorium.errors import InvalidRequestError
-from sensorium.grammar.forms import compile_form
+from sensorium.grammar.matchers import compile_grammar
 from sensorium.grammar.reasons import told
-from sensorium.grammar.row_state import RowState
 from sensorium.structured_outputs import StructuredOutputs
+from sensorium.token_masks import RowState
 
 _MIN_TOKENS_PER_START = 32
 """A matcher that has used up its bounds is built anew, unless it lasted no longer than this."""
@@ -21,16 +21,16 @@ class RowMatcher:
     depends on others, one that hits a bound goes on with a matcher of its own.
     """
 
-    def __init__(self, form: StructuredOutputs, tokenizer: LLTokenizer, matcher: LLMatcher) -> None:
-        """`matcher`: at the beginning of the form, and this row's alone."""
-        self._form = form
+    def __init__(self, grammar: StructuredOutputs, tokenizer: LLTokenizer, matcher: LLMatcher) -> None:
+        """`matcher`: at the beginning of the grammar, and this row's alone."""
+        self._grammar = grammar
         self._tokenizer = tokenizer
         self._matcher = matcher
         self._token_ids: list[int] = []
-        """What the form's part of the output consists of."""
+        """What the grammar's part of the output consists of."""
         self._num_at_start = 0
         self._is_shared = True
-        self._start = None if form.start_after is None else form.start_after.encode()
+        self._start = None if grammar.start_after is None else grammar.start_after.encode()
         self._tail = b""
         self.state = RowState.HELD if self._start is None else RowState.FREE
         self.error = ""
@@ -75,7 +75,7 @@ class RowMatcher:
         if not self._is_shared and lasted < _MIN_TOKENS_PER_START:
             return self._fail(self._matcher.get_error())
         try:
-            fresh = compile_form(self._form, self._tokenizer)
+            fresh = compile_grammar(self._grammar, self._tokenizer)
         except InvalidRequestError as error:
             return self._fail(str(error))
         if not fresh.consume_tokens(self._token_ids):

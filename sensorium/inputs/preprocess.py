@@ -174,7 +174,7 @@ class InputPreprocessor:
 
     @cached_property
     def vocabulary(self) -> Vocabulary:
-        """What the core must know before an output can be held to a form. Raises `UnsupportedFeatureError`."""
+        """What the core must know before an output can be held to a grammar. Raises `UnsupportedFeatureError`."""
         tokenizer = None if self.encoder is None else self.encoder.tokenizer
         return vocabulary_of(tokenizer, self._eos_token_ids, self._vocab_size)
 

@@ -1,4 +1,4 @@
-"""What the front tells the engine core about its tokenizer, once, when the first output is to be held to a form."""
+"""What the front tells the engine core about its tokenizer, once, when the first output is to be held to a grammar."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ def vocabulary_of(tokenizer: Any, eos_token_ids: Iterable[int], vocab_size: int)
     if backend is None:
         got = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise UnsupportedFeatureError(
-            f"structured_outputs: got a form, but the engine has {got}, expected a tokenizer of the tokenizers "
+            f"structured_outputs: got some, but the engine has {got}, expected a tokenizer of the tokenizers "
             "library. Remove structured_outputs, or load the model with its fast tokenizer."
         )
     eos = set(eos_token_ids) or {id for id in [tokenizer.eos_token_id] if id is not None}

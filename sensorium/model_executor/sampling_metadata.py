@@ -132,4 +132,4 @@ class SamplingMetadata:
     slots: IntArray | None = None
     """`(num_rows,)`: the slot of each row of the logits."""
     token_mask: TokenMask | None = None
-    """Which tokens may come in rows whose output is held to a form; None: no row is."""
+    """Which tokens may come in rows whose output is held to a grammar; None: no row is."""

@@ -23,8 +23,6 @@ from torch import nn
 
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import RequestError
-from sensorium.grammar.compiler import FormCompiler
-from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
 from sensorium.logger import get_logger
 from sensorium.messages import (
     ModelRunnerOutput,
@@ -39,6 +37,7 @@ from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, SamplingState
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.model_executor.token_mask import TokenMask
+from sensorium.token_masks import StepMasks
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.graph_capture import GraphCapture
@@ -47,6 +46,7 @@ from sensorium.worker.passes import PassRunner
 from sensorium.worker.pooling import Pooler
 from sensorium.worker.step_buffers import host_fields
 from sensorium.worker.step_timer import StepClock, StepTimer
+from sensorium.worker.token_masks import MaskReader, RowMasks
 
 logger = get_logger(__name__)
 
@@ -69,6 +69,8 @@ class PendingStep:
 
     runner: ModelRunner
     timer: StepTimer
+    masks: StepMasks | None
+    """Where the step's constrained requests have their masks."""
     sampled: list[_SampledRows] = field(default_factory=list)
     prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
     pooled: dict[str, HostCopy] = field(default_factory=dict)
@@ -77,6 +79,17 @@ class PendingStep:
     def result(self) -> ModelRunnerOutput:
         """What the step brought. Every chunk ended with a token, with nothing (not its last), or in `failures`."""
         return self.runner.collect(self)
+
+
+@dataclass(frozen=True, slots=True)
+class PreparedStep:
+    """An idle step that has ended."""
+
+    is_prepared: bool
+
+    def result(self) -> ModelRunnerOutput:
+        """Whether something is left to get ready."""
+        return ModelRunnerOutput({}, is_prepared=self.is_prepared)
 
 
 class ModelRunner:
@@ -130,8 +143,7 @@ class ModelRunner:
         self.encoder = EncoderRunner(driver)
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
-        self.form_compiler = FormCompiler(max_num_seqs, config.scheduler_config.max_form_compile_s)
-        self._constrained = ConstrainedSlots(self.form_compiler)
+        self._masks = MaskReader()
         self._pooler = Pooler(model_config.pooler_config)
         self._reporting: set[str] = set()
         """Requests whose prompt rows are looked at: those that pool, or asked for prompt log probabilities."""
@@ -153,11 +165,15 @@ class ModelRunner:
         """Requests that hold a slot."""
         return len(self._batch)
 
+    def close(self) -> None:
+        """Close open files."""
+        self._masks.close()
+
     @torch.inference_mode()
     def submit(self, step: SchedulerOutput) -> PendingStep:
         """Begin a step: give the device its work, and wait for none of it."""
         self._take_in(step)
-        pending = PendingStep(self, self._clock.new_step())
+        pending = PendingStep(self, self._clock.new_step(), step.masks)
         pending.timer.begin()
         if self._block_tables is not None:
             self._block_tables.flush()
@@ -167,6 +183,11 @@ class ModelRunner:
             self._run(group, pending)
         pending.timer.end()
         return pending
+
+    @torch.inference_mode()
+    def prepare(self) -> PreparedStep:
+        """Record passes for later steps, for a moment."""
+        return PreparedStep(is_prepared=not self.passes.record_next())
 
     @torch.inference_mode()
     def collect(self, pending: PendingStep) -> ModelRunnerOutput:
@@ -189,6 +210,7 @@ class ModelRunner:
             pooled=pooled,
             failures=pending.failures,
             complete_request_ids=frozenset(complete),
+            lost_mask_source=self._masks.given_up_id,
             encode_s=times.encode_s,
             forward_s=times.forward_s,
             idle_s=times.idle_s,
@@ -205,8 +227,6 @@ class ModelRunner:
             slots, positions, token_ids = slots[kept], positions[kept], token_ids[kept]
         self._batch.append_sampled(slots, positions, token_ids)
         self._sampling.append(slots, token_ids)
-        self._constrained.append_each(slots, token_ids)
-        self._constrained.flush()
 
     @staticmethod
     def _report_sampled(
@@ -234,7 +254,6 @@ class ModelRunner:
             state = self._batch.remove(request_id)
             if state is not None:
                 self._sampling.remove(state.slot)
-                self._constrained.remove(state.slot)
                 self._pooler.remove(request_id)
                 self._reporting.discard(request_id)
         for new in step.new_requests:
@@ -247,10 +266,10 @@ class ModelRunner:
                 new.output_token_ids,
                 request.eos_token_ids,
             )
-            self._constrained.add(state.slot, request.sampling_params, new.output_token_ids)
             if request.pooling or request.sampling_params.prompt_logprobs is not None:
                 self._reporting.add(request.request_id)
-        self._constrained.flush()
+        if step.masks is not None:
+            self._masks.begin_step(step.masks)
         for chunk in step.chunks:
             if chunk.new_block_ids:
                 self._batch.append_blocks(chunk)
@@ -325,7 +344,7 @@ class ModelRunner:
         metadata = SamplingMetadata(len(sampling), state=self._sampling, slots=sampled_slots)
         logits = self._model.compute_logits(hidden, metadata)
         states = self._batch.states([chunks[i] for i in sampling])
-        rows = self._sample(states, sampled_slots, arrays.seq_lens[sampling].astype(np.int64), logits)
+        rows = self._sample(states, sampled_slots, arrays.seq_lens[sampling].astype(np.int64), logits, pending.masks)
         if self._keeps_tokens:
             self._last_tokens.index_copy_(0, tensors.sampled_slots, rows.output.sampled_token_ids)
         pending.sampled.append(rows)
@@ -346,19 +365,26 @@ class ModelRunner:
             return False
         states = self._batch.states(chunks)
         positions = arrays.seq_lens.astype(np.int64)
-        if len(self._constrained) == 0 and self._sampling.is_plain[arrays.slots].all():
+        if pending.masks is None and self._sampling.is_plain[arrays.slots].all():
             rows = self._begin_rows(states, arrays.slots, positions, decoded.best)
         else:
-            rows = self._sample(states, arrays.slots, positions, decoded.logits)
+            rows = self._sample(states, arrays.slots, positions, decoded.logits, pending.masks)
             self._last_tokens.index_copy_(0, decoded.slots, rows.output.sampled_token_ids)
         pending.sampled.append(rows)
         return True
 
     def _sample(
-        self, states: list[SlotState], slots: Int64Array, positions: Int64Array, logits: torch.Tensor
+        self,
+        states: list[SlotState],
+        slots: Int64Array,
+        positions: Int64Array,
+        logits: torch.Tensor,
+        step_masks: StepMasks | None,
     ) -> _SampledRows:
         """Sample a token for each of these requests, given its row of the logits and the token's position."""
-        masks = self._constrained.masks(slots)  # computed while the model ran
+        masks: RowMasks | None = None
+        if step_masks is not None:  # computed while the model ran
+            masks = self._masks.read(step_masks, [state.request.request_id for state in states])
         token_mask = None if masks is None else TokenMask(masks.rows, masks.words)
         output = self._sampler.sample(logits, self._sampling, slots, token_mask)
         return self._begin_rows(states, slots, positions, output, masks)
@@ -402,11 +428,11 @@ def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:
     """Why no token can be taken for a row."""
     if masks is not None:
         if row in masks.failures:
-            return RequestFailure(masks.failures[row].message, masks.failures[row].status)
+            return masks.failures[row]
         if row in masks.rows:
             return RequestFailure(
-                "structured_outputs: got a form that allows no token that bad_words, logit_bias and the model leave, "
-                "expected one that does. Change the form, or remove what forbids tokens.",
+                "structured_outputs: got one that allows no token that bad_words, logit_bias and the model leave, "
+                "expected one that does. Change it, or remove what forbids tokens.",
                 status=400,
             )
     return RequestFailure(

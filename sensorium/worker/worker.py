@@ -23,7 +23,7 @@ from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker import kv_cache
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
-from sensorium.worker.model_runner import ModelRunner, PendingStep
+from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.probe import probe_model
 
 logger = get_logger(__name__)
@@ -163,19 +163,14 @@ class Worker:
         yield
         self._seconds[name] = time.perf_counter() - begin
 
-    @torch.inference_mode()
-    def use_idle_time(self) -> bool:
-        """See `Executor.use_idle_time`."""
-        return self.runner.passes.record_next()
-
-    def submit(self, step: SchedulerOutput) -> PendingStep:
-        """Begin a step."""
-        return self.runner.submit(step)
+    def submit(self, step: SchedulerOutput) -> PendingStep | PreparedStep:
+        """Begin a step; an idle one ends before this returns."""
+        return self.runner.prepare() if step.is_idle else self.runner.submit(step)
 
     def shutdown(self) -> None:
         """Drop the model and the caches."""
         if self._runner is not None:
-            self._runner.form_compiler.close()
+            self._runner.close()
         self._model = self._driver = self._runner = None
 
 

@@ -1,4 +1,4 @@
-"""Outputs of a form through the whole engine: held to it, whatever stands beside them and whatever happens to them."""
+"""Structured outputs through the whole engine: held to, whatever stands beside them and whatever happens to them."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_bans_and_biases_work_within_the_form(llm: LLM) -> None:
 
 def test_a_form_that_a_ban_leaves_nothing_of_is_a_clear_error(llm: LLM) -> None:
     a = llm.get_tokenizer().convert_tokens_to_ids("a")
-    with pytest.raises(RequestError, match="got a form that allows no token that bad_words") as error:
+    with pytest.raises(RequestError, match="got one that allows no token that bad_words") as error:
         llm.generate("Go", held(StructuredOutputs(regex="ab"), bad_words_token_ids=[[a]]))
     assert error.value.status == 400
 
@@ -202,7 +202,7 @@ def test_a_bad_form_is_that_requests_error_alone(llm: LLM) -> None:
 
 
 def test_requests_wait_for_forms_apart_and_leave_when_aborted(checkpoint: Path) -> None:
-    args = EngineArgs(str(checkpoint), **SETTINGS, max_form_compile_s=30.0)
+    args = EngineArgs(str(checkpoint), **SETTINGS, max_grammar_compile_s=30.0)
     engine = LLMEngine.from_engine_args(args)
     engine.add_request("held", "a", held(ENDLESS))
     engine.add_request("free", "b", SamplingParams(max_tokens=5, ignore_eos=True))
@@ -222,16 +222,14 @@ def test_requests_wait_for_forms_apart_and_leave_when_aborted(checkpoint: Path) 
 
 def test_without_a_tokenizer_it_is_refused(checkpoint: Path) -> None:
     engine = LLMEngine.from_engine_args(EngineArgs(str(checkpoint), **SETTINGS, skip_tokenizer_init=True))
-    with pytest.raises(
-        UnsupportedFeatureError, match="structured_outputs: got a form, but the engine has no tokenizer"
-    ):
+    with pytest.raises(UnsupportedFeatureError, match="structured_outputs: got some, but the engine has no tokenizer"):
         engine.add_request("a", [1, 2], held(PERSON, detokenize=False))
     engine.shutdown()
 
 
 def test_streams_over_the_process_boundary_run_on_beside_a_form_that_does_not_compile(checkpoint: Path) -> None:
     async def run() -> None:
-        async with running(checkpoint, in_process=False, max_form_compile_s=5.0) as engine:
+        async with running(checkpoint, in_process=False, max_grammar_compile_s=5.0) as engine:
             begun = asyncio.Event()
 
             async def stream() -> list[int]:

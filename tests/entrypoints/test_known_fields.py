@@ -54,10 +54,10 @@ from pydantic import BaseModel
 
 from sensorium.entrypoints.openai import fields, protocol
 from sensorium.entrypoints.openai.body import Body, field_names
-from sensorium.entrypoints.openai.forms import JsonSchemaFormat, ResponseFormat
 from sensorium.entrypoints.openai.protocol import parse_body
 from sensorium.entrypoints.openai.responses.body import ReasoningConfig, ResponseBody, TextConfig
 from sensorium.entrypoints.openai.responses.items import read_items
+from sensorium.entrypoints.openai.structured_outputs import JsonSchemaFormat, ResponseFormat
 from sensorium.errors import InvalidRequestError, RequestError, UnsupportedFeatureError
 from sensorium.inputs.chat_content import parse_messages
 from tests.entrypoints.served import Served, served

@@ -1,4 +1,4 @@
-"""Answers of a form over HTTP: through the official client, as a body may ask for them, and from the bundled model."""
+"""Structured outputs over HTTP: through the official client, as a body may ask for them, and from the bundled model."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class Home(BaseModel):
 
 @pytest.fixture(scope="module")
 def server() -> Iterator[Served]:
-    with served(make_checkpoint("qwen2_vl"), max_form_compile_s=5.0) as running:
+    with served(make_checkpoint("qwen2_vl"), max_grammar_compile_s=5.0) as running:
         yield running
 
 
@@ -135,7 +135,7 @@ def test_a_schema_that_is_not_served_is_a_400(server: Served, schema: dict[str, 
     assert text in answer.json()["error"]["message"]
 
 
-def test_a_stream_runs_on_beside_hostile_forms(server: Served) -> None:
+def test_a_stream_runs_on_beside_hostile_grammars(server: Served) -> None:
     chain = "start: a0\n" + "\n".join(f"a{i}: a{i + 1}" for i in range(9000)) + '\na9000: "x"'
     hostile: list[dict[str, Any]] = [
         {"structured_outputs": {"grammar": chain}},

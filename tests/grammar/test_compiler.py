@@ -1,4 +1,4 @@
-"""Compiling apart from everything: hostile forms end as their own error, and nobody waits behind them."""
+"""Compiling apart from everything: hostile grammars end as their own error, and nobody waits behind them."""
 
 from __future__ import annotations
 
@@ -14,12 +14,13 @@ import pytest
 
 from sensorium.errors import InvalidRequestError, OverloadedError, SensoriumError, UnsupportedFeatureError
 from sensorium.grammar import compiler as compiler_module
-from sensorium.grammar.compiler import FormCompiler
-from sensorium.grammar.constrained_slots import ConstrainedSlots, RowMasks
+from sensorium.grammar.compiler import GrammarCompiler
 from sensorium.inputs.vocabulary import vocabulary_of
-from sensorium.messages import Vocabulary
-from sensorium.sampling_params import SamplingParams
+from sensorium.messages import EngineOutput, FinishReason, Vocabulary
 from sensorium.structured_outputs import StructuredOutputs
+from sensorium.worker import token_masks
+from sensorium.worker.token_masks import RowMasks
+from tests.grammar.steps import Steps, new_request
 from tests.grammar.walks import index_of
 from tests.helpers.checkpoints import make_tokenizer
 from tests.helpers.tiny_tokenizers import wordpiece, wrapped
@@ -81,8 +82,8 @@ HARMLESS: dict[str, dict[str, Any]] = {
 
 
 @pytest.fixture(scope="module")
-def compiler() -> Iterator[FormCompiler]:
-    compiler = FormCompiler(4, DEADLINE_S)
+def compiler() -> Iterator[GrammarCompiler]:
+    compiler = GrammarCompiler(4, DEADLINE_S)
     compiler.use_vocabulary(VOCABULARY)
     compiler.compile(StructuredOutputs(json_object=True)).result(HANG_S)
     yield compiler
@@ -90,41 +91,43 @@ def compiler() -> Iterator[FormCompiler]:
 
 
 @pytest.fixture(scope="module")
-def patient_compiler() -> Iterator[FormCompiler]:
+def patient_compiler() -> Iterator[GrammarCompiler]:
     """For forms that take no longer than they need."""
-    compiler = FormCompiler(4, HANG_S)
+    compiler = GrammarCompiler(4, HANG_S)
     compiler.use_vocabulary(VOCABULARY)
     yield compiler
     compiler.close()
 
 
 @pytest.mark.parametrize("name", HOSTILE)
-def test_a_hostile_form_is_its_callers_error_and_soon(compiler: FormCompiler, name: str) -> None:
-    form = StructuredOutputs(**HOSTILE[name])
-    future = compiler.compile(form)
+def test_a_hostile_grammar_is_its_callers_error_and_soon(compiler: GrammarCompiler, name: str) -> None:
+    grammar = StructuredOutputs(**HOSTILE[name])
+    future = compiler.compile(grammar)
     quick = compiler.compile(StructuredOutputs(choice=[f"beside {name}"]))
     quick.result(HANG_S)
-    with pytest.raises(InvalidRequestError, match=rf"^structured_outputs.{form.kind}: got .*, expected .*\. \w+ ") as e:
+    with pytest.raises(
+        InvalidRequestError, match=rf"^structured_outputs.{grammar.kind}: got .*, expected .*\. \w+ "
+    ) as e:
         future.result(HANG_S)
     message = str(e.value)
     assert message.isprintable()
     assert len(message) < 600
-    assert compiler._known[form].error == message  # remembered: nothing compiles it again
+    assert compiler._known[grammar].error == message  # remembered: nothing compiles it again
     with pytest.raises(InvalidRequestError, match="structured_outputs"):
-        compiler.compile(form).result(HANG_S)
+        compiler.compile(grammar).result(HANG_S)
 
 
 @pytest.mark.parametrize("name", HARMLESS)
-def test_what_only_looks_hostile_is_served(patient_compiler: FormCompiler, name: str) -> None:
+def test_what_only_looks_hostile_is_served(patient_compiler: GrammarCompiler, name: str) -> None:
     patient_compiler.compile(StructuredOutputs(**HARMLESS[name])).result(HANG_S)
 
 
-def test_unsupported_keywords_are_named(compiler: FormCompiler) -> None:
+def test_unsupported_keywords_are_named(compiler: GrammarCompiler) -> None:
     with pytest.raises(InvalidRequestError, match=r'Unimplemented keys: \["contains", "uniqueItems"\]'):
         compiler.compile(StructuredOutputs(**HOSTILE["unknown keywords"])).result(HANG_S)
 
 
-def test_quick_forms_do_not_wait_behind_slow_ones(compiler: FormCompiler) -> None:
+def test_quick_grammars_do_not_wait_behind_slow_ones(compiler: GrammarCompiler) -> None:
     slow = [
         compiler.compile(
             StructuredOutputs(json={**_json(ENDLESS), "title": f"slow {i}"})
@@ -138,7 +141,7 @@ def test_quick_forms_do_not_wait_behind_slow_ones(compiler: FormCompiler) -> Non
         each.cancel()
 
 
-def test_what_nobody_waits_for_is_given_up(compiler: FormCompiler) -> None:
+def test_what_nobody_waits_for_is_given_up(compiler: GrammarCompiler) -> None:
     waiting = [
         compiler.compile(StructuredOutputs(json={**_json(ENDLESS), "title": f"given up {i}"})) for i in range(40)
     ]
@@ -149,17 +152,17 @@ def test_what_nobody_waits_for_is_given_up(compiler: FormCompiler) -> None:
     assert time.monotonic() - begin_s < len(waiting) * DEADLINE_S / 4  # that is what all of them would take
 
 
-def test_too_many_forms_at_once_are_refused(compiler: FormCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_many_grammars_at_once_are_refused(compiler: GrammarCompiler, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(compiler_module, "MAX_OPEN", 1)
     slow = compiler.compile(StructuredOutputs(json={**_json(ENDLESS), "title": "the one"}))
-    with pytest.raises(OverloadedError, match="got one more form to compile while 1 wait"):
+    with pytest.raises(OverloadedError, match="got one more to compile while 1 wait"):
         compiler.compile(StructuredOutputs(choice=["the other"])).result(HANG_S)
     slow.cancel()
 
 
-def test_without_a_tokenizer_or_with_one_of_another_kind_there_are_no_forms() -> None:
-    compiler = FormCompiler(1, DEADLINE_S)
-    with pytest.raises(UnsupportedFeatureError, match="there is no tokenizer"):
+def test_without_a_tokenizer_or_with_one_of_another_kind_there_are_no_grammars() -> None:
+    compiler = GrammarCompiler(1, DEADLINE_S)
+    with pytest.raises(UnsupportedFeatureError, match="no tokenizer"):
         compiler.compile(StructuredOutputs(regex="a")).result(HANG_S)
     compiler.use_vocabulary(vocabulary_of(wrapped(wordpiece()), (), 1))
     for _ in range(2):
@@ -168,11 +171,7 @@ def test_without_a_tokenizer_or_with_one_of_another_kind_there_are_no_forms() ->
     compiler.close()
 
 
-# --- Slots, as the worker sees them ---
-
-
-def params(form: StructuredOutputs) -> SamplingParams:
-    return SamplingParams(structured_outputs=form)
+# --- Masks, as steps see them ---
 
 
 def allowed(masks: RowMasks | None) -> dict[int, set[int]]:
@@ -182,76 +181,121 @@ def allowed(masks: RowMasks | None) -> dict[int, set[int]]:
 
 
 def ids(text: str) -> set[int]:
-    return {TOKENIZER.convert_tokens_to_ids(char) for char in text}
+    return {one(char) for char in text}
 
 
-def test_slots_follow_what_is_sampled(compiler: FormCompiler) -> None:
-    form = StructuredOutputs(regex="[ab]c")
-    compiler.compile(form).result(HANG_S)
-    slots = ConstrainedSlots(compiler)
-    assert slots.masks(np.array([0, 1])) is None
-    slots.add(1, params(form), ())
-    slots.add(2, SamplingParams(), ())
-    slots.add(3, params(form), tuple(ids("b")))
-    assert slots.masks(np.array([0, 2])) is None
-    assert allowed(slots.masks(np.array([0, 1, 2, 3]))) == {1: ids("ab"), 3: ids("c")}
-    slots.append_each(np.array([3, 1]), np.array([*ids("c"), *ids("a")]))
-    masks = slots.masks(np.array([3, 1]))
+def one(char: str) -> int:
+    return int(TOKENIZER.convert_tokens_to_ids(char))
+
+
+def test_masks_follow_what_is_sampled(compiler: GrammarCompiler) -> None:
+    grammar = StructuredOutputs(regex="[ab]c")
+    compiler.compile(grammar).result(HANG_S)
+    steps = Steps(compiler)
+    assert steps.step(["nobody"]) is None
+    new = [new_request("a", grammar), new_request("free", None), new_request("b", grammar, ids("b"))]
+    assert allowed(steps.step(["free", "a", "b"], new)) == {1: ids("ab"), 2: ids("c")}
+    assert steps.step(["free"]) is None
+    steps.sampled({"b": one("c"), "a": one("a"), "free": one("z")})
+    masks = steps.step(["b", "a"])
     assert allowed(masks) == {1: ids("c")}
     assert masks is not None
     assert masks.complete_rows == {0}
-    slots.remove(3)
-    slots.remove(2)
-    assert slots.masks(np.array([3])) is None
-    slots.add(3, params(form), ())
-    assert allowed(slots.masks(np.array([3]))) == {0: ids("ab")}
+    assert allowed(steps.step(["b"], [new_request("b", grammar)], freed=["free", "b"])) == {0: ids("ab")}
+    assert steps.step([], freed=["a", "b"]) is None
+    steps.reader.close()
 
 
-def test_what_failed_in_a_slot_is_no_failure_of_its_next_output(compiler: FormCompiler) -> None:
-    """An answer about the last output of a slot may come when the slot has another one already."""
-    form = StructuredOutputs(regex="[ab]c")
-    compiler.compile(form).result(HANG_S)
-    slots = ConstrainedSlots(compiler)
-    slots.add(0, params(form), ())
-    slots.masks(np.array([0]))
-    slots.append_each(np.array([0]), np.array([*ids("z")]))  # which the form doesn't allow
-    slots.flush()
-    slots.remove(0)
-    slots.add(0, params(form), ())
-    masks = slots.masks(np.array([0]))
+def test_what_failed_in_a_row_is_no_failure_of_its_next_output(compiler: GrammarCompiler) -> None:
+    """An answer about the last output of a row may come when the row has another one already."""
+    grammar = StructuredOutputs(regex="[ab]c")
+    compiler.compile(grammar).result(HANG_S)
+    steps = Steps(compiler, num_rows=1)
+    steps.step(["a"], [new_request("a", grammar)])
+    steps.sampled({"a": one("z")})  # which the grammar doesn't allow
+    masks = steps.step(["b"], [new_request("b", grammar)], freed=["a"])
     assert masks is not None
     assert masks.failures == {}
     assert allowed(masks) == {0: ids("ab")}
-    slots.append_each(np.array([0]), np.array([*ids("z")]))
-    masks = slots.masks(np.array([0]))
+    steps.sampled({"b": one("z")})
+    masks = steps.step(["b"])
     assert masks is not None
     assert "the output can't go on" in masks.failures[0].message
+    steps.reader.close()
+
+
+def test_a_request_that_ended_tells_nothing_more(compiler: GrammarCompiler) -> None:
+    """Its last token would be told of a row that may be another's by then."""
+    grammar = StructuredOutputs(regex="[ab]c")
+    compiler.compile(grammar).result(HANG_S)
+    steps = Steps(compiler, num_rows=1)
+    steps.step(["a"], [new_request("a", grammar)])
+    steps.requests.append([EngineOutput("a", [one("z")], finish_reason=FinishReason.STOP)])
+    assert allowed(steps.step(["a"])) == {0: ids("ab")}
+    steps.reader.close()
+
+
+def test_nobody_has_to_read_what_is_done(compiler: GrammarCompiler) -> None:
+    """Requests that end before anything is sampled for them used to leave answers unread, which fill a pipe one day:
+    then the mask server would wait for a reader, and the engine for the mask server."""
+    grammar = StructuredOutputs(regex="[ab]c")
+    compiler.compile(grammar).result(HANG_S)
+    steps = Steps(compiler, num_rows=2)
+    steps.step([], [new_request("0", grammar)])
+    for i in range(1, 8000):
+        steps.step([], [new_request(str(i), grammar)], freed=[str(i - 1)])
+    assert allowed(steps.step(["7999"])) == {0: ids("ab")}
+    steps.reader.close()
 
 
 def test_outputs_end_and_others_start_when_the_processes_die() -> None:
-    compiler = FormCompiler(4, DEADLINE_S)
+    compiler = GrammarCompiler(4, DEADLINE_S)
     compiler.use_vocabulary(VOCABULARY)
-    form = StructuredOutputs(regex="[ab]c")
-    compiler.compile(form).result(HANG_S)
-    slots = ConstrainedSlots(compiler)
-    slots.add(0, params(form), ())
-    assert allowed(slots.masks(np.array([0]))) == {0: ids("ab")}
+    grammar = StructuredOutputs(regex="[ab]c")
+    compiler.compile(grammar).result(HANG_S)
+    steps = Steps(compiler)
+    assert allowed(steps.step(["a"], [new_request("a", grammar)])) == {0: ids("ab")}
     assert compiler.service is not None
     for pid in _children(compiler.service._process.pid):
         os.kill(pid, signal.SIGKILL)
-    slots.append_each(np.array([0]), np.array([*ids("a")]))
-    masks = slots.masks(np.array([0]))
+    steps.sampled({"a": one("a")})
+    masks = steps.step(["a"])
     assert masks is not None
     assert masks.failures[0].status == 500
-    slots.remove(0)
-    _compiled_anew(compiler, form)
-    slots.add(1, params(form), ())
-    assert allowed(slots.masks(np.array([1]))) == {0: ids("ab")}
+    _compiled_anew(compiler, grammar)
+    masks = steps.step(["b", "a"], [new_request("b", grammar)])
+    assert allowed(masks) == {0: ids("ab")}
+    assert masks is not None
+    assert masks.failures[1].status == 500
+    steps.reader.close()
     compiler.close()
 
 
-def test_who_waits_for_a_form_learns_that_the_processes_died() -> None:
-    compiler = FormCompiler(4, 60.0)
+def test_a_mask_server_that_does_not_answer_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(token_masks, "MASK_TIMEOUT_S", 0.2)
+    compiler = GrammarCompiler(4, DEADLINE_S)
+    compiler.use_vocabulary(VOCABULARY)
+    grammar = StructuredOutputs(regex="[ab]c")
+    compiler.compile(grammar).result(HANG_S)
+    assert compiler.service is not None
+    process = compiler.service._process
+    stopped = _children(process.pid)
+    for pid in stopped:
+        os.kill(pid, signal.SIGSTOP)
+    steps = Steps(compiler)
+    masks = steps.step(["a"], [new_request("a", grammar)])
+    assert masks is not None
+    assert masks.failures[0].status == 500
+    monkeypatch.setattr(token_masks, "MASK_TIMEOUT_S", HANG_S)
+    _compiled_anew(compiler, grammar)
+    assert allowed(steps.step(["b"], [new_request("b", grammar)], freed=["a"])) == {0: ids("ab")}
+    steps.reader.close()
+    compiler.close()
+    until(lambda: not any(psutil.pid_exists(pid) for pid in stopped))
+
+
+def test_who_waits_for_a_grammar_learns_that_the_processes_died() -> None:
+    compiler = GrammarCompiler(4, 60.0)
     compiler.use_vocabulary(VOCABULARY)
     compiler.compile(StructuredOutputs(regex="a")).result(HANG_S)
     waiting = compiler.compile(ENDLESS)
@@ -264,7 +308,7 @@ def test_who_waits_for_a_form_learns_that_the_processes_died() -> None:
 
 
 def test_nothing_is_left_of_the_processes() -> None:
-    compiler = FormCompiler(4, 60.0)
+    compiler = GrammarCompiler(4, 60.0)
     compiler.use_vocabulary(VOCABULARY)
     compiler.compile(StructuredOutputs(regex="a")).result(HANG_S)
     compiler.compile(ENDLESS)
@@ -285,16 +329,16 @@ def test_a_vocabulary_holds_ids_that_only_the_model_has() -> None:
     assert isinstance(vocabulary, Vocabulary)
 
 
-def _json(form: StructuredOutputs) -> dict[str, Any]:
+def _json(grammar: StructuredOutputs) -> dict[str, Any]:
     import json
 
-    assert isinstance(form.json, str)
-    return dict(json.loads(form.json))
+    assert isinstance(grammar.json, str)
+    return dict(json.loads(grammar.json))
 
 
-def _compiled_anew(compiler: FormCompiler, form: StructuredOutputs) -> None:
+def _compiled_anew(compiler: GrammarCompiler, grammar: StructuredOutputs) -> None:
     """What comes while the end of the old processes is being noticed may fail with them."""
-    until(lambda: compiler.compile(form).exception(HANG_S) is None)
+    until(lambda: compiler.compile(grammar).exception(HANG_S) is None)
 
 
 def _children(pid: int) -> list[int]:

@@ -12,10 +12,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
-from sensorium.grammar import forms
+from sensorium.grammar import matchers
 from sensorium.grammar.messages import AddRow, AppendToken, RemoveRow
-from sensorium.grammar.row_state import RowState
 from sensorium.structured_outputs import StructuredOutputs
+from sensorium.token_masks import RowState
 from tests.grammar.schemas import check, random_schema
 from tests.grammar.walks import Rows, index_of, row_of
 from tests.helpers.checkpoints import make_tokenizer
@@ -206,7 +206,7 @@ def test_a_row_that_comes_back_goes_on_where_it_was() -> None:
 
 def test_outputs_of_one_form_use_up_no_bounds_of_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
     """Copies of a matcher share the lexer's states and their bound: one long output ended all others of its form."""
-    monkeypatch.setattr(forms, "LIMITS", forms.LLParserLimits(max_lexer_states=3000, verbose_errors=False))
+    monkeypatch.setattr(matchers, "LIMITS", matchers.LLParserLimits(max_lexer_states=3000, verbose_errors=False))
     index = index_of(TOKENIZERS["bytes"])
     schema = {"type": "object", "properties": {"a": {"type": "string", "pattern": "^[a-z]{1,900}$"}}, "required": ["a"]}
     form, rng = StructuredOutputs(json=schema), random.Random(0)

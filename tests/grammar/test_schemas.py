@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from llguidance import LLMatcher
 
 from sensorium.errors import InvalidRequestError
-from sensorium.grammar.forms import compile_form
+from sensorium.grammar.matchers import compile_grammar
 from sensorium.grammar.reasons import told
 from sensorium.grammar.schemas.ready import with_ready_schemas
 from sensorium.structured_outputs import StructuredOutputs
@@ -66,7 +66,7 @@ def _steered(tokens: list[int], length: int, rng: random.Random) -> list[int]:
 
 def answers(schema: Any, count: int = 12, **form: Any) -> list[str]:
     """Whole answers of a schema, all of which are valid; raises `InvalidRequestError` where it is refused."""
-    matcher = compile_form(StructuredOutputs(json=schema, **form), INDEX)
+    matcher = compile_grammar(StructuredOutputs(json=schema, **form), INDEX)
     rng = random.Random(json.dumps(schema))
     found = [text for _ in range(count) if (text := walk(matcher, rng)) is not None]
     for text in found:
@@ -144,7 +144,7 @@ def test_schemas_within_grammars_are_exact_too(wrapped: str) -> None:
     """As those of functions are."""
     schema = {"enum": [ID, ID + 1], "x-guidance": {"whitespace_flexible": False}}
     text = wrapped.replace("{}", json.dumps(schema))
-    matcher = compile_form(StructuredOutputs(grammar=text), INDEX)
+    matcher = compile_grammar(StructuredOutputs(grammar=text), INDEX)
     rng = random.Random(0)
     found = {walk(matcher, rng) for _ in range(20)}
     assert any(str(ID) in (each or "") for each in found)
@@ -179,7 +179,7 @@ BOUNDS = [
 def test_bounds_beyond_doubles_hold(schema: dict[str, Any]) -> None:
     """They were those of the nearest double, inwards or outwards."""
     plain = {key: value for key, value in schema.items() if value is not True}
-    matcher = compile_form(StructuredOutputs(json=schema), INDEX)
+    matcher = compile_grammar(StructuredOutputs(json=schema), INDEX)
     rng = random.Random(1)
     for _ in range(40):
         text = walk(matcher, rng)
@@ -201,7 +201,7 @@ def test_bounds_beyond_doubles_hold(schema: dict[str, Any]) -> None:
 )
 def test_numbers_that_can_t_be_held_to_are_refused(schema: dict[str, Any], named: str) -> None:
     with pytest.raises(InvalidRequestError, match=named):
-        compile_form(StructuredOutputs(json=schema), INDEX)
+        compile_grammar(StructuredOutputs(json=schema), INDEX)
 
 
 def test_constants_behind_a_thousand_references_are_answered_or_refused() -> None:
@@ -210,7 +210,7 @@ def test_constants_behind_a_thousand_references_are_answered_or_refused() -> Non
     }
     schema = {"$ref": "#/$defs/a0", "$defs": {**definitions, "a1000": {"const": ID}}}
     with pytest.raises(InvalidRequestError, match="what it refers to is nested too deep"):
-        compile_form(StructuredOutputs(json=schema), INDEX)
+        compile_grammar(StructuredOutputs(json=schema), INDEX)
 
 
 @pytest.mark.parametrize("text", ['{"enum": [1e400]}', '{"minimum": -1e999}', '{"const": NaN}'])
@@ -321,7 +321,7 @@ def test_no_answer_comes_to_a_dead_end(case: str) -> None:
 )
 def test_what_nothing_fits_is_refused_before_it_begins(schema: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=r"structured_outputs\.json: got one that can't be held to \("):
-        compile_form(StructuredOutputs(json=schema), INDEX)
+        compile_grammar(StructuredOutputs(json=schema), INDEX)
 
 
 _NAMES = st.sampled_from(["a", "b", "ab", 'c"', "ü"])
@@ -393,7 +393,7 @@ def test_random_schemas_have_no_dead_ends(root: Any, first: Any, second: Any, se
     """Whatever is accepted, every walk through it goes on until it is valid."""
     schema = {**(root if isinstance(root, dict) else {"anyOf": [root]}), "$defs": {"r": first, "s": second}}
     try:
-        matcher = compile_form(StructuredOutputs(json=schema), INDEX)
+        matcher = compile_grammar(StructuredOutputs(json=schema), INDEX)
     except InvalidRequestError:
         return
     rng = random.Random(seed)
@@ -460,7 +460,7 @@ def test_a_union_of_pydantic_with_a_default_discriminator() -> None:
         pet: Annotated[Cat | Dog, pydantic.Field(discriminator="kind")]
         pets: list[Annotated[Cat | Dog, pydantic.Field(discriminator="kind")]] = pydantic.Field(max_length=1)
 
-    matcher = compile_form(StructuredOutputs(json=Home.model_json_schema()), INDEX)
+    matcher = compile_grammar(StructuredOutputs(json=Home.model_json_schema()), INDEX)
     rng = random.Random(0)
     texts = [text for _ in range(60) if (text := walk(matcher, rng)) is not None]
     assert {Home.model_validate_json(text).pet.kind for text in texts} == {"cat", "dog"}
@@ -468,7 +468,7 @@ def test_a_union_of_pydantic_with_a_default_discriminator() -> None:
 
 def test_a_union_that_can_t_be_told_apart_says_what_to_do() -> None:
     with pytest.raises(InvalidRequestError, match="Use anyOf, or give each option a required property") as error:
-        compile_form(StructuredOutputs(json={"oneOf": [INTEGER, {"type": "number"}]}), INDEX)
+        compile_grammar(StructuredOutputs(json={"oneOf": [INTEGER, {"type": "number"}]}), INDEX)
     assert "coerce" not in str(error.value)
     assert "Enable" not in str(error.value)
 

@@ -9,16 +9,15 @@ import numpy as np
 from llguidance import LLTokenizer
 
 from sensorium.anonymous_file import anonymous_file
-from sensorium.grammar.forms import compile_form
-from sensorium.grammar.mask_memory import MaskMemory
 from sensorium.grammar.mask_server import MaskServer
-from sensorium.grammar.messages import AddRow, AppendToken, RowFailure, RowUpdates
+from sensorium.grammar.matchers import compile_grammar
+from sensorium.grammar.messages import AddRow, AppendToken, RowUpdates
 from sensorium.grammar.row_matcher import RowMatcher
-from sensorium.grammar.row_state import RowState
-from sensorium.grammar.store import FormStore
+from sensorium.grammar.store import GrammarStore
 from sensorium.grammar.vocabulary import index_vocabulary
 from sensorium.inputs.vocabulary import vocabulary_of
 from sensorium.structured_outputs import StructuredOutputs
+from sensorium.token_masks import MaskMemory, RowFailure, RowState
 
 
 def index_of(tokenizer: Any, num_padding: int = 0) -> LLTokenizer:
@@ -27,14 +26,14 @@ def index_of(tokenizer: Any, num_padding: int = 0) -> LLTokenizer:
 
 
 def row_of(form: StructuredOutputs, index: LLTokenizer) -> RowMatcher:
-    return RowMatcher(form, index, compile_form(form, index))
+    return RowMatcher(form, index, compile_grammar(form, index))
 
 
 class Rows:
     """A mask server in this process."""
 
     def __init__(self, index: LLTokenizer, num_slots: int = 4, end_token_ids: tuple[int, ...] = ()) -> None:
-        self.store = FormStore(index)
+        self.store = GrammarStore(index)
         fd = anonymous_file(size_bytes=MaskMemory.size_bytes(num_slots, index.vocab_size))
         self.memory = MaskMemory(fd, num_slots, index.vocab_size)
         self.server = MaskServer(self.store, self.memory, end_token_ids)

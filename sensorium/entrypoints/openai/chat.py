@@ -70,7 +70,7 @@ class ChatRoutes:
         body = turn.body
         prompt = await self._context.render(turn.http_request, body.messages, **body.render_options())
         turn.plan = self._plan(body, turn.tools, prompt["prompt"])
-        params = turn.plan.params(turn.params, body.form_field())
+        params = turn.plan.params(turn.params, body.constraint_field())
         outputs = self._context.generate(
             turn.http_request, prompt, params, kind, priority=body.priority, cache_salt=body.cache_salt
         )

@@ -13,9 +13,9 @@ from pydantic import ValidationError, field_validator
 
 from sensorium.entrypoints.openai.body import Body, field_names
 from sensorium.entrypoints.openai.errors import as_named, invalid_body
-from sensorium.entrypoints.openai.forms import FormFields
 from sensorium.entrypoints.openai.numbers import read_count, read_number
 from sensorium.entrypoints.openai.records import note_body
+from sensorium.entrypoints.openai.structured_outputs import StructuredOutputsFields
 from sensorium.entrypoints.openai.tools.request import ToolRequest, check_number, parse_choice, tool_request
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
 from sensorium.parsing import Tool
@@ -57,7 +57,7 @@ def stream_options(given: StreamOptions | None, *, is_stream: bool) -> StreamOpt
     return options
 
 
-class SamplingBody(FormFields):
+class SamplingBody(StructuredOutputsFields):
     """What both kinds of completions share."""
 
     place = ""
@@ -122,7 +122,7 @@ class SamplingBody(FormFields):
             "max_tokens": self._bound(),
             "logprobs": logprobs,
             "prompt_logprobs": self.prompt_logprobs,
-            "structured_outputs": self.form(),
+            "structured_outputs": self.constraint(),
             **changes,
         }
         with as_named(max_tokens="max_tokens" if self.max_completion_tokens is None else "max_completion_tokens"):

@@ -9,9 +9,9 @@ from pydantic import Field
 from sensorium.entrypoints.openai.body import Body
 from sensorium.entrypoints.openai.errors import as_named
 from sensorium.entrypoints.openai.fields import LOGPROBS, check_include, check_metadata
-from sensorium.entrypoints.openai.forms import FormBody, told_of
 from sensorium.entrypoints.openai.protocol import StreamOptions, stream_options
 from sensorium.entrypoints.openai.responses.tools import read_tools
+from sensorium.entrypoints.openai.structured_outputs import StructuredOutputsBody, told_of
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.sampling_defaults import NO_DEFAULTS, SamplingDefaults
@@ -26,7 +26,7 @@ _SAMPLING_FIELDS = (
 
 
 class TextFormat(Body):
-    """The form of the answer."""
+    """What the answer is held to."""
 
     type: str
     name: str | None = None
@@ -34,8 +34,8 @@ class TextFormat(Body):
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
 
-    def form(self) -> StructuredOutputs | None:
-        """None for text. Raises `InvalidRequestError` for a form that isn't there."""
+    def constraint(self) -> StructuredOutputs | None:
+        """None for text. Raises `InvalidRequestError` for one that isn't there."""
         if self.type == "text":
             return None
         if self.type == "json_object":
@@ -96,8 +96,8 @@ class ResponseBody(Body):
     prompt_cache_key: str | None = None
     """These three are for the caller's own books; prefixes are cached without a key."""
 
-    structured_outputs: FormBody | None = None
-    """A form of the answer that OpenAI has no word for."""
+    structured_outputs: StructuredOutputsBody | None = None
+    """A constraint that OpenAI has no word for."""
     top_k: int | None = None
     min_p: float | None = None
     presence_penalty: float | None = None
@@ -149,31 +149,31 @@ class ResponseBody(Body):
             values |= {
                 "max_tokens": self.max_output_tokens,
                 "logprobs": self.num_logprobs,
-                "structured_outputs": self._form(),
+                "structured_outputs": self._constraint(),
             }
             return defaults.params(values, max_tokens=None)
 
-    def form_field(self) -> str | None:
-        """The field that asks for the form; None where it is `structured_outputs`, whose errors are of its fields."""
+    def constraint_field(self) -> str | None:
+        """The field that asks for it; None where it is `structured_outputs`, whose errors are of its fields."""
         if self.structured_outputs is not None or self.text is None or self.text.format is None:
             return None
         return "text.format.schema" if self.text.format.schema_ is not None else "text.format"
 
     def in_own_terms(self, error: RequestError) -> RequestError:
-        """An error about the form, told of the field that was sent."""
-        field = self.form_field()
+        """An error about that, told of the field that was sent."""
+        field = self.constraint_field()
         return error if field is None else told_of(error, field)
 
-    def _form(self) -> StructuredOutputs | None:
+    def _constraint(self) -> StructuredOutputs | None:
         try:
-            return self._asked_form()
+            return self._asked()
         except RequestError as error:
             raise self.in_own_terms(error) from None
 
-    def _asked_form(self) -> StructuredOutputs | None:
-        form = self.text.format.form() if self.text is not None and self.text.format is not None else None
+    def _asked(self) -> StructuredOutputs | None:
+        constraint = self.text.format.constraint() if self.text is not None and self.text.format is not None else None
         if self.structured_outputs is None:
-            return form
-        if form is not None:
-            raise InvalidRequestError("structured_outputs: got text.format too, expected one form. Remove one of them.")
-        return self.structured_outputs.form()
+            return constraint
+        if constraint is not None:
+            raise InvalidRequestError("structured_outputs: got text.format too, expected one of them. Remove one.")
+        return self.structured_outputs.constraint()

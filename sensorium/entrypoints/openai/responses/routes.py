@@ -152,7 +152,7 @@ class ResponseRoutes:
         prompt = await self._render(request, turn)
         forms = self._context.chat().answer_forms(has_tools=tools is not None)
         turn.plan = AnswerPlan(forms, tools, prompt["prompt"], self._context.tokenizer())
-        params = turn.plan.params(params, body.form_field())
+        params = turn.plan.params(params, body.constraint_field())
         outputs = self._context.generate(
             request, prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
         )

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sensorium.entrypoints.openai.forms import reason_of
+from sensorium.entrypoints.openai.structured_outputs import reason_of
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.inputs.chat_forms import AnswerForms
@@ -66,19 +66,19 @@ class AnswerPlan:
         self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
 
     def params(self, params: SamplingParams, format_field: str | None = None) -> SamplingParams:
-        """Sampling parameters with marks kept in the text, and with the form that answers must have.
+        """Sampling parameters with marks kept in the text, and with what answers are held to.
 
-        `format_field`: what asks for a form, if it isn't `structured_outputs`.
+        `format_field`: what asks for structured outputs, if it isn't `structured_outputs`.
 
         Raises:
-            InvalidRequestError: Functions and another form of the output can't be held to together.
+            InvalidRequestError: An output can't be held to functions and to the other at once.
         """
         self._format_field = format_field
         if self.forms.token_ids:
             visible = {*params.visible_special_token_ids, *self.forms.token_ids.values()}
             params = replace(params, visible_special_token_ids=sorted(visible))
-        form = self._form(params.structured_outputs)
-        return params if form is params.structured_outputs else replace(params, structured_outputs=form)
+        held_to = self._held_to(params.structured_outputs)
+        return params if held_to is params.structured_outputs else replace(params, structured_outputs=held_to)
 
     def reader(self) -> AnswerReader:
         """What takes one of the answers apart."""
@@ -110,8 +110,8 @@ class AnswerPlan:
             f"out {' and '.join(causes)}."
         )
 
-    def _form(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
-        """The form that answers must have: calls, the form that was asked for, or either; behind reasoning."""
+    def _held_to(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
+        """What answers are held to: calls, what was asked for, or either; behind reasoning."""
         request = self.request
         reasoning = self.forms.reasoning if self._may_reason and not self.is_reasoning_open else None
         if request is None or not (request.is_forced or request.is_strict or asked):
@@ -146,11 +146,11 @@ class AnswerPlan:
         except RequestError as error:  # it is too long, or nested too deep
             raise self.blame(error) from None
 
-    def _behind_reasoning(self, form: StructuredOutputs | None) -> StructuredOutputs | None:
-        if form is None or not self.is_reasoning_open or form.start_after is not None:
-            return form
+    def _behind_reasoning(self, held_to: StructuredOutputs | None) -> StructuredOutputs | None:
+        if held_to is None or not self.is_reasoning_open or held_to.start_after is not None:
+            return held_to
         assert self.forms.reasoning is not None
-        return replace(form, start_after=self.forms.reasoning.end)
+        return replace(held_to, start_after=self.forms.reasoning.end)
 
 
 class AnswerReader:
@@ -204,8 +204,8 @@ class AnswerReader:
             self._has_end = token_id == end_id
 
 
-def _schema(form: StructuredOutputs) -> Any:
-    return json.loads(form.json) if isinstance(form.json, str) else {"type": "object"}
+def _schema(asked: StructuredOutputs) -> Any:
+    return json.loads(asked.json) if isinstance(asked.json, str) else {"type": "object"}
 
 
 def _random_chars(count: int) -> str:

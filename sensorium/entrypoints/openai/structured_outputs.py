@@ -1,7 +1,7 @@
-"""How bodies ask for answers of a form: OpenAI's way, vLLM's, and vLLM's older one.
+"""How bodies ask for structured outputs: OpenAI's way, vLLM's, and vLLM's older one.
 
-What is wrong with a form is told of `StructuredOutputs`, whose fields few clients have sent: `FormFields.in_own_terms`
-tells it of those that they have.
+What is wrong with them is told of `StructuredOutputs`, whose fields few clients have sent:
+`StructuredOutputsFields.in_own_terms` tells it of those that they have.
 """
 
 from __future__ import annotations
@@ -18,15 +18,15 @@ from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.outputs import RequestOutput
 from sensorium.structured_outputs import StructuredOutputs
 
-_FORM = re.compile(r"structured_outputs(\.\w+)?")
+_NAME = re.compile(r"structured_outputs(\.\w+)?")
 _NEXT_STEP = re.compile(r"\b(Change|Simplify|Correct|Set) (?:json|json_object|regex|grammar|choice|one)\.$")
 _HELD_TO = re.compile(r".*? got one that can't be held to \((.*)\), expected one that can\. Change \w+\.", re.DOTALL)
 
 
 def told_of(error: RequestError, field: str) -> RequestError:
-    """An error about a form, told of the field that asked for it; other errors as they are."""
+    """An error about structured outputs, told of the field that asked for it; other errors as they are."""
     text = str(error)
-    found = _FORM.match(text)
+    found = _NAME.match(text)
     if found is None:
         return error
     last = field.rpartition(".")[2]
@@ -35,9 +35,9 @@ def told_of(error: RequestError, field: str) -> RequestError:
 
 
 def reason_of(error: RequestError) -> str:
-    """Why a form can't be held to, without the form's own field."""
+    """Why structured outputs can't be held to, without their own field."""
     found = _HELD_TO.fullmatch(str(error))
-    return found[1] if found is not None else _FORM.sub("", str(error), count=1).removeprefix(": ")
+    return found[1] if found is not None else _NAME.sub("", str(error), count=1).removeprefix(": ")
 
 
 class JsonSchemaFormat(Body):
@@ -51,13 +51,13 @@ class JsonSchemaFormat(Body):
 
 
 class ResponseFormat(Body):
-    """`response_format`: the form of the answer."""
+    """`response_format`: what the answer is held to."""
 
     type: str
     json_schema: JsonSchemaFormat | None = None
 
-    def form(self) -> StructuredOutputs | None:
-        """None for text. Raises `InvalidRequestError` for a form that isn't there."""
+    def constraint(self) -> StructuredOutputs | None:
+        """None for text. Raises `InvalidRequestError` for one that isn't there."""
         if self.json_schema is not None and self.type != "json_schema":
             raise InvalidRequestError(
                 f"response_format.json_schema: got a schema with the type {self.type!r:.60}, expected the type "
@@ -79,7 +79,7 @@ class ResponseFormat(Body):
         return StructuredOutputs(json=self.json_schema.schema_)
 
 
-class FormBody(Body):
+class StructuredOutputsBody(Body):
     """`structured_outputs`: one of these."""
 
     json_: dict[str, Any] | str | None = Field(None, alias="json")
@@ -89,7 +89,7 @@ class FormBody(Body):
     grammar: str | None = None
     start_after: str | None = None
 
-    def form(self) -> StructuredOutputs:
+    def constraint(self) -> StructuredOutputs:
         """Raises `InvalidRequestError` unless exactly one is given."""
         return StructuredOutputs(
             json=self.json_,
@@ -104,25 +104,25 @@ class FormBody(Body):
 _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
-class FormFields(Body):
-    """The fields of a body that say what form the answer has."""
+class StructuredOutputsFields(Body):
+    """The fields of a body that say what the answer is held to."""
 
     response_format: ResponseFormat | None = None
-    structured_outputs: FormBody | None = None
+    structured_outputs: StructuredOutputsBody | None = None
     guided_json: dict[str, Any] | str | None = None
     guided_regex: str | None = None
     guided_choice: list[str] | None = None
     guided_grammar: str | None = None
 
-    def form(self) -> StructuredOutputs | None:
-        """The form of the answer; None if it is free. Raises `InvalidRequestError`, also for several."""
+    def constraint(self) -> StructuredOutputs | None:
+        """What the answer is held to; None if it is free. Raises `InvalidRequestError`, also for several."""
         try:
-            return self._form()
+            return self._constraint()
         except RequestError as error:
             raise self.in_own_terms(error) from None
 
-    def form_field(self) -> str | None:
-        """The field that asks for the form; None where it is `structured_outputs`, whose errors are of its fields."""
+    def constraint_field(self) -> str | None:
+        """The field that asks for it; None where it is `structured_outputs`, whose errors are of its fields."""
         if self.structured_outputs is not None:
             return None
         if self.response_format is not None and self.response_format.type != "text":
@@ -130,8 +130,8 @@ class FormFields(Body):
         return next((name for name in _GUIDED if getattr(self, name) is not None), None)
 
     def in_own_terms(self, error: RequestError) -> RequestError:
-        """An error about the form, told of the field that was sent."""
-        field = self.form_field()
+        """An error about that, told of the field that was sent."""
+        field = self.constraint_field()
         return error if field is None else told_of(error, field)
 
     async def told_in_own_terms(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
@@ -143,17 +143,17 @@ class FormFields(Body):
             except RequestError as error:
                 raise self.in_own_terms(error) from None
 
-    def _form(self) -> StructuredOutputs | None:
-        given = [name for name in FormFields.model_fields if getattr(self, name) is not None]
+    def _constraint(self) -> StructuredOutputs | None:
+        given = [name for name in StructuredOutputsFields.model_fields if getattr(self, name) is not None]
         if given == ["response_format"]:
             assert self.response_format is not None
-            return self.response_format.form()
+            return self.response_format.constraint()
         if "response_format" in given and self.response_format is not None and self.response_format.type == "text":
             given.remove("response_format")
         if len(given) > 1:
-            raise InvalidRequestError(f"{given[0]}: got {given[1]} too, expected one form. Remove one of them.")
+            raise InvalidRequestError(f"{given[0]}: got {given[1]} too, expected one of them. Remove one of them.")
         if self.structured_outputs is not None:
-            return self.structured_outputs.form()
+            return self.structured_outputs.constraint()
         if given:
             return StructuredOutputs(**{given[0].removeprefix("guided_"): getattr(self, given[0])})
         return None

@@ -1,4 +1,4 @@
-"""From a form to a compiled matcher, and to what its caller reads if it can't be compiled.
+"""From a grammar to a compiled matcher, and to what its caller reads if it can't be compiled.
 
 Runs in the grammar processes only: the engine never imports llguidance.
 """
@@ -39,53 +39,53 @@ which isn't always the one that the model knows: in front of `"kind":` one token
 _GBNF = re.compile(r"^\s*[\w-]+\s*::=", re.MULTILINE)
 
 
-def grammar_text(form: StructuredOutputs, tokenizer: LLTokenizer) -> str:
-    """The form in llguidance's form of Lark.
+def grammar_text(grammar: StructuredOutputs, tokenizer: LLTokenizer) -> str:
+    """The grammar in llguidance's form of Lark.
 
     Raises:
         InvalidRequestError: A GBNF grammar can't be read, or a schema asks for what can't be held to.
     """
-    lark = _lark_of(form)
+    lark = _lark_of(grammar)
     try:
         ready = with_ready_schemas(lark, tokenizer) if "%json" in lark else lark
     except ValueError as error:
-        raise refusal(form, str(error)) from None
+        raise refusal(grammar, str(error)) from None
     except RecursionError:
-        raise refusal(form, "what it refers to is nested too deep") from None
+        raise refusal(grammar, "what it refers to is nested too deep") from None
     return str(LLMatcher.grammar_from_lark(_NO_FORCING + ready))
 
 
-def _lark_of(form: StructuredOutputs) -> str:
-    if form.json is not None or form.json_object:
-        schema: Any = json.loads(form.json) if isinstance(form.json, str) else {"type": "object"}
+def _lark_of(spec: StructuredOutputs) -> str:
+    if spec.json is not None or spec.json_object:
+        schema: Any = json.loads(spec.json) if isinstance(spec.json, str) else {"type": "object"}
         own = schema.get(OPTIONS)
         options = {"whitespace_pattern": WHITESPACE, **(own if isinstance(own, dict) else {})}
         return f"start: %json {json.dumps({**schema, OPTIONS: options}, ensure_ascii=False)}"
-    if form.regex is not None:
-        text = LLMatcher.grammar_from_regex(form.regex)
+    if spec.regex is not None:
+        text = LLMatcher.grammar_from_regex(spec.regex)
         return str(json.loads(text)["grammars"][0]["lark_grammar"])
-    if form.grammar is not None:
-        return _as_lark(form.grammar)
-    return "start: " + " | ".join(map(json.dumps, form.choice))
+    if spec.grammar is not None:
+        return _as_lark(spec.grammar)
+    return "start: " + " | ".join(map(json.dumps, spec.choice))
 
 
-def compile_form(form: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
+def compile_grammar(grammar: StructuredOutputs, tokenizer: LLTokenizer) -> LLMatcher:
     """A matcher at the beginning of an output.
 
     Raises:
-        InvalidRequestError: The form means nothing, asks for what can't be held to, or is too large.
+        InvalidRequestError: The grammar means nothing, asks for what can't be held to, or is too large.
     """
-    matcher = LLMatcher(tokenizer, grammar_text(form, tokenizer), limits=LIMITS, log_level=0)
+    matcher = LLMatcher(tokenizer, grammar_text(grammar, tokenizer), limits=LIMITS, log_level=0)
     if matcher.is_error():
-        raise refusal(form, matcher.get_error())
+        raise refusal(grammar, matcher.get_error())
     return matcher
 
 
-def refusal(form: StructuredOutputs, reason: str) -> InvalidRequestError:
-    """The error for a form that can't be compiled; `reason` is the library's."""
+def refusal(grammar: StructuredOutputs, reason: str) -> InvalidRequestError:
+    """The error for a grammar that can't be compiled; `reason` is the library's."""
     return InvalidRequestError(
-        f"structured_outputs.{form.kind}: got one that can't be held to ({told(reason)}), expected one that can. "
-        f"Change {form.kind}."
+        f"structured_outputs.{grammar.kind}: got one that can't be held to ({told(reason)}), expected one that can. "
+        f"Change {grammar.kind}."
     )
 
 

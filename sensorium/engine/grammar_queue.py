@@ -1,4 +1,4 @@
-"""Requests whose form is being compiled: they wait apart from the scheduler's line, so nobody waits behind them."""
+"""Requests whose grammar is being compiled: they wait apart from the scheduler's line, so nobody waits behind them."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from sensorium.structured_outputs import StructuredOutputs
 logger = get_logger(__name__)
 
 
-class FormLine:
+class GrammarQueue:
     """Invariant: a request is here from `add` until `take_ready` returns it or `abort` names it."""
 
-    def __init__(self, compile_form: Callable[[StructuredOutputs], Future[None]]) -> None:
-        self._compile_form = compile_form
+    def __init__(self, compile_grammar: Callable[[StructuredOutputs], Future[None]]) -> None:
+        self._compile_grammar = compile_grammar
         self._waiting: dict[str, tuple[EngineRequest, Future[None]]] = {}
         self._has_news = threading.Event()
 
@@ -29,10 +29,10 @@ class FormLine:
         return request_id in self._waiting
 
     def add(self, request: EngineRequest) -> None:
-        """Have the request's form compiled."""
-        form = request.sampling_params.structured_outputs
-        assert form is not None
-        future = self._compile_form(form)
+        """Have the request's grammar compiled."""
+        grammar = request.sampling_params.structured_outputs
+        assert grammar is not None
+        future = self._compile_grammar(grammar)
         self._waiting[request.request_id] = (request, future)
         future.add_done_callback(lambda _: self._has_news.set())
 
@@ -44,7 +44,7 @@ class FormLine:
         return found
 
     def take_ready(self) -> Iterator[tuple[EngineRequest, SensoriumError | None]]:
-        """Requests whose form is compiled, in the order in which they came, or what is wrong with it."""
+        """Requests whose grammar is compiled, in the order in which they came, or what is wrong with it."""
         if not self._has_news.is_set():
             return
         self._has_news.clear()
@@ -54,7 +54,7 @@ class FormLine:
                 yield request, _error_of(future)
 
     def wait(self, timeout_s: float) -> None:
-        """Return when a form is done, or after a while."""
+        """Return when a grammar is done, or after a while."""
         self._has_news.wait(timeout_s)
 
 
@@ -62,5 +62,5 @@ def _error_of(future: Future[None]) -> SensoriumError | None:
     error = future.exception()
     if error is None or isinstance(error, SensoriumError):
         return error
-    logger.error("compiling a form failed", exc_info=error)
-    return SensoriumError("The engine could not compile the form of this output. Send the request again.")
+    logger.error("compiling a grammar failed", exc_info=error)
+    return SensoriumError("The engine could not compile structured_outputs. Send the request again.")

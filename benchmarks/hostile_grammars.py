@@ -1,10 +1,10 @@
-"""What hostile forms do to others: gaps between the tokens of streams, with and without them.
+"""What hostile grammars do to others: gaps between the tokens of streams, with and without them.
 
-    python benchmarks/hostile_forms.py [--streams 4] [--tokens 400] [--senders 8]
+    python benchmarks/hostile_grammars.py [--streams 4] [--tokens 400] [--senders 8]
 
 A small random model streams from a core process of its own. Then it does so again while senders ask without pause for
-outputs of forms that overflow the stack, take all memory, take for ever, or mean nothing, and one client asks for
-a harmless form now and then. Prints the gaps, how long refusals and the harmless ones took, and a line of JSON.
+outputs of grammars that overflow the stack, take all memory, take for ever, or mean nothing, and one client asks for
+a harmless grammar now and then. Prints the gaps, how long refusals and the harmless ones took, and a line of JSON.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ class Client:
             self.harmless_s.append(time.perf_counter() - begin_s)
             await asyncio.sleep(0.2)
 
-    async def _ask(self, form: StructuredOutputs) -> None:
-        async for _ in self._engine.generate("Hi", SamplingParams(max_tokens=30, structured_outputs=form)):
+    async def _ask(self, grammar: StructuredOutputs) -> None:
+        async for _ in self._engine.generate("Hi", SamplingParams(max_tokens=30, structured_outputs=grammar)):
             pass
 
 
@@ -110,9 +110,9 @@ async def run(num_streams: int, num_tokens: int, num_senders: int) -> dict[str, 
         await engine.shutdown()
     return {
         "gaps, quiet (ms)": milliseconds(quiet.gaps_s),
-        "gaps, beside hostile forms (ms)": milliseconds(beside.gaps_s),
+        "gaps, beside hostile grammars (ms)": milliseconds(beside.gaps_s),
         "refusals (ms)": milliseconds(beside.refusals_s),
-        "harmless forms, answered (ms)": milliseconds(beside.harmless_s),
+        "harmless grammars, answered (ms)": milliseconds(beside.harmless_s),
         "refused, by status": dict(beside.refused),
         "streams equal": is_equal,
     }
@@ -127,7 +127,7 @@ def main() -> None:
     result = asyncio.run(run(args.streams, args.tokens, args.senders))
     for name, value in result.items():
         print(f"{name:34s} {value}")
-    print(json.dumps({"hostile_forms": result}))
+    print(json.dumps({"hostile_grammars": result}))
 
 
 if __name__ == "__main__":
