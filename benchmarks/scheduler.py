@@ -14,6 +14,7 @@ import statistics
 import time
 from collections.abc import Callable
 
+from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
 from sensorium.messages import EngineRequest, MediaItem, ModelRunnerOutput
 from sensorium.sampling_params import SamplingParams
@@ -26,7 +27,8 @@ IMAGE_ROWS = 144
 
 def make_scheduler(num_seqs: int, num_blocks: int = 1 << 14) -> Scheduler:
     config = SchedulerConfig(max_num_batched_tokens=8192, max_num_seqs=num_seqs)
-    return Scheduler(config, CacheConfig(), ModelFeatures(), num_blocks=num_blocks, max_model_len=1 << 16)
+    groups = [CacheGroup(CacheKind.FULL, num_blocks, CacheConfig().block_size)]
+    return Scheduler(config, CacheConfig(), ModelFeatures(), cache_groups=groups, max_model_len=1 << 16)
 
 
 def make_request(i: int, max_tokens: int, *, image: bool) -> EngineRequest:

@@ -18,6 +18,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
+from sensorium.cache_spec import CacheGroup
 from sensorium.config import ModelFeatures
 from sensorium.sampling_params import SamplingParams
 from sensorium.spans import Span
@@ -102,8 +103,9 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     request_id: str
     num_computed_tokens: int
     num_scheduled_tokens: int
-    new_block_ids: tuple[int, ...]
-    """Blocks appended to its block table; for a new request, the whole table, cached prefix included."""
+    new_block_ids: tuple[tuple[int, ...], ...]
+    """By cache group, blocks appended to its block table; for a new request, the whole table, cached prefix included.
+    Of a state: the rows that the chunk reads it from and writes it to. Empty where nothing is new in any group."""
     is_last: bool
     """The chunk reaches the end of the known tokens, so that a token is sampled after it."""
 
@@ -207,8 +209,8 @@ class LoadReport:
     """What loading a model found out, and where memory went."""
 
     features: ModelFeatures
-    num_blocks: int
-    block_size: int
+    cache_groups: tuple[CacheGroup, ...]
+    """What is kept of requests between steps, and how much of it there is room for."""
     memory_bytes: dict[str, int]
     """By use, such as "weights" and "KV cache"."""
     seconds: dict[str, float]
@@ -225,6 +227,16 @@ class LoadReport:
     processors: str = ""
     """What media are preprocessed with, where there is a choice."""
 
+    @property
+    def num_blocks(self) -> int:
+        """KV blocks of the group that has most: what the setting `num_blocks` would have to be for the same caches."""
+        return max((group.num_blocks for group in self.cache_groups if group.is_paged), default=1)
+
+    @property
+    def block_size(self) -> int:
+        """Tokens in a block."""
+        return self.cache_groups[0].block_size
+
     def lines(self) -> list[str]:
         """The report for people, a line each."""
         mib = {name: f"{name} {size / 2**20:,.0f} MiB" for name, size in self.memory_bytes.items()}
@@ -237,8 +249,7 @@ class LoadReport:
             *([f"kernels: {self.kernels}"] if self.kernels else []),
             *([f"sampling defaults of the checkpoint: {self.sampling}"] if self.sampling else []),
             *([f"processors: {self.processors}"] if self.processors else []),
-            f"KV cache: {self.num_blocks:,} blocks of {self.block_size} tokens "
-            f"= {self.num_blocks * self.block_size:,} tokens",
+            *(f"KV cache: {group.line()}" for group in self.cache_groups),
             f"memory: {', '.join(mib.values())}",
             f"start-up: {stages}",
         ]

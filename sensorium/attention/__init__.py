@@ -6,13 +6,14 @@ requests, scheduling or memory: the worker owns the cache tensors and builds the
 
 from sensorium.attention.backend import preferred_block_size
 from sensorium.attention.layer import Attention, AttentionType, MultiHeadAttention
-from sensorium.attention.metadata import NO_SLOT, AttentionMetadata, compute_slot_mapping
+from sensorium.attention.metadata import NO_SLOT, AttentionMetadata, LayerCache, compute_slot_mapping
 
 __all__ = [
     "NO_SLOT",
     "Attention",
     "AttentionMetadata",
     "AttentionType",
+    "LayerCache",
     "MultiHeadAttention",
     "compute_slot_mapping",
     "preferred_block_size",

@@ -11,6 +11,7 @@ from torch import nn
 
 from sensorium.attention.backend import AttentionBackend, AttentionSpec, select_backend
 from sensorium.attention.metadata import AttentionMetadata
+from sensorium.cache_spec import CacheSpec, FullAttentionSpec, SlidingWindowSpec
 from sensorium.errors import ModelError
 from sensorium.kernels import Rotation, rotary_embedding, rotate_and_write_kv, write_kv
 
@@ -118,6 +119,15 @@ class Attention(_AttentionBase):
             )
         )
         self.prefix = prefix
+        self.group_index = 0
+        """Its cache group among the model's; set when loading has found all layers."""
+
+    def cache_spec(self) -> CacheSpec:
+        """What this layer keeps of a sequence."""
+        spec = self.spec
+        if spec.window is None:
+            return FullAttentionSpec(spec.num_kv_heads, spec.head_size, spec.head_size)
+        return SlidingWindowSpec(spec.num_kv_heads, spec.head_size, spec.head_size, spec.window)
 
     def forward(
         self,
@@ -151,12 +161,13 @@ class Attention(_AttentionBase):
         num_tokens = query.shape[0]
         backend = self._backend_for(query)
         if attn_type == AttentionType.DECODER and kv_cache is not None and kv_cache.numel() > 0:
+            batch = attn_metadata.of_group(self.group_index)
             if rotation is None:
-                write_kv(key, value, kv_cache, attn_metadata.slot_mapping)
+                write_kv(key, value, kv_cache, batch.slot_mapping)
             else:
-                query = rotate_and_write_kv(query, key, value, rotation, kv_cache, attn_metadata.slot_mapping)
+                query = rotate_and_write_kv(query, key, value, rotation, kv_cache, batch.slot_mapping)
             # Flat or not: with a cache at hand, backends know the head size.
-            out = backend.paged(query, kv_cache, attn_metadata, self.spec)
+            out = backend.paged(query, kv_cache, batch, self.spec)
         elif attn_type in (AttentionType.DECODER, AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
             q = query.reshape(num_tokens, self.num_heads, self.head_size)
             k = key.reshape(num_tokens, self.num_kv_heads, self.head_size)

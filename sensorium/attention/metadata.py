@@ -3,6 +3,9 @@
 The worker builds one `AttentionMetadata` per step and every attention layer of the model reads it. It owns no
 memory: on the CPU its tensors are views of the arrays it was built from.
 
+Layers that keep their past by different rules (a window, everything, a state) have block tables of their own: the cache
+groups of `sensorium.cache_spec`. A layer takes its part by `of_group`; models pass the whole on and needn't know.
+
 Worked example, block size 4. Sequence A decodes its 6th token from blocks (7, 2); sequence B is new and runs
 the first 3 tokens of its prompt in block 5:
 
@@ -15,14 +18,18 @@ the first 3 tokens of its prompt in block 5:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, replace
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
+from sensorium.cache_spec import CacheGroup
+
 IntArray = npt.NDArray[np.integer[Any]]
+LayerCache: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
+"""An entry of `kv_caches`: what one layer keeps, see `sensorium.worker.kv_cache`."""
 NO_SLOT = -1
 """Slot of a token whose key and value are not to be written."""
 
@@ -33,7 +40,8 @@ class AttentionMetadata:
 
     Invariants: sequence `i` owns the rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]` of the flat batch, which are its last
     positions, so `seq_lens[i] >= query_lens[i]`; its first `seq_lens[i]` positions stand, in order, in the blocks
-    `block_table[i]`. Rows of `block_table` are padded with any valid block id.
+    `block_table[i]`. Rows of `block_table` are padded with any valid block id, and so are entries of which none of the
+    sequence's rows sees a position: what such blocks hold may be another's, or not even numbers.
     """
 
     num_tokens: int
@@ -60,6 +68,40 @@ class AttentionMetadata:
     """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
     is_recorded: bool = False
     """The pass is recorded, to be repeated for other lengths: those on the host can't be read."""
+    state_rows: torch.Tensor | None = None
+    """`(2, num_seqs)` int64, for a layer with a state: the rows of its tensors in which each sequence's state stands,
+    and those into which the state after this step goes. None where nothing is kept."""
+    groups: tuple[AttentionMetadata, ...] = ()
+    """The batch as the layers of each cache group see it; empty where all see this one."""
+
+    def of_group(self, index: int) -> AttentionMetadata:
+        """The batch as the layers of a group see it."""
+        return self.groups[index] if self.groups else self
+
+    def with_groups(
+        self,
+        groups: Sequence[CacheGroup],
+        block_tables: Sequence[torch.Tensor],
+        slot_mapping: torch.Tensor,
+        state_rows: torch.Tensor | None,
+    ) -> AttentionMetadata:
+        """The same batch with what each group has of its own. This one has what is the first group's.
+
+        Args:
+            groups: The model's. Those with blocks come first.
+            block_tables: Of each group with blocks, `(num_seqs, max_blocks)`.
+            slot_mapping: `(num groups with blocks, num_tokens)`.
+            state_rows: `(2, num_seqs)` of the group with a state.
+        """
+        if len(groups) == 1 and groups[0].is_paged:
+            return self
+        parts = [
+            replace(self, block_table=block_tables[i], slot_mapping=slot_mapping[i])
+            if group.is_paged
+            else replace(self, state_rows=state_rows)
+            for i, group in enumerate(groups)
+        ]
+        return replace(parts[0], groups=tuple(parts))
 
     @property
     def query_start_loc(self) -> torch.Tensor:

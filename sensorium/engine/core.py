@@ -48,7 +48,7 @@ class EngineCore:
             config.scheduler_config,
             config.cache_config,
             self.report.features,
-            num_blocks=self.report.num_blocks,
+            cache_groups=self.report.cache_groups,
             max_model_len=self.config.model_config.max_model_len,
         )
         self._max_in_flight = self.config.scheduler_config.max_steps_in_flight
@@ -209,8 +209,9 @@ class EngineCore:
 
 
 def within_blocks(config: EngineConfig, report: LoadReport) -> EngineConfig:
-    """`config` with a context no longer than what all KV blocks together hold."""
-    held = report.num_blocks * report.block_size
+    """`config` with a context no longer than what the KV blocks of each group together hold."""
+    limits = [group.max_tokens() for group in report.cache_groups]
+    held = min((limit for limit in limits if limit is not None), default=config.model_config.max_model_len)
     if config.model_config.max_model_len <= held:
         return config
     logger.warning(

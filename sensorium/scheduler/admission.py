@@ -6,12 +6,24 @@ would break the scheduler's own books if the front had missed it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+from sensorium.cache_spec import CacheGroup
 from sensorium.errors import ContextLengthError, InvalidRequestError
 from sensorium.messages import EngineRequest
 
 
-def check_request(request: EngineRequest, *, max_model_len: int, num_blocks: int, block_size: int) -> None:
-    """Raise `InvalidRequestError` unless the request can run to its end when it is alone."""
+def check_request(
+    request: EngineRequest, *, max_model_len: int, groups: Sequence[CacheGroup], least_chunk_tokens: int
+) -> None:
+    """Raise `InvalidRequestError` unless the request can run to its end when it is alone.
+
+    Args:
+        request: Any.
+        max_model_len: Most tokens of prompt and output.
+        groups: What the caches have room for.
+        least_chunk_tokens: Tokens of the request that must be computed in one step, because they can't be parted.
+    """
     num_prompt_tokens = len(request.prompt_token_ids)
     if num_prompt_tokens == 0:
         raise InvalidRequestError("prompt: got 0 tokens, expected at least 1. Send a prompt that is not empty.")
@@ -27,12 +39,14 @@ def check_request(request: EngineRequest, *, max_model_len: int, num_blocks: int
     longest = max_model_len if max_tokens is None else min(num_prompt_tokens + max_tokens, max_model_len)
     # The last token is never computed: nothing follows it.
     num_computed = num_prompt_tokens if request.pooling else longest - 1
-    if num_computed > num_blocks * block_size:
-        raise ContextLengthError(
-            f"request too long for the KV cache: got up to {num_computed} tokens of prompt and output, expected at "
-            f"most {num_blocks * block_size} (num_blocks {num_blocks} of {block_size} tokens). Lower max_tokens or "
-            "max_model_len, or raise num_blocks or kv_cache_bytes."
-        )
+    for group in groups:
+        held = group.max_tokens(least_chunk_tokens)
+        if held is not None and num_computed > held:
+            raise ContextLengthError(
+                f"request too long for the KV cache: got up to {num_computed} tokens of prompt and output, expected at "
+                f"most {held} (num_blocks {group.num_blocks} of {group.block_size} tokens). Lower max_tokens or "
+                "max_model_len, or raise num_blocks or kv_cache_bytes."
+            )
 
 
 def _check_media(request: EngineRequest, num_prompt_tokens: int) -> None:

@@ -89,6 +89,12 @@ class BlockPool:
                 del self._evictable[block_id]
                 self._empty.append(block_id)
 
+    def forget_content(self, digest: bytes) -> None:
+        """Let nobody find this content any more, if it is there."""
+        block_id = self._index.get(digest)
+        if block_id is not None:
+            self.forget([block_id])
+
     def forget_all(self) -> None:
         """Forget all content."""
         self.forget(list(self._index.values()))

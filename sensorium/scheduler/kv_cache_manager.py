@@ -1,79 +1,162 @@
-"""Gives requests their KV blocks and finds prefixes that are computed already.
+"""Gives requests their blocks, group by group, and finds prefixes that are computed already.
 
-Owns the block pool and, in each request's state, `block_ids`, `block_hashes` and `num_registered_blocks`. Blocks are
-shared only when full, so nobody ever writes into a block that another request reads, and nothing is copied.
+Owns one manager per group of layers that keep alike (`PagedManager`, `StateManager`) and, in each request's state, the
+fields that are marked as its own. Blocks are shared only when full, so nobody ever writes into a block that another
+request reads, and nothing is copied.
+
+A prefix hit is what all groups have. Worked example, blocks of 4 tokens, a prompt of 23: full attention finds blocks
+0 to 3; a window of 5, in which position 16 sees 12 to 16, needs block 3 alone; a state has a snapshot behind 12 tokens
+and none behind 16. So the hit is 12 tokens long, if the window's block 2 is there too, which position 12 sees.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+from sensorium.cache_spec import CacheGroup
 from sensorium.scheduler.block_hash import extend_block_hashes
-from sensorium.scheduler.block_pool import BlockPool
+from sensorium.scheduler.paged_manager import PagedManager
 from sensorium.scheduler.request import RequestState
+from sensorium.scheduler.state_manager import StateManager
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PrefixHit:
+    """A computed prefix: whole blocks, found in all groups."""
+
+    num_blocks: int
+    num_tokens: int
+    block_ids: tuple[list[int], ...]
+    """By group: a table with `NO_BLOCK` for blocks that the next token doesn't see; of a state, the row with it."""
 
 
 class KVCacheManager:
-    """Invariant: a block can be found by others only after the step that computed it has succeeded (`commit`)."""
+    """Invariant: a block can be found by others only after the step that computed it has succeeded (`commit`).
 
-    def __init__(self, num_blocks: int, block_size: int, *, enable_prefix_caching: bool) -> None:
-        self.block_size = block_size
+    Args:
+        groups: What loading made of the layers' declarations; all with one block size.
+        enable_prefix_caching: Whether requests share what they have in common.
+        max_num_seqs: Requests that run at once.
+        max_chunk_tokens: Most tokens that a request computes in one step.
+    """
+
+    def __init__(
+        self, groups: Sequence[CacheGroup], *, enable_prefix_caching: bool, max_num_seqs: int, max_chunk_tokens: int
+    ) -> None:
+        self.block_size = groups[0].block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.pool = BlockPool(num_blocks)
+        self.managers: list[PagedManager | StateManager] = [
+            PagedManager(group, max_chunk_tokens)
+            if group.is_paged
+            else StateManager(group, max_num_seqs, keeps_snapshots=enable_prefix_caching)
+            for group in groups
+        ]
+        self.paged = [each for each in self.managers if isinstance(each, PagedManager)]
+        self.keeps_state = len(self.paged) < len(self.managers)
+        self.makes_snapshots = self.keeps_state and enable_prefix_caching
+        self.pools = [each.pool for each in self.managers]
+        self._gives_back = any(each.gives_back for each in self.managers)
+        self._no_hit = PrefixHit(0, 0, tuple([] for _ in self.managers))
 
     @property
     def usage(self) -> float:
-        """Share of the blocks that requests use, 0 to 1."""
-        return 1.0 - self.pool.num_free / self.pool.num_blocks
+        """Share of the blocks that requests use, 0 to 1, in the group of which least is free."""
+        return max(1.0 - each.pool.num_free / each.pool.num_blocks for each in self.paged or self.managers)
 
-    def num_blocks_for(self, num_tokens: int) -> int:
-        """Blocks that hold `num_tokens` tokens."""
-        return -(-num_tokens // self.block_size)
+    # Prefixes
 
-    def find_prefix(self, request: RequestState) -> list[int]:
-        """Blocks that hold the longest computed prefix of the request, as far as it may use one."""
+    def find_prefix(self, request: RequestState, max_tokens: int | None = None) -> PrefixHit:
+        """The longest computed prefix of the request, of at most `max_tokens` tokens, as far as it may use one."""
         if not (self.enable_prefix_caching and request.is_cacheable):
-            return []
-        block_ids: list[int] = []
-        hashes = request.block_hashes
-        for i in range(request.max_cached_tokens // self.block_size):
-            if i == len(hashes):
-                # One by one: a prompt that shares little isn't hashed to its end before it gets its turn.
-                extend_block_hashes(request, i + 1, self.block_size)
-            block_id = self.pool.lookup(hashes[i])
-            if block_id is None:
+            return self._no_hit
+        limit = request.max_cached_tokens if max_tokens is None else min(max_tokens, request.max_cached_tokens)
+        num_blocks, before = limit // self.block_size, -1
+        # Shortened until it suits every group. A shorter prefix may lack what a longer one didn't need.
+        while num_blocks and num_blocks != before:
+            before = num_blocks
+            for each in self.managers:
+                num_blocks = each.longest_hit(request, num_blocks)
+            if len(self.managers) == 1:
                 break
-            block_ids.append(block_id)
-        return block_ids
+        if not num_blocks:
+            return self._no_hit
+        block_ids = tuple(each.hit(request, num_blocks) for each in self.managers)
+        return PrefixHit(num_blocks, num_blocks * self.block_size, block_ids)
 
     def full_block_hashes(self, request: RequestState, begin: int, end: int) -> Sequence[bytes]:
-        """Hashes of the blocks that get full when tokens `[begin, end)` are computed; none where nothing is shared."""
+        """Hashes of the blocks that others find when tokens `[begin, end)` are computed; none if nothing is shared."""
         if not (self.enable_prefix_caching and request.is_cacheable):
+            return ()
+        if self.keeps_state and end % self.block_size:
             return ()
         last = end // self.block_size
         extend_block_hashes(request, last, self.block_size)
         return request.block_hashes[begin // self.block_size : last]
 
-    def adopt(self, request: RequestState, block_ids: Sequence[int]) -> None:
-        """Begin a request's block table with a prefix that `find_prefix` found."""
-        assert not request.block_ids
-        self.pool.acquire(block_ids)
-        request.block_ids = list(block_ids)
-        request.num_registered_blocks = len(block_ids)
-        request.num_computed_tokens = request.num_settled_tokens = len(block_ids) * self.block_size
+    def adopt(self, request: RequestState, hit: PrefixHit) -> None:
+        """Begin a request's tables with a prefix that `find_prefix` found."""
+        request.num_registered_blocks = hit.num_blocks
+        request.num_computed_tokens = request.num_settled_tokens = hit.num_tokens
+        for each, block_ids in zip(self.managers, hit.block_ids, strict=True):
+            each.adopt(request, block_ids)
+        request.num_allocated_tokens = 0 if self.keeps_state else hit.num_tokens
+
+    # Room
+
+    def has_room(self, request: RequestState, hit: PrefixHit, running: Sequence[RequestState]) -> bool:
+        """Whether all known tokens fit behind a prefix, beside what running requests need to go on for a while.
+
+        Running requests need the rest of their prefills and a block each to grow; without these they would be
+        preempted soon, and prefilled again.
+        """
+        for each, block_ids in zip(self.managers, hit.block_ids, strict=True):
+            if not isinstance(each, PagedManager):
+                continue  # as many rows as slots: always
+            num_free = each.num_free_beside(block_ids)
+            num_needed = each.num_needed(request.num_tokens, block_ids) + len(running)
+            for other in running:
+                if not other.is_caught_up:
+                    num_needed += max(each.num_blocks_for(other.num_tokens) - each.num_held(other), 0)
+            if num_needed > num_free:
+                return False
+        return True
+
+    def max_tokens_behind(self, hit: PrefixHit) -> int | None:
+        """Most tokens that tables which begin with a prefix could hold with all free blocks added; None: any."""
+        limits = [
+            (len(block_ids) + each.num_free_beside(block_ids)) * self.block_size
+            for each, block_ids in zip(self.managers, hit.block_ids, strict=True)
+            if isinstance(each, PagedManager)
+        ]
+        return min(limits, default=None)
 
     def max_tokens(self, request: RequestState) -> int:
-        """Most tokens that the request's table could hold with all free blocks added."""
-        return (len(request.block_ids) + self.pool.num_free) * self.block_size
+        """Most tokens that the request's tables could hold with all free blocks added."""
+        if len(self.paged) == 1:
+            return self.paged[0].max_tokens(request)
+        return min((each.max_tokens(request) for each in self.paged), default=request.num_expected_tokens)
 
-    def allocate(self, request: RequestState, num_tokens: int) -> list[int]:
-        """Extend the table to hold `num_tokens` tokens; returns the new blocks."""
-        missing = self.num_blocks_for(num_tokens) - len(request.block_ids)
-        if missing <= 0:
-            return []
-        block_ids = self.pool.allocate(missing)
-        request.block_ids += block_ids
-        return block_ids
+    # Steps
+
+    def allocate(self, request: RequestState, num_tokens: int) -> tuple[tuple[int, ...], ...]:
+        """Make room for a chunk that ends behind `num_tokens` tokens.
+
+        Returns what the worker has to know, by group: the blocks that are new in its tables, at its first chunk the
+        prefix included, and the rows that it reads its state from and writes it to. Empty where nothing is new.
+        """
+        new = tuple(each.allocate(request, num_tokens) for each in self.managers)
+        if not self.keeps_state:
+            request.num_allocated_tokens = -(-num_tokens // self.block_size) * self.block_size
+        return new if any(new) else ()
+
+    def submitted(self, requests: Iterable[RequestState]) -> None:
+        """Give back what these requests need no more, now that a step with a chunk of each is on its way."""
+        if self._gives_back:
+            for each in self.managers:
+                if each.gives_back:
+                    for request in requests:
+                        each.submitted(request)
 
     def commit(self, request: RequestState) -> None:
         """Offer the blocks that are full now to others. Call only after the step that filled them succeeded."""
@@ -84,25 +167,41 @@ class KVCacheManager:
         if num_full <= first:
             return
         extend_block_hashes(request, num_full, self.block_size)
-        for i in range(first, num_full):
-            self.pool.register(request.block_ids[i], request.block_hashes[i])
+        for each in self.managers:
+            each.commit(request, first, num_full)
         request.num_registered_blocks = num_full
 
     def release(self, request: RequestState) -> None:
         """Take the request's blocks back. What was committed can be found until the blocks are reused."""
-        self.pool.release(request.block_ids)
-        request.block_ids = []
-        request.num_registered_blocks = 0
+        for each in self.managers:
+            each.release(request)
+        request.num_allocated_tokens = request.num_registered_blocks = 0
         request.num_computed_tokens = request.num_settled_tokens = request.num_pending_tokens = 0
         request.is_cacheable = True  # what it computes from here on is new
 
     def discard(self, request: RequestState) -> None:
-        """Take back the blocks of a request that failed, and let nobody find them."""
-        self.pool.forget(request.block_ids)
-        self.release(request)
+        """Let nobody find what a request computed that failed. Its blocks are still to be released."""
+        for digest in request.block_hashes:
+            for each in self.managers:
+                each.pool.forget_content(digest)
 
     def reset_prefix_cache(self, running: Iterable[RequestState]) -> None:
         """Forget all content; what running requests computed, or will, stays theirs alone."""
-        self.pool.forget_all()
+        for each in self.managers:
+            each.pool.forget_all()
         for request in running:
             request.is_cacheable = False
+            for each in self.managers:
+                each.stop_sharing(request)
+
+    # Books
+
+    def check(self, running: Sequence[RequestState]) -> None:
+        """Raise `AssertionError` unless the books of every group agree with these requests. For tests."""
+        for each in self.managers:
+            each.check(running)
+
+    def check_idle(self) -> None:
+        """Raise `AssertionError` unless nothing is held for anyone."""
+        for each in self.managers:
+            assert each.pool.num_free == each.pool.num_blocks, f"blocks leaked: {each.group.kind}"

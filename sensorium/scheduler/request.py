@@ -32,20 +32,20 @@ class RequestState:
     Steps are planned while others are in flight, so a request may be ahead of what is known of it: tokens count as
     computed as soon as their step is on its way, and the tokens that such steps sample count as pending.
 
-    Invariant: `num_settled_tokens <= num_computed_tokens <= num_expected_tokens`; while WAITING, `block_ids` is empty
-    and nothing is computed or pending.
+    Invariant: `num_settled_tokens <= num_computed_tokens <= num_expected_tokens`; while WAITING, it has no blocks and
+    nothing is computed or pending.
     """
 
     __slots__ = (
         "_media_ends",
         "block_hashes",
-        "block_ids",
         "held_media",
         "is_cacheable",
         "is_caught_up",
         "is_new",
         "message",
         "needs_sampled_tokens",
+        "num_allocated_tokens",
         "num_cached_tokens",
         "num_computed_tokens",
         "num_departures",
@@ -98,11 +98,12 @@ class RequestState:
         """Prompt positions whose log probabilities went out."""
         self._media_ends = [item.span.end for item in message.media]
         # Fields of the KV-cache manager.
-        self.block_ids: list[int] = []
+        self.num_allocated_tokens = 0
+        """Tokens up to which it can go on without anything new; 0 where every step needs something."""
         self.block_hashes: list[bytes] = []
         """Hashes of the leading full blocks, as far as they were needed; they stay valid for the request's life."""
         self.num_registered_blocks = 0
-        """Leading blocks of `block_ids` that came from the prefix cache or were offered to it."""
+        """Leading blocks that came from the prefix cache or were offered to it."""
         self.is_cacheable = True
         self.held_media: list[MediaItem] = []
         """Items whose encoder entries this request holds."""

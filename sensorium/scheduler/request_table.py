@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from sensorium.messages import MediaItem
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.fair_shares import FairShares
-from sensorium.scheduler.kv_cache_manager import KVCacheManager
+from sensorium.scheduler.kv_cache_manager import KVCacheManager, PrefixHit
 from sensorium.scheduler.request import RequestState, RequestStatus
 from sensorium.scheduler.request_queue import RequestQueue, by_order
 from sensorium.scheduler.stats import Counters
@@ -38,11 +38,11 @@ class RequestTable:
         self.by_id[request.request_id] = request
         self.waiting.push(request)
 
-    def start(self, request: RequestState, cached_block_ids: Sequence[int]) -> None:
+    def start(self, request: RequestState, hit: PrefixHit) -> None:
         """Take the request out of the line and give it a slot and a computed prefix."""
         self.waiting.remove(request)
         self._shares.start(request)
-        self._kv_cache.adopt(request, cached_block_ids)
+        self._kv_cache.adopt(request, hit)
         request.status = RequestStatus.RUNNING
         insort(self.running, request, key=by_order)
 
@@ -114,7 +114,6 @@ class RequestTable:
             assert waiting is not None
             assert self.by_id[waiting.request_id] is waiting
             assert waiting.status is RequestStatus.WAITING
-            assert not waiting.block_ids, "a request in line has blocks"
             assert not waiting.held_media, "a request in line holds encoder entries"
 
     def _give_back(self, request: RequestState) -> None:

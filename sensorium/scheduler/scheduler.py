@@ -8,8 +8,9 @@ submit, and in the same order `update`. Several steps may be in flight between t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
+from sensorium.cache_spec import CacheGroup
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
 from sensorium.errors import InvalidRequestError, OverloadedError
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
@@ -34,7 +35,7 @@ class Scheduler:
         scheduler_config: Budgets, policy and pace.
         cache_config: Block size and cache settings; its sizes in blocks or bytes are not read.
         features: What the model can do; decides where chunks may end and whether media are encoded apart.
-        num_blocks: KV blocks that the worker allocated.
+        cache_groups: What the worker keeps of requests, and has room for.
         max_model_len: Most tokens of prompt and output together.
         pacer: Costs of steps; measured from scratch unless given.
     """
@@ -45,26 +46,33 @@ class Scheduler:
         cache_config: CacheConfig,
         features: ModelFeatures,
         *,
-        num_blocks: int,
+        cache_groups: Sequence[CacheGroup],
         max_model_len: int,
         pacer: Pacer | None = None,
     ) -> None:
         self._config = scheduler_config
-        self._num_blocks = num_blocks
+        self._groups = tuple(cache_groups)
         self._max_model_len = max_model_len
         encoder_cache_rows = cache_config.encoder_cache_rows
         if encoder_cache_rows is None:
             encoder_cache_rows = 4 * scheduler_config.max_num_encoder_rows
         self._counters = Counters()
+        is_chunked = scheduler_config.enable_chunked_prefill
         self._kv_cache = KVCacheManager(
-            num_blocks, cache_config.block_size, enable_prefix_caching=cache_config.enable_prefix_caching
+            self._groups,
+            enable_prefix_caching=cache_config.enable_prefix_caching,
+            max_num_seqs=scheduler_config.max_num_seqs,
+            max_chunk_tokens=scheduler_config.max_num_batched_tokens if is_chunked else max_model_len,
         )
         self._encoder_cache = EncoderCacheManager(encoder_cache_rows)
         self._shares = FairShares(scheduler_config.policy, max_model_len)
         self._table = RequestTable(self._kv_cache, self._encoder_cache, self._shares, self._counters)
         self._pacer = pacer or Pacer(scheduler_config.max_token_gap_s)
-        chunks = ChunkPlanner(
-            features, self._encoder_cache, enable_chunked_prefill=scheduler_config.enable_chunked_prefill
+        self._chunks = chunks = ChunkPlanner(
+            features,
+            self._encoder_cache,
+            enable_chunked_prefill=is_chunked,
+            snapshot_block_size=self._kv_cache.block_size if self._kv_cache.makes_snapshots else None,
         )
         self._planner = StepPlanner(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters)
         self._results = StepResults(self._table, self._kv_cache, self._encoder_cache)
@@ -85,8 +93,8 @@ class Scheduler:
         check_request(
             request,
             max_model_len=self._max_model_len,
-            num_blocks=self._num_blocks,
-            block_size=self._kv_cache.block_size,
+            groups=self._groups,
+            least_chunk_tokens=self._chunks.least_chunk_tokens(request),
         )
         limit = self._config.max_waiting_requests
         if limit is not None and not self._shares.has_room(request.tenant, len(self._table.waiting), limit):
@@ -123,6 +131,7 @@ class Scheduler:
         if not plan.chunks and self._in_flight:
             return None
         plan.submit()
+        self._kv_cache.submitted(plan.chunks)
         self._in_flight.append(plan)
         self._counters.num_steps += 1
         return plan.to_output(
@@ -164,18 +173,18 @@ class Scheduler:
 
     def stats(self) -> SchedulerStats:
         """Gauges and counters."""
-        counters, pool = self._counters, self._kv_cache.pool
+        counters, pools = self._counters, self._kv_cache.pools
         return SchedulerStats(
             num_running=len(self._table.running),
             num_waiting=len(self._table.waiting),
-            num_blocks=pool.num_blocks,
-            num_free_blocks=pool.num_free,
-            num_cached_blocks=pool.num_cached,
+            num_blocks=sum(pool.num_blocks for pool in pools),
+            num_free_blocks=sum(pool.num_free for pool in pools),
+            num_cached_blocks=sum(pool.num_cached for pool in pools),
             kv_cache_usage=self._kv_cache.usage,
             num_encoder_cache_rows=self._encoder_cache.num_rows,
             num_steps=counters.num_steps,
             num_preemptions=counters.num_preemptions,
-            num_block_evictions=pool.num_evictions,
+            num_block_evictions=sum(pool.num_evictions for pool in pools),
             num_prefix_query_tokens=counters.num_prefix_query_tokens,
             num_prefix_hit_tokens=counters.num_prefix_hit_tokens,
             num_encoder_queries=counters.num_encoder_queries,
@@ -188,11 +197,7 @@ class Scheduler:
 
     def check(self) -> None:
         """Raise `AssertionError` unless all books agree. For tests; costs time with the number of blocks."""
-        expected = [0] * self._num_blocks
-        for request in self._table.running:
-            for block_id in request.block_ids:
-                expected[block_id] += 1
-        self._kv_cache.pool.check(expected)
+        self._kv_cache.check(self._table.running)
         self._encoder_cache.check()
         self._table.check()
 
@@ -200,6 +205,6 @@ class Scheduler:
         """Raise `AssertionError` unless nothing is held for anyone."""
         self.check()
         assert not self._table.by_id, f"unfinished: {list(self._table.by_id)}"
-        assert self._kv_cache.pool.num_free == self._num_blocks, "blocks leaked"
+        self._kv_cache.check_idle()
         self._shares.check_idle()
         assert self._encoder_cache.num_held_rows == 0, "encoder entries leaked"

@@ -55,11 +55,11 @@ class StepPlan:
         """Tokens of all chunks."""
         return self._token_budget - self.tokens_left
 
-    def add_chunk(self, request: RequestState, num_tokens: int, new_block_ids: Sequence[int]) -> None:
+    def add_chunk(self, request: RequestState, num_tokens: int, new_block_ids: tuple[tuple[int, ...], ...]) -> None:
         """Add a request's next `num_tokens` tokens."""
         begin = request.num_computed_tokens
         is_last = begin + num_tokens == request.num_expected_tokens
-        self.chunks[request] = ScheduledChunk(request.request_id, begin, num_tokens, tuple(new_block_ids), is_last)
+        self.chunks[request] = ScheduledChunk(request.request_id, begin, num_tokens, new_block_ids, is_last)
         self.tokens_left -= num_tokens
 
     def cancel(self, request: RequestState) -> None:

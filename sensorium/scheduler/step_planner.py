@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 
 from sensorium.config import SchedulerConfig
 from sensorium.messages import NewRequest
 from sensorium.scheduler.chunking import ChunkDraft, ChunkPlanner, Shortage
-from sensorium.scheduler.kv_cache_manager import KVCacheManager
+from sensorium.scheduler.kv_cache_manager import KVCacheManager, PrefixHit
 from sensorium.scheduler.pacing import Pacer
 from sensorium.scheduler.request import RequestState, RequestStatus
 from sensorium.scheduler.request_queue import by_order, may_displace
@@ -75,7 +75,6 @@ class StepPlanner:
     def _add_decodes(self, plan: StepPlan) -> None:
         """The tokens that running requests sampled last, best request first."""
         running = self._table.running
-        block_size = self._kv_cache.block_size
         i = 0
         # By index: a victim always stands behind the request that takes its blocks.
         while i < len(running) and plan.tokens_left:
@@ -85,7 +84,7 @@ class StepPlanner:
                 continue
             num_tokens = min(request.num_expected_tokens - request.num_computed_tokens, plan.tokens_left)
             end = request.num_computed_tokens + num_tokens
-            if end <= len(request.block_ids) * block_size:
+            if end <= request.num_allocated_tokens:
                 plan.add_chunk(request, num_tokens, ())
             elif self._free_blocks_for(request, end, plan):
                 plan.add_chunk(request, num_tokens, self._kv_cache.allocate(request, end))
@@ -149,9 +148,7 @@ class StepPlanner:
             if draft is Shortage.BUDGET or not self._preempt_for(request, draft, plan):
                 return
 
-    def _add_prefill(
-        self, request: RequestState, draft: ChunkDraft, plan: StepPlan, cached_block_ids: Sequence[int] = ()
-    ) -> None:
+    def _add_prefill(self, request: RequestState, draft: ChunkDraft, plan: StepPlan) -> None:
         """Carry out a draft for a running request."""
         for span in draft.encode:
             plan.add_encoder_input(request, span)
@@ -159,7 +156,7 @@ class StepPlanner:
         self._counters.num_encoded_rows += draft.num_rows
         new_block_ids = self._kv_cache.allocate(request, draft.end)
         num_tokens = draft.end - draft.start
-        plan.add_chunk(request, num_tokens, (*cached_block_ids, *new_block_ids))
+        plan.add_chunk(request, num_tokens, new_block_ids)
         hashes = self._kv_cache.full_block_hashes(request, draft.start, draft.end)
         plan.add_prefill(num_tokens, hashes)
 
@@ -170,14 +167,14 @@ class StepPlanner:
         if not self._has_slot(request):
             plan.is_admission_closed = True
             return _Admission.REFUSED
-        cached_block_ids = self._find_prefix(request)
-        if self._next_block_is_computing(request, len(cached_block_ids), plan):
+        hit = self._find_prefix(request)
+        if self._next_block_is_computing(request, hit.num_blocks, plan):
             return _Admission.HELD_BACK
-        draft = self._draft_first_chunk(request, cached_block_ids, plan)
+        draft = self._draft_first_chunk(request, hit, plan)
         if draft is None:
             plan.is_admission_closed = True  # nobody overtakes it and takes what it waits for
             return _Admission.REFUSED
-        self._admit(request, cached_block_ids, draft, plan)
+        self._admit(request, hit, draft, plan)
         return _Admission.ADMITTED
 
     def _has_slot(self, request: RequestState) -> bool:
@@ -185,11 +182,14 @@ class StepPlanner:
         running = self._table.running
         return len(running) < self._max_num_running or may_displace(request, running[-1])
 
-    def _find_prefix(self, request: RequestState) -> list[int]:
-        block_size = self._kv_cache.block_size
-        block_ids = self._kv_cache.find_prefix(request)
-        num_tokens = self._chunks.round_prefix(request, len(block_ids) * block_size, block_size)
-        return block_ids[: num_tokens // block_size]
+    def _find_prefix(self, request: RequestState) -> PrefixHit:
+        """The longest prefix that is there and ends where a chunk may begin."""
+        hit = self._kv_cache.find_prefix(request)
+        while True:
+            num_tokens = self._chunks.round_prefix(request, hit.num_tokens, self._kv_cache.block_size)
+            if num_tokens == hit.num_tokens:
+                return hit
+            hit = self._kv_cache.find_prefix(request, num_tokens)
 
     def _next_block_is_computing(self, request: RequestState, index: int, plan: StepPlan) -> bool:
         """Whether another request computes what this one would compute first, in this step or one in flight.
@@ -201,39 +201,26 @@ class StepPlanner:
         block_hash = request.block_hashes[index]
         return block_hash in plan.computing or any(block_hash in each.computing for each in self._in_flight)
 
-    def _draft_first_chunk(
-        self, request: RequestState, cached_block_ids: Sequence[int], plan: StepPlan
-    ) -> ChunkDraft | None:
+    def _draft_first_chunk(self, request: RequestState, hit: PrefixHit, plan: StepPlan) -> ChunkDraft | None:
         """A chunk for a request in line, with memory made for it where its priority allows; None: it waits on."""
-        start = len(cached_block_ids) * self._kv_cache.block_size
         while True:
             # Anew after each preemption: what the victim held may have left the encoder cache.
-            draft = self._chunks.draft(request, plan, start=start, max_tokens=request.num_tokens)
+            max_tokens = self._kv_cache.max_tokens_behind(hit)
+            max_tokens = request.num_tokens if max_tokens is None else min(request.num_tokens, max_tokens)
+            draft = self._chunks.draft(request, plan, start=hit.num_tokens, max_tokens=max_tokens)
             shortage = Shortage.BLOCKS if isinstance(draft, ChunkDraft) else draft
-            if isinstance(draft, ChunkDraft) and self._has_room(request, cached_block_ids):
+            if isinstance(draft, ChunkDraft) and self._has_room(request, hit):
                 return draft
             if shortage is Shortage.BUDGET or not self._preempt_for(request, shortage, plan):
                 return None
 
-    def _has_room(self, request: RequestState, cached_block_ids: Sequence[int]) -> bool:
-        """Whether all known tokens fit, beside what running requests need to go on for a while.
+    def _has_room(self, request: RequestState, hit: PrefixHit) -> bool:
+        """Whether there is a slot, and memory beside what running requests need."""
+        running = self._table.running
+        return len(running) < self._max_num_running and self._kv_cache.has_room(request, hit, running)
 
-        Running requests need the rest of their prefills and a block each to grow; without these they would be
-        preempted soon, and prefilled again.
-        """
-        kv_cache, running = self._kv_cache, self._table.running
-        if len(running) >= self._max_num_running:
-            return False
-        num_free = kv_cache.pool.num_free - kv_cache.pool.num_unused(cached_block_ids)
-        num_needed = kv_cache.num_blocks_for(request.num_tokens) - len(cached_block_ids)
-        for other in running:
-            num_needed += 1
-            if not other.is_caught_up:
-                num_needed += kv_cache.num_blocks_for(other.num_tokens) - len(other.block_ids)
-        return num_needed <= num_free
-
-    def _admit(self, request: RequestState, cached_block_ids: list[int], draft: ChunkDraft, plan: StepPlan) -> None:
-        self._table.start(request, cached_block_ids)
+    def _admit(self, request: RequestState, hit: PrefixHit, draft: ChunkDraft, plan: StepPlan) -> None:
+        self._table.start(request, hit)
         if request.scheduled_time_s is None:
             request.scheduled_time_s = time.monotonic()
             request.num_cached_tokens = min(draft.start, request.num_prompt_tokens)
@@ -241,7 +228,7 @@ class StepPlanner:
             self._counters.num_prefix_hit_tokens += request.num_cached_tokens
         output_token_ids = tuple(request.token_ids[request.num_prompt_tokens :])
         plan.new_requests.append(NewRequest(request.message, output_token_ids))
-        self._add_prefill(request, draft, plan, cached_block_ids)
+        self._add_prefill(request, draft, plan)
 
     # Steps for one request
 
@@ -256,12 +243,12 @@ class StepPlanner:
         num_stream_tokens = sum(each.num_expected_tokens - each.num_computed_tokens for each in streams)
         for request in self._next_prefills():
             start = request.num_computed_tokens
-            cached_block_ids: list[int] = []
+            hit = None
             if request.status is RequestStatus.WAITING:
-                cached_block_ids = self._find_prefix(request)
-                start = len(cached_block_ids) * self._kv_cache.block_size
+                hit = self._find_prefix(request)
+                start = hit.num_tokens
             if self._fits_beside(num_stream_tokens, request, start):
-                if request.status is RequestStatus.RUNNING or self._gets_room(request, cached_block_ids):
+                if hit is None or self._gets_room(request, hit):
                     return None
                 continue  # it waits for memory, which the other one may hold
             token_budget = max(self._max_num_tokens, self._chunks.min_chunk(request, start))
@@ -280,10 +267,10 @@ class StepPlanner:
         waiting = self._table.waiting.peek(0)
         return sorted((request for request in (begun, waiting) if request is not None), key=by_order)
 
-    def _gets_room(self, request: RequestState, cached_block_ids: Sequence[int]) -> bool:
+    def _gets_room(self, request: RequestState, hit: PrefixHit) -> bool:
         """Whether there is memory for a request in line, or its priority gets it some."""
         running = self._table.running
-        return self._has_room(request, cached_block_ids) or may_displace(request, running[-1])
+        return self._has_room(request, hit) or may_displace(request, running[-1])
 
     def _fits_beside(self, num_stream_tokens: int, request: RequestState, start: int) -> bool:
         """Whether the request's chunk fits a step that holds the streams and nothing else."""

@@ -1,4 +1,4 @@
-"""The block tables of all slots on the device, kept up to date by what each step adds."""
+"""The block tables of all slots on the device, one for each cache group, kept up to date by what each step adds."""
 
 from __future__ import annotations
 
@@ -7,22 +7,25 @@ import torch
 
 
 class DeviceBlockTables:
-    """Row `slot` holds the block ids of the request in that slot, and means nothing behind them.
+    """Row `slot` of a group holds the block ids of the request in that slot, and means nothing behind them.
 
     Block ids are sent once, when they are given out: a step's own table is gathered on the device. One row more than
     there are slots belongs to nobody; padding stands for it.
     """
 
-    def __init__(self, num_slots: int, max_blocks: int, device: torch.device) -> None:
-        self.tables = torch.zeros((num_slots + 1, max_blocks), dtype=torch.int32, device=device)
-        """`(num_slots + 1, max_blocks)`"""
+    def __init__(self, num_groups: int, num_slots: int, max_blocks: int, device: torch.device) -> None:
+        self.tables = torch.zeros((num_groups, num_slots + 1, max_blocks), dtype=torch.int32, device=device)
+        """`(num_groups, num_slots + 1, max_blocks)`"""
         self._device = device
         self._index: list[np.ndarray[tuple[int], np.dtype[np.int64]]] = []
-        self._ids: list[tuple[int, ...]] = []
+        self._ids: list[np.ndarray[tuple[int], np.dtype[np.int32]]] = []
 
-    def append(self, slot: int, num_blocks: int, block_ids: tuple[int, ...]) -> None:
+    def append(
+        self, group: int, slot: int, num_blocks: int, block_ids: np.ndarray[tuple[int], np.dtype[np.int32]]
+    ) -> None:
         """Note blocks that follow the first `num_blocks` of a slot."""
-        first = slot * self.tables.shape[1] + num_blocks
+        _, num_rows, max_blocks = self.tables.shape
+        first = (group * num_rows + slot) * max_blocks + num_blocks
         self._index.append(np.arange(first, first + len(block_ids), dtype=np.int64))
         self._ids.append(block_ids)
 

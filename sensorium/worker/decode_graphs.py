@@ -6,12 +6,14 @@ same addresses, in the same sizes, each time. So a step's rows are padded to the
 lie where the graph reads them (`StepBuffers`); the block tables lie on the device for all slots, and the graph gathers
 the rows that it needs.
 
-Padding rows stand for nobody: they attend to one token of block 0, write no KV, and sample into an entry that no slot
+Padding rows stand for nobody: they attend to one token of block 0, write no KV (their state goes to
+a row that nobody reads), and sample into an entry that no slot
 has.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,14 +21,15 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.attention import NO_SLOT, AttentionMetadata
+from sensorium.attention import NO_SLOT, AttentionMetadata, LayerCache
+from sensorium.cache_spec import CacheGroup
 from sensorium.kernels import largest
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.model_executor.layers.sampler import SamplerOutput
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.worker.graph_capture import UNREADABLE, GraphCapture, RecordedSizes, Replay
 from sensorium.worker.input_batch import StepArrays
-from sensorium.worker.step_buffers import HostArray, StepBuffers, packed_bytes
+from sensorium.worker.step_buffers import HostArray, StepBuffers, nobodys_rows, packed_bytes
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -62,10 +65,11 @@ class DecodeGraphs:
         capture: Records passes.
         driver: Runs the model.
         model: For its `compute_logits`.
-        kv_caches: One tensor per attention layer.
+        kv_caches: An entry per layer with a cache.
         buffers: Brings the steps' arrays to the device.
-        block_tables: `(num_slots + 1, max_blocks)` int32 on the device; the last row belongs to nobody.
+        block_tables: `(num_tables, num_slots + 1, max_blocks)` int32 on the device; the last row belongs to nobody.
         last_tokens: `(num_slots + 1,)` int64 on the device: the token sampled last in each slot. Written here.
+        groups: The model's cache groups.
         uses_mrope: Whether positions have three rows.
         max_model_len: Bound on the sequences' lengths.
     """
@@ -75,11 +79,12 @@ class DecodeGraphs:
         capture: GraphCapture,
         driver: ModelDriver,
         model: nn.Module,
-        kv_caches: list[torch.Tensor],
+        kv_caches: list[LayerCache],
         buffers: StepBuffers,
         block_tables: torch.Tensor,
         last_tokens: torch.Tensor,
         *,
+        groups: Sequence[CacheGroup],
         uses_mrope: bool,
         max_model_len: int,
     ) -> None:
@@ -90,6 +95,7 @@ class DecodeGraphs:
         self._buffers = buffers
         self._block_tables = block_tables
         self._last_tokens = last_tokens
+        self._groups = tuple(groups)
         self._uses_mrope = uses_mrope
         self._max_model_len = max_model_len
         self._nobody = len(last_tokens) - 1
@@ -127,13 +133,14 @@ class DecodeGraphs:
         """The pass itself: logits, the best tokens, and their logits."""
         pending = tensors["pending_slots"]
         token_ids = torch.where(pending >= 0, self._last_tokens[pending.clamp(min=0)], tensors["token_ids"])
+        block_tables = [table.index_select(0, tensors["slots"]) for table in self._block_tables]
         metadata = AttentionMetadata(
             num_tokens=size,
             num_seqs=size,
             cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],
-            block_table=self._block_tables.index_select(0, tensors["slots"]),
-            slot_mapping=tensors["slot_mapping"],
+            block_table=block_tables[0],
+            slot_mapping=tensors["slot_mapping"][0],
             max_seqlen_q=1,
             max_seq_len=self._max_model_len,
             num_prefill_tokens=0,
@@ -141,7 +148,7 @@ class DecodeGraphs:
             query_lens_host=UNREADABLE,
             seq_lens_host=UNREADABLE,
             is_recorded=True,
-        )
+        ).with_groups(self._groups, block_tables, tensors["slot_mapping"], tensors.get("state_rows"))
         hidden = self._driver.forward(StepInputs(token_ids, tensors["positions"], self._kv_caches, metadata))
         logits = self._model.compute_logits(hidden, SamplingMetadata(size))
         best_ids, best_logits = largest(logits)
@@ -154,15 +161,19 @@ class DecodeGraphs:
         fields: dict[str, HostArray] = {
             "token_ids": np.zeros(size, dtype=np.int64),
             "positions": np.zeros((3, size) if self._uses_mrope else size, dtype=np.int64),
-            "slot_mapping": np.full(size, NO_SLOT, dtype=np.int64),
+            "slot_mapping": np.full((len(self._block_tables), size), NO_SLOT, dtype=np.int64),
             "cu_seqlens_q": np.arange(size + 1, dtype=np.int32),
             "seq_lens": np.ones(size, dtype=np.int32),
             "slots": np.full(size, self._nobody, dtype=np.int64),
             "pending_slots": np.full(size, -1, dtype=np.int64),
         }
+        if (state_rows := nobodys_rows(self._groups, size)) is not None:
+            fields["state_rows"] = state_rows
         if arrays is not None:
             for name in ("token_ids", "positions", "slot_mapping", "seq_lens", "slots"):
                 fields[name][..., :num_rows] = getattr(arrays, name)
+            if arrays.state_rows is not None:
+                fields["state_rows"][:, :num_rows] = arrays.state_rows
             if arrays.pending_slots is not None:
                 fields["pending_slots"][:num_rows] = arrays.pending_slots
         return fields

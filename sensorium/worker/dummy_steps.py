@@ -9,29 +9,35 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sensorium.attention import AttentionMetadata, compute_slot_mapping
+from sensorium.attention import AttentionMetadata, LayerCache, compute_slot_mapping
+from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import EngineConfig
 from sensorium.model_executor.drivers import MediaRows, StepInputs
-from sensorium.worker import kv_cache
-from sensorium.worker.kv_cache import LayerShape
+from sensorium.worker.kv_cache import CacheLayout, zero_row
 
 IdArray = npt.NDArray[np.int64]
+MAX_SEQUENCES = 2
+"""In one step."""
 
 
 class DummySteps:
     """Makes steps as the model runner would, for sequences that lie in a cache from its first block on."""
 
-    def __init__(self, config: EngineConfig, shapes: Sequence[LayerShape], device: torch.device) -> None:
+    def __init__(self, config: EngineConfig, layout: CacheLayout, device: torch.device) -> None:
         self.device = device
         self.dtype = config.model_config.dtype
-        self._shapes = shapes
+        self._layout = layout
         self._block_size = config.cache_config.block_size
         self._uses_mrope = config.model_config.uses_mrope
 
-    def caches(self, num_tokens: int, num_sequences: int = 1) -> list[torch.Tensor]:
+    def caches(self, num_tokens: int, num_sequences: int = 1) -> list[LayerCache]:
         """KV caches that hold so many sequences of so many tokens."""
-        num_blocks = num_sequences * self._blocks_for(num_tokens)
-        return kv_cache.allocate(self._shapes, num_blocks, self._block_size, self.dtype, self.device)
+        assert num_sequences <= MAX_SEQUENCES
+        return self._layout.allocate(self._groups(num_sequences * self._blocks_for(num_tokens)), self.device)
+
+    def _groups(self, num_blocks: int) -> tuple[CacheGroup, ...]:
+        kinds = self._layout.kinds
+        return self._layout.groups([MAX_SEQUENCES if kind is CacheKind.STATE else num_blocks for kind in kinds])
 
     def _blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self._block_size)
@@ -39,7 +45,7 @@ class DummySteps:
     def step(
         self,
         pieces: Sequence[tuple[IdArray, int, int]],
-        caches: list[torch.Tensor],
+        caches: list[LayerCache],
         *,
         media: MediaRows | None = None,
         maps: Mapping[str, Any] | None = None,
@@ -56,17 +62,30 @@ class DummySteps:
         if self._uses_mrope:
             positions = np.tile(positions, (3, 1))
         ids = np.concatenate([ids[start:end] for ids, start, end in pieces])
+        groups = self._groups(table.size)
+        metadata = AttentionMetadata.from_numpy(
+            query_lens,
+            seq_lens,
+            table,
+            compute_slot_mapping(table, query_lens, seq_lens, self._block_size),
+            device=self.device,
+            multi_modal_placeholder_index_maps=maps,
+        )
         return StepInputs(
             input_ids=torch.from_numpy(ids).to(self.device),
             positions=torch.from_numpy(positions).to(self.device),
             kv_caches=caches,
-            attn_metadata=AttentionMetadata.from_numpy(
-                query_lens,
-                seq_lens,
-                table,
-                compute_slot_mapping(table, query_lens, seq_lens, self._block_size),
-                device=self.device,
-                multi_modal_placeholder_index_maps=maps,
+            attn_metadata=metadata.with_groups(
+                groups,
+                [metadata.block_table] * len(groups),
+                metadata.slot_mapping.expand(len(groups), -1),
+                self._state_rows(groups, [start for _, start, _ in pieces]),
             ),
             media=media,
         )
+
+    def _state_rows(self, groups: Sequence[CacheGroup], starts: Sequence[int]) -> torch.Tensor:
+        """Each sequence's own row, read from where it goes on."""
+        own = list(range(len(starts)))
+        read = [row if start else zero_row(groups[-1]) for row, start in zip(own, starts, strict=True)]
+        return torch.tensor([read, own], device=self.device)

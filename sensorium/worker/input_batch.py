@@ -8,13 +8,15 @@ come and go. Called by the model runner only.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
+from sensorium.cache_spec import NO_BLOCK, CacheGroup
 from sensorium.messages import EngineRequest, MediaItem, NewRequest, RequestFailure, ScheduledChunk
 from sensorium.worker.block_tables import DeviceBlockTables
+from sensorium.worker.kv_cache import zero_row
 
 Int64Array = npt.NDArray[np.int64]
 
@@ -27,9 +29,10 @@ class SlotState:
     slot: int
     failure: RequestFailure | None = None
     """Why the request can't go on. Steps that were planned before that was known may still hold chunks of it."""
-    num_blocks: int = 0
     media_end: int = 0
     """First position behind the last media span."""
+    num_blocks: list[int] = field(default_factory=list)
+    """Length of its block table in each group."""
 
     @classmethod
     def create(cls, request: EngineRequest, slot: int) -> SlotState:
@@ -51,7 +54,7 @@ class StepArrays:
     positions: Int64Array
     """`(num_tokens,)` index of each row in its sequence, or `(3, num_tokens)` with M-RoPE."""
     slot_mapping: Int64Array
-    """`(num_tokens,)` index of each row's place in the KV cache."""
+    """`(num_tables, num_tokens)` index of each row's place in the KV cache of each group with blocks."""
     query_lens: npt.NDArray[np.int32]
     seq_lens: npt.NDArray[np.int32]
     max_blocks: int
@@ -60,9 +63,17 @@ class StepArrays:
     """`(num_chunks + 1,)`"""
     slots: Int64Array
     """`(num_chunks,)`"""
+    state_rows: Int64Array | None
+    """`(2, num_chunks)`: the rows from which the chunks read their states, and into which they write them; None where
+    no layer has a state."""
     pending_slots: Int64Array | None
     """`(num_tokens,)`: the slot whose token a step in flight samples for this row, -1 for known tokens; None where all
     are known."""
+
+
+def num_tables(groups: Sequence[CacheGroup]) -> int:
+    """Block tables that a request has; one that means nothing where no group has blocks."""
+    return max(sum(group.is_paged for group in groups), 1)
 
 
 class InputBatch:
@@ -72,19 +83,24 @@ class InputBatch:
         self,
         max_num_seqs: int,
         max_model_len: int,
-        block_size: int,
+        groups: Sequence[CacheGroup],
         *,
         uses_mrope: bool,
         device_tables: DeviceBlockTables | None = None,
     ) -> None:
         """`device_tables`, where there are any, learn of the same blocks."""
         self._device_tables = device_tables
-        self.block_size = block_size
+        self.groups = tuple(groups)
+        self.block_size = groups[0].block_size
         self.uses_mrope = uses_mrope
-        max_blocks = -(-max_model_len // block_size)
+        max_blocks = -(-max_model_len // self.block_size)
         # Zero pages are not touched until a request is long enough to need them.
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
-        self._block_table = np.zeros((max_num_seqs, max_blocks + 1), dtype=np.int32)
+        self._block_tables = np.zeros((num_tables(groups), max_num_seqs, max_blocks + 1), dtype=np.int32)
+        states = [group for group in groups if not group.is_paged]
+        self._zero_row = zero_row(states[0]) if states else 0
+        self._state_rows = np.zeros((2, max_num_seqs), dtype=np.int64) if states else None
+        """Per slot: the rows that the chunk which was taken in last reads its state from and writes it to."""
         self._mrope_delta = np.zeros(max_num_seqs, dtype=np.int64)
         self._media_end = np.zeros(max_num_seqs, dtype=np.int64)
         """Per slot: first position behind the last media span."""
@@ -119,6 +135,7 @@ class InputBatch:
         self._mrope_delta[slot] = request.mrope_delta
         self._num_known[slot] = num_tokens
         state = SlotState.create(request, slot)
+        state.num_blocks = [0] * len(self.groups)
         self._media_end[slot] = state.media_end
         self._states[request.request_id] = state
         return state
@@ -131,17 +148,25 @@ class InputBatch:
         return state
 
     def append_blocks(self, chunk: ScheduledChunk) -> None:
-        """Add a chunk's new blocks to its request's table."""
+        """Add a chunk's new blocks to its request's tables, and note where its state is and goes."""
         state = self._states[chunk.request_id]
-        if self._device_tables is not None:
-            self._device_tables.append(state.slot, state.num_blocks, chunk.new_block_ids)
-        end = state.num_blocks + len(chunk.new_block_ids)
-        self._block_table[state.slot, state.num_blocks : end] = chunk.new_block_ids
-        state.num_blocks = end
+        for index, (group, ids) in enumerate(zip(self.groups, chunk.new_block_ids, strict=True)):
+            if not group.is_paged:
+                assert self._state_rows is not None
+                source, target = ids
+                self._state_rows[:, state.slot] = (self._zero_row if source == NO_BLOCK else source, target)
+            elif ids:
+                # Nobody reads what stands in the place of a block that there isn't; it must be a block all the same.
+                block_ids = np.maximum(np.array(ids, dtype=np.int32), 0)
+                first = state.num_blocks[index]
+                if self._device_tables is not None:
+                    self._device_tables.append(index, state.slot, first, block_ids)
+                state.num_blocks[index] = first + len(ids)
+                self._block_tables[index, state.slot, first : first + len(ids)] = block_ids
 
     def is_all_decodes(self, arrays: StepArrays) -> bool:
         """Whether every chunk is one row that stands behind its request's media."""
-        if len(arrays.slot_mapping) != len(arrays.slots):
+        if len(arrays.token_ids) != len(arrays.slots):
             return False
         return bool((arrays.seq_lens > self._media_end[arrays.slots]).all())
 
@@ -185,18 +210,20 @@ class InputBatch:
             positions=self._mrope_positions(chunks, positions, row_slots, cu_seqlens_q)
             if self.uses_mrope
             else positions,
-            slot_mapping=self._block_table[row_slots, block_index].astype(np.int64) * self.block_size + block_offset,
+            slot_mapping=self._block_tables[:, row_slots, block_index].astype(np.int64) * self.block_size
+            + block_offset,
             query_lens=lens.astype(np.int32),
             seq_lens=seq_lens,
             max_blocks=-(-int(seq_lens.max(initial=0)) // self.block_size),
             cu_seqlens_q=cu_seqlens_q,
             slots=slots,
+            state_rows=None if self._state_rows is None else self._state_rows[:, slots],
             pending_slots=np.where(is_pending, row_slots, -1) if is_pending.any() else None,
         )
 
-    def block_table(self, arrays: StepArrays) -> npt.NDArray[np.int32]:
-        """The block tables of a step's chunks, `(num_chunks, max_blocks)`."""
-        return self._block_table[arrays.slots, : arrays.max_blocks]
+    def block_tables(self, arrays: StepArrays) -> list[npt.NDArray[np.int32]]:
+        """The block tables of a step's chunks in each group with blocks, `(num_chunks, max_blocks)`."""
+        return [table[arrays.slots, : arrays.max_blocks] for table in self._block_tables]
 
     def _mrope_positions(
         self,

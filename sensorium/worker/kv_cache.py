@@ -1,4 +1,19 @@
-"""Allocates the KV cache: how many blocks fit, and the tensors."""
+"""What a model's layers keep between steps: finds their declarations, groups them, decides how much fits, allocates.
+
+Every module with a method `cache_spec()` is a layer with a cache; `kv_caches` has an entry for each, in module order:
+
+- of attention, `(2, num_blocks, block_size, num_kv_heads, head_size)`, keys first; where values are not as large as
+  keys, `(num_blocks, block_size, num_kv_heads, key_size + value_size)`, a head's key before its value;
+- of a state, a tuple of tensors `(num_rows + 2, *shape)`. Row `num_rows` is zeros, from which a sequence begins, and is
+  never written; row `num_rows + 1` is never read: rows of a recorded pass that stand for nobody write it;
+- of a layer that shares another's cache, that layer's entry.
+
+How memory is split: each group has a pool of its own. All groups that keep everything have `num_blocks` blocks, and so
+has a group with a reach (a window or chunk), but no more than can be of use to it: what the requests that run at once
+hold within their reach beside one step's tokens, and the same again for prefix hits. The number is as large as the
+budget allows. A state group has two rows per request that may run, one to read and one to write, and one more for
+snapshots.
+"""
 
 from __future__ import annotations
 
@@ -7,87 +22,255 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from torch import nn
 
-from sensorium.attention import Attention
-from sensorium.config import CacheConfig, SchedulerConfig
-from sensorium.errors import ConfigError
+from sensorium.attention import LayerCache
+from sensorium.cache_spec import (
+    CacheGroup,
+    CacheKind,
+    CacheSpec,
+    CrossAttentionSpec,
+    OwnCacheSpec,
+    SharedCacheSpec,
+    StateSpec,
+)
+from sensorium.config import EngineConfig
+from sensorium.errors import ConfigError, ModelError
 
 DEFAULT_CPU_BYTES = 4 << 30
 """The cache takes at most this on a CPU by default. Pages are touched only as they are used, but in time all are."""
+_KINDS = list(CacheKind)
+"""In the order in which groups stand."""
 
 
-@dataclass(frozen=True, slots=True)
-class LayerShape:
-    """Sizes of one attention layer's cache."""
+@dataclass(frozen=True, slots=True, eq=False)
+class CacheLayer:
+    """One layer with a cache."""
 
-    num_kv_heads: int
-    head_size: int
-
-    def block_bytes(self, block_size: int, itemsize: int) -> int:
-        """Bytes of one block's keys and values in this layer."""
-        return 2 * block_size * self.num_kv_heads * self.head_size * itemsize
-
-
-def layer_shapes(layers: Sequence[Attention]) -> list[LayerShape]:
-    """Cache sizes of a model's attention layers, in the order in which `kv_caches` has them."""
-    return [LayerShape(layer.num_kv_heads, layer.head_size) for layer in layers]
+    name: str
+    module: nn.Module
+    owner: str
+    """Name of the layer whose cache it reads: its own, unless it shares another's."""
+    spec: OwnCacheSpec
+    """The owner's."""
+    group: int
+    """The group's place among the model's groups."""
 
 
-def decide_num_blocks(
-    shapes: Sequence[LayerShape],
-    dtype: torch.dtype,
-    cache: CacheConfig,
-    scheduler: SchedulerConfig,
-    max_model_len: int,
-    available_bytes: int,
-) -> int:
-    """Number of KV blocks: as asked for, or as many as fit and can be of use.
+class CacheLayout:
+    """The layers of one model that have caches, and the groups that they form."""
 
-    Args:
-        shapes: One entry per attention layer.
-        dtype: Of keys and values.
-        cache: Its `num_blocks` or `kv_cache_bytes` decide if given.
-        scheduler: More blocks than `max_num_seqs` full-length requests need are of no use but to the prefix cache,
-            for which twice that is allowed.
-        max_model_len: Longest request.
-        available_bytes: Memory left for the cache.
+    def __init__(self, layers: Sequence[CacheLayer], config: EngineConfig) -> None:
+        self.layers = tuple(layers)
+        self._dtype = config.model_config.dtype
+        self._block_size = config.cache_config.block_size
+        rules = {layer.group: (layer.spec.kind, layer.spec.reach) for layer in layers}
+        self._rules = [rules[index] for index in sorted(rules)]
 
-    Raises:
-        ConfigError: Not even one block fits.
-    """
-    if cache.num_blocks is not None:
-        return cache.num_blocks
-    block_bytes = sum(shape.block_bytes(cache.block_size, dtype.itemsize) for shape in shapes)
-    if block_bytes == 0:
-        return 1
-    useful = 2 * scheduler.max_num_seqs * -(-max_model_len // cache.block_size)
-    budget = available_bytes if cache.kv_cache_bytes is None else cache.kv_cache_bytes
-    num_blocks = min(budget // block_bytes, useful)
-    if num_blocks < 1:
-        raise ConfigError(
-            f"KV cache: got {budget} bytes, expected at least {block_bytes} for one block. "
-            "Raise kv_cache_bytes or memory_fraction, or choose a smaller model."
+    @property
+    def kinds(self) -> list[CacheKind]:
+        """Of the groups."""
+        return [kind for kind, _ in self._rules]
+
+    @classmethod
+    def of(cls, model: nn.Module, config: EngineConfig) -> CacheLayout:
+        """Ask a model's layers, and tell each its group (`group_index`).
+
+        Raises:
+            ModelError: No layer has a cache, or one shares that of a layer that isn't there.
+        """
+        found = {name: (module, _declared(module)) for name, module in model.named_modules()}
+        specs = {name: spec for name, (_, spec) in found.items() if spec is not None}
+        if not specs:
+            raise ModelError(
+                f"{type(model).__name__}: got no layer with a cache, expected at least one "
+                "sensorium.attention.Attention, or another module with a method cache_spec(). The engine keeps the KV "
+                "cache, so attention must be its own layer."
+            )
+        owners = {name: _owner(name, specs) for name in specs}
+        own = {name: spec for name, spec in specs.items() if not isinstance(spec, SharedCacheSpec)}
+        rules = list(dict.fromkeys((spec.kind, spec.reach) for spec in own.values()))
+        rules.sort(key=lambda rule: _KINDS.index(rule[0]))
+        layers = []
+        for name in specs:
+            spec = own[owners[name]]
+            module = found[name][0]
+            group = rules.index((spec.kind, spec.reach))
+            module.group_index = group
+            layers.append(CacheLayer(name, module, owners[name], spec, group))
+        return cls(layers, config)
+
+    def groups(self, num_blocks: Sequence[int]) -> tuple[CacheGroup, ...]:
+        """The groups with so many blocks, or rows, each."""
+        return tuple(
+            CacheGroup(
+                kind,
+                count,
+                self._block_size,
+                reach,
+                tuple(layer.name for layer in self._owners(index)),
+                self._bytes(index, count),
+            )
+            for index, ((kind, reach), count) in enumerate(zip(self._rules, num_blocks, strict=True))
         )
-    return int(num_blocks)
 
+    def plan(self, config: EngineConfig, available_bytes: int) -> tuple[CacheGroup, ...]:
+        """The groups with as many blocks as were asked for, or as fit and can be of use.
 
-def allocate(
-    shapes: Sequence[LayerShape], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
-) -> list[torch.Tensor]:
-    """Per layer a zeroed tensor `(2, num_blocks, block_size, num_kv_heads, head_size)`.
+        Args:
+            config: Its `num_blocks` or `kv_cache_bytes` decide if given.
+            available_bytes: Memory left for all caches.
 
-    Raises `ConfigError` if they don't fit into memory.
-    """
-    try:
+        Raises:
+            ConfigError: Not even one block, or the states of as many requests as may run at once, fit.
+        """
+        useful = [self._useful(group, config) for group in self.groups([0] * len(self._rules))]
+        most = max((useful[i] for i, (kind, _) in enumerate(self._rules) if kind is not CacheKind.STATE), default=1)
+        if (asked := config.cache_config.num_blocks) is not None:
+            return self._sized(asked, useful)
+        kv_bytes = config.cache_config.kv_cache_bytes
+        budget = available_bytes if kv_bytes is None else kv_bytes
+        least = sum(group.num_bytes for group in self._sized(1, useful))
+        if budget < least:
+            raise ConfigError(
+                f"KV cache: got {budget} bytes, expected at least {least} for one block"
+                f"{self._state_note(useful)}. Raise kv_cache_bytes or memory_fraction, or choose a smaller model"
+                f"{', or lower max_num_seqs' if self._state_note(useful) else ''}."
+            )
+        low, high = 1, most
+        while low < high:
+            middle = (low + high + 1) // 2
+            if sum(group.num_bytes for group in self._sized(middle, useful)) <= budget:
+                low = middle
+            else:
+                high = middle - 1
+        return self._sized(low, useful)
+
+    def _sized(self, num_blocks: int, useful: Sequence[int]) -> tuple[CacheGroup, ...]:
+        """The groups for one number of blocks. What is asked for is given to those that keep everything."""
+        counts = []
+        for (kind, reach), most in zip(self._rules, useful, strict=True):
+            if kind is CacheKind.STATE:
+                counts.append(most)
+            else:
+                counts.append(num_blocks if reach is None else min(num_blocks, most))
+        return self.groups(counts)
+
+    def _useful(self, group: CacheGroup, config: EngineConfig) -> int:
+        """Blocks beyond which more are of no use to a group."""
+        scheduler, max_model_len = config.scheduler_config, config.model_config.max_model_len
+        num_seqs = scheduler.max_num_seqs
+        if group.kind is CacheKind.STATE:
+            return (3 if config.cache_config.enable_prefix_caching else 2) * num_seqs
+        whole = num_seqs * -(-max_model_len // group.block_size)
+        if group.reach is None:
+            return 2 * whole
+        step = (
+            min(scheduler.max_num_batched_tokens, max_model_len) if scheduler.enable_chunked_prefill else max_model_len
+        )
+        within = num_seqs * group.blocks_within_reach(1) + -(-step // group.block_size)
+        return 2 * min(whole, within)
+
+    def _state_note(self, useful: Sequence[int]) -> str:
+        states = [group for group in self._sized(1, useful) if not group.is_paged]
+        size = sum(group.num_bytes for group in states)
+        return f" beside {size} for {states[0].num_blocks} states" if states else ""
+
+    def _owners(self, group: int) -> list[CacheLayer]:
+        return [layer for layer in self.layers if layer.group == group and layer.owner == layer.name]
+
+    def _bytes(self, group: int, count: int) -> int:
+        itemsize = self._dtype.itemsize
+        block_bytes = sum(layer.spec.block_bytes(self._block_size, itemsize) for layer in self._owners(group))
+        return (count + _NUM_RESERVED_ROWS * (self._rules[group][0] is CacheKind.STATE)) * block_bytes
+
+    def allocate(self, groups: Sequence[CacheGroup], device: torch.device) -> list[LayerCache]:
+        """The entries of `kv_caches`, zeroed.
+
+        Raises `ConfigError` if they don't fit into memory.
+        """
+        try:
+            own = {
+                layer.name: self._allocate_layer(layer.spec, groups[layer.group].num_blocks, device)
+                for layer in self.layers
+                if layer.owner == layer.name
+            }
+        except (MemoryError, ValueError, RuntimeError) as error:  # of numpy, of numpy for absurd sizes, and of torch
+            size, most = sum(group.num_bytes for group in groups), max(group.num_blocks for group in groups)
+            raise ConfigError(
+                f"KV cache: got {most} blocks of {self._block_size} tokens, which take {size} bytes, expected what the "
+                "device has room for. Lower num_blocks (--num-blocks) or kv_cache_bytes (--kv-cache-bytes)."
+            ) from error
+        return [own[layer.owner] for layer in self.layers]
+
+    def empty(self, device: torch.device) -> list[LayerCache]:
+        """Entries without room for anything, with which layers compute whole sequences and keep nothing."""
+        nothing = torch.empty(0, dtype=self._dtype, device=device)
         return [
-            _zeros((2, num_blocks, block_size, shape.num_kv_heads, shape.head_size), dtype, device) for shape in shapes
+            (nothing,) * len(layer.spec.tensors) if isinstance(layer.spec, StateSpec) else nothing
+            for layer in self.layers
         ]
-    except (MemoryError, ValueError, RuntimeError) as error:  # of numpy, of numpy for absurd sizes, and of torch
-        size = num_blocks * sum(shape.block_bytes(block_size, dtype.itemsize) for shape in shapes)
-        raise ConfigError(
-            f"KV cache: got {num_blocks} blocks of {block_size} tokens, which take {size} bytes, expected what the "
-            "device has room for. Lower num_blocks (--num-blocks) or kv_cache_bytes (--kv-cache-bytes)."
-        ) from error
+
+    def _allocate_layer(self, spec: OwnCacheSpec, count: int, device: torch.device) -> LayerCache:
+        if isinstance(spec, StateSpec):
+            return tuple(
+                _zeros(
+                    (count + _NUM_RESERVED_ROWS, *tensor.shape),
+                    self._dtype if tensor.dtype_name is None else getattr(torch, tensor.dtype_name),
+                    device,
+                )
+                for tensor in spec.tensors
+            )
+        shape = (count, self._block_size, spec.num_kv_heads)
+        if spec.key_size == spec.value_size:
+            return _zeros((2, *shape, spec.key_size), self._dtype, device)
+        return _zeros((*shape, spec.key_size + spec.value_size), self._dtype, device)
+
+
+_NUM_RESERVED_ROWS = 2
+"""Behind the rows of a state group: one of zeros, and one that nobody reads."""
+
+
+def zero_row(group: CacheGroup) -> int:
+    """The row of a state group from which a sequence begins."""
+    return group.num_blocks
+
+
+def unread_row(group: CacheGroup) -> int:
+    """The row of a state group that takes what nobody reads."""
+    return group.num_blocks + 1
+
+
+def _declared(module: nn.Module) -> CacheSpec | None:
+    declare = getattr(module, "cache_spec", None)
+    spec = declare() if callable(declare) else None
+    if spec is not None and not isinstance(spec, CacheSpec):
+        raise ModelError(
+            f"cache_spec() of {type(module).__name__}: got a {type(spec).__name__}, expected a spec of "
+            "sensorium.cache_spec. Return what the layer keeps, or None."
+        )
+    if isinstance(spec, CrossAttentionSpec):
+        raise ModelError(
+            f"cache_spec() of {type(module).__name__}: got {spec.kind.value}, expected self-attention or a state. "
+            "Models with an encoder sequence of their own are not served."
+        )
+    return spec
+
+
+def _owner(name: str, specs: dict[str, CacheSpec]) -> str:
+    """The layer whose cache a layer reads."""
+    spec, owner, seen = specs[name], name, {name}
+    while isinstance(spec, SharedCacheSpec):
+        owner = spec.layer
+        if owner not in specs or owner in seen:
+            own = [each for each in specs if not isinstance(specs[each], SharedCacheSpec)]
+            raise ModelError(
+                f"layer {name}: got {spec.layer!r} as the layer whose cache it shares, expected one of "
+                f"{', '.join(own[:8]) or 'those with a cache'}. Name a layer with a cache of its own."
+            )
+        spec = specs[owner]
+        seen.add(owner)
+    return owner
 
 
 def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> torch.Tensor:

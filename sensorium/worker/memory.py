@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from sensorium.attention import AttentionMetadata
-from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.config import EngineConfig
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
-from sensorium.worker.kv_cache import DEFAULT_CPU_BYTES
+from sensorium.worker.kv_cache import DEFAULT_CPU_BYTES, CacheLayout
 
 
-def available_bytes(device: torch.device, config: EngineConfig, driver: ModelDriver, features: ModelFeatures) -> int:
+def available_bytes(device: torch.device, config: EngineConfig, driver: ModelDriver, layout: CacheLayout) -> int:
     """Bytes that the KV cache may take on this device.
 
     On a CPU: a share of what is free, at most `DEFAULT_CPU_BYTES`. On CUDA: the engine's share of the device, less the
@@ -25,7 +25,7 @@ def available_bytes(device: torch.device, config: EngineConfig, driver: ModelDri
     """
     if device.type == "cpu":
         return min(int(free_cpu_bytes() * config.cache_config.memory_fraction) // 2, DEFAULT_CPU_BYTES)
-    peak = _peak_of_full_step(device, config, driver)
+    peak = _peak_of_full_step(device, config, driver, layout)
     free, total = torch.cuda.mem_get_info(device)
     used_by_others = total - free - torch.cuda.memory_reserved(device)
     budget = int(total * config.cache_config.memory_fraction)
@@ -57,19 +57,18 @@ def keep_freed_memory() -> bool:
     return bool(mallopt(mmap_threshold, 32 << 20)) and bool(mallopt(trim_threshold, 512 << 20))
 
 
-def _peak_of_full_step(device: torch.device, config: EngineConfig, driver: ModelDriver) -> int:
+def _peak_of_full_step(device: torch.device, config: EngineConfig, driver: ModelDriver, layout: CacheLayout) -> int:
     """Peak bytes of one step of `max_num_batched_tokens` text rows in one sequence, without a cache."""
     num_tokens = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
     positions = np.arange(num_tokens, dtype=np.int64)
     if config.model_config.uses_mrope:
         positions = np.tile(positions, (3, 1))
-    num_layers = int(config.model_config.hf_text_config.num_hidden_layers)
     torch.cuda.reset_peak_memory_stats(device)
     driver.forward(
         StepInputs(
             input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
             positions=torch.from_numpy(positions).to(device),
-            kv_caches=[torch.empty(0, dtype=config.model_config.dtype, device=device)] * num_layers,
+            kv_caches=layout.empty(device),
             attn_metadata=AttentionMetadata.without_cache([num_tokens], device=device),
         )
     )

@@ -8,7 +8,8 @@ of it, and `PendingStep.result` waits. Tokens that the host hasn't seen yet are 
 them on the device (`_last_tokens`), so that the next step can be submitted meanwhile.
 
 A failure has an owner: an item that can't be encoded fails the requests that use it; a forward pass that raises is
-repeated request by request, which is safe because writing the same KV twice changes nothing.
+repeated request by request, which is safe because writing the same KV twice changes nothing, and because a state is
+read from one row and written into another.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ import numpy as np
 import torch
 from torch import nn
 
+from sensorium.attention import LayerCache
+from sensorium.cache_spec import CacheGroup
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import RequestError
 from sensorium.logger import get_logger
@@ -41,7 +44,7 @@ from sensorium.token_masks import StepMasks
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.graph_capture import GraphCapture
-from sensorium.worker.input_batch import InputBatch, Int64Array, SlotState, StepArrays
+from sensorium.worker.input_batch import InputBatch, Int64Array, SlotState, StepArrays, num_tables
 from sensorium.worker.passes import PassRunner
 from sensorium.worker.pooling import Pooler
 from sensorium.worker.step_buffers import host_fields
@@ -100,7 +103,8 @@ class ModelRunner:
         model: For its `compute_logits`; passes go through `driver`.
         driver: Runs the model.
         features: What loading found out about the model.
-        kv_caches: One tensor per attention layer.
+        groups: The model's cache groups.
+        kv_caches: An entry per layer with a cache.
         device: Where the model is.
         graph_capture: Records passes of decodes to be replayed; None: every pass is run call by call.
     """
@@ -111,12 +115,12 @@ class ModelRunner:
         model: nn.Module,
         driver: ModelDriver,
         features: ModelFeatures,
-        kv_caches: list[torch.Tensor],
+        groups: Sequence[CacheGroup],
+        kv_caches: list[LayerCache],
         device: torch.device,
         graph_capture: GraphCapture | None = None,
     ) -> None:
         model_config, max_num_seqs = config.model_config, config.scheduler_config.max_num_seqs
-        block_size = config.cache_config.block_size
         self._model: Any = model
         self._driver = driver
         self._kv_caches = kv_caches
@@ -130,12 +134,12 @@ class ModelRunner:
         """By slot: the token that was sampled last. The entry behind the slots is for rows that stand for nobody."""
         self._block_tables: DeviceBlockTables | None = None
         if device.type != "cpu" or graph_capture is not None:
-            max_blocks = -(-model_config.max_model_len // block_size) + 1
-            self._block_tables = DeviceBlockTables(max_num_seqs, max_blocks, device)
+            max_blocks = -(-model_config.max_model_len // groups[0].block_size) + 1
+            self._block_tables = DeviceBlockTables(num_tables(groups), max_num_seqs, max_blocks, device)
         self._batch = InputBatch(
             max_num_seqs,
             model_config.max_model_len,
-            block_size,
+            groups,
             uses_mrope=model_config.uses_mrope,
             device_tables=self._block_tables,
         )

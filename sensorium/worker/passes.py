@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.attention import AttentionMetadata
+from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.messages import ScheduledChunk
@@ -41,7 +41,7 @@ class PassRunner:
         model: For its `compute_logits`, in recorded decodes.
         driver: Runs the model.
         features: What loading found out about the model.
-        kv_caches: One tensor per attention layer.
+        kv_caches: An entry per layer with a cache.
         batch: The requests' slots.
         block_tables: The same tables on the device; None: there is no other memory than the host's.
         encoder: Has the rows of encoded media.
@@ -55,7 +55,7 @@ class PassRunner:
         model: nn.Module,
         driver: ModelDriver,
         features: ModelFeatures,
-        kv_caches: list[torch.Tensor],
+        kv_caches: list[LayerCache],
         batch: InputBatch,
         block_tables: DeviceBlockTables | None,
         encoder: EncoderRunner,
@@ -86,10 +86,13 @@ class PassRunner:
                 self._buffers,
                 tables,
                 last_tokens,
+                groups=batch.groups,
                 uses_mrope=uses_mrope,
                 max_model_len=model_config.max_model_len,
             )
-            self.trunks = TrunkGraphs(capture, driver, kv_caches, self._buffers, tables, uses_mrope=uses_mrope)
+            self.trunks = TrunkGraphs(
+                capture, driver, kv_caches, self._buffers, tables, groups=batch.groups, uses_mrope=uses_mrope
+            )
 
     def prepare(self) -> None:
         """Record the smallest size of each kind, to find out whether the model can be recorded at all."""
@@ -139,7 +142,7 @@ class PassRunner:
             return None
         if pieces and not (self._splits_media and self._driver.embeds_media):
             return None
-        return self.trunks.recorded.graph_for(len(arrays.slot_mapping))
+        return self.trunks.recorded.graph_for(len(arrays.token_ids))
 
     def _inputs(
         self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, tensors: StepTensors, pieces: Pieces
@@ -151,9 +154,10 @@ class PassRunner:
             maps = index_maps(items, chunks[0].num_computed_tokens)
             kwargs = kwargs_of_items(items, self._device, self._dtype)
         if self._block_tables is None:
-            block_table = torch.from_numpy(self._batch.block_table(arrays))
+            block_tables = [torch.from_numpy(table) for table in self._batch.block_tables(arrays)]
         else:
-            block_table = self._block_tables.tables[:, : arrays.max_blocks].index_select(0, tensors.slots)
+            tables = self._block_tables.tables
+            block_tables = [table[:, : arrays.max_blocks].index_select(0, tensors.slots) for table in tables]
         return StepInputs(
             input_ids=self._input_ids(tensors),
             positions=tensors.positions,
@@ -163,10 +167,10 @@ class PassRunner:
                 arrays.seq_lens,
                 cu_seqlens_q=tensors.cu_seqlens_q,
                 seq_lens_on_device=tensors.seq_lens,
-                block_table=block_table,
-                slot_mapping=tensors.slot_mapping,
+                block_table=block_tables[0],
+                slot_mapping=tensors.slot_mapping[0],
                 multi_modal_placeholder_index_maps=maps,
-            ),
+            ).with_groups(self._batch.groups, block_tables, tensors.slot_mapping, tensors.state_rows),
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,
         )

@@ -7,13 +7,14 @@ only if running it split equals running it whole; otherwise it is served atomica
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 
+from sensorium.attention import LayerCache
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.inputs.mrope import token_id_of
@@ -31,7 +32,7 @@ from sensorium.model_executor.models.interfaces import EMBED_INPUT_METHODS, EMBE
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media, unexpanded_note
 from sensorium.worker.dummy_steps import DummySteps
-from sensorium.worker.kv_cache import LayerShape
+from sensorium.worker.kv_cache import CacheLayout
 from sensorium.worker.split_check import dummy_kwargs, joined, observe_embeddings, observe_split, placeholder_maps
 from sensorium.worker.trial import Trial, described, is_own_class
 
@@ -39,14 +40,14 @@ logger = get_logger(__name__)
 
 
 def probe_model(
-    model: nn.Module, config: EngineConfig, shapes: Sequence[LayerShape], device: torch.device
+    model: nn.Module, config: EngineConfig, layout: CacheLayout, device: torch.device
 ) -> tuple[ModelDriver, ModelFeatures]:
     """The driver for a loaded model, and the features that are on for it.
 
     Raises:
         ModelError: The class fails on text or on its own dummy data, or they break their rules.
     """
-    steps = DummySteps(config, shapes, device)
+    steps = DummySteps(config, layout, device)
     trial = Trial(model, config, steps)
     if not config.model_config.is_multimodal_model:
         driver = TextDriver(model)
@@ -67,7 +68,7 @@ def probe_model(
             f"forward of {type(model).__name__}: got no parameter 'inputs_embeds', expected one beside {encode} and "
             f"{embed}. Add `inputs_embeds: torch.Tensor | None = None`, and pass it on to the decoder."
         )
-    return _probe_tier_zero(model, config, features, shapes, trial, steps)
+    return _probe_tier_zero(model, config, features, layout, trial, steps)
 
 
 def _probe_tier_one(
@@ -114,7 +115,7 @@ def _probe_tier_zero(
     model: nn.Module,
     config: EngineConfig,
     features: ModelFeatures,
-    shapes: Sequence[LayerShape],
+    layout: CacheLayout,
     trial: Trial,
     steps: DummySteps,
 ) -> tuple[ModelDriver, ModelFeatures]:
@@ -132,7 +133,7 @@ def _probe_tier_zero(
     reasons = ["mm_split is off"] if config.model_config.mm_split == "off" else []
     for module, name, kind in [] if reasons else find_candidates(model):
         carrier = Carrier(module, name, kind)
-        driver = _auto_split_driver(model, carrier, config, len(shapes), steps)
+        driver = _auto_split_driver(model, carrier, config, layout.empty(steps.device), steps)
         try:
             observed = observe_split(driver, dummy, whole, config, steps)
         except Exception as error:
@@ -199,12 +200,12 @@ def _not_text(config: EngineConfig, features: ModelFeatures, dummy: DummyMedia |
 
 
 def _auto_split_driver(
-    model: nn.Module, carrier: Carrier, config: EngineConfig, num_layers: int, steps: DummySteps
+    model: nn.Module, carrier: Carrier, config: EngineConfig, empty_caches: list[LayerCache], steps: DummySteps
 ) -> AutoSplitDriver:
     return AutoSplitDriver(
         model,
         carrier,
-        num_kv_caches=num_layers,
+        empty_caches=empty_caches,
         vocab_size=config.model_config.vocab_size,
         dtype=steps.dtype,
         device=steps.device,

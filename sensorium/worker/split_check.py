@@ -18,6 +18,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from sensorium.attention import LayerCache
 from sensorium.config import EngineConfig
 from sensorium.errors import ModelError
 from sensorium.logger import get_logger
@@ -141,7 +142,7 @@ class _SplitCheck:
         ]
         return relative_difference(torch.cat(pieces), self.whole)
 
-    def _step(self, start: int, end: int, caches: list[torch.Tensor], rows: torch.Tensor, media: Mask) -> StepInputs:
+    def _step(self, start: int, end: int, caches: list[LayerCache], rows: torch.Tensor, media: Mask) -> StepInputs:
         media_rows = None
         if media[start:end].any():
             index = torch.from_numpy(np.flatnonzero(media[start:end])).to(self.device)

@@ -9,15 +9,17 @@ addresses at each replay.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 import torch
 
+from sensorium.cache_spec import CacheGroup
 from sensorium.model_executor.host_copy import new_event
 from sensorium.worker.input_batch import Int64Array, StepArrays
+from sensorium.worker.kv_cache import unread_row, zero_row
 
 HostArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 """Of int32 or int64."""
@@ -43,6 +45,7 @@ class StepTensors:
     """`(num_sampled,)` int64: rows of the batch after which a token is sampled."""
     sampled_slots: torch.Tensor
     """`(num_sampled,)` int64: the slots of their requests."""
+    state_rows: torch.Tensor | None = None
     pending_slots: torch.Tensor | None = None
     """`(num_tokens,)` int64: the slot whose last sampled token stands in this row, -1 where the host knew the token;
     None where it knew all."""
@@ -60,9 +63,19 @@ def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int
         "sampled_rows": sampled_rows,
         "sampled_slots": sampled_slots,
     }
+    if arrays.state_rows is not None:
+        fields["state_rows"] = arrays.state_rows
     if arrays.pending_slots is not None:
         fields["pending_slots"] = arrays.pending_slots
     return fields
+
+
+def nobodys_rows(groups: Sequence[CacheGroup], count: int) -> Int64Array | None:
+    """`StepArrays.state_rows` of `count` sequences that aren't there; None where no layer has a state."""
+    for group in groups:
+        if not group.is_paged:
+            return np.tile(np.array([[zero_row(group)], [unread_row(group)]], dtype=np.int64), (1, count))
+    return None
 
 
 class StepBuffers:

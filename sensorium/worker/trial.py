@@ -17,6 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sensorium.attention import LayerCache
 from sensorium.config import EngineConfig
 from sensorium.errors import ConfigError, ModelError, ProcessorError
 from sensorium.logger import get_logger
@@ -108,7 +109,7 @@ class Trial:
         return (told,)  # in fewer bits, rounding may do this to a model that is right
 
     def _forward(
-        self, driver: ModelDriver, pieces: list[tuple[IdArray, int, int]], caches: list[torch.Tensor], given: str
+        self, driver: ModelDriver, pieces: list[tuple[IdArray, int, int]], caches: list[LayerCache], given: str
     ) -> torch.Tensor:
         step = self._steps.step(pieces, caches)
         with self.blamed("forward", given, _HIDDEN):

@@ -11,16 +11,17 @@ Sequences that aren't there have no rows.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from sensorium.attention import NO_SLOT, AttentionMetadata
+from sensorium.attention import NO_SLOT, AttentionMetadata, LayerCache
+from sensorium.cache_spec import CacheGroup
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.worker.graph_capture import UNREADABLE, GraphCapture, RecordedSizes, Replay
-from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors, packed_bytes
+from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors, nobodys_rows, packed_bytes
 
 MAX_ROWS = 2048
 """Longer passes keep the device busy for longer than it takes to launch them."""
@@ -51,9 +52,10 @@ class TrunkGraphs:
     Args:
         capture: Records passes.
         driver: Runs the model.
-        kv_caches: One tensor per attention layer.
+        kv_caches: An entry per layer with a cache.
         buffers: Brings the steps' arrays to the device.
-        block_tables: `(num_slots + 1, max_blocks)` int32 on the device; the last row belongs to nobody.
+        block_tables: `(num_tables, num_slots + 1, max_blocks)` int32 on the device; the last row belongs to nobody.
+        groups: The model's cache groups.
         uses_mrope: Whether positions have three rows.
     """
 
@@ -61,10 +63,11 @@ class TrunkGraphs:
         self,
         capture: GraphCapture,
         driver: ModelDriver,
-        kv_caches: list[torch.Tensor],
+        kv_caches: list[LayerCache],
         buffers: StepBuffers,
         block_tables: torch.Tensor,
         *,
+        groups: Sequence[CacheGroup],
         uses_mrope: bool,
     ) -> None:
         self._capture = capture
@@ -72,8 +75,9 @@ class TrunkGraphs:
         self._kv_caches = kv_caches
         self._buffers = buffers
         self._block_tables = block_tables
+        self._groups = tuple(groups)
         self._uses_mrope = uses_mrope
-        self._nobody = len(block_tables) - 1
+        self._nobody = block_tables.shape[1] - 1
         self.recorded = RecordedSizes("mixed steps", trunk_sizes(), self._record)
 
     def upload(self, graph: TrunkGraph, arrays: Mapping[str, HostArray]) -> StepTensors:
@@ -123,13 +127,14 @@ class TrunkGraphs:
 
     def _metadata(self, tensors: Mapping[str, torch.Tensor], size: int) -> AttentionMetadata:
         num_seqs = len(tensors["slots"])
+        block_tables = [table.index_select(0, tensors["slots"]) for table in self._block_tables]
         return AttentionMetadata(
             num_tokens=size,
             num_seqs=num_seqs,
             cu_seqlens_q=tensors["cu_seqlens_q"],
             seq_lens=tensors["seq_lens"],
-            block_table=self._block_tables.index_select(0, tensors["slots"]),
-            slot_mapping=tensors["slot_mapping"],
+            block_table=block_tables[0],
+            slot_mapping=tensors["slot_mapping"][0],
             max_seqlen_q=size,
             max_seq_len=MAX_CONTEXT,
             num_prefill_tokens=UNREADABLE,
@@ -137,20 +142,22 @@ class TrunkGraphs:
             query_lens_host=UNREADABLE,
             seq_lens_host=UNREADABLE,
             is_recorded=True,
-        )
+        ).with_groups(self._groups, block_tables, tensors["slot_mapping"], tensors.get("state_rows"))
 
     def _padding(self, size: int) -> dict[str, HostArray]:
         num_seqs = min(size, self._nobody)
+        state_rows = nobodys_rows(self._groups, num_seqs)
         return {
             "token_ids": np.zeros(size, dtype=np.int64),
             "positions": np.zeros((3, size) if self._uses_mrope else size, dtype=np.int64),
-            "slot_mapping": np.full(size, NO_SLOT, dtype=np.int64),
+            "slot_mapping": np.full((len(self._block_tables), size), NO_SLOT, dtype=np.int64),
             "cu_seqlens_q": np.zeros(num_seqs + 1, dtype=np.int32),
             "seq_lens": np.zeros(num_seqs, dtype=np.int32),
             "slots": np.full(num_seqs, self._nobody, dtype=np.int64),
             "sampled_rows": np.zeros(num_seqs, dtype=np.int64),
             "sampled_slots": np.full(num_seqs, self._nobody, dtype=np.int64),
             "pending_slots": np.full(size, -1, dtype=np.int64),
+            **({} if state_rows is None else {"state_rows": state_rows}),
         }
 
 

@@ -9,7 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
-from sensorium.attention import Attention
+from sensorium.cache_spec import CacheGroup
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ConfigError, ModelError
 from sensorium.inputs import INPUT_REGISTRY
@@ -20,8 +20,8 @@ from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.multimodal.hf_processors import describe_backend
-from sensorium.worker import kv_cache
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
+from sensorium.worker.kv_cache import CacheLayout
 from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.probe import probe_model
@@ -77,35 +77,22 @@ class Worker:
                 f"{type(self._model).__name__}: got dummy encoder data, expected a model without cross-attention. "
                 "Models with an encoder sequence of their own are not served yet."
             )
-        layers = [module for module in self._model.modules() if isinstance(module, Attention)]
-        if not layers:
-            raise ModelError(
-                f"{type(self._model).__name__}: got no attention layer, expected at least one "
-                "sensorium.attention.Attention. The engine keeps the KV cache, so attention must be its own layer."
-            )
+        layout = CacheLayout.of(self._model, config)
         if not hasattr(self._model, "compute_logits"):
             raise ModelError(
                 f"{type(self._model).__name__}: no method compute_logits(hidden_states, sampling_metadata). "
                 "Add it; it returns logits (num_rows, vocab_size)."
             )
-        shapes = kv_cache.layer_shapes(layers)
-        dtype = config.model_config.dtype
         with self._stage("probe"):
-            self._driver, features = probe_model(self._model, config, shapes, self._device)
+            self._driver, features = probe_model(self._model, config, layout, self._device)
         with self._stage("allocate"):
-            num_blocks = kv_cache.decide_num_blocks(
-                shapes,
-                dtype,
-                config.cache_config,
-                config.scheduler_config,
-                config.model_config.max_model_len,
-                available_bytes(self._device, config, self._driver, features),
-            )
-            block_size = config.cache_config.block_size
-            caches = kv_cache.allocate(shapes, num_blocks, block_size, dtype, self._device)
+            groups = layout.plan(config, available_bytes(self._device, config, self._driver, layout))
+            caches = layout.allocate(groups, self._device)
         capture = self._graph_capture()
         try:
-            self._runner = ModelRunner(config, self._model, self._driver, features, caches, self._device, capture)
+            self._runner = ModelRunner(
+                config, self._model, self._driver, features, groups, caches, self._device, capture
+            )
         except MemoryError as error:
             raise ConfigError(
                 f"max_num_seqs: got {config.scheduler_config.max_num_seqs} with max_model_len "
@@ -115,7 +102,7 @@ class Worker:
         if capture is not None:
             with self._stage("record"):
                 self._runner.passes.prepare()
-        return self._report(features, num_blocks, caches)
+        return self._report(features, groups)
 
     def _graph_capture(self) -> GraphCapture | None:
         """What records passes on this device; None: every pass runs call by call."""
@@ -123,20 +110,19 @@ class Worker:
             return None
         return CudaGraphCapture()
 
-    def _report(self, features: ModelFeatures, num_blocks: int, caches: list[torch.Tensor]) -> LoadReport:
+    def _report(self, features: ModelFeatures, groups: tuple[CacheGroup, ...]) -> LoadReport:
         model_config = self._config.model_config
         hidden_size = int(getattr(model_config.hf_text_config, "hidden_size", 0))
         memory = {
             "weights": tensor_bytes(self.model),
-            "KV cache": sum(cache.nbytes for cache in caches),
+            "KV cache": sum(group.num_bytes for group in groups),
         }
         if model_config.is_multimodal_model and features.splits_media:
             rows = self._config.cache_config.encoder_cache_rows or 0
             memory["encoder cache (at most)"] = rows * hidden_size * model_config.dtype.itemsize
         return LoadReport(
             features=features,
-            num_blocks=num_blocks,
-            block_size=self._config.cache_config.block_size,
+            cache_groups=groups,
             memory_bytes=memory,
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",

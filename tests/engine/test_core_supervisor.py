@@ -20,6 +20,7 @@ from sensorium.structured_outputs import StructuredOutputs
 from tests.engine.async_helpers import SETTINGS, greedy, last, settled
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import auntil
+from tests.scheduler.simulation import full_attention
 
 
 def open_files() -> int:
@@ -70,7 +71,7 @@ def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
 class FakeCore:
     """As much of a core as one needs that never gets a request."""
 
-    report = LoadReport(ModelFeatures(), 8, 16, {}, {})
+    report = LoadReport(ModelFeatures(), full_attention(8, 16), {}, {})
 
     def has_unfinished_requests(self) -> bool:
         return False
@@ -96,7 +97,7 @@ class Factory:
             raise ModelError("no such luck")
         core = FakeCore()
         if turn == "other":
-            core.report = LoadReport(ModelFeatures(tier="1"), 8, 16, {}, {})
+            core.report = LoadReport(ModelFeatures(tier="1"), full_attention(8, 16), {}, {})
         return core
 
 

@@ -8,10 +8,11 @@ alone. Whatever goes wrong with shared blocks, preemption, poisoned blocks or me
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
+from sensorium.cache_spec import NO_BLOCK, CacheGroup
 from sensorium.messages import (
     EngineRequest,
     MediaItem,
@@ -103,7 +104,10 @@ def expected_prompt_logprobs(request: EngineRequest) -> list[TokenLogprobs]:
 @dataclass
 class Slot:
     sequence: TrueSequence
-    block_ids: list[int] = field(default_factory=list)
+    tables: list[list[int]] = field(default_factory=list)
+    """Block ids by cache group; of a state, the row that the last chunk wrote."""
+    source: int = NO_BLOCK
+    """The row that the next chunk reads its state from."""
     computed: int | None = None
     has_sampled: bool = False
     has_failed: bool = False
@@ -113,9 +117,8 @@ class Slot:
 class FakeWorker:
     def __init__(
         self,
+        groups: Sequence[CacheGroup],
         *,
-        num_blocks: int,
-        block_size: int,
         max_num_seqs: int,
         splits_media: bool = True,
         keeps_items_whole: bool = False,
@@ -123,14 +126,16 @@ class FakeWorker:
         failure_rate: float = 0.0,
         rng: Random | None = None,
     ) -> None:
-        self.block_size = block_size
+        self.groups = tuple(groups)
+        self.block_size = groups[0].block_size
         self.max_num_seqs = max_num_seqs
         self.splits_media = splits_media
         self.keeps_items_whole = keeps_items_whole or not splits_media
         self.max_sampled = max_sampled
         self.failure_rate = failure_rate
         self.rng = rng or Random(0)
-        self.kv = [[POISON] * block_size for _ in range(num_blocks)]
+        self.kv = [[[POISON] * group.block_size for _ in range(group.num_blocks)] for group in groups]
+        """By group and block; of a state, each row's first entry is it."""
         self.rows: dict[str, list[Value]] = {}
         self.bad_keys: set[str] = set()
         """Items that could not be encoded, until the scheduler has heard of it and frees them."""
@@ -165,7 +170,7 @@ class FakeWorker:
             sequence = TrueSequence(new.request)
             sequence.token_ids += new.output_token_ids
             assert new.request.request_id not in self.slots
-            self.slots[new.request.request_id] = Slot(sequence)
+            self.slots[new.request.request_id] = Slot(sequence, [[] for _ in self.groups])
         assert len(self.slots) <= self.max_num_seqs
         for key in step.free_encoder_keys:
             self.rows.pop(key, None)
@@ -196,36 +201,69 @@ class FakeWorker:
             assert begin % self.block_size == 0, "a cached prefix is whole blocks"
         else:
             assert begin == slot.computed, "tokens are computed once, in order"
-        slot.block_ids += chunk.new_block_ids
+        self._take_blocks(slot, chunk)
         known = len(slot.sequence.token_ids)
         assert begin < end <= known
         assert chunk.is_last == (end == known)
-        assert end <= len(slot.block_ids) * self.block_size < end + self.block_size, "blocks are allocated as needed"
-        assert len(set(slot.block_ids)) == len(slot.block_ids)
-        for position in range(begin):
-            found = self._read(slot, position)
-            assert found == slot.sequence.state(position), f"wrong KV at {position} of {chunk.request_id}"
+        for index, group in enumerate(self.groups):
+            self._check_history(chunk, slot, index, group)
         if self.keeps_items_whole:
             for item in slot.sequence.request.media:
                 assert not item.span.offset < begin < item.span.end, "a chunk begins inside an item"
                 assert not item.span.offset < end < item.span.end, "a chunk ends inside an item"
 
+    def _take_blocks(self, slot: Slot, chunk: ScheduledChunk) -> None:
+        for index, ids in enumerate(chunk.new_block_ids):
+            if self.groups[index].is_paged:
+                slot.tables[index] += ids
+            else:
+                slot.source, target = ids
+                slot.tables[index] = [target]
+
+    def _check_history(self, chunk: ScheduledChunk, slot: Slot, index: int, group: CacheGroup) -> None:
+        """What the chunk's first token sees in a group is this request's own history."""
+        begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        table = slot.tables[index]
+        if not group.is_paged:
+            state = ROOT if slot.source == NO_BLOCK else self.kv[index][slot.source][0]
+            assert state == slot.sequence.state(begin - 1), f"wrong state before {begin} of {chunk.request_id}"
+            assert slot.source not in table, "a state is written where it is read, and couldn't be computed again"
+            return
+        assert end <= len(table) * self.block_size < end + self.block_size, "blocks are allocated as needed"
+        visible = table[group.first_visible(begin) // self.block_size :]
+        assert NO_BLOCK not in visible
+        assert len(set(visible)) == len(visible)
+        for position in range(group.first_visible(begin), begin):
+            found = self._read(slot, index, position)
+            assert found == slot.sequence.state(position), f"wrong KV at {position} of {chunk.request_id}: {group.kind}"
+
+    def _used(self, slot: Slot, index: int, chunks: Mapping[int, ScheduledChunk]) -> set[int]:
+        """Blocks of a group that a request reads in this step, or may read in a later one."""
+        group, chunk = self.groups[index], chunks.get(id(slot))
+        if not group.is_paged:
+            return {slot.source, *slot.tables[index]} if chunk is not None else set(slot.tables[index])
+        computed = slot.computed or 0 if chunk is None else chunk.num_computed_tokens
+        return set(slot.tables[index][group.first_visible(computed) // self.block_size :])
+
     def _check_order_and_writes(self, chunks: Iterable[ScheduledChunk]) -> None:
         seen_prefill = False
+        by_slot = {id(self.slots[chunk.request_id]): chunk for chunk in chunks}
         for chunk in chunks:
             slot = self.slots[chunk.request_id]
             assert not (slot.has_sampled and seen_prefill), "decode chunks come first"
             seen_prefill |= not slot.has_sampled
             first = chunk.num_computed_tokens // self.block_size
             end = chunk.num_computed_tokens + chunk.num_scheduled_tokens
-            written = slot.block_ids[first : -(-end // self.block_size)]
-            for other_id, other in self.slots.items():
-                if other_id != chunk.request_id:
-                    assert not set(written) & set(other.block_ids), "a block that is written is shared"
+            for index, group in enumerate(self.groups):
+                table = slot.tables[index]
+                written = table[first : -(-end // self.block_size)] if group.is_paged else table
+                for other_id, other in self.slots.items():
+                    if other_id != chunk.request_id and not other.has_failed:
+                        assert not set(written) & self._used(other, index, by_slot), "a block that is written is shared"
 
-    def _read(self, slot: Slot, position: int) -> int:
+    def _read(self, slot: Slot, index: int, position: int) -> int:
         block, offset = divmod(position, self.block_size)
-        return self.kv[slot.block_ids[block]][offset]
+        return self.kv[index][slot.tables[index][block]][offset]
 
     def _input(self, slot: Slot, position: int) -> Value:
         """The input as the worker has it: media rows only from what was encoded and not freed."""
@@ -252,7 +290,7 @@ class FakeWorker:
             slot.has_failed = True
             result.failures[chunk.request_id] = RequestFailure("injected")  # type: ignore[index]
             return
-        state = self._read(slot, begin - 1) if begin else ROOT
+        state = slot.sequence.state(begin - 1)  # as `_check_history` has found it
         for position in range(begin, end):
             state = step_hash(state, self._input(slot, position))
             assert state == slot.sequence.state(position)
@@ -262,7 +300,11 @@ class FakeWorker:
 
     def _write(self, slot: Slot, position: int, state: int) -> None:
         block, offset = divmod(position, self.block_size)
-        self.kv[slot.block_ids[block]][offset] = state
+        for index, group in enumerate(self.groups):
+            if group.is_paged:
+                self.kv[index][slot.tables[index][block]][offset] = state
+            else:
+                self.kv[index][slot.tables[index][0]][0] = state
 
     def _report(self, chunk: ScheduledChunk, slot: Slot, state: int, result: ModelRunnerOutput) -> None:
         request = slot.sequence.request

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from random import Random
 from typing import Any
 
+from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
 from sensorium.errors import OverloadedError
 from sensorium.messages import (
@@ -79,6 +80,11 @@ def make_request(
     )
 
 
+def full_attention(num_blocks: int, block_size: int) -> tuple[CacheGroup, ...]:
+    """The cache groups of a model in which every layer keeps everything."""
+    return (CacheGroup(CacheKind.FULL, num_blocks, block_size),)
+
+
 @dataclass
 class Limits:
     """What the checks compare with; the same values that the scheduler got."""
@@ -88,6 +94,12 @@ class Limits:
     features: ModelFeatures = field(default_factory=ModelFeatures)
     num_blocks: int = 64
     max_model_len: int = 512
+    others: tuple[CacheGroup, ...] = ()
+    """Cache groups beside one of full attention with `num_blocks` blocks."""
+
+    @property
+    def groups(self) -> tuple[CacheGroup, ...]:
+        return (*full_attention(self.num_blocks, self.cache.block_size), *self.others)
 
 
 @dataclass
@@ -114,13 +126,12 @@ class Simulation:
             limits.scheduler,
             limits.cache,
             limits.features,
-            num_blocks=limits.num_blocks,
+            cache_groups=limits.groups,
             max_model_len=limits.max_model_len,
             pacer=pacer,
         )
         self.worker = FakeWorker(
-            num_blocks=limits.num_blocks,
-            block_size=limits.cache.block_size,
+            limits.groups,
             max_num_seqs=limits.scheduler.max_num_seqs,
             splits_media=limits.features.splits_media,
             keeps_items_whole=limits.features.atomic_items,
@@ -248,7 +259,7 @@ class Simulation:
         missing = streams - {chunk.request_id for chunk in step.chunks} - set(step.freed_request_ids)
         unfinished = self.scheduler._table.by_id
         missing = {name for name in missing if name in unfinished and not unfinished[name].awaits_result}
-        if missing and self.worker.max_sampled == 1 and self.scheduler.stats().num_free_blocks:
+        if missing and self.worker.max_sampled == 1 and self._has_free_blocks():
             may_run_alone = self.worker.keeps_items_whole or not self.limits.scheduler.enable_chunked_prefill
             assert may_run_alone, f"streams without a token: {missing}"
             assert len(step.chunks) == 1
@@ -256,6 +267,9 @@ class Simulation:
             self._last_step_was_for_one = True
         else:
             self._last_step_was_for_one = False
+
+    def _has_free_blocks(self) -> bool:
+        return all(each.pool.num_free for each in self.scheduler._kv_cache.managers)
 
     def _check_encoder_rows(self, step: SchedulerOutput) -> None:
         config = self.limits.scheduler

@@ -11,7 +11,7 @@ from sensorium.messages import EngineRequest, MediaItem
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
 from sensorium.spans import Span
-from tests.scheduler.simulation import make_request
+from tests.scheduler.simulation import full_attention, make_request
 
 
 def make_scheduler(*, num_blocks: int = 8, max_model_len: int = 100, max_waiting: int | None = None) -> Scheduler:
@@ -19,7 +19,7 @@ def make_scheduler(*, num_blocks: int = 8, max_model_len: int = 100, max_waiting
         SchedulerConfig(max_waiting_requests=max_waiting),
         CacheConfig(block_size=4),
         ModelFeatures(),
-        num_blocks=num_blocks,
+        cache_groups=full_attention(num_blocks, 4),
         max_model_len=max_model_len,
     )
 

@@ -2,125 +2,168 @@
 
 from __future__ import annotations
 
-from sensorium.scheduler.kv_cache_manager import KVCacheManager
+from sensorium.scheduler.kv_cache_manager import KVCacheManager, PrefixHit
 from sensorium.scheduler.request import RequestState
-from tests.scheduler.simulation import make_request
+from tests.scheduler.simulation import full_attention, make_request
 
 
 def make_state(tokens: list[int], **kwargs: object) -> RequestState:
     return RequestState(make_request("r", [tokens], **kwargs), (0, 0, 0), 1000)  # type: ignore[arg-type]
 
 
-def compute(manager: KVCacheManager, state: RequestState, num_tokens: int) -> None:
+def start(manager: KVCacheManager, state: RequestState) -> PrefixHit:
+    """Let a request run, from its longest prefix on."""
+    hit = manager.find_prefix(state)
+    manager.adopt(state, hit)
+    return hit
+
+
+def compute(manager: KVCacheManager, state: RequestState, num_tokens: int, *, settles: bool = True) -> None:
     """What a step does that brings the request to `num_tokens` computed tokens."""
     manager.allocate(state, num_tokens)
-    state.num_computed_tokens = state.num_settled_tokens = num_tokens
-    manager.commit(state)
+    state.num_computed_tokens = num_tokens
+    manager.submitted([state])
+    if settles:
+        state.num_settled_tokens = num_tokens
+        manager.commit(state)
+
+
+def run(manager: KVCacheManager, state: RequestState, num_tokens: int) -> RequestState:
+    """A request that has computed so many tokens in one step."""
+    start(manager, state)
+    compute(manager, state, num_tokens)
+    return state
+
+
+def blocks(manager: KVCacheManager, state: RequestState) -> list[int]:
+    """The request's table in the first group."""
+    [paged, *_] = manager.paged
+    return list(paged.block_ids(state))
 
 
 def make_manager(num_blocks: int = 8, *, enable_prefix_caching: bool = True) -> KVCacheManager:
-    return KVCacheManager(num_blocks, 4, enable_prefix_caching=enable_prefix_caching)
+    return KVCacheManager(
+        full_attention(num_blocks, 4),
+        enable_prefix_caching=enable_prefix_caching,
+        max_num_seqs=4,
+        max_chunk_tokens=64,
+    )
 
 
 def test_blocks_are_allocated_as_tokens_need_them() -> None:
     manager, state = make_manager(), make_state([1] * 10)
-    assert len(manager.allocate(state, 4)) == 1
-    assert manager.allocate(state, 4) == []
-    assert len(manager.allocate(state, 5)) == 1
+    start(manager, state)
+    [first] = manager.allocate(state, 4)
+    assert len(first) == 1
+    assert manager.allocate(state, 4) == ()
+    [second] = manager.allocate(state, 5)
+    assert len(second) == 1
     assert manager.max_tokens(state) == 8 * 4
     assert manager.usage == 2 / 8
 
 
 def test_a_prefix_is_found_when_it_is_committed_and_not_before() -> None:
     manager, first, second = make_manager(), make_state([1] * 10), make_state([1] * 10)
+    start(manager, first)
     manager.allocate(first, 10)
-    assert manager.find_prefix(second) == []
+    assert manager.find_prefix(second).num_tokens == 0
     first.num_computed_tokens = first.num_settled_tokens = 10
-    assert manager.find_prefix(second) == []
+    assert manager.find_prefix(second).num_tokens == 0
     manager.commit(first)
-    assert manager.find_prefix(second) == first.block_ids[:2], "two full blocks; the third is not full"
+    hit = manager.find_prefix(second)
+    assert hit.block_ids == (blocks(manager, first)[:2],), "two full blocks; the third is not full"
+    assert hit.num_tokens == 8
 
 
 def test_at_least_one_token_is_left_to_compute() -> None:
-    manager, first = make_manager(), make_state([1] * 8)
-    compute(manager, first, 8)
-    assert len(manager.find_prefix(make_state([1] * 8))) == 1
-    assert len(manager.find_prefix(make_state([1] * 9))) == 2
+    manager = make_manager()
+    run(manager, make_state([1] * 8), 8)
+    assert manager.find_prefix(make_state([1] * 8)).num_blocks == 1
+    assert manager.find_prefix(make_state([1] * 9)).num_blocks == 2
+
+
+def test_a_shorter_prefix_than_there_is_can_be_asked_for() -> None:
+    manager = make_manager()
+    run(manager, make_state([1] * 12), 12)
+    assert manager.find_prefix(make_state([1] * 12), max_tokens=7).num_blocks == 1
 
 
 def test_prompt_logprobs_and_pooling_compute_every_row() -> None:
-    manager, first = make_manager(), make_state([1] * 8)
-    compute(manager, first, 8)
-    assert manager.find_prefix(make_state([1] * 9, prompt_logprobs=0)) == []
-    assert manager.find_prefix(make_state([1] * 9, pooling=True)) == []
+    manager = make_manager()
+    run(manager, make_state([1] * 8), 8)
+    assert manager.find_prefix(make_state([1] * 9, prompt_logprobs=0)).num_tokens == 0
+    assert manager.find_prefix(make_state([1] * 9, pooling=True)).num_tokens == 0
 
 
 def test_prompt_logprobs_that_went_out_need_not_be_computed_again() -> None:
     manager, state = make_manager(), make_state([1] * 14, prompt_logprobs=0)
-    compute(manager, state, 9)
+    run(manager, state, 9)
     state.num_prompt_logprobs = 7
     manager.release(state)
-    assert len(manager.find_prefix(state)) == 1
+    assert manager.find_prefix(state).num_blocks == 1
     state.num_prompt_logprobs = 13
-    assert len(manager.find_prefix(state)) == 2
+    assert manager.find_prefix(state).num_blocks == 2
 
 
 def test_adopted_blocks_are_shared_and_outlive_either_user() -> None:
     manager, first, second = make_manager(), make_state([1] * 10), make_state([1] * 10)
-    compute(manager, first, 10)
-    prefix = manager.find_prefix(second)
-    manager.adopt(second, prefix)
+    run(manager, first, 10)
+    start(manager, second)
     assert second.num_computed_tokens == 8
-    compute(manager, second, 10)
-    assert second.block_ids[:2] == first.block_ids[:2]
-    assert second.block_ids[2] != first.block_ids[2], "a block that is written is nobody else's"
+    [told] = manager.allocate(second, 10)
+    assert list(told) == blocks(manager, second), "the worker learns of the whole table at a request's first chunk"
+    assert told[:2] == tuple(blocks(manager, first)[:2])
+    assert told[2] != blocks(manager, first)[2], "a block that is written is nobody else's"
     manager.release(first)
-    assert manager.pool.num_free == 8 - 3
+    [pool] = manager.pools
+    assert pool.num_free == 8 - 3
     manager.release(second)
-    assert manager.pool.num_free == 8
-    assert len(manager.find_prefix(make_state([1] * 10))) == 2
+    assert pool.num_free == 8
+    assert manager.find_prefix(make_state([1] * 10)).num_blocks == 2
 
 
 def test_the_same_content_computed_twice_is_kept_once() -> None:
     manager, first, second = make_manager(), make_state([1] * 9), make_state([1] * 9)
     for state in (first, second):
-        manager.allocate(state, 9)
-        state.num_computed_tokens = state.num_settled_tokens = 9
-    manager.commit(first)
-    manager.commit(second)
-    assert manager.find_prefix(make_state([1] * 9)) == first.block_ids[:2]
+        start(manager, state)
+    for state in (first, second):
+        compute(manager, state, 9)
+    kept = blocks(manager, first)[:2]
+    assert manager.find_prefix(make_state([1] * 9)).block_ids == (kept,)
     manager.release(second)
-    assert manager.find_prefix(make_state([1] * 9)) == first.block_ids[:2]
+    assert manager.find_prefix(make_state([1] * 9)).block_ids == (kept,)
 
 
 def test_nothing_of_a_failed_request_is_found() -> None:
     manager, state = make_manager(), make_state([1] * 10)
-    compute(manager, state, 10)
+    run(manager, state, 10)
     manager.discard(state)
-    assert manager.find_prefix(make_state([1] * 10)) == []
-    assert (manager.pool.num_free, manager.pool.num_cached) == (8, 0)
+    manager.release(state)
+    [pool] = manager.pools
+    assert manager.find_prefix(make_state([1] * 10)).num_tokens == 0
+    assert (pool.num_free, pool.num_cached) == (8, 0)
 
 
 def test_a_reset_forgets_what_is_known_and_what_running_requests_will_compute() -> None:
     manager, done, running = make_manager(), make_state([1] * 10), make_state([2] * 12)
-    compute(manager, done, 10)
+    run(manager, done, 10)
     manager.release(done)
-    compute(manager, running, 5)
+    run(manager, running, 5)
     manager.reset_prefix_cache([running])
     compute(manager, running, 12)
-    assert manager.pool.num_cached == 0
+    [pool] = manager.pools
+    assert pool.num_cached == 0
     manager.release(running)
-    manager.allocate(running, 4)
-    running.num_computed_tokens = running.num_settled_tokens = 4
-    manager.commit(running)
-    assert manager.pool.num_cached == 1, "computed anew after a preemption, it is shared again"
+    run(manager, running, 4)
+    assert pool.num_cached == 1, "computed anew after a preemption, it is shared again"
 
 
 def test_without_prefix_caching_nothing_is_hashed() -> None:
     manager, state = make_manager(enable_prefix_caching=False), make_state([1] * 10)
-    compute(manager, state, 10)
-    assert manager.find_prefix(make_state([1] * 10)) == []
-    assert (state.block_hashes, manager.pool.num_cached) == ([], 0)
+    run(manager, state, 10)
+    [pool] = manager.pools
+    assert manager.find_prefix(make_state([1] * 10)).num_tokens == 0
+    assert (state.block_hashes, pool.num_cached) == ([], 0)
 
 
 def test_a_prompt_that_shares_nothing_is_hashed_no_further_than_its_first_block() -> None:

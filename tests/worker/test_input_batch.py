@@ -13,6 +13,7 @@ from sensorium.messages import EngineRequest, MediaItem, NewRequest, ScheduledCh
 from sensorium.sampling_params import SamplingParams
 from sensorium.spans import Span
 from sensorium.worker.input_batch import InputBatch
+from tests.scheduler.simulation import full_attention
 
 
 def request(request_id: str, prompt: list[int], **fields: object) -> EngineRequest:
@@ -22,11 +23,11 @@ def request(request_id: str, prompt: list[int], **fields: object) -> EngineReque
 def chunk(
     request_id: str, start: int, count: int, blocks: tuple[int, ...] = (), *, last: bool = False
 ) -> ScheduledChunk:
-    return ScheduledChunk(request_id, start, count, blocks, is_last=last)
+    return ScheduledChunk(request_id, start, count, (blocks,), is_last=last)
 
 
 def make_batch(**options: bool) -> InputBatch:
-    return InputBatch(4, 64, 4, uses_mrope=options.get("uses_mrope", False))
+    return InputBatch(4, 64, full_attention(16, 4), uses_mrope=options.get("uses_mrope", False))
 
 
 def test_gathers_a_decode_and_a_prefill_chunk_into_one_flat_batch() -> None:
@@ -41,11 +42,11 @@ def test_gathers_a_decode_and_a_prefill_chunk_into_one_flat_batch() -> None:
 
     assert arrays.token_ids.tolist() == [15, 21, 22, 23]
     assert arrays.positions.tolist() == [5, 1, 2, 3]
-    assert arrays.slot_mapping.tolist() == [2 * 4 + 1, 5 * 4 + 1, 5 * 4 + 2, 5 * 4 + 3]
+    assert arrays.slot_mapping.tolist() == [[2 * 4 + 1, 5 * 4 + 1, 5 * 4 + 2, 5 * 4 + 3]]
     assert arrays.cu_seqlens_q.tolist() == [0, 1, 4]
     assert arrays.query_lens.tolist() == [1, 3]
     assert arrays.seq_lens.tolist() == [6, 4]
-    assert batch.block_table(arrays)[0].tolist() == [7, 2]
+    assert batch.block_tables(arrays)[0][0].tolist() == [7, 2]
 
 
 def test_a_freed_slot_is_given_to_the_next_request_without_its_past() -> None:
@@ -58,7 +59,7 @@ def test_a_freed_slot_is_given_to_the_next_request_without_its_past() -> None:
 
     state = batch.add(NewRequest(request("b", [4])))
     assert state.slot == freed.slot
-    assert state.num_blocks == 0
+    assert state.num_blocks == [0]
     assert batch.token_ids("b", 0, 1).tolist() == [4]
 
 

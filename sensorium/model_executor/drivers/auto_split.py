@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.attention import AttentionMetadata
+from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.errors import ProcessorError, SensoriumError
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.model_executor.adapter import ForwardAdapter
@@ -52,7 +52,7 @@ class AutoSplitDriver:
         model: nn.Module,
         carrier: Carrier,
         *,
-        num_kv_caches: int,
+        empty_caches: list[LayerCache],
         vocab_size: int,
         dtype: torch.dtype,
         device: torch.device,
@@ -62,7 +62,7 @@ class AutoSplitDriver:
         self.carrier = carrier
         self.shares_items = shares_items
         self._forward = ForwardAdapter(model)
-        self._empty_caches = [torch.empty(0, dtype=dtype, device=device) for _ in range(num_kv_caches)]
+        self._empty_caches = empty_caches
         self._vocab_size = vocab_size
         self._dtype = dtype
         self._device = device

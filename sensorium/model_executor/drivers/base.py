@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
-from sensorium.attention import AttentionMetadata
+from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.errors import ProcessorError, SensoriumError
 from sensorium.logger import get_logger
 from sensorium.messages import EngineRequest, MediaItem
@@ -35,8 +35,8 @@ class StepInputs:
     """`(num_tokens,)` int64. Media rows may hold negative ids, or ids beyond the vocabulary."""
     positions: torch.Tensor
     """`(num_tokens,)` int64, or `(3, num_tokens)` with M-RoPE."""
-    kv_caches: list[torch.Tensor]
-    """Per attention layer `(2, num_blocks, block_size, num_kv_heads, head_size)`."""
+    kv_caches: list[LayerCache]
+    """An entry per layer with a cache, such as `(2, num_blocks, block_size, num_kv_heads, head_size)` of attention."""
     attn_metadata: AttentionMetadata
     media: MediaRows | None = None
     media_kwargs: Mapping[str, Any] | None = None
