@@ -22,11 +22,12 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from sensorium.model_executor.layers.quantization import QuantizationConfig
+
 # What settings may be. Flat settings (`EngineArgs`) and the resolved ones below share these.
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
-Quantization: TypeAlias = Literal["int8"]
 LoadFormat: TypeAlias = Literal["safetensors", "dummy"]
 TokenizerMode: TypeAlias = Literal["auto"]
 """There is one tokenizer of each kind: that written in Python, "slow", left transformers with its version 5."""
@@ -237,8 +238,20 @@ class LoadConfig:
     """How weights are read. `load_format`: "safetensors", or "dummy" for seeded random values."""
 
     load_format: LoadFormat = "safetensors"
-    quantization: Quantization | None = None
-    """What the weights of linear layers become at load: "int8", or None to stay as they are."""
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+
+
+@dataclass(frozen=True, slots=True)
+class LoRAConfig:
+    """Bounds of the low-rank adapters that requests may choose among."""
+
+    max_lora_rank: Count = 16
+    max_loras: Count = 1
+    """Adapters that rows of one step may have."""
+    lora_dtype: Dtype | None = None
+    """The type of adapters' weights; None: the model's."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -267,8 +280,10 @@ class EngineConfig:
     device_config: DeviceConfig = field(default_factory=DeviceConfig)
     load_config: LoadConfig = field(default_factory=LoadConfig)
     parallel_config: ParallelConfig = field(default_factory=ParallelConfig)
-    quant_config: None = None
-    lora_config: None = None
+    quant_config: QuantizationConfig | None = None
+    """How layers hold their weights; None: in the model's dtype."""
+    lora_config: LoRAConfig | None = None
+    """Bounds of adapters; None: none are served."""
 
     def with_hf_config(self, hf_config: PretrainedConfig, architectures: list[str] | None = None) -> EngineConfig:
         """The same configuration for a sub-model, whose own Hugging Face config takes the place of the whole's."""

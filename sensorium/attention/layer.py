@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from enum import StrEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from sensorium.attention.metadata import AttentionMetadata
 from sensorium.cache_spec import CacheSpec, FullAttentionSpec, SlidingWindowSpec
 from sensorium.errors import ModelError
 from sensorium.kernels import Rotation, rotary_embedding, rotate_and_write_kv, write_kv
+
+if TYPE_CHECKING:
+    from sensorium.model_executor.layers.quantization import QuantizationConfig
 
 
 class AttentionType(StrEnum):
@@ -91,7 +94,7 @@ class Attention(_AttentionBase):
         num_kv_heads: int | None = None,
         alibi_slopes: Sequence[float] | None = None,
         cache_config: Any = None,
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         blocksparse_params: dict[str, Any] | None = None,
         logits_soft_cap: float | None = None,
         per_layer_sliding_window: int | None = None,

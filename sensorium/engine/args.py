@@ -39,7 +39,6 @@ from sensorium.config import (
     PoolerConfig,
     PoolingType,
     ProcessorBackend,
-    Quantization,
     ReasoningParser,
     SchedulerConfig,
     SchedulingPolicy,
@@ -50,10 +49,10 @@ from sensorium.config import (
     WaitingBound,
 )
 from sensorium.engine.hf_config import (
+    CheckpointConfig,
     check_values,
     config_of_part,
     load_hf_config,
-    refuse_quantized_checkpoint,
     resolve_dtype,
     resolve_max_model_len,
     written_end_ids,
@@ -100,8 +99,9 @@ class EngineArgs:
     """Seed of requests that bring none."""
     load_format: LoadFormat = "safetensors"
     """"safetensors", or "dummy" for seeded random weights."""
-    quantization: Quantization | None = None
-    """"int8": quantize the weights of linear layers at load, and their inputs as they come. CPU only."""
+    quantization: Name | None = None
+    """How linear layers hold their weights, if not in the model's dtype: "int8" (made at load, CPU only), or a name
+    that a plug-in registered. A checkpoint that is quantized says so itself."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values that replace those of the checkpoint's config."""
     plugins: tuple[Name, ...] = field(default=(), metadata={"flag": "plugin"})
@@ -213,6 +213,8 @@ class EngineArgs:
             return self._resolve()
 
     def _resolve(self) -> EngineConfig:
+        from sensorium.model_executor.layers.quantization import check_quantization, resolve_quantization
+
         load_general_plugins()
         load_plugins(self.plugins)
         device = resolve_device(self.device)
@@ -240,13 +242,20 @@ class EngineArgs:
             ),
             max_grammar_compile_s=self.max_grammar_compile_s,
         )
+        parallel = ParallelConfig(tensor_parallel_size=self.tensor_parallel_size)
+        device_type = device.partition(":")[0]
+        check_quantization(self.quantization, device_type)
+        path = resolve_model_path(self.model, self.revision)
+        checkpoint = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
+        quant_config = resolve_quantization(self.quantization, checkpoint.hf_config, device_type)
         return EngineConfig(
+            model_config=self._model_config(path, checkpoint),
             cache_config=cache,
             scheduler_config=scheduler,
             device_config=DeviceConfig(device=device, num_threads=self.num_threads, enforce_eager=self.enforce_eager),
-            load_config=self._load_config(device),
-            parallel_config=ParallelConfig(tensor_parallel_size=self.tensor_parallel_size),
-            model_config=self._model_config(),  # last, for it reads the checkpoint
+            load_config=LoadConfig(load_format=self.load_format),
+            parallel_config=parallel,
+            quant_config=quant_config,
         )
 
     def _check_together(self) -> None:
@@ -276,22 +285,11 @@ class EngineArgs:
             return self.max_num_batched_tokens
         return 2048 if device == "cpu" else 8192
 
-    def _load_config(self, device: str) -> LoadConfig:
-        if self.quantization is not None and device != "cpu":
-            raise ConfigError(
-                f"quantization on {device}: got {self.quantization!r}, expected None. "
-                "Integer weights run on the CPU only; leave quantization out, or set device to 'cpu'."
-            )
-        return LoadConfig(load_format=self.load_format, quantization=self.quantization)
-
-    def _model_config(self) -> ModelConfig:
+    def _model_config(self, path: Path, config: CheckpointConfig) -> ModelConfig:
         from sensorium.model_executor.models.interfaces import check_supports_multimodal, supports_multimodal
         from sensorium.model_executor.models.registry import ModelRegistry
         from sensorium.multimodal import MULTIMODAL_REGISTRY
 
-        path = resolve_model_path(self.model, self.revision)
-        config = load_hf_config(path, self.trust_remote_code, self.code_revision, self.hf_overrides)
-        refuse_quantized_checkpoint(config.hf_config)
         model_class, architecture = ModelRegistry.resolve(config.architectures)
         hf_config = config_of_part(config.hf_config, getattr(model_class, "config_part", None))
         check_values(hf_config)

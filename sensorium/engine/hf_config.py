@@ -293,27 +293,6 @@ def _check_heads(text: Any) -> None:
         )
 
 
-def refuse_quantized_checkpoint(hf_config: Any) -> None:
-    """Raise `ModelError`, naming the format, if a checkpoint's weights are quantized already."""
-    for config in (hf_config, hf_config.get_text_config()):
-        for name in ("quantization_config", "compression_config"):
-            settings = getattr(config, name, None)
-            if settings:
-                raise ModelError(
-                    f"{name} in {_CONFIG}: got a checkpoint quantized by {_quantizer(settings)}, expected float "
-                    "weights. Use the checkpoint that it was made from; quantization='int8' quantizes that at load."
-                )
-
-
-def _quantizer(settings: Any) -> str:
-    """The name of a quantization format, as `quant_method` gives it; older files only have their format's flags."""
-    found: Mapping[str, Any] = settings if isinstance(settings, Mapping) else getattr(settings, "__dict__", {})
-    if found.get("load_in_8bit") or found.get("load_in_4bit"):
-        return "bitsandbytes"
-    name = found.get("quant_method") or found.get("format") or "an unknown method"
-    return str(getattr(name, "value", name))
-
-
 # What follows from it
 
 

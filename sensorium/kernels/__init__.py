@@ -8,7 +8,7 @@ it is.
 from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_and_mul
 from sensorium.kernels.argmax import greedy_argmax, largest
 from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
-from sensorium.kernels.linear import PackedWeight, pack, packed_linear
+from sensorium.kernels.linear import PackedWeight, pack, packed_linear, plain_linear
 from sensorium.kernels.native import claim_threads, native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
 from sensorium.kernels.quantized_linear import QuantizedWeight, quantize, quantized_linear
@@ -28,6 +28,7 @@ __all__ = [
     "pack",
     "packed_linear",
     "paged_attention",
+    "plain_linear",
     "quantize",
     "quantized_linear",
     "quick_gelu",

@@ -77,7 +77,8 @@ def packed_linear_reference(x: torch.Tensor, packed: PackedWeight, bias: torch.T
 def packed_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """See `packed_linear_reference`."""
     if packed.panels is None:
-        return _gpu_linear(x, packed, bias) if on_gpu(x) else packed_linear_reference(x, packed, bias)
+        assert packed.plain is not None
+        return plain_linear(x, packed.plain, bias)
     if x.dtype != packed.dtype or x.shape[-1] != packed.in_features or not x.is_cpu:
         raise ModelError(
             f"input of a linear layer: got {x.dtype} of shape {tuple(x.shape)} on {x.device}, expected "
@@ -98,14 +99,14 @@ def packed_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
     return out
 
 
-def _gpu_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None) -> torch.Tensor:
-    """By our kernel where it is faster than cuBLAS."""
-    from sensorium.kernels.gpu.linear import fits, linear
+def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`torch.nn.functional.linear`, by our kernel where that is faster than cuBLAS."""
+    if on_gpu(x):
+        from sensorium.kernels.gpu.linear import fits, linear
 
-    assert packed.plain is not None
-    if fits(x, packed.plain, bias):
-        return linear(x, packed.plain, bias)
-    return packed_linear_reference(x, packed, bias)
+        if fits(x, weight, bias):
+            return linear(x, weight, bias)
+    return F.linear(x, weight, bias)
 
 
 class _Arena:

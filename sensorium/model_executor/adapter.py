@@ -100,6 +100,11 @@ def current_engine_config() -> EngineConfig:
     return config
 
 
+def config_in_construction() -> EngineConfig | None:
+    """The configuration of the model that is being constructed, if one is."""
+    return _current_config.get()
+
+
 @contextmanager
 def _set_current_config(config: EngineConfig) -> Iterator[None]:
     token = _current_config.set(config)

@@ -17,6 +17,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from sensorium.errors import WeightsError
+
 _active: ContextVar[LoadTracker | None] = ContextVar("active_load_tracker", default=None)
 _READS_NOTHING = frozenset({"__get__", "__repr__", "size", "dim", "numel", "data_ptr", "untyped_storage"})
 
@@ -28,6 +30,35 @@ def ignore_weight(loaded_weight: torch.Tensor) -> None:
         tracker.mark_read(loaded_weight)
 
 
+def parameter_replaced(old: nn.Parameter | None, new: nn.Parameter) -> None:
+    """Say, within a `load_weights`, that another parameter stands in an unfilled one's place from now on."""
+    tracker = _active.get()
+    if tracker is not None and old is not None:
+        tracker.replace(old, new)
+
+
+PLAIN_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
+"""Dtypes that hold values themselves. Those in 8-bit floats and integers mean nothing without their scales."""
+
+
+def refuse_other_kind(target: torch.Tensor, loaded: torch.Tensor, what: str) -> None:
+    """Raise `WeightsError` if a copy would take quantized values for floats, or floats for quantized values.
+
+    Floats may be copied to floats of any other width, and integers to integers that hold them.
+    """
+    kinds = target.dtype, loaded.dtype
+    if kinds[0] == kinds[1] or PLAIN_FLOATS.issuperset(kinds):
+        return
+    is_integer = not (target.dtype.is_floating_point or loaded.dtype.is_floating_point)
+    if is_integer and target.dtype.itemsize >= loaded.dtype.itemsize and torch.bool not in kinds:
+        return
+    raise WeightsError(
+        f"dtype of {what}: got {loaded.dtype} from the checkpoint, expected {target.dtype}. If these weights are "
+        "quantized, config.json must say how in its quantization_config; else use the checkpoint that they were made "
+        "from."
+    )
+
+
 class LoadTracker(TorchFunctionMode):
     """A context that records reads of checkpoint tensors and writes to parameters.
 
@@ -37,9 +68,7 @@ class LoadTracker(TorchFunctionMode):
     def __init__(self, parameters: Mapping[str, nn.Parameter]) -> None:
         super().__init__()
         self._parameters = dict(parameters)
-        spans = sorted((p.data_ptr(), p.data_ptr() + _num_bytes(p), name) for name, p in parameters.items())
-        self._param_starts = [start for start, _, _ in spans]
-        self._param_spans = spans
+        self._locate()
         self._token: Token[LoadTracker | None] | None = None
         self._written: dict[str, int] = dict.fromkeys(parameters, 0)
         self._keys_of_start: dict[int, list[str]] = {}  # several, where tensors share their memory
@@ -48,6 +77,19 @@ class LoadTracker(TorchFunctionMode):
         self._keys: dict[str, None] = {}
         self.current_key: str | None = None
         """The key that was handed out last: the one that an exception is about."""
+
+    def _locate(self) -> None:
+        """Note where the parameters lie."""
+        spans = sorted((p.data_ptr(), p.data_ptr() + _num_bytes(p), name) for name, p in self._parameters.items())
+        self._param_starts = [start for start, _, _ in spans]
+        self._param_spans = spans
+        self._dtypes = {name: p.dtype for name, p in self._parameters.items()}
+
+    def replace(self, old: nn.Parameter, new: nn.Parameter) -> None:
+        """Watch a parameter instead of another one."""
+        names = [name for name, parameter in self._parameters.items() if parameter is old]
+        self._parameters.update(dict.fromkeys(names, new))
+        self._locate()
 
     def watch(self, weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
         """Hand out checkpoint tensors, and remember where they lie."""
@@ -96,6 +138,12 @@ class LoadTracker(TorchFunctionMode):
             and not (self._written[name] == 0 and name in reported)
         ]
 
+    def refuse_other_dtypes(self, model: nn.Module) -> None:
+        """Raise `WeightsError` for a parameter whose data were exchanged for values that mean something else."""
+        for name, parameter in model.named_parameters():
+            if parameter is self._parameters.get(name) and parameter.dtype != self._dtypes[name]:
+                refuse_other_kind(torch.empty(0, dtype=self._dtypes[name]), parameter, name)
+
     def __torch_function__(
         self,
         func: Callable[..., Any],
@@ -123,6 +171,9 @@ class LoadTracker(TorchFunctionMode):
             return
         owner = self._owner(target)
         if owner is not None:
+            for source in tensors[1:]:
+                if _start_of_memory(source) in self._keys_of_start:
+                    refuse_other_kind(target, source, f"{self.current_key!r} for {owner}")
             self._written[owner] += target.numel()
 
     def _owner(self, tensor: torch.Tensor) -> str | None:

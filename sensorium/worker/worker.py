@@ -126,7 +126,7 @@ class Worker:
             memory_bytes=memory,
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
-            weights=weights_line(self.model, self._config.load_config.quantization),
+            weights=weights_line(self.model, self._config.quant_config),
             processors=describe_backend(model_config) if model_config.is_multimodal_model else "",
             steps=self._steps_line(),
             sampling=model_config.sampling_defaults.line(),

@@ -29,6 +29,7 @@ from sensorium.model_executor.layers.linear import (
     RowParallelLinear,
     widen_inner,
 )
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sensorium.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
@@ -116,7 +117,7 @@ class GatedMLP(nn.Module):
         intermediate_size: int,
         hidden_act: str,
         bias: bool = False,
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()

@@ -10,8 +10,6 @@ Source: Dosovitskiy et al. 2020, section 3.1, with the norms before the sub-laye
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import nn
 
@@ -24,9 +22,9 @@ from sensorium.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    copy_weight,
     widen_inner,
 )
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.rotary_embedding import CosSin
 
 
@@ -37,14 +35,13 @@ class PatchEmbedding(ReplicatedLinear):
     is that of the convolution, `(out, channels, *kernel)`.
     """
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        """Fill `param`, flattening a convolution's weight."""
-        flat = loaded_weight.flatten(1) if loaded_weight.dim() > 2 else loaded_weight
-        copy_weight(param.data, flat, self._name_of(param))
+    def reshaped(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
+        """A convolution's weight as a matrix."""
+        return loaded.flatten(1) if name == "weight" and loaded.dim() > 2 else super().reshaped(name, loaded)
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
         """As `ReplicatedLinear`; patches of another dtype are converted, as processors return float32."""
-        return super().forward(x.to(self.weight.dtype))
+        return super().forward(x.to(self.params_dtype))
 
 
 def image_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
@@ -65,7 +62,7 @@ class EncoderAttention(nn.Module):
         hidden_size: int,
         num_heads: int,
         bias: bool = True,
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()
@@ -108,7 +105,7 @@ class EncoderMLP(nn.Module):
         intermediate_size: int,
         hidden_act: str,
         bias: bool = True,
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
         output_size: int | None = None,
     ) -> None:

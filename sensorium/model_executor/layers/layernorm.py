@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sensorium.kernels import add_rms_norm, rms_norm
-from sensorium.model_executor.layers.linear import new_parameter
+from sensorium.model_executor.layers.parameters import new_parameter
 
 
 class RMSNorm(nn.Module):

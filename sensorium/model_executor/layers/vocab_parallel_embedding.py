@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from typing import Any, Self
+from typing import Self
 
 import torch
 from torch import nn
 from torch.nn import functional as F
 
-from sensorium.kernels import PackedWeight, QuantizedWeight, pack, quantize
-from sensorium.kernels.quantized_linear import MAX_QUANTIZED_INPUTS
-from sensorium.model_executor.layers.linear import (
-    copy_weight,
-    multiply,
-    new_parameter,
-    refuse_quantization,
-    without_memory,
-)
+from sensorium.model_executor.layers.parameters import Axes, new_parameter
+from sensorium.model_executor.layers.quantization import LinearMethod, QuantizationConfig
+from sensorium.model_executor.layers.quantization.layer import WeightedLayer
+from sensorium.model_executor.layers.quantization.unquantized import FLOAT
 
 DEFAULT_VOCAB_PADDING_SIZE = 64
 
 
-class VocabParallelEmbedding(nn.Module):
-    """A table `(num_embeddings, embedding_dim)` of token embeddings.
+class VocabParallelEmbedding(WeightedLayer):
+    """A table `(num_embeddings, embedding_dim)` of token embeddings, which may be its model's output head as well.
+
+    Ids are looked up in floats. As a head, it multiplies in the way that a head of its own would, with a copy that is
+    made when it is first asked to.
 
     Ids outside the table (placeholders may be negative or beyond the vocabulary) give rows of zeros: their
     rows come from media.
@@ -33,8 +31,8 @@ class VocabParallelEmbedding(nn.Module):
         params_dtype: Dtype of the table; torch's default dtype if `None`.
         org_num_embeddings: Rows that the checkpoint has, when these are fewer; the others are zero.
         padding_size: Accepted for models that pass it; a table on one device is not padded.
-        quant_config: Must be `None`.
-        prefix: The layer's name, for error messages.
+        quant_config: How the head holds its weight. `None`: as the model that is being constructed says.
+        prefix: The layer's name in the model.
     """
 
     def __init__(
@@ -44,25 +42,28 @@ class VocabParallelEmbedding(nn.Module):
         params_dtype: torch.dtype | None = None,
         org_num_embeddings: int | None = None,
         padding_size: int = DEFAULT_VOCAB_PADDING_SIZE,
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        super().__init__()
-        refuse_quantization(quant_config, prefix)
+        self.org_vocab_size = num_embeddings if org_num_embeddings is None else org_num_embeddings
+        super().__init__(embedding_dim, [num_embeddings], params_dtype, quant_config, prefix)
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
-        self.org_vocab_size = num_embeddings if org_num_embeddings is None else org_num_embeddings
-        self.prefix = prefix
-        self.weight = new_parameter(num_embeddings, embedding_dim, dtype=params_dtype, loader=self.weight_loader)
-        self.bias: nn.Parameter | None = None
-        self._packed: PackedWeight | QuantizedWeight | None = None
+        self.bias = None
+        self.keeps_weight = True
 
-    def weight_loader(self, param: nn.Parameter, loaded_weight: torch.Tensor) -> None:
-        """Fill the rows (or, for a head, the biases) that the checkpoint has; zero the others."""
-        what = f"{self.prefix or type(self).__name__}.{'bias' if param is self.bias else 'weight'}"
-        copy_weight(param.data[: self.org_vocab_size], loaded_weight, what)
-        if self.org_vocab_size < self.num_embeddings:
-            param.data[self.org_vocab_size :].zero_()
+    def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
+        """One that leaves the table in float."""
+        method = super().choose_method(quant_config)
+        return method if method.loads_float else FLOAT
+
+    def part_of(self, param: nn.Parameter, part: int | None) -> torch.Tensor:
+        """The rows (or, for a head, the biases) that the checkpoint has; the others become zero."""
+        axes: Axes = param.__dict__["axes"]
+        whole = super().part_of(param, part)
+        num_loaded = axes.entries(self.org_vocab_size)
+        whole.narrow(axes.output, num_loaded, whole.shape[axes.output] - num_loaded).zero_()
+        return whole.narrow(axes.output, 0, num_loaded)
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `(*input_ids.shape, embedding_dim)`."""
@@ -75,9 +76,10 @@ class VocabParallelEmbedding(nn.Module):
 
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """As an output head: logits `(num_rows, num_embeddings)` of rows `(num_rows, embedding_dim)`."""
-        if self._packed is None:
-            self._packed = pack(self.weight)
-        return multiply(hidden_states, self._packed, self.bias)
+        if self.packed is None:
+            with torch.no_grad():
+                self.finish_loading()
+        return self._multiply(self, hidden_states, self.bias)
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -98,7 +100,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         params_dtype: torch.dtype | None = None,
         org_num_embeddings: int | None = None,
         padding_size: int = DEFAULT_VOCAB_PADDING_SIZE,
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__(
@@ -110,40 +112,24 @@ class ParallelLMHead(VocabParallelEmbedding):
             quant_config,
             prefix,
         )
-        self._is_tied = False
+        self.keeps_weight = False
         if bias:
-            self.bias = new_parameter(num_embeddings, dtype=params_dtype, loader=self.weight_loader)
+            self.bias = new_parameter(
+                num_embeddings, dtype=params_dtype, loader=self.weight_loader, axes=Axes(), name="bias"
+            )
+
+    def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
+        """Any: a head looks nothing up."""
+        return WeightedLayer.choose_method(self, quant_config)
 
     def tie_weights(self, embed_tokens: VocabParallelEmbedding) -> Self:
         """Use the embeddings' table as this head's, and return the head."""
-        self.weight = embed_tokens.weight
-        self._is_tied = True
+        self.share_weight(embed_tokens.weight)
         return self
 
     def process_weights_after_loading(self) -> None:
-        """Lay the table out for the kernels. The plain copy is given up unless the embeddings need it."""
-        packed = self._packed = pack(self.weight)
-        if packed.panels is not None:
-            if not self._is_tied:
-                self.weight = without_memory(self.weight)
-            self.register_buffer("packed_weight", packed.panels, persistent=False)
-
-    @property
-    def is_quantized(self) -> bool:
-        """Whether the head is held as integers."""
-        return isinstance(self._packed, QuantizedWeight)
-
-    def can_quantize(self) -> bool:
-        """Whether integers can sum over so many channels."""
-        return self.embedding_dim <= MAX_QUANTIZED_INPUTS
-
-    def quantize_weights_after_loading(self) -> None:
-        """Hold the table as integers instead. The float table is given up unless the embeddings need it."""
-        quantized = self._packed = quantize(self.weight)
-        if not self._is_tied:
-            self.weight = without_memory(self.weight)
-        for name, tensor in quantized.tensors().items():
-            self.register_buffer(name, tensor, persistent=False)
+        """Lay the table out for the kernels."""
+        self.finish_loading()
 
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """A head is applied by `LogitsProcessor`, not called."""

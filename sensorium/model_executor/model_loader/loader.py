@@ -16,9 +16,9 @@ from sensorium.config import EngineConfig
 from sensorium.errors import ModelError, SensoriumError, WeightsError
 from sensorium.logger import get_logger
 from sensorium.model_executor.failures import told_to_author
+from sensorium.model_executor.layers.quantization.layer import WeightedLayer
 from sensorium.model_executor.model_loader.initialize import build_empty, fill_with_random
 from sensorium.model_executor.model_loader.output_head import HEAD, ties_head, with_actual_head
-from sensorium.model_executor.model_loader.quantization import Quantizable
 from sensorium.model_executor.model_loader.weight_utils import safetensors_weights
 from sensorium.model_executor.weight_tracking import LoadTracker
 
@@ -71,7 +71,7 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
         actual = with_actual_head(config, model_class, safetensors_weights(files))
         model = _build(model_class, actual)
         _fill_from_files(model, actual, files)
-    finish_loading(model, config.load_config.quantization)
+    finish_loading(model)
     logger.info("Loaded %s in %.2f s", model_class.__name__, time.perf_counter() - start)
     return model
 
@@ -80,7 +80,7 @@ def _build(model_class: type, config: EngineConfig) -> nn.Module:
     """The model without values. What its constructor raises is an error of loading that names the class."""
     device = torch.device(config.device_config.device)
     try:
-        return build_empty(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
+        model = build_empty(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
     except (SensoriumError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -88,6 +88,10 @@ def _build(model_class: type, config: EngineConfig) -> nn.Module:
             f"{model_class.__name__}: its constructor failed: {told_to_author(error)}. Expected a module for what "
             f"config.json describes. Correct the constructor, or give config.json what it reads."
         ) from error
+    for module in model.modules():
+        if isinstance(module, WeightedLayer):
+            module.share_given_weight()
+    return model
 
 
 def _construct(model_class: type, config: EngineConfig) -> nn.Module:
@@ -102,9 +106,15 @@ def _fill_from_files(model: nn.Module, config: EngineConfig, files: Sequence[Pat
     is_tied = ties_head(config)
     optional = (f"*{HEAD}",) if is_tied else ()
     try:
-        fill_model(model, safetensors_weights(files), may_be_unused=optional)
+        fill_model(model, _named_weights(config, files), may_be_unused=optional)
     except UnfilledError as error:
         raise WeightsError(f"{error} {_way_out(error.names, model, config, files)}") from None
+
+
+def _named_weights(config: EngineConfig, files: Sequence[Path]) -> Iterator[tuple[str, torch.Tensor]]:
+    """A checkpoint's tensors, named as the layers of its quantization name their parameters."""
+    rename = (lambda name: name) if config.quant_config is None else config.quant_config.checkpoint_name
+    return ((rename(name), tensor) for name, tensor in safetensors_weights(files))
 
 
 def _way_out(names: Sequence[str], model: nn.Module, config: EngineConfig, files: Sequence[Path]) -> str:
@@ -185,6 +195,7 @@ def fill_model(
             "Load them in load_weights, or list them (patterns allowed) in the class attribute "
             "ignored_weights."
         )
+    tracker.refuse_other_dtypes(model)
     names = reported if isinstance(reported, set | frozenset) else ()
     if unfilled := tracker.unfilled_parameters(model, names):
         raise UnfilledError(
@@ -194,13 +205,11 @@ def fill_model(
         )
 
 
-def finish_loading(model: nn.Module, quantization: str | None = None) -> None:
-    """Lay the weights out for the kernels, or quantize them where a layer can; evaluation mode, no gradients."""
+def finish_loading(model: nn.Module) -> None:
+    """Let each layer lay its weights out, as its method does; evaluation mode, no gradients."""
     with torch.no_grad():
         for module in model.modules():
-            if quantization is not None and isinstance(module, Quantizable) and module.can_quantize():
-                module.quantize_weights_after_loading()
-            elif isinstance(module, ProcessesWeights):
+            if isinstance(module, ProcessesWeights):
                 module.process_weights_after_loading()
     model.eval().requires_grad_(False)
 

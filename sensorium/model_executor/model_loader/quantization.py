@@ -1,50 +1,43 @@
-"""Which weights become int8 at load, and what a model's weights are stored as.
-
-Layers that can be quantized say so by a method; models know nothing of it. Everything else stays as it is: embeddings,
-norms, biases, convolutions, and linear layers that aren't ours.
-"""
+"""What a model's weights are stored as, for the load report."""
 
 from __future__ import annotations
 
 import re
 from collections import Counter
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
 
 from torch import nn
+
+from sensorium.model_executor.layers.quantization import QuantizationConfig
+from sensorium.model_executor.layers.quantization.layer import WeightedLayer
+from sensorium.model_executor.layers.quantization.unquantized import FLOAT, PACKED
 
 MAX_NAMES_IN_REPORT = 12
 
 
-@runtime_checkable
-class Quantizable(Protocol):
-    """A layer whose weight can be held as integers."""
-
-    is_quantized: bool
-
-    def can_quantize(self) -> bool:
-        """Whether the weight's shape allows it."""
-
-    def quantize_weights_after_loading(self) -> None:
-        """Called once, after every parameter has its value, in place of `process_weights_after_loading`."""
+def quantized_names(model: nn.Module) -> dict[str, list[str]]:
+    """By the name of a method that quantizes: the names of the layers that hold their weights by it."""
+    by_method: dict[str, list[str]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, WeightedLayer) and module.packed is not None and module.method not in (FLOAT, PACKED):
+            by_method.setdefault(module.method.name, []).append(name)
+    return by_method
 
 
-def quantized_names(model: nn.Module) -> list[str]:
-    """The names of the layers whose weights are integers."""
-    return [name for name, module in model.named_modules() if isinstance(module, Quantizable) and module.is_quantized]
-
-
-def weights_line(model: nn.Module, quantization: str | None) -> str:
-    """What became integers in a model for which that was asked, and what did not; empty where it was not asked."""
-    if quantization is None:
+def weights_line(model: nn.Module, quant_config: QuantizationConfig | None) -> str:
+    """What is quantized in a model for which that was asked, and what is not; empty where it was not asked."""
+    if quant_config is None:
         return ""
-    quantized = quantized_names(model)
+    quantized = quantized_names(model) or {quant_config.name: []}
     floats = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
     matrices = [name.removesuffix(".weight") for name, parameter in floats if parameter.dim() > 1]
     num_vectors = len(floats) - len(matrices)
-    done = f"in {len(quantized)} layers ({_listing(quantized)})" if quantized else "in no layer"
+    done = [
+        f"{method} weights in {len(names)} layers ({_listing(names)})" if names else f"{method} weights in no layer"
+        for method, names in quantized.items()
+    ]
     return (
-        f"{quantization} weights {done}; in float: {_listing(matrices) or 'no matrix'}, and {num_vectors} vectors "
+        f"{', '.join(done)}; in float: {_listing(matrices) or 'no matrix'}, and {num_vectors} vectors "
         f"(norms, biases){_plain_layers_note(model)}"
     )
 
@@ -55,7 +48,7 @@ def _plain_layers_note(model: nn.Module) -> str:
     if not plain:
         return ""
     return (
-        f". torch.nn.Linear is never quantized ({_listing(plain)}): for integers there, let the class use the layers "
+        f". torch.nn.Linear is never quantized ({_listing(plain)}): for that, let the class use the layers "
         "of sensorium.model_executor.layers.linear"
     )
 

@@ -7,13 +7,14 @@ others.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sensorium.model_executor.layers.encoder import PatchEmbedding, image_patches
-from sensorium.model_executor.layers.linear import new_parameter
+from sensorium.model_executor.layers.parameters import new_parameter
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.models.vision_common import FeatureEncoder, load_encoder_weights
 
 if TYPE_CHECKING:
@@ -50,7 +51,7 @@ class CLIPVisionModel(nn.Module):
         config: The vision part of a CLIP config.
         feature_layers: Whose outputs are wanted: 0 is the input of the first layer, `i` the output of the
             i-th, negative numbers count from the end.
-        quant_config: Must be `None`.
+        quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
     """
 
@@ -60,7 +61,7 @@ class CLIPVisionModel(nn.Module):
         self,
         config: CLIPVisionConfig,
         feature_layers: Sequence[int] = (-1,),
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()

@@ -21,6 +21,7 @@ from sensorium.errors import InvalidRequestError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
 from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.model_executor.layers.linear import ReplicatedLinear
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.models.media_common import as_items, expand_placeholders, stacked
 from sensorium.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VisionTransformer,
@@ -225,7 +226,9 @@ class ThinkerAudioEncoder(WhisperEncoder):
     )
     positions: torch.Tensor
 
-    def __init__(self, config: PretrainedConfig, quant_config: Any = None, prefix: str = "") -> None:
+    def __init__(
+        self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
         super().__init__(config, quant_config, prefix)
         del self.embed_positions
         self.chunk = 2 * config.n_window

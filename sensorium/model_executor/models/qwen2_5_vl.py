@@ -17,6 +17,7 @@ from torch import nn
 from sensorium.inputs import InputContext
 from sensorium.model_executor.layers.decoder import GatedMLP
 from sensorium.model_executor.layers.layernorm import RMSNorm
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.models.media_common import as_items
 from sensorium.model_executor.models.qwen2_vision import (
     Grid,
@@ -53,7 +54,7 @@ class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
         """The norm before each sub-layer and in the merger."""
         return RMSNorm(self.hidden_size, eps=1e-6)
 
-    def make_mlp(self, quant_config: Any, prefix: str) -> nn.Module:
+    def make_mlp(self, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
         """The MLP of a layer."""
         config = self.config
         return GatedMLP(self.hidden_size, config.intermediate_size, config.hidden_act, True, quant_config, prefix)

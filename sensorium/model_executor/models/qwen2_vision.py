@@ -19,6 +19,7 @@ from sensorium.model_executor.layers.encoder import (
     EncoderMLP,
     PatchEmbedding,
 )
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.rotary_embedding import CosSin
 from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 from sensorium.model_executor.models.utils import WeightsMapper
@@ -54,7 +55,7 @@ class Qwen2VisionTransformer(nn.Module):
 
     Args:
         config: The vision part of a Qwen2-VL config.
-        quant_config: Must be `None`.
+        quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
     """
 
@@ -68,7 +69,9 @@ class Qwen2VisionTransformer(nn.Module):
     )
     inv_freq: torch.Tensor
 
-    def __init__(self, config: PretrainedConfig, quant_config: Any = None, prefix: str = "") -> None:
+    def __init__(
+        self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
         super().__init__()
         self.config = config
         self.merge_size: int = config.spatial_merge_size
@@ -99,7 +102,7 @@ class Qwen2VisionTransformer(nn.Module):
         """The norm before each sub-layer and in the merger."""
         return nn.LayerNorm(self.hidden_size, eps=1e-6)
 
-    def make_mlp(self, quant_config: Any, prefix: str) -> nn.Module:
+    def make_mlp(self, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
         """The MLP of a layer."""
         intermediate_size = int(self.hidden_size * self.config.mlp_ratio)
         return EncoderMLP(

@@ -6,12 +6,13 @@ Paper: Zhai et al. 2023. Reference: `transformers` `SiglipVisionModel`. Used by 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sensorium.model_executor.layers.encoder import PatchEmbedding, image_patches
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.models.vision_common import FeatureEncoder, load_encoder_weights
 
 if TYPE_CHECKING:
@@ -43,7 +44,7 @@ class SiglipVisionModel(nn.Module):
     Args:
         config: The vision part of a SigLIP config.
         feature_layers: See `CLIPVisionModel`; `None` for the last layer's output behind the final norm.
-        quant_config: Must be `None`.
+        quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
     """
 
@@ -53,7 +54,7 @@ class SiglipVisionModel(nn.Module):
         self,
         config: SiglipVisionConfig,
         feature_layers: Sequence[int] | None = None,
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
 
 from sensorium.errors import ModelError
 from sensorium.model_executor.layers.encoder import EncoderAttention, EncoderLayer, EncoderMLP
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 from sensorium.model_executor.weight_tracking import ignore_weight
 
@@ -28,7 +29,7 @@ class FeatureEncoder(nn.Module):
         config: The tower's config.
         feature_layers: Whose outputs are wanted: 0 is the input of the first layer, `i` the output of the
             i-th, negative numbers count from the end. Several are put side by side.
-        quant_config: Must be `None`.
+        quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
     """
 
@@ -36,7 +37,7 @@ class FeatureEncoder(nn.Module):
         self,
         config: CLIPVisionConfig | SiglipVisionConfig,
         feature_layers: Sequence[int],
-        quant_config: Any = None,
+        quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
         super().__init__()

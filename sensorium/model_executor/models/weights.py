@@ -12,7 +12,7 @@ from torch import nn
 
 from sensorium.errors import WeightsError, WeightShapeError
 from sensorium.model_executor.models.modules import PPMissingLayer
-from sensorium.model_executor.weight_tracking import ignore_weight
+from sensorium.model_executor.weight_tracking import ignore_weight, refuse_other_kind
 
 Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 """Names in the checkpoint, and tensors."""
@@ -21,8 +21,10 @@ Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 def default_weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
     """Copy a tensor into a parameter of the same size; a scalar fills a parameter of one element.
 
-    Raises `WeightShapeError` (an `AssertionError`) for another size.
+    Raises `WeightShapeError` (an `AssertionError`) for another size, and `WeightsError` for quantized values where
+    floats belong, or the other way.
     """
+    refuse_other_kind(param, loaded_weight, "a weight")
     if param.numel() == 1 and loaded_weight.numel() == 1:
         param.data.fill_(loaded_weight.item())
         return

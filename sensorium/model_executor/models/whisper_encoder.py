@@ -9,7 +9,7 @@ itself pass through the layers, which is the same: attention is masked to them, 
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
@@ -20,6 +20,7 @@ from sensorium.model_executor.layers.encoder import (
     EncoderLayer,
     EncoderMLP,
 )
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 from sensorium.model_executor.models.utils import WeightsMapper
 
@@ -32,7 +33,7 @@ class WhisperEncoder(nn.Module):
 
     Args:
         config: The audio part of a Qwen2-Audio config, or a Whisper config.
-        quant_config: Must be `None`.
+        quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
     """
 
@@ -46,7 +47,9 @@ class WhisperEncoder(nn.Module):
         }
     )
 
-    def __init__(self, config: PretrainedConfig, quant_config: Any = None, prefix: str = "") -> None:
+    def __init__(
+        self, config: PretrainedConfig, quant_config: QuantizationConfig | None = None, prefix: str = ""
+    ) -> None:
         super().__init__()
         size = config.d_model
         self.conv1 = nn.Conv1d(config.num_mel_bins, size, kernel_size=3, padding=1)

@@ -107,9 +107,9 @@ def test_a_wrong_shape_is_an_error_that_names_layer_and_part() -> None:
         layer.weight.weight_loader(layer.weight, random_tensor(16, 8), "k")  # type: ignore[attr-defined]
 
 
-def test_quantization_is_refused() -> None:
-    with pytest.raises(ModelError, match="Quantized checkpoints are not supported"):
-        ReplicatedLinear(8, 4, quant_config=object())
+def test_what_is_no_quantization_is_refused() -> None:
+    with pytest.raises(ModelError, match=r"quant_config of model\.head: got object, expected a QuantizationConfig"):
+        ReplicatedLinear(8, 4, quant_config=object(), prefix="model.head")  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -1,0 +1,79 @@
+"""Parameters of layers: made empty, filled from a checkpoint whole or part by part."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from sensorium.errors import WeightsError
+from sensorium.model_executor.weight_tracking import refuse_other_kind
+
+
+@dataclass(frozen=True, slots=True)
+class Axes:
+    """Which channels of a layer a parameter's entries stand for.
+
+    A fused layer's parameter is filled part by part, and a rank's is cut, along the axis of the output channels (or of
+    the input channels); this says where.
+
+        weight           (outputs, inputs)              Axes(input=1)
+        bias, or a scale per output channel             Axes()
+        a scale per block of 128 x 128                  Axes(input=1, output_block=128, input_block=128)
+        a scale per checkpoint tensor                   Axes(output_block=None), one entry for each part of the layer
+        integers packed eight to a word, inputs first   Axes(output=1, input=0, input_block=8)
+    """
+
+    output: int = 0
+    """The axis along the output channels."""
+    input: int | None = None
+    """The axis along the input channels, if there is one."""
+    output_block: int | None = 1
+    """Output channels that share an entry; None: all of a part."""
+    input_block: int = 1
+    """Input channels that share an entry."""
+
+    def entries(self, num_outputs: int) -> int:
+        """Entries that a part of so many output channels has. Each part's blocks begin with the part."""
+        return 1 if self.output_block is None else -(-num_outputs // self.output_block)
+
+
+def new_parameter(
+    *shape: int,
+    dtype: torch.dtype | None = None,
+    loader: Callable[..., None] | None = None,
+    axes: Axes | None = None,
+    name: str = "",
+) -> nn.Parameter:
+    """An unfilled parameter that a checkpoint fills through `loader` (by default a plain copy).
+
+    `axes` and `name` are for loaders: they find them on the parameter, as `axes` and `param_name`.
+    """
+    parameter = nn.Parameter(torch.empty(shape, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
+    carried = {"weight_loader": loader, "axes": axes, "param_name": name or None}
+    parameter.__dict__.update({key: value for key, value in carried.items() if value is not None})
+    return parameter
+
+
+def copy_weight(target: torch.Tensor, loaded: torch.Tensor, what: str) -> None:
+    """Copy a checkpoint's tensor into (a part of) a parameter; floats are converted to its dtype.
+
+    Raises:
+        WeightsError: The shapes differ, or one holds integers or 8-bit floats and the other doesn't; `what` names the
+            parameter.
+    """
+    refuse_other_kind(target, loaded, what)
+    if target.shape != loaded.shape:
+        raise WeightsError(
+            f"shape of {what}: got {tuple(loaded.shape)} from the checkpoint, expected "
+            f"{tuple(target.shape)}. "
+            "Check that config.json belongs to these weights."
+        )
+    target.copy_(loaded)
+
+
+def without_memory(parameter: nn.Parameter) -> nn.Parameter:
+    """A stand-in for a parameter whose values lie elsewhere: its shape and dtype, on the meta device."""
+    return nn.Parameter(parameter.to("meta"), requires_grad=False)

@@ -1,0 +1,107 @@
+"""What a quantization is made of: a `QuantizationConfig` that chooses a `LinearMethod` for each layer, and the methods
+that hold the weights.
+
+To add one, write both and register the config under its name; `int8.py` is the shortest example, `docs/quantization.md`
+the recipe.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, ClassVar, Self
+
+from sensorium.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+    from sensorium.model_executor.layers.quantization.layer import WeightedLayer
+
+
+class LinearMethod(ABC):
+    """How a layer holds its weight and multiplies with it. Has no state of its own: that is the layer's.
+
+    A layer's life: `create_weights` when it is constructed; `before_loading` and a copy for each tensor of the
+    checkpoint; `after_loading` once; then `apply` for every call.
+    """
+
+    name: ClassVar[str]
+    """For the load report."""
+    loads_float: ClassVar[bool] = False
+    """Whether until `after_loading` the layer has a float `weight` `(output_size, input_size)`, as float checkpoints
+    have. Only then can the weight be another layer's too, or be widened."""
+
+    @abstractmethod
+    def create_weights(self, layer: WeightedLayer) -> None:
+        """Give the layer the parameters that a checkpoint fills, by `layer.add_parameter`."""
+
+    def before_loading(self, layer: WeightedLayer, name: str, loaded: torch.Tensor) -> None:  # noqa: B027 -- optional
+        """A checkpoint's tensor is about to be copied into the parameter `name`. It may be refused (`WeightsError`), or
+        the layer turned to another method (`layer.start_over`)."""
+
+    @abstractmethod
+    def after_loading(self, layer: WeightedLayer) -> None:
+        """All values are there: lay them out for `apply`. A layer may be given on to another method, by
+        `layer.continue_with`."""
+
+    @abstractmethod
+    def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x @ weight.T + bias`: `(..., input_size)` to `(..., output_size)`."""
+
+
+class QuantizationConfig(ABC):
+    """How a model's weights are quantized: at load, or in the checkpoint already.
+
+    It travels between processes with the engine's configuration: a frozen dataclass of plain values.
+    """
+
+    name: ClassVar[str]
+    """The setting `quantization`, and `quant_method` of a checkpoint's `quantization_config`."""
+    device_types: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
+    reads_checkpoints: ClassVar[bool] = False
+    """Whether there is a `from_checkpoint`."""
+
+    @classmethod
+    def at_load(cls) -> Self:
+        """For a float checkpoint, whose weights are quantized while they load.
+
+        Raises:
+            ConfigError: It only reads checkpoints that are quantized already.
+        """
+        raise ConfigError(
+            f"quantization: got {cls.name!r} for a checkpoint with float weights, expected None or a quantization that "
+            f"is made at load. Use a checkpoint that is quantized by {cls.name} already, or another quantization."
+        )
+
+    @classmethod
+    def from_checkpoint(cls, settings: Mapping[str, Any]) -> Self:
+        """For a checkpoint that has `settings` as its `quantization_config`.
+
+        Raises:
+            ModelError: The settings say something that isn't served.
+        """
+        raise NotImplementedError(f"{cls.__name__} says that it reads_checkpoints, and has no from_checkpoint.")
+
+    @abstractmethod
+    def method_for(self, prefix: str, layer: WeightedLayer) -> LinearMethod:
+        """How a layer holds its weight.
+
+        Args:
+            prefix: Its name in the model, as the class gives it.
+            layer: Its sizes are set; it has no parameters yet.
+        """
+
+    def checkpoint_name(self, name: str) -> str:
+        """The name under which a model's `load_weights` gets a tensor that the checkpoint calls `name`."""
+        return name
+
+    @classmethod
+    def check_device(cls, device_type: str) -> None:
+        """Raise `ConfigError` if this doesn't run on a kind of device."""
+        if device_type not in cls.device_types:
+            raise ConfigError(
+                f"quantization on {device_type}: got {cls.name!r}, expected None. "
+                f"{cls.name} runs on {' and '.join(cls.device_types)} only; leave quantization out, or set device to "
+                f"{cls.device_types[0]!r}."
+            )

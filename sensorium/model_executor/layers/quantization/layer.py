@@ -1,0 +1,216 @@
+"""The layer that holds a weight in the way of its `LinearMethod`: linear layers and output heads derive from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from sensorium.errors import ModelError, WeightsError
+from sensorium.model_executor.adapter import config_in_construction
+from sensorium.model_executor.layers.parameters import Axes, copy_weight, new_parameter, without_memory
+from sensorium.model_executor.layers.quantization.base_config import LinearMethod, QuantizationConfig
+from sensorium.model_executor.layers.quantization.unquantized import FLOAT
+from sensorium.model_executor.weight_tracking import parameter_replaced
+
+
+class WeightedLayer(nn.Module):
+    """A weight `(output_size, input_size)` and, by its method, the multiplication with it.
+
+    The output may be made of parts that checkpoints store apart, each of `output_sizes` channels.
+
+    Args:
+        input_size: Channels in.
+        output_sizes: Channels out of each part; one part for a layer that isn't fused.
+        params_dtype: Dtype of float parameters, inputs and outputs; torch's default dtype if `None`.
+        quant_config: Chooses the method. `None`: that of the model that is being constructed, if it has one.
+        prefix: The layer's name in the model.
+    """
+
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        input_size: int,
+        output_sizes: Sequence[int],
+        params_dtype: torch.dtype | None,
+        quant_config: QuantizationConfig | None,
+        prefix: str,
+    ) -> None:
+        super().__init__()
+        self.input_size = input_size
+        self.output_sizes = list(output_sizes)
+        self.params_dtype = params_dtype or torch.get_default_dtype()
+        self.prefix = prefix
+        self.keeps_weight = False
+        """Whether somebody else needs `weight` as it is."""
+        self.packed: Any = None
+        """What the method made of the weight."""
+        self._made: list[str] = []
+        self._is_loading = False
+        self.method = self.choose_method(checked(quant_config, prefix))
+        self.method.create_weights(self)
+        self._multiply = self._multiply_unfinished
+
+    @property
+    def has_float_weight(self) -> bool:
+        """Whether `weight` is still as a float checkpoint has it."""
+        return self.packed is None and self.method.loads_float
+
+    @property
+    def output_size(self) -> int:
+        """Channels out, of all parts together."""
+        return sum(self.output_sizes)
+
+    def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
+        """How this layer holds its weight."""
+        return FLOAT if quant_config is None else quant_config.method_for(self.prefix, self)
+
+    def add_parameter(self, name: str, *shape: int, dtype: torch.dtype | None = None, axes: Axes) -> None:
+        """Give the layer a parameter to be filled by a checkpoint. For methods."""
+        dtype = dtype or self.params_dtype
+        parameter = new_parameter(*shape, dtype=dtype, loader=self.weight_loader, axes=axes, name=name)
+        setattr(self, name, parameter)
+        self._made.append(name)
+
+    # Loading
+
+    def weight_loader(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | str | None = None
+    ) -> None:
+        """Fill `param` from a checkpoint's tensor, or only the part that `loaded_shard_id` names.
+
+        Raises:
+            WeightsError: It doesn't fit.
+        """
+        name: str = param.__dict__.get("param_name", "weight")
+        loaded_weight = self.reshaped(name, loaded_weight)
+        self.method.before_loading(self, name, loaded_weight)
+        part = None if loaded_shard_id is None else self.part_index(loaded_shard_id)
+        shown = self._shown(name, loaded_shard_id)
+        current: nn.Parameter | None = getattr(self, name, None)
+        if current is None:
+            raise WeightsError(
+                f"{shown}: got it beside a weight in float, expected none. The checkpoint quantizes a part of this "
+                "layer only; use one that treats all parts of a fused layer alike."
+            )
+        self._is_loading |= name in self._made
+        copy_weight(self.part_of(current, part), loaded_weight, shown)
+
+    def reshaped(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
+        """A checkpoint's tensor in the shape that the parameter `name` has, where formats differ in it."""
+        wanted: nn.Parameter | None = getattr(self, name, None)
+        if name in ("weight", "bias") or wanted is None:
+            return loaded
+        if loaded.numel() == 1:
+            return loaded.reshape([1] * wanted.dim())
+        return loaded.reshape(-1, *[1] * (wanted.dim() - 1)) if loaded.dim() != wanted.dim() else loaded
+
+    def part_index(self, shard_id: int | str) -> int:
+        """Which part of the output a shard id means. Raises `WeightsError` for one that means none."""
+        if isinstance(shard_id, int) and 0 <= shard_id < len(self.output_sizes):
+            return shard_id
+        raise WeightsError(
+            f"shard id of {self._shown('weight')}: got {shard_id!r}, expected an index below {len(self.output_sizes)}. "
+            "Correct it in the model's load_weights."
+        )
+
+    def part_of(self, param: nn.Parameter, part: int | None) -> torch.Tensor:
+        """The entries of a parameter that belong to a part of the output; all of them for None."""
+        axes: Axes = param.__dict__["axes"]
+        if part is None:
+            return param.data
+        entries = [axes.entries(size) for size in self.output_sizes]
+        return param.data.narrow(axes.output, sum(entries[:part]), entries[part])
+
+    def start_over(self, method: LinearMethod) -> None:
+        """Hold the weight by another method. For `LinearMethod.before_loading`.
+
+        Raises:
+            WeightsError: Something was loaded already: the parts of a fused layer are stored differently.
+        """
+        if self._is_loading:
+            raise WeightsError(
+                f"{self._shown('weight')}: got parts that are quantized and parts that aren't, expected one kind. "
+                "Use a checkpoint that treats all parts of a fused layer alike."
+            )
+        before = self._drop_parameters()
+        self.method = method
+        with before["weight"].device:
+            method.create_weights(self)
+        for name in self._made:
+            parameter_replaced(before.get(name), getattr(self, name))
+
+    def share_weight(self, weight: nn.Parameter) -> None:
+        """Multiply with a float weight that is another layer's, and stays as it is for that one."""
+        if not self.method.loads_float:
+            self._drop_parameters()
+            self.method = FLOAT
+        self.weight = weight
+        self.keeps_weight = True
+
+    def _drop_parameters(self) -> dict[str, nn.Parameter]:
+        dropped = {name: getattr(self, name) for name in self._made}
+        for name in self._made:
+            delattr(self, name)
+        self._made = []
+        return dropped
+
+    def share_given_weight(self) -> None:
+        """After construction: a class may have put another layer's weight in the place of this one's."""
+        owner = getattr(self.weight.__dict__.get("weight_loader"), "__self__", self)
+        if owner is not self:
+            self.share_weight(self.weight)
+
+    def finish_loading(self) -> None:
+        """Lay the weight out for the kernels. Called once, after every parameter has its value."""
+        self.method.after_loading(self)
+        self._multiply = self.method.apply
+
+    def continue_with(self, method: LinearMethod) -> None:
+        """Let another method finish, given the weight as it is now. For `LinearMethod.after_loading`."""
+        self.method = method
+        method.after_loading(self)
+
+    def give_up_weight(self) -> None:
+        """Free the memory of `weight`, whose values are held otherwise now, unless somebody else needs it."""
+        if not self.keeps_weight:
+            self.weight = without_memory(self.weight)
+
+    # Running
+
+    def _multiply_unfinished(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """Until loading is finished: as a layer of torch, whose weight may still change."""
+        assert layer is self
+        if not self.has_float_weight:
+            raise ModelError(
+                f"{self._shown('weight')}: got an input before finish_loading, expected none. Call "
+                "sensorium.model_executor.model_loader.finish_loading(model) once it is filled."
+            )
+        return F.linear(x, self.weight, bias)
+
+    def _shown(self, name: str, shard: int | str | None = None) -> str:
+        """A parameter's name for messages."""
+        name = f"{self.prefix or type(self).__name__}.{name}"
+        return name if shard is None else f"{name} (part {shard!r})"
+
+
+def checked(quant_config: QuantizationConfig | None, what: str) -> QuantizationConfig | None:
+    """The quantization that a layer goes by: what its class passes, or that of the model in construction.
+
+    Raises:
+        ModelError: It is something else; `what` names the layer.
+    """
+    if quant_config is None:
+        config = config_in_construction()
+        return None if config is None else config.quant_config
+    if not isinstance(quant_config, QuantizationConfig):
+        raise ModelError(
+            f"quant_config of {what or 'a layer'}: got {type(quant_config).__name__}, expected a QuantizationConfig or "
+            "None. Pass on the one that the model's constructor gets."
+        )
+    return quant_config
