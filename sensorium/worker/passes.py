@@ -21,12 +21,14 @@ from sensorium.messages import ScheduledChunk
 from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
 from sensorium.model_executor.drivers.media_kwargs import kwargs_of_items
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
+from sensorium.model_executor.layers.tower import RecordableTower
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.decode_graphs import Decoded, DecodeGraphs
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.graph_capture import GraphCapture
 from sensorium.worker.input_batch import InputBatch, MediaSlice, StepArrays
 from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors
+from sensorium.worker.tower_graphs import TowerGraphs
 from sensorium.worker.trunk_graphs import MAX_CONTEXT, TrunkGraph, TrunkGraphs
 
 Pieces = Sequence[tuple[int, MediaSlice]]
@@ -75,6 +77,7 @@ class PassRunner:
         self._buffers = StepBuffers(self._device)
         self.decodes: DecodeGraphs | None = None
         self.trunks: TrunkGraphs | None = None
+        self.towers: list[TowerGraphs] = []
         if capture is not None:
             assert block_tables is not None
             tables, uses_mrope = block_tables.tables, model_config.uses_mrope
@@ -93,6 +96,10 @@ class PassRunner:
             self.trunks = TrunkGraphs(
                 capture, driver, kv_caches, self._buffers, tables, groups=batch.groups, uses_mrope=uses_mrope
             )
+            for module in model.modules():
+                if isinstance(module, RecordableTower):
+                    module.recorder = TowerGraphs(capture, module, self._device, self._dtype)
+                    self.towers.append(module.recorder)
 
     def prepare(self) -> None:
         """Record the smallest size of each kind, to find out whether the model can be recorded at all."""
@@ -101,14 +108,16 @@ class PassRunner:
                 kind.recorded.graph_for(1)
 
     def record_next(self) -> bool:
-        """Record one more size, of decodes first; False: nothing is left to record."""
+        """Record one more size, of what was asked for or of decodes first; False: nothing is left to record."""
+        if any(tower.record_next() for tower in self.towers):
+            return True
         return any(kind.recorded.record_next() for kind in (self.decodes, self.trunks) if kind is not None)
 
     @property
     def refusals(self) -> list[str]:
         """Why passes aren't recorded any more, if they aren't."""
-        kinds = (self.decodes, self.trunks)
-        return [kind.recorded.refusal for kind in kinds if kind is not None and kind.recorded.refusal is not None]
+        kinds = [kind.recorded for kind in (self.decodes, self.trunks) if kind is not None]
+        return [kind.refusal for kind in (*kinds, *self.towers) if kind.refusal is not None]
 
     def decode(self, arrays: StepArrays) -> Decoded | None:
         """Run a pass of decodes as a graph, with the greedy choice behind it; None: there is none for it."""

@@ -18,13 +18,9 @@ from sensorium.inputs import InputContext
 from sensorium.model_executor.layers.decoder import GatedMLP
 from sensorium.model_executor.layers.layernorm import RMSNorm
 from sensorium.model_executor.layers.quantization import QuantizationConfig
+from sensorium.model_executor.layers.tower import Grid, TowerPlan, frame_starts, starts_of
 from sensorium.model_executor.models.media_common import as_items
-from sensorium.model_executor.models.qwen2_vision import (
-    Grid,
-    Qwen2VisionTransformer,
-    frame_starts,
-    starts_of,
-)
+from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer
 from sensorium.model_executor.models.qwen2_vl import Qwen2VLForConditionalGeneration, map_videos
 from sensorium.model_executor.models.qwen_vl_inputs import Item, grids_of
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
@@ -59,20 +55,28 @@ class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
         config = self.config
         return GatedMLP(self.hidden_size, config.intermediate_size, config.hidden_act, True, quant_config, prefix)
 
-    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """See `Qwen2VisionTransformer.forward`."""
+    def plan(self, grids: Sequence[Grid]) -> TowerPlan:
+        """See `RecordableTower`."""
         order, lengths = windows_of(grids, self.merge_size, self._squares_per_window())
         square = self.merge_size**2
-        by_window = torch.from_numpy(order).to(pixel_values.device)
-        hidden_states = self.patch_embed["proj"](reorder(pixel_values, by_window, square))[0]
-        cos, sin = (reorder(angles, by_window, square) for angles in self.cos_sin(grids))
-        # On the device once, not in every layer.
-        frames, windows = (s.to(hidden_states.device) for s in (frame_starts(grids), starts_of(lengths * square)))
+        positions = self.positions(grids).reshape(-1, square, 2)[order].reshape(-1, 2)
+        return TowerPlan(
+            len(positions),
+            {"positions": positions},
+            {"by_window": order.astype(np.int32), "by_place": np.argsort(order).astype(np.int32)},
+            {"frames": frame_starts(grids), "windows": starts_of(lengths * square)},
+        )
+
+    def compute(self, pixel_values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `RecordableTower`."""
+        ordered = reorder(pixel_values, tensors["by_window"], self.merge_size**2)
+        hidden_states = self.patch_embed["proj"](ordered)[0]
+        cos_sin = self.cos_sin(tensors["positions"])
         for index, block in enumerate(self.blocks):
             is_full = index in self.config.fullatt_block_indexes
-            hidden_states = block(hidden_states, (cos, sin), frames if is_full else windows)
+            hidden_states = block(hidden_states, cos_sin, tensors["frames" if is_full else "windows"])
         rows: torch.Tensor = self.merger(hidden_states)
-        return rows[torch.argsort(by_window)]
+        return rows[tensors["by_place"]]
 
     def _squares_per_window(self) -> int:
         """Side of a window in merged squares."""

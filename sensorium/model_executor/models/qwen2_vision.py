@@ -6,8 +6,8 @@ Paper: Wang et al. 2024, "Qwen2-VL", section 2.1. Reference: `transformers`
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, TypeAlias
+from collections.abc import Iterable, Mapping, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -21,14 +21,19 @@ from sensorium.model_executor.layers.encoder import (
 )
 from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.rotary_embedding import CosSin
+from sensorium.model_executor.layers.tower import (
+    Grid,
+    Int32Array,
+    RecordableTower,
+    TowerPlan,
+    frame_starts,
+    patch_positions,
+)
 from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
 from sensorium.model_executor.models.utils import WeightsMapper
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig
-
-Grid: TypeAlias = tuple[int, int, int]
-"""An item's size in patches: time, height, width."""
 
 ROTARY_BASE = 10000.0
 
@@ -50,7 +55,7 @@ class PatchMerger(nn.Module):
         return rows
 
 
-class Qwen2VisionTransformer(nn.Module):
+class Qwen2VisionTransformer(RecordableTower):
     """All frames of all items are one flat batch, in which a patch attends within its frame.
 
     Args:
@@ -74,7 +79,7 @@ class Qwen2VisionTransformer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.merge_size: int = config.spatial_merge_size
+        self.merge_size = config.spatial_merge_size
         self.hidden_size, output_size = self.sizes(config)
         patch_volume = config.in_channels * config.temporal_patch_size * config.patch_size**2
         proj = PatchEmbedding(patch_volume, self.hidden_size, bias=False, prefix=f"{prefix}.patch_embed.proj")
@@ -109,51 +114,29 @@ class Qwen2VisionTransformer(nn.Module):
             self.hidden_size, intermediate_size, self.config.hidden_act, quant_config=quant_config, prefix=prefix
         )
 
-    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Rows of all items, one item behind the other, `(sum of t * h * w / merge_size^2, decoder's width)`.
+    def plan(self, grids: Sequence[Grid]) -> TowerPlan:
+        """See `RecordableTower`."""
+        starts = frame_starts(grids)
+        return TowerPlan(int(starts[-1]), {"positions": self.positions(grids)}, starts={"frames": starts})
 
-        Args:
-            pixel_values: `(sum of t * h * w, channels * temporal_patch_size * patch_size^2)`, in which the
-                patches of each square that is merged stand together.
-            grids: The items' sizes.
-        """
+    def compute(self, pixel_values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """See `RecordableTower`."""
         hidden_states = self.patch_embed["proj"](pixel_values)[0]
-        cos_sin = self.cos_sin(grids)
-        starts = frame_starts(grids).to(hidden_states.device)
+        cos_sin = self.cos_sin(tensors["positions"])
         for block in self.blocks:
-            hidden_states = block(hidden_states, cos_sin, starts)
+            hidden_states = block(hidden_states, cos_sin, tensors["frames"])
         rows: torch.Tensor = self.merger(hidden_states)
         return rows
 
-    def cos_sin(self, grids: Sequence[Grid]) -> CosSin:
+    def positions(self, grids: Sequence[Grid]) -> Int32Array:
+        """Row and column of each patch, `(patches, 2)`."""
+        return np.concatenate([patch_positions(grid, self.merge_size) for grid in grids])
+
+    def cos_sin(self, positions: torch.Tensor) -> CosSin:
         """Cosines and sines `(patches, head_size / 2)`: the first half by row, the second by column."""
-        positions = np.concatenate([patch_positions(grid, self.merge_size) for grid in grids])
-        angles = torch.from_numpy(positions).to(self.inv_freq.device)[:, :, None] * self.inv_freq
-        flat = angles.flatten(1)
-        return flat.cos(), flat.sin()
+        angles = (positions[:, :, None] * self.inv_freq).flatten(1)
+        return angles.cos(), angles.sin()
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fill the tower from a checkpoint's names, relative to it."""
         return load_fused_weights(self, self.renames.apply(weights), FUSED_WEIGHTS)
-
-
-def patch_positions(grid: Grid, merge_size: int) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Row and column of each patch, `(t * h * w, 2)`, square by square.
-
-    For example, the frames of a 2 x 4 grid with merge size 2 have the rows 0 0 1 1 0 0 1 1 and the columns
-    0 1 0 1 2 3 2 3.
-    """
-    t, h, w = grid
-    squares = (h // merge_size, merge_size, w // merge_size, merge_size)
-    places = np.indices((h, w), dtype=np.float32).reshape(2, *squares).swapaxes(2, 3).reshape(2, -1)
-    return np.tile(places.T, (t, 1))
-
-
-def frame_starts(grids: Sequence[Grid]) -> torch.Tensor:
-    """Where each frame's patches begin, and where the last one's end, `(frames + 1,)` int32."""
-    return starts_of(np.concatenate([np.full(t, h * w) for t, h, w in grids]))
-
-
-def starts_of(lengths: np.ndarray[Any, Any]) -> torch.Tensor:
-    """Where each of several runs begins, and where the last one ends, `(runs + 1,)` int32."""
-    return torch.from_numpy(np.concatenate(([0], np.cumsum(lengths))).astype(np.int32))

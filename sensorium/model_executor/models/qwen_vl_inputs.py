@@ -16,8 +16,8 @@ from PIL import Image
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs import InputContext
+from sensorium.model_executor.layers.tower import Grid
 from sensorium.model_executor.models.media_common import check_embeddings, stacked
-from sensorium.model_executor.models.qwen2_vision import Grid
 from sensorium.multimodal.image import cached_get_image_processor
 from sensorium.multimodal.smart_resize import smart_resize
 from sensorium.multimodal.video import cached_get_video_processor

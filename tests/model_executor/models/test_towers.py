@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from sensorium.errors import ModelError
+from sensorium.model_executor.layers.tower import TowerPlan, frame_starts, patch_positions
 from sensorium.model_executor.model_loader import fill_model, finish_loading
 from sensorium.model_executor.models.clip import CLIPVisionModel
 from sensorium.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer, windows_of
 from sensorium.model_executor.models.qwen2_audio import Qwen2AudioEncoder, num_rows_of
-from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer, frame_starts, patch_positions
+from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer
 from sensorium.model_executor.models.siglip import SiglipVisionModel
+from sensorium.worker.tower_graphs import TowerGraphs
 from tests.helpers.checkpoints import make_hf_model
 from tests.helpers.direct import relative_error
+from tests.helpers.graphs import HostReplay
 
 TOLERANCE = 1e-5
 
@@ -80,6 +83,79 @@ def test_items_of_many_sizes_in_one_call(family: str, tower: Any, grids: list[tu
     sizes = [t * h * w for t, h, w in grids]
     alone = [ours(part, [grid]) for part, grid in zip(patches.split(sizes), grids, strict=True)]
     assert relative_error(together, torch.cat(alone)) < TOLERANCE
+
+
+@pytest.mark.parametrize(("family", "tower"), QWEN_TOWERS)
+@torch.inference_mode()
+def test_recorded_passes_give_the_same_rows(family: str, tower: Any) -> None:
+    """For items of other sizes than those of the pass that was recorded; padding may hold anything."""
+    reference = make_hf_model(family).model.visual
+    ours = filled(tower(reference.config), reference)
+    capture = HostReplay()
+    graphs = TowerGraphs(capture, ours, torch.device("cpu"), torch.float32)
+    for seed, grids in enumerate([*GRIDS, *GRIDS[::-1]]):
+        patches = noise(sum(t * h * w for t, h, w in grids), 3 * 2 * 14 * 14, seed=seed)
+        ours.recorder = None
+        expected = ours(patches, grids)
+        ours.recorder = graphs
+        for graph in graphs._graphs.values():
+            graph.pixels.fill_(torch.nan)
+        assert relative_error(ours(patches, grids), expected) < TOLERANCE
+    assert capture.num_replays >= len(GRIDS)
+
+
+def test_a_size_is_recorded_when_asked_for_again() -> None:
+    """Or in idle time, once it was asked for; never a size that nobody wants."""
+    reference = make_hf_model("qwen2_vl").model.visual
+    ours = filled(Qwen2VisionTransformer(reference.config), reference)
+    graphs = TowerGraphs(HostReplay(), ours, torch.device("cpu"), torch.float32)
+    ours.recorder = graphs
+    patches = noise(64, 3 * 2 * 14 * 14)
+    assert not graphs.record_next()
+    for num_recorded in (0, 1, 1):
+        ours(patches, [(1, 8, 8)])
+        assert len(graphs) == num_recorded
+    ours(patches[:16], [(4, 2, 2)])  # as many patches, more frames
+    assert len(graphs) == 1
+    assert graphs.record_next()
+    assert len(graphs) == 2
+    assert not graphs.record_next()
+
+
+def test_a_tower_that_cannot_be_recorded_runs_call_by_call() -> None:
+    class Refusing:
+        def record(self, run: Any) -> Any:
+            raise RuntimeError("operation not permitted when stream is capturing")
+
+    reference = make_hf_model("qwen2_vl").model.visual
+    ours = filled(Qwen2VisionTransformer(reference.config), reference)
+    graphs = TowerGraphs(Refusing(), ours, torch.device("cpu"), torch.float32)
+    patches = noise(16, 3 * 2 * 14 * 14)
+    expected = ours(patches, [(1, 4, 4)])
+    ours.recorder = graphs
+    for _ in range(3):
+        assert torch.equal(ours(patches, [(1, 4, 4)]), expected)
+    assert graphs.refusal is not None
+    assert "not permitted" in graphs.refusal
+    assert not graphs.record_next()
+
+
+def test_padding_of_a_plan() -> None:
+    plan = TowerPlan(
+        12,
+        {"positions": np.arange(24, dtype=np.int32).reshape(12, 2)},
+        {"order": np.array([2, 0, 1], dtype=np.int32)},
+        {"frames": np.array([0, 4, 8, 12], dtype=np.int32), "windows": np.array([0, 12], dtype=np.int32)},
+    )
+    assert plan.size() == (64, 4, 1)
+    arrays = plan.arrays(plan.size())
+    assert arrays["positions"].shape == (64, 2)
+    assert not arrays["positions"][12:].any()
+    assert arrays["order"].tolist() == [2, 0, 1, *range(3, 16)]
+    assert arrays["frames"].tolist() == [0, 4, 8, 12, 12]
+    assert arrays["windows"].tolist() == [0, 12]
+    assert TowerPlan(5476).size() == (5632,)
+    assert plan.arrays()["frames"] is plan.starts["frames"]
 
 
 def test_windows_of_a_small_frame() -> None:

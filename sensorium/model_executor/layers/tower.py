@@ -1,0 +1,141 @@
+"""What a vision tower of items of any size is told of them, so that a pass of it can be recorded and repeated.
+
+Launching a tower kernel by kernel takes the host longer than a GPU needs for one picture. A recorded pass repeats the
+same work on the same addresses, so everything in which two pictures of about the same size differ is data: how patches
+are ordered, where frames and windows begin, at which rows and columns patches stand. That is a `TowerPlan`, made on the
+host. Padding rows belong to no run, and nothing reads what becomes of them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import nn
+
+Grid: TypeAlias = tuple[int, int, int]
+"""An item's size in patches: time, height, width."""
+Int32Array: TypeAlias = npt.NDArray[np.int32]
+TowerSize: TypeAlias = tuple[int, ...]
+"""Patches, and runs of each kind, that a recorded pass has room for."""
+
+_ROW_STEP = 512
+_SMALL_SIZES = (64, 128, 256)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class TowerPlan:
+    """One pass over the patches of some items.
+
+    Worked example, two pictures of 4 and 8 patches in squares of 4: `starts {"frames": [0, 4, 12]}`, and padded to 64
+    patches and 4 frames `[0, 4, 12, 12, 12]`.
+    """
+
+    num_patches: int
+    by_patch: Mapping[str, Int32Array] = field(default_factory=dict)
+    """`(num_patches, ...)` each."""
+    orders: Mapping[str, Int32Array] = field(default_factory=dict)
+    """Permutations of the patches, or of groups of equal numbers of them."""
+    starts: Mapping[str, Int32Array] = field(default_factory=dict)
+    """`(runs + 1,)` each: where each run of patches begins, and where the last one ends."""
+
+    def size(self) -> TowerSize:
+        """The next size that passes are recorded for: at most 511 patches more, and less than twice the runs."""
+        runs = (1 << (len(each) - 2).bit_length() if len(each) > 2 else 1 for each in self.starts.values())
+        return (_rounded(self.num_patches), *runs)
+
+    def arrays(self, size: TowerSize | None = None) -> dict[str, Int32Array]:
+        """All arrays by name, padded to `size` if that is given."""
+        if size is None:
+            return {**self.by_patch, **self.orders, **self.starts}
+        num_patches, *runs = size
+        arrays = {}
+        for name, array in self.by_patch.items():
+            arrays[name] = np.zeros((num_patches, *array.shape[1:]), dtype=np.int32)
+            arrays[name][: len(array)] = array
+        for name, order in self.orders.items():
+            group = self.num_patches // len(order)
+            arrays[name] = np.arange(num_patches // group, dtype=np.int32)
+            arrays[name][: len(order)] = order
+        for (name, starts), count in zip(self.starts.items(), runs, strict=True):
+            arrays[name] = np.full(count + 1, starts[-1], dtype=np.int32)
+            arrays[name][: len(starts)] = starts
+        return arrays
+
+
+def _rounded(num_patches: int) -> int:
+    for size in _SMALL_SIZES:
+        if num_patches <= size:
+            return size
+    return -(-num_patches // _ROW_STEP) * _ROW_STEP
+
+
+class TowerRecorder(Protocol):
+    """Repeats recorded passes of one tower."""
+
+    def run(self, pixel_values: torch.Tensor, plan: TowerPlan) -> torch.Tensor | None:
+        """The rows of a pass; None: run it call by call."""
+
+
+class RecordableTower(nn.Module):
+    """A tower whose pass depends on its items by a `TowerPlan` alone: `compute` asks the host for nothing else."""
+
+    recorder: TowerRecorder | None = None
+    """Set by the worker, where passes can be recorded."""
+    merge_size: int
+    """Side of the squares of patches that become one row."""
+
+    def plan(self, grids: Sequence[Grid]) -> TowerPlan:
+        """The pass over items of these sizes."""
+        raise NotImplementedError
+
+    def compute(self, pixel_values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """Rows `(patches / merge_size^2, decoder's width)`, given the arrays of a plan, int32, on the device."""
+        raise NotImplementedError
+
+    def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
+        """Rows of all items, one item behind the other, `(sum of t * h * w / merge_size^2, decoder's width)`.
+
+        Args:
+            pixel_values: `(sum of t * h * w, channels * temporal_patch_size * patch_size^2)`, in which the
+                patches of each square that is merged stand together.
+            grids: The items' sizes.
+        """
+        plan = self.plan(grids)
+        if self.recorder is not None:
+            rows = self.recorder.run(pixel_values, plan)
+            if rows is not None:
+                return rows
+        device = pixel_values.device
+        return self.compute(pixel_values, {name: _on(device, array) for name, array in plan.arrays().items()})
+
+
+def _on(device: torch.device, array: npt.NDArray[Any]) -> torch.Tensor:
+    tensor = torch.from_numpy(array)
+    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+
+
+def starts_of(lengths: npt.NDArray[Any]) -> Int32Array:
+    """Where each of several runs begins, and where the last one ends, `(runs + 1,)`."""
+    return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+
+
+def frame_starts(grids: Sequence[Grid]) -> Int32Array:
+    """Where each frame's patches begin, and where the last one's end, `(frames + 1,)`."""
+    return starts_of(np.concatenate([np.full(t, h * w) for t, h, w in grids]))
+
+
+def patch_positions(grid: Grid, merge_size: int) -> Int32Array:
+    """Row and column of each patch, `(t * h * w, 2)`, square by square.
+
+    For example, the frames of a 2 x 4 grid with merge size 2 have the rows 0 0 1 1 0 0 1 1 and the columns
+    0 1 0 1 2 3 2 3.
+    """
+    t, h, w = grid
+    squares = (h // merge_size, merge_size, w // merge_size, merge_size)
+    places = np.indices((h, w), dtype=np.int32).reshape(2, *squares).swapaxes(2, 3).reshape(2, -1)
+    return np.tile(places.T, (t, 1))
