@@ -1,5 +1,7 @@
 """Compiling the native CPU kernels, once for each machine, compiler and version of the sources.
 
+A wheel brings them compiled (`variants.py`); this is for source checkouts, and for machines that no wheel is made for.
+
 The shared library is kept in the user's cache folder under a name that is a digest of everything it depends
 on. Any number of processes may ask for it at once: the first compiles, the others wait for it.
 
@@ -23,6 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from sensorium.kernels.variants import cpu_features
 from sensorium.logger import get_logger
 
 if TYPE_CHECKING:
@@ -34,6 +37,7 @@ SOURCE_FOLDER = Path(__file__).parent / "cpu"
 COMPILERS = ("gcc", "cc", "clang")
 FLAGS = ("-std=gnu11", "-O3", "-fPIC", "-pthread", "-fvisibility=hidden", "-fno-math-errno", "-fno-trapping-math")
 LIBRARIES = ("-lm",)
+THIS_MACHINE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 TIMEOUT_S = 180.0
 ZIG_CACHE = "ZIG_GLOBAL_CACHE_DIR"
 """Where `ziglang` keeps what it has compiled of its own libraries, 50 MB. Where it is not set, nothing is kept."""
@@ -50,6 +54,8 @@ class Compiler:
     program: Path
     options: tuple[str, ...] = ()
     """What comes before everything else."""
+    machine_flag: str = THIS_MACHINE
+    """Whose instructions it may use: those of this machine."""
 
     @property
     def command(self) -> list[str]:
@@ -78,23 +84,25 @@ def build_library() -> Path:
     return path
 
 
-def compile_sources(sources: list[Path], path: Path, extra_flags: Sequence[str] = ()) -> None:
-    """Compile C files for this machine, all at once, and link them to a shared library that appears in one step.
+def compile_sources(
+    sources: list[Path], path: Path, extra_flags: Sequence[str] = (), compiler: Compiler | None = None
+) -> None:
+    """Compile C files, all at once, and link them to a shared library that appears in one step.
 
-    `extra_flags` come last, so that they override the usual ones.
+    Without a compiler, this machine's is taken. `extra_flags` come last, so that they override the usual ones.
 
     Raises:
         BuildError: There is no compiler, or it failed.
     """
-    compiler = _find_compiler().command
+    compiler = compiler or _find_compiler()
     with tempfile.TemporaryDirectory(dir=path.parent) as scratch, ThreadPoolExecutor(len(sources)) as pool:
         objects = [str(Path(scratch) / f"{source.stem}.o") for source in sources]
         run = partial(_run, environment={ZIG_CACHE: str(Path(scratch) / "zig"), **os.environ})
-        compile_flags = [*compiler, *FLAGS, _machine_flag(), *extra_flags, "-c"]
+        compile_flags = [*compiler.command, *FLAGS, compiler.machine_flag, *extra_flags, "-c"]
         pairs = zip(sources, objects, strict=True)
         list(pool.map(run, [[*compile_flags, str(source), "-o", target] for source, target in pairs]))
         library = Path(scratch) / path.name
-        run([*compiler, "-shared", "-pthread", *objects, *LIBRARIES, "-o", str(library)])
+        run([*compiler.command, "-shared", "-pthread", *objects, *LIBRARIES, "-o", str(library)])
         library.replace(path)
 
 
@@ -104,32 +112,27 @@ def _find_compiler() -> Compiler:
         found = shutil.which(name)
         if found is not None:
             return Compiler(Path(found).resolve())
+    zig = zig_compiler()
+    if zig is None:
+        raise BuildError(
+            f"no C compiler found (looked for {', '.join(COMPILERS)}; pip install 'sensorium[compiler]' brings one)"
+        )
+    return zig
+
+
+def zig_compiler(*options: str, machine_flag: str = THIS_MACHINE) -> Compiler | None:
+    """That of the Python package `ziglang`, if it is installed."""
     package = importlib.util.find_spec("ziglang")
-    if package is not None and package.origin is not None:
-        # It watches for undefined behaviour in code that is not optimized, if not told otherwise.
-        return Compiler(Path(package.origin).with_name("zig"), ("cc", "-fno-sanitize=undefined"))
-    raise BuildError(
-        f"no C compiler found (looked for {', '.join(COMPILERS)}; pip install 'sensorium[compiler]' brings one)"
-    )
-
-
-def _machine_flag() -> str:
-    return "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
-
-
-def _cpu_features() -> str:
-    """What `native` means here: a library built on one machine must not run on a lesser one."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor()
-    features = (line.split(":", 1)[1] for line in lines if line.startswith(("flags", "Features")))
-    return next(features, platform.processor())
+    if package is None or package.origin is None:
+        return None
+    # It watches for undefined behaviour in code that is not optimized, if not told otherwise.
+    options = ("cc", "-fno-sanitize=undefined", *options)
+    return Compiler(Path(package.origin).with_name("zig"), options, machine_flag)
 
 
 def _digest(compiler: Compiler) -> str:
     stat = compiler.program.stat()
-    parts = [*compiler.command, stat.st_size, stat.st_mtime_ns, *FLAGS, *LIBRARIES, platform.machine(), _cpu_features()]
+    parts = [*compiler.command, stat.st_size, stat.st_mtime_ns, *FLAGS, *LIBRARIES, platform.machine(), cpu_features()]
     digest = hashlib.sha256("\n".join(map(str, parts)).encode())
     for path in sorted(SOURCE_FOLDER.iterdir()):
         if path.suffix in (".c", ".h"):

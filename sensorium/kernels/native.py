@@ -1,8 +1,9 @@
 """The native CPU kernels as Python functions, or the reason why there are none.
 
-A call passes one C struct, packed from plain numbers: with `ctypes` that costs half of passing as many
-arguments. Set the environment variable `SENSORIUM_NATIVE=0` to run the plain-torch twins instead, for
-debugging.
+A call passes one C struct, packed from plain numbers: with `ctypes` that costs half of passing as many arguments.
+
+The library is the fastest that came with the package and runs on this machine, or one that is compiled here. For
+debugging, the environment variable `SENSORIUM_NATIVE` chooses: 0 for the plain-torch twins, or the name of a variant.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from typing import Protocol
 
 import torch
 
+from sensorium.errors import ConfigError
 from sensorium.kernels.build import BuildError, build_library
+from sensorium.kernels.variants import prebuilt_libraries
 from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
@@ -63,7 +66,7 @@ def add_quantized_functions(target: QuantizedFunctions, library: ctypes.CDLL) ->
 
 
 class NativeLibrary:
-    """The functions of the compiled library. The formats mirror the `*_args` structs of the C files."""
+    """The functions of a compiled library. The formats mirror the `*_args` structs of the C files."""
 
     __slots__ = (
         "_use_tiles",
@@ -73,6 +76,7 @@ class NativeLibrary:
         "linear",
         "pack",
         "packed_bytes",
+        "path",
         "quantize",
         "quantized_bytes",
         "quantized_linear",
@@ -86,6 +90,7 @@ class NativeLibrary:
 
     def __init__(self, path: Path) -> None:
         library = ctypes.CDLL(str(path))
+        self.path = path
         self.rms_norm = NativeFunction(library, "sensorium_rms_norm", "@5P4lf3i")
         self.activation = NativeFunction(library, "sensorium_activation", "@2P3l4i")
         self.argmax = NativeFunction(library, "sensorium_argmax", "@2P3l2i")
@@ -113,16 +118,34 @@ class NativeLibrary:
 
 @cache
 def _load() -> tuple[NativeLibrary | None, str | None]:
-    """The library, or why not. Logs the reason, once."""
-    if os.environ.get("SENSORIUM_NATIVE", "1") == "0":
+    """The library, or why not. Logs the reason, once.
+
+    Raises:
+        ConfigError: `SENSORIUM_NATIVE` names a library that there is not.
+    """
+    wanted = os.environ.get("SENSORIUM_NATIVE", "1")
+    if wanted == "0":
         reason = "SENSORIUM_NATIVE=0"
     else:
         try:
-            return NativeLibrary(build_library()), None
+            return _open_library(wanted), None
         except (BuildError, OSError, AttributeError) as error:
             reason = str(error)
     logger.warning("CPU kernels: plain torch, which is several times slower (%s).", reason)
     return None, reason
+
+
+def _open_library(wanted: str) -> NativeLibrary:
+    """The fastest compiled library if `wanted` is 1, else the one of that name. Compiles one where none came along."""
+    prebuilt = prebuilt_libraries()
+    if wanted in prebuilt:
+        return NativeLibrary(prebuilt[wanted])
+    if wanted != "1":
+        raise ConfigError(
+            f"SENSORIUM_NATIVE: got {wanted!r}, expected {', '.join(['0', '1', *prebuilt])}. "
+            "Unset it, and the fastest kernels that this machine can run are used."
+        )
+    return NativeLibrary(next(iter(prebuilt.values()), None) or build_library())
 
 
 def native_library() -> NativeLibrary | None:

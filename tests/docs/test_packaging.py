@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import re
+import shutil
+import subprocess
+import sys
 import tomllib
-from pathlib import Path
+from functools import partial
+from pathlib import Path, PurePath
 from typing import Any
 
 import sensorium
+from sensorium.kernels.variants import PREBUILT_FOLDER
 
 ROOT = Path(__file__).parents[2]
 
@@ -34,17 +39,44 @@ def test_the_version_stands_in_one_place() -> None:
     assert changes.index(f"## {sensorium.__version__}") == changes.index("\n## ") + 1
 
 
-def test_links_between_pages_lead_somewhere() -> None:
-    """Pages at the root, in docs/ and in folders of their own, the only ones that link to files."""
-    folders = [ROOT / name for name in ("docs", "examples", "training")]
-    pages = [page for folder in (ROOT, *folders) for page in folder.glob("*.md")]
-    broken = [
-        (str(page.relative_to(ROOT)), link)
-        for page in pages
-        for link in re.findall(r"\]\(([^)#\s]+)[^)]*\)", page.read_text())
-        if "://" not in link and not (page.parent / link).exists()
+def test_every_file_of_the_package_gets_into_a_wheel() -> None:
+    """`scripts/release` compares a built wheel with the files under version control; this is the fast part of it."""
+    tool = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    patterns = tool["package-data"]["sensorium"]
+    tracked = subprocess.check_output(["git", "ls-files", "sensorium"], cwd=ROOT, text=True).splitlines()
+    assert "sensorium/py.typed" in tracked
+    left_out = [
+        name
+        for name in tracked
+        if not name.endswith(".py") and not any(PurePath(name).match(f"sensorium/{pattern}") for pattern in patterns)
     ]
-    assert broken == []
+    assert left_out == []
+    folders = {Path(name).parent for name in tracked if name.endswith(".py")}
+    assert [str(each) for each in folders if str(each / "__init__.py") not in tracked] == [], "packages are found by it"
+    assert str(PREBUILT_FOLDER / "x.so").endswith("sensorium/kernels/prebuilt/x.so")
+    assert "kernels/prebuilt/*.so" in patterns
+
+
+def test_a_wheel_is_for_its_platform_only_with_compiled_kernels(tmp_path: Path) -> None:
+    """Compiled kernels are called through ctypes: the wheel depends on a platform, and on no version of Python."""
+    shutil.copy(ROOT / "setup.py", tmp_path)
+    code = (
+        "from setuptools import Distribution\n"
+        "import setuptools\n"
+        "found = {}\n"
+        "setuptools.setup = lambda **options: found.update(options)\n"
+        "exec(compile(open('setup.py').read(), 'setup.py', 'exec'), {'__file__': 'setup.py', '__name__': 'setup'})\n"
+        "wheel = found['cmdclass']['bdist_wheel'](found['distclass']({'name': 'x'}))\n"
+        "wheel.plat_name = 'manylinux_2_28_x86_64'\n"
+        "wheel.ensure_finalized()\n"
+        "print('-'.join(wheel.get_tag()), wheel.root_is_pure)\n"
+    )
+    ask = partial(subprocess.check_output, [sys.executable, "-c", code], cwd=tmp_path, text=True)
+    assert ask().split()[1] == "True"
+    library = tmp_path / "sensorium" / "kernels" / "prebuilt" / "kernels.so"
+    library.parent.mkdir(parents=True)
+    library.touch()
+    assert ask().split() == ["py3-none-manylinux_2_28_x86_64", "False"]
 
 
 def test_files_that_contributing_names_exist() -> None:

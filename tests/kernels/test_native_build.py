@@ -83,7 +83,7 @@ def test_name_changes_with_all_that_the_library_depends_on(
     elif change == "compiler":
         compiler = build.Compiler(_fake_compiler(tiny_source, "exit 1"))
     else:
-        monkeypatch.setattr(build, "_cpu_features", lambda: "another")
+        monkeypatch.setattr(build, "cpu_features", lambda: "another")
     assert build._digest(compiler) != before
 
 

@@ -84,12 +84,12 @@ def _lines(path: str) -> list[str]:
 def _torch() -> dict[str, Any]:
     import torch
 
-    from sensorium.kernels import native_refusal
+    from sensorium.kernels.native import native_library, native_refusal
 
-    refusal = native_refusal()
+    library = native_library()
     has_cuda = torch.cuda.is_available()
     return {
-        "native CPU kernels": "yes" if refusal is None else f"no: {refusal}",
+        "native CPU kernels": f"no: {native_refusal()}" if library is None else f"yes: {library.path.stem}",
         "torch threads": torch.get_num_threads(),
         "CUDA": torch.version.cuda or "not in this build of torch",
         "GPUs": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())] if has_cuda else [],
