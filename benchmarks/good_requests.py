@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from sensorium.multimodal.media.encode import audio_to_data_url, image_to_data_url, video_to_data_url
+from sensorium.media.encode import audio_to_data_url, image_to_data_url, video_to_data_url
 
 SAMPLING_RATE = 16_000
 

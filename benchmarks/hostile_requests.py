@@ -15,7 +15,7 @@ from PIL import Image
 
 from benchmarks.good_requests import chat, clip, good_requests, picture, sound, text
 from benchmarks.http_client import Connection
-from sensorium.multimodal.media.encode import encode_audio, encode_image, encode_video
+from sensorium.media.encode import encode_audio, encode_image, encode_video
 
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"

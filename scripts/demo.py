@@ -25,7 +25,7 @@ import numpy as np
 import openai
 from PIL import Image, ImageDraw
 
-from sensorium.multimodal.media.encode import audio_to_data_url, image_to_data_url, video_to_data_url
+from sensorium.media.encode import audio_to_data_url, image_to_data_url, video_to_data_url
 
 SIZE = 112
 SAMPLING_RATE = 16_000

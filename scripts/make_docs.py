@@ -16,7 +16,7 @@ from typing import Any
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli.flags import field_docs
 from sensorium.entrypoints.openai.server_args import ServerArgs
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 from sensorium.settings import Form, flag_of, form_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"

@@ -35,7 +35,7 @@ from sensorium.entrypoints.cli.flags import add_config, add_flags, build, field_
 from sensorium.entrypoints.cli.main import LazyParser, main
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError, MediaForbiddenError
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 from sensorium.parsing.detect import AUTO, NONE
 from sensorium.parsing.formats import FORMATS
 from sensorium.parsing.reasoning import REASONING_FORMATS

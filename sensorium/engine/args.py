@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeAlias
 
+from sensorium.chat.template import check_template, read_template
 from sensorium.checkpoint import check_tokenizer_names, read_json
 from sensorium.config import (
     Amount,
@@ -59,7 +60,6 @@ from sensorium.engine.hf_config import (
 )
 from sensorium.engine.loading import LOADING
 from sensorium.errors import ConfigError
-from sensorium.inputs.chat_template import check_template, read_template
 from sensorium.logger import get_logger
 from sensorium.plugins import check_plugins, load_general_plugins, load_plugins
 from sensorium.sampling_defaults import FILE_NAME, read_defaults, read_end_ids

@@ -45,9 +45,9 @@ from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.inputs.warm_up import warm_up
 from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
+from sensorium.media import MediaLease, MediaLoader
 from sensorium.messages import LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.multimodal.media import MediaLease, MediaLoader
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler.stats import SchedulerStats

@@ -20,9 +20,9 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
+from sensorium.media import MediaLoader
 from sensorium.messages import EngineOutput, LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.multimodal.media import MediaLoader
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 

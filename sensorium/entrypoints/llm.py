@@ -8,15 +8,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from sensorium.chat.renderer import ChatRenderer
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.llm_engine import LLMEngine
 from sensorium.entrypoints.batch_run import BatchRun, Job, Output
 from sensorium.entrypoints.progress import ProgressBar
 from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError
-from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.preprocess import ProcessedRequest
+from sensorium.media import FetchPolicy, MediaLimits, MediaLoader
 from sensorium.messages import LoadReport
-from sensorium.multimodal.media import FetchPolicy, MediaLimits, MediaLoader
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
 from sensorium.parsing import AnswerParser, Tool, Tools
 from sensorium.sampling_params import SamplingParams
@@ -34,7 +34,7 @@ class LLM:
 
     Keyword arguments are the fields of `EngineArgs`. Files that prompts name are read with this process's own rights,
     or under `allowed_local_media_path` alone if that is set; addresses on the network are fetched under the limits of
-    `sensorium.multimodal.media`.
+    `sensorium.media`.
     """
 
     def __init__(self, model: str, *, media_limits: MediaLimits | None = None, **engine_args: Any) -> None:

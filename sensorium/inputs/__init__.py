@@ -4,7 +4,6 @@ A model author registers an input processor, and a factory of dummy data, with `
 this package loads neither torch nor transformers.
 """
 
-from sensorium.inputs.context import InputContext, InputProcessingContext
 from sensorium.inputs.data import (
     DecoderOnlyInputs,
     EncoderDecoderInputs,
@@ -22,6 +21,7 @@ from sensorium.inputs.data import (
     token_inputs,
 )
 from sensorium.inputs.registry import DummyData, InputRegistry
+from sensorium.multimodal.context import InputContext, InputProcessingContext
 
 INPUT_REGISTRY = InputRegistry()
 """The registry that model classes are decorated with."""

@@ -14,13 +14,13 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ConfigError, InvalidRequestError, ProcessorError, RequestError, UnsupportedFeatureError
-from sensorium.inputs.video_sampling import CheckpointSampling
 from sensorium.multimodal.hf_processors import (
     cached_get_image_processor,
     effective_settings,
     processor_options,
 )
 from sensorium.multimodal.video_processor import cached_get_video_processor
+from sensorium.multimodal.video_sampling import CheckpointSampling
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig

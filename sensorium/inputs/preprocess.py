@@ -17,27 +17,29 @@ import numpy as np
 
 from sensorium.errors import InvalidTypeError, ModelError, ModelLookupError, SensoriumError
 from sensorium.inputs import INPUT_REGISTRY, InputRegistry, admission, token_inputs
-from sensorium.inputs.media_data import MediaCollector, MediaData
 from sensorium.inputs.media_settings import MediaSettings
-from sensorium.inputs.mrope import checked_positions, mrope_positions, positions_from_kwargs
-from sensorium.inputs.placement import Placement, Prompt
 from sensorium.inputs.prompts import ParsedPrompt, parse_prompt
-from sensorium.inputs.request_media import MediaStage, RequestMedia
 from sensorium.inputs.tokenizer import TextEncoder
-from sensorium.inputs.video_sampling import CheckpointSampling
+from sensorium.inputs.transcription import transcription_style
 from sensorium.inputs.vocabulary import vocabulary_of
 from sensorium.logger import get_logger
 from sensorium.messages import EngineRequest, MediaItem, Vocabulary
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
+from sensorium.multimodal.item_checks import check_span
 from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
+from sensorium.multimodal.media_data import MediaCollector, MediaData
+from sensorium.multimodal.mrope import checked_positions, mrope_positions, positions_from_kwargs
 from sensorium.multimodal.placeholders import media_mask
+from sensorium.multimodal.placement import Placement, Prompt
 from sensorium.multimodal.processor_cache import ProcessorCache
+from sensorium.multimodal.request_media import MediaStage, RequestMedia
+from sensorium.multimodal.video_sampling import CheckpointSampling
 from sensorium.sampling_defaults import read_end_ids
 from sensorium.spans import IntArray
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelConfig, ModelFeatures
-    from sensorium.multimodal.media import CacheStats, MediaLoader
+    from sensorium.media import CacheStats, MediaLoader
     from sensorium.sampling_params import SamplingParams
 
 logger = get_logger(__name__)
@@ -100,7 +102,13 @@ class InputPreprocessor:
         self._vocab_size = config.model_config.vocab_size
         self._uses_mrope = config.model_config.uses_mrope
         sampling = CheckpointSampling(config.model_config)
-        self._collector = MediaCollector(config.model_config, mm_registry, media_loader, sampling)
+        self._collector = MediaCollector(
+            config.model_config,
+            mm_registry,
+            media_loader,
+            sampling,
+            heard_s=lambda: transcription_style(config.model_config).max_audio_s,
+        )
         self._input_registry = input_registry
         self._mm_registry = mm_registry
         self._cache = ProcessorCache(config.cache_config.mm_processor_cache_bytes)
@@ -194,7 +202,7 @@ class InputPreprocessor:
         pooling: bool,
     ) -> _Prepared:
         """What a request is made of; cheap checks come before expensive work."""
-        given = self._collector.collect(parsed, kwargs)
+        given = self._collector.collect(parsed.multi_modal_data, parsed.multi_modal_uuids, kwargs)
         ids = self._encode(parsed)
         before = np.array(ids, dtype=np.int64)
         if parsed.token_ids is not None:
@@ -276,7 +284,7 @@ class InputPreprocessor:
         num_tokens = len(prompt.after)
         admission.check_length(num_tokens, rows, self._model_config.max_model_len, pooling=pooling)
         for placement in placements:
-            admission.check_span(placement.counts, placement.span, self.config, self.features)
+            check_span(placement.counts, placement.span, self.config, self.features)
         is_media = media_mask((placement.span for placement in placements), num_tokens)
         admission.check_special_tokens(prompt.after, is_media, self._placeholder_ids, self._vocab_size)
 

@@ -15,8 +15,6 @@ import numpy as np
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs.data import is_explicit_encoder_decoder_prompt
 
-MAX_UUID_CHARS = 512
-
 _KEYS = frozenset(
     {
         "prompt",
@@ -118,34 +116,6 @@ def _names(name: str, value: object) -> Mapping[str, Any]:
     if not isinstance(value, Mapping) or not all(isinstance(key, str) for key in value):
         raise _wrong_type(name, value, "a dict with names for keys")
     return value
-
-
-def check_uuids(modality: str, uuids: object, num_items: int) -> list[str | None]:
-    """A name or None for each item of a modality.
-
-    Raises:
-        InvalidTypeError: (a `TypeError`) They are no strings.
-        InvalidRequestError: (a `ValueError`) There are too few or too many, or one is empty or too long.
-    """
-    if uuids is None:
-        return [None] * num_items
-    listed = [uuids] if isinstance(uuids, str) else uuids
-    if not isinstance(listed, list | tuple):
-        raise _wrong_type(f"multi_modal_uuids[{modality!r}]", uuids, "a list of strings")
-    if len(listed) != num_items:
-        raise InvalidRequestError(
-            f"multi_modal_uuids[{modality!r}]: got {len(listed)} names, expected one for each of {num_items} items. "
-            "Write null for an item without a name."
-        )
-    for uuid in listed:
-        if uuid is not None and not isinstance(uuid, str):
-            raise _wrong_type(f"multi_modal_uuids[{modality!r}]", uuid, "strings")
-        if uuid is not None and not 0 < len(uuid) <= MAX_UUID_CHARS:
-            raise InvalidRequestError(
-                f"multi_modal_uuids[{modality!r}]: got a name of {len(uuid)} characters, expected 1 to "
-                f"{MAX_UUID_CHARS}. Shorten it, or leave it out."
-            )
-    return list(listed)
 
 
 def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:

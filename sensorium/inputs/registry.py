@@ -11,9 +11,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, cast
 
 from sensorium.errors import DummyDataError, ModelError, ModelLookupError
-from sensorium.inputs.callables import C, ClassRegistry, check_callable, resolve_mm_processor_kwargs
-from sensorium.inputs.context import InputContext
 from sensorium.logger import get_logger, warn_once
+from sensorium.multimodal.callables import C, ClassRegistry, check_callable, resolve_mm_processor_kwargs
+from sensorium.multimodal.context import InputContext
 from sensorium.sequence import SequenceData
 
 if TYPE_CHECKING:

@@ -12,14 +12,13 @@ from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ConfigError, InvalidRequestError
+from sensorium.multimodal.item_checks import check_heard
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
 
 _HOOK = "get_transcription_style"
 _TEXT = "{text}"
-ENCODER_PADDING_S = 0.08
-"""Encoders fill a sound up to whole frames, and begin with empty ones: 30 s of MP3 are 30.06 s when decoded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,19 +76,6 @@ class TranscriptionStyle:
         """Refuse a sound of which the model would hear only the beginning. Raises `InvalidRequestError`."""
         if self.max_audio_s is not None:
             check_heard("file", duration_s, self.max_audio_s)
-
-
-def check_heard(what: str, duration_s: float, most_s: float) -> None:
-    """Refuse a sound of which the model would hear only the beginning, but for the silence that encoders add.
-
-    Raises:
-        InvalidRequestError: It is longer than what the model hears.
-    """
-    if duration_s > most_s + ENCODER_PADDING_S:
-        raise InvalidRequestError(
-            f"{what}: got a sound of {duration_s:.1f} s, expected at most the {most_s:g} s that the model hears. "
-            "Send it in parts."
-        )
 
 
 def transcription_style(

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import UnsupportedFeatureError
-from sensorium.inputs.context import InputContext
 from sensorium.multimodal.base import MultiModalPlugin
+from sensorium.multimodal.context import InputContext
 from sensorium.multimodal.inputs import MultiModalKwargs
 
 if TYPE_CHECKING:
@@ -35,6 +35,6 @@ class AudioPlugin(MultiModalPlugin):
 
 def resample_audio(audio: np.ndarray[Any, Any], *, orig_sr: float, target_sr: float) -> np.ndarray[Any, Any]:
     """Samples `(..., num_samples)` at another rate; rates in Hz."""
-    from sensorium.multimodal.media.resample import resample_audio as resample
+    from sensorium.media.resample import resample_audio as resample
 
     return resample(audio, orig_sr, target_sr)

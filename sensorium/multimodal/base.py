@@ -10,9 +10,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sensorium.errors import ConfigError, ModelError, UnregisteredModalityError
-from sensorium.inputs.callables import C, ClassRegistry, check_callable, resolve_mm_processor_kwargs
-from sensorium.inputs.context import InputContext
 from sensorium.logger import get_logger, warn_once
+from sensorium.multimodal.callables import C, ClassRegistry, check_callable, resolve_mm_processor_kwargs
+from sensorium.multimodal.context import InputContext
 from sensorium.multimodal.inputs import MultiModalKwargs, check_leaves
 from sensorium.multimodal.placeholder_map import IndexMap, MultiModalPlaceholderMap
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import InvalidTypeError, ProcessorError, SensoriumError
-from sensorium.inputs.context import InputContext
 from sensorium.multimodal.base import MultiModalPlugin
+from sensorium.multimodal.context import InputContext
 from sensorium.multimodal.hf_processors import (
     cached_get_image_processor,
     processor_options,

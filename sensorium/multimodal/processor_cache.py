@@ -12,7 +12,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from sensorium.multimodal.media.cache import CacheStats, DecodedMediaCache
+from sensorium.media.cache import CacheStats, DecodedMediaCache
 
 Mapped: TypeAlias = Mapping[str, Any]
 

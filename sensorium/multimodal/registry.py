@@ -18,8 +18,6 @@ from sensorium.errors import (
     ModelLookupError,
     UnknownModalityError,
 )
-from sensorium.inputs.callables import C, ClassRegistry, check_callable
-from sensorium.inputs.context import InputProcessingContext
 from sensorium.logger import get_logger
 from sensorium.multimodal.audio import AudioPlugin
 from sensorium.multimodal.base import (
@@ -29,6 +27,8 @@ from sensorium.multimodal.base import (
     PlaceholderStr,
     PlaceholderTokens,
 )
+from sensorium.multimodal.callables import C, ClassRegistry, check_callable
+from sensorium.multimodal.context import InputProcessingContext
 from sensorium.multimodal.image import ImagePlugin
 from sensorium.multimodal.inputs import MultiModalDataDict, MultiModalInputsV2, MultiModalKwargs
 from sensorium.multimodal.video import VideoPlugin

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sensorium.errors import InvalidTypeError
-from sensorium.inputs.context import InputContext
+from sensorium.multimodal.context import InputContext
 from sensorium.multimodal.hf_processors import processor_options, processor_settings
 from sensorium.multimodal.image import ImagePlugin, preprocess, type_name
 from sensorium.multimodal.inputs import MultiModalKwargs

@@ -17,7 +17,6 @@ from torch import nn
 from sensorium.attention import LayerCache
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
-from sensorium.inputs.mrope import token_id_of
 from sensorium.logger import get_logger
 from sensorium.model_executor.adapter import ForwardAdapter
 from sensorium.model_executor.drivers import (
@@ -30,6 +29,7 @@ from sensorium.model_executor.drivers import (
 from sensorium.model_executor.drivers.carrier import Carrier, find_candidates
 from sensorium.model_executor.models.interfaces import EMBED_INPUT_METHODS, EMBED_MULTIMODAL_METHODS, find_override
 from sensorium.multimodal import MULTIMODAL_REGISTRY
+from sensorium.multimodal.mrope import token_id_of
 from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media, unexpanded_note
 from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.kv_cache import CacheLayout

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw
 
-from sensorium.multimodal.media.encode import encode_video
+from sensorium.media.encode import encode_video
 from tests.helpers.waiting import HANG_S
 
 ROOT = Path(__file__).parents[2]

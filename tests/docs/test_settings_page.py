@@ -12,7 +12,7 @@ from scripts import make_docs
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli import serve
 from sensorium.entrypoints.openai.server_args import ServerArgs
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 
 
 def test_the_page_is_up_to_date() -> None:

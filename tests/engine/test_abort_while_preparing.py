@@ -10,11 +10,11 @@ from sensorium.engine.args import EngineArgs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_client import IN_THIS_PROCESS
 from sensorium.errors import RequestAbortedError
-from sensorium.multimodal.media import DecoderPool, EncodedMedia, MediaLimits, MediaLoader
+from sensorium.media import DecoderPool, EncodedMedia, MediaLimits, MediaLoader
 from tests.engine.async_helpers import SETTINGS, greedy, last
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import auntil
-from tests.multimodal.media.samples import many_scans
+from tests.media.samples import many_scans
 
 
 def test_an_abort_ends_the_decoding_of_a_requests_media() -> None:

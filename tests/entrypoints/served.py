@@ -21,7 +21,7 @@ from sensorium.entrypoints.openai.http_server import HttpServer
 from sensorium.entrypoints.openai.listening import listening, url_of
 from sensorium.entrypoints.openai.server import running_app, uvicorn_config
 from sensorium.entrypoints.openai.server_args import ServerArgs
-from sensorium.multimodal.media import MediaLimits
+from sensorium.media import MediaLimits
 from tests.helpers.waiting import HANG_S, until
 
 SETTINGS: dict[str, Any] = {"device": "cpu", "num_blocks": 512, "max_num_seqs": 16, "max_model_len": 1024}

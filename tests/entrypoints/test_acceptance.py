@@ -26,7 +26,7 @@ from pydantic import BaseModel, Field
 
 from sensorium import LLM, SamplingParams
 from sensorium.kernels import native_refusal
-from sensorium.multimodal.media.encode import encode_audio, encode_video
+from sensorium.media.encode import encode_audio, encode_video
 from tests.entrypoints.served import SETTINGS, Served, data_url, served
 from training.speech import SAMPLE_RATE, SpeechBank
 

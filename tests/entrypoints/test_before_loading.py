@@ -136,7 +136,7 @@ with listening(ServerArgs(port=0)) as sockets:
     sys.stdin.readline()
     from sensorium import EngineArgs
     from sensorium.entrypoints.openai.server import serve
-    from sensorium.multimodal.media import MediaLimits
+    from sensorium.media import MediaLimits
     settings = {{"num_blocks": 64, "device": "cpu"}}
     asyncio.run(serve(EngineArgs({str(path)!r}, **settings), ServerArgs(), MediaLimits(), sockets))
 """

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
+from sensorium.chat.content import parse_messages
 from sensorium.entrypoints.openai import http
 from sensorium.entrypoints.openai.body import Body
 from sensorium.entrypoints.openai.http import MAX_CONTAINERS, MAX_ELEMENTS, MAX_MEMBERS, _parse
@@ -20,7 +21,6 @@ from sensorium.entrypoints.openai.protocol import ChatBody, CompletionBody
 from sensorium.entrypoints.openai.responses.body import ResponseBody
 from sensorium.entrypoints.openai.responses.items import read_items
 from sensorium.errors import InvalidRequestError
-from sensorium.inputs.chat_content import parse_messages
 from sensorium.json_size import is_within
 from sensorium.structured_outputs import StructuredOutputs
 

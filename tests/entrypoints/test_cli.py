@@ -22,7 +22,7 @@ from sensorium.entrypoints.cli.main import main, make_parser
 from sensorium.entrypoints.cli.serve import settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S, until

@@ -25,7 +25,7 @@ from sensorium.errors import (
     RequestAbortedError,
     RequestError,
 )
-from sensorium.multimodal.media.encode import encode_audio
+from sensorium.media.encode import encode_audio
 from tests.entrypoints.served import Served, served
 from tests.helpers.waiting import HANG_S
 

@@ -13,7 +13,7 @@ import pytest
 from scripts import demo
 from sensorium import LLM, SamplingParams
 from sensorium.entrypoints.cli.main import main
-from sensorium.multimodal.media.encode import encode_audio, encode_video
+from sensorium.media.encode import encode_audio, encode_video
 from tests.entrypoints.served import SETTINGS
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture

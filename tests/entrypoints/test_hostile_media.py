@@ -21,15 +21,15 @@ import httpx
 import PIL.Image
 import pytest
 
-from sensorium.multimodal.media import EncodedMedia, MediaLimits, fetch
-from sensorium.multimodal.media.encode import encode_image
+from sensorium.media import EncodedMedia, MediaLimits, fetch
+from sensorium.media.encode import encode_image
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S, until
-from tests.multimodal.media.hostile_server import FakeResolver, HostileServer
-from tests.multimodal.media.samples import clip, many_scans, sound
-from tests.multimodal.media.test_fuzz import damaged
-from tests.multimodal.media.test_image import png_claiming
+from tests.media.hostile_server import FakeResolver, HostileServer
+from tests.media.samples import clip, many_scans, sound
+from tests.media.test_fuzz import damaged
+from tests.media.test_image import png_claiming
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # Pillow and numpy warn about some of these
 

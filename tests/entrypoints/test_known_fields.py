@@ -52,6 +52,7 @@ from openai.types.shared_params import (
 )
 from pydantic import BaseModel
 
+from sensorium.chat.content import parse_messages
 from sensorium.entrypoints.openai import fields, protocol
 from sensorium.entrypoints.openai.body import Body, field_names
 from sensorium.entrypoints.openai.protocol import parse_body
@@ -59,7 +60,6 @@ from sensorium.entrypoints.openai.responses.body import ReasoningConfig, Respons
 from sensorium.entrypoints.openai.responses.items import read_items
 from sensorium.entrypoints.openai.structured_outputs import JsonSchemaFormat, ResponseFormat
 from sensorium.errors import InvalidRequestError, RequestError, UnsupportedFeatureError
-from sensorium.inputs.chat_content import parse_messages
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S

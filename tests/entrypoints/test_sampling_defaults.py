@@ -15,7 +15,7 @@ import pytest
 import sensorium
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.entrypoints.cli.main import main
-from sensorium.multimodal.media.encode import encode_audio
+from sensorium.media.encode import encode_audio
 from sensorium.sampling_params import SamplingParams
 from tests.entrypoints.served import Served, served
 from tests.helpers.waiting import HANG_S

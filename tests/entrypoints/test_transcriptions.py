@@ -14,12 +14,12 @@ import openai
 import pytest
 
 from sensorium import LLM, SamplingParams
-from sensorium.multimodal.media import MediaLimits
-from sensorium.multimodal.media.encode import encode_audio
+from sensorium.media import MediaLimits
+from sensorium.media.encode import encode_audio
 from tests.entrypoints.served import SETTINGS, Served, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S
-from tests.multimodal.media import samples
+from tests.media import samples
 from training.speech import SAMPLE_RATE, SpeechBank
 
 MAX_AUDIO_BYTES = 1_500_000

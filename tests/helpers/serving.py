@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from sensorium import EngineArgs, LLMEngine, RequestOutput, SamplingParams
-from sensorium.multimodal.media import FetchPolicy, MediaLoader
+from sensorium.media import FetchPolicy, MediaLoader
 from tests.helpers.device import TEST_DEVICE
 
 

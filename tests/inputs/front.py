@@ -14,9 +14,9 @@ import torch
 from torch import nn
 from transformers import AutoConfig, LlamaConfig
 
+from sensorium.chat.renderer import ChatRenderer
 from sensorium.config import ModelFeatures
 from sensorium.inputs import INPUT_REGISTRY
-from sensorium.inputs.chat import ChatRenderer
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.model_executor.models.interfaces import SupportsMultiModal

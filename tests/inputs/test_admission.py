@@ -5,13 +5,11 @@ from __future__ import annotations
 import re
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
 from sensorium.config import CacheConfig, SchedulerConfig
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
-from sensorium.inputs.admission import check_arrays
 from tests.inputs.front import (
     HIDDEN_SIZE,
     IMAGE,
@@ -208,33 +206,6 @@ def test_embeddings_can_be_switched_off() -> None:
     assert spans_of(front.images(picture(3))) == [(0, 3)]
     with pytest.raises(UnsupportedFeatureError, match="switched off"):
         front.images(embeddings(3, HIDDEN_SIZE))
-
-
-# Data
-
-
-def nested(depth: int) -> Any:
-    value: Any = np.ones(1)
-    for _ in range(depth):
-        value = {"a": [value]}
-    return value
-
-
-@pytest.mark.parametrize(
-    "value",
-    [np.array([np.inf]), [np.ones(2), np.array([np.nan])], {"a": (1, torch.tensor(float("nan")))}, nested(20)],
-    ids=["infinite", "in a list", "in a dict", "nested"],
-)
-def test_values_that_can_not_be_computed_with_are_found_anywhere(value: Any) -> None:
-    with pytest.raises(InvalidRequestError, match="image data"):
-        check_arrays("image", value)
-
-
-@pytest.mark.parametrize(
-    "value", [np.ones(2), np.array([1, 2]), torch.ones(2, dtype=torch.int8), nested(2), object(), "a"]
-)
-def test_other_values_pass(value: Any) -> None:
-    check_arrays("image", value)
 
 
 def test_a_cache_of_no_size_changes_nothing_but_the_number_of_calls() -> None:

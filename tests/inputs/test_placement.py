@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
-from sensorium.inputs.placement import Placement, Prompt, group_overlapping, locate
+from sensorium.multimodal.placement import Placement, Prompt, group_overlapping, locate
 from sensorium.spans import Span
 from tests.inputs.front import (
     IMAGE,

@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from sensorium.errors import InvalidRequestError, MediaError
-from sensorium.inputs.mrope import get_mrope_positions
+from sensorium.media import EncodedMedia, FetchPolicy, MediaLoader
 from sensorium.model_executor.models.byte_patches import as_processed
-from sensorium.multimodal.media import EncodedMedia, FetchPolicy, MediaLoader
+from sensorium.multimodal.mrope import get_mrope_positions
 from tests.helpers.checkpoints import HIDDEN_SIZE, token_ids
 from tests.helpers.processors import make_image, make_video
 from tests.inputs.front import front_of, hf_processor, keys_of, spans_of

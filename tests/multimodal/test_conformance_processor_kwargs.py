@@ -11,9 +11,9 @@ import torch
 from torch import nn
 
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, token_inputs
-from sensorium.inputs.callables import accepted_kwargs, resolve_mm_processor_kwargs
 from sensorium.model_executor.models.interfaces import SupportsMultiModal
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+from sensorium.multimodal.callables import accepted_kwargs, resolve_mm_processor_kwargs
 from sensorium.sequence import SequenceData
 from tests.helpers.configs import make_model_config
 from tests.helpers.processors import make_image, save_qwen2_vl

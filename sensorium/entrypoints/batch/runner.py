@@ -18,7 +18,7 @@ from sensorium.entrypoints.batch.records import BatchLine, Record, Response, cus
 from sensorium.entrypoints.batch.uploads import UPLOAD_PATHS, form_of
 from sensorium.entrypoints.openai.errors import error_body
 from sensorium.errors import EngineDeadError, InvalidRequestError, RequestError
-from sensorium.multimodal.media import MediaLoader
+from sensorium.media import MediaLoader
 
 PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", *UPLOAD_PATHS)
 """Routes that a line may name, if the application has them."""

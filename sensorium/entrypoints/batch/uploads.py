@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
-from sensorium.multimodal.media import MediaLoader
+from sensorium.media import MediaLoader
 
 UPLOAD_PATHS = ("/v1/audio/transcriptions",)
 

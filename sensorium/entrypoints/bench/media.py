@@ -27,7 +27,7 @@ class Media:
 
 def image(seed: int, number: int, width: int, height: int, format: str) -> Media:
     """A picture; `format` is "jpeg" or "png"."""
-    from sensorium.multimodal.media.encode import encode_image
+    from sensorium.media.encode import encode_image
 
     picture = _picture(_rng("image", seed, number), width, height)
     return Media("image", encode_image(picture, format.upper()), f"image/{format}")
@@ -35,7 +35,7 @@ def image(seed: int, number: int, width: int, height: int, format: str) -> Media
 
 def clip(seed: int, number: int, width: int, height: int, num_frames: int) -> Media:
     """A clip in MP4: a window that moves over a larger picture."""
-    from sensorium.multimodal.media.encode import encode_video
+    from sensorium.media.encode import encode_video
 
     large = np.asarray(_picture(_rng("video", seed, number), width + num_frames, height))
     frames = np.stack([large[:, shift : shift + width] for shift in range(num_frames)])
@@ -44,7 +44,7 @@ def clip(seed: int, number: int, width: int, height: int, num_frames: int) -> Me
 
 def sound(seed: int, number: int, seconds: float, sampling_rate: int = 16_000) -> Media:
     """A sound in WAV: a few tones that come and go."""
-    from sensorium.multimodal.media.encode import encode_audio
+    from sensorium.media.encode import encode_audio
 
     rng = _rng("audio", seed, number)
     time_s = np.arange(max(1, round(seconds * sampling_rate)), dtype=np.float32) / sampling_rate

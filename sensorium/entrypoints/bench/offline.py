@@ -15,7 +15,7 @@ from sensorium.entrypoints.bench.report import plain
 from sensorium.entrypoints.bench.stats import spread_ms
 from sensorium.entrypoints.bench.workload import BenchRequest, RequestSource, Workload, messages
 from sensorium.errors import ConfigError
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 from sensorium.outputs import RequestOutput
 from sensorium.sampling_params import SamplingParams
 from sensorium.settings import check_settings

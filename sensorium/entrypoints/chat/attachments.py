@@ -41,7 +41,7 @@ class Attachment:
     @cached_property
     def part(self) -> dict[str, Any]:
         """The content part of OpenAI's API."""
-        from sensorium.multimodal.media.encode import to_data_url
+        from sensorium.media.encode import to_data_url
 
         if self.data is None:
             return _url_part(self.modality, self.name)
@@ -88,7 +88,7 @@ def attach(source: str, modality: str | None = None) -> Attachment:
 
 def media_type_of(path: Path, head: bytes) -> str:
     """The media type by a file's first bytes, or by its name."""
-    from sensorium.multimodal.media.sniff import find_stream
+    from sensorium.media.sniff import find_stream
 
     for start, media_type in _IMAGE_STARTS.items():
         if head.startswith(start):

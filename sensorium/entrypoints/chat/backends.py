@@ -17,7 +17,7 @@ from sensorium.entrypoints.bench.http_client import ServerAddress
 from sensorium.entrypoints.chat.conversation import Messages
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.logger import LogSettings
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
 
 LIMITS_OF_A_CHAT = {"image": 8, "video": 2, "audio": 4}
@@ -70,9 +70,9 @@ class LocalBackend:
             ConfigError, ModelError, WeightsError: It can't be run as asked.
             InvalidRequestError: It has no tokenizer, or no chat template.
         """
+        from sensorium.chat.renderer import ChatRenderer
         from sensorium.engine.async_llm_engine import AsyncLLMEngine
-        from sensorium.inputs.chat import ChatRenderer
-        from sensorium.multimodal.media import FetchPolicy, MediaLoader
+        from sensorium.media import FetchPolicy, MediaLoader
 
         if not args.limit_mm_per_prompt:
             args = replace(args, limit_mm_per_prompt=await asyncio.to_thread(_limits, args))

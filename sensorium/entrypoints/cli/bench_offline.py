@@ -12,7 +12,7 @@ from sensorium.entrypoints.bench.offline import OfflineBenchArgs
 from sensorium.entrypoints.bench.report import OutputArgs, finish
 from sensorium.entrypoints.bench.workload import Workload
 from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, build, read_settings
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 
 _KINDS = (OfflineBenchArgs, Workload, OutputArgs, EngineArgs, MediaLimits)
 Measure = Callable[..., tuple[dict[str, Any], list[Any]]]

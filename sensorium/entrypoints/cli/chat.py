@@ -11,7 +11,7 @@ from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, build, read_settings
 from sensorium.entrypoints.cli.generate import NO_FLAG, OF_PARSED_ANSWERS
 from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
 
 _NO_FLAG = (*NO_FLAG, "n")

@@ -14,7 +14,7 @@ from sensorium.entrypoints.chat.attachments import MODALITIES, Attachment, attac
 from sensorium.entrypoints.cli.flags import accept_in_config, add_config, add_flags, build, read_settings
 from sensorium.entrypoints.cli.prompt_sources import Prompt, read_prompts
 from sensorium.errors import InvalidRequestError
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
 from sensorium.structured_outputs import StructuredOutputs
 
@@ -121,7 +121,7 @@ def _counts(media: Sequence[Attachment]) -> Mapping[str, int]:
 
 
 def _plain(prompt: Prompt, media: Sequence[Attachment]) -> Any:
-    from sensorium.multimodal.media import EncodedMedia, FetchPolicy, MediaLoader
+    from sensorium.media import EncodedMedia, FetchPolicy, MediaLoader
 
     if not media:
         return prompt.text

@@ -17,7 +17,7 @@ from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, bu
 from sensorium.entrypoints.openai.preflight import check_settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 
 _KINDS = (ServerArgs, EngineArgs, MediaLimits)
 _OF_THE_NETWORK = (

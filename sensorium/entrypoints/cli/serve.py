@@ -11,7 +11,7 @@ from sensorium.entrypoints.cli.flags import add_config, add_flags, add_model, bu
 from sensorium.entrypoints.openai.listening import listening
 from sensorium.entrypoints.openai.preflight import check_settings
 from sensorium.entrypoints.openai.server_args import ServerArgs
-from sensorium.multimodal.media.limits import MediaLimits
+from sensorium.media.limits import MediaLimits
 
 _KINDS = (ServerArgs, EngineArgs, MediaLimits)
 

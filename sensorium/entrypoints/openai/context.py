@@ -10,16 +10,16 @@ from typing import Any
 
 from starlette.requests import Request
 
+from sensorium.chat.renderer import ChatRenderer
+from sensorium.chat.template import EFFORTS
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.entrypoints.openai.errors import HttpError
 from sensorium.entrypoints.openai.http import tenant_of
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.entrypoints.openai.records import note_warning
 from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
-from sensorium.inputs.chat import ChatRenderer
-from sensorium.inputs.chat_template import EFFORTS
 from sensorium.inputs.preprocess import ProcessedRequest
-from sensorium.multimodal.media import MediaLoader
+from sensorium.media import MediaLoader
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.sampling_params import SamplingParams

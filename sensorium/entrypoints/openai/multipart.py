@@ -15,7 +15,7 @@ from python_multipart.multipart import parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
 from sensorium.errors import InvalidRequestError, RequestAbortedError
-from sensorium.multimodal.media.limits import bytes_too_large
+from sensorium.media.limits import bytes_too_large
 
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks

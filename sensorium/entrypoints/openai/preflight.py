@@ -9,7 +9,7 @@ from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.extras import require
 from sensorium.entrypoints.openai.listening import check_certificate
 from sensorium.entrypoints.openai.server_args import ServerArgs
-from sensorium.multimodal.media.policy import FetchPolicy
+from sensorium.media.policy import FetchPolicy
 
 
 def check_settings(command: str, engine_args: EngineArgs, args: ServerArgs) -> None:

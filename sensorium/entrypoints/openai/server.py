@@ -17,6 +17,8 @@ from typing import TYPE_CHECKING
 import uvicorn
 from starlette.applications import Starlette
 
+from sensorium.chat.named_media import NamedMedia
+from sensorium.chat.renderer import ChatRenderer
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_process import CoreFactory
@@ -33,10 +35,8 @@ from sensorium.entrypoints.openai.responses.store import ResponseStore
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.transcriptions import TranscriptionRoutes
 from sensorium.errors import ConfigError
-from sensorium.inputs.chat import ChatRenderer
-from sensorium.inputs.named_media import NamedMedia
 from sensorium.logger import get_logger
-from sensorium.multimodal.media import DecoderPool, MediaBudget, MediaLimits, MediaLoader
+from sensorium.media import DecoderPool, MediaBudget, MediaLimits, MediaLoader
 
 if TYPE_CHECKING:
     from sensorium.entrypoints.openai.tracing import Traces

@@ -20,8 +20,8 @@ from sensorium.entrypoints.openai.multipart import read_form
 from sensorium.entrypoints.openai.protocol import TranscriptionForm, parse_body
 from sensorium.errors import ContextLengthError, UnsupportedFeatureError
 from sensorium.inputs.transcription import TranscriptionStyle, TranscriptReader, transcription_style
+from sensorium.media import AudioClip, EncodedMedia, MediaLoader
 from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.multimodal.media import AudioClip, EncodedMedia, MediaLoader
 from sensorium.outputs import OutputKind, RequestOutput
 from sensorium.stages import stage
 

@@ -17,7 +17,7 @@ import torch
 from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
-from sensorium.inputs.transcription import TranscriptionStyle, check_heard
+from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.model_executor.layers.linear import ReplicatedLinear
 from sensorium.model_executor.models.media_common import (
     as_items,
@@ -33,6 +33,7 @@ from sensorium.model_executor.models.whisper_encoder import WhisperEncoder, rows
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 from sensorium.multimodal.audio import resample_audio
 from sensorium.multimodal.hf_processors import cached_get_feature_extractor
+from sensorium.multimodal.item_checks import check_heard
 from sensorium.sequence import SequenceData
 
 Sound: TypeAlias = Any

@@ -28,7 +28,7 @@ from sensorium.entrypoints.cli.main import main
 from sensorium.entrypoints.openai.server import make_media_loader, running_app
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import EngineDeadError
-from sensorium.multimodal.media import MediaLoader
+from sensorium.media import MediaLoader
 from tests.entrypoints.served import SETTINGS, data_url
 from tests.entrypoints.test_transcriptions import spoken
 from tests.helpers.checkpoints import make_checkpoint

@@ -16,7 +16,7 @@ from sensorium.entrypoints.bench.bodies import BodyMaker
 from sensorium.entrypoints.bench.spans import Size, Span
 from sensorium.entrypoints.bench.workload import BenchRequest, RequestSource, Workload
 from sensorium.errors import ConfigError
-from sensorium.multimodal.media import MediaLoader
+from sensorium.media import MediaLoader
 
 MIXED = Workload(
     num_requests=40,

@@ -16,10 +16,10 @@ from sensorium.entrypoints.chat.lines import parse_line
 from sensorium.entrypoints.chat.session import ChatSession
 from sensorium.entrypoints.chat.terminal import Terminal
 from sensorium.errors import EngineDeadError, InvalidRequestError
-from sensorium.multimodal.media.encode import encode_audio, encode_video
+from sensorium.media.encode import encode_audio, encode_video
 from tests.helpers.mixed_requests import picture
 from tests.helpers.waiting import until
-from tests.multimodal.media import samples
+from tests.media import samples
 
 
 class Script(Terminal):

@@ -9,8 +9,8 @@ import uuid
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, TypeAlias
 
+from sensorium.chat.content import CACHE_HINTS
 from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
-from sensorium.inputs.chat_content import CACHE_HINTS
 
 MAX_ITEMS = 4096
 """Most items in one body."""

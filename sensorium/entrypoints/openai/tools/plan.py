@@ -16,10 +16,10 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
+from sensorium.chat.forms import AnswerForms
 from sensorium.entrypoints.openai.structured_outputs import reason_of
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, RequestError
-from sensorium.inputs.chat_forms import AnswerForms
 from sensorium.outputs import CompletionOutput
 from sensorium.parsing import AnswerParser, Event, Reasoning, ToolCallStart
 from sensorium.parsing.grammars import Held, answer_grammar, json_grammar

@@ -1,0 +1,1 @@
+"""Chat messages to prompts, and answers taken apart: the checkpoint's template, its media and its tools."""
