@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import shutil
 import subprocess
 import sys
@@ -77,10 +76,3 @@ def test_a_wheel_is_for_its_platform_only_with_compiled_kernels(tmp_path: Path) 
     library.parent.mkdir(parents=True)
     library.touch()
     assert ask().split() == ["py3-none-manylinux_2_28_x86_64", "False"]
-
-
-def test_files_that_contributing_names_exist() -> None:
-    text = (ROOT / "CONTRIBUTING.md").read_text()
-    named = re.findall(r"`((?:sensorium|tests|benchmarks|scripts)/[\w./]+)`", text)
-    assert len(named) > 10
-    assert [name for name in named if not (ROOT / name).exists()] == []

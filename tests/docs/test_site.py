@@ -66,3 +66,17 @@ def test_the_reference_names_what_there_is() -> None:
         assert hasattr(importlib.import_module(home), attribute) or importlib.import_module(name), name
     public = {name.rpartition(".")[2] for name in names}
     assert set(sensorium.__all__) - {"__version__"} <= public
+
+
+def test_files_that_the_tour_names_exist() -> None:
+    """Those of the tour are under `sensorium/`, those of the last table begin at the root or stand beside another."""
+    text = (ROOT / "docs" / "architecture.md").read_text()
+    tour, table = (re.split(r"^## ", text, flags=re.MULTILINE)[index] for index in (1, -1))
+    assert tour.startswith("The tour")
+    assert table.startswith("To change something")
+    in_tour = re.findall(r"`([\w/]+\.py)`", tour)
+    in_table = re.findall(r"`((?:sensorium|tests|benchmarks|scripts)/[\w./]+)`", table)
+    assert len(in_tour) > 30
+    assert len(in_table) > 30
+    paths = [*(f"sensorium/{name}" for name in in_tour), *in_table]
+    assert [path for path in paths if not (ROOT / path).exists()] == []
