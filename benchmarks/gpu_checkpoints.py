@@ -1,4 +1,7 @@
-"""Checkpoints of real shapes with seeded random weights, for `gpu.py`: no tokenizer, prompts are token ids."""
+"""Checkpoints of real shapes with seeded random weights.
+
+For `gpu.py`, where prompts are token ids, and for `gpu_server.py`, with a tokenizer of bytes.
+"""
 
 from __future__ import annotations
 
@@ -30,6 +33,12 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 """By the names of the models that have them: Qwen2.5-VL-3B and -7B, Llama-3.1-8B."""
 VOCAB = 151_936
+CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
+{% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
+{% if part.type == 'image' %}<|vision_start|><|image_pad|><|vision_end|>{% else %}{{ part.text }}{% endif %}\
+{% endfor %}{% endif %}<|im_end|>
+{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant
+{% endif %}"""
 IMAGE_ID, VIDEO_ID, VISION_START_ID, VISION_END_ID = 151_655, 151_656, 151_652, 151_653
 
 
@@ -62,6 +71,33 @@ def make_checkpoint(shape: str, folder: Path, device: str) -> Path:
         (path / "preprocessor_config.json").write_text(json.dumps(processor))
     config.save_pretrained(path)
     return path
+
+
+def add_tokenizer(path: Path) -> None:
+    """A tokenizer of single bytes in a vocabulary of the model's size, and a chat template."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    special = {
+        "<|endoftext|>": 151_643,
+        "<|im_start|>": 151_644,
+        "<|im_end|>": 151_645,
+        "<|vision_start|>": VISION_START_ID,
+        "<|vision_end|>": VISION_END_ID,
+        "<|image_pad|>": IMAGE_ID,
+        "<|video_pad|>": VIDEO_ID,
+    }
+    names = {token_id: name for name, token_id in special.items()}
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocabulary = {letter: index for index, letter in enumerate(letters)}
+    vocabulary |= {names.get(index, f"word{index}"): index for index in range(len(letters), VOCAB)}
+    tokenizer = Tokenizer(models.BPE(vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens(list(special))
+    wrapped = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+    wrapped.chat_template = CHAT_TEMPLATE
+    wrapped.save_pretrained(path)
 
 
 def _config(shape: str) -> tuple[Any, Any]:
