@@ -33,6 +33,9 @@ TokenizerMode: TypeAlias = Literal["auto"]
 """There is one tokenizer of each kind: that written in Python, "slow", left transformers with its version 5."""
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 MMSplit: TypeAlias = Literal["auto", "off"]
+ModelImpl: TypeAlias = Literal["auto", "native", "transformers"]
+"""Whose modules run: a class that is registered here, Hugging Face's own, or the former where there is one."""
+LoadCheck: TypeAlias = Literal["auto", "off"]
 ProcessorBackend: TypeAlias = Literal["auto", "pil", "torchvision"]
 PoolingType: TypeAlias = Literal["last", "mean", "cls"]
 ToolParser: TypeAlias = Literal["auto", "none", "qwen3_coder", "glm", "hermes", "mistral", "llama3", "json"]
@@ -114,7 +117,14 @@ class ModelConfig:
     mm_split: MMSplit = "auto"
     """Whether media of a forward-only model is split from its text (tier 0): "auto" where that is equal, or "off"."""
 
+    model_impl: ModelImpl = "auto"
+    """Which kind of class was asked for; `model_class` is what came of it."""
+    load_check: LoadCheck = "auto"
+    """Whether modules of transformers are compared with their untouched selves at load."""
+
     def __post_init__(self) -> None:
+        check_setting("model_impl", self.model_impl, ModelImpl)
+        check_setting("load_check", self.load_check, LoadCheck)
         check_setting("dtype", self.dtype_name, Dtype)
         check_setting("max_model_len", self.max_model_len, Count)
         check_setting("mm_split", self.mm_split, MMSplit)

@@ -28,10 +28,12 @@ from sensorium.config import (
     Fraction,
     GenerationConfig,
     Limits,
+    LoadCheck,
     LoadConfig,
     LoadFormat,
     MMSplit,
     ModelConfig,
+    ModelImpl,
     MultiModalConfig,
     NumBytes,
     NumSeqs,
@@ -102,6 +104,12 @@ class EngineArgs:
     quantization: Name | None = None
     """How linear layers hold their weights, if not in the model's dtype: "int8" (made at load, CPU only), or a name
     that a plug-in registered. A checkpoint that is quantized says so itself."""
+    model_impl: ModelImpl = "auto"
+    """Whose modules run: "native" for a class that is registered here, "transformers" for Hugging Face's own, "auto"
+    for a registered class where there is one."""
+    load_check: LoadCheck = "auto"
+    """"auto" compares modules of transformers with their untouched selves at load, which takes seconds at most; "off"
+    trusts that they fit."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values that replace those of the checkpoint's config."""
     plugins: tuple[Name, ...] = field(default=(), metadata={"flag": "plugin"})
@@ -290,7 +298,9 @@ class EngineArgs:
         from sensorium.model_executor.models.registry import ModelRegistry
         from sensorium.multimodal import MULTIMODAL_REGISTRY
 
-        model_class, architecture = ModelRegistry.resolve(config.architectures)
+        model_class, architecture = ModelRegistry.resolve(
+            config.architectures, self.model_impl, is_remote=self._brings_modules(config.hf_config)
+        )
         hf_config = config_of_part(config.hf_config, getattr(model_class, "config_part", None))
         check_values(hf_config)
         check_supports_multimodal(model_class)
@@ -323,9 +333,15 @@ class EngineArgs:
             end_token_ids=read_end_ids(generation, FILE_NAME) | written_end_ids(config.written, hf_config),
             mm_processor_backend=self.mm_processor_backend,
             mm_split=self.mm_split,
+            model_impl=self.model_impl,
+            load_check=self.load_check,
         )
         MULTIMODAL_REGISTRY.check_mappers(model_config)
         return model_config
+
+    def _brings_modules(self, hf_config: Any) -> bool:
+        """Whether modules of a model of text come with the checkpoint, and may be run."""
+        return self.trust_remote_code and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
 
     def _refuse_media_settings(self, architecture: str) -> None:
         """Raise `ConfigError` for a setting that has no effect on a model of text."""

@@ -238,7 +238,7 @@ def check_values(hf_config: Any) -> None:
     """
     for place, level in _levels(hf_config):
         for name, bounds in _BOUNDS.items():
-            _check_number(f"{place}{name}", getattr(level, name, None), bounds)
+            _check_number(f"{place}{name}", _value(level, name), bounds)
         for settings in ("rope_parameters", "rope_scaling"):
             for name, bounds in _ROPE_BOUNDS.items():
                 value = _mapping_in(vars(level), settings).get(name)
@@ -266,6 +266,17 @@ def _levels(hf_config: Any, place: str = "") -> Iterator[tuple[str, Any]]:
             yield from _levels(value, f"{place}{name}.")
 
 
+def _value(level: Any, name: str) -> object:
+    """A value of a config; None where it has none for all layers, or where another one says that it doesn't count."""
+    if name == "sliding_window" and getattr(level, "use_sliding_window", True) is False:
+        return None
+    try:
+        return getattr(level, name, None)
+    except Exception as error:  # what configs raise on values that differ from layer to layer
+        logger.debug("%s has no single value", name, exc_info=error)
+        return None
+
+
 def _check_number(name: str, value: object, bounds: Bounds) -> None:
     if value is None or isinstance(value, list | tuple | Mapping):
         return
@@ -277,11 +288,11 @@ def _check_number(name: str, value: object, bounds: Bounds) -> None:
 
 
 def _check_heads(text: Any) -> None:
-    hidden_size, num_heads = getattr(text, "hidden_size", None), getattr(text, "num_attention_heads", None)
-    num_kv_heads = getattr(text, "num_key_value_heads", None)
+    hidden_size, num_heads = _value(text, "hidden_size"), _value(text, "num_attention_heads")
+    num_kv_heads = _value(text, "num_key_value_heads")
     if not isinstance(num_heads, int):
         return
-    if isinstance(hidden_size, int) and getattr(text, "head_dim", None) is None and hidden_size % num_heads:
+    if isinstance(hidden_size, int) and _value(text, "head_dim") is None and hidden_size % num_heads:
         raise ModelError(
             f"hidden_size in {_CONFIG}: got {hidden_size}, expected a multiple of num_attention_heads ({num_heads}). "
             "Correct one of them."

@@ -16,7 +16,7 @@ from sensorium.model_executor.drivers import MediaRows, StepInputs
 from sensorium.worker.kv_cache import CacheLayout, zero_row
 
 IdArray = npt.NDArray[np.int64]
-MAX_SEQUENCES = 2
+MAX_SEQUENCES = 3
 """In one step."""
 
 

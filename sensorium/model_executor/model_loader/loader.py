@@ -36,6 +36,16 @@ MAX_NAMES_IN_MESSAGE = 10
 
 
 @runtime_checkable
+class LoadsItself(Protocol):
+    """A model class whose weights aren't read by name from here."""
+
+    @classmethod
+    def load_from_checkpoint(cls, config: EngineConfig) -> nn.Module:
+        """The model with its weights. Raises what `load_model` raises."""
+        ...
+
+
+@runtime_checkable
 class ProcessesWeights(Protocol):
     """A layer that lays its weights out once they are loaded."""
 
@@ -63,7 +73,9 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
     if model_class is None:
         raise ModelError("model class: got none, expected a registered class. Set architectures in config.json.")
     start = time.perf_counter()
-    if config.load_config.load_format == "dummy":
+    if isinstance(model_class, LoadsItself):
+        model = model_class.load_from_checkpoint(config)
+    elif config.load_config.load_format == "dummy":
         model = _build(model_class, config)
         fill_with_random(model, model_config.seed)
     else:

@@ -88,7 +88,7 @@ def init_registered_model(
         hf_config = kwargs.get("config")
     config = config or current_engine_config()
     hf_config = hf_config or config.model_config.hf_config
-    model_class, architecture = ModelRegistry.resolve(architectures or _architectures(hf_config))
+    model_class, architecture = ModelRegistry.resolve(architectures or _architectures(hf_config), "native")
     return construct_model(model_class, config.with_hf_config(hf_config, [architecture]), prefix)
 
 

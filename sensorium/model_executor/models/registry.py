@@ -12,8 +12,10 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from sensorium.config import ModelImpl
 from sensorium.errors import ConfigError, ModelError
 from sensorium.logger import get_logger
+from sensorium.model_executor.models.transformers.architectures import TEXT_CLASS, text_architectures
 from sensorium.plugins import HOW_TO_ADD, failed_plugins
 
 if TYPE_CHECKING:
@@ -82,19 +84,41 @@ class _ModelRegistry:
             )
         self._models[model_arch] = model_cls
 
-    def resolve(self, architectures: str | Sequence[str]) -> tuple[type[nn.Module], str]:
-        """The class of the first architecture that is known, and that architecture's name.
+    def resolve(
+        self, architectures: str | Sequence[str], model_impl: ModelImpl = "auto", *, is_remote: bool = False
+    ) -> tuple[type[nn.Module], str]:
+        """The class that serves the first architecture that can be served, and that architecture's name.
 
-        Raises `ConfigError` (a `ValueError`) if none is, `ModelError` (a `TypeError`) if its class can't be imported.
+        Args:
+            architectures: Names, the preferred one first.
+            model_impl: "native" for registered classes, "transformers" for modules of transformers, "auto" for the
+                former where there is one.
+            is_remote: The modules come with the checkpoint, so that transformers runs them by any name.
+
+        Raises `ConfigError` (a `ValueError`) if there is none, `ModelError` (a `TypeError`) if the class can't be
+        imported.
         """
         names = [architectures] if isinstance(architectures, str) else list(architectures)
-        for name in names:
-            if name in self._models:
-                return self._load(name), name
+        if model_impl != "transformers":
+            for name in names:
+                if name in self._models:
+                    return self._load(name, self._models[name]), name
+        generic = names if is_remote else [name for name in names if name in text_architectures()]
+        if generic and model_impl != "native":
+            return self._load(generic[0], TEXT_CLASS), generic[0]
+        raise self._unknown(names, model_impl, has_generic=bool(generic))
+
+    def _unknown(self, names: Sequence[str], model_impl: ModelImpl, *, has_generic: bool) -> ConfigError:
+        if model_impl == "transformers":
+            return ConfigError(
+                f"model_impl: got 'transformers' for the architectures {names}, expected ones that transformers has "
+                "modules for and that are served by them. Set model_impl (--model-impl) to 'auto'."
+            )
         similar = [found for name in names for found in difflib.get_close_matches(name, self._models, n=1)]
-        raise ConfigError(
+        way_out = "Set model_impl (--model-impl) to 'auto' to run the modules of transformers. " if has_generic else ""
+        return ConfigError(
             f"Model architectures {names} are not supported for now. Supported architectures: "
-            f"{self._some_archs()}. {HOW_TO_ADD}"
+            f"{self._some_archs()}. {way_out}{HOW_TO_ADD}"
             f"{f'; or correct the name if {similar[0]!r} is meant' if similar else ''}."
             f"{f' Note: {failed}.' if (failed := failed_plugins()) else ''}"
         )
@@ -105,8 +129,7 @@ class _ModelRegistry:
         others = len(known) - MAX_NAMED_ARCHS
         return f"{known[:MAX_NAMED_ARCHS]}" if others <= 0 else f"{known[:MAX_NAMED_ARCHS]} and {others} more"
 
-    def _load(self, architecture: str) -> Any:
-        target = self._models[architecture]
+    def _load(self, architecture: str, target: str | type) -> Any:
         if isinstance(target, type):
             return target
         module, _, name = target.partition(":")

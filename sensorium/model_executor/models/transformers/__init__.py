@@ -1,0 +1,12 @@
+"""Any architecture of Hugging Face transformers, by its own modules, in this engine's flat batch and paged cache.
+
+Nothing here knows an architecture. What a model is like shows when its modules run:
+
+- `interface`: what transformers' attention functions and mask functions are replaced by;
+- `mask_rules`: reads from a mask function what a position sees;
+- `discovery`: one short pass that finds the attention calls, and the module that holds them all (the trunk);
+- `weights`: Hugging Face's own loading;
+- `model`: the class that the engine runs.
+
+Whether what was found is right is checked at load against the untouched model (`sensorium.worker.reference_check`).
+"""

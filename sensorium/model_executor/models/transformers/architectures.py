@@ -1,0 +1,29 @@
+"""Which architectures transformers has modules for that generate text. Told by its tables of names; loads no module."""
+
+from __future__ import annotations
+
+TEXT_CLASS = "sensorium.model_executor.models.transformers.model:TransformersForCausalLM"
+"""What serves architectures of text."""
+
+
+def text_architectures() -> frozenset[str]:
+    """Names of classes that continue a text and take nothing else."""
+    return _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES") - media_architectures()
+
+
+def media_architectures() -> frozenset[str]:
+    """Names of classes that take media, or read a source with an encoder, and write text."""
+    tables = (
+        "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
+        "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",
+        "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES",
+        "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    )
+    return frozenset().union(*map(_names, tables))
+
+
+def _names(table: str) -> frozenset[str]:
+    from transformers.models.auto import modeling_auto
+
+    values = getattr(modeling_auto, table).values()
+    return frozenset(name for value in values for name in ((value,) if isinstance(value, str) else value))

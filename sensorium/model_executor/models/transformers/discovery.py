@@ -1,0 +1,239 @@
+"""One short pass of a model's own `forward` that shows how it would be run: its attention calls, and its trunk.
+
+Attention is left out of it: what the calls are given is noted, and they return zeros. A call is known by its number in
+a pass, not by its module, since some models run a layer several times (Zamba2).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from sensorium.model_executor.models.transformers.interface import RuledMask, attending
+from sensorium.model_executor.models.transformers.mask_rules import MaskRule, read_rule
+from sensorium.model_executor.models.transformers.refusal import CannotRunError
+
+NUM_TOKENS = 6
+"""Of the pass."""
+_TOKEN_ARGUMENTS = frozenset(("input_ids", "attention_mask", "position_ids", "cache_position", "inputs_embeds"))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class AttentionCall:
+    """One call of the attention function in a pass: whose it is, its sizes, and what a position sees there."""
+
+    module: nn.Module
+    num_heads: int
+    num_kv_heads: int
+    key_size: int
+    value_size: int
+    scale: float
+    rule: MaskRule = field(default_factory=MaskRule)
+    softcap: float | None = None
+    sinks: torch.Tensor | None = None
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Discovery:
+    """What the pass has shown."""
+
+    calls: tuple[AttentionCall, ...]
+    trunk: nn.Module
+    """Holds all attention calls, and takes token ids and their positions."""
+    trunk_output: Any
+    """What it returned; its first tensor are the hidden states."""
+    settings: Mapping[str, Any]
+    """What the outer model gives to its trunk beside tensors of the tokens."""
+
+
+def discover(model: nn.Module, token_ids: Sequence[int], max_position: int, device: torch.device) -> Discovery:
+    """Run a Hugging Face model of text on a few tokens, and look on.
+
+    Raises:
+        CannotRunError: It does something that a flat batch over a paged cache has no counterpart for.
+    """
+    half = len(token_ids) // 2
+    ids, positions = torch.tensor([list(token_ids)], device=device), torch.arange(len(token_ids), device=device)[None]
+    found, rows = _look_on(model, ids, positions, half, max_position)
+    # Other tokens in the first half, as far from the others as those of another request may be.
+    ids[0, :half] = ids[0, :half].flip(0)
+    positions[0, :half] += max_position - half + 1
+    _, same = _look_on(model, ids, positions, half, max_position)
+    if not all(map(_are_equal, rows, same)):
+        raise CannotRunError(
+            "its rows meet outside of attention, as in layers that keep a state of what came before, or where the "
+            "longest sequence of a batch changes how all are rotated"
+        )
+    return found
+
+
+def _look_on(
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, half: int, max_position: int
+) -> tuple[Discovery, list[torch.Tensor]]:
+    """What a pass shows, and all that it computes of the rows from `half` on."""
+    recorder = _Recorder(max_position, half)
+    watch = _TrunkWatch(model, recorder)
+    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
+    try:
+        with attending(recorder):
+            # Without a mask of ones, models read jumps of positions as the borders of packed sequences.
+            model(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **({"position_ids": positions} if takes_positions else {}),
+            )
+    except CannotRunError:
+        raise
+    except Exception as error:  # whatever modules raise
+        raise CannotRunError(f"its forward fails on {ids.shape[1]} tokens of text ({error})") from error
+    finally:
+        watch.remove()
+    if not recorder.calls:
+        raise CannotRunError("its attention can't be reached through transformers' AttentionInterface")
+    trunk, settings, output = watch.found()
+    rows = [*recorder.rows, hidden_states(output)[:, half:]]
+    return Discovery(tuple(recorder.calls), trunk, output, settings), rows
+
+
+def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether the same rows were computed, up to how kernels round."""
+    if one.shape != other.shape:
+        return False
+    difference = (one.float() - other.float()).abs().max()
+    return bool(difference <= 32 * torch.finfo(one.dtype).eps * one.float().abs().max())
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """`(1, num_tokens, hidden_size)` of what a trunk returned."""
+    hidden: torch.Tensor = output[0]
+    return hidden
+
+
+class _Recorder:
+    """The `AttentionStep` that notes its calls."""
+
+    def __init__(self, max_position: int, half: int) -> None:
+        self.calls: list[AttentionCall] = []
+        self.rows: list[torch.Tensor] = []
+        """Queries, keys and values of each call, from the row `half` on."""
+        self._max_position = max_position
+        self._half = half
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """See `AttentionStep.attend`."""
+        self.calls.append(_call_of(module, query, key, value, options, self._rule(mask)))
+        self.rows += [each[:, :, self._half :] for each in (query, key, value)]
+        return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
+
+    def _rule(self, mask: torch.Tensor | None) -> MaskRule:
+        if not isinstance(mask, RuledMask):
+            # Of a few tokens it may hide nothing, and of many all but some that the layer chooses.
+            raise CannotRunError("its layers make masks of their own, which may depend on what was said")
+        return read_rule(mask.rule, self._max_position, mask.device)
+
+
+def _call_of(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    options: Mapping[str, Any],
+    rule: MaskRule,
+) -> AttentionCall:
+    _check_shapes(query, key, value)
+    if options.get("position_bias") is not None:
+        raise CannotRunError("it adds a bias to attention that it computes from places in the batch")
+    scale, softcap, sinks = options.get("scaling"), options.get("softcap"), options.get("s_aux")
+    if isinstance(scale, torch.Tensor):
+        if scale.numel() != 1:
+            raise CannotRunError("its attention has a scale for each head or token")
+        scale = float(scale)
+    return AttentionCall(
+        module=module,
+        num_heads=query.shape[1],
+        num_kv_heads=key.shape[1],
+        key_size=key.shape[3],
+        value_size=value.shape[3],
+        scale=float(query.shape[3] ** -0.5 if scale is None else scale),
+        rule=rule,
+        softcap=float(softcap) if softcap else None,
+        sinks=getattr(module, "sinks", None) if sinks is None else sinks,
+    )
+
+
+def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> None:
+    if query.dim() != 4 or query.shape[0] != 1:
+        raise CannotRunError("it changes the batch axis in front of attention")
+    if query.shape[2] != key.shape[2]:
+        raise CannotRunError("queries and keys of attention have different lengths, as with cross-attention")
+    if key.shape[1] != value.shape[1] or query.shape[1] % key.shape[1]:
+        raise CannotRunError("its attention has other numbers of heads for keys than for values")
+
+
+class _TrunkWatch:
+    """Finds the outermost module within the model that holds all attention calls."""
+
+    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
+        self._recorder = recorder
+        self._found: tuple[nn.Module, dict[str, Any], Any] | None = None
+        self._total_at: list[tuple[nn.Module, int]] = []
+        self._handles = []
+        for module in model.modules():
+            if module is not model and takes_tokens(module):
+                self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
+                self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
+        self._candidates: list[tuple[nn.Module, int, int, dict[str, Any], Any]] = []
+
+    def remove(self) -> None:
+        """Take the hooks off."""
+        for handle in self._handles:
+            handle.remove()
+
+    def found(self) -> tuple[nn.Module, dict[str, Any], Any]:
+        """The trunk, what it was given beside tensors of tokens, and what it returned."""
+        total = len(self._recorder.calls)
+        whole = [each for each in self._candidates if each[1] == 0 and each[2] == total]
+        if not whole:
+            raise CannotRunError("no module of it takes token ids with positions and holds all attention")
+        module, _, _, given, output = whole[-1]  # modules are left from the inside out
+        return module, _settings(given), output
+
+    def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self._total_at.append((module, len(self._recorder.calls)))
+
+    def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        _, before = self._total_at.pop()
+        given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
+        given |= given.pop("kwargs", {})
+        self._candidates.append((module, before, len(self._recorder.calls), given, output))
+
+
+def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    kept = {name: value for name, value in given.items() if name not in _TOKEN_ARGUMENTS and value is not None}
+    tensors = [name for name, value in kept.items() if isinstance(value, torch.Tensor)]
+    if tensors or given.get("inputs_embeds") is not None:
+        raise CannotRunError(f"its outer module computes {tensors[0] if tensors else 'inputs_embeds'} for its decoder")
+    return kept | {"use_cache": False}
+
+
+def takes_tokens(module: nn.Module) -> bool:
+    """Whether a module takes token ids with their positions."""
+    try:
+        names = inspect.signature(module.forward).parameters
+    except (TypeError, ValueError):
+        return False
+    return "input_ids" in names and "position_ids" in names

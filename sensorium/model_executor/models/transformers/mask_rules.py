@@ -1,0 +1,83 @@
+"""Reads what a position sees from a mask function, by asking it about positions.
+
+Every causal rule of transformers shows a position `q` the keys from some first one up to `q` itself. How the first key
+moves with `q` tells which rule it is:
+
+    everything       0
+    window of w      max(q - w + 1, 0)
+    chunks of c      q // c * c
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from sensorium.model_executor.models.transformers.interface import MaskFunction
+from sensorium.model_executor.models.transformers.refusal import CannotRunError
+
+MAX_POSITION = 1 << 18
+"""No rule is asked about positions from here on."""
+_LOOK_AHEAD = 8
+"""Keys behind a position that are asked about."""
+
+
+@dataclass(frozen=True, slots=True)
+class MaskRule:
+    """What a position sees of itself and the positions before: all, those of a window, or those of its chunk."""
+
+    window: int | None = None
+    chunk: int | None = None
+
+    def first_key(self, query: int) -> int:
+        """The first key that a query sees."""
+        if self.window is not None:
+            return max(query - self.window + 1, 0)
+        return query // self.chunk * self.chunk if self.chunk is not None else 0
+
+
+def read_rule(function: MaskFunction, max_position: int, device: torch.device | str = "cpu") -> MaskRule:
+    """The rule that a mask function follows up to `max_position`; `device` is that of the tensors it may hold.
+
+    Raises:
+        CannotRunError: It follows none of the rules above.
+    """
+    last = min(max_position, MAX_POSITION)
+    first_key = partial(_first_key, function, device)
+    rule = _guess(first_key, last)
+    for query in {0, 1, last // 3, last // 2, last - 1, last, *_edges(rule, last)}:
+        if 0 <= query <= last and first_key(query) != rule.first_key(query):
+            raise CannotRunError("its attention mask is neither causal nor a window nor of chunks")
+    return rule
+
+
+def _guess(first_key: Callable[[int], int], last: int) -> MaskRule:
+    first = first_key(last)
+    if first == 0:
+        return MaskRule()
+    if first_key(last - 1) == first - 1:
+        return MaskRule(window=last - first + 1)
+    return MaskRule(chunk=first - first_key(first - 1))
+
+
+def _edges(rule: MaskRule, last: int) -> tuple[int, ...]:
+    """Positions where the rule changes what is seen."""
+    size = rule.window or rule.chunk or last
+    return size - 1, size, size + 1, 2 * size - 1, 2 * size
+
+
+def _first_key(function: MaskFunction, device: torch.device | str, query: int) -> int:
+    """The first key that a query sees, which is followed by all others up to the query itself, and by no more."""
+    zero = torch.zeros((), dtype=torch.long, device=device)
+    keys = torch.arange(query + 1 + _LOOK_AHEAD, device=device)
+    try:
+        seen = function(zero, zero, zero + query, keys)
+    except (IndexError, RuntimeError) as error:  # it looks indices up in a table of this prompt
+        raise CannotRunError("its attention mask depends on the prompt") from error
+    visible = seen.expand(len(keys)).nonzero()[:, 0]
+    if len(visible) == 0 or int(visible[-1]) != query or len(visible) != query - int(visible[0]) + 1:
+        raise CannotRunError("its attention mask is not causal")
+    return int(visible[0])

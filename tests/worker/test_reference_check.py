@@ -1,0 +1,132 @@
+"""The check at load of transformers' modules finds what is wrong, and says why an architecture can't be run."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from sensorium.errors import ConfigError, ModelError, WeightsError
+from sensorium.model_executor.models.transformers import mask_rules
+from sensorium.model_executor.models.transformers.mask_rules import MaskRule
+from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
+from sensorium.worker.reference_check import position_error
+from tests.helpers.generic import load_generic
+from tests.helpers.tiny_architectures import save_tiny
+
+UNEQUAL = "isn't what they compute alone"
+
+
+def test_the_report_says_what_runs_and_how_far_it_was_checked(tmp_path: Path) -> None:
+    save_tiny("qwen3", tmp_path)
+    model, report = load_generic(tmp_path)
+    assert isinstance(model, TransformersForCausalLM)
+    assert report.features.tier == "transformers flat"
+    assert any("Qwen3ForCausalLM" in note and "checked at load" in note for note in report.features.notes)
+
+
+@pytest.mark.parametrize(
+    "spoil", [lambda rule: MaskRule(), lambda rule: replace(rule, window=7), lambda rule: replace(rule, window=5)]
+)
+def test_a_window_that_is_off_by_one_is_found(spoil: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("mistral", tmp_path)  # whose window is 6
+    read = mask_rules.read_rule
+    monkeypatch.setattr(
+        "sensorium.model_executor.models.transformers.discovery.read_rule",
+        lambda *arguments: spoil(read(*arguments)),
+    )
+    with pytest.raises(ModelError, match=UNEQUAL):
+        load_generic(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["scale", "softcap"])
+def test_a_wrong_constant_of_attention_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_tiny("gemma2", tmp_path, attn_logit_softcapping=0.5, query_pre_attn_scalar=16)
+    init = TransformersForCausalLM.__init__
+
+    def spoiled(self: Any, **arguments: Any) -> None:
+        init(self, **arguments)
+        for layer in self.attention_calls:
+            value = getattr(layer.spec, name)
+            layer.spec = replace(layer.spec, **{name: value * 0.7 if name == "scale" else None})
+
+    monkeypatch.setattr(TransformersForCausalLM, "__init__", spoiled)
+    with pytest.raises(ModelError, match=UNEQUAL):
+        load_generic(tmp_path)
+
+
+def test_the_check_can_be_skipped(tmp_path: Path) -> None:
+    save_tiny("llama", tmp_path)
+    model, report = load_generic(tmp_path, load_check="off")
+    assert "load_check is off" in report.features.notes
+    assert model.mask_form == "ones"
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "reason"),
+    [
+        ("bloom", {}, "can't be reached"),
+        ("lfm2_moe", {}, "rows meet outside of attention"),
+        ("doge", {}, "make masks of their own"),
+        ("inkling_text", {}, "bias"),
+    ],
+)
+def test_what_has_no_counterpart_is_refused_with_the_reason(
+    model_type: str, settings: dict[str, Any], reason: str, tmp_path: Path
+) -> None:
+    save_tiny(model_type, tmp_path, **settings)
+    with pytest.raises(ModelError, match=reason):
+        load_generic(tmp_path)
+
+
+def test_rotations_that_depend_on_the_longest_sequence_of_a_batch_are_refused(tmp_path: Path) -> None:
+    """A short request beside a long one would be rotated by the long one's factors; within the first length none is."""
+    rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
+    save_tiny("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=64)
+    with pytest.raises(ModelError, match="longest sequence"):
+        load_generic(tmp_path, max_model_len=128)
+    _, report = load_generic(tmp_path, max_model_len=64)
+    assert report.features.tier == "transformers flat"
+
+
+def test_a_missing_tensor_is_an_error_of_loading(tmp_path: Path) -> None:
+    from safetensors.torch import load_file, save_file
+
+    save_tiny("qwen3", tmp_path)
+    tensors = load_file(tmp_path / "model.safetensors")
+    del tensors["model.layers.1.mlp.up_proj.weight"]
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=r"layers\.1\.mlp\.up_proj"):
+        load_generic(tmp_path)
+
+
+def test_dummy_weights_are_seeded_and_leave_the_generator_alone(tmp_path: Path) -> None:
+    save_tiny("olmo2", tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    state = torch.get_rng_state()
+    first, _ = load_generic(tmp_path, load_format="dummy", seed=3)
+    second, _ = load_generic(tmp_path, load_format="dummy", seed=3)
+    other, _ = load_generic(tmp_path, load_format="dummy", seed=4)
+    assert torch.equal(torch.get_rng_state(), state)
+    head = [model.hf_model.lm_head.weight for model in (first, second, other)]
+    assert torch.equal(head[0], head[1])
+    assert not torch.equal(head[0], head[2])
+
+
+def test_quantization_at_load_is_refused(tmp_path: Path) -> None:
+    save_tiny("olmo2", tmp_path)
+    with pytest.raises(ConfigError, match="quantization"):
+        load_generic(tmp_path, quantization="int8")
+
+
+def test_the_error_of_a_position_is_in_units_of_its_spread() -> None:
+    expected = torch.tensor([[1.0, 3.0], [10.0, 30.0]])
+    assert position_error(expected.clone(), expected) == 0
+    assert position_error(expected + torch.tensor([[0.0], [1.0]]), expected) == pytest.approx(1 / 200**0.5)
+    assert position_error(expected * torch.nan, expected) == float("inf")
+    forbidden = torch.tensor([[1.0, 3.0, -torch.inf]])
+    assert position_error(forbidden.clone(), forbidden) == 0
+    assert position_error(torch.tensor([[1.0, 3.0, 0.0]]), forbidden) == float("inf")
