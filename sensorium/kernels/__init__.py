@@ -9,7 +9,7 @@ from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_an
 from sensorium.kernels.argmax import greedy_argmax, largest
 from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear, plain_linear
-from sensorium.kernels.native import claim_threads, native_refusal
+from sensorium.kernels.native import native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
 from sensorium.kernels.quantized_linear import QuantizedWeight, quantize, quantized_linear
 from sensorium.kernels.rotary import Rotation, rotary_embedding, rotate_and_write_kv
@@ -19,7 +19,6 @@ __all__ = [
     "QuantizedWeight",
     "Rotation",
     "add_rms_norm",
-    "claim_threads",
     "gelu",
     "gelu_and_mul",
     "greedy_argmax",

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from sensorium.kernels.gpu import on_gpu
-from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, rows_of
+from sensorium.kernels.native import DTYPE_CODES, native_for, rows_of
 
 # The codes of `enum activation` in elementwise.c, and the names of the GPU kernel.
 _SILU, _GELU, _GELU_TANH, _QUICK_GELU = range(4)
@@ -71,7 +71,7 @@ def _fused(x: torch.Tensor, kind: int, *, gated: bool) -> torch.Tensor | None:
     out = x.new_empty((*x.shape[:-1], size))
     native.activation(
         *(out.data_ptr(), rows.data_ptr(), num_rows, size, rows.stride(0)),
-        *(kind, gated, DTYPE_CODES[x.dtype], num_threads()),
+        *(kind, gated, DTYPE_CODES[x.dtype], torch.get_num_threads()),
     )
     return out
 

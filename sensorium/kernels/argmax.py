@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from sensorium.kernels.gpu import on_gpu
-from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, rows_of
+from sensorium.kernels.native import DTYPE_CODES, native_for, rows_of
 
 
 def greedy_argmax_reference(logits: torch.Tensor) -> torch.Tensor:
@@ -30,7 +30,7 @@ def greedy_argmax(logits: torch.Tensor) -> torch.Tensor:
     out = torch.empty(num_rows, dtype=torch.int64)
     native.argmax(
         *(out.data_ptr(), rows.data_ptr(), num_rows, vocab_size, rows.stride(0)),
-        *(DTYPE_CODES[logits.dtype], num_threads()),
+        *(DTYPE_CODES[logits.dtype], torch.get_num_threads()),
     )
     return out
 

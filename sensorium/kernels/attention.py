@@ -16,7 +16,7 @@ import itertools
 import torch
 
 from sensorium.kernels.gpu import on_gpu
-from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, token_rows
+from sensorium.kernels.native import DTYPE_CODES, native_for, token_rows
 
 
 def write_kv_reference(
@@ -186,7 +186,7 @@ def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slo
     size = kv_cache.element_size()
     native.write_kv(
         *(keys, values, key.data_ptr(), value.data_ptr(), slots.data_ptr(), len(slots)),
-        *(slot_size * size, key.stride(0) * size, value.stride(0) * size, num_threads()),
+        *(slot_size * size, key.stride(0) * size, value.stride(0) * size, torch.get_num_threads()),
     )
 
 
@@ -241,7 +241,7 @@ def paged_attention(
         *(cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), len(seq_lens)),
         *(num_heads, num_kv_heads, head_size, query.stride(0), slot_size, slot_size),
         *(block_size, block_table.stride(0), window or 0, scale, softcap or 0.0),
-        *(True, DTYPE_CODES[query.dtype], num_threads()),
+        *(True, DTYPE_CODES[query.dtype], torch.get_num_threads()),
     )
     return out
 
@@ -281,6 +281,6 @@ def varlen_attention(
         *(0 if key_lens is None else key_lens.data_ptr(), len(cu_seqlens) - 1),
         *(query.shape[1], key.shape[1], query.shape[2], query.stride(0), key.stride(0), value.stride(0)),
         *(0, 0, window or 0, scale, softcap or 0.0),
-        *(causal, DTYPE_CODES[query.dtype], num_threads()),
+        *(causal, DTYPE_CODES[query.dtype], torch.get_num_threads()),
     )
     return out

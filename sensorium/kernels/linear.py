@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from sensorium.errors import ModelError
 from sensorium.kernels.gpu import on_gpu
-from sensorium.kernels.native import DTYPE_CODES, native_for, native_library, num_threads, rows_of
+from sensorium.kernels.native import DTYPE_CODES, native_for, native_library, rows_of
 
 
 class PackedWeight:
@@ -49,7 +49,7 @@ def pack(weight: torch.Tensor) -> PackedWeight:
     panels = arena.take(native.packed_bytes(code, out_features, in_features))
     native.pack(
         *(panels.data_ptr(), rows.data_ptr(), out_features, in_features),
-        *(rows.stride(0) * rows.element_size(), code, num_threads()),
+        *(rows.stride(0) * rows.element_size(), code, torch.get_num_threads()),
     )
     return PackedWeight(out_features, in_features, weight.dtype, panels=panels)
 
@@ -94,7 +94,7 @@ def packed_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
     native.linear(
         *(out.data_ptr(), rows.data_ptr(), packed.panels.data_ptr()),
         *(0 if bias is None else bias.data_ptr(), num_rows, packed.out_features, packed.in_features),
-        *(rows.stride(0) * rows.element_size(), DTYPE_CODES[x.dtype], num_threads()),
+        *(rows.stride(0) * rows.element_size(), DTYPE_CODES[x.dtype], torch.get_num_threads()),
     )
     return out
 

@@ -10,8 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import os
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from struct import Struct
@@ -31,7 +30,11 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class NativeFunction:
-    """One exported function: `int f(const struct *)`, the struct's fields given as a `struct` format."""
+    """One exported function: `int f(const struct *)`, the struct's fields given as a `struct` format.
+
+    Raises:
+        BuildError: The struct has another size in C.
+    """
 
     __slots__ = ("_function", "_pack")
 
@@ -39,7 +42,11 @@ class NativeFunction:
         self._function = getattr(library, name)
         self._function.argtypes = [ctypes.c_char_p]
         self._function.restype = ctypes.c_int
-        self._pack = Struct(fields).pack
+        struct = Struct(f"{fields}0P")  # padded at its end as C does
+        size = ctypes.c_long.in_dll(library, f"{name}_args_bytes").value
+        if struct.size != size:
+            raise BuildError(f"{name} takes a struct of {size} bytes, not of {struct.size}")
+        self._pack = struct.pack
 
     def __call__(self, *values: float) -> None:
         """Run with the struct's fields in order; addresses are ints, 0 for none."""
@@ -156,34 +163,6 @@ def native_library() -> NativeLibrary | None:
 def native_refusal() -> str | None:
     """Why the native kernels don't run here, or `None` when they do."""
     return _load()[1]
-
-
-_claimed_threads = 0
-
-
-def num_threads() -> int:
-    """How many threads a kernel may use: as many as torch, or those that `claim_threads` took from it."""
-    return _claimed_threads or torch.get_num_threads()
-
-
-@contextmanager
-def claim_threads() -> Iterator[None]:
-    """Let the kernels have all of torch's threads, and torch's own operations one, until the end of the block.
-
-    Where both kinds alternate, two pools whose idle threads look out for work push each other off the cores. What is
-    left for torch beside the kernels is too little to share out anyway. Does nothing without the native kernels.
-    """
-    global _claimed_threads
-    if native_library() is None or _claimed_threads:
-        yield
-        return
-    _claimed_threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(_claimed_threads)
-        _claimed_threads = 0
 
 
 def native_for(x: torch.Tensor) -> NativeLibrary | None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 
 from sensorium.kernels.gpu import on_gpu
-from sensorium.kernels.native import DTYPE_CODES, NativeLibrary, native_for, num_threads, rows_of
+from sensorium.kernels.native import DTYPE_CODES, NativeLibrary, native_for, rows_of
 
 
 def rms_norm_reference(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
@@ -41,7 +41,7 @@ def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     num_rows, size = rows.shape
     native.rms_norm(
         *(out.data_ptr(), 0, rows.data_ptr(), 0, weight.data_ptr(), num_rows, size, rows.stride(0), 0),
-        *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], num_threads()),
+        *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
     )
     return out
 
@@ -70,7 +70,7 @@ def add_rms_norm(
     native.rms_norm(
         *(out.data_ptr(), total.data_ptr(), rows.data_ptr(), residual_rows.data_ptr(), weight.data_ptr()),
         *(num_rows, size, rows.stride(0), residual_rows.stride(0)),
-        *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], num_threads()),
+        *(eps, DTYPE_CODES[x.dtype], DTYPE_CODES[weight.dtype], torch.get_num_threads()),
     )
     return out, total
 

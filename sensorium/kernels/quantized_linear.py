@@ -11,7 +11,7 @@ import torch
 
 from sensorium.errors import ModelError
 from sensorium.kernels.linear import arena
-from sensorium.kernels.native import DTYPE_CODES, native_for, native_library, num_threads, rows_of
+from sensorium.kernels.native import DTYPE_CODES, native_for, native_library, rows_of
 
 MAX_QUANTIZED_INPUTS = 1 << 17
 """Most channels that a quantized layer may sum over: 127 * 127 times as many is just below 2^31."""
@@ -72,7 +72,7 @@ def quantize(weight: torch.Tensor) -> QuantizedWeight:
     panels = arena.take(native.quantized_bytes(out_features, in_features))
     native.quantize(
         *(panels.data_ptr(), rows.data_ptr(), out_features, in_features),
-        *(rows.stride(0) * rows.element_size(), code, num_threads()),
+        *(rows.stride(0) * rows.element_size(), code, torch.get_num_threads()),
     )
     return QuantizedWeight(out_features, in_features, weight.dtype, panels=panels)
 
@@ -144,6 +144,6 @@ def quantized_linear(x: torch.Tensor, weight: QuantizedWeight, bias: torch.Tenso
     native.quantized_linear(
         *(out.data_ptr(), rows.data_ptr(), weight.panels.data_ptr()),
         *(0 if bias is None else bias.data_ptr(), rows.shape[0], weight.out_features, weight.in_features),
-        *(rows.stride(0) * rows.element_size(), DTYPE_CODES[x.dtype], num_threads()),
+        *(rows.stride(0) * rows.element_size(), DTYPE_CODES[x.dtype], torch.get_num_threads()),
     )
     return out

@@ -12,7 +12,7 @@ import torch
 
 from sensorium.kernels.attention import write_kv, write_kv_reference
 from sensorium.kernels.gpu import on_gpu
-from sensorium.kernels.native import DTYPE_CODES, native_for, num_threads, token_rows
+from sensorium.kernels.native import DTYPE_CODES, native_for, token_rows
 
 
 class Rotation(NamedTuple):
@@ -83,7 +83,7 @@ def rotary_embedding(
         *(query_out.data_ptr(), key_out.data_ptr(), query.data_ptr(), key.data_ptr()),
         *(cos.data_ptr(), sin.data_ptr(), num_tokens, num_heads, key.shape[1], head_size),
         *(head_size if rotary_dim is None else rotary_dim, query.stride(0), key.stride(0)),
-        *(is_neox_style, DTYPE_CODES[query.dtype], DTYPE_CODES[cos.dtype], num_threads()),
+        *(is_neox_style, DTYPE_CODES[query.dtype], DTYPE_CODES[cos.dtype], torch.get_num_threads()),
     )
     return query_out, key_out
 

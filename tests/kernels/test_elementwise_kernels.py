@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Callable
 
 import pytest
@@ -10,6 +11,8 @@ import torch
 from sensorium import kernels
 from sensorium.kernels import activation, argmax, norm, rotary
 from sensorium.kernels.attention import write_kv_reference
+from sensorium.kernels.build import BuildError, build_library
+from sensorium.kernels.native import NativeFunction
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 SIZES = [1, 7, 8, 16, 33, 96, 896]
@@ -180,3 +183,11 @@ def test_greedy_argmax(dtype: torch.dtype, size: int) -> None:
         kernels.greedy_argmax(wider[:, 4 : size + 4]), kernels.greedy_argmax(wider[:, 4 : size + 4].clone())
     )
     assert kernels.greedy_argmax(logits[:0]).shape == (0,)
+
+
+@pytest.mark.parametrize("fields", ["@5P4lf", "@5P4lf3iP", "@2P"])
+def test_a_struct_of_another_size_than_in_c_is_refused_at_load(fields: str) -> None:
+    """A field that is added on one side alone would be read from beyond the other's."""
+    library = ctypes.CDLL(str(build_library()))
+    with pytest.raises(BuildError, match="sensorium_rms_norm takes a struct of 88 bytes, not of"):
+        NativeFunction(library, "sensorium_rms_norm", fields)

@@ -5,16 +5,23 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 
 from sensorium import kernels
-from sensorium.kernels import native
 from tests.helpers.waiting import HANG_S, until
 
 pytestmark = pytest.mark.usefixtures("native_kernels")
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 class Work:
@@ -35,9 +42,9 @@ class Work:
 
 
 @pytest.mark.parametrize("count", [2, 3, 7])
-def test_many_jobs_in_a_row(count: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_many_jobs_in_a_row(count: int) -> None:
     """Also with pauses after which the workers sleep."""
-    monkeypatch.setattr(native, "_claimed_threads", count)
+    torch.set_num_threads(count)
     work = Work(0)
     assert work.is_right(300)
     for pause_s in (0, 0.0001, 0.001, 0.01):
@@ -45,18 +52,18 @@ def test_many_jobs_in_a_row(count: int, monkeypatch: pytest.MonkeyPatch) -> None
         assert work.is_right()
 
 
-def test_callers_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_callers_at_the_same_time() -> None:
     """Whoever finds the threads taken works alone; nobody gets another's rows."""
-    monkeypatch.setattr(native, "_claimed_threads", 3)
+    torch.set_num_threads(3)
     works = [Work(seed) for seed in range(4)]
     with ThreadPoolExecutor(4) as pool:
         assert all(pool.map(lambda work: work.is_right(150), works))
 
 
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_forked_child_gets_workers_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_forked_child_gets_workers_of_its_own() -> None:
     """It has none of its parent's threads, and must not wait for them."""
-    monkeypatch.setattr(native, "_claimed_threads", 3)
+    torch.set_num_threads(3)
     work = Work(0)
     assert work.is_right()
     child = os.fork()
@@ -76,24 +83,6 @@ def test_a_forked_child_gets_workers_of_its_own(monkeypatch: pytest.MonkeyPatch)
     assert work.is_right(20)
 
 
-def test_claiming_threads_leaves_torch_one() -> None:
-    before = torch.get_num_threads()
-    torch.set_num_threads(3)
-    try:
-        assert native.num_threads() == 3
-        with kernels.claim_threads():
-            assert (torch.get_num_threads(), native.num_threads()) == (1, 3)
-            with kernels.claim_threads():
-                assert (torch.get_num_threads(), native.num_threads()) == (1, 3)
-            assert Work(0).is_right()
-        assert (torch.get_num_threads(), native.num_threads()) == (3, 3)
-        with pytest.raises(KeyError), kernels.claim_threads():
-            raise KeyError
-        assert (torch.get_num_threads(), native.num_threads()) == (3, 3)
-    finally:
-        torch.set_num_threads(before)
-
-
 def _computing_s(during_s: float) -> float:
     """Seconds that this process computes while its main thread sleeps."""
     begin = time.process_time()
@@ -101,8 +90,8 @@ def _computing_s(during_s: float) -> float:
     return time.process_time() - begin
 
 
-def test_workers_sleep_when_there_is_nothing_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_claimed_threads", 4)
+def test_workers_sleep_when_there_is_nothing_to_do() -> None:
+    torch.set_num_threads(4)
     assert Work(0).is_right(5)
     until(lambda: _computing_s(0.2) < 0.1)  # workers that the machine gives no time yet are still on their way to bed
     assert threading.active_count() < 20  # they are no Python threads

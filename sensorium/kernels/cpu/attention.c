@@ -322,6 +322,7 @@ static void attention_task(const void *context, long first, long last, long thre
 }
 
 /* Returns 0, or -1 when memory ran out. */
+ARGS_BYTES(sensorium_attention, attention_args);
 EXPORT int sensorium_attention(const attention_args *args) {
     const long num_tiles = list_tiles(args, ROW_TILE, NULL);
     if (num_tiles == 0) return 0;

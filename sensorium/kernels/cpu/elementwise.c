@@ -80,6 +80,7 @@ static void norm_task(const void *context, long first, long last, long thread) {
 
 /* With a residual: sum = x + residual, rounded to the storage type, and its norm; without: the norm of x. A weight of
  * the storage type meets the rounded norm; a float32 weight beside narrower rows meets the norm in float32. */
+ARGS_BYTES(sensorium_rms_norm, norm_args);
 EXPORT int sensorium_rms_norm(const norm_args *args) {
     share_rows(args->rows, args->n, args->threads, norm_task, args);
     return 0;
@@ -146,6 +147,7 @@ static void activation_task(const void *context, long first, long last, long thr
 }
 
 /* out = act(x), or act(gate) * up. */
+ARGS_BYTES(sensorium_activation, activation_args);
 EXPORT int sensorium_activation(const activation_args *args) {
     share_rows(args->rows, args->n, args->threads, activation_task, args);
     return 0;
@@ -212,6 +214,7 @@ static void rotary_task(const void *context, long first, long last, long thread)
 }
 
 /* The tables are of the storage type or float32. */
+ARGS_BYTES(sensorium_rotary, rotary_args);
 EXPORT int sensorium_rotary(const rotary_args *args) {
     const long token_size = (args->heads + args->kv_heads) * args->head_size;
     share_rows(args->tokens, token_size, args->threads, rotary_task, args);
@@ -241,6 +244,7 @@ static void write_task(const void *context, long first, long last, long thread) 
 }
 
 /* Copy each token's key and value to its slot of the two halves of a cache. */
+ARGS_BYTES(sensorium_write_kv, write_args);
 EXPORT int sensorium_write_kv(const write_args *args) {
     share_rows(args->tokens, args->row_bytes, args->threads, write_task, args);
     return 0;
@@ -306,6 +310,7 @@ static void argmax_task(const void *context, long first, long last, long thread)
     FOR_DTYPE(args->dtype, argmax_rows, args, first, last);
 }
 
+ARGS_BYTES(sensorium_argmax, argmax_args);
 EXPORT int sensorium_argmax(const argmax_args *args) {
     share_rows(args->rows, args->n, args->threads, argmax_task, args);
     return 0;

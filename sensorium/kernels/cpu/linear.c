@@ -93,6 +93,7 @@ static void pack_task(const void *context, long first_panel, long last_panel, lo
     }
 }
 
+ARGS_BYTES(sensorium_pack, pack_args);
 EXPORT int sensorium_pack(const pack_args *args) {
     const long num_panels = (args->n + NR - 1) / NR;
     sensorium_parallel_for(args->threads, num_panels, fair_amount(num_panels, args->threads), pack_task, args);
@@ -294,6 +295,7 @@ static void multiply_chunk(const linear_args *args, float *a, long first_row, lo
 }
 
 /* Returns 0, or -1 when memory ran out. */
+ARGS_BYTES(sensorium_linear, linear_args);
 EXPORT int sensorium_linear(const linear_args *args) {
     if (args->m == 0 || args->n == 0) return 0;
     if (sensorium_tiles_on && args->dtype == BF16) return sensorium_linear_by_tiles(args);

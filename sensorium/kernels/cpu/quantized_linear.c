@@ -275,6 +275,7 @@ static void run_chunk(quantized_chunk chunk, char *memory, long row_bytes, long 
 }
 
 /* Returns 0, or -1 when memory ran out. */
+ARGS_BYTES(sensorium_quantized_linear, linear_args);
 EXPORT int sensorium_quantized_linear(const linear_args *args) {
     if (args->m == 0 || args->n == 0) return 0;
     const int threads = threads_worth(args->m * args->n * args->k, 1 << 17, args->threads);

@@ -51,6 +51,7 @@ static void quantize_task(const void *context, long first, long last, long threa
 }
 
 /* Fills `packed`; returns 0, or -1 when memory ran out. */
+ARGS_BYTES(sensorium_quantize, quantize_args);
 EXPORT int sensorium_quantize(const quantize_args *args) {
     const long panels = panels_of(args->n), bytes = args->threads * NR * depth_of(args->k) * DEPTH;
     const quantize_job job = {args, malloc((size_t)bytes + 1)};

@@ -36,6 +36,8 @@
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE static __attribute__((noinline, unused))
 #define EXPORT __attribute__((visibility("default")))
+/* The size of a function's struct, which whoever fills it from outside compares with its own. */
+#define ARGS_BYTES(function, type) EXPORT const long function##_args_bytes = sizeof(type)
 #define UNROLL _Pragma("GCC unroll 32")
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
 #define MAX(a, b) ((a) > (b) ? (a) : (b))
