@@ -11,6 +11,7 @@ from typing import Any
 from sensorium.chat.renderer import ChatRenderer
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.llm_engine import LLMEngine
+from sensorium.engine.resolution import num_preprocess_threads
 from sensorium.entrypoints.batch_run import BatchRun, Job, Output
 from sensorium.entrypoints.progress import ProgressBar
 from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError
@@ -35,6 +36,11 @@ class LLM:
     Keyword arguments are the fields of `EngineArgs`. Files that prompts name are read with this process's own rights,
     or under `allowed_local_media_path` alone if that is set; addresses on the network are fetched under the limits of
     `sensorium.media`.
+
+    The model runs in this process. Until `shutdown`, or until the object is forgotten, `num_threads` is torch's number
+    of threads for everything in it; on a GPU, float32 convolutions don't round to TF32; and on a CPU the C library
+    keeps some hundred MiB of freed memory for the next step. What transformers finds out about torchvision stays: where
+    no processor of a model's needs it, transformers is told that there is none.
     """
 
     def __init__(self, model: str, *, media_limits: MediaLimits | None = None, **engine_args: Any) -> None:
@@ -53,7 +59,7 @@ class LLM:
         self.engine = LLMEngine(
             args.create_engine_config(), skip_tokenizer=args.skip_tokenizer_init, media_loader=self._media
         )
-        self._num_threads = args.num_preprocess_threads
+        self._num_threads = num_preprocess_threads(args)
         self._chat_template = args.chat_template
         self._tool_parser, self._reasoning_parser = args.tool_parser, args.reasoning_parser
         self._chat_renderer: ChatRenderer | None = None

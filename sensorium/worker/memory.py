@@ -48,13 +48,26 @@ def keep_freed_memory() -> bool:
     A step's intermediate results are as large as the pieces that the C library takes from the system and gives back
     one by one, and the system clears every page of them anew: a sixth of the time of an image's prefill.
     """
+    return _set_thresholds(mmap_bytes=32 << 20, trim_bytes=512 << 20)
+
+
+def give_back_freed_memory() -> None:
+    """Let the C library do again as it does by itself after a while, and give the system what is free.
+
+    By itself it begins lower, and comes to these bounds where large pieces are freed.
+    """
+    if _set_thresholds(mmap_bytes=32 << 20, trim_bytes=64 << 20):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def _set_thresholds(*, mmap_bytes: int, trim_bytes: int) -> bool:
     if sys.platform != "linux":
         return False
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
     if mallopt is None:  # not every C library has it
         return False
     trim_threshold, mmap_threshold = -1, -3
-    return bool(mallopt(mmap_threshold, 32 << 20)) and bool(mallopt(trim_threshold, 512 << 20))
+    return bool(mallopt(mmap_threshold, mmap_bytes)) and bool(mallopt(trim_threshold, trim_bytes))
 
 
 def _peak_of_full_step(device: torch.device, config: EngineConfig, driver: ModelDriver, layout: CacheLayout) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -22,9 +23,10 @@ from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.kv_cache import CacheLayout
-from sensorium.worker.memory import available_bytes, keep_freed_memory, tensor_bytes
+from sensorium.worker.memory import available_bytes, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.probe import probe_model
+from sensorium.worker.process_settings import PROCESS_SETTINGS
 
 logger = get_logger(__name__)
 
@@ -39,6 +41,7 @@ class Worker:
         self._model: nn.Module | None = None
         self._driver: ModelDriver | None = None
         self._runner: ModelRunner | None = None
+        self._release: weakref.finalize[..., Worker] | None = None
 
     @property
     def model(self) -> nn.Module:
@@ -62,14 +65,9 @@ class Worker:
             ConfigError: Not even one KV block fits.
         """
         config = self._config
-        if config.device_config.num_threads is not None:
-            torch.set_num_threads(config.device_config.num_threads)
-        if self._device.type == "cuda" and config.model_config.dtype == torch.float32:
-            # Torch lets convolutions round their float32 inputs to TF32, three decimal digits. Who asks for float32
-            # wants it.
-            torch.backends.cudnn.allow_tf32 = False
-        if self._device.type == "cpu":
-            keep_freed_memory()
+        PROCESS_SETTINGS.hold(config)
+        self._release = weakref.finalize(self, PROCESS_SETTINGS.release)
+        self._release.atexit = False
         with self._stage("load weights"):
             self._model = load_model(config).eval()
         if INPUT_REGISTRY.has_dummy_encoder_data(type(self._model)):
@@ -154,10 +152,12 @@ class Worker:
         return self.runner.prepare() if step.is_idle else self.runner.submit(step)
 
     def shutdown(self) -> None:
-        """Drop the model and the caches."""
+        """Drop the model and the caches, and put back what was set for the whole process. May be called again."""
         if self._runner is not None:
             self._runner.close()
         self._model = self._driver = self._runner = None
+        if self._release is not None:
+            self._release()
 
 
 def _kernels_line(device: torch.device) -> str:
