@@ -39,7 +39,6 @@ from sensorium.engine.loading import LOADING
 from sensorium.errors import EngineDeadError, SensoriumError
 from sensorium.logger import LogFormat, LogLevel, get_logger
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure
-from sensorium.multimodal import MULTIMODAL_REGISTRY
 
 logger = get_logger(__name__)
 
@@ -63,11 +62,9 @@ _Order = _Added | UseVocabulary | Abort | Stop
 
 
 def make_core(args: EngineArgs) -> EngineCore:
-    """Load a model, as the settings say. Limits of media are set first: the probe makes its dummy data by them."""
+    """Load a model, as the settings say."""
     with LOADING:
-        config = args.create_engine_config()
-        MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
-        return EngineCore(config)
+        return EngineCore(args.create_engine_config())
 
 
 class CoreServer:

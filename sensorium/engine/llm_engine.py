@@ -37,7 +37,6 @@ class LLMEngine:
         self, config: EngineConfig, *, skip_tokenizer: bool = False, media_loader: MediaLoader | None = None
     ) -> None:
         with LOADING:
-            MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
             MediaSettings(config.model_config, INPUT_REGISTRY, MULTIMODAL_REGISTRY).check_engine()
             self.tokenizer: Any = None if skip_tokenizer else get_tokenizer(config.model_config)
             self.core = EngineCore(config)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sensorium.errors import InvalidTypeError, ModelError, ModelLookupError, SensoriumError
+from sensorium.errors import InvalidTypeError, ModelError, SensoriumError
 from sensorium.inputs import INPUT_REGISTRY, InputRegistry, admission, token_inputs
 from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.prompts import ParsedPrompt, parse_prompt
@@ -118,10 +118,6 @@ class InputPreprocessor:
         self._stage = MediaStage(config, features, mm_registry, mapper, accept_embeddings=accept_embeddings)
         self._placeholder_ids: frozenset[int] = frozenset().union(*self._stage.placeholder_ids.values())
         self._eos_token_ids = eos_token_ids(self._model_config, tokenizer)
-        try:
-            mm_registry.get_mm_limits_per_prompt(self._model_config)
-        except ModelLookupError:
-            mm_registry.init_mm_limits_per_prompt(self._model_config)
 
     def process(
         self,

@@ -6,13 +6,10 @@ it says how many decoder rows the largest legal prompt takes.
 
 from __future__ import annotations
 
-import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Protocol
 
 from sensorium.errors import (
-    ConfigError,
     InvalidRequestError,
     ModelError,
     ModelLookupError,
@@ -64,8 +61,6 @@ class MultiModalRegistry:
     def __init__(self, *, plugins: Sequence[MultiModalPlugin] = DEFAULT_PLUGINS) -> None:
         self._plugins = {plugin.get_data_key(): plugin for plugin in plugins}
         self._processor_factories: ClassRegistry[ProcessorFactory] = ClassRegistry()
-        # By identity: configurations hold dicts, so they can't be hashed.
-        self._limits: dict[int, Mapping[str, int]] = {}
 
     # Modalities
 
@@ -158,56 +153,33 @@ class MultiModalRegistry:
     # Limits
 
     def init_mm_limits_per_prompt(self, model_config: ModelConfig) -> None:
-        """Take over the limits of `model_config.multimodal_config`; must run before anything is mapped.
-
-        A modality that isn't named may have one item per prompt; a model that takes no media has 0 of each.
-        Names without a plugin are ignored with a warning. Raises `ConfigError` (a `ValueError`) for a
-        negative limit.
-        """
-        if id(model_config) in self._limits:
-            logger.warning("Limits of media per prompt were already set for this model, and are set again.")
-        else:
-            weakref.finalize(model_config, self._limits.pop, id(model_config), None)
+        """Warn of names in `limit_mm_per_prompt` that have no plugin, which are ignored. Loading calls it once."""
         multimodal_config = model_config.multimodal_config
-        if multimodal_config is None:
-            self._limits[id(model_config)] = MappingProxyType(dict.fromkeys(self._plugins, 0))
-            return
-        limits = dict.fromkeys(self._plugins, DEFAULT_LIMIT)
-        for modality, limit in multimodal_config.limit_per_prompt.items():
+        for modality in () if multimodal_config is None else multimodal_config.limit_per_prompt:
             if modality not in self._plugins:
                 logger.warning(
                     "limit_mm_per_prompt: got %r, expected one of %s. It is ignored: register a plugin first.",
                     modality,
                     sorted(self._plugins),
                 )
-            elif limit < 0:
-                raise ConfigError(f"limit_mm_per_prompt[{modality!r}]: got {limit}, expected at least 0.")
-            else:
-                limits[modality] = limit
-        self._limits[id(model_config)] = MappingProxyType(limits)
 
     def check_mappers(self, model_config: ModelConfig) -> None:
         """Raise `MissingLibraryError` (a `RuntimeError`) if a modality that a prompt may have needs a library that
         isn't there.
         """
-        multimodal_config = model_config.multimodal_config
-        if multimodal_config is None:
-            return
-        for modality, plugin in self._plugins.items():
-            if multimodal_config.limit_per_prompt.get(modality, DEFAULT_LIMIT):
-                plugin.check_mapper(model_config)
+        for modality, limit in self.get_mm_limits_per_prompt(model_config).items():
+            if limit:
+                self._plugins[modality].check_mapper(model_config)
 
     def get_mm_limits_per_prompt(self, model_config: ModelConfig) -> Mapping[str, int]:
-        """For each modality, the most items in one prompt. Raises `ModelLookupError` (a `KeyError`) before
-        init.
+        """For each modality, the most items in one prompt: what `model_config.multimodal_config` says, or else one; 0
+        for a model that takes no media.
         """
-        limits = self._limits.get(id(model_config))
-        if limits is None:
-            raise ModelLookupError(
-                f"Limits of media per prompt: not set for model {model_config.model!r}. "
-                f"Call MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(model_config) first."
-            )
-        return limits
+        multimodal_config = model_config.multimodal_config
+        if multimodal_config is None:
+            return dict.fromkeys(self._plugins, 0)
+        limits = multimodal_config.limit_per_prompt
+        return {modality: limits.get(modality, DEFAULT_LIMIT) for modality in self._plugins}
 
     def check_data(self, model_config: ModelConfig, data: MultiModalDataDict) -> None:
         """Whether a prompt's media can be taken at all; run before anything is computed for it.
@@ -225,7 +197,7 @@ class MultiModalRegistry:
                 )
             if not self.has_processor(model_config):
                 plugin.get_input_mapper(model_config.model_class)
-            num_items, limit = count_items(value), limits.get(modality, DEFAULT_LIMIT)
+            num_items, limit = count_items(value), limits[modality]
             if num_items > limit:
                 raise InvalidRequestError(
                     f"At most {limit} {modality}(s) may be provided in one request: got {num_items}. "
@@ -285,7 +257,7 @@ class MultiModalRegistry:
         """For each modality, the most decoder rows in one prompt: of one item, times the limit."""
         limits = self.get_mm_limits_per_prompt(model_config)
         per_item = self.get_max_tokens_per_item_by_modality(model_config)
-        return {key: limits.get(key, DEFAULT_LIMIT) * num_tokens for key, num_tokens in per_item.items()}
+        return {key: limits[key] * num_tokens for key, num_tokens in per_item.items()}
 
     def get_max_multimodal_tokens(self, model_config: ModelConfig) -> int:
         """The most decoder rows of media in one prompt."""

@@ -13,7 +13,6 @@ from sensorium.errors import (
     ConfigError,
     InvalidRequestError,
     ModelError,
-    ModelLookupError,
     SensoriumError,
     UnknownModalityError,
     UnregisteredModalityError,
@@ -275,16 +274,6 @@ def test_a_text_model_takes_no_media() -> None:
         MULTIMODAL_REGISTRY.map_input(config, {"image": "x"})
 
 
-def test_limits_must_be_set_first_and_setting_them_again_warns(caplog: pytest.LogCaptureFixture) -> None:
-    config = make_model_config(new_model())
-    with pytest.raises(KeyError, match="init_mm_limits_per_prompt"):
-        MULTIMODAL_REGISTRY.get_mm_limits_per_prompt(config)
-    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config)
-    assert not caplog.records
-    MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config)
-    assert "already set" in caplog.text
-
-
 def test_a_limit_for_an_unknown_modality_is_ignored_with_a_warning(caplog: pytest.LogCaptureFixture) -> None:
     config = prepared(MULTIMODAL_REGISTRY, new_model(), limits={"smell": 3})
     assert "smell" in caplog.text
@@ -296,13 +285,12 @@ def test_a_negative_limit_is_refused() -> None:
         prepared(MULTIMODAL_REGISTRY, new_model(), limits={"image": -1})
 
 
-def test_limits_belong_to_one_configuration_and_leave_with_it() -> None:
-    registry = MultiModalRegistry()
-    config = prepared(registry, new_model(), limits={"image": 2})
-    with pytest.raises(ModelLookupError):
-        registry.get_mm_limits_per_prompt(make_model_config(config.model_class))
-    del config
-    assert not registry._limits
+def test_limits_are_the_configurations() -> None:
+    """They lay in a table by `id()`, and whoever had not called `init_mm_limits_per_prompt` before got an error."""
+    config = make_model_config(new_model(), limits={"image": 2})
+    assert MULTIMODAL_REGISTRY.get_mm_limits_per_prompt(config) == {"image": 2, "audio": 1, "video": 1}
+    other = make_model_config(config.model_class)
+    assert MULTIMODAL_REGISTRY.get_mm_limits_per_prompt(other) == {"image": 1, "audio": 1, "video": 1}
 
 
 # Errors of a request
