@@ -4,7 +4,6 @@ One backend per file (`cpu`, `sdpa`, `torch_reference`) behind the protocol in `
 requests, scheduling or memory: the worker owns the cache tensors and builds the metadata.
 """
 
-from sensorium.attention.backend import preferred_block_size
 from sensorium.attention.layer import Attention, AttentionType, MultiHeadAttention
 from sensorium.attention.metadata import NO_SLOT, AttentionMetadata, LayerCache, compute_slot_mapping
 
@@ -16,5 +15,4 @@ __all__ = [
     "LayerCache",
     "MultiHeadAttention",
     "compute_slot_mapping",
-    "preferred_block_size",
 ]

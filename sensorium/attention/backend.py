@@ -32,8 +32,6 @@ class AttentionBackend(Protocol):
     """Computes attention one way. Stateless: the same instance serves every layer."""
 
     name: str
-    preferred_block_size: int
-    """Tokens per KV block that this backend is fastest with; it must accept others."""
 
     def refusal(self, spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
         """Why this backend can't run such a layer, or `None` when it can."""
@@ -90,8 +88,3 @@ def select_backend(spec: AttentionSpec, device_type: str, dtype: torch.dtype) ->
             return backend
         refusals.append(f"not {backend.name}: {reason}")
     raise AssertionError("the reference backend accepts every layer")
-
-
-def preferred_block_size(device_type: str) -> int:
-    """Tokens per KV block for a device, before any layer exists."""
-    return _candidates(device_type)[0].preferred_block_size

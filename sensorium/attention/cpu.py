@@ -14,7 +14,6 @@ class CpuBackend:
     """Decodes and prefill chunks in one native call. A row's result doesn't depend on the rows beside it."""
 
     name = "native CPU"
-    preferred_block_size = 16
 
     def refusal(self, spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
         """Needs the native kernels."""

@@ -20,7 +20,6 @@ class SdpaBackend:
     """Torch's own fused attention over keys and values gathered from the blocks."""
 
     name = "torch SDPA"
-    preferred_block_size = 16
 
     def refusal(self, spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
         """Soft caps are beyond torch's function."""

@@ -16,7 +16,6 @@ class TorchReferenceBackend:
     """Every option, every device, every dtype; what the other backends are tested against."""
 
     name = "torch reference"
-    preferred_block_size = 16
 
     def refusal(self, spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
         """Nothing is refused."""

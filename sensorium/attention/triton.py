@@ -13,7 +13,6 @@ class TritonBackend:
     """Decodes split over their keys, and tiles of prefill chunks, without waiting for the device."""
 
     name = "Triton"
-    preferred_block_size = 16
 
     def refusal(self, spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
         """Needs CUDA, Triton and heads of an ordinary size."""

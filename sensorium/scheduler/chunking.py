@@ -54,7 +54,26 @@ class ChunkDraft:
 
 
 class ChunkPlanner:
-    """Drafts chunks after the rules of one model and one configuration."""
+    """Drafts chunks after the rules of one model and one configuration.
+
+    Where a chunk may end goes by three flags, of the model and the configuration:
+
+        encodes  keeps items whole  keeps prompts whole   a chunk ends
+        yes      no                 no                    anywhere but at a row that isn't encoded and can't be
+        yes      yes                no                    outside of items, before the first that can't be encoded
+        no       yes (always)       no                    outside of items; `forward` takes them whole
+        any      any                yes                   at the prompt's end
+
+    A chunk that must be whole may be larger than any step's budget (`may_exceed_budget`): then it gets a step alone.
+
+    Whether an item that isn't encoded can be goes by four, of the step:
+
+        is_encoder_closed       not if it takes room in the cache: somebody ahead waits for that
+        is_alone                yes, if prompts are kept whole; room in the cache that others hold is still lacking
+        no rows in it yet       however many rows the item has; else no more than `rows_left`
+        no prefill in it yet    however long it takes, if prompts are kept whole, or if there are no rows yet either and
+                                the tokens before the item leave time; else only if its rows and its least tokens do
+    """
 
     def __init__(
         self,

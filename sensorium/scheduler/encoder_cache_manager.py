@@ -40,12 +40,8 @@ class EncoderCacheManager:
         """Whether nobody but this request holds anything."""
         return all(holder[0] == request_id for holders in self._holders.values() for holder in holders)
 
-    def fits(self, num_rows: int) -> bool:
-        """Whether so many rows can be held beside those that are held."""
-        return self.num_held_rows + num_rows <= self.capacity_rows
-
     def hold(self, key: str, num_rows: int, holder: tuple[str, int]) -> None:
-        """Hold an entry, adding it if it isn't there. The caller asks `fits` first."""
+        """Hold an entry, adding it if it isn't there. The caller sees to it that there is room."""
         if key not in self._rows:
             self._evict_for(num_rows)
             self._rows[key] = num_rows

@@ -13,10 +13,10 @@ def test_an_entry_stays_after_its_last_holder_until_room_is_needed() -> None:
     cache = EncoderCacheManager(10)
     cache.hold("x", 6, A)
     cache.hold("y", 4, B)
-    assert not cache.fits(1)
+    assert cache.num_held_rows == cache.capacity_rows
     cache.release("x", A)
     assert "x" in cache
-    assert cache.fits(6)
+    assert cache.num_held_rows == cache.capacity_rows - 6
     assert cache.take_freed_keys() == ()
     cache.hold("z", 5, A)
     assert "x" not in cache
@@ -44,7 +44,7 @@ def test_an_entry_with_two_holders_stays_until_both_let_go() -> None:
     cache.release("x", A)
     cache.release("x", C)
     assert cache.is_held("x")
-    assert not cache.fits(1)
+    assert cache.num_held_rows == cache.capacity_rows
     assert cache.is_held_only_by("r2")
     assert not cache.is_held_only_by("r1")
     cache.release("x", B)
@@ -85,7 +85,7 @@ def test_the_books_agree_through_random_use() -> None:
     for _ in range(3000):
         key, holder = rng.choice("abcdefgh"), rng.choice([A, B, C])
         action = rng.randrange(8)
-        if action < 4 and (cache.is_held(key) or cache.fits(rows[key])):
+        if action < 4 and (cache.is_held(key) or cache.num_held_rows + rows[key] <= cache.capacity_rows):
             kept.add(key)
             cache.hold(key, rows[key], holder)
             held.add((key, holder))
