@@ -31,6 +31,7 @@ from sensorium.engine.fair_turns import FairTurns
 from sensorium.engine.loading import LOADING
 from sensorium.engine.output_processor import OutputProcessor
 from sensorium.engine.output_stream import OutputStream
+from sensorium.engine.resolution import num_preprocess_threads
 from sensorium.errors import (
     EngineDeadError,
     EngineRestartingError,
@@ -161,7 +162,7 @@ class AsyncLLMEngine:
                 core,
                 tokenizer,
                 media_loader,
-                preprocess_threads=args.num_preprocess_threads,
+                preprocess_threads=num_preprocess_threads(args),
                 accept_embeddings=accept_embeddings,
             )
         except BaseException:
@@ -501,7 +502,6 @@ def _resolve(args: EngineArgs) -> tuple[EngineConfig, Any | None]:
     """The front's part of loading: settings, limits and tokenizer; no weights."""
     with LOADING:
         config = args.create_engine_config()
-        MULTIMODAL_REGISTRY.init_mm_limits_per_prompt(config.model_config)
         MediaSettings(config.model_config, INPUT_REGISTRY, MULTIMODAL_REGISTRY).check_engine()
         return config, None if args.skip_tokenizer_init else get_tokenizer(config.model_config)
 

@@ -6,6 +6,7 @@ Imports neither torch nor the server's libraries, so that it is said at once.
 from __future__ import annotations
 
 from sensorium.engine.args import EngineArgs
+from sensorium.engine.resolution import check_files
 from sensorium.entrypoints.extras import require
 from sensorium.entrypoints.openai.listening import check_certificate
 from sensorium.entrypoints.openai.server_args import ServerArgs
@@ -26,7 +27,7 @@ def check_settings(command: str, engine_args: EngineArgs, args: ServerArgs) -> N
         require("tracing", f"otlp_traces_endpoint: got {args.otlp_traces_endpoint!r}, which")
     check_certificate(args)
     fetch_policy(engine_args, args)
-    engine_args.check_files()
+    check_files(engine_args)
 
 
 def fetch_policy(engine_args: EngineArgs, args: ServerArgs) -> FetchPolicy:
