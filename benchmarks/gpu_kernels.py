@@ -32,6 +32,7 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 # The interpreter cuts bfloat16 off instead of rounding, and multiplies its bits.
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 
+from sensorium.attention import AttentionMetadata  # noqa: E402
 from sensorium.kernels import PackedWeight, activation, argmax, norm, packed_linear, rotary  # noqa: E402
 from sensorium.kernels import attention as attention_twins  # noqa: E402
 from sensorium.kernels.gpu import activation as gpu_activation  # noqa: E402
@@ -151,12 +152,13 @@ def rotary_cases(dry: bool) -> Iterator[Case]:
             qkv = randn(rows, heads + 2 * kv_heads, head_size).split([heads, kv_heads, kv_heads], dim=1)
             rotation = rotary.Rotation(*(randn(rows, head_size // 2, dtype=torch.float32) for _ in range(2)))
             slots = torch.randperm(rows + 16, device=DEVICE)[:rows]
-            sets.append((*qkv, rotation, torch.zeros(2, rows // 16 + 2, 16, kv_heads, head_size).to(qkv[0]), slots))
+            cache = torch.zeros(2, rows // 16 + 2, 16, kv_heads, head_size).to(qkv[0])
+            sets.append((*qkv, rotation, *cache, slots))
 
         def check(s: Any = sets[0]) -> float:
-            twin = (*s[:4], torch.zeros_like(s[4]), s[5])
+            twin = (*s[:4], torch.zeros_like(s[4]), torch.zeros_like(s[5]), s[6])
             pairs = (gpu_rotary.rotate_and_write_kv(*s), rotary.rotate_and_write_kv_reference(*twin))
-            return max(error(*pairs), error(s[4], twin[4]))
+            return max(error(*pairs), error(s[4:6], twin[4:6]))
 
         yield Case(
             f"rotate_and_write_kv {rows} x ({heads} + {kv_heads}) x {head_size}",
@@ -187,34 +189,33 @@ def batch(model: str, lens: list[tuple[int, int]], dry: bool, block_size: int = 
     num_blocks = sum(counts)
     cache_bytes = 4 * num_blocks * block_size * kv_heads * head_size
     order = torch.randperm(num_blocks).to(torch.int32)
-    table = torch.zeros(len(lens), max(counts), dtype=torch.int32)
+    table = np.zeros((len(lens), max(counts)), dtype=np.int32)
     for i, blocks in enumerate(order.split(counts)):
         table[i, : counts[i]] = blocks
-    starts = torch.tensor([0, *torch.tensor([q for q, _ in lens]).cumsum(0).tolist()], dtype=torch.int32)
-    seq_lens = torch.tensor([k for _, k in lens], dtype=torch.int32)
-    common = [x.to(DEVICE) for x in (table, starts, seq_lens)]
-    query = randn(int(starts[-1]), heads, head_size)
+    query_lens, seq_lens = (np.array(x, dtype=np.int32) for x in zip(*lens, strict=True))
+    metadata = AttentionMetadata.from_numpy(query_lens, seq_lens, table, np.zeros(0, dtype=np.int64), device=DEVICE)
+    query = randn(metadata.num_tokens, heads, head_size)
+    rules = attention_twins.AttentionRules(head_size**-0.5)
     return [
-        (query, randn(2, num_blocks, block_size, kv_heads, head_size), *common) for _ in range(copies(cache_bytes, dry))
+        (query, *randn(2, num_blocks, block_size, kv_heads, head_size), metadata, rules)
+        for _ in range(copies(cache_bytes, dry))
     ]
 
 
 def attention_case(name: str, model: str, lens: list[tuple[int, int]], dry: bool, *, compared: bool = True) -> Case:
     sets = batch(model, lens, dry)
     heads, kv_heads, head_size = (4, 2, 32) if dry else MODELS[model][:3]
-    counts = {q for q, _ in lens}
-    rules: dict[str, Any] = {"scale": head_size**-0.5, "has_decodes": 1 in counts, "has_chunks": counts != {1}}
     operations = sum(4 * heads * head_size * (q * k - q * (q - 1) / 2) for q, k in lens)
     num_rows = sum(q for q, _ in lens)
     num_bytes = 4 * head_size * (kv_heads * sum(k for _, k in lens) + heads * num_rows)
 
     def check() -> float:
-        got = gpu_attention.paged_attention(*sets[0], **rules)
-        return error(got, attention_twins.paged_attention_reference(*sets[0], scale=rules["scale"]))
+        got = gpu_attention.paged_attention(*sets[0])
+        return error(got, attention_twins.paged_attention_reference(*sets[0]))
 
     return Case(
         f"{name} {model}",
-        [lambda s=s: gpu_attention.paged_attention(*s, **rules) for s in sets],
+        [lambda s=s: gpu_attention.paged_attention(*s) for s in sets],
         check if compared else None,
         num_bytes,
         operations,
@@ -248,15 +249,15 @@ def tower_case(name: str, lens: list[int], dry: bool) -> Case:
     starts = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     num_bytes = 4 * rows * heads * head_size * 2
     sets = [randn(rows, 3 * heads, head_size).split(heads, dim=1) for _ in range(copies(num_bytes, dry))]
-    rules: dict[str, Any] = {"scale": head_size**-0.5, "causal": False}
+    rules = attention_twins.AttentionRules(head_size**-0.5, causal=False)
 
     def check() -> float:
-        got = gpu_attention.varlen_attention(*sets[0], starts, **rules)
-        return error(got, attention_twins.varlen_attention_reference(*sets[0], starts, **rules))
+        got = gpu_attention.varlen_attention(*sets[0], starts, rules)
+        return error(got, attention_twins.varlen_attention_reference(*sets[0], starts, rules))
 
     return Case(
         f"tower, {name}",
-        [lambda s=s: gpu_attention.varlen_attention(*s, starts, **rules) for s in sets],
+        [lambda s=s: gpu_attention.varlen_attention(*s, starts, rules) for s in sets],
         check,
         num_bytes,
         sum(4 * heads * head_size * n * n for n in lens),

@@ -30,9 +30,7 @@ import torch
 from torch.nn import functional as F
 
 from sensorium import kernels
-from sensorium.attention import AttentionMetadata, compute_slot_mapping
-from sensorium.attention.backend import AttentionSpec
-from sensorium.attention.sdpa import SdpaBackend
+from sensorium.attention import AttentionMetadata, compute_slot_mapping, sdpa
 from sensorium.kernels import activation, build, norm, rotary
 
 HIDDEN, LAYERS, HEADS, KV_HEADS, HEAD_SIZE, FFN, VOCAB = 896, 24, 14, 2, 64, 4864, 32000
@@ -180,7 +178,7 @@ class PagedStep:
             row[: len(chunk)] = chunk
         slots = compute_slot_mapping(table, query_lens, seq_lens, self.BLOCK)
         self.metadata = AttentionMetadata.from_numpy(query_lens, seq_lens, table, slots)
-        self.spec = AttentionSpec(HEADS, KV_HEADS, HEAD_SIZE, HEAD_SIZE**-0.5)
+        self.rules = kernels.AttentionRules(HEAD_SIZE**-0.5)
         shape = (2, len(ids), self.BLOCK, KV_HEADS, HEAD_SIZE)
         self.caches = [torch.randn(shape).to(dtype) for _ in range(LAYERS)]
         tokens = int(query_lens.sum())
@@ -195,14 +193,14 @@ class PagedStep:
         return [partial(run, cache) for cache in self.caches]
 
     def _native_layer(self, cache: torch.Tensor) -> None:
-        metadata = self.metadata
-        kernels.write_kv(self.key, self.value, cache, metadata.slot_mapping)
-        tables = metadata.block_table, metadata.cu_seqlens_q, metadata.seq_lens
-        kernels.paged_attention(self.query, cache, *tables, scale=self.spec.scale)
+        parts = kernels.split_cache(cache, HEAD_SIZE, HEAD_SIZE)
+        kernels.write_kv(self.key, self.value, *parts, self.metadata.slot_mapping)
+        kernels.paged_attention(self.query, *parts, self.metadata, self.rules)
 
     def _torch_layer(self, cache: torch.Tensor) -> None:
-        kernels.write_kv(self.key, self.value, cache, self.metadata.slot_mapping)
-        SdpaBackend().paged(self.query, cache, self.metadata, self.spec)
+        parts = kernels.split_cache(cache, HEAD_SIZE, HEAD_SIZE)
+        kernels.write_kv(self.key, self.value, *parts, self.metadata.slot_mapping)
+        sdpa.paged_attention(self.query, *parts, self.metadata, self.rules)
 
 
 @dataclass
@@ -288,10 +286,10 @@ class Bench:
         self.run(Case("vision linears", dtype, rows, packed, plain, num_bytes, flops))
         query, key, value = torch.randn(3, rows, VISION_HEADS, 64).to(dtype).unbind()
         starts = torch.tensor([0, rows], dtype=torch.int32)
-        spec = AttentionSpec(VISION_HEADS, VISION_HEADS, 64, 0.125)
-        attend: Call = partial(kernels.varlen_attention, query, key, value, starts, scale=0.125, causal=False)
-        sdpa: Call = partial(SdpaBackend().varlen, query, key, value, starts, spec, causal=False)
-        self.run(Case("vision attention, one layer", dtype, rows, [attend], [sdpa], 0, 4 * rows**2 * 768))
+        rules = kernels.AttentionRules(0.125, causal=False)
+        attend: Call = partial(kernels.varlen_attention, query, key, value, starts, rules)
+        by_torch: Call = partial(sdpa.varlen_attention, query, key, value, starts, rules)
+        self.run(Case("vision attention, one layer", dtype, rows, [attend], [by_torch], 0, 4 * rows**2 * 768))
         hidden = torch.randn(rows, 3072).to(dtype)
         for name, ours, twin in (
             ("gelu", kernels.gelu, F.gelu),

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+AttentionBackendName: TypeAlias = Literal["native_cpu", "triton", "torch_sdpa", "torch_reference"]
 LoadFormat: TypeAlias = Literal["safetensors", "dummy"]
 TokenizerMode: TypeAlias = Literal["auto"]
 """There is one tokenizer of each kind: that written in Python, "slow", left transformers with its version 5."""
@@ -233,6 +234,8 @@ class DeviceConfig:
     """Threads of CPU kernels; None: torch's default."""
     enforce_eager: bool = False
     """Whether every step runs call by call, without CUDA graphs."""
+    attention_backend: AttentionBackendName | None = None
+    """What all attention layers run by; None: each by the fastest that can."""
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -1,18 +1,29 @@
 """Attention for models: the layers, the batch description that they share, and the choice of backend.
 
-One backend per file (`cpu`, `sdpa`, `torch_reference`) behind the protocol in `backend`. Knows nothing of
+`backend` has the backends, each two functions: those of `sensorium.kernels`, or torch's own (`sdpa`). Knows nothing of
 requests, scheduling or memory: the worker owns the cache tensors and builds the metadata.
 """
 
-from sensorium.attention.layer import Attention, AttentionType, MultiHeadAttention
-from sensorium.attention.metadata import NO_SLOT, AttentionMetadata, LayerCache, compute_slot_mapping
+from sensorium.attention.backend import BACKENDS, AttentionSpec
+from sensorium.attention.layer import Attention, AttentionType, MultiHeadAttention, choose_backends
+from sensorium.attention.metadata import (
+    NO_SLOT,
+    AttentionMetadata,
+    LayerCache,
+    compute_row_spans,
+    compute_slot_mapping,
+)
 
 __all__ = [
+    "BACKENDS",
     "NO_SLOT",
     "Attention",
     "AttentionMetadata",
+    "AttentionSpec",
     "AttentionType",
     "LayerCache",
     "MultiHeadAttention",
+    "choose_backends",
+    "compute_row_spans",
     "compute_slot_mapping",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any
 
@@ -11,9 +12,17 @@ from torch import nn
 
 from sensorium.attention.backend import AttentionBackend, AttentionSpec, select_backend
 from sensorium.attention.metadata import AttentionMetadata
-from sensorium.cache_spec import CacheSpec, FullAttentionSpec, SlidingWindowSpec
+from sensorium.cache_spec import (
+    CacheSpec,
+    ChunkedAttentionSpec,
+    CrossAttentionSpec,
+    FullAttentionSpec,
+    SharedCacheSpec,
+    SlidingWindowSpec,
+)
+from sensorium.config import AttentionBackendName
 from sensorium.errors import ModelError
-from sensorium.kernels import Rotation, rotary_embedding, rotate_and_write_kv, write_kv
+from sensorium.kernels import Rotation, rotary_embedding, rotate_and_write_kv, split_cache, write_kv
 
 if TYPE_CHECKING:
     from sensorium.model_executor.layers.quantization import QuantizationConfig
@@ -29,7 +38,7 @@ class AttentionType(StrEnum):
     ENCODER_ONLY = "encoder_only"
     """The same, in a model that has no decoder."""
     ENCODER_DECODER = "encoder_decoder"
-    """A decoder's rows see an encoder's."""
+    """A decoder's rows see all rows of an item's encoder, which have a cache of their own (cross-attention)."""
 
 
 class _AttentionBase(nn.Module):
@@ -49,12 +58,18 @@ class _AttentionBase(nn.Module):
         self.scale = spec.scale
         self._backend: AttentionBackend | None = None
         self._backend_key: tuple[str, torch.dtype] | None = None
+        self._forced_backend: AttentionBackendName | None = None
+
+    def choose_backend(self, device_type: str, dtype: torch.dtype, forced: AttentionBackendName | None = None) -> None:
+        """Choose now, and from now on, the backend of this name, or the fastest. See `select_backend`."""
+        self._forced_backend = forced
+        self._backend = select_backend(self.spec, device_type, dtype, forced)
+        self._backend_key = (device_type, dtype)
 
     def _backend_for(self, query: torch.Tensor) -> AttentionBackend:
-        key = (query.device.type, query.dtype)
-        if self._backend is None or self._backend_key != key:
-            self._backend = select_backend(self.spec, *key)
-            self._backend_key = key
+        if self._backend is None or self._backend_key != (query.device.type, query.dtype):
+            self.choose_backend(query.device.type, query.dtype, self._forced_backend)
+        assert self._backend is not None
         return self._backend
 
     def extra_repr(self) -> str:
@@ -63,10 +78,11 @@ class _AttentionBase(nn.Module):
 
 
 class Attention(_AttentionBase):
-    """Causal self-attention of a decoder layer over the paged KV cache.
+    """Attention of a decoder layer over the paged KV cache, mostly causal and of a sequence to itself.
 
     Rows are the flat batch of one step; which of them belong together is the metadata's business, so the
-    layer serves prefill chunks and decodes of many requests in one call.
+    layer serves prefill chunks and decodes of many requests in one call. So are spans whose positions see one another
+    both ways (`AttentionMetadata.row_spans`).
 
     Args:
         num_heads: Query heads.
@@ -81,6 +97,11 @@ class Attention(_AttentionBase):
         per_layer_sliding_window: How many positions this layer sees, the current one included; `None` for
             all.
         prefix: The layer's name in the checkpoint, for error messages.
+        attention_chunk_size: A position sees only those of its own chunk of so many (Llama 4); `None` for all.
+        head_size_v: Channels of a head's value and output, `head_size` by default.
+        attn_type: See `AttentionType`.
+        kv_sharing_target_layer_name: The layer whose cache this one reads, by its name in the model; `None`: it has one
+            of its own.
 
     Raises:
         ModelError: An option is not supported.
@@ -99,6 +120,11 @@ class Attention(_AttentionBase):
         logits_soft_cap: float | None = None,
         per_layer_sliding_window: int | None = None,
         prefix: str = "",
+        *,
+        attention_chunk_size: int | None = None,
+        head_size_v: int | None = None,
+        attn_type: str = AttentionType.DECODER,
+        kv_sharing_target_layer_name: str | None = None,
     ) -> None:
         for name, option in (("alibi_slopes", alibi_slopes), ("blocksparse_params", blocksparse_params)):
             if option is not None:
@@ -106,86 +132,129 @@ class Attention(_AttentionBase):
                     f"attention layer {prefix or '(without prefix)'}: got {name}, which is not supported, "
                     f"expected none. Leave {name} out, or serve the model through another implementation."
                 )
-        if per_layer_sliding_window is not None and per_layer_sliding_window < 1:
-            raise ModelError(
-                f"per_layer_sliding_window: got {per_layer_sliding_window}, expected at least 1. "
-                "Leave it out for a layer that sees everything."
-            )
+        for name, size in (
+            ("per_layer_sliding_window", per_layer_sliding_window),
+            ("attention_chunk_size", attention_chunk_size),
+        ):
+            if size is not None and size < 1:
+                raise ModelError(
+                    f"{name}: got {size}, expected at least 1. Leave it out for a layer that sees everything."
+                )
         super().__init__(
             AttentionSpec(
                 num_heads=num_heads,
                 num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
                 head_size=head_size,
                 scale=float(scale),
+                head_size_v=head_size_v,
                 window=per_layer_sliding_window,
                 softcap=float(logits_soft_cap) if logits_soft_cap else None,
+                chunk=attention_chunk_size,
             )
         )
         self.prefix = prefix
         self.group_index = 0
         """Its cache group among the model's; set when loading has found all layers."""
+        self._both_ways = replace(self.spec, causal=False)
+        self._attn_type = attn_type
+        self._shared_layer = kv_sharing_target_layer_name
 
     def cache_spec(self) -> CacheSpec:
         """What this layer keeps of a sequence."""
-        spec = self.spec
-        if spec.window is None:
-            return FullAttentionSpec(spec.num_kv_heads, spec.head_size, spec.head_size)
-        return SlidingWindowSpec(spec.num_kv_heads, spec.head_size, spec.head_size, spec.window)
+        if self._shared_layer is not None:
+            return SharedCacheSpec(self._shared_layer)
+        sizes = (self.num_kv_heads, self.head_size, self.spec.value_size)
+        if self._attn_type == AttentionType.ENCODER_DECODER:
+            return CrossAttentionSpec(*sizes)
+        if self.spec.window is not None:
+            return SlidingWindowSpec(*sizes, self.spec.window)
+        return FullAttentionSpec(*sizes) if self.spec.chunk is None else ChunkedAttentionSpec(*sizes, self.spec.chunk)
 
     def forward(
         self,
         query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
+        key: torch.Tensor | None,
+        value: torch.Tensor | None,
         kv_cache: torch.Tensor | None,
         attn_metadata: AttentionMetadata,
-        attn_type: str = AttentionType.DECODER,
+        attn_type: str | None = None,
         rotation: Rotation | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend; with a cache, first store `key` and `value` in it.
 
         Args:
             query: `(num_tokens, num_heads * head_size)`, or the same with the heads as an axis.
-            key: `(num_tokens, num_kv_heads * head_size)`, likewise.
-            value: As `key`.
-            kv_cache: This layer's `(2, num_blocks, block_size, num_kv_heads, head_size)`. `None` or empty:
-                the given rows are all there is (profiling), and nothing is written.
-            attn_metadata: The step's batch.
-            attn_type: See `AttentionType`.
+            key: `(num_tokens, num_kv_heads * head_size)`, likewise. Of cross-attention the rows of those items that the
+                cache doesn't have yet. `None`: it has all that is to be read, as that of a layer that shares another's.
+            value: As `key`, with `head_size_v` channels.
+            kv_cache: This layer's cache, see `AttentionSpec`. `None` or empty: the given rows are all there is
+                (profiling), and nothing is written.
+            attn_metadata: The step's batch. Of cross-attention: `seq_lens`, `block_table` and `slot_mapping` are those
+                of the items' rows.
+            attn_type: See `AttentionType`; that of the layer by default.
             rotation: How queries and keys, which then have the heads as an axis, are rotated first. With a cache that
                 takes no memory access of its own.
+            sinks: `(num_heads,)` learned scores that take part in each head's softmax without a value.
 
         Returns:
-            `(num_tokens, num_heads * head_size)`.
+            `(num_tokens, num_heads * head_size_v)`.
 
         Raises:
-            ModelError: `attn_type` is not supported.
+            ModelError: `attn_type` is not supported, or there are neither keys nor a cache.
         """
-        num_tokens = query.shape[0]
+        attn_type = self._attn_type if attn_type is None else attn_type
         backend = self._backend_for(query)
-        if attn_type == AttentionType.DECODER and kv_cache is not None and kv_cache.numel() > 0:
+        paged = attn_type in (AttentionType.DECODER, AttentionType.ENCODER_DECODER)
+        if not paged and attn_type not in (AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
+            raise ModelError(
+                f"attention type of {self._name()}: got {attn_type!r}, expected one of "
+                f"{', '.join(repr(each.value) for each in AttentionType)}. Change attn_type."
+            )
+        rules = self.spec if attn_type == AttentionType.DECODER else self._both_ways
+        if paged and kv_cache is not None and kv_cache.numel() > 0:
             batch = attn_metadata.of_group(self.group_index)
-            if rotation is None:
-                write_kv(key, value, kv_cache, batch.slot_mapping)
+            keys, values = split_cache(kv_cache, self.head_size, self.spec.value_size)
+            if key is None or value is None or self._shared_layer is not None:
+                query = query if rotation is None else rotary_embedding(query, query[:, :1], *rotation)[0]
+            elif rotation is None:
+                write_kv(key, value, keys, values, batch.slot_mapping)
             else:
-                query = rotate_and_write_kv(query, key, value, rotation, kv_cache, batch.slot_mapping)
+                query = rotate_and_write_kv(query, key, value, rotation, keys, values, batch.slot_mapping)
             # Flat or not: with a cache at hand, backends know the head size.
-            out = backend.paged(query, kv_cache, batch, self.spec)
-        elif attn_type in (AttentionType.DECODER, AttentionType.ENCODER, AttentionType.ENCODER_ONLY):
-            q = query.reshape(num_tokens, self.num_heads, self.head_size)
-            k = key.reshape(num_tokens, self.num_kv_heads, self.head_size)
-            v = value.reshape(num_tokens, self.num_kv_heads, self.head_size)
+            out = backend.paged(query, keys, values, batch, rules, sinks)
+        elif key is None or value is None:
+            raise ModelError(
+                f"{self._name()}: got neither a cache nor keys and values, expected one of them. In a pass without a "
+                "cache, give a layer that shares another's cache that layer's key and value."
+            )
+        else:
+            q = query.reshape(-1, self.num_heads, self.head_size)
+            k = key.reshape(-1, self.num_kv_heads, self.head_size)
+            v = value.reshape(-1, self.num_kv_heads, self.spec.value_size)
             if rotation is not None:
                 q, k = rotary_embedding(q, k, *rotation)
-            causal = attn_type == AttentionType.DECODER
-            out = backend.varlen(q, k, v, attn_metadata.cu_seqlens_q, self.spec, causal=causal)
-        else:
-            raise ModelError(
-                f"attention type of layer {self.prefix or '(without prefix)'}: got {attn_type!r}, expected one of "
-                f"{AttentionType.DECODER.value!r}, {AttentionType.ENCODER.value!r}, "
-                f"{AttentionType.ENCODER_ONLY.value!r}. Change attn_type; cross-attention is not supported."
-            )
-        return out if out.dim() == 2 else out.reshape(num_tokens, self.num_heads * self.head_size)
+            if attn_type == AttentionType.ENCODER_DECODER:
+                # Flat rows are a cache of blocks of one token each.
+                batch = attn_metadata.of_group(self.group_index)
+                batch = replace(batch, block_table=_rows_as_blocks(batch))
+                out = backend.paged(q, k[:, None], v[:, None], batch, rules, sinks)
+            else:
+                spans = attn_metadata.row_spans if rules.causal else None
+                starts = attn_metadata.cu_seqlens_q
+                out = backend.varlen(q, k, v, starts, rules, sinks=sinks, row_spans=spans)
+        return out if out.dim() == 2 else out.flatten(1)
+
+    def _name(self) -> str:
+        return f"attention layer {self.prefix or '(without prefix)'}"
+
+
+def _rows_as_blocks(metadata: AttentionMetadata) -> torch.Tensor:
+    """`(num_seqs, max_seq_len)` int32: the rows of each sequence, if they lie one sequence after the other."""
+    ends = metadata.seq_lens.cumsum(0, dtype=torch.int32)
+    within = torch.arange(metadata.max_seq_len, dtype=torch.int32, device=ends.device)
+    rows = (ends - metadata.seq_lens)[:, None] + within
+    return rows.where(within < metadata.seq_lens[:, None], 0)
 
 
 class MultiHeadAttention(_AttentionBase):
@@ -210,6 +279,7 @@ class MultiHeadAttention(_AttentionBase):
                 num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
                 head_size=head_size,
                 scale=float(scale),
+                causal=False,
             )
         )
 
@@ -245,9 +315,28 @@ class MultiHeadAttention(_AttentionBase):
         else:
             starts = _int32_tensor(cu_seqlens, query.device)
         lens = None if key_lens is None else _int32_tensor(key_lens, query.device)
-        out = self._backend_for(q).varlen(q, k, v, starts, self.spec, causal=False, key_lens=lens)
+        out = self._backend_for(q).varlen(q, k, v, starts, self.spec, key_lens=lens)
         return out.reshape(query.shape)
 
 
 def _int32_tensor(values: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:
     return torch.as_tensor(values, dtype=torch.int32, device=device)
+
+
+def choose_backends(
+    model: nn.Module, device_type: str, dtype: torch.dtype, forced: AttentionBackendName | None = None
+) -> None:
+    """Let all attention layers of a model choose their backend now.
+
+    Args:
+        model: What has the layers.
+        device_type: Where they will run, as in `torch.device.type`.
+        dtype: Of their rows.
+        forced: The name of the backend that all have to take; `None`: each the fastest.
+
+    Raises:
+        ConfigError: A layer can't run by the forced backend.
+    """
+    for module in model.modules():
+        if isinstance(module, _AttentionBase):
+            module.choose_backend(device_type, dtype, forced)

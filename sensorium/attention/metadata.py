@@ -64,6 +64,11 @@ class AttentionMetadata:
     seq_lens_host: tuple[int, ...]
     has_decodes: bool = True
     """Whether a sequence may run exactly one token."""
+    row_spans: torch.Tensor | None = None
+    """`(2, num_tokens)` int32: first position, and last position + 1, of the span that a row's position belongs to and
+    whose positions see one another both ways, beside what else the layer's rules let them see (`compute_row_spans`).
+    Zeros for rows of none; `None` where no row is in a span. A span's keys must all be cached, so a chunk of a prompt
+    that reaches into a span must reach its end."""
     multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None
     """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
     is_recorded: bool = False
@@ -117,9 +122,11 @@ class AttentionMetadata:
         slot_mapping: IntArray,
         *,
         device: torch.device | str = "cpu",
+        row_spans: IntArray | None = None,
         multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
     ) -> AttentionMetadata:
-        """Build from host arrays: `(num_seqs,)`, `(num_seqs,)`, `(num_seqs, max_blocks)`, `(num_tokens,)`.
+        """Build from host arrays: `(num_seqs,)`, `(num_seqs,)`, `(num_seqs, max_blocks)`, `(num_tokens,)`, and, if
+        there are spans, `(2, num_tokens)`.
 
         On the CPU arrays of the right dtype (int32; int64 for slots) are used in place: leave them unchanged
         until the step has ended. On other devices they are copied without waiting.
@@ -133,6 +140,7 @@ class AttentionMetadata:
             seq_lens_on_device=_to_tensor(seq_lens, np.int32, device),
             block_table=_to_tensor(block_table, np.int32, device),
             slot_mapping=_to_tensor(slot_mapping, np.int64, device),
+            row_spans=None if row_spans is None else _to_tensor(row_spans, np.int32, device),
             multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
         )
 
@@ -146,6 +154,7 @@ class AttentionMetadata:
         seq_lens_on_device: torch.Tensor,
         block_table: torch.Tensor,
         slot_mapping: torch.Tensor,
+        row_spans: torch.Tensor | None = None,
         multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
     ) -> AttentionMetadata:
         """Build from the lengths on the host, both `(num_seqs,)`, and what lies on the device already."""
@@ -167,6 +176,7 @@ class AttentionMetadata:
             query_lens_host=query_lens_host,
             seq_lens_host=seq_lens_host,
             has_decodes=num_decode_tokens > 0,
+            row_spans=row_spans,
             multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
         )
 
@@ -176,6 +186,7 @@ class AttentionMetadata:
         query_lens: Sequence[int],
         *,
         device: torch.device | str = "cpu",
+        row_spans: IntArray | None = None,
         multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
     ) -> AttentionMetadata:
         """A batch of whole sequences that nothing is cached of: profiling, pooling, whole-prompt passes."""
@@ -186,6 +197,7 @@ class AttentionMetadata:
             np.zeros((len(lens), 0), dtype=np.int32),
             np.full(int(lens.sum()), NO_SLOT, dtype=np.int64),
             device=device,
+            row_spans=row_spans,
             multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
         )
 
@@ -216,3 +228,31 @@ def compute_slot_mapping(
     blocks = block_table[rows, positions // block_size].astype(np.int64)
     slots: npt.NDArray[np.int64] = blocks * block_size + positions % block_size
     return slots
+
+
+def compute_row_spans(
+    spans: Sequence[Sequence[tuple[int, int]]], query_lens: IntArray, seq_lens: IntArray
+) -> npt.NDArray[np.int32] | None:
+    """`AttentionMetadata.row_spans` of the last `query_lens[i]` positions of each sequence; `None` if all were zeros.
+
+    Worked example: sequence A runs its positions 2 to 5 and has a span from 3 to 6, sequence B decodes:
+
+        compute_row_spans([[(3, 6)], []], [4, 1], [6, 9])    [[0, 3, 3, 3, 0],
+                                                              [0, 6, 6, 6, 0]]
+
+    Args:
+        spans: Of each sequence, first position and last position + 1 of its spans, which don't overlap.
+        query_lens: `(num_seqs,)` tokens that run in this step.
+        seq_lens: `(num_seqs,)` KV lengths after this step.
+    """
+    if not any(spans):
+        return None
+    rows = np.zeros((2, int(np.sum(query_lens))), dtype=np.int32)
+    ends = np.cumsum(query_lens)
+    for i, own in enumerate(spans):
+        first_row = int(ends[i] - query_lens[i])
+        first_position = int(seq_lens[i] - query_lens[i])
+        for begin, end in own:
+            inside = slice(*(first_row + max(0, min(at - first_position, int(query_lens[i]))) for at in (begin, end)))
+            rows[:, inside] = ((begin,), (end,))
+    return rows if rows.any() else None

@@ -1,154 +1,163 @@
 """Attention through `torch.nn.functional.scaled_dot_product_attention`, on any device.
 
 Decoding sequences are gathered from their blocks, padded to the longest and attended to in one call; each
-prefill chunk is a call of its own, without padding.
+prefill chunk is a call of its own, without padding. The functions have the signatures of their twins in
+`sensorium.kernels.attention`, and no soft cap.
 """
 
 from __future__ import annotations
 
-from itertools import pairwise
+from itertools import accumulate, pairwise
+from typing import NamedTuple
 
-import numpy as np
 import torch
-from torch.nn.functional import scaled_dot_product_attention
+from torch.nn.functional import pad, scaled_dot_product_attention
 
-from sensorium.attention.backend import AttentionSpec
-from sensorium.attention.metadata import AttentionMetadata
+from sensorium.kernels.attention import AttentionRules, PagedBatch, key_ranges
 
 
-class SdpaBackend:
-    """Torch's own fused attention over keys and values gathered from the blocks."""
+class _Sight(NamedTuple):
+    """Which keys the queries of one sequence see."""
 
-    name = "torch SDPA"
+    first: int
+    last: int
+    """Some query sees the first, some the one before the last."""
+    seen: torch.Tensor | None
+    """`(Q, last - first)` bool, true where a query sees a key; `None`: everywhere, or as `is_causal` says."""
+    is_causal: bool
+    """Whether each query sees the keys up to its own, and the first query is that of the first key."""
 
-    def refusal(self, spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
-        """Soft caps are beyond torch's function."""
-        return None if spec.softcap is None else "it has no soft cap"
 
-    def paged(
-        self,
-        query: torch.Tensor,
-        kv_cache: torch.Tensor,
-        metadata: AttentionMetadata,
-        spec: AttentionSpec,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.paged`."""
-        shape = query.shape
-        query = query.reshape(shape[0], spec.num_heads, spec.head_size)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        query_lens = np.asarray(metadata.query_lens_host)
-        starts = np.cumsum(query_lens) - query_lens
-        decodes = np.flatnonzero(query_lens == 1)
-        if decodes.size:
-            seqs = torch.from_numpy(decodes).to(query.device)
-            rows = torch.from_numpy(starts[decodes]).to(query.device)
-            out[rows] = _attend_decodes(query[rows], kv_cache, metadata, seqs, spec)
-        for i in np.flatnonzero(query_lens > 1).tolist():
-            begin, end = int(starts[i]), int(starts[i] + query_lens[i])
-            out[begin:end] = _attend_chunk(query[begin:end], kv_cache, metadata, i, spec)
-        return out.view(shape)
+def paged_attention(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `attention.paged_attention_reference`."""
+    heads = query.view(len(query), -1, keys.shape[3])
+    out = heads.new_zeros(*heads.shape[:2], values.shape[3])
+    starts = [0, *accumulate(batch.query_lens_host)]
+    decodes = [i for i, count in enumerate(batch.query_lens_host) if count == 1]
+    if decodes:
+        rows = torch.tensor([starts[i] for i in decodes], device=query.device)
+        seqs = torch.tensor(decodes, device=query.device)
+        out[rows] = _attend_decodes(heads, rows, keys, values, batch, seqs, rules, sinks)
+    block_size = keys.shape[1]
+    for i, (begin, end) in enumerate(pairwise(starts)):
+        if end - begin <= 1:
+            continue
+        sight = _sight(end - begin, batch.seq_lens_host[i], rules, _columns(batch.row_spans, begin, end))
+        if sight.first < sight.last:
+            positions = torch.arange(sight.first, sight.last, device=query.device)
+            places = batch.block_table[i, positions // block_size].long(), positions % block_size
+            q, k, v = heads[begin:end], keys[places], values[places]
+            out[begin:end] = _sdpa(q[None], k[None], v[None], rules, sight, sinks)[0]
+    return out if query.dim() == 3 else out.flatten(1)
 
-    def varlen(
-        self,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        cu_seqlens: torch.Tensor,
-        spec: AttentionSpec,
-        *,
-        causal: bool,
-        key_lens: torch.Tensor | None = None,
-    ) -> torch.Tensor:
-        """See `AttentionBackend.varlen`."""
-        starts = cu_seqlens.tolist()
-        lens = [end - begin for begin, end in pairwise(starts)]
-        if key_lens is None and lens and all(n == lens[0] for n in lens) and lens[0] > 0:
-            shape = (len(lens), lens[0], -1, spec.head_size)
-            q, k, v = (x.reshape(shape) for x in (query, key, value))
-            return _sdpa(q, k, v, spec, causal=causal, mask=None).reshape(query.shape)
-        key_counts = lens if key_lens is None else key_lens.tolist()
-        out = torch.zeros_like(query, memory_format=torch.contiguous_format)
-        for begin, num_queries, num_keys in zip(starts, lens, key_counts, strict=False):
-            if num_queries == 0 or num_keys == 0:
-                continue
-            q = query[begin : begin + num_queries]
-            k, v = key[begin : begin + num_keys], value[begin : begin + num_keys]
-            out[begin : begin + num_queries] = _sdpa(q[None], k[None], v[None], spec, causal=causal, mask=None)[0]
-        return out
+
+def varlen_attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    cu_seqlens: torch.Tensor,
+    rules: AttentionRules,
+    *,
+    key_lens: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    row_spans: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """See `attention.varlen_attention_reference`."""
+    starts = cu_seqlens.tolist()
+    lens = [end - begin for begin, end in pairwise(starts)]
+    if key_lens is None and row_spans is None and len(set(lens)) == 1 and lens[0] > 0:
+        q, k, v = (x.reshape(len(lens), lens[0], *x.shape[1:]) for x in (query, key, value))
+        return _sdpa(q, k, v, rules, _sight(lens[0], lens[0], rules), sinks).flatten(0, 1)
+    out = query.new_zeros(*query.shape[:2], value.shape[2])
+    key_counts = lens if key_lens is None else key_lens.tolist()
+    for (begin, end), num_keys in zip(pairwise(starts), key_counts, strict=True):
+        sight = _sight(end - begin, num_keys, rules, _columns(row_spans, begin, end))
+        if sight.first < sight.last:
+            seen = slice(begin + sight.first, begin + sight.last)
+            q, k, v = query[begin:end], key[seen], value[seen]
+            out[begin:end] = _sdpa(q[None], k[None], v[None], rules, sight, sinks)[0]
+    return out
 
 
 def _attend_decodes(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    metadata: AttentionMetadata,
+    rows: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
     seqs: torch.Tensor,
-    spec: AttentionSpec,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`query` `(S, H, D)`, one row for each of the sequences `seqs` `(S,)`."""
-    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
-    num_blocks = -(-metadata.max_seq_len // block_size)
-    seq_lens = metadata.seq_lens[seqs, None]
-    blocks = metadata.block_table[seqs, :num_blocks].long()
-    kv = kv_cache[:, blocks].view(2, len(seqs), num_blocks * block_size, num_kv_heads, head_size)
-    positions = torch.arange(num_blocks * block_size, device=query.device)
-    seen = positions < seq_lens
+    """`(S, H, Dv)` of the queries `rows` `(S,)`, one for each of the sequences `seqs` `(S,)`."""
+    key_lens = batch.seq_lens[seqs].long()
+    positions = key_lens - 1 if rules.causal else torch.zeros_like(key_lens)
+    spans = None if batch.row_spans is None else batch.row_spans[:, rows]
+    low, high = key_ranges(positions, key_lens, rules, spans)
+    num_blocks = -(-max(*batch.seq_lens_host, 1) // keys.shape[1])
+    blocks = batch.block_table[seqs, :num_blocks].long()
+    every = torch.arange(num_blocks * keys.shape[1], device=query.device)
+    seen = (every >= low[:, None]) & (every < high[:, None])
     # Padding shows other sequences' blocks: a NaN there times a weight of zero would still be a NaN here.
-    key, value = kv.masked_fill(~seen[None, :, :, None, None], 0).unbind()
-    if spec.window is not None:
-        seen = seen & (positions >= seq_lens - spec.window)
-    return _sdpa(query[:, None], key, value, spec, causal=False, mask=seen[:, None, None])[:, 0]
+    key, value = (part[blocks].flatten(1, 2).masked_fill(~seen[..., None, None], 0) for part in (keys, values))
+    return _sdpa(query[rows][:, None], key, value, rules, _Sight(0, len(every), seen[:, None], False), sinks)[:, 0]
 
 
-def _attend_chunk(
-    query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    metadata: AttentionMetadata,
-    seq: int,
-    spec: AttentionSpec,
-) -> torch.Tensor:
-    """`query` `(Q, H, D)`: the last `Q` positions of sequence `seq`."""
-    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
-    seq_len = metadata.seq_lens_host[seq]
-    blocks = metadata.block_table[seq, : -(-seq_len // block_size)].long()
-    kv = kv_cache[:, blocks].view(2, 1, -1, num_kv_heads, head_size)[:, :, :seq_len]
-    return _sdpa(query[None], kv[0], kv[1], spec, causal=True, mask=None)[0]
+def _columns(row_spans: torch.Tensor | None, begin: int, end: int) -> torch.Tensor | None:
+    return None if row_spans is None else row_spans[:, begin:end].cpu()
+
+
+def _sight(num_queries: int, num_keys: int, rules: AttentionRules, row_spans: torch.Tensor | None = None) -> _Sight:
+    longest = max(num_queries, num_keys)
+    hides = any(limit is not None and limit < longest for limit in (rules.window, rules.chunk))
+    if not num_queries or not num_keys:
+        return _Sight(0, 0, None, False)
+    if not hides and row_spans is None and (not rules.causal or num_queries in (1, num_keys)):
+        return _Sight(0, num_keys, None, rules.causal and num_queries > 1)
+    offset = num_keys - num_queries if rules.causal else 0
+    low, high = key_ranges(torch.arange(offset, offset + num_queries), num_keys, rules, row_spans)
+    first, last = int(low.min()), int(high.max())
+    keys = torch.arange(first, last)
+    return _Sight(first, last, (keys >= low[:, None]) & (keys < high[:, None]), False)
 
 
 def _sdpa(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    spec: AttentionSpec,
-    *,
-    causal: bool,
-    mask: torch.Tensor | None,
+    rules: AttentionRules,
+    sight: _Sight,
+    sinks: torch.Tensor | None,
 ) -> torch.Tensor:
-    """`(B, Q, H, D)` against `(B, K, Hkv, D)`; if causal, the queries are the last `Q` of the `K` positions."""
-    num_queries, num_keys = query.shape[1], key.shape[1]
-    is_causal = causal and num_queries == num_keys and spec.window is None and num_queries > 1
-    # With a window of at least the sequence's length nothing is hidden.
-    windowed = spec.window is not None and spec.window < num_keys
-    if mask is None and not is_causal and (windowed or (causal and num_queries > 1)):
-        mask = _position_mask(num_queries, num_keys, causal, spec.window, query.device)
+    """`(B, Q, H, D)` against `(B, K, Hkv, D)`, of which the queries see what `sight` says: `(B, Q, H, Dv)`."""
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))
+    seen = None if sight.seen is None else sight.seen.to(query.device)
+    mask = None if seen is None else seen.view(-1, 1, *seen.shape[-2:])
+    is_causal = sight.is_causal
+    if sinks is not None:
+        # One more key of zeros, whose scores are the sinks.
+        k, v, mask, is_causal = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1)), _mask_with(sinks, q, k, sight, mask), False
     out = scaled_dot_product_attention(
-        query.transpose(1, 2),
-        key.transpose(1, 2),
-        value.transpose(1, 2),
-        attn_mask=mask,
-        is_causal=is_causal,
-        scale=spec.scale,
-        enable_gqa=query.shape[2] != key.shape[2],
-    )
-    return out.transpose(1, 2)
+        *(q, k, v), attn_mask=mask, is_causal=is_causal, scale=rules.scale, enable_gqa=q.shape[1] != k.shape[1]
+    ).transpose(1, 2)
+    return out if seen is None else out.masked_fill(~seen.any(-1)[..., None, None], 0)
 
 
-def _position_mask(
-    num_queries: int, num_keys: int, causal: bool, window: int | None, device: torch.device
+def _mask_with(
+    sinks: torch.Tensor, query: torch.Tensor, key: torch.Tensor, sight: _Sight, mask: torch.Tensor | None
 ) -> torch.Tensor:
-    """`(Q, K)` bool, true where a query sees a key."""
-    distance = (
-        torch.arange(num_keys - num_queries, num_keys, device=device)[:, None]
-        - torch.arange(num_keys, device=device)[None, :]
-    )
-    seen = distance >= 0 if causal else torch.ones_like(distance, dtype=torch.bool)
-    return seen if window is None else seen & (distance.abs() < window)
+    """What is added to scores: `(B, H, Q, K + 1)` for `query` `(B, H, Q, D)` and `key` `(B, Hkv, K, D)`."""
+    shape = (*query.shape[:3], key.shape[2])
+    if mask is None:
+        mask = torch.ones(shape[2:], dtype=torch.bool, device=query.device)
+        mask = mask.tril() if sight.is_causal else mask
+    bias = torch.zeros(mask.shape, dtype=query.dtype, device=query.device).masked_fill(~mask, float("-inf"))
+    column = sinks.to(query.dtype)[:, None, None].expand(*shape[:3], 1)
+    return torch.cat((bias.expand(shape), column), dim=-1)

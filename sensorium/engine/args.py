@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal, TypeAlias
 
 from sensorium.config import (
     Amount,
+    AttentionBackendName,
     BlockSize,
     BytesOrNone,
     CompileTime,
@@ -125,6 +126,9 @@ class EngineArgs:
     another, 1 on a CPU."""
     enforce_eager: bool = False
     """On CUDA, run every step call by call, without recording graphs."""
+    attention_backend: AttentionBackendName | None = None
+    """Run all attention by "native_cpu", "triton", "torch_sdpa" or "torch_reference"; by default each layer takes the
+    fastest that can run it. A layer that can't be run as asked for is an error at load."""
     max_grammar_compile_s: CompileTime = 5.0
     """Refuse structured outputs whose grammar takes longer than this to compile, in seconds."""
 

@@ -120,7 +120,12 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         model_config=_model_config(args, path, checkpoint),
         cache_config=cache,
         scheduler_config=scheduler,
-        device_config=DeviceConfig(device=device, num_threads=args.num_threads, enforce_eager=args.enforce_eager),
+        device_config=DeviceConfig(
+            device=device,
+            num_threads=args.num_threads,
+            enforce_eager=args.enforce_eager,
+            attention_backend=args.attention_backend,
+        ),
         load_config=LoadConfig(load_format=args.load_format),
         parallel_config=parallel,
         quant_config=quant_config,

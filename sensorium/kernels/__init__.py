@@ -7,7 +7,7 @@ it is.
 
 from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_and_mul
 from sensorium.kernels.argmax import greedy_argmax, largest
-from sensorium.kernels.attention import paged_attention, varlen_attention, write_kv
+from sensorium.kernels.attention import AttentionRules, paged_attention, split_cache, varlen_attention, write_kv
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear, plain_linear
 from sensorium.kernels.native import native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
@@ -15,6 +15,7 @@ from sensorium.kernels.quantized_linear import QuantizedWeight, quantize, quanti
 from sensorium.kernels.rotary import Rotation, rotary_embedding, rotate_and_write_kv
 
 __all__ = [
+    "AttentionRules",
     "PackedWeight",
     "QuantizedWeight",
     "Rotation",
@@ -35,6 +36,7 @@ __all__ = [
     "rotary_embedding",
     "rotate_and_write_kv",
     "silu_and_mul",
+    "split_cache",
     "varlen_attention",
     "write_kv",
 ]

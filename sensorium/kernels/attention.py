@@ -4,121 +4,215 @@ Each `*_reference` is the plain-torch twin: documentation, oracle and fallback. 
 the weighted sum are computed in float32 whatever the storage type, and rounded once at the end.
 
 Conventions: `H` query heads share `Hkv` key/value heads (`H % Hkv == 0`, query head `h` reads key/value head
-`h // (H // Hkv)`); a cache is one layer's `(2, num_blocks, block_size, Hkv, D)`, keys first; a token's slot
-is `block id * block_size + offset`. Beside a cache, which tells the head size, queries, keys and
-values may also come flat, `(T, H * D)`; the result has the query's form.
+`h // (H // Hkv)`). Queries and keys have heads of `D` channels, values and outputs of `Dv`, mostly the same.
+Cached keys and values are two views, `(num_blocks, block_size, Hkv, D)` and `(num_blocks, block_size, Hkv, Dv)`
+(`split_cache`), of one layer's cache; a token's slot is `block id * block_size + offset`. Beside a cache, which tells
+the head sizes, queries, keys and values may also come flat, `(T, H * D)`; the result has the query's form.
 """
 
 from __future__ import annotations
 
 import itertools
+from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 
 from sensorium.kernels.gpu import on_gpu
-from sensorium.kernels.native import DTYPE_CODES, native_for, token_rows
+from sensorium.kernels.native import DTYPE_CODES, NativeLibrary, native_for, token_rows
+
+
+@dataclass(frozen=True, slots=True)
+class AttentionRules:
+    """Which keys a position sees, and what becomes of the scores: the constants of a layer.
+
+    A position sees a range of keys without gaps, `key_ranges`. Whatever lies outside the ranges of all rows that a
+    sequence runs is never read: its blocks may hold anything, and entries of the block table may be any block's.
+    """
+
+    scale: float
+    """Factor on the scores."""
+    window: int | None = None
+    """How many positions back a position sees, itself included; if not causal, also forward. `None`: all."""
+    softcap: float | None = None
+    """`c` in `c * tanh(score / c)`; `None` for none."""
+    chunk: int | None = None
+    """A position sees only those of its own chunk: positions `i` with the same `i // chunk`. `None`: all."""
+    causal: bool = True
+    """Whether a position sees only itself and earlier ones, and the queries are a sequence's last positions."""
+
+
+class PagedBatch(Protocol):
+    """A step's sequences, and where their cached keys lie. `sensorium.attention.AttentionMetadata` is one."""
+
+    @property
+    def block_table(self) -> torch.Tensor:
+        """`(num_seqs, max_blocks)` int32 block ids."""
+
+    @property
+    def cu_seqlens_q(self) -> torch.Tensor:
+        """`(num_seqs + 1,)` int32: sequence `i` has the query rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]`."""
+
+    @property
+    def seq_lens(self) -> torch.Tensor:
+        """`(num_seqs,)` int32: cached positions, this step's included."""
+
+    @property
+    def row_spans(self) -> torch.Tensor | None:
+        """See `key_ranges`."""
+
+    @property
+    def has_decodes(self) -> bool:
+        """Whether a sequence may have exactly one query."""
+
+    @property
+    def max_seqlen_q(self) -> int:
+        """The most queries of a sequence, or more."""
+
+    @property
+    def is_recorded(self) -> bool:
+        """Whether the step is recorded, to be repeated for other lengths."""
+
+    @property
+    def query_lens_host(self) -> tuple[int, ...]:
+        """How many queries each sequence has. Can't be read in a recorded step, nor can the next."""
+
+    @property
+    def seq_lens_host(self) -> tuple[int, ...]:
+        """As `seq_lens`."""
+
+
+def split_cache(kv_cache: torch.Tensor, head_size: int, value_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of a layer's keys `(num_blocks, block_size, Hkv, D)` and values `(num_blocks, block_size, Hkv, Dv)`.
+
+    A cache is one of three:
+
+    - `(2, num_blocks, block_size, Hkv, D)`, keys first, where values are as large as keys;
+    - `(num_blocks, block_size, Hkv, D + Dv)`, a head's key before its value;
+    - `(num_blocks, block_size, Hkv, D)` with `Dv < D`: the values are the keys' first channels, as of the latent
+      vectors of multi-head latent attention.
+    """
+    if kv_cache.dim() == 5:
+        keys, values = kv_cache.unbind()
+        return keys, values
+    width = kv_cache.shape[3]
+    assert width in (head_size, head_size + value_size), "a cache for heads of other sizes"
+    first = 0 if width == head_size else head_size
+    return kv_cache[..., :head_size], kv_cache[..., first : first + value_size]
 
 
 def write_kv_reference(
-    key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
 ) -> None:
-    """Store `key` and `value`, `(T, Hkv, D)` or `(T, Hkv * D)`, at `slot_mapping` `(T,)`; negative slots are
-    skipped.
+    """Store `key`, `(T, Hkv, D)` or `(T, Hkv * D)`, and `value` likewise, at `slot_mapping` `(T,)` int64; negative
+    slots are skipped.
 
-    The one kernel that changes an argument: `kv_cache`.
+    The one kernel that changes an argument: `keys` and `values`, the parts of a cache.
     """
-    num_kv_heads, head_size = kv_cache.shape[3:]
-    slots = kv_cache.view(2, -1, num_kv_heads, head_size)
     rows = (slot_mapping >= 0).nonzero().squeeze(1)
-    targets = slot_mapping[rows]
-    for which, source in enumerate((key, value)):
-        slots[which][targets] = source.reshape(-1, num_kv_heads, head_size)[rows].to(kv_cache.dtype)
+    block, offset = slot_mapping[rows] // keys.shape[1], slot_mapping[rows] % keys.shape[1]
+    for cached, source in ((keys, key), (values, value)):
+        cached[block, offset] = source.reshape(-1, *cached.shape[2:])[rows].to(cached.dtype)
+
+
+def key_ranges(
+    positions: torch.Tensor, num_keys: int | torch.Tensor, rules: AttentionRules, row_spans: torch.Tensor | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The keys that queries see: `low` and `high`, `(Q,)` each; a query sees the positions `low:high`.
+
+    Args:
+        positions: `(Q,)` positions of the queries.
+        num_keys: Keys that there are, or `(Q,)` for each query.
+        rules: The layer's.
+        row_spans: `(2, Q)`: first position, and last position + 1, of a span around each query whose positions see
+            one another whatever else the rules say, as those of an image may. Where a query has none: zeros, or
+            anything that ends before it.
+    """
+    low, high = torch.zeros_like(positions), torch.zeros_like(positions) + num_keys
+    if rules.causal:
+        high = positions + 1
+    if rules.window is not None:
+        low = positions - (rules.window - 1)
+        high = high if rules.causal else positions + rules.window
+    if rules.chunk is not None:
+        first = positions // rules.chunk * rules.chunk
+        low, high = torch.maximum(low, first), torch.minimum(high, first + rules.chunk)
+    if row_spans is not None:
+        begin, end = row_spans.to(positions.dtype)
+        low = torch.where(end > positions, torch.minimum(low, begin), low)
+        high = torch.where(end > positions, torch.maximum(high, end), high)
+    return low.clamp(min=0), torch.minimum(high, torch.zeros_like(high) + num_keys)
 
 
 def attend_reference(
     query: torch.Tensor,
     key: torch.Tensor,
     value: torch.Tensor,
-    *,
-    scale: float,
-    causal: bool,
-    window: int | None = None,
-    softcap: float | None = None,
+    hidden: torch.Tensor,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One sequence: the last `Q` of `K` positions attend to all `K`. Returns `(Q, H, D)` in the query's
-    dtype.
+    """One sequence: a softmax over the scores of the keys that aren't hidden. `(Q, H, Dv)` in the query's dtype.
 
     Args:
         query: `(Q, H, D)`.
         key: `(K, Hkv, D)`.
-        value: `(K, Hkv, D)`.
-        scale: Factor on the scores.
-        causal: Whether a position sees only itself and earlier ones.
-        window: How many positions back a position sees, itself included (`None`: all); if not causal, also
-            forward.
-        softcap: `c` in `c * tanh(score / c)`, `None` for none.
+        value: `(K, Hkv, Dv)`.
+        hidden: `(Q, K)` bool. A query that all keys are hidden from gets zeros.
+        rules: Of them, those of the scores.
+        sinks: `(H,)`: for each head a score of a key that every query sees and whose value is zero (`transformers`
+            `GptOssAttention`). Neither scaled nor capped.
     """
-    num_queries, num_keys = query.shape[0], key.shape[0]
     group = query.shape[1] // key.shape[1]
     q = query.float().transpose(0, 1)
     k = key.float().repeat_interleave(group, dim=1).transpose(0, 1)
     v = value.float().repeat_interleave(group, dim=1).transpose(0, 1)
-    scores = q @ k.transpose(1, 2) * scale
-    if softcap is not None:
-        scores = softcap * torch.tanh(scores / softcap)
-    distance = (
-        torch.arange(num_keys - num_queries, num_keys, device=query.device)[:, None]
-        - torch.arange(num_keys, device=query.device)[None, :]
-    )
-    hidden = distance < 0 if causal else torch.zeros_like(distance, dtype=torch.bool)
-    if window is not None:
-        hidden = hidden | (distance.abs() >= window)
-    weights = torch.softmax(scores.masked_fill(hidden, float("-inf")), dim=-1)
+    scores = q @ k.transpose(1, 2) * rules.scale
+    if rules.softcap is not None:
+        scores = rules.softcap * torch.tanh(scores / rules.softcap)
+    scores = scores.masked_fill(hidden, float("-inf"))
+    if sinks is not None:
+        scores = torch.cat((scores, sinks.float()[:, None, None].expand(-1, len(query), 1)), dim=-1)
+    weights = torch.softmax(scores, dim=-1)[..., : len(key)].masked_fill(hidden, 0)
     return (weights @ v).transpose(0, 1).to(query.dtype)
 
 
 def paged_attention_reference(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Causal attention of `query` over each sequence's cached positions, its own rows included.
+    """Attention of `query` over each sequence's cached positions.
 
     Args:
-        query: `(T, H, D)` or `(T, H * D)`; sequence `i` owns rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]`, which are its
-            last positions.
-        kv_cache: `(2, num_blocks, block_size, Hkv, D)`, already holding this step's keys and values.
-        block_table: `(num_seqs, max_blocks)` int32.
-        cu_seqlens_q: `(num_seqs + 1,)` int32.
-        seq_lens: `(num_seqs,)` int32, cached positions including this step's.
-        scale: Factor on the scores.
-        window: Positions that a position sees, itself included; `None` for all.
-        softcap: See `attend_reference`.
+        query: `(T, H, D)` or `(T, H * D)`; sequence `i` owns rows `cu_seqlens_q[i]:cu_seqlens_q[i + 1]`. If causal,
+            they are its last positions. If not, they need not be positions of the sequence at all (cross-attention).
+        keys: `(num_blocks, block_size, Hkv, D)`, this step's keys included.
+        values: `(num_blocks, block_size, Hkv, Dv)`, likewise.
+        batch: The sequences. The columns of its `row_spans` are those of the query's rows.
+        rules: The layer's.
+        sinks: See `attend_reference`.
 
     Returns:
-        A tensor like `query`.
+        `(T, H, Dv)` or `(T, H * Dv)`, as `query` is. Rows of a sequence without keys are 0.
     """
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    block_size, _, head_size = keys.shape[1:]
     heads = query if query.dim() == 3 else query.view(len(query), -1, head_size)
-    starts = cu_seqlens_q.tolist()
-    for i, seq_len in enumerate(seq_lens.tolist()):
-        begin, end = starts[i], starts[i + 1]
-        if begin == end:
+    out = heads.new_zeros(*heads.shape[:2], values.shape[3])
+    starts = batch.cu_seqlens_q.tolist()
+    for i, num_keys in enumerate(batch.seq_lens.tolist()):
+        rows = slice(starts[i], starts[i + 1])
+        sight = _sight(rows, num_keys, rules, batch.row_spans, query.device)
+        if sight is None:
             continue
-        blocks = block_table[i, : -(-seq_len // block_size)].long()
-        key, value = kv_cache[:, blocks].view(2, -1, num_kv_heads, head_size)[:, :seq_len].unbind()
-        attended = attend_reference(
-            heads[begin:end], key, value, scale=scale, causal=True, window=window, softcap=softcap
-        )
-        out[begin:end] = attended.reshape(end - begin, *query.shape[1:])
-    return out
+        positions, hidden = sight
+        blocks, offsets = batch.block_table[i, positions // block_size].long(), positions % block_size
+        found = keys[blocks, offsets], values[blocks, offsets]
+        out[rows] = attend_reference(heads[rows], *found, hidden, rules, sinks)
+    return out if query.dim() == 3 else out.flatten(1)
 
 
 def varlen_attention_reference(
@@ -126,12 +220,11 @@ def varlen_attention_reference(
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    rules: AttentionRules,
     *,
-    scale: float,
-    causal: bool,
     key_lens: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    row_spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Attention within each sequence of a flat batch: rows `cu_seqlens[i]:cu_seqlens[i + 1]` see only one
     another.
@@ -139,109 +232,111 @@ def varlen_attention_reference(
     Args:
         query: `(T, H, D)`.
         key: `(T, Hkv, D)`.
-        value: `(T, Hkv, D)`.
+        value: `(T, Hkv, Dv)`.
         cu_seqlens: `(num_seqs + 1,)` int32.
-        scale: Factor on the scores.
-        causal: Whether a row sees only itself and earlier rows of its sequence.
+        rules: The layer's.
         key_lens: `(num_seqs,)` int32, how many leading rows of each sequence hold real keys (the rest is
-            padding); `None` for all. Not with `causal`. Where it is 0 the output is 0.
-        window: See `attend_reference`.
-        softcap: See `attend_reference`.
+            padding); `None` for all. Not if causal. Where it is 0 the output is 0.
+        sinks: See `attend_reference`.
+        row_spans: See `key_ranges`; `(2, T)` int32.
 
     Returns:
-        `(T, H, D)` in the query's dtype.
+        `(T, H, Dv)` in the query's dtype.
     """
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    starts = cu_seqlens.tolist()
+    out = query.new_zeros(*query.shape[:2], value.shape[2])
     lens = None if key_lens is None else key_lens.tolist()
-    for i, (begin, end) in enumerate(itertools.pairwise(starts)):
-        if begin == end:
+    for i, (begin, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
+        rows = slice(begin, end)
+        sight = _sight(rows, end - begin if lens is None else lens[i], rules, row_spans, query.device)
+        if sight is None:
             continue
-        key_end = end if lens is None else begin + lens[i]
-        if key_end == begin:
-            out[begin:end] = 0
-            continue
-        out[begin:end] = attend_reference(
-            query[begin:end],
-            key[begin:key_end],
-            value[begin:key_end],
-            scale=scale,
-            causal=causal,
-            window=window,
-            softcap=softcap,
-        )
+        positions, hidden = sight
+        found = key[begin + positions], value[begin + positions]
+        out[rows] = attend_reference(query[rows], *found, hidden, rules, sinks)
     return out
 
 
-def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def _sight(
+    rows: slice, num_keys: int, rules: AttentionRules, row_spans: torch.Tensor | None, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """The positions `(K,)` of the keys that some of a sequence's rows see, and `(Q, K)` which are hidden from which."""
+    num_queries = rows.stop - rows.start
+    offset = num_keys - num_queries if rules.causal else 0
+    positions = torch.arange(offset, offset + num_queries, device=device)
+    spans = None if row_spans is None else row_spans[:, rows]
+    low, high = key_ranges(positions, num_keys, rules, spans)
+    first, last = (int(low.min()), int(high.max())) if num_queries else (0, 0)
+    if first >= last:
+        return None
+    seen = torch.arange(first, last, device=device)
+    return seen, (seen < low[:, None]) | (seen >= high[:, None])
+
+
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
     """See `write_kv_reference`."""
-    native = native_for(kv_cache)
-    if native is None or key.dtype != kv_cache.dtype or value.dtype != kv_cache.dtype:
-        write = _gpu_write_kv if on_gpu(kv_cache) else write_kv_reference
-        write(key, value, kv_cache, slot_mapping)
+    native = native_for(keys)
+    if native is None or not key.dtype == value.dtype == keys.dtype:
+        write = _gpu_write_kv if on_gpu(keys) else write_kv_reference
+        write(key, value, keys, values, slot_mapping)
         return
     assert slot_mapping.dtype == torch.int64
     key, value, slots = token_rows(key), token_rows(value), slot_mapping.contiguous()
-    keys, values, slot_size = _cache_halves(kv_cache)
-    size = kv_cache.element_size()
+    size = keys.element_size()
+    (key_slot, key_head), (value_slot, value_head) = cache_strides(keys), cache_strides(values)
+    num_heads, key_size = keys.shape[2:]
+    value_size = values.shape[3]
+    if key_head == key_size and value_head == value_size:  # a slot's heads in one piece
+        key_size, value_size, num_heads = num_heads * key_size, num_heads * value_size, 1
     native.write_kv(
-        *(keys, values, key.data_ptr(), value.data_ptr(), slots.data_ptr(), len(slots)),
-        *(slot_size * size, key.stride(0) * size, value.stride(0) * size, torch.get_num_threads()),
+        *(keys.data_ptr(), values.data_ptr(), key.data_ptr(), value.data_ptr(), slots.data_ptr()),
+        *(len(slots), num_heads, key_size * size, value_size * size),
+        *(key_slot * size, value_slot * size, key_head * size, value_head * size),
+        *(key.stride(0) * size, value.stride(0) * size, torch.get_num_threads()),
     )
 
 
-def _gpu_write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def _gpu_write_kv(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
     from sensorium.kernels.gpu.attention import write_kv
 
-    write_kv(key, value, kv_cache, slot_mapping)
+    write_kv(key, value, keys, values, slot_mapping)
 
 
-def _cache_halves(kv_cache: torch.Tensor) -> tuple[int, int, int]:
-    """The addresses of a layer's keys and values, and the elements of one slot."""
-    _, _, block_size, num_kv_heads, head_size = kv_cache.shape
-    half, block, slot, _, _ = kv_cache.stride()
-    assert slot == num_kv_heads * head_size, "the heads of a slot must lie side by side"
-    assert block == block_size * slot, "the slots of a layer must lie side by side"
-    address = kv_cache.data_ptr()
-    return address, address + half * kv_cache.element_size(), slot
+def cache_strides(part: torch.Tensor) -> tuple[int, int]:
+    """Elements from one slot of a part of a cache to the next, and from one head to the next."""
+    block, slot, head, channel = part.stride()
+    assert block == part.shape[1] * slot, "the slots of a layer must lie at equal distances"
+    assert channel == 1, "the channels of a head must lie side by side"
+    return slot, head
 
 
 def paged_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `paged_attention_reference`."""
     native = native_for(query)
-    if native is None or kv_cache.dtype != query.dtype:
-        return paged_attention_reference(
-            query,
-            kv_cache,
-            block_table,
-            cu_seqlens_q,
-            seq_lens,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
-    assert block_table.dtype == cu_seqlens_q.dtype == seq_lens.dtype == torch.int32
+    if native is None or keys.dtype != query.dtype:
+        return paged_attention_reference(query, keys, values, batch, rules, sinks)
+    table, starts, seq_lens = batch.block_table, batch.cu_seqlens_q, batch.seq_lens
+    assert table.dtype == starts.dtype == seq_lens.dtype == torch.int32
     query = token_rows(query)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    _, _, block_size, num_kv_heads, head_size = kv_cache.shape
-    keys, values, slot_size = _cache_halves(kv_cache)
+    head_size, value_size = keys.shape[3], values.shape[3]
     num_heads = query.shape[1] if query.dim() == 3 else query.shape[1] // head_size
-    native.attention(
-        *(out.data_ptr(), query.data_ptr(), keys, values, block_table.data_ptr()),
-        *(cu_seqlens_q.data_ptr(), seq_lens.data_ptr(), len(seq_lens)),
-        *(num_heads, num_kv_heads, head_size, query.stride(0), slot_size, slot_size),
-        *(block_size, block_table.stride(0), window or 0, scale, softcap or 0.0),
-        *(True, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+    shape = (num_heads, value_size) if query.dim() == 3 else (num_heads * value_size,)
+    out = query.new_empty(len(query), *shape)
+    _attend(
+        native,
+        *(out, query, keys, values, starts, len(seq_lens), seq_lens, num_heads),
+        *(cache_strides(keys), cache_strides(values), (table.data_ptr(), keys.shape[1], table.stride(0))),
+        *(rules, sinks, batch.row_spans),
     )
     return out
 
@@ -251,36 +346,59 @@ def varlen_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    rules: AttentionRules,
     *,
-    scale: float,
-    causal: bool,
     key_lens: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    row_spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `varlen_attention_reference`."""
     native = native_for(query)
     if native is None or not key.dtype == value.dtype == query.dtype:
         return varlen_attention_reference(
-            query,
-            key,
-            value,
-            cu_seqlens,
-            scale=scale,
-            causal=causal,
-            key_lens=key_lens,
-            window=window,
-            softcap=softcap,
+            query, key, value, cu_seqlens, rules, key_lens=key_lens, sinks=sinks, row_spans=row_spans
         )
     assert cu_seqlens.dtype == torch.int32
     assert key_lens is None or key_lens.dtype == torch.int32
     query, key, value = token_rows(query), token_rows(key), token_rows(value)
-    out = torch.empty_like(query, memory_format=torch.contiguous_format)
-    native.attention(
-        *(out.data_ptr(), query.data_ptr(), key.data_ptr(), value.data_ptr(), 0, cu_seqlens.data_ptr()),
-        *(0 if key_lens is None else key_lens.data_ptr(), len(cu_seqlens) - 1),
-        *(query.shape[1], key.shape[1], query.shape[2], query.stride(0), key.stride(0), value.stride(0)),
-        *(0, 0, window or 0, scale, softcap or 0.0),
-        *(causal, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+    num_heads, value_size = query.shape[1], value.shape[2]
+    out = query.new_empty(len(query), num_heads, value_size)
+    _attend(
+        native,
+        *(out, query, key, value, cu_seqlens, len(cu_seqlens) - 1, key_lens, num_heads),
+        *((key.stride(0), key.shape[2]), (value.stride(0), value_size), (0, 0, 0)),
+        *(rules, sinks, row_spans),
     )
     return out
+
+
+def _attend(
+    native: NativeLibrary,
+    out: torch.Tensor,
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    starts: torch.Tensor,
+    num_seqs: int,
+    key_lens: torch.Tensor | None,
+    num_heads: int,
+    key_strides: tuple[int, int],
+    value_strides: tuple[int, int],
+    table: tuple[int, int, int],
+    rules: AttentionRules,
+    sinks: torch.Tensor | None,
+    row_spans: torch.Tensor | None,
+) -> None:
+    """The native call. Strides: from slot (or row) to slot, from head to head. `table`: address, block size, width."""
+    sinks = None if sinks is None else sinks.float().contiguous()
+    assert row_spans is None or (row_spans.dtype == torch.int32 and row_spans.stride(1) == 1)
+    spans = (0, 0) if row_spans is None else (row_spans[0].data_ptr(), row_spans[1].data_ptr())
+    address, block_size, max_blocks = table
+    native.attention(
+        *(out.data_ptr(), query.data_ptr(), keys.data_ptr(), values.data_ptr(), address, starts.data_ptr()),
+        *(0 if key_lens is None else key_lens.data_ptr(), 0 if sinks is None else sinks.data_ptr(), *spans),
+        *(num_seqs, num_heads, keys.shape[-2], keys.shape[-1], values.shape[-1]),
+        *(query.stride(0), *key_strides, *value_strides, block_size, max_blocks),
+        *(rules.window or 0, rules.chunk or 0, rules.scale, rules.softcap or 0.0),
+        *(rules.causal, DTYPE_CODES[query.dtype], torch.get_num_threads()),
+    )

@@ -106,15 +106,16 @@ def rotate_and_write_kv_reference(
     key: torch.Tensor,
     value: torch.Tensor,
     rotation: Rotation,
-    kv_cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """The query `(T, H, D)` rotated, while the rotated key `(T, Hkv, D)` and the value go to the cache.
+    """The query `(T, H, D)` rotated, while the rotated key `(T, Hkv, D)` and the value `(T, Hkv, Dv)` go to the cache.
 
     See `rotary_embedding_reference` and `attention.write_kv_reference`.
     """
     query, key = rotary_embedding_reference(query, key, *rotation)
-    write_kv_reference(key, value, kv_cache, slot_mapping)
+    write_kv_reference(key, value, keys, values, slot_mapping)
     return query
 
 
@@ -123,14 +124,15 @@ def rotate_and_write_kv(
     key: torch.Tensor,
     value: torch.Tensor,
     rotation: Rotation,
-    kv_cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
     """See `rotate_and_write_kv_reference`."""
-    if on_gpu(query):
+    if on_gpu(query) and keys.shape == values.shape:
         from sensorium.kernels.gpu import rotary as gpu
 
-        return gpu.rotate_and_write_kv(query, key, value, rotation, kv_cache, slot_mapping)
+        return gpu.rotate_and_write_kv(query, key, value, rotation, keys, values, slot_mapping)
     query, key = rotary_embedding(query, key, *rotation)
-    write_kv(key, value, kv_cache, slot_mapping)
+    write_kv(key, value, keys, values, slot_mapping)
     return query

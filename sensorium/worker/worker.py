@@ -10,6 +10,7 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 
+from sensorium.attention import choose_backends
 from sensorium.cache_spec import CacheGroup
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ConfigError, ModelError
@@ -81,6 +82,8 @@ class Worker:
                 f"{type(self._model).__name__}: no method compute_logits(hidden_states, sampling_metadata). "
                 "Add it; it returns logits (num_rows, vocab_size)."
             )
+        device_type, dtype = self._device.type, config.model_config.dtype
+        choose_backends(self._model, device_type, dtype, config.device_config.attention_backend)
         with self._stage("probe"):
             self._driver, features = probe_model(self._model, config, layout, self._device)
         with self._stage("allocate"):

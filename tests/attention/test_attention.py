@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from sensorium.attention import (
     NO_SLOT,
@@ -14,13 +16,23 @@ from sensorium.attention import (
     AttentionMetadata,
     AttentionType,
     MultiHeadAttention,
+    choose_backends,
+    compute_row_spans,
     compute_slot_mapping,
 )
-from sensorium.attention.backend import AttentionBackend, AttentionSpec, select_backend
-from sensorium.attention.sdpa import SdpaBackend
-from sensorium.attention.torch_reference import TorchReferenceBackend
-from sensorium.attention.triton import TritonBackend
-from sensorium.errors import ModelError
+from sensorium.attention.backend import (
+    BACKENDS,
+    REFERENCE,
+    SDPA,
+    TRITON,
+    AttentionBackend,
+    AttentionSpec,
+    select_backend,
+)
+from sensorium.config import AttentionBackendName
+from sensorium.errors import ConfigError, ModelError
+from sensorium.kernels import Rotation, rotary_embedding
+from tests.helpers.attention import dense, mask_of
 
 
 class Batch:
@@ -77,7 +89,7 @@ def test_sdpa_equals_oracle(lens: list[tuple[int, int]], window: int | None, dty
     batch = Batch(lens, dtype=dtype)
     layer = Attention(4, 16, 0.25, 2, per_layer_sliding_window=window)
     outs, caches = [], []
-    for backend in (TorchReferenceBackend(), SdpaBackend()):
+    for backend in (REFERENCE, SDPA):
         _use(layer, backend, batch.q)
         cache = batch.cache.clone()
         outs.append(layer(batch.q, batch.k, batch.v, cache, batch.metadata))
@@ -92,7 +104,7 @@ def test_oracle_equals_a_loop_over_rows(softcap: float | None) -> None:
     """The oracle against scalar arithmetic that shares no code with it."""
     batch = Batch([(3, 6), (1, 5)], head_size=8)
     layer = Attention(4, 8, 0.3, 2, logits_soft_cap=softcap, per_layer_sliding_window=4)
-    _use(layer, TorchReferenceBackend(), batch.q)
+    _use(layer, REFERENCE, batch.q)
     out = layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata).view(-1, 4, 8)
     row = 0
     for i, (query_len, seq_len) in enumerate(zip(batch.query_lens, batch.seq_lens, strict=True)):
@@ -170,7 +182,7 @@ def test_rows_of_a_fused_projection_are_accepted() -> None:
     assert torch.equal(batch.layer(q, k, v, batch.cache.clone(), batch.metadata), want)
 
 
-@pytest.mark.parametrize("backend", [None, SdpaBackend(), TorchReferenceBackend()])
+@pytest.mark.parametrize("backend", [None, SDPA, REFERENCE])
 def test_heads_may_come_as_an_axis(backend: AttentionBackend | None) -> None:
     batch = Batch([(2, 5), (1, 4)])
     if backend is not None:
@@ -197,7 +209,7 @@ def test_empty_batch() -> None:
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
-@pytest.mark.parametrize("backend", [None, SdpaBackend(), TorchReferenceBackend()])
+@pytest.mark.parametrize("backend", [None, SDPA, REFERENCE])
 def test_encoder_forms_agree(kv_heads: int, backend: AttentionBackend | None) -> None:
     """Padded with `key_lens`, block-diagonal with `cu_seqlens`, and one by one: the same rows."""
     torch.manual_seed(1)
@@ -225,6 +237,7 @@ def test_encoder_forms_agree(kv_heads: int, backend: AttentionBackend | None) ->
         ({"blocksparse_params": {}}, "blocksparse_params"),
         ({"per_layer_sliding_window": 0}, "per_layer_sliding_window"),
         ({"num_kv_heads": 3}, "num_kv_heads"),
+        ({"attention_chunk_size": 0}, "attention_chunk_size"),
     ],
 )
 def test_unsupported_options_are_refused(options: dict[str, object], words: str) -> None:
@@ -232,20 +245,15 @@ def test_unsupported_options_are_refused(options: dict[str, object], words: str)
         Attention(4, 16, 0.25, **options)  # type: ignore[arg-type]
 
 
-def test_cross_attention_is_refused() -> None:
-    batch = Batch([(1, 1)])
-    with pytest.raises(ModelError, match="encoder_decoder"):
-        batch.layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata, "encoder_decoder")
-
-
 def test_softcap_finds_a_backend_that_has_it() -> None:
-    spec = AttentionSpec(4, 2, 512, 0.25, softcap=30.0)
-    assert select_backend(spec, "cuda", torch.float32).name == TorchReferenceBackend.name
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=512, scale=0.25, softcap=30.0)
+    assert select_backend(spec, "cuda", torch.float32) is REFERENCE
 
 
 def test_cuda_runs_by_triton() -> None:
     pytest.importorskip("triton", reason="Triton is not installed")
-    assert select_backend(AttentionSpec(4, 2, 64, 0.25), "cuda", torch.bfloat16).name == TritonBackend.name
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=64, scale=0.25)
+    assert select_backend(spec, "cuda", torch.bfloat16) is TRITON
 
 
 def test_metadata_from_numpy() -> None:
@@ -261,3 +269,97 @@ def test_metadata_from_numpy() -> None:
     assert (metadata.max_seqlen_q, metadata.max_seq_len) == (3, 6)
     assert metadata.block_table.data_ptr() == table.ctypes.data
     assert [t.dtype for t in (metadata.cu_seqlens_q, metadata.seq_lens, metadata.block_table)] == [torch.int32] * 3
+
+
+def test_a_layer_that_shares_a_cache_reads_it() -> None:
+    """Without keys and values of its own it sees what the other layer wrote, and writes nothing."""
+    batch = Batch([(3, 6), (1, 5)])
+    want = batch.layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata)
+    before = batch.cache.clone()
+    sharing = Attention(4, 16, 0.25, 2)
+    assert torch.equal(sharing(batch.q, None, None, batch.cache, batch.metadata), want)
+    angles = torch.rand(4, 8)
+    rotation = Rotation(angles.cos(), angles.sin())
+    heads = batch.q.view(4, 4, 16)
+    rotated, _ = rotary_embedding(heads, heads, *rotation)
+    got = sharing(heads, None, None, batch.cache, batch.metadata, rotation=rotation)
+    assert torch.equal(got, sharing(rotated, None, None, batch.cache, batch.metadata))
+    assert torch.equal(batch.cache, before)
+    with pytest.raises(ModelError, match="neither a cache nor keys and values"):
+        sharing(batch.q, None, None, None, batch.metadata)
+
+
+@pytest.mark.parametrize("head_size_v", [None, 8])
+def test_cross_attention(head_size_v: int | None) -> None:
+    """New items' rows are written and seen; later steps only see them; without a cache the result is the same."""
+    torch.manual_seed(0)
+    layer = Attention(4, 16, 0.25, 2, head_size_v=head_size_v)
+    size = head_size_v or 16
+    key_lens, query_lens = np.array([9, 0, 5], dtype=np.int32), np.array([2, 1, 3], dtype=np.int32)
+    table = np.array([[4, 1, 3], [0, 0, 0], [2, 5, 0]], dtype=np.int32)
+    slots = compute_slot_mapping(table, key_lens, key_lens, 4)
+    step = AttentionMetadata.from_numpy(query_lens, key_lens, table, slots)
+    query, key, value = torch.randn(6, 64), torch.randn(14, 32), torch.randn(14, 2 * size)
+    shape = (2, 6, 4, 2, 16) if head_size_v is None else (6, 4, 2, 24)
+    cache = torch.full(shape, torch.nan)
+    kind = AttentionType.ENCODER_DECODER
+    first = layer(query, key, value, cache, step, kind)
+    assert first.shape == (6, 4 * size)
+    assert not first[2].any()  # the one without an item
+    alone = layer(query[3:], key[9:], value[9:], None, AttentionMetadata.from_numpy(*_one(3, 5)), kind)
+    torch.testing.assert_close(first[3:], alone, atol=1e-6, rtol=1e-6)
+    torch.testing.assert_close(layer(query, key, value, None, step, kind), first, atol=1e-6, rtol=1e-6)
+    again = replace(step, slot_mapping=step.slot_mapping[:0])
+    assert torch.equal(layer(query, None, None, cache, again, kind), first)
+
+
+def _one(num_queries: int, num_keys: int) -> tuple[np.ndarray, ...]:
+    lens = (np.array([n], dtype=np.int32) for n in (num_queries, num_keys))
+    return *lens, np.zeros((1, 0), dtype=np.int32), np.zeros(0, dtype=np.int64)
+
+
+def test_rules_reach_the_backend() -> None:
+    """A layer's chunk and sinks, and a step's spans, with a cache and without."""
+    batch = Batch([(12, 12), (1, 12)])
+    spans = compute_row_spans([[(2, 7)], []], batch.query_lens, batch.seq_lens)
+    metadata = replace(batch.metadata, row_spans=torch.from_numpy(spans))
+    layer, sinks = Attention(4, 16, 0.25, 2, attention_chunk_size=5), torch.randn(4)
+    heads = batch.q.view(-1, 4, 16), batch.k.view(-1, 2, 16), batch.v.view(-1, 2, 16)
+    mask = mask_of(12, 12, layer.spec, [(2, 7)])
+    want = dense(*(x[:12] for x in heads), mask, layer.spec, sinks).flatten(1)
+    got = layer(batch.q, batch.k, batch.v, batch.cache, metadata, sinks=sinks)
+    torch.testing.assert_close(got[:12], want, atol=1e-5, rtol=1e-5)
+    alone = AttentionMetadata.without_cache([12], row_spans=spans[:, :12])
+    got = layer(batch.q[:12], batch.k[:12], batch.v[:12], None, alone, sinks=sinks)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_unknown_attention_type() -> None:
+    batch = Batch([(1, 1)])
+    with pytest.raises(ModelError, match="'sideways', expected one of 'decoder'"):
+        batch.layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata, "sideways")
+
+
+def test_row_spans() -> None:
+    """The example in the docstring, and spans that a step doesn't reach."""
+    rows = compute_row_spans([[(3, 6)], []], np.array([4, 1]), np.array([6, 9]))
+    assert rows is not None
+    assert rows.tolist() == [[0, 3, 3, 3, 0], [0, 6, 6, 6, 0]]
+    assert compute_row_spans([[(0, 2)], [(9, 12)]], np.array([4, 1]), np.array([6, 9])) is None
+    assert compute_row_spans([[], []], np.array([4, 1]), np.array([6, 9])) is None
+
+
+def test_a_forced_backend_serves_or_is_refused() -> None:
+    """By the setting's name, each of which is a backend; a refusal says which layer and why."""
+    assert tuple(BACKENDS) == get_args(AttentionBackendName)
+    model = nn.ModuleList([Attention(4, 16, 0.25), MultiHeadAttention(4, 24, 0.25)])
+    choose_backends(model, "cpu", torch.float32, "torch_reference")
+    assert {layer._backend for layer in model} == {REFERENCE}
+    assert model[0]._backend_for(torch.empty(1, dtype=torch.bfloat16)) is REFERENCE
+    choose_backends(model, "cpu", torch.float32)
+    assert REFERENCE not in {layer._backend for layer in model}
+    with pytest.raises(ConfigError, match=r"'triton' for a layer with 4 heads of 16 channels.*it needs CUDA"):
+        choose_backends(model, "cpu", torch.float32, "triton")
+    capped = nn.ModuleList([Attention(4, 16, 0.25, logits_soft_cap=30.0)])
+    with pytest.raises(ConfigError, match="it has no soft cap"):
+        choose_backends(capped, "cpu", torch.float32, "torch_sdpa")

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
+from sensorium.attention import AttentionMetadata
 from sensorium.kernels.attention import (
+    AttentionRules,
     paged_attention,
     paged_attention_reference,
     varlen_attention,
@@ -46,14 +50,20 @@ class PagedBatch:
         self.cache = torch.randn(2, len(ids), block_size, self.num_kv_heads, head_size).to(dtype)
         self.scale = head_size**-0.5
 
-    def arguments(self) -> tuple[torch.Tensor, ...]:
-        return self.query, self.cache, self.block_table, self.cu_seqlens, self.seq_lens
+    def arguments(self) -> tuple[Any, ...]:
+        return self.query, *self.cache, _metadata(self.cu_seqlens.diff(), self.seq_lens, self.block_table)
 
-    def only(self, seq: int, last: int | None = None) -> tuple[torch.Tensor, ...]:
+    def only(self, seq: int, last: int | None = None) -> tuple[Any, ...]:
         """The arguments with one sequence alone, or only its last rows."""
         begin, end = self.cu_seqlens[seq : seq + 2].tolist()
         query = self.query[begin if last is None else end - last : end]
-        return query, self.cache, self.block_table[seq : seq + 1], _starts([len(query)]), self.seq_lens[seq][None]
+        lens = torch.tensor([len(query)]), self.seq_lens[seq : seq + 1]
+        return query, *self.cache, _metadata(*lens, self.block_table[seq : seq + 1])
+
+
+def _metadata(query_lens: torch.Tensor, seq_lens: torch.Tensor, block_table: torch.Tensor) -> AttentionMetadata:
+    slots = torch.zeros(0, dtype=torch.int64)
+    return AttentionMetadata.from_numpy(*(x.numpy() for x in (query_lens, seq_lens, block_table, slots)))
 
 
 def _starts(lens: list[int]) -> torch.Tensor:
@@ -91,9 +101,9 @@ def test_paged_window_and_softcap(window: int, softcap: float | None, dtype: tor
 
 
 def _compare_paged(batch: PagedBatch, window: int | None = None, softcap: float | None = None) -> None:
-    options = {"scale": batch.scale, "window": window, "softcap": softcap}
-    got = paged_attention(*batch.arguments(), **options)  # type: ignore[arg-type]
-    want = paged_attention_reference(*batch.arguments(), **options)  # type: ignore[arg-type]
+    rules = AttentionRules(batch.scale, window, softcap)
+    got = paged_attention(*batch.arguments(), rules)
+    want = paged_attention_reference(*batch.arguments(), rules)
     tolerance = TOLERANCE[got.dtype]
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
@@ -105,14 +115,14 @@ def test_rows_do_not_depend_on_batch_or_chunk(
 ) -> None:
     """Batched = alone and chunked = whole, bit for bit: exactness of greedy tokens rests on it."""
     batch = PagedBatch([(100, 230), (1, 2), (30, 30), (1, 400)], heads=(14, 2), head_size=24, dtype=dtype)
-    whole = paged_attention(*batch.arguments(), scale=batch.scale, window=window)
+    whole = paged_attention(*batch.arguments(), AttentionRules(batch.scale, window))
     for seq in range(4):
         begin, end = batch.cu_seqlens[seq : seq + 2].tolist()
-        alone = paged_attention(*batch.only(seq), scale=batch.scale, window=window)
+        alone = paged_attention(*batch.only(seq), AttentionRules(batch.scale, window))
         assert torch.equal(alone, whole[begin:end])
         for last in (1, 7, 20):
             if last <= end - begin:
-                tail = paged_attention(*batch.only(seq, last), scale=batch.scale, window=window)
+                tail = paged_attention(*batch.only(seq, last), AttentionRules(batch.scale, window))
                 assert torch.equal(tail, whole[end - last : end])
 
 
@@ -120,13 +130,13 @@ def test_rows_do_not_depend_on_batch_or_chunk(
 def test_unreadable_cells_are_never_seen(dtype: torch.dtype, tiles: bool) -> None:
     """Cells past a sequence's end, and blocks of others, may hold anything."""
     batch = PagedBatch([(1, 5), (3, 20)], block_size=16, dtype=dtype)
-    want = paged_attention(*batch.arguments(), scale=0.25)
+    want = paged_attention(*batch.arguments(), AttentionRules(0.25))
     used = torch.zeros(batch.cache.shape[1:3], dtype=torch.bool)
     for table, seq_len in zip(batch.block_table, batch.seq_lens.tolist(), strict=True):
         for position in range(seq_len):
             used[table[position // 16], position % 16] = True
     batch.cache[:, ~used] = torch.nan
-    assert torch.equal(paged_attention(*batch.arguments(), scale=0.25), want)
+    assert torch.equal(paged_attention(*batch.arguments(), AttentionRules(0.25)), want)
 
 
 VARLEN: list[list[int]] = [[1], [64, 1, 65], [100, 0, 3, 257], [96] * 3]
@@ -143,7 +153,7 @@ def test_varlen(lens: list[int], causal: bool, heads: tuple[int, int], head_size
     query, key, value = fused.split([*heads, heads[1]], dim=1)
     for window, softcap in ((None, None), (10, None), (None, 2.0)):
         got, want = (
-            function(query, key, value, starts, scale=0.1, causal=causal, window=window, softcap=softcap)
+            function(query, key, value, starts, AttentionRules(0.1, window, softcap, causal=causal))
             for function in (varlen_attention, varlen_attention_reference)
         )
         tolerance = TOLERANCE[dtype]
@@ -157,9 +167,9 @@ def test_varlen_key_lens() -> None:
     query, key, value = torch.randn(3, 215, 4, 32).unbind()
     key[70 + 33 : 140] = torch.nan
     value[140:145] = torch.nan
-    options = {"scale": 0.2, "causal": False, "key_lens": key_lens}
-    got = varlen_attention(query, key, value, starts, **options)  # type: ignore[arg-type]
-    want = varlen_attention_reference(query, key, value, starts, **options)  # type: ignore[arg-type]
+    rules = AttentionRules(0.2, causal=False)
+    got = varlen_attention(query, key, value, starts, rules, key_lens=key_lens)
+    want = varlen_attention_reference(query, key, value, starts, rules, key_lens=key_lens)
     assert not got[140:145].any()
     torch.testing.assert_close(got, want, atol=2e-6, rtol=2e-6)
 
@@ -171,8 +181,8 @@ def test_varlen_equals_paged() -> None:
     cache = torch.zeros(2, 10, 10, 2, 16)
     cache.view(2, 100, 2, 16).copy_(torch.stack((key, value)))
     table, lens = torch.arange(10, dtype=torch.int32)[None], torch.tensor([100], dtype=torch.int32)
-    paged = paged_attention(query, cache, table, _starts([100]), lens, scale=0.25)
-    flat = varlen_attention(query, key, value, _starts([100]), scale=0.25, causal=True)
+    paged = paged_attention(query, *cache, _metadata(lens, lens, table), AttentionRules(0.25))
+    flat = varlen_attention(query, key, value, _starts([100]), AttentionRules(0.25))
     assert torch.equal(paged, flat)
 
 
@@ -180,13 +190,13 @@ def test_large_scores_do_not_overflow() -> None:
     query = torch.full((2, 1, 16), 1e18)
     key = torch.tensor([1e18, -1e18])[:, None, None].expand(2, 1, 16).contiguous()
     value = torch.tensor([3.0, 5.0])[:, None, None].expand(2, 1, 16).contiguous()
-    got = varlen_attention(query, key, value, _starts([2]), scale=1.0, causal=False)
+    got = varlen_attention(query, key, value, _starts([2]), AttentionRules(1.0, causal=False))
     assert torch.equal(got, torch.full_like(got, 3.0))
 
 
 def test_without_native(without_native: None) -> None:
     batch = PagedBatch([(3, 9)])
     assert torch.equal(
-        paged_attention(*batch.arguments(), scale=0.25),
-        paged_attention_reference(*batch.arguments(), scale=0.25),
+        paged_attention(*batch.arguments(), AttentionRules(0.25)),
+        paged_attention_reference(*batch.arguments(), AttentionRules(0.25)),
     )

@@ -152,8 +152,8 @@ def test_write_kv(dtype: torch.dtype, tokens: int) -> None:
     slots = torch.randperm(90 * 4)[:tokens]
     slots[::3] = -1
     caches = [torch.zeros(2, 90, 4, 2, 12, dtype=dtype) for _ in range(2)]
-    kernels.write_kv(key, value, caches[0], slots)
-    write_kv_reference(key.unflatten(1, (2, 12)), value, caches[1], slots)
+    kernels.write_kv(key, value, *caches[0], slots)
+    write_kv_reference(key.unflatten(1, (2, 12)), value, *caches[1], slots)
     assert torch.equal(caches[0], caches[1])
     assert bool(caches[0].any()) == bool((slots >= 0).any())
 

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,8 +19,8 @@ import torch
 from sensorium import kernels
 from sensorium.kernels import build, native
 from sensorium.kernels.activation import gelu_reference, silu_and_mul_reference
-from sensorium.kernels.attention import varlen_attention_reference
 from sensorium.kernels.norm import rms_norm_reference
+from tests.helpers.attention import LENS, RULES, SPANS, paged_step, varlen_step
 from tests.helpers.waiting import HANG_S
 
 
@@ -198,16 +199,15 @@ def test_other_machines_compute_the_same() -> None:
             torch.testing.assert_close(whole, want, atol=tolerance * k**0.5, rtol=tolerance)
             for rows in (1, 2, 3, 5, 7, 12, 13):
                 assert torch.equal(kernels.packed_linear(x[:rows], packed, bias), whole[:rows])
-        starts = torch.tensor([0, 70, 71, 90], dtype=torch.int32)
-        for head_size in (16, 20, 72):
-            query, key, value = (torch.randn(90, heads, head_size).to(dtype) for heads in (6, 2, 2))
-            options = {"scale": 0.2, "causal": True, "window": 50, "softcap": 20.0}
-            torch.testing.assert_close(
-                kernels.varlen_attention(query, key, value, starts, **options),  # type: ignore[arg-type]
-                varlen_attention_reference(query, key, value, starts, **options),  # type: ignore[arg-type]
-                atol=tolerance,
-                rtol=tolerance,
-            )
+        for head_size, value_size in ((16, 16), (20, 20), (72, 72), (48, 20), (20, 72)):
+            sizes: dict[str, Any] = {"heads": (6, 2), "head_size": head_size, "value_size": value_size, "dtype": dtype}
+            for rules in (RULES[2], RULES[6]):
+                step = paged_step(LENS[3], rules, spans=SPANS[3], has_sinks=True, **sizes)
+                got = kernels.paged_attention(*step.arguments)
+                torch.testing.assert_close(got, step.expected, atol=tolerance, rtol=tolerance)
+                flat = varlen_step([70, 1, 19], rules, has_sinks=True, **sizes)
+                got = kernels.varlen_attention(*flat.arguments, **flat.options)
+                torch.testing.assert_close(got, flat.expected, atol=tolerance, rtol=tolerance)
         x, weight = torch.randn(5, 46).to(dtype), torch.randn(46).to(dtype)
         for got, expected in (
             (kernels.rms_norm(x, weight, 1e-6), rms_norm_reference(x, weight, 1e-6)),

@@ -6,6 +6,9 @@
  * widens each tile to float32 (keys transposed), and keeps the running maximum, normaliser and weighted sum of the
  * online softmax (Milakov and Gimelshein 2018, algorithm 3; Dao et al. 2022, algorithm 1).
  *
+ * Each row sees a range of keys without gaps, whatever the rules are: see `range_of`. Keys outside of the ranges of all
+ * rows of a task are never read, nor are their entries of the block table.
+ *
  * A row's result is the same bit for bit whatever else is in the batch and however a prompt is cut into chunks: the
  * key tiles begin at fixed positions, each sum runs in a fixed order, and a key that a row must not see adds an
  * exact zero.
@@ -20,15 +23,19 @@
 #define ROW_TILE 96 /* query rows (positions times heads) of a task */
 
 typedef struct {
-    void *out;                   /* (tokens, heads, head_size) */
+    void *out;                   /* (tokens, heads, value_size) */
     const char *query;           /* (tokens, heads, head_size), tokens query_stride elements apart */
-    const char *key, *value;     /* slot (or flat row) s, head h: at element s * key_stride + h * head_size */
+    const char *key, *value;     /* slot (or flat row) s, head h: at element s * key_stride + h * key_head_stride */
     const int32_t *block_table;  /* (sequences, max_blocks); null: flat rows */
     const int32_t *starts;       /* (sequences + 1,) first query row of each sequence; flat: first key row too */
     const int32_t *key_lens;     /* (sequences,) keys of each sequence; null: as many as queries */
-    long sequences, heads, kv_heads, head_size, query_stride, key_stride, value_stride;
+    const float *sinks;          /* (heads,) score of a key of value 0 that every row sees; null: none */
+    const int32_t *span_begins, *span_ends; /* (tokens,) each: what a row sees beside all else; null: nothing */
+    long sequences, heads, kv_heads, head_size, value_size, query_stride;
+    long key_stride, key_head_stride, value_stride, value_head_stride;
     long block_size, max_blocks;
     long window;                 /* positions seen, own included; 0: all */
+    long chunk;                  /* positions that see one another; 0: all */
     float scale, softcap;        /* softcap 0: none */
     int causal, dtype, threads;
 } attention_args;
@@ -39,7 +46,7 @@ typedef struct {
     int32_t sequence, first, last, first_head, last_head;
 } query_tile;
 
-/* A thread's working memory. `width` is the head size rounded up to whole vectors. */
+/* A thread's working memory. `width` is the size of a value rounded up to whole vectors. */
 typedef struct {
     float *query;   /* [rows][head_size], the rows of the first key/value head, then those of the next */
     float *keys;    /* [head_size][KEY_TILE], transposed */
@@ -51,11 +58,11 @@ typedef struct {
 } workspace;
 
 /* Lay the parts out from `memory` on, each aligned to a cache line, and return how many floats they take. */
-static long carve_up(float *memory, long rows, long head_size, workspace *w) {
-    const long width = round_up(head_size, VL);
+static long carve_up(float *memory, long rows, const attention_args *args, workspace *w) {
+    const long depth = round_up(args->head_size, VL), width = round_up(args->value_size, VL);
     float **parts[] = {&w->query, &w->keys, &w->values,  &w->scores,
                        &w->weights, &w->sums, &w->maxima, &w->normalisers};
-    const long sizes[] = {rows * width, width * KEY_TILE, KEY_TILE * width, rows * KEY_TILE, rows * KEY_TILE / 2,
+    const long sizes[] = {rows * depth, depth * KEY_TILE, KEY_TILE * width, rows * KEY_TILE, rows * KEY_TILE / 2,
                           rows * width, rows,             rows};
     long used = 0;
     for (int i = 0; i < 8; i++) {
@@ -67,19 +74,31 @@ static long carve_up(float *memory, long rows, long head_size, workspace *w) {
 
 /* ---- loading ------------------------------------------------------------------------------------------------ */
 
-/* Where the keys and values of one tile lie, from the task's first key/value head on. */
+/* Where the keys and values of one tile lie, from the task's first key/value head on: those of columns from `first` to
+ * `count`. */
 typedef struct {
     const char *keys[KEY_TILE], *values[KEY_TILE];
-    long count;
+    long first, count;
 } tile_rows;
 
-/* Find the keys of a tile that begins at position `begin`, none from `end` on: run by run of slots that follow one
+INLINE int is_present(const tile_rows *rows, long j) {
+    return (unsigned long)(j - rows->first) < (unsigned long)(rows->count - rows->first);
+}
+
+/* Which keys the queries of a tile see. Query i of the sequence stands at position `offset + i`. */
+typedef struct {
+    long offset, keys, first_key, last_key;
+} sight;
+
+/* Find the keys of a tile that begins at position `begin`, of those that are seen: run by run of slots that follow one
  * another. */
-INLINE void find_rows(const int dtype, const attention_args *args, query_tile tile, long begin, long end,
+INLINE void find_rows(const int dtype, const attention_args *args, query_tile tile, sight seen, long begin,
                       tile_rows *rows) {
-    const long head = tile.first_head * args->head_size * size_of(dtype);
-    rows->count = MAX(0, MIN(KEY_TILE, end - begin));
-    for (long j = 0; j < rows->count;) {
+    const long key_head = tile.first_head * args->key_head_stride * size_of(dtype);
+    const long value_head = tile.first_head * args->value_head_stride * size_of(dtype);
+    rows->first = MAX(0, seen.first_key - begin);
+    rows->count = MAX(rows->first, MIN(KEY_TILE, seen.last_key - begin));
+    for (long j = rows->first; j < rows->count;) {
         long place = args->starts[tile.sequence] + begin + j, run = rows->count - j;
         if (args->block_table) {
             const int32_t *blocks = args->block_table + tile.sequence * args->max_blocks;
@@ -88,20 +107,24 @@ INLINE void find_rows(const int dtype, const attention_args *args, query_tile ti
             run = MIN(run, args->block_size - offset);
         }
         for (const long stop = j + run; j < stop; j++, place++) {
-            rows->keys[j] = args->key + place * args->key_stride * size_of(dtype) + head;
-            rows->values[j] = args->value + place * args->value_stride * size_of(dtype) + head;
+            rows->keys[j] = args->key + place * args->key_stride * size_of(dtype) + key_head;
+            rows->values[j] = args->value + place * args->value_stride * size_of(dtype) + value_head;
         }
     }
 }
 
-/* Ask for one of `parts` parts of the rows, `row_bytes` each, in the order in which they lie: blocks lie anywhere, so
- * the hardware can't foresee them, but it helps on within each. */
-INLINE void prefetch_rows(const tile_rows *rows, long row_bytes, long part, long parts) {
-    const long first = rows->count * part / parts, last = rows->count * (part + 1) / parts;
+/* Ask for one of `parts` parts of the rows of `heads` heads, in the order in which they lie: blocks lie anywhere, so the
+ * hardware can't foresee them, but it helps on within each. */
+INLINE void prefetch_rows(const int dtype, const attention_args *args, const tile_rows *rows, long heads, long part,
+                          long parts) {
+    const long present = rows->count - rows->first;
+    const long first = rows->first + present * part / parts, last = rows->first + present * (part + 1) / parts;
+    const long key_bytes = heads * args->key_head_stride * size_of(dtype);
+    const long value_bytes = heads * args->value_head_stride * size_of(dtype);
     for (long j = first; j < last; j++)
-        for (long i = 0; i < row_bytes; i += 64) __builtin_prefetch(rows->keys[j] + i, 0, 2);
+        for (long i = 0; i < key_bytes; i += 64) __builtin_prefetch(rows->keys[j] + i, 0, 2);
     for (long j = first; j < last; j++)
-        for (long i = 0; i < row_bytes; i += 64) __builtin_prefetch(rows->values[j] + i, 0, 2);
+        for (long i = 0; i < value_bytes; i += 64) __builtin_prefetch(rows->values[j] + i, 0, 2);
 }
 
 INLINE vf vload_head(const int dtype, const void *p, long i, long head_size) {
@@ -117,7 +140,7 @@ INLINE void load_keys(const int dtype, long head_size, const tile_rows *rows, lo
         if (dtype == BF16) /* as pairs of channels, which are told apart after the transposition */
             for (; i + 2 * VL <= head_size; i += 2 * VL) {
                 UNROLL for (int r = 0; r < VL; r++)
-                    square[r] = j + r < rows->count ? vload(F32, rows->keys[j + r] + offset, i / 2) : (vf){0};
+                    square[r] = is_present(rows, j + r) ? vload(F32, rows->keys[j + r] + offset, i / 2) : (vf){0};
                 transpose(square);
                 UNROLL for (int r = 0; r < VL; r++) {
                     *(vu *)(to + (i + 2 * r) * KEY_TILE + j) = (vu)square[r] << 16;
@@ -126,18 +149,19 @@ INLINE void load_keys(const int dtype, long head_size, const tile_rows *rows, lo
             }
         for (; i < head_size; i += VL) {
             UNROLL for (int r = 0; r < VL; r++)
-                square[r] = j + r < rows->count ? vload_head(dtype, rows->keys[j + r] + offset, i, head_size) : (vf){0};
+                square[r] = is_present(rows, j + r) ? vload_head(dtype, rows->keys[j + r] + offset, i, head_size) : (vf){0};
             transpose(square);
             UNROLL for (int r = 0; r < VL; r++) *(vf *)(to + (i + r) * KEY_TILE + j) = square[r];
         }
     }
 }
 
-INLINE void load_values(const int dtype, long head_size, const tile_rows *rows, long offset, float *to) {
-    const long width = round_up(head_size, VL);
-    for (long j = 0; j < rows->count; j++)
+INLINE void load_values(const int dtype, long value_size, const tile_rows *rows, long offset, float *to) {
+    const long width = round_up(value_size, VL);
+    memset(to, 0, (size_t)(rows->first * width) * sizeof(float));
+    for (long j = rows->first; j < rows->count; j++)
         for (long i = 0; i < width; i += VL)
-            *(vf *)(to + j * width + i) = vload_head(dtype, rows->values[j] + offset, i, head_size);
+            *(vf *)(to + j * width + i) = vload_head(dtype, rows->values[j] + offset, i, value_size);
 }
 
 /* Row r of a key/value head is query position `first + r / group`, head `r % group` of the group. */
@@ -195,82 +219,116 @@ OUTLINE void update_row(workspace w, long row, long columns, long width, float t
 /* ---- a task ------------------------------------------------------------------------------------------------- */
 
 /* The part of a workspace that belongs to rows from `row` on. */
-INLINE workspace from_row(workspace w, long row, long head_size) {
-    w.query += row * head_size;
-    w.sums += row * round_up(head_size, VL);
+INLINE workspace from_row(const attention_args *args, workspace w, long row) {
+    w.query += row * args->head_size;
+    w.sums += row * round_up(args->value_size, VL);
     w.maxima += row;
     w.normalisers += row;
     return w;
 }
 
+/* Nothing is summed up yet but the sinks, whose values are 0. */
+INLINE void clear_rows(const attention_args *args, query_tile tile, long rows, workspace w) {
+    const long heads = tile.last_head - tile.first_head, group = args->heads / args->kv_heads;
+    memset(w.sums, 0, (size_t)(heads * rows * round_up(args->value_size, VL)) * sizeof(float));
+    for (long h = 0; h < heads; h++)
+        for (long r = 0; r < rows; r++) {
+            const float sink = args->sinks ? args->sinks[(tile.first_head + h) * group + r % group] : -INFINITY;
+            w.maxima[h * rows + r] = sink;
+            w.normalisers[h * rows + r] = sink > -INFINITY ? 1 : 0;
+        }
+}
+
 INLINE void store_rows(const int dtype, const attention_args *args, query_tile tile, long kv_head, workspace w) {
-    const long head_size = args->head_size, width = round_up(head_size, VL), group = args->heads / args->kv_heads;
+    const long size = args->value_size, width = round_up(size, VL), group = args->heads / args->kv_heads;
     for (long r = 0; r < (tile.last - tile.first) * group; r++) {
         const long token = args->starts[tile.sequence] + tile.first + r / group, head = kv_head * group + r % group;
         const float inverse = w.normalisers[r] > 0 ? 1.0f / w.normalisers[r] : 0; /* a row without keys is 0 */
         const float *sums = w.sums + r * width;
-        long to = (token * args->heads + head) * head_size, i = 0;
-        for (; i + VL <= head_size; i += VL) vstore(dtype, args->out, to + i, *(const vf *)(sums + i) * inverse);
-        if (i < head_size) vstore_part(dtype, args->out, to + i, *(const vf *)(sums + i) * inverse, head_size - i);
+        long to = (token * args->heads + head) * size, i = 0;
+        for (; i + VL <= size; i += VL) vstore(dtype, args->out, to + i, *(const vf *)(sums + i) * inverse);
+        if (i < size) vstore_part(dtype, args->out, to + i, *(const vf *)(sums + i) * inverse, size - i);
     }
 }
 
-/* Which keys the queries of a tile see. Query i of the sequence stands at key position `offset + i`. */
 typedef struct {
-    long offset, window, first_key, last_key;
-} sight;
+    long low, high;
+} key_range;
+
+/* The keys that query i of a sequence sees, of the `keys` that there are. */
+INLINE key_range range_of(const attention_args *args, long sequence, long i, long offset, long keys) {
+    const long position = offset + i;
+    long low = 0, high = args->causal ? position + 1 : keys;
+    if (args->window > 0) {
+        low = position - args->window + 1;
+        if (!args->causal) high = position + args->window;
+    }
+    if (args->chunk > 0) {
+        const long first = position / args->chunk * args->chunk;
+        low = MAX(low, first), high = MIN(high, first + args->chunk);
+    }
+    if (args->span_ends) {
+        const long token = args->starts[sequence] + i, end = args->span_ends[token];
+        if (end > position) low = MIN(low, args->span_begins[token]), high = MAX(high, end);
+    }
+    return (key_range){MAX(low, 0), MIN(high, keys)};
+}
 
 INLINE sight sight_of(const attention_args *args, query_tile tile) {
     const long queries = args->starts[tile.sequence + 1] - args->starts[tile.sequence];
-    const long keys = args->key_lens ? args->key_lens[tile.sequence] : queries, offset = keys - queries;
-    const long window = args->window > 0 ? args->window : keys + queries;
-    const long last_seen = args->causal ? offset + tile.last : offset + tile.last - 1 + window;
-    return (sight){offset, window, MAX(0, offset + tile.first - window + 1), MIN(keys, last_seen)};
+    const long keys = args->key_lens ? args->key_lens[tile.sequence] : queries;
+    const long offset = args->causal ? keys - queries : 0;
+    sight seen = {offset, keys, keys, 0};
+    for (long i = tile.first; i < tile.last; i++) {
+        const key_range range = range_of(args, tile.sequence, i, offset, keys);
+        seen.first_key = MIN(seen.first_key, range.low), seen.last_key = MAX(seen.last_key, range.high);
+    }
+    return seen;
 }
 
 /* Attend to one tile of `count` keys from position `begin` on, which the workspace holds. */
 OUTLINE void attend_to_tile(const attention_args *args, query_tile tile, sight seen, long begin, long count,
                             workspace w) {
-    const long head_size = args->head_size, width = round_up(head_size, VL), group = args->heads / args->kv_heads;
-    const long rows = (tile.last - tile.first) * group, columns = round_up(count, VL);
+    const long head_size = args->head_size, width = round_up(args->value_size, VL);
+    const long group = args->heads / args->kv_heads, rows = (tile.last - tile.first) * group;
+    const long columns = round_up(count, VL);
     small_gemm(rows, columns / VL, w.query, head_size, w.keys, KEY_TILE, head_size, w.scores, KEY_TILE, 0);
-    for (long r = 0; r < rows; r++) {
-        const long position = seen.offset + tile.first + r / group, low = position - seen.window + 1 - begin;
-        const long high = MIN(count, (args->causal ? position + 1 : position + seen.window) - begin);
-        update_row(w, r, columns, width, finish_scores(args, w.scores + r * KEY_TILE, columns, low, high));
+    for (long i = tile.first, r = 0; i < tile.last; i++) {
+        const key_range range = range_of(args, tile.sequence, i, seen.offset, seen.keys);
+        const long low = range.low - begin, high = MIN(count, range.high - begin);
+        for (const long stop = r + group; r < stop; r++)
+            update_row(w, r, columns, width, finish_scores(args, w.scores + r * KEY_TILE, columns, low, high));
     }
     small_gemm(rows, width / VL, w.scores, KEY_TILE, w.values, width, count, w.sums, width, 1);
 }
 
 INLINE void attend(const int dtype, const attention_args *args, workspace w, query_tile tile) {
-    const long head_size = args->head_size, width = round_up(head_size, VL), head_bytes = head_size * size_of(dtype);
-    const long heads = tile.last_head - tile.first_head;
+    const long key_bytes = args->key_head_stride * size_of(dtype), heads = tile.last_head - tile.first_head;
+    const long value_bytes = args->value_head_stride * size_of(dtype);
     const long rows = (tile.last - tile.first) * (args->heads / args->kv_heads); /* of each key/value head */
     const sight seen = sight_of(args, tile);
     const long first_tile = seen.first_key / KEY_TILE * KEY_TILE;
     tile_rows found[2], *now = &found[0], *next = &found[1];
 
-    find_rows(dtype, args, tile, first_tile, seen.last_key, next);
-    prefetch_rows(next, heads * head_bytes, 0, 1);
+    find_rows(dtype, args, tile, seen, first_tile, next);
+    prefetch_rows(dtype, args, next, heads, 0, 1);
     for (long h = 0; h < heads; h++)
-        load_queries(dtype, args, tile, tile.first_head + h, w.query + h * rows * head_size);
-    memset(w.sums, 0, (size_t)(heads * rows * width) * sizeof(float));
-    memset(w.normalisers, 0, (size_t)(heads * rows) * sizeof(float));
-    for (long r = 0; r < heads * rows; r++) w.maxima[r] = -INFINITY;
+        load_queries(dtype, args, tile, tile.first_head + h, w.query + h * rows * args->head_size);
+    clear_rows(args, tile, rows, w);
 
     for (long begin = first_tile; begin < seen.last_key; begin += KEY_TILE) {
         tile_rows *done = now;
         now = next, next = done;
-        find_rows(dtype, args, tile, begin + KEY_TILE, seen.last_key, next);
+        find_rows(dtype, args, tile, seen, begin + KEY_TILE, next);
         for (long h = 0; h < heads; h++) {
-            load_keys(dtype, head_size, now, h * head_bytes, w.keys);
-            load_values(dtype, head_size, now, h * head_bytes, w.values);
-            prefetch_rows(next, heads * head_bytes, h, heads);
-            attend_to_tile(args, tile, seen, begin, now->count, from_row(w, h * rows, head_size));
+            load_keys(dtype, args->head_size, now, h * key_bytes, w.keys);
+            load_values(dtype, args->value_size, now, h * value_bytes, w.values);
+            prefetch_rows(dtype, args, next, heads, h, heads);
+            attend_to_tile(args, tile, seen, begin, now->count, from_row(args, w, h * rows));
         }
     }
     for (long h = 0; h < heads; h++)
-        store_rows(dtype, args, tile, tile.first_head + h, from_row(w, h * rows, head_size));
+        store_rows(dtype, args, tile, tile.first_head + h, from_row(args, w, h * rows));
 }
 
 #include "attention_tiles.h"
@@ -307,7 +365,7 @@ typedef struct {
 static void attention_task(const void *context, long first, long last, long thread) {
     const attention_job *job = context;
     workspace w;
-    carve_up(job->memory + thread * job->floats, job->rows, job->args->head_size, &w);
+    carve_up(job->memory + thread * job->floats, job->rows, job->args, &w);
     /* From the last tile on: in causal attention it is the longest. */
     for (long task = first; task < last; task++) {
         const query_tile tile = job->tiles[job->num_tiles - 1 - task];
@@ -330,7 +388,7 @@ EXPORT int sensorium_attention(const attention_args *args) {
     const long rows = MAX(2 * ROW_TILE, round_up(args->heads / args->kv_heads, 16));
     const int threads = (int)MIN(args->threads, num_tiles);
     workspace unused;
-    const long floats = carve_up(NULL, rows, args->head_size, &unused);
+    const long floats = carve_up(NULL, rows, args, &unused);
     query_tile *tiles = malloc((size_t)num_tiles * sizeof(query_tile));
     float *memory = aligned_alloc(64, (size_t)(floats * threads) * sizeof(float));
     if (tiles && memory) {

@@ -38,14 +38,13 @@ static void load_key_tiles(long head_size, const tile_rows *rows, long offset, c
     for (long j = 0; j < rows->count; j += TILE_ROWS)
         for (long i = 0; i < head_size; i += TILE_DEPTH, to += TILE_BYTES) {
             vf square[VL];
-            const long present = rows->count - j;
             if (i + TILE_DEPTH <= head_size) {
                 UNROLL for (int r = 0; r < VL; r++)
-                    square[r] = r < present ? vload(F32, rows->keys[j + r] + offset + 2 * i, 0) : (vf){0};
+                    square[r] = is_present(rows, j + r) ? vload(F32, rows->keys[j + r] + offset + 2 * i, 0) : (vf){0};
             } else {
                 for (int r = 0; r < VL; r++) {
                     square[r] = (vf){0};
-                    if (r < present) memcpy(&square[r], rows->keys[j + r] + offset + 2 * i, (size_t)(2 * (head_size - i)));
+                    if (is_present(rows, j + r)) memcpy(&square[r], rows->keys[j + r] + offset + 2 * i, (size_t)(2 * (head_size - i)));
                 }
             }
             transpose(square);
@@ -61,13 +60,14 @@ INLINE vu load_half_row(const char *from, long i, long head_size) {
 }
 
 /* [32 positions][16 channels]: pairs of positions, side by side. */
-static void load_value_tiles(long head_size, const tile_rows *rows, long offset, char *to) {
+static void load_value_tiles(long value_size, const tile_rows *rows, long offset, char *to) {
     for (long j = 0; j < rows->count; j += TILE_DEPTH)
-        for (long i = 0; i < head_size; i += VL)
+        for (long i = 0; i < value_size; i += VL)
             for (long pair = j; pair < j + TILE_DEPTH; pair += 2, to += 64) {
                 vu both = {0};
-                if (pair < rows->count) both = load_half_row(rows->values[pair] + offset, i, head_size);
-                if (pair + 1 < rows->count) both |= load_half_row(rows->values[pair + 1] + offset, i, head_size) << 16;
+                if (is_present(rows, pair)) both = load_half_row(rows->values[pair] + offset, i, value_size);
+                if (is_present(rows, pair + 1))
+                    both |= load_half_row(rows->values[pair + 1] + offset, i, value_size) << 16;
                 *(vu *)to = both;
             }
 }
@@ -165,21 +165,23 @@ INLINE void update_tiled_row(workspace w, long row, const vf s[KEY_VECTORS], lon
  * before the next, since a tile must not be loaded right after it was written. */
 static void attend_to_key_tiles(const attention_args *args, query_tile tile, sight seen, long begin, long count,
                                 workspace w) {
-    const long head_size = args->head_size, width = round_up(head_size, VL), group = args->heads / args->kv_heads;
+    const long width = round_up(args->value_size, VL), group = args->heads / args->kv_heads;
     const long rows = (tile.last - tile.first) * group, tile_bytes = row_tile_bytes(rows);
-    const long channel_tiles = round_up(head_size, TILE_DEPTH) / TILE_DEPTH;
+    const long channel_tiles = round_up(args->head_size, TILE_DEPTH) / TILE_DEPTH;
     const long key_tiles = round_up(count, TILE_DEPTH) / TILE_DEPTH;
     char *queries = (char *)w.query, *keys = (char *)w.keys, *values = (char *)w.values, *weights = (char *)w.weights;
     for (long r = 0; r < rows; r += TILE_ROWS)
         multiply_columns(round_up(count, VL) / VL, queries + r / TILE_ROWS * channel_tiles * tile_bytes, tile_bytes, keys,
                          channel_tiles * TILE_BYTES, TILE_BYTES, channel_tiles, w.scores + r * KEY_TILE, KEY_TILE, 0);
-    for (long r = 0; r < rows; r++) {
-        const long position = seen.offset + tile.first + r / group, low = position - seen.window + 1 - begin;
-        const long high = MIN(count, (args->causal ? position + 1 : position + seen.window) - begin);
-        vf scores[KEY_VECTORS];
-        finish_row(args, w.scores + r * KEY_TILE, low, high, scores);
-        update_tiled_row(w, r, scores, width, weights + r / TILE_ROWS * WEIGHT_TILES * tile_bytes, r % TILE_ROWS,
-                         tile_bytes);
+    for (long i = tile.first, r = 0; i < tile.last; i++) {
+        const key_range range = range_of(args, tile.sequence, i, seen.offset, seen.keys);
+        const long low = range.low - begin, high = MIN(count, range.high - begin);
+        for (const long stop = r + group; r < stop; r++) {
+            vf scores[KEY_VECTORS];
+            finish_row(args, w.scores + r * KEY_TILE, low, high, scores);
+            update_tiled_row(w, r, scores, width, weights + r / TILE_ROWS * WEIGHT_TILES * tile_bytes, r % TILE_ROWS,
+                             tile_bytes);
+        }
     }
     for (long r = 0; r < rows; r += TILE_ROWS)
         multiply_columns(width / VL, weights + r / TILE_ROWS * WEIGHT_TILES * tile_bytes, tile_bytes, values, TILE_BYTES,
@@ -187,39 +189,36 @@ static void attend_to_key_tiles(const attention_args *args, query_tile tile, sig
 }
 
 static void attend_by_tiles(const attention_args *args, workspace w, query_tile tile) {
-    const long head_size = args->head_size, width = round_up(head_size, VL), head_bytes = head_size * 2;
-    const long heads = tile.last_head - tile.first_head;
+    const long head_size = args->head_size, heads = tile.last_head - tile.first_head;
     const long rows = tiled_rows((tile.last - tile.first) * (args->heads / args->kv_heads));
     const long query_floats = round_up(head_size, TILE_DEPTH) / 2; /* of a row */
     const sight seen = sight_of(args, tile);
     const long first_tile = seen.first_key / KEY_TILE * KEY_TILE;
     tile_rows found[2], *now = &found[0], *next = &found[1];
 
-    find_rows(BF16, args, tile, first_tile, seen.last_key, next);
-    prefetch_rows(next, heads * head_bytes, 0, 1);
+    find_rows(BF16, args, tile, seen, first_tile, next);
+    prefetch_rows(BF16, args, next, heads, 0, 1);
     for (long h = 0; h < heads; h++)
         load_query_tiles(args, tile, tile.first_head + h, (char *)(w.query + h * rows * query_floats));
-    memset(w.sums, 0, (size_t)(heads * rows * width) * sizeof(float));
-    memset(w.normalisers, 0, (size_t)(heads * rows) * sizeof(float));
-    for (long r = 0; r < heads * rows; r++) w.maxima[r] = -INFINITY;
+    clear_rows(args, tile, rows, w);
 
     begin_tiles((int)MIN(rows, TILE_ROWS));
     for (long begin = first_tile; begin < seen.last_key; begin += KEY_TILE) {
         tile_rows *done = now;
         now = next, next = done;
-        find_rows(BF16, args, tile, begin + KEY_TILE, seen.last_key, next);
+        find_rows(BF16, args, tile, seen, begin + KEY_TILE, next);
         for (long h = 0; h < heads; h++) {
-            load_key_tiles(head_size, now, h * head_bytes, (char *)w.keys);
-            load_value_tiles(head_size, now, h * head_bytes, (char *)w.values);
-            prefetch_rows(next, heads * head_bytes, h, heads);
-            workspace part = from_row(w, h * rows, head_size);
+            load_key_tiles(head_size, now, h * args->key_head_stride * 2, (char *)w.keys);
+            load_value_tiles(args->value_size, now, h * args->value_head_stride * 2, (char *)w.values);
+            prefetch_rows(BF16, args, next, heads, h, heads);
+            workspace part = from_row(args, w, h * rows);
             part.query = w.query + h * rows * query_floats;
             attend_to_key_tiles(args, tile, seen, begin, now->count, part);
         }
     }
     end_tiles();
     for (long h = 0; h < heads; h++)
-        store_rows(BF16, args, tile, tile.first_head + h, from_row(w, h * rows, head_size));
+        store_rows(BF16, args, tile, tile.first_head + h, from_row(args, w, h * rows));
 }
 
 #endif

@@ -224,29 +224,39 @@ EXPORT int sensorium_rotary(const rotary_args *args) {
 /* ---- cache writes ------------------------------------------------------------------------------------------- */
 
 typedef struct {
-    char *key_cache, *value_cache; /* (slots, row_bytes) */
-    const char *key, *value;       /* rows of row_bytes, `*_stride_bytes` apart */
+    char *key_cache, *value_cache; /* of each slot and head a piece */
+    const char *key, *value;       /* of each token as many pieces, side by side */
     const int64_t *slots;          /* (tokens,); negative: not written */
-    long tokens, row_bytes, key_stride_bytes, value_stride_bytes;
+    long tokens, heads;            /* heads whose channels follow one another may be given as one */
+    long key_bytes, value_bytes;   /* of a piece */
+    long key_slot_bytes, value_slot_bytes, key_head_bytes, value_head_bytes; /* from one to the next, in the cache */
+    long key_stride_bytes, value_stride_bytes;                               /* from one token to the next */
     int threads;
 } write_args;
 
 static void write_task(const void *context, long first, long last, long thread) {
     (void)thread;
     const write_args *args = context;
-    const long row_bytes = args->row_bytes;
     for (long token = first; token < last; token++) {
         const int64_t slot = args->slots[token];
         if (slot < 0) continue;
-        memcpy(args->key_cache + slot * row_bytes, args->key + token * args->key_stride_bytes, (size_t)row_bytes);
-        memcpy(args->value_cache + slot * row_bytes, args->value + token * args->value_stride_bytes, (size_t)row_bytes);
+        char *key_to = args->key_cache + slot * args->key_slot_bytes;
+        char *value_to = args->value_cache + slot * args->value_slot_bytes;
+        const char *key = args->key + token * args->key_stride_bytes;
+        const char *value = args->value + token * args->value_stride_bytes;
+        for (long head = 0; head < args->heads; head++) {
+            memcpy(key_to, key, (size_t)args->key_bytes);
+            memcpy(value_to, value, (size_t)args->value_bytes);
+            key_to += args->key_head_bytes, value_to += args->value_head_bytes;
+            key += args->key_bytes, value += args->value_bytes;
+        }
     }
 }
 
-/* Copy each token's key and value to its slot of the two halves of a cache. */
+/* Copy each token's key and value to its slot of a cache. */
 ARGS_BYTES(sensorium_write_kv, write_args);
 EXPORT int sensorium_write_kv(const write_args *args) {
-    share_rows(args->tokens, args->row_bytes, args->threads, write_task, args);
+    share_rows(args->tokens, args->heads * args->key_bytes, args->threads, write_task, args);
     return 0;
 }
 

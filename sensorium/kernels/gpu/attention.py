@@ -7,12 +7,11 @@ see on the device, and pass over the others' sequences; the host only says if on
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.attention import AttentionRules, PagedBatch, cache_strides
 from sensorium.kernels.gpu import gathered_attention
 from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.gpu.chunk_attention import attend_chunks
@@ -29,105 +28,116 @@ def _write_kv(
     slot_mapping,
     key_stride,
     value_stride,
-    slot_size,
+    slot_stride,
+    KEY_CELLS: tl.constexpr,
+    VALUE_CELLS: tl.constexpr,
+    KEY_SIZE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One token."""
+    """One token. `HEAD_STRIDE` 0: the heads of a slot lie side by side."""
     await_predecessor(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
     if slot < 0:
         return
     cells = tl.arange(0, BLOCK)
-    is_cell = cells < slot_size
+    key_places, value_places = cells, cells
+    if HEAD_STRIDE > 0:
+        key_places = cells // KEY_SIZE * HEAD_STRIDE + cells % KEY_SIZE
+        value_places = cells // VALUE_SIZE * HEAD_STRIDE + cells % VALUE_SIZE
     tl.store(
-        keys + slot * slot_size + cells,
-        tl.load(key + token * key_stride + cells, mask=is_cell).to(keys.dtype.element_ty),
-        mask=is_cell,
+        keys + slot * slot_stride + key_places,
+        tl.load(key + token * key_stride + cells, mask=cells < KEY_CELLS).to(keys.dtype.element_ty),
+        mask=cells < KEY_CELLS,
     )
     tl.store(
-        values + slot * slot_size + cells,
-        tl.load(value + token * value_stride + cells, mask=is_cell).to(values.dtype.element_ty),
-        mask=is_cell,
+        values + slot * slot_stride + value_places,
+        tl.load(value + token * value_stride + cells, mask=cells < VALUE_CELLS).to(values.dtype.element_ty),
+        mask=cells < VALUE_CELLS,
     )
 
 
-def write_kv(key: torch.Tensor, value: torch.Tensor, kv_cache: torch.Tensor, slot_mapping: torch.Tensor) -> None:
+def write_kv(
+    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
+) -> None:
     """See `attention.write_kv_reference`."""
     if not len(key):
         return
-    keys, values = kv_cache[0], kv_cache[1]
-    slot_size = keys.shape[2] * keys.shape[3]
+    slot_stride, head_stride = cache_strides(keys)
+    assert cache_strides(values) == (slot_stride, head_stride)
+    num_kv_heads, key_size = keys.shape[2:]
+    value_size = values.shape[3]
     key, value = token_rows(key), token_rows(value)
     _write_kv[(len(key),)](
         *(key, value, keys, values, slot_mapping),
-        *(key.stride(0), value.stride(0), slot_size),
-        BLOCK=triton.next_power_of_2(slot_size),
+        *(key.stride(0), value.stride(0), slot_stride),
+        KEY_CELLS=num_kv_heads * key_size,
+        VALUE_CELLS=num_kv_heads * value_size,
+        KEY_SIZE=key_size,
+        VALUE_SIZE=value_size,
+        HEAD_STRIDE=0 if head_stride == key_size == value_size else head_stride,
+        BLOCK=triton.next_power_of_2(num_kv_heads * max(key_size, value_size)),
         **chained(key.device),
     )
 
 
 def paged_attention(
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seqlens_q: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    scale: float,
-    window: int | None = None,
-    softcap: float | None = None,
-    has_decodes: bool = True,
-    has_chunks: bool = True,
-    key_lens: Sequence[int] | None = None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """See `attention.paged_attention_reference`.
-
-    Args as there, and `has_decodes`: whether a sequence may have exactly one query; `has_chunks`: whether one may have
-    more; `key_lens`: `seq_lens` on the host, where they are known there.
-    """
-    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    """See `attention.paged_attention_reference`."""
+    head_size, value_size = keys.shape[3], values.shape[3]
     flat = token_rows(query).flatten(1)
-    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    out = flat.new_empty(len(flat), flat.shape[1] // head_size * value_size)
+    has_chunks = batch.max_seqlen_q > 1
+    # A query that is not among its keys has a window or chunk of its own only there.
+    has_decodes = batch.has_decodes and (rules.causal or (rules.window is None and rules.chunk is None))
     if has_decodes and len(flat):
-        attend_decodes(
-            *(out, flat, kv_cache, block_table, cu_seqlens_q, seq_lens),
-            is_mixed=has_chunks,
-            scale=scale,
-            window=window,
-            softcap=softcap,
-        )
+        attend_decodes(out, flat, keys, values, batch, rules, sinks)
     least_queries = 2 if has_decodes else 1
-    if not has_chunks:
-        return out.view(query.shape)
-    group = flat.shape[1] // (num_kv_heads * head_size)
-    if (
-        window is None
-        and softcap is None
-        and key_lens is not None
-        and gathered_attention.fits(flat, head_size, group, key_lens)
-    ):
+    if _can_be_gathered(flat, keys, values, batch, rules, sinks):
         gathered_attention.attend_gathered(
-            *(out, flat, kv_cache, block_table, cu_seqlens_q, seq_lens),
-            num_tiles=gathered_attention.num_tiles_of(key_lens),
+            *(out, flat, keys, values, batch.block_table, batch.cu_seqlens_q, batch.seq_lens),
+            num_tiles=gathered_attention.num_tiles_of(batch.seq_lens_host),
             least_queries=least_queries,
-            scale=scale,
+            scale=rules.scale,
         )
-    else:
+    elif has_chunks or not has_decodes:
         attend_chunks(
-            *(out, flat, kv_cache[0], kv_cache[1], (num_kv_heads, head_size), cu_seqlens_q),
-            strides=(num_kv_heads * head_size,) * 2,
+            *(out, flat, keys, values, batch.cu_seqlens_q, rules),
+            strides=(cache_strides(keys), cache_strides(values)),
             least_queries=least_queries,
-            key_lens=seq_lens,
-            table=block_table,
-            block_size=block_size,
-            causal=True,
-            scale=scale,
-            window=window,
-            softcap=softcap,
+            key_lens=batch.seq_lens,
+            table=batch.block_table,
+            sinks=sinks,
+            row_spans=batch.row_spans,
         )
-    return out.view(query.shape)
+    return out if query.dim() == 2 else out.view(*query.shape[:2], value_size)
+
+
+def _can_be_gathered(
+    query: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None,
+) -> bool:
+    """Whether the host knows the lengths, no rule but causality applies, and gathering pays."""
+    if batch.is_recorded or batch.max_seqlen_q <= 1 or keys.shape != values.shape:
+        return False
+    if rules != AttentionRules(rules.scale) or sinks is not None or batch.row_spans is not None:
+        return False
+    num_kv_heads, head_size = keys.shape[2:]
+    group = query.shape[1] // (num_kv_heads * head_size)
+    return gathered_attention.fits(query, head_size, group, batch.seq_lens_host)
 
 
 def varlen_attention(
@@ -135,27 +145,20 @@ def varlen_attention(
     key: torch.Tensor,
     value: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    rules: AttentionRules,
     *,
-    scale: float,
-    causal: bool,
     key_lens: torch.Tensor | None = None,
-    window: int | None = None,
-    softcap: float | None = None,
+    sinks: torch.Tensor | None = None,
+    row_spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """See `attention.varlen_attention_reference`."""
-    num_kv_heads, head_size = key.shape[1:]
-    flat, key, value = (token_rows(x).flatten(1) for x in (query, key, value))
-    out = torch.empty_like(flat, memory_format=torch.contiguous_format)
+    query, key, value = token_rows(query), token_rows(key), token_rows(value)
+    out = query.new_empty(*query.shape[:2], value.shape[2])
     attend_chunks(
-        *(out, flat, key, value, (num_kv_heads, head_size), cu_seqlens),
-        strides=(key.stride(0), value.stride(0)),
-        least_queries=1,
+        *(out.flatten(1), query.flatten(1), key, value, cu_seqlens, rules),
+        strides=((key.stride(0), key.shape[2]), (value.stride(0), value.shape[2])),
         key_lens=key_lens,
-        table=None,
-        block_size=0,
-        causal=causal,
-        scale=scale,
-        window=window,
-        softcap=softcap,
+        sinks=sinks,
+        row_spans=row_spans,
     )
-    return out.view(query.shape)
+    return out

@@ -7,8 +7,8 @@ key/value head: up to `BLOCK_M` rows that read the same keys. Sequence `i` start
 `13 // 4 + 3 = 6` tiles, of which tile 4 finds nothing to do.
 
 A tile's keys come in blocks of `BLOCK_N`. Most blocks are seen by every query of the tile and need no mask; only those
-at the diagonal, at a window's edge and at the end do. Channels come in one or two parts, each a power of two
-(`80 = 64 + 16`), so that few of those that are multiplied are padding.
+at the diagonal, at a window's or chunk's edge, in spans and at the end do. Channels come in one or two parts, each a
+power of two (`80 = 64 + 16`), so that few of those that are multiplied are padding.
 
 Source: FlashAttention-2 (https://arxiv.org/abs/2307.08691), section 3.1.
 """
@@ -22,9 +22,10 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.attention import AttentionRules
 from sensorium.kernels.gpu.chaining import await_predecessor, chained
+from sensorium.kernels.gpu.decode_attention import score_constants
 
-LOG2_E = 1.4426950408889634
 _SEARCHED = 128
 """Sequences that are looked at together to find a tile's."""
 
@@ -62,7 +63,7 @@ def chunk_config(dtype: torch.dtype, head_size: int, rows_per_seq: int) -> Chunk
 
 
 @triton.jit
-def _load_keys(base, places, channels, IS_MASKED: tl.constexpr, is_token, HEAD_SIZE: tl.constexpr, END: tl.constexpr):
+def _load_rows(base, places, channels, IS_MASKED: tl.constexpr, is_token, HEAD_SIZE: tl.constexpr, END: tl.constexpr):
     """`(BLOCK_N, channels)`; rows of masked tokens and channels past the head's end are 0."""
     pointers = base + places[:, None] + channels[None, :]
     if END > HEAD_SIZE:
@@ -91,29 +92,42 @@ def _attend_blocks(
     key,
     value,
     table,
+    first_key,
     num_keys,
+    span_begin,
+    span_end,
     scale,
     window,
     softcap,
+    chunk,
     key_stride,
     value_stride,
     HEAD_SIZE: tl.constexpr,
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_A: tl.constexpr,
+    VALUE_B: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     IS_ONE_STRIDE: tl.constexpr,
     IS_MASKED: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
     """Take the keys `begin:end` in, block by block. `BLOCK_SIZE` 0: they lie flat."""
     channels_a = tl.arange(0, HEAD_A)
     channels_b = HEAD_A + tl.arange(0, 16 if HEAD_B == 0 else HEAD_B)
+    parts_a = tl.arange(0, VALUE_A)
+    parts_b = VALUE_A + tl.arange(0, 16 if VALUE_B == 0 else VALUE_B)
     for start in range(begin, end, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < num_keys
+        if HAS_WINDOW or HAS_CHUNK:
+            is_token = is_token & (tokens >= first_key)
         if BLOCK_SIZE > 0:
             if IS_MASKED:
                 blocks = tl.load(table + tokens // BLOCK_SIZE, mask=is_token, other=0)
@@ -126,10 +140,10 @@ def _attend_blocks(
         value_places = key_places
         if not IS_ONE_STRIDE:
             value_places = places * value_stride
-        k_a = _load_keys(key, key_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A)
+        k_a = _load_rows(key, key_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A)
         scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
         if HEAD_B > 0:
-            k_b = _load_keys(key, key_places, channels_b, IS_MASKED, is_token, HEAD_SIZE, HEAD_A + HEAD_B)
+            k_b = _load_rows(key, key_places, channels_b, IS_MASKED, is_token, HEAD_SIZE, HEAD_A + HEAD_B)
             scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
         scores = scores * scale
         if HAS_SOFTCAP:
@@ -142,6 +156,11 @@ def _attend_blocks(
                 seen = seen & (distance >= 0)
             if HAS_WINDOW:
                 seen = seen & (distance < window) & (distance > -window)
+            if HAS_CHUNK:
+                seen = seen & ((positions // chunk)[:, None] == (tokens // chunk)[None, :])
+            if HAS_SPANS:
+                is_inside = (tokens[None, :] >= span_begin[:, None]) & (tokens[None, :] < span_end[:, None])
+                seen = seen | (is_inside & is_token[None, :])
             scores = tl.where(seen, scores, float("-inf"))
         new_best = tl.maximum(best, tl.max(scores, 1))
         anchor = new_best
@@ -151,17 +170,17 @@ def _attend_blocks(
         weights = tl.exp2(scores - anchor[:, None])
         fade = tl.exp2(best - anchor)
         total = total * fade + tl.sum(weights, 1)
-        v_a = _load_keys(value, value_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A)
+        v_a = _load_rows(value, value_places, parts_a, IS_MASKED, is_token, VALUE_SIZE, VALUE_A)
         narrow = weights.to(v_a.dtype)
         acc_a = tl.dot(narrow, v_a, acc_a * fade[:, None], input_precision="ieee")
-        if HEAD_B > 0:
-            v_b = _load_keys(value, value_places, channels_b, IS_MASKED, is_token, HEAD_SIZE, HEAD_A + HEAD_B)
+        if VALUE_B > 0:
+            v_b = _load_rows(value, value_places, parts_b, IS_MASKED, is_token, VALUE_SIZE, VALUE_A + VALUE_B)
             acc_b = tl.dot(narrow, v_b, acc_b * fade[:, None], input_precision="ieee")
         best = new_best
     return best, total, acc_a, acc_b
 
 
-@triton.jit(do_not_specialize=["num_seqs", "least_queries", "window", "table_stride"])
+@triton.jit(do_not_specialize=["num_seqs", "least_queries", "window", "chunk", "table_stride"])
 def _attend(
     out,
     query,
@@ -170,11 +189,15 @@ def _attend(
     block_table,
     cu_seqlens,
     key_lens,
+    sinks,
+    span_begins,
+    span_ends,
     num_seqs,
     least_queries,
     scale,
     window,
     softcap,
+    chunk,
     out_stride,
     query_stride,
     key_stride,
@@ -184,6 +207,11 @@ def _attend(
     HEAD_SIZE: tl.constexpr,
     HEAD_A: tl.constexpr,
     HEAD_B: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_A: tl.constexpr,
+    VALUE_B: tl.constexpr,
+    VALUE_STRIDE: tl.constexpr,
     BLOCK_Q: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -193,6 +221,9 @@ def _attend(
     HAS_KEY_LENS: tl.constexpr,
     IS_CAUSAL: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
@@ -231,8 +262,8 @@ def _attend(
     if HEAD_B > 0:
         q_b = tl.load(sources[:, None] + channels_b[None, :], mask=is_cell_b, other=0.0)
 
-    key += kv_head * HEAD_SIZE
-    value += kv_head * HEAD_SIZE
+    key += kv_head * HEAD_STRIDE
+    value += kv_head * VALUE_STRIDE
     if BLOCK_SIZE == 0:
         key += first_row.to(tl.int64) * key_stride
         value += first_row.to(tl.int64) * value_stride
@@ -248,110 +279,144 @@ def _attend(
         end = tl.minimum(num_keys, last_position + 1)
         open_end = tl.minimum(num_keys, first_position + 1)
     if HAS_WINDOW:
-        begin = tl.maximum(first_position - window + 1, 0) // BLOCK_N * BLOCK_N
+        begin = tl.maximum(first_position - window + 1, 0)
         open_begin = tl.maximum(last_position - window + 1, 0)
         if not IS_CAUSAL:
             end = tl.minimum(num_keys, last_position + window)
             open_end = tl.minimum(num_keys, first_position + window)
+    if HAS_CHUNK:
+        begin = tl.maximum(begin, first_position // chunk * chunk)
+        open_begin = tl.maximum(open_begin, last_position // chunk * chunk)
+        end = tl.minimum(end, (last_position // chunk + 1) * chunk)
+        open_end = tl.minimum(open_end, (first_position // chunk + 1) * chunk)
+    span_begin, span_end = positions, positions
+    if HAS_SPANS:
+        # Only those around their query count; the others are empty.
+        span_end = tl.load(span_ends + row_index, mask=is_row, other=0)
+        has_span = span_end > positions
+        span_begin = tl.load(span_begins + row_index, mask=has_span & is_row, other=num_keys)
+        begin = tl.minimum(begin, tl.min(span_begin, 0))
+        end = tl.minimum(tl.maximum(end, tl.max(span_end, 0)), num_keys)
+    if HAS_WINDOW or HAS_CHUNK:
+        num_keys = end  # nothing behind is read
+    first_key = begin
+    begin = begin // BLOCK_N * BLOCK_N
     open_end = open_end // BLOCK_N * BLOCK_N
 
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
-    acc_a = tl.zeros([BLOCK_M, HEAD_A], tl.float32)
-    acc_b = tl.zeros([BLOCK_M, 16 if HEAD_B == 0 else HEAD_B], tl.float32)
-    if HAS_WINDOW:
+    if HAS_SINKS:
+        # A key of value 0, to begin with.
+        sink = tl.load(sinks + heads, mask=is_row, other=float("-inf")).to(tl.float32)
+        best = sink * 1.4426950408889634  # log2(e)
+        total = tl.where(sink > float("-inf"), 1.0, 0.0)
+    acc_a = tl.zeros([BLOCK_M, VALUE_A], tl.float32)
+    acc_b = tl.zeros([BLOCK_M, 16 if VALUE_B == 0 else VALUE_B], tl.float32)
+    if HAS_WINDOW or HAS_CHUNK:
         open_begin = tl.cdiv(open_begin, BLOCK_N) * BLOCK_N
         open_begin = tl.minimum(open_begin, end)
         best, total, acc_a, acc_b = _attend_blocks(
-            best, total, acc_a, acc_b, begin, open_begin, q_a, q_b, positions, key, value, table, num_keys,
-            scale, window, softcap, key_stride, value_stride,
-            HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+            best, total, acc_a, acc_b, begin, open_begin, q_a, q_b, positions, key, value, table, first_key, num_keys,
+            span_begin, span_end, scale, window, softcap, chunk, key_stride, value_stride,
+            HEAD_SIZE, HEAD_A, HEAD_B, VALUE_SIZE, VALUE_A, VALUE_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, True,
+            IS_CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SPANS, HAS_SOFTCAP,
         )  # fmt: skip
     open_end = tl.maximum(open_begin, open_end)
     best, total, acc_a, acc_b = _attend_blocks(
-        best, total, acc_a, acc_b, open_begin, open_end, q_a, q_b, positions, key, value, table, num_keys,
-        scale, window, softcap, key_stride, value_stride,
-        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, False, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+        best, total, acc_a, acc_b, open_begin, open_end, q_a, q_b, positions, key, value, table, first_key, num_keys,
+        span_begin, span_end, scale, window, softcap, chunk, key_stride, value_stride,
+        HEAD_SIZE, HEAD_A, HEAD_B, VALUE_SIZE, VALUE_A, VALUE_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, False,
+        IS_CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SPANS, HAS_SOFTCAP,
     )  # fmt: skip
     best, total, acc_a, acc_b = _attend_blocks(
-        best, total, acc_a, acc_b, open_end, end, q_a, q_b, positions, key, value, table, num_keys,
-        scale, window, softcap, key_stride, value_stride,
-        HEAD_SIZE, HEAD_A, HEAD_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, True, IS_CAUSAL, HAS_WINDOW, HAS_SOFTCAP,
+        best, total, acc_a, acc_b, open_end, end, q_a, q_b, positions, key, value, table, first_key, num_keys,
+        span_begin, span_end, scale, window, softcap, chunk, key_stride, value_stride,
+        HEAD_SIZE, HEAD_A, HEAD_B, VALUE_SIZE, VALUE_A, VALUE_B, BLOCK_N, BLOCK_SIZE, IS_ONE_STRIDE, True,
+        IS_CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SPANS, HAS_SOFTCAP,
     )  # fmt: skip
 
     weight = 1.0 / tl.where(total == 0.0, 1.0, total)
-    targets = out + row_index * out_stride + heads * HEAD_SIZE
-    tl.store(targets[:, None] + channels_a[None, :], (acc_a * weight[:, None]).to(out.dtype.element_ty), mask=is_cell_a)
-    if HEAD_B > 0:
+    parts_a = tl.arange(0, VALUE_A)
+    targets = out + row_index * out_stride + heads * VALUE_SIZE
+    is_cell_a = is_row[:, None] & (parts_a < VALUE_SIZE)[None, :]
+    tl.store(targets[:, None] + parts_a[None, :], (acc_a * weight[:, None]).to(out.dtype.element_ty), mask=is_cell_a)
+    if VALUE_B > 0:
+        parts_b = VALUE_A + tl.arange(0, VALUE_B)
+        is_cell_b = is_row[:, None] & (parts_b < VALUE_SIZE)[None, :]
         part = (acc_b * weight[:, None]).to(out.dtype.element_ty)
-        tl.store(targets[:, None] + channels_b[None, :], part, mask=is_cell_b)
+        tl.store(targets[:, None] + parts_b[None, :], part, mask=is_cell_b)
 
 
 def attend_chunks(
     out: torch.Tensor,
     query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    kv_shape: tuple[int, int],
+    keys: torch.Tensor,
+    values: torch.Tensor,
     cu_seqlens: torch.Tensor,
+    rules: AttentionRules,
     *,
-    strides: tuple[int, int],
-    least_queries: int,
-    key_lens: torch.Tensor | None,
-    table: torch.Tensor | None,
-    block_size: int,
-    causal: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    strides: tuple[tuple[int, int], tuple[int, int]],
+    least_queries: int = 1,
+    key_lens: torch.Tensor | None = None,
+    table: torch.Tensor | None = None,
+    sinks: torch.Tensor | None = None,
+    row_spans: torch.Tensor | None = None,
 ) -> None:
-    """Fill the rows of `out` `(T, H * D)` of the sequences that have at least `least_queries` queries.
+    """Fill the rows of `out` `(T, H * Dv)` of the sequences that have at least `least_queries` queries.
 
     Args:
-        out: Like `query`.
+        out: `(T, H * Dv)`.
         query: `(T, H * D)` with channels side by side.
-        key: Keys by slot of a cache, or, without `table`, `(T, Hkv * D)` beside the queries.
-        value: As `key`.
-        kv_shape: Key/value heads, and channels of a head.
+        keys: A cache's, or, without `table`, `(T, Hkv, D)` beside the queries.
+        values: Likewise.
         cu_seqlens: `(num_seqs + 1,)` int32: where each sequence's rows begin.
-        strides: Elements from one slot, or row, to the next, of keys and of values.
+        rules: The layer's.
+        strides: Elements from one slot, or row, to the next, and from one head to the next, of keys and of values.
         least_queries: How many queries a sequence must have, to be looked at.
         key_lens: `(num_seqs,)` int32: keys of each sequence; `None`: as many as queries.
         table: `(num_seqs, max_blocks)` int32 block ids.
-        block_size: Tokens per block; 0 without `table`.
-        causal: Whether a query sees only its own and earlier positions.
-        scale: Factor on the scores.
-        window: See `attention.attend_reference`.
-        softcap: See `attention.attend_reference`.
+        sinks: See `attention.attend_reference`.
+        row_spans: See `attention.key_ranges`; `(2, T)` int32.
     """
-    num_kv_heads, head_size = kv_shape
+    num_kv_heads, head_size = keys.shape[-2:]
+    value_size = values.shape[-1]
     num_rows, num_seqs = len(query), len(cu_seqlens) - 1
     if not num_rows or not num_seqs:
         return
+    (key_stride, key_head), (value_stride, value_head) = strides
     group = query.shape[1] // (num_kv_heads * head_size)
-    config = chunk_config(query.dtype, head_size, num_rows * group // num_seqs)
+    config = chunk_config(query.dtype, max(head_size, value_size), num_rows * group // num_seqs)
     block_m = max(config.block_m, triton.next_power_of_2(group))
     block_q = block_m // group
-    head_a, head_b = head_parts(head_size)
-    rules = (scale / softcap, window or 0, softcap * LOG2_E) if softcap else (scale * LOG2_E, window or 0, 1.0)
+    (head_a, head_b), (value_a, value_b) = head_parts(head_size), head_parts(value_size)
+    spans = (None, None) if row_spans is None else row_spans.unbind()
     _attend[(num_kv_heads, num_rows // block_q + num_seqs)](
-        *(out, query, key, value, cu_seqlens if table is None else table, cu_seqlens),
-        *(cu_seqlens if key_lens is None else key_lens, num_seqs, least_queries, *rules),
-        *(out.stride(0), query.stride(0), *strides, 0 if table is None else table.stride(0)),
+        *(out, query, keys, values, cu_seqlens if table is None else table, cu_seqlens),
+        *(cu_seqlens if key_lens is None else key_lens, sinks, *spans, num_seqs, least_queries),
+        *(*score_constants(rules), out.stride(0), query.stride(0), key_stride, value_stride),
+        0 if table is None else table.stride(0),
         GROUP=group,
         HEAD_SIZE=head_size,
         HEAD_A=head_a,
         HEAD_B=head_b,
+        HEAD_STRIDE=key_head,
+        VALUE_SIZE=value_size,
+        VALUE_A=value_a,
+        VALUE_B=value_b,
+        VALUE_STRIDE=value_head,
         BLOCK_Q=block_q,
         BLOCK_M=block_m,
         BLOCK_N=config.block_n,
-        BLOCK_SIZE=block_size,
-        IS_ONE_STRIDE=strides[0] == strides[1],
+        BLOCK_SIZE=0 if table is None else keys.shape[1],
+        IS_ONE_STRIDE=key_stride == value_stride,
         SEARCHED=_SEARCHED,
         HAS_KEY_LENS=key_lens is not None,
-        IS_CAUSAL=causal,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
+        IS_CAUSAL=rules.causal,
+        HAS_WINDOW=rules.window is not None,
+        HAS_CHUNK=rules.chunk is not None,
+        HAS_SPANS=row_spans is not None,
+        HAS_SINKS=sinks is not None,
+        HAS_SOFTCAP=rules.softcap is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
         maxnreg=config.max_registers,

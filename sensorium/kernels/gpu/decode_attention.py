@@ -20,6 +20,7 @@ import torch
 import triton
 import triton.language as tl
 
+from sensorium.kernels.attention import AttentionRules, PagedBatch, cache_strides
 from sensorium.kernels.gpu import num_processors
 from sensorium.kernels.gpu.chaining import await_predecessor, chained, release_successor
 
@@ -66,16 +67,38 @@ def num_splits_for(config: DecodeConfig, num_programs: int, max_keys: int, devic
 
 
 @triton.jit
-def _share_of(seq_len, window, num_splits, BLOCK_N: tl.constexpr, HAS_WINDOW: tl.constexpr):
-    """Where the keys that are seen begin, rounded down to a tile, and how many of them make a share."""
-    begin = 0
+def _first_seen(
+    seq_len,
+    row,
+    window,
+    chunk,
+    span_begins,
+    span_ends,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+):
+    """The first key that a sequence's last position sees."""
+    low = 0
     if HAS_WINDOW:
-        begin = tl.maximum(seq_len - window, 0) // BLOCK_N * BLOCK_N
+        low = tl.maximum(seq_len - window, 0)
+    if HAS_CHUNK:
+        low = tl.maximum(low, tl.maximum(seq_len - 1, 0) // chunk * chunk)
+    if HAS_SPANS:
+        is_inside = tl.load(span_ends + row) >= seq_len
+        low = tl.where(is_inside, tl.minimum(low, tl.load(span_begins + row)), low)
+    return low
+
+
+@triton.jit
+def _share_of(seq_len, low, num_splits, BLOCK_N: tl.constexpr):
+    """Where the keys that are seen begin, rounded down to a tile, and how many of them make a share."""
+    begin = low // BLOCK_N * BLOCK_N
     num_tiles = tl.cdiv(seq_len - begin, BLOCK_N)
     return begin, tl.maximum(tl.cdiv(num_tiles, num_splits), 1) * BLOCK_N
 
 
-@triton.jit(do_not_specialize=["num_splits", "window", "table_stride"])
+@triton.jit(do_not_specialize=["num_splits", "window", "chunk", "table_stride"])
 def _attend(
     out,
     partial,
@@ -86,10 +109,14 @@ def _attend(
     block_table,
     cu_seqlens,
     seq_lens,
+    sinks,
+    span_begins,
+    span_ends,
     num_splits,
     scale,
     window,
     softcap,
+    chunk,
     out_stride,
     query_stride,
     slot_stride,
@@ -98,10 +125,16 @@ def _attend(
     GROUP_PAD: tl.constexpr,
     HEAD_SIZE: tl.constexpr,
     HEAD_PAD: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
+    HEAD_STRIDE: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_SIZE: tl.constexpr,
     IS_SPLIT: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
+    HAS_SINKS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
@@ -112,74 +145,88 @@ def _attend(
     if tl.load(cu_seqlens + seq + 1) - row != 1:
         return
     seq_len = tl.load(seq_lens + seq)
-    begin, share = _share_of(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
+    low = _first_seen(seq_len, row, window, chunk, span_begins, span_ends, HAS_WINDOW, HAS_CHUNK, HAS_SPANS)
+    begin, share = _share_of(seq_len, low, num_splits, BLOCK_N)
     first = begin + split * share
     last = tl.minimum(first + share, seq_len)
     if IS_SPLIT:  # noqa: SIM102
         if first >= last:
             return
 
-    members, channels = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD)
-    is_channel = channels < HEAD_SIZE
-    is_cell = (members < GROUP)[:, None] & is_channel[None, :]
+    members, channels, parts = tl.arange(0, GROUP_PAD), tl.arange(0, HEAD_PAD), tl.arange(0, VALUE_PAD)
+    is_member, is_channel, is_part = members < GROUP, channels < HEAD_SIZE, parts < VALUE_SIZE
     heads = kv_head * GROUP + members
     cells = heads[:, None] * HEAD_SIZE + channels[None, :]
+    is_cell = is_member[:, None] & is_channel[None, :]
     q = tl.load(query + row.to(tl.int64) * query_stride + cells, mask=is_cell, other=0.0)
 
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
-    acc = tl.zeros([GROUP_PAD, HEAD_PAD], tl.float32)
+    if HAS_SINKS:
+        # A key of value 0, in the first share.
+        sink = tl.load(sinks + heads, mask=is_member, other=float("-inf")).to(tl.float32)
+        sink = tl.where(tl.zeros_like(sink) + split == 0, sink, float("-inf"))
+        best = sink * 1.4426950408889634  # log2(e)
+        total = tl.where(sink > float("-inf"), 1.0, 0.0)
+    acc = tl.zeros([GROUP_PAD, VALUE_PAD], tl.float32)
     table = block_table + seq.to(tl.int64) * table_stride
-    kv_cells = kv_head * HEAD_SIZE + channels[None, :]
+    key_cells = kv_head * HEAD_STRIDE + channels[None, :]
+    value_cells = kv_head * HEAD_STRIDE + parts[None, :]
     for start in range(first, last, BLOCK_N):
         tokens = start + tl.arange(0, BLOCK_N)
         is_token = tokens < last
+        if HAS_WINDOW or HAS_CHUNK:
+            is_token = is_token & (tokens >= low)
         blocks = tl.load(table + tokens // BLOCK_SIZE, mask=is_token, other=0)
         places = (blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * slot_stride
-        is_kv = is_token[:, None] & is_channel[None, :]
-        k = tl.load(key + places[:, None] + kv_cells, mask=is_kv, other=0.0)
+        k = tl.load(key + places[:, None] + key_cells, mask=is_token[:, None] & is_channel[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends.
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))
-        if HAS_WINDOW:
-            is_token = is_token & (tokens >= seq_len - window)
         scores = tl.where(is_token[None, :], scores, float("-inf"))
         # A tile has at least one key that is seen, so that this is a number.
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - new_best[:, None])
         fade = tl.exp2(best - new_best)
         total = total * fade + tl.sum(weights, 1)
-        v = tl.load(value + places[:, None] + kv_cells, mask=is_kv, other=0.0)
+        v = tl.load(value + places[:, None] + value_cells, mask=is_token[:, None] & is_part[None, :], other=0.0)
         acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         best = new_best
 
     acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    is_result = is_member[:, None] & is_part[None, :]
     if IS_SPLIT:
         num_heads = tl.num_programs(1) * GROUP
         shares = (seq.to(tl.int64) * num_heads + heads) * num_splits + split
-        tl.store(partial + shares[:, None] * HEAD_SIZE + channels[None, :], acc, mask=is_cell)
-        tl.store(partial_log + shares, best + tl.log2(total), mask=members < GROUP)
+        tl.store(partial + shares[:, None] * VALUE_SIZE + parts[None, :], acc, mask=is_result)
+        tl.store(partial_log + shares, best + tl.log2(total), mask=is_member)
     else:
-        tl.store(out + row.to(tl.int64) * out_stride + cells, acc.to(out.dtype.element_ty), mask=is_cell)
+        results = heads[:, None] * VALUE_SIZE + parts[None, :]
+        tl.store(out + row.to(tl.int64) * out_stride + results, acc.to(out.dtype.element_ty), mask=is_result)
 
 
-@triton.jit(do_not_specialize=["num_splits", "window"])
+@triton.jit(do_not_specialize=["num_splits", "window", "chunk"])
 def _join(
     out,
     partial,
     partial_log,
     cu_seqlens,
     seq_lens,
+    span_begins,
+    span_ends,
     num_splits,
     window,
+    chunk,
     out_stride,
-    HEAD_SIZE: tl.constexpr,
-    HEAD_PAD: tl.constexpr,
+    VALUE_SIZE: tl.constexpr,
+    VALUE_PAD: tl.constexpr,
     BLOCK_N: tl.constexpr,
     MAX_SPLITS: tl.constexpr,
     CHUNK: tl.constexpr,
     HAS_WINDOW: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+    HAS_SPANS: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
     """One query head of one sequence, from its shares."""
@@ -190,22 +237,23 @@ def _join(
     if tl.load(cu_seqlens + seq + 1) - row != 1:
         return
     seq_len = tl.load(seq_lens + seq)
-    begin, share = _share_of(seq_len, window, num_splits, BLOCK_N, HAS_WINDOW)
+    low = _first_seen(seq_len, row, window, chunk, span_begins, span_ends, HAS_WINDOW, HAS_CHUNK, HAS_SPANS)
+    begin, share = _share_of(seq_len, low, num_splits, BLOCK_N)
     num_shares = tl.cdiv(seq_len - begin, share)
     shares = (seq.to(tl.int64) * tl.num_programs(0) + head) * num_splits
     every = tl.arange(0, MAX_SPLITS)
     best = tl.max(tl.load(partial_log + shares + every, mask=every < num_shares, other=float("-inf")), 0)
 
-    channels = tl.arange(0, HEAD_PAD)
-    is_channel = channels < HEAD_SIZE
+    channels = tl.arange(0, VALUE_PAD)
+    is_channel = channels < VALUE_SIZE
     total = tl.zeros([CHUNK], tl.float32)
-    acc = tl.zeros([HEAD_PAD], tl.float32)
+    acc = tl.zeros([VALUE_PAD], tl.float32)
     for start in range(0, num_shares, CHUNK):
         those = start + tl.arange(0, CHUNK)
         is_share = those < num_shares
         weights = tl.exp2(tl.load(partial_log + shares + those, mask=is_share, other=float("-inf")) - best)
         part = tl.load(
-            partial + (shares + those)[:, None] * HEAD_SIZE + channels[None, :],
+            partial + (shares + those)[:, None] * VALUE_SIZE + channels[None, :],
             mask=is_share[:, None] & is_channel[None, :],
             other=0.0,
         )
@@ -213,70 +261,84 @@ def _join(
         acc += tl.sum(part * weights[:, None], 0)
     weight = tl.sum(total, 0)
     acc = acc / tl.where(weight == 0.0, 1.0, weight)
-    cells = head * HEAD_SIZE + channels
+    cells = head * VALUE_SIZE + channels
     tl.store(out + row * out_stride + cells, acc.to(out.dtype.element_ty), mask=is_channel)
 
 
 def attend_decodes(
     out: torch.Tensor,
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
-    block_table: torch.Tensor,
-    cu_seqlens: torch.Tensor,
-    seq_lens: torch.Tensor,
-    *,
-    is_mixed: bool,
-    scale: float,
-    window: int | None,
-    softcap: float | None,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    batch: PagedBatch,
+    rules: AttentionRules,
+    sinks: torch.Tensor | None,
 ) -> None:
-    """Fill the rows of `out` `(T, H * D)` of the sequences that have exactly one query.
+    """Fill the rows of `out` `(T, H * Dv)` of the sequences that have exactly one query: their last key's, or one that
+    sees all keys.
 
     `query` is `(T, H * D)` with channels side by side; the others are as for `attention.paged_attention_reference`.
-    A sequence of length 0 gets zeros. `is_mixed`: there may be other sequences, so that fewer programs find something
-    to do.
+    A sequence of length 0 gets zeros.
     """
-    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    _, block_size, num_kv_heads, head_size = keys.shape
+    value_size = values.shape[3]
+    slot_stride, head_stride = cache_strides(keys)
+    assert cache_strides(values) == (slot_stride, head_stride)
+    table, cu_seqlens, seq_lens = batch.block_table, batch.cu_seqlens_q, batch.seq_lens
     num_heads = query.shape[1] // head_size
     group = num_heads // num_kv_heads
-    config = decode_config(query.dtype, head_size)
-    max_keys = block_table.shape[1] * block_size
+    config = decode_config(query.dtype, max(head_size, value_size))
     num_seqs = len(seq_lens)
-    num_splits = num_splits_for(config, num_seqs * num_kv_heads, max_keys, query.device, 4 if is_mixed else 1)
+    # Where there may be other sequences, fewer programs find something to do.
+    least = 4 if batch.max_seqlen_q > 1 else 1
+    max_keys = table.shape[1] * block_size
+    num_splits = num_splits_for(config, num_seqs * num_kv_heads, max_keys, query.device, least)
     is_split = num_splits > 1
     partial = partial_log = out
     if is_split:
         num_shares = num_seqs * num_heads * num_splits
-        partial = torch.empty(num_shares * (head_size + 1), dtype=torch.float32, device=query.device)
-        partial_log = partial[num_shares * head_size :]
-    # Scores in powers of two; a soft cap's argument stays as it was.
-    rules = (scale / softcap, window or 0, softcap * LOG2_E) if softcap else (scale * LOG2_E, window or 0, 1.0)
-    head_pad = max(triton.next_power_of_2(head_size), 16)
+        partial = torch.empty(num_shares * (value_size + 1), dtype=torch.float32, device=query.device)
+        partial_log = partial[num_shares * value_size :]
+    spans = (None, None) if batch.row_spans is None else batch.row_spans.unbind()
+    visibility = {
+        "VALUE_SIZE": value_size,
+        "VALUE_PAD": max(triton.next_power_of_2(value_size), 16),
+        "BLOCK_N": config.block_n,
+        "HAS_WINDOW": rules.window is not None,
+        "HAS_CHUNK": rules.chunk is not None,
+        "HAS_SPANS": batch.row_spans is not None,
+        **chained(query.device),
+    }
     _attend[(num_splits, num_kv_heads, num_seqs)](
-        *(out, partial, partial_log, query, kv_cache[0], kv_cache[1], block_table, cu_seqlens, seq_lens),
-        *(num_splits, *rules, out.stride(0), query.stride(0), num_kv_heads * head_size, block_table.stride(0)),
+        *(out, partial, partial_log, query, keys, values, table, cu_seqlens, seq_lens, sinks, *spans),
+        *(num_splits, *score_constants(rules), out.stride(0), query.stride(0), slot_stride, table.stride(0)),
         GROUP=group,
         GROUP_PAD=max(triton.next_power_of_2(group), 16),
         HEAD_SIZE=head_size,
-        HEAD_PAD=head_pad,
-        BLOCK_N=config.block_n,
+        HEAD_PAD=max(triton.next_power_of_2(head_size), 16),
+        HEAD_STRIDE=head_stride,
         BLOCK_SIZE=block_size,
         IS_SPLIT=is_split,
-        HAS_WINDOW=window is not None,
-        HAS_SOFTCAP=softcap is not None,
+        HAS_SINKS=sinks is not None,
+        HAS_SOFTCAP=rules.softcap is not None,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
-        **chained(query.device),
+        **visibility,
     )
     if is_split:
         _join[(num_heads, num_seqs)](
-            *(out, partial, partial_log, cu_seqlens, seq_lens, num_splits, window or 0, out.stride(0)),
-            HEAD_SIZE=head_size,
-            HEAD_PAD=head_pad,
-            BLOCK_N=config.block_n,
+            *(out, partial, partial_log, cu_seqlens, seq_lens, *spans),
+            *(num_splits, rules.window or 0, rules.chunk or 0, out.stride(0)),
             MAX_SPLITS=MAX_SPLITS,
             CHUNK=_JOIN_CHUNK,
-            HAS_WINDOW=window is not None,
             num_warps=4,
-            **chained(query.device),
+            **visibility,
         )
+
+
+def score_constants(rules: AttentionRules) -> tuple[float, int, float, int]:
+    """`scale`, `window`, `softcap` and `chunk` of the kernels: scores in powers of two, but a soft cap's argument."""
+    window, chunk = rules.window or 0, rules.chunk or 0
+    if rules.softcap is None:
+        return rules.scale * LOG2_E, window, 1.0, chunk
+    return rules.scale / rules.softcap, window, rules.softcap * LOG2_E, chunk

@@ -212,7 +212,8 @@ def _attend(
 def attend_gathered(
     out: torch.Tensor,
     query: torch.Tensor,
-    kv_cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     block_table: torch.Tensor,
     cu_seqlens: torch.Tensor,
     seq_lens: torch.Tensor,
@@ -226,14 +227,14 @@ def attend_gathered(
     Args as for `attention.paged_attention_reference`, with `query` `(T, H * D)`; `num_tiles`: at least the sum of the
     sequences' keys in tiles of `TILE`, each rounded up.
     """
-    block_size, num_kv_heads, head_size = kv_cache.shape[2:]
+    _, block_size, num_kv_heads, head_size = keys.shape
     num_seqs, width = len(seq_lens), num_kv_heads * head_size
     group = query.shape[1] // width
     block_q = _BLOCK_M // group
-    gathered = torch.empty(2, num_tiles * TILE, width, dtype=kv_cache.dtype, device=query.device)
+    gathered = torch.empty(2, num_tiles * TILE, width, dtype=keys.dtype, device=query.device)
     options = chained(query.device)
     _gather[(num_tiles, num_kv_heads)](
-        *(gathered[0], gathered[1], kv_cache[0], kv_cache[1], block_table, cu_seqlens, seq_lens),
+        *(gathered[0], gathered[1], keys, values, block_table, cu_seqlens, seq_lens),
         *(num_seqs, least_queries, width, block_table.stride(0)),
         HEAD_SIZE=head_size,
         BLOCK_SIZE=block_size,
@@ -243,9 +244,9 @@ def attend_gathered(
         **options,
     )
     shape, strides = [num_tiles * TILE, width], [width, 1]
-    keys, values = (TensorDescriptor(part, shape, strides, [_BLOCK_N, head_size]) for part in gathered)
+    described = [TensorDescriptor(part, shape, strides, [_BLOCK_N, head_size]) for part in gathered]
     _attend[(num_kv_heads, len(query) // block_q + num_seqs)](
-        *(out, query, keys, values, cu_seqlens, seq_lens),
+        *(out, query, *described, cu_seqlens, seq_lens),
         *(num_seqs, least_queries, scale * LOG2_E, out.stride(0), query.stride(0)),
         GROUP=group,
         HEAD_SIZE=head_size,

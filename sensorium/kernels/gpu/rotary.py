@@ -122,14 +122,14 @@ def rotate_and_write_kv(
     key: torch.Tensor,
     value: torch.Tensor,
     rotation: Rotation,
-    kv_cache: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """See `rotary.rotate_and_write_kv_reference`."""
+    """See `rotary.rotate_and_write_kv_reference`. Values are as large as keys, and a slot's heads lie side by side."""
     query_out = torch.empty_like(query, memory_format=torch.contiguous_format)
     query, key, value = token_rows(query), token_rows(key), token_rows(value)
     cos, sin, is_neox_style, rotary_dim = rotation
-    keys, values = kv_cache[0], kv_cache[1]
     _launch(query_out, keys, values, query, key, value, cos, sin, slot_mapping, is_neox_style, rotary_dim)
     return query_out
 

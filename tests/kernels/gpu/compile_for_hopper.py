@@ -57,16 +57,26 @@ def compiled(
 
 
 def main() -> None:
-    head = {"HEAD_SIZE": 128, "HAS_WINDOW": False, "BLOCK_N": 64}
-    rules = {**head, "BLOCK_SIZE": 16, "HAS_SOFTCAP": False, "GROUP": 8}
+    values = {"VALUE_SIZE": 128, "BLOCK_N": 64, **dict.fromkeys(["HAS_WINDOW", "HAS_CHUNK", "HAS_SPANS"], False)}
+    values |= dict.fromkeys(["span_begins", "span_ends"])
+    head = {
+        "HEAD_SIZE": 128,
+        "HEAD_STRIDE": 128,
+        "BLOCK_SIZE": 16,
+        "HAS_SOFTCAP": False,
+        "HAS_SINKS": False,
+        "GROUP": 8,
+    }
+    rules = {**values, **head, "sinks": None}
     compiled(norm._rms_norm, 4, SIZE=2048, BLOCK=2048, ROWS=1, HAS_RESIDUAL=True, ROUND_FIRST=True)
     compiled(linear._linear, 4, SIZE=2048, ROWS=1, BLOCK_N=4, BLOCK_K=1024, HAS_BIAS=True)
     compiled(argmax._find, 8, BLOCK=4096, IS_SPLIT=True)
     rotated = {"HEADS": 16, "HEADS_PAD": 16, "KV_HEADS": 2, "KV_HEADS_PAD": 2, "HEAD_SIZE": 128, "SLOT_PAD": 256}
     compiled(rotary._rotate, 4, **rotated, HALF=64, HALF_PAD=64, REST_PAD=0, IS_NEOX=True, WRITES=True)
-    compiled(decode_attention._attend, 4, **rules, GROUP_PAD=16, HEAD_PAD=128, IS_SPLIT=True)
-    compiled(decode_attention._join, 4, **head, HEAD_PAD=128, MAX_SPLITS=128, CHUNK=64)
+    compiled(decode_attention._attend, 4, **rules, GROUP_PAD=16, HEAD_PAD=128, VALUE_PAD=128, IS_SPLIT=True)
+    compiled(decode_attention._join, 4, **values, VALUE_PAD=128, MAX_SPLITS=128, CHUNK=64)
     tile = {"HEAD_A": 128, "HEAD_B": 0, "BLOCK_Q": 16, "BLOCK_M": 128, "SEARCHED": 128}
+    tile |= {"VALUE_A": 128, "VALUE_B": 0, "VALUE_STRIDE": 128}
     chunk = compiled(
         *(chunk_attention._attend, *chunk_attention.chunk_config(torch.bfloat16, 128, 8192)[2:]),
         **rules,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
@@ -9,11 +10,13 @@ import pytest
 import torch
 
 from sensorium.kernels.attention import (
-    paged_attention_reference,
+    AttentionRules,
+    split_cache,
     varlen_attention_reference,
     write_kv_reference,
 )
 from sensorium.kernels.gpu import attention, chunk_attention, decode_attention, gathered_attention
+from tests.helpers.attention import RULES, PagedStep, paged_step, varlen_step
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 MIXES = [
@@ -23,7 +26,7 @@ MIXES = [
 ]
 DECODES = [[9, 130, 5], [200, 1, 64, 65, 63]]
 HEADS = [(4, 2, 16), (7, 1, 64), (2, 2, 80)]
-RULES: list[dict[str, Any]] = [{}, {"window": 1}, {"window": 20, "softcap": 5.0}, {"window": 100}]
+PLAIN = AttentionRules(0.2)
 TOLERANCE = {torch.float32: 2e-5, torch.float16: 4e-3}
 if DEVICE == "cuda":  # the interpreter multiplies the bits of bfloat16 as integers
     TOLERANCE[torch.bfloat16] = 2e-2
@@ -33,19 +36,11 @@ def starts(lens: list[int]) -> torch.Tensor:
     return torch.tensor([0, *accumulate(lens)], dtype=torch.int32, device=DEVICE)
 
 
-def paged(lens: list[tuple[int, int]], heads: tuple[int, int, int], block_size: int, dtype: torch.dtype) -> Any:
-    num_heads, num_kv_heads, head_size = heads
-    seq_lens = torch.tensor([k for _, k in lens], dtype=torch.int32)
-    counts = -(-seq_lens // block_size)
-    num_blocks = int(counts.sum()) + 2
-    free = torch.randperm(num_blocks).tolist()
-    table = torch.zeros(len(lens), max(int(counts.max()), 1), dtype=torch.int32)
-    for i, count in enumerate(counts.tolist()):
-        table[i, :count] = torch.tensor([free.pop() for _ in range(count)], dtype=torch.int32)
-    cache = torch.randn(2, num_blocks, block_size, num_kv_heads, head_size).to(dtype)
-    cache[:, free] = torch.nan  # blocks of nobody
-    query = torch.randn(sum(q for q, _ in lens), num_heads * head_size).to(dtype)
-    return query.to(DEVICE), cache.to(DEVICE), table.to(DEVICE), starts([q for q, _ in lens]), seq_lens.to(DEVICE)
+def paged(
+    lens: Any, rules: AttentionRules = PLAIN, heads: tuple[int, int, int] = (4, 2, 16), **options: Any
+) -> PagedStep:
+    options = {"block_size": 16, **options}
+    return paged_step(lens, rules, heads=heads[:2], head_size=heads[2], device=DEVICE, **options)
 
 
 def close(got: torch.Tensor, want: torch.Tensor) -> None:
@@ -53,59 +48,79 @@ def close(got: torch.Tensor, want: torch.Tensor) -> None:
     torch.testing.assert_close(got, want, atol=tolerance, rtol=tolerance)
 
 
+def check(step: PagedStep, **hints: bool) -> None:
+    """`hints`: what the metadata says of the batch."""
+    query, keys, values, metadata, *rest = step.arguments
+    close(attention.paged_attention(query, keys, values, replace(metadata, **hints), *rest), step.expected)
+
+
 @pytest.mark.parametrize("lens", MIXES)
 @pytest.mark.parametrize("heads", HEADS)
-@pytest.mark.parametrize("rules", RULES)
-def test_chunks(lens: list[tuple[int, int]], heads: tuple[int, int, int], rules: dict[str, Any]) -> None:
-    arguments = paged(lens, heads, 16, torch.float32)
-    got = attention.paged_attention(*arguments, scale=0.2, has_decodes=False, **rules)
-    close(got, paged_attention_reference(*arguments, scale=0.2, **rules))
+@pytest.mark.parametrize("rules", RULES[:4])
+def test_chunks(lens: list[tuple[int, int]], heads: tuple[int, int, int], rules: AttentionRules) -> None:
+    check(paged(lens, rules, heads), has_decodes=False)
 
 
 @pytest.mark.parametrize("lens", DECODES)
 @pytest.mark.parametrize("heads", HEADS)
+@pytest.mark.parametrize("rules", RULES[:4])
+def test_decodes(lens: list[int], heads: tuple[int, int, int], rules: AttentionRules) -> None:
+    check(paged([(1, n) for n in lens], rules, heads))
+
+
+@pytest.mark.parametrize("most", [1, 3, 7])
 @pytest.mark.parametrize("rules", RULES)
-def test_decodes(lens: list[int], heads: tuple[int, int, int], rules: dict[str, Any]) -> None:
-    arguments = paged([(1, n) for n in lens], heads, 16, torch.float32)
-    got = attention.paged_attention(*arguments, scale=0.2, has_chunks=False, **rules)
-    close(got, paged_attention_reference(*arguments, scale=0.2, **rules))
-
-
-@pytest.mark.parametrize("most", [1, 2, 3, 7])
-def test_any_number_of_shares_gives_the_same(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("has_extras", [False, True])
+def test_any_number_of_shares_gives_the_same(
+    most: int, rules: AttentionRules, has_extras: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Also where a share is empty, and where a sequence has no key or no query at all, as in padding of a graph."""
     monkeypatch.setattr(decode_attention, "num_splits_for", lambda *_: most)
-    query, cache, table, cu_seqlens, seq_lens = paged(
-        [(1, 100), (1, 33), (0, 40), (1, 1), (1, 300)], (3, 1, 16), 16, torch.float32
-    )
-    want = paged_attention_reference(query, cache, table, cu_seqlens, seq_lens, scale=0.2)
-    seq_lens[3], want[2] = 0, 0
-    close(attention.paged_attention(query, cache, table, cu_seqlens, seq_lens, scale=0.2, has_chunks=False), want)
+    spans = [[(30, 100)], [], [], [(0, 1)], [(250, 300)], []] if has_extras else None
+    lens = [(1, 100), (1, 33), (0, 40), (1, 1), (1, 300), (1, 0)]
+    check(paged(lens, rules, (3, 1, 16), spans=spans, has_sinks=has_extras))
 
 
 @pytest.mark.parametrize("rules", RULES)
-def test_decodes_among_chunks(rules: dict[str, Any]) -> None:
+@pytest.mark.parametrize("has_extras", [False, True])
+def test_decodes_among_chunks(rules: AttentionRules, has_extras: bool) -> None:
     """In any order, and without that the host knows which is which, as in a recorded pass; padding has no rows."""
-    arguments = paged([(1, 40), (12, 40), (1, 100), (1, 5), (9, 9), (0, 0)], (3, 1, 32), 16, torch.float32)
-    want = paged_attention_reference(*arguments, scale=0.2, **rules)
-    close(attention.paged_attention(*arguments, scale=0.2, **rules), want)
+    lens = [(1, 40), (12, 40), (1, 100), (1, 5), (9, 9), (0, 0)]
+    spans = [[(20, 40)], [(25, 37)], [], [(0, 5)], [(0, 4), (4, 9)], []] if has_extras else None
+    check(paged(lens, rules, (3, 1, 32), spans=spans, has_sinks=has_extras))
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("block_size", [4, 48, 64])
 @pytest.mark.parametrize("has_decodes", [False, True])
 def test_storage_types_and_block_sizes(dtype: torch.dtype, block_size: int, has_decodes: bool) -> None:
-    arguments = paged([(1, 12), (1, 90), (40, 70), (1, 1)], (4, 1, 32), block_size, dtype)
-    got = attention.paged_attention(*arguments, scale=0.2, has_decodes=has_decodes)
-    close(got, paged_attention_reference(*arguments, scale=0.2))
+    lens = [(1, 12), (1, 90), (40, 70), (1, 1)]
+    options: dict[str, Any] = {"spans": [[], [], [(35, 60)], []], "has_sinks": True}
+    check(paged(lens, heads=(4, 1, 32), block_size=block_size, dtype=dtype), has_decodes=has_decodes)
+    check(paged(lens, RULES[3], (4, 1, 32), block_size=block_size, dtype=dtype, **options), has_decodes=has_decodes)
 
 
 @pytest.mark.parametrize("head_size", [8, 48, 72, 96, 112, 192, 256])
 def test_head_sizes(head_size: int) -> None:
-    dtype = list(TOLERANCE)[-1]
-    arguments = paged([(1, 70), (40, 100)], (2, 1, head_size), 16, dtype)
-    got = attention.paged_attention(*arguments, scale=head_size**-0.5)
-    close(got, paged_attention_reference(*arguments, scale=head_size**-0.5))
+    check(paged([(1, 70), (40, 100)], AttentionRules(head_size**-0.5), (2, 1, head_size), dtype=list(TOLERANCE)[-1]))
+
+
+@pytest.mark.parametrize(
+    ("head_size", "value_size", "in_keys"), [(192, 128, False), (40, 24, True), (24, 80, False), (16, 5, False)]
+)
+def test_value_sizes(head_size: int, value_size: int, in_keys: bool) -> None:
+    rules, lens = AttentionRules(head_size**-0.5), [(1, 170), (40, 100), (1, 3)]
+    check(paged(lens, rules, (4, 2, head_size), value_size=value_size, values_in_keys=in_keys))
+    if not in_keys:
+        step = varlen_step([40, 1, 70], rules, head_size=head_size, value_size=value_size, device=DEVICE)
+        close(attention.varlen_attention(*step.arguments, **step.options), step.expected)
+
+
+@pytest.mark.parametrize("rules", [AttentionRules(0.25, causal=False), AttentionRules(0.25, causal=False, window=9)])
+@pytest.mark.parametrize("has_sinks", [False, True])
+def test_cross_attention(rules: AttentionRules, has_sinks: bool) -> None:
+    """Queries of a decoder over an item's rows, of which there may be fewer, more or none."""
+    check(paged([(1, 150), (5, 90), (1, 0), (40, 3), (0, 8), (7, 0), (1, 1)], rules, has_sinks=has_sinks))
 
 
 def test_head_parts() -> None:
@@ -114,41 +129,35 @@ def test_head_parts() -> None:
     ]
 
 
-@pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("lens", [[5], [40, 1, 0, 70]])
-@pytest.mark.parametrize("window", [None, 7])
-def test_varlen(lens: list[int], causal: bool, window: int | None) -> None:
-    query, key, value = (torch.randn(sum(lens), count, 24, device=DEVICE) for count in (4, 2, 2))
-    rules: dict[str, Any] = {"scale": 0.3, "causal": causal, "window": window}
-    got = attention.varlen_attention(query, key, value, starts(lens), **rules)
-    close(got, varlen_attention_reference(query, key, value, starts(lens), **rules))
+@pytest.mark.parametrize("rules", RULES)
+@pytest.mark.parametrize("has_extras", [False, True])
+def test_varlen(rules: AttentionRules, has_extras: bool) -> None:
+    spans = [[(3, 30), (30, 31)], [(0, 1)], [], [(10, 70)]] if has_extras else None
+    options: dict[str, Any] = {"head_size": 24, "has_sinks": has_extras, "device": DEVICE}
+    step = varlen_step([40, 1, 0, 70], rules, spans=spans, **options)
+    close(attention.varlen_attention(*step.arguments, **step.options), step.expected)
+    step = varlen_step([40, 1, 0, 70], replace(rules, causal=False), **options)
+    close(attention.varlen_attention(*step.arguments, **step.options), step.expected)
 
 
 def test_many_sequences(monkeypatch: pytest.MonkeyPatch) -> None:
     """More than are looked at together to find that of a tile."""
     monkeypatch.setattr(chunk_attention, "_SEARCHED", 4)
-    lens = [1, 3, 0, 2, 20, 1, 1, 0, 5]
-    query, key, value = (torch.randn(sum(lens), 1, 16, device=DEVICE) for _ in range(3))
-    got = attention.varlen_attention(query, key, value, starts(lens), scale=0.3, causal=True)
-    close(got, varlen_attention_reference(query, key, value, starts(lens), scale=0.3, causal=True))
+    step = varlen_step([1, 3, 0, 2, 20, 1, 1, 0, 5], AttentionRules(0.3), heads=(1, 1), device=DEVICE)
+    close(attention.varlen_attention(*step.arguments), step.expected)
 
 
 def test_padded_keys_are_never_seen() -> None:
-    lens, key_lens = [6, 6, 6], torch.tensor([6, 2, 0], dtype=torch.int32, device=DEVICE)
-    query, key, value = (torch.randn(18, 2, 16, device=DEVICE) for _ in range(3))
-    key[8:12] = value[8:12] = torch.nan
-    rules: dict[str, Any] = {"scale": 0.25, "causal": False, "key_lens": key_lens}
-    got = attention.varlen_attention(query, key, value, starts(lens), **rules)
-    close(got, varlen_attention_reference(query, key, value, starts(lens), **rules))
+    step = varlen_step([6, 6, 6], AttentionRules(0.25, causal=False), key_lens=[6, 2, 0], device=DEVICE)
+    close(attention.varlen_attention(*step.arguments, **step.options), step.expected)
 
 
 def test_parts_of_one_projection_are_read_in_place() -> None:
     """Queries, keys and values as slices of wider rows, with the heads as an axis or flat."""
     qkv = torch.randn(9, 8, 16, device=DEVICE)
     query, key, value = qkv[:, :4], qkv[:, 4:6], qkv[:, 6:]
-    rules: dict[str, Any] = {"scale": 0.3, "causal": True}
-    got = attention.varlen_attention(query, key, value, starts([9]), **rules)
-    close(got, varlen_attention_reference(query, key, value, starts([9]), **rules))
+    got = attention.varlen_attention(query, key, value, starts([9]), PLAIN)
+    close(got, varlen_attention_reference(query, key, value, starts([9]), PLAIN))
 
 
 @pytest.mark.parametrize("form", ["flat", "heads", "strided"])
@@ -159,23 +168,32 @@ def test_written_slots(form: str) -> None:
     if form == "strided":
         key, value = rows.flatten(2).permute(1, 0, 2).contiguous().unbind(1)
     caches = [torch.zeros(2, 6, 4, 3, 20, device=DEVICE) for _ in range(2)]
-    attention.write_kv(key, value, caches[0], slots)
-    write_kv_reference(key, value, caches[1], slots)
+    attention.write_kv(key, value, *caches[0], slots)
+    write_kv_reference(key, value, *caches[1], slots)
     assert torch.equal(*caches)
 
 
-def gathered(arguments: Any, least_queries: int, num_spare_tiles: int = 0) -> torch.Tensor:
-    query, _, _, cu_seqlens, seq_lens = arguments
-    out = torch.full_like(query, -7.0)
-    num_queries = cu_seqlens.diff()
-    key_lens = seq_lens[num_queries >= least_queries].tolist()
+def test_written_slots_of_values_of_another_size() -> None:
+    slots = torch.tensor([7, -1, 0, 21], device=DEVICE)
+    key, value = torch.randn(4, 3, 20, device=DEVICE), torch.randn(4, 3, 7, device=DEVICE)
+    caches = [torch.zeros(6, 4, 3, 27, device=DEVICE) for _ in range(2)]
+    attention.write_kv(key, value, *split_cache(caches[0], 20, 7), slots)
+    write_kv_reference(key, value, *split_cache(caches[1], 20, 7), slots)
+    assert torch.equal(*caches)
+
+
+def gathered(step: PagedStep, least_queries: int, num_spare_tiles: int = 0) -> torch.Tensor:
+    metadata = step.metadata
+    out = torch.full_like(step.query, -7.0).flatten(1)
+    key_lens = metadata.seq_lens[metadata.cu_seqlens_q.diff() >= least_queries].tolist()
     gathered_attention.attend_gathered(
-        *(out, *arguments),
+        *(out, step.query.flatten(1), step.keys, step.values),
+        *(metadata.block_table, metadata.cu_seqlens_q, metadata.seq_lens),
         num_tiles=gathered_attention.num_tiles_of(key_lens) + num_spare_tiles,
         least_queries=least_queries,
-        scale=0.2,
+        scale=step.rules.scale,
     )
-    return out
+    return out.view(step.query.shape)
 
 
 @pytest.mark.parametrize("lens", [*MIXES, [(200, 300), (1, 40), (64, 64), (130, 700)]])
@@ -186,35 +204,37 @@ def test_gathered_keys(
 ) -> None:
     """Blocks of nobody are NaN, and what stands behind a sequence's end isn't read."""
     monkeypatch.setattr(gathered_attention, "_SEARCHED", searched)
-    arguments = paged([pair for pair in lens if pair[0]], heads, 16, torch.float16)
-    close(gathered(arguments, 1), paged_attention_reference(*arguments, scale=0.2))
+    step = paged([pair for pair in lens if pair[0]], heads=heads, dtype=torch.float16)
+    close(gathered(step, 1), step.expected)
 
 
 def test_gathering_passes_over_decodes() -> None:
     """Their rows stay as they were, and where there are fewer tiles than programs the others find nothing to do."""
     lens = [(1, 300), (40, 200), (1, 1), (9, 9), (1, 130)]
-    arguments = paged(lens, (4, 2, 64), 16, torch.float16)
-    got = gathered(arguments, 2, num_spare_tiles=5)
-    want = paged_attention_reference(*arguments, scale=0.2)
+    step = paged(lens, heads=(4, 2, 64), dtype=torch.float16)
+    got = gathered(step, 2, num_spare_tiles=5)
     is_decode = torch.tensor([q == 1 for q, _ in lens]).repeat_interleave(torch.tensor([q for q, _ in lens]))
     assert bool((got[is_decode] == -7).all())
-    close(got[~is_decode], want[~is_decode])
+    close(got[~is_decode], step.expected[~is_decode])
 
 
 def test_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Where that fits, and the host knows the lengths."""
-    arguments = paged([(1, 90), (150, 210), (70, 70)], (16, 2, 64), 16, torch.float16)
-    want = paged_attention_reference(*arguments, scale=0.1)
+    """Where that fits, the host knows the lengths, and no rule forbids it."""
     seen: list[Any] = []
     plain = gathered_attention.attend_gathered
     monkeypatch.setattr(gathered_attention, "fits", lambda *args: bool(seen.append(args)) or True)
     monkeypatch.setattr(
         gathered_attention, "attend_gathered", lambda *args, **rules: seen.append(plain(*args, **rules))
     )
-    close(attention.paged_attention(*arguments, scale=0.1, key_lens=[90, 210, 70]), want)
-    assert [args and args[1:] for args in seen] == [(64, 8, [90, 210, 70]), None]
-    for rules in ({}, {"key_lens": [90, 210, 70], "window": 400}):
-        close(attention.paged_attention(*arguments, scale=0.1, **rules), want)
+    options: dict[str, Any] = {"heads": (16, 2, 64), "dtype": torch.float16}
+    lens = [(1, 90), (150, 210), (70, 70)]
+    check(paged(lens, **options))
+    assert [args and args[1:] for args in seen] == [(64, 8, (90, 210, 70)), None]
+    check(paged(lens, **options), is_recorded=True)
+    for rules in (AttentionRules(0.2, window=400), AttentionRules(0.2, chunk=400), AttentionRules(0.2, softcap=9.0)):
+        check(paged(lens, rules, **options))
+    for extras in ({"has_sinks": True}, {"spans": [[], [(100, 120)], []]}, {"value_size": 32}):
+        check(paged(lens, **options, **extras))
     assert len(seen) == 2
 
 

@@ -94,8 +94,8 @@ def test_rotation(dtype: torch.dtype, neox: bool, heads: int, kv_heads: int, siz
     slots = torch.tensor([3, -1, 0, 9, 5, -1, 15], device=DEVICE)
     caches = [torch.zeros(2, 4, 4, kv_heads, size, dtype=dtype, device=DEVICE) for _ in range(2)]
     rotation = rotary.Rotation(cos, sin, neox, dim)
-    got = gpu_rotary.rotate_and_write_kv(query, key, value, rotation, caches[0], slots)
-    want_query = rotary.rotate_and_write_kv_reference(query, key, value, rotation, caches[1], slots)
+    got = gpu_rotary.rotate_and_write_kv(query, key, value, rotation, *caches[0], slots)
+    want_query = rotary.rotate_and_write_kv_reference(query, key, value, rotation, *caches[1], slots)
     close(got, want_query)
     close(*caches)
 
