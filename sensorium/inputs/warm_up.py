@@ -39,9 +39,9 @@ def warm_up(model_config: ModelConfig, registry: MultiModalRegistry = MULTIMODAL
             registry.map_input(model_config, {modality: make()})
         except MissingLibraryError:
             raise
-        except Exception as error:
+        except Exception:
             # The author's mapper may well want another item than this one.
-            logger.debug("no warm-up for %s: %s", modality, error)
+            logger.debug("no warm-up for %s", modality, exc_info=True)
     logger.debug("processors of media loaded in %.2f s", time.monotonic() - begin_s)
 
 

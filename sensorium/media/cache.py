@@ -128,7 +128,7 @@ class DecodedMediaCache(Generic[T]):
     def _start(self, key: bytes, work: _Work[T], start: Callable[[], Future[T]]) -> None:
         try:
             source = start()
-        except BaseException as error:  # whoever waits must not wait for ever
+        except BaseException as error:  # noqa: BLE001  whoever waits must not wait for ever
             self._fail(key, work, error)
             return
         with self._lock:
@@ -155,7 +155,7 @@ class DecodedMediaCache(Generic[T]):
         try:
             value = source.result()
             size = self._size_of(value)
-        except BaseException as error:  # whoever waits learns of it, even of a KeyboardInterrupt
+        except BaseException as error:  # noqa: BLE001  whoever waits learns of it, even of a KeyboardInterrupt
             self._fail(key, work, error)
             return
         with self._lock:
@@ -193,10 +193,7 @@ class DecodedMediaCache(Generic[T]):
 def _done(compute: Callable[[], T]) -> Future[T]:
     """A future of what is computed here and now."""
     future: Future[T] = Future()
-    try:
-        future.set_result(compute())
-    except BaseException as error:
-        future.set_exception(error)
+    _settle(future, compute)
     return future
 
 
@@ -214,5 +211,5 @@ def _settle(future: Future[T], compute: Callable[[], T]) -> None:
         return
     try:
         future.set_result(compute())
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  whoever waits learns of it
         future.set_exception(error)

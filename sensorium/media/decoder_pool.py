@@ -275,7 +275,7 @@ def _chosen(job: Job, question: Choose) -> list[int]:
         return [int(index) for index in job.media.sampler(question.metadata)]
     except SensoriumError as error:
         job.sampler_error = error
-    except Exception as error:  # samplers come with models
-        logger.debug("frame sampler failed: %r", error)
+    except Exception:  # samplers come with models
+        logger.debug("frame sampler failed", exc_info=True)
         job.sampler_error = cannot_be_sampled(question.metadata)
     return []

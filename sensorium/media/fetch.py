@@ -285,7 +285,7 @@ def _run_blocking(work: Coroutine[Any, Any, FetchedMedia]) -> FetchedMedia:
     def run() -> None:
         try:
             outcome.set_result(asyncio.run(work))
-        except BaseException as error:
+        except BaseException as error:  # noqa: BLE001  raised in the thread that waits
             outcome.set_exception(error)
 
     thread = threading.Thread(target=run, name="sensorium-fetch", daemon=True)

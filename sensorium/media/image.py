@@ -64,7 +64,7 @@ def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image:
         _check_single(image)
     except MediaError:
         raise
-    except Exception as error:  # decoders raise what they like; a caller is told one thing
+    except Exception as error:  # noqa: BLE001  decoders raise what they like; a caller is told one thing
         raise _corrupt(error) from None
     return canonical_image(image, limits)
 
@@ -129,7 +129,7 @@ def canonical_image(image: Image, limits: MediaLimits | None = None) -> Image:
         raise
     except MemoryError:
         raise takes_too_much_memory("image") from None
-    except Exception as error:  # decoders raise what they like; a caller is told one thing
+    except Exception as error:  # noqa: BLE001  decoders raise what they like; a caller is told one thing
         raise _corrupt(error) from None
     bare.info = {}
     return bare
@@ -159,7 +159,7 @@ def _open(data: bytes, limits: MediaLimits) -> Image:
         ) from None
     except MemoryError:
         raise takes_too_much_memory("image") from None
-    except Exception as error:  # decoders raise what they like; a caller is told one thing
+    except Exception as error:  # noqa: BLE001  decoders raise what they like; a caller is told one thing
         raise _corrupt(error) from None
 
 
@@ -185,7 +185,7 @@ def _orientation(image: Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where it is absent or unreadable."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # damaged metadata doesn't make a picture unreadable
+    except Exception:  # noqa: BLE001  damaged metadata doesn't make a picture unreadable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

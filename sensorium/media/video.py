@@ -167,8 +167,8 @@ def choose_frames(sampler: FrameSampler, metadata: VideoMetadata, limits: MediaL
         indices = [int(index) for index in sampler(metadata)]
     except SensoriumError:
         raise
-    except Exception as error:  # samplers come with models
-        logger.debug("frame sampler failed: %r", error)
+    except Exception:  # samplers come with models
+        logger.debug("frame sampler failed", exc_info=True)
         raise cannot_be_sampled(metadata) from None
     if not indices or min(indices) < 0 or max(indices) >= metadata.total_num_frames:
         raise InvalidRequestError(

@@ -31,7 +31,7 @@ def torchvision_problem() -> str | None:
         return "is not installed; install it (pip install torchvision) in the version that belongs to this torch"
     try:
         importlib.import_module("torchvision.transforms.v2.functional")
-    except Exception as error:
+    except Exception as error:  # noqa: BLE001  its C++ part fails in many ways
         import torch
 
         return (

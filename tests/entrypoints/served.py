@@ -91,7 +91,7 @@ def _run(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None, 
 
     try:
         asyncio.run(run())
-    except BaseException as error:
+    except BaseException as error:  # noqa: BLE001  raised by who waits for the server
         start.error = error
     finally:
         start.ready.set()

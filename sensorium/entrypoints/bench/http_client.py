@@ -213,7 +213,7 @@ class Connection(asyncio.Protocol):
             body = self._reader.feed(data)
             if body:
                 self._sink(self._reader.status, body, now_s)
-        except Exception as error:  # the sink's too: both end this exchange
+        except Exception as error:  # noqa: BLE001  the sink's too: both end this exchange
             self._done.set_exception(error)
             return
         if self._reader.is_complete:

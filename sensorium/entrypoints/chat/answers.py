@@ -45,7 +45,7 @@ class LoopThread:
                 async with aclosing(backend.stream(messages)) as stream:  # type: ignore[type-var]
                     async for piece in stream:
                         pieces.put(piece)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  raised where the pieces are read
                 pieces.put(error)
             else:
                 pieces.put(None)

@@ -80,7 +80,7 @@ class AutoSplitDriver:
             media = (job.item,) if self.shares_items else job.request.media
             try:
                 passes[key] = self._capture_window(job.request, media, start, end)
-            except Exception as error:
+            except Exception as error:  # noqa: BLE001  what a model's code raises is its item's error
                 passes[key] = encoding_error(job, error)
         rows = passes[key]
         if isinstance(rows, SensoriumError):

@@ -70,7 +70,7 @@ class EmbeddingsDriver:
             kwargs = batch_kwargs([job.item.kwargs or {} for job in jobs], self._device, self._dtype)
             output = self.call_encoder(kwargs)
             return [rows.to(self._dtype) for rows in split_rows(output, [job.item.span.num_rows for job in jobs])]
-        except Exception as error:
+        except Exception as error:  # noqa: BLE001  what a model's code raises is its item's error
             if len(jobs) == 1:
                 return [encoding_error(jobs[0], error)]
         return [result for job in jobs for result in self._encode_batch([job])]
