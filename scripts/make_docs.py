@@ -35,15 +35,19 @@ set when, and `--help` of each [command](commands.md) which settings it has, wit
 SECTIONS: Mapping[type, tuple[str, str]] = {
     EngineArgs: (
         "The engine",
-        "Flags of every command that loads a model, fields of `EngineArgs`, and keywords of `LLM`, where "
-        "`max_token_gap_s` is infinite by default, since nobody reads along.",
+        (
+            "Flags of every command that loads a model, fields of `EngineArgs`, and keywords of `LLM`, where "
+            "`max_token_gap_s` is infinite by default, since nobody reads along."
+        ),
     ),
     ServerArgs: ("The server", "Flags of `sensorium serve`."),
     MediaLimits: (
         "Media",
-        "Budgets of one item unless the name says otherwise: flags of the commands that take media, and fields of "
-        "`MediaLimits`, which `LLM` takes as `media_limits`. All must be more than 0, but for `max_redirects` and "
-        "`max_decoded_cache_bytes`.",
+        (
+            "Budgets of one item unless the name says otherwise: flags of the commands that take media, and fields of "
+            "`MediaLimits`, which `LLM` takes as `media_limits`. All must be more than 0, but for `max_redirects` and "
+            "`max_decoded_cache_bytes`."
+        ),
     ),
 }
 _NAMES = {str: "text", int: "whole number", float: "number"}

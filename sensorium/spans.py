@@ -79,7 +79,7 @@ class Span:
             return int(self.row_offsets.searchsorted(place))
         if place <= 0:
             return 0
-        return place if place < self.length else self.length
+        return min(place, self.length)
 
     def rows_in(self, begin: int, end: int) -> range:
         """The rows that stand at positions `[begin, end)`; an empty range begins at `rows_before(begin)`."""

@@ -37,7 +37,7 @@ settings.load_profile("sensorium")
 def same_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Make a test independent of those before it."""
     random.seed(0)
-    np.random.seed(0)
+    np.random.seed(0)  # noqa: NPY002  for libraries that draw from it
     torch.manual_seed(0)
     monkeypatch.setattr(logger, "_seen", set())
 

@@ -122,7 +122,7 @@ def test_bounds(name: str, low: float, high: float, below: float, above: float) 
         {"min_tokens": 5, "max_tokens": 4},
         {"stop": "x", "detokenize": False},
     ],
-    ids=lambda fields: "-".join(fields),
+    ids="-".join,
 )
 def test_collections_and_combinations_are_bounded(fields: dict[str, Any]) -> None:
     with pytest.raises(InvalidRequestError, match=rf"^{next(iter(fields))}: got .*, expected "):

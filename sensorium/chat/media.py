@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 from sensorium.chat.content import Embeddings, MediaPart
 from sensorium.chat.named_media import Key, NamedMedia
@@ -31,8 +31,6 @@ from sensorium.stages import stage
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
     from sensorium.media import MediaLoader
-
-_T = TypeVar("_T")
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -16,8 +16,10 @@ _TOO_MUCH = "it leaves too much open at once"
 _TOLD = (
     (
         r"oneOf constraints are not supported",
-        "oneOf has options that one value may fit together. Use anyOf, or give each option a required property with a "
-        "const of its own",
+        (
+            "oneOf has options that one value may fit together. Use anyOf, or give each option a required property with "
+            "a const of its own"
+        ),
     ),
     (
         r"(?:range .* does not contain a multiple of|contains no multiple)",

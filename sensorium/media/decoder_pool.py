@@ -12,7 +12,6 @@ import time
 from collections import deque
 from concurrent.futures import Future
 from multiprocessing.connection import Pipe, wait
-from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -32,9 +31,6 @@ from sensorium.media.decoder_server import DecodedMedia, Decoder, ForkServer, Jo
 from sensorium.media.digest import EncodedMedia
 from sensorium.media.limits import MediaLimits
 from sensorium.media.video import cannot_be_sampled
-
-if TYPE_CHECKING:
-    pass
 
 logger = get_logger(__name__)
 

@@ -107,7 +107,7 @@ class LoadTracker(TorchFunctionMode):
         super().__enter__()  # type: ignore[no-untyped-call]
         return self
 
-    def __exit__(self, *exc_info: Any) -> None:
+    def __exit__(self, *exc_info: object) -> None:
         super().__exit__(*exc_info)  # type: ignore[no-untyped-call]
         assert self._token is not None, "left without having been entered"
         _active.reset(self._token)

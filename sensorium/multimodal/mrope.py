@@ -112,7 +112,7 @@ def get_mrope_positions(
     return mrope_positions(len(ids), boxes)
 
 
-def _time_step(tokens_per_second: float | int, second: Any) -> float | int:
+def _time_step(tokens_per_second: float, second: Any) -> float | int:
     if isinstance(second, int):
         return tokens_per_second * second
     return float(np.float32(tokens_per_second) * np.float32(second))

@@ -7,7 +7,7 @@ is known of the clip; a mapper that doesn't ask never notices.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 
@@ -21,7 +21,7 @@ class VideoArray(np.ndarray[Any, np.dtype[Any]]):
 
     metadata: Mapping[str, Any] | None
 
-    def __new__(cls, frames: np.ndarray[Any, Any], metadata: Mapping[str, Any]) -> VideoArray:
+    def __new__(cls, frames: np.ndarray[Any, Any], metadata: Mapping[str, Any]) -> Self:
         """The same memory as `frames`, with metadata."""
         array = np.asarray(frames).view(cls)
         array.metadata = metadata

@@ -29,15 +29,19 @@ USER = [{"role": "user", "content": "a"}]
         ("{{ messages[0]['content'] + '!' }}", True, False, {}),
         ("{{ raise_exception('never') }}", False, False, {}),
         (
-            "{% for p in messages[-1]['content'] %}{{ p.get('text', '') }}{% if 'image_url' in p %}I{% endif %}"
-            "{% endfor %}",
+            (
+                "{% for p in messages[-1]['content'] %}{{ p.get('text', '') }}{% if 'image_url' in p %}I{% endif %}"
+                "{% endfor %}"
+            ),
             False,
             True,
             {"image": "I"},
         ),
         (
-            "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}"
-            "{{ messages[1]['content'] }}",
+            (
+                "{% if messages[0]['role'] != 'system' %}{{ raise_exception('system first') }}{% endif %}"
+                "{{ messages[1]['content'] }}"
+            ),
             True,
             False,
             {},

@@ -194,7 +194,7 @@ def test_a_bad_form_is_that_requests_error_alone(llm: LLM) -> None:
         held(PERSON),
     ]
     outputs = llm.generate(["a", "b", "c", "d"], forms, return_errors=True)
-    assert [type(each.error) is type(None) for each in outputs] == [False, False, True, True]
+    assert [(each.error is None) for each in outputs] == [False, False, True, True]
     assert "look-around" in str(outputs[0].error)
     assert "uniqueItems" in str(outputs[1].error)
     with pytest.raises(RequestError, match="uniqueItems"):

@@ -90,7 +90,7 @@ def test_a_config_file_holds_what_the_flags_below_it_say_and_nothing_else(comman
     parser = argparse.ArgumentParser()
     importlib.import_module(f"sensorium.entrypoints.cli.{command}").fill(parser)
     below = parser.format_help().rpartition("--config FILE")[2]
-    flags = {name.replace("-", "_") for name in re.findall(r"^  --([\w-]+)", below, re.M)}
+    flags = {name.replace("-", "_") for name in re.findall(r"^  --([\w-]+)", below, re.MULTILINE)}
     settings = parser.get_default("config_settings")
     assert {setting.flag for setting in settings.values()} == flags | ({"model"} & settings.keys())
     left_out = sorted(_ALL_FIELDS - settings.keys())

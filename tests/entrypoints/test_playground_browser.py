@@ -236,7 +236,7 @@ def test_stopping_ends_the_request_on_the_server(page: Page, server: Served, mon
         return step(core)
 
     monkeypatch.setattr(EngineCore, "step", slow_step)
-    page.route("**/v1/chat/completions", lambda route: _endless(route))
+    page.route("**/v1/chat/completions", _endless)
     for by_key in (False, True):
         server.settle()
         assert server.engine.stats is not None

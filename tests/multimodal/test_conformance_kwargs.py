@@ -92,7 +92,7 @@ def test_arrays_and_numbers_become_tensors() -> None:
     assert_nested_equal(batch(np.int64(3)), torch.tensor([3]))
 
 
-@pytest.mark.parametrize("view", [lambda a: a[::-1], lambda a: np.asfortranarray(a), lambda a: a.astype(">f4")])
+@pytest.mark.parametrize("view", [lambda a: a[::-1], np.asfortranarray, lambda a: a.astype(">f4")])
 def test_arrays_of_any_layout_become_tensors_without_a_warning(view: Any) -> None:
     array = np.arange(6, dtype=np.float32).reshape(2, 3)
     assert_nested_equal(batch(view(array)), torch.from_numpy(view(array).astype("f4").copy(order="C"))[None])

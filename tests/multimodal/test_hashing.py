@@ -26,7 +26,7 @@ from sensorium.multimodal.hashing import (
     key_of,
 )
 
-Pair = namedtuple("Pair", "left right")
+Pair = namedtuple("Pair", "left right")  # noqa: PYI024  an untyped one is meant
 
 
 def image_of(mode: str, size: tuple[int, int], fill: int = 7) -> Image.Image:

@@ -55,8 +55,10 @@ def calls_of(answer: ParsedAnswer) -> list[tuple[str, Any]]:
 CALLS: dict[str, tuple[str, str, list[tuple[str, Any]], str]] = {
     "hermes": (
         "hermes",
-        '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
-        '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
+        (
+            '<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>\n'
+            '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>'
+        ),
         [PARIS, NOW],
         "",
     ),
@@ -124,9 +126,11 @@ CALLS: dict[str, tuple[str, str, list[tuple[str, Any]], str]] = {
     ),
     "coder": (
         "qwen3_coder",
-        "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
-        "<parameter=exact>\nTrue\n</parameter>\n<parameter=more>\n[1, 2]\n</parameter>\n</function>\n</tool_call>\n"
-        "<tool_call>\n<function=now>\n</function>\n</tool_call>",
+        (
+            "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+            "<parameter=exact>\nTrue\n</parameter>\n<parameter=more>\n[1, 2]\n</parameter>\n</function>\n</tool_call>\n"
+            "<tool_call>\n<function=now>\n</function>\n</tool_call>"
+        ),
         [("weather", {"city": "Paris", "days": 3, "exact": True, "more": [1, 2]}), NOW],
         "",
     ),
@@ -138,8 +142,10 @@ CALLS: dict[str, tuple[str, str, list[tuple[str, Any]], str]] = {
     ),
     "coder, strings stay strings": (
         "qwen3_coder",
-        '<tool_call><function=weather><parameter=city>\n\n{"a": 1}\n "\\\n\n</parameter><parameter=unit>C</parameter>'
-        "<parameter=days>a few</parameter></function></tool_call>",
+        (
+            '<tool_call><function=weather><parameter=city>\n\n{"a": 1}\n "\\\n\n</parameter>'
+            "<parameter=unit>C</parameter><parameter=days>a few</parameter></function></tool_call>"
+        ),
         [("weather", {"city": '\n{"a": 1}\n "\\\n', "unit": "C", "days": "a few"})],
         "",
     ),
@@ -151,15 +157,19 @@ CALLS: dict[str, tuple[str, str, list[tuple[str, Any]], str]] = {
     ),
     "glm": (
         "glm",
-        "I look.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
-        "<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>",
+        (
+            "I look.\n<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n"
+            "<arg_key>days</arg_key>\n<arg_value>3</arg_value>\n</tool_call>\n<tool_call>now\n</tool_call>"
+        ),
         [("weather", {"city": "Paris", "days": 3}), NOW],
         "I look.",
     ),
     "mistral, a list": (
         "mistral",
-        '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}, "id": "abcdefghi"}, '
-        '{"name": "now", "arguments": {}}]',
+        (
+            '[TOOL_CALLS] [{"name": "weather", "arguments": {"city": "Paris"}, "id": "abcdefghi"}, '
+            '{"name": "now", "arguments": {}}]'
+        ),
         [PARIS, NOW],
         "",
     ),
@@ -173,8 +183,10 @@ CALLS: dict[str, tuple[str, str, list[tuple[str, Any]], str]] = {
     "llama": ("llama3", '{"name": "weather", "parameters": {"city": "Paris"}}', [PARIS], ""),
     "llama, several": (
         "llama3",
-        '<|python_tag|>{"type": "function", "name": "weather", "parameters": {"city": "Paris"}}; '
-        '{"name": "now", "parameters": {}}',
+        (
+            '<|python_tag|>{"type": "function", "name": "weather", "parameters": {"city": "Paris"}}; '
+            '{"name": "now", "parameters": {}}'
+        ),
         [PARIS, NOW],
         "",
     ),
@@ -404,10 +416,8 @@ def test_reasoning_and_calls() -> None:
 
 def test_text_is_handed_on_at_once_but_for_what_may_be_a_mark() -> None:
     parser = AnswerParser(reasoning=REASONING_FORMATS["think"], tool_format=FORMATS["hermes"], tools=TOOLS)
-    shown = []
     pieces = ("Well", ", a", " <", "b", " <tool", "_call>", '{"name": "weather", "arg', 'uments": {"a"', ": [1", "]}}")
-    for piece in pieces:
-        shown.append([getattr(event, "text", getattr(event, "name", "")) for event in parser.push(piece)])
+    shown = [[getattr(event, "text", getattr(event, "name", "")) for event in parser.push(piece)] for piece in pieces]
     assert shown == [["Well"], [", a"], [], [" <b"], [], [], [], [], ["weather", '{"a": [1'], ["]}"]]
     assert parser.finish() == []
 

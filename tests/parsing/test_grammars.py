@@ -39,13 +39,17 @@ TEXTS = {
         '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_call>',
     ],
     "qwen3_coder": [
-        "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
-        "</function>\n</tool_call>",
+        (
+            "<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n<parameter=days>\n3\n</parameter>\n"
+            "</function>\n</tool_call>"
+        ),
         "<tool_call>\n<function=now>\n</function>\n</tool_call>",
     ],
     "glm": [
-        "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
-        "<arg_value>3</arg_value>\n</tool_call>",
+        (
+            "<tool_call>weather\n<arg_key>city</arg_key>\n<arg_value>Paris</arg_value>\n<arg_key>days</arg_key>\n"
+            "<arg_value>3</arg_value>\n</tool_call>"
+        ),
         "<tool_call>now\n</tool_call>",
     ],
     "mistral": ['[TOOL_CALLS]weather[ARGS]{"city": "Paris", "days": 3}', "[TOOL_CALLS]now[ARGS]{}"],

@@ -111,7 +111,7 @@ class StrictConnection(h11.Connection):
         """Bytes that came and are no event yet."""
         return len(self._receive_buffer)
 
-    def next_event(self) -> h11.Event | type[h11.NEED_DATA] | type[h11.PAUSED]:
+    def next_event(self) -> type[h11.NEED_DATA | h11.PAUSED] | h11.Event:
         """See h11."""
         if not self._num_events_left:
             return h11.NEED_DATA

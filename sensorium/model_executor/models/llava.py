@@ -31,13 +31,13 @@ from sensorium.model_executor.models.utils import WeightsMapper, init_registered
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.sequence import SequenceData
 
-TOWERS: dict[str, type[CLIPVisionModel] | type[SiglipVisionModel]] = {
+TOWERS: dict[str, type[CLIPVisionModel | SiglipVisionModel]] = {
     "clip_vision_model": CLIPVisionModel,
     "siglip_vision_model": SiglipVisionModel,
 }
 
 
-def tower_of(hf_config: Any) -> type[CLIPVisionModel] | type[SiglipVisionModel]:
+def tower_of(hf_config: Any) -> type[CLIPVisionModel | SiglipVisionModel]:
     """The class of the config's vision tower."""
     model_type = hf_config.vision_config.model_type
     if model_type not in TOWERS:

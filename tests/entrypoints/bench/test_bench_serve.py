@@ -6,7 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from xml.etree import ElementTree
+from xml.etree import ElementTree as ET
 
 import pytest
 from PIL import Image
@@ -60,7 +60,7 @@ def test_media_in_a_closed_loop(server: Served, capsys: pytest.CaptureFixture[st
     drawings = re.findall(r"<svg.*?</svg>", text, re.DOTALL)
     assert len(drawings) == 4
     for drawing in drawings:
-        assert ElementTree.fromstring(drawing).attrib["role"] == "img"
+        assert ET.fromstring(drawing).attrib["role"] == "img"
 
 
 def test_completions_at_a_rate_with_a_picture(
