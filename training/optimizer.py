@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
         buffers = [self.state[parameter]["momentum"] for parameter in parameters]
         torch._foreach_lerp_(buffers, gradients, 1 - group["momentum"])
-        looked_ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])
+        looked_ahead = torch._foreach_lerp(gradients, buffers, group["momentum"])  # noqa: SLF001  has no public name
         dtype = torch.bfloat16 if parameters[0].is_cuda else torch.float32
         updates = orthogonalise(torch.stack(looked_ahead).to(dtype)).float()
         scale = 0.2 * max(parameters[0].shape) ** 0.5

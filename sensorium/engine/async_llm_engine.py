@@ -84,6 +84,7 @@ class AsyncLLMEngine:
         config: EngineConfig,
         report: LoadReport,
         core: CoreSupervisor,
+        hub: _Hub,
         tokenizer: Any | None,
         media_loader: MediaLoader | None,
         *,
@@ -118,6 +119,7 @@ class AsyncLLMEngine:
         self._is_shutting_down = False
         self._all_closed = asyncio.Event()
         self._all_closed.set()
+        hub.on_news, hub.on_death = self._take_news, self._core_died
 
     @classmethod
     async def start(
@@ -146,7 +148,7 @@ class AsyncLLMEngine:
             ConfigError, ModelError, WeightsError: The model can't be served as asked.
             EngineDeadError: The core ended while it was loading.
         """
-        hub: _Hub = _Hub()
+        hub = _Hub()
         core = CoreSupervisor(args, hub.news, hub.death, make=make_core, log=log, max_restarts=max_restarts)
         try:
             # The core imports and loads meanwhile.
@@ -160,6 +162,7 @@ class AsyncLLMEngine:
                 config,
                 report,
                 core,
+                hub,
                 tokenizer,
                 media_loader,
                 preprocess_threads=num_preprocess_threads(args),
@@ -168,7 +171,6 @@ class AsyncLLMEngine:
         except BaseException:
             await core.stop(timeout_s=0.0 if core.failure is None else 5.0)
             raise
-        hub.engine = engine
         return engine
 
     # State
@@ -487,15 +489,16 @@ class _Hub:
     """What the core calls back, before there is an engine and after."""
 
     def __init__(self) -> None:
-        self.engine: AsyncLLMEngine | None = None
+        self.on_news: Callable[[News], None] | None = None
+        self.on_death: Callable[[EngineDeadError], None] | None = None
 
     def news(self, news: News) -> None:
-        if self.engine is not None:
-            self.engine._take_news(news)
+        if self.on_news is not None:
+            self.on_news(news)
 
     def death(self, error: EngineDeadError) -> None:
-        if self.engine is not None:
-            self.engine._core_died(error)
+        if self.on_death is not None:
+            self.on_death(error)
 
 
 def _resolve(args: EngineArgs) -> tuple[EngineConfig, Any | None]:

@@ -120,7 +120,7 @@ def _made(
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _CONFIG).write_text(json.dumps(written), encoding="utf-8")
         hf_config = AutoConfig.from_pretrained(folder, **options)
-    hf_config._name_or_path = str(path)
+    hf_config._name_or_path = str(path)  # noqa: SLF001  as transformers sets it
     return hf_config
 
 

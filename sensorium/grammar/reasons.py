@@ -17,8 +17,8 @@ _TOLD = (
     (
         r"oneOf constraints are not supported",
         (
-            "oneOf has options that one value may fit together. Use anyOf, or give each option a required property with "
-            "a const of its own"
+            "oneOf has options that one value may fit together. Use anyOf, or give each option a required property "
+            "with a const of its own"
         ),
     ),
     (

@@ -7,7 +7,9 @@ everything else as it stands.
 from __future__ import annotations
 
 import re
+from collections.abc import Callable, Mapping
 from enum import Enum, auto
+from typing import ClassVar
 
 _SPACE = re.compile(r"[ \t\n\r]*")
 _PLAIN = re.compile(r'[^"\\\x00-\x1f]*')
@@ -59,7 +61,7 @@ class JsonScanner:
         """
         at = start
         while at < len(text) and not (self.is_done or self.is_broken):
-            at = _STEPS[self._expect](self, text, at, out)
+            at = self._STEPS[self._expect](self, text, at, out)
         return at
 
     def _run(self, pattern: re.Pattern[str], text: str, at: int, out: list[str]) -> int:
@@ -181,12 +183,11 @@ class JsonScanner:
                 self.is_broken = True
         return end
 
-
-_STEPS = {
-    **dict.fromkeys(_Expect, JsonScanner._structure),
-    _Expect.STRING: JsonScanner._string,
-    _Expect.ESCAPE: JsonScanner._escape,
-    _Expect.HEX: JsonScanner._hex,
-    _Expect.LITERAL: JsonScanner._literal,
-    _Expect.NUMBER: JsonScanner._number_part,
-}
+    _STEPS: ClassVar[Mapping[_Expect, Callable[[JsonScanner, str, int, list[str]], int]]] = {
+        **dict.fromkeys(_Expect, _structure),
+        _Expect.STRING: _string,
+        _Expect.ESCAPE: _escape,
+        _Expect.HEX: _hex,
+        _Expect.LITERAL: _literal,
+        _Expect.NUMBER: _number_part,
+    }

@@ -64,10 +64,14 @@ class HttpProtocol(H11Protocol):
         """Whether so much waits to be sent that nothing more is written."""
         return self.flow is not None and self.flow.write_paused
 
-    def attach(self, transport: asyncio.Transport, phase: Phase) -> Peer:
+    def attach(self, transport: asyncio.Transport, phase: Phase) -> None:
         """Be a connection over a socket, before there may be a head."""
         self._peer = self._connections.add(transport, self, phase)
-        return self._peer
+
+    def detach(self) -> None:
+        """Be none any more: it is closed."""
+        if self._peer is not None:
+            self._connections.remove(self._peer)
 
     # Asyncio's side
 
@@ -83,8 +87,7 @@ class HttpProtocol(H11Protocol):
         """See asyncio."""
         if self._probe is not None:
             self._probe.cancel()
-        if self._peer is not None:
-            self._connections.remove(self._peer)
+        self.detach()
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -212,16 +215,14 @@ class TlsProtocol(SSLProtocol):
             ssl_shutdown_timeout=handshake_s,
         )
         self._http = protocol
-        self._peer: Peer | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """See asyncio."""
         assert isinstance(transport, asyncio.Transport)
-        self._peer = self._http.attach(transport, Phase.HANDSHAKE)
+        self._http.attach(transport, Phase.HANDSHAKE)
         super().connection_made(transport)
 
     def connection_lost(self, exc: BaseException | None) -> None:
         """See asyncio."""
-        if self._peer is not None:
-            self._http._connections.remove(self._peer)
+        self._http.detach()
         super().connection_lost(exc)

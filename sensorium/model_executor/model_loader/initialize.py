@@ -83,21 +83,21 @@ def allocate(model: nn.Module, device: torch.device) -> None:
     """Give every parameter on the meta device memory; parameters that are shared stay shared."""
     real: dict[int, nn.Parameter] = {}
     for module in model.modules():
-        for name, parameter in module._parameters.items():
-            if parameter is None or not parameter.is_meta:
+        for name, parameter in list(module.named_parameters(recurse=False, remove_duplicate=False)):
+            if not parameter.is_meta:
                 continue
             if id(parameter) not in real:
                 memory = torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
                 replacement = nn.Parameter(memory, requires_grad=False)
                 replacement.__dict__.update(parameter.__dict__)  # its weight_loader and what else it carries
                 real[id(parameter)] = replacement
-            module._parameters[name] = real[id(parameter)]
+            setattr(module, name, real[id(parameter)])
 
 
 def _left_on_meta(model: nn.Module) -> str:
     """The name of a tensor without memory that isn't a parameter, or an empty string."""
     for prefix, module in model.named_modules():
-        held = {**module._buffers, **module.__dict__}
+        held = {**dict(module.named_buffers(recurse=False, remove_duplicate=False)), **module.__dict__}
         for name, value in held.items():
             if isinstance(value, torch.Tensor) and not isinstance(value, nn.Parameter) and value.is_meta:
                 return f"{prefix}.{name} is made by torch.empty and isn't a parameter"

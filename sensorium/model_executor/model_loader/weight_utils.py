@@ -91,7 +91,7 @@ def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:
         f"{prefix}.{name}" if prefix else name: buffer
         for prefix, child in module.named_modules()
         for name, buffer in child.named_buffers(recurse=False)
-        if name not in child._non_persistent_buffers_set
+        if name not in child._non_persistent_buffers_set  # noqa: SLF001  torch says it nowhere else
     }
 
 

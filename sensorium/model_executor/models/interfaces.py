@@ -55,7 +55,7 @@ EMBED_INPUT_METHODS = ("get_input_embeddings", "embed_input_ids")
 
 def _stub(method: F) -> F:
     """Mark a protocol's method as declared, but not implemented."""
-    method._is_interface_stub = True  # type: ignore[attr-defined]
+    method.is_interface_stub = True  # type: ignore[attr-defined]
     return method
 
 
@@ -201,7 +201,7 @@ def overrides(model_class: type, name: str) -> bool:
     method = inspect.getattr_static(model_class, name, None)
     if isinstance(method, classmethod | staticmethod):
         method = method.__func__
-    return callable(method) and not getattr(method, "_is_interface_stub", False)
+    return callable(method) and not getattr(method, "is_interface_stub", False)
 
 
 def find_override(model_class: type, names: Sequence[str]) -> str | None:

@@ -130,7 +130,7 @@ class AutoWeightsLoader:
             elif child in parameters:
                 yield from self._load_tensor(name, parameters[child], rest)
             elif child in buffers:
-                if child in module._non_persistent_buffers_set:
+                if child in module._non_persistent_buffers_set:  # noqa: SLF001  torch says it nowhere else
                     _ignore(rest)
                 else:
                     yield from self._load_tensor(name, buffers[child], rest)

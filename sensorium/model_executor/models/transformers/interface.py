@@ -27,7 +27,7 @@ class RuledMask(torch.Tensor):
 
     rule: MaskFunction
     # What operations on it return is no `RuledMask`.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001  as torch's docs have it
 
     @staticmethod
     def of(rule: MaskFunction, num_queries: int, num_keys: int, device: torch.device | str) -> RuledMask:

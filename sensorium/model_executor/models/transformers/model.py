@@ -181,7 +181,7 @@ class TransformersForCausalLM(nn.Module):
 
     def _set_attention(self, name: str) -> None:
         for each in self._configs:
-            each._attn_implementation_internal = name
+            each._attn_implementation_internal = name  # noqa: SLF001  the setter reaches into others
 
 
 class _PagedStep:

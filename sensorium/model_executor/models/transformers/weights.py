@@ -64,7 +64,7 @@ def _remote_code(model_config: ModelConfig) -> dict[str, Any]:
 
 def _made(hf_class: Any, hf_config: Any, model_config: ModelConfig, options: Mapping[str, Any]) -> Any:
     """The class with weights as it initializes them, seeded."""
-    make = hf_class.from_config if options else hf_class._from_config
+    make = hf_class.from_config if options else hf_class._from_config  # noqa: SLF001  a model class has no public one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model_config.seed)
         try:
