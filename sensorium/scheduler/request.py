@@ -75,7 +75,7 @@ class RequestState:
         self.token_ids: list[int] = list(message.prompt_token_ids)
         """Prompt and output."""
         self.num_prompt_tokens = len(self.token_ids)
-        self.stop = StopRule.of(message, max_model_len)
+        self.stop = StopRule.of(message.sampling_params, message.eos_token_ids, self.num_prompt_tokens, max_model_len)
         self.num_computed_tokens = 0
         """Tokens whose KV is written, or will be by the steps in flight, from the first on."""
         self.num_settled_tokens = 0

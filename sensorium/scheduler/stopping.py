@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from sensorium.messages import EngineRequest, FinishReason
+from sensorium.messages import FinishReason
+from sensorium.sampling_params import SamplingParams
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -20,15 +21,15 @@ class StopRule:
     """At this many tokens of prompt and output, the output ends."""
 
     @classmethod
-    def of(cls, request: EngineRequest, max_model_len: int) -> StopRule:
-        """The rule of a request."""
-        params = request.sampling_params
-        num_prompt_tokens = len(request.prompt_token_ids)
+    def of(
+        cls, params: SamplingParams, eos_token_ids: frozenset[int], num_prompt_tokens: int, max_model_len: int
+    ) -> StopRule:
+        """The rule of a request with a prompt of so many tokens."""
         max_total_tokens = max_model_len
         if params.max_tokens is not None:
             max_total_tokens = min(max_total_tokens, num_prompt_tokens + params.max_tokens)
         return cls(
-            eos_token_ids=frozenset() if params.ignore_eos else frozenset(request.eos_token_ids),
+            eos_token_ids=frozenset() if params.ignore_eos else frozenset(eos_token_ids),
             stop_token_ids=frozenset(params.stop_token_ids or ()),
             min_total_tokens=num_prompt_tokens + params.min_tokens,
             max_total_tokens=max_total_tokens,

@@ -35,4 +35,5 @@ def test_rules(
     params: dict[str, object], token: int, num_output: int, expected: tuple[FinishReason, int | None] | None
 ) -> None:
     request = make_request("r", PROMPT, **({"max_tokens": 8} | params))  # type: ignore[arg-type]
-    assert StopRule.of(request, 20).check(token, 10 + num_output) == expected
+    rule = StopRule.of(request.sampling_params, request.eos_token_ids, len(request.prompt_token_ids), 20)
+    assert rule.check(token, 10 + num_output) == expected
