@@ -137,13 +137,13 @@ class ChunkPlanner:
             size = max_tokens - start
             if size < least:
                 return Shortage.BLOCKS
-        draft = ChunkDraft(start, self._to_snapshot(request, start, start + size))
+        draft = ChunkDraft(start, self._to_snapshot(request, start + least, start + size))
         self._fit_media(request, draft, plan)
         if draft.end - start < least:
             return Shortage.ENCODER_CACHE if draft.lacks_cache else Shortage.BUDGET
         return draft
 
-    def _to_snapshot(self, request: RequestState, start: int, end: int) -> int:
+    def _to_snapshot(self, request: RequestState, least_end: int, end: int) -> int:
         """The end of a chunk that could reach to `end`, at a block's end if that is of use to others.
 
         A prompt's last chunk is cut behind its last full block, from which an equal prompt can go on. Worked example,
@@ -155,7 +155,7 @@ class ChunkPlanner:
             cut = end // self._snapshot_block_size * self._snapshot_block_size
         else:
             cut = (end - 1) // self._snapshot_block_size * self._snapshot_block_size
-        return cut if cut > start else end
+        return cut if cut >= least_end else end
 
     def _fit_media(self, request: RequestState, draft: ChunkDraft, plan: StepPlan) -> None:
         """Shorten a draft to what the media in it allow."""

@@ -19,7 +19,7 @@ from tests.helpers.graphs import HostReplay
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
 
-NUM_REQUESTS = {"qwen2_vl": 80, "llava": 40, "qwen2_audio": 50, "qwen2_5_vl": 30}
+NUM_REQUESTS = {"qwen2_vl": 70, "llava": 30, "qwen2_audio": 40, "qwen2_5_vl": 20, "gemma3": 40}
 """Per family; two hundred in all."""
 
 SETTINGS: dict[str, dict[str, Any]] = {

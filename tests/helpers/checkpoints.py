@@ -119,6 +119,18 @@ def text_settings(**settings: Any) -> dict[str, Any]:
     }
 
 
+def gemma3_config() -> transformers.PretrainedConfig:
+    """Windows of 24 on two layers of three, with rotary frequencies of their own; the third's are scaled."""
+    rope = {
+        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+    }
+    types = ["sliding_attention", "full_attention", "sliding_attention", "sliding_attention"]
+    own = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24, "layer_types": types}
+    settings = text_settings(num_hidden_layers=4, rope_parameters=rope, final_logit_softcapping=30.0, **own)
+    return transformers.Gemma3TextConfig(**settings)
+
+
 def qwen_text_settings() -> dict[str, Any]:
     """Rotary sections (time, height, width) for a head size of 16."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
@@ -316,6 +328,7 @@ OMNI_FILES: dict[str, Mapping[str, Any]] = {
 
 LLAVA = "LlavaForConditionalGeneration"
 FAMILIES: dict[str, Family] = {
+    "gemma3": Family("Gemma3ForCausalLM", gemma3_config),
     "llama": Family("LlamaForCausalLM", lambda: transformers.LlamaConfig(**text_settings())),
     "llama_biased": Family(
         "LlamaForCausalLM",

@@ -75,6 +75,7 @@ QWEN_VL = {
 }
 AUDIO = Media("<|audio_bos|><|AUDIO|><|audio_eos|>", sound, 2)
 MEDIA: dict[str, dict[str, Media]] = {
+    "gemma3": {},
     "llama": {},
     "qwen2": {},
     "llava": {"image": Media("<image>", picture, 3)},
@@ -100,7 +101,8 @@ def random_prompt(family: str, rng: random.Random) -> Any:
             parts.append(media.placeholder)
             data.setdefault(modality, []).append(media.make(rng.randrange(6)))
     order = list(range(len(parts)))
-    text = ["".join(w + " " for w in rng.choices(WORDS, k=rng.randrange(0, 8))) for _ in range(len(parts) + 1)]
+    most_words = 8 if MEDIA[family] else 40
+    text = ["".join(w + " " for w in rng.choices(WORDS, k=rng.randrange(0, most_words))) for _ in range(len(parts) + 1)]
     common = "you are a helpful friend who looks and listens. " if rng.random() < 0.5 else ""
     prompt = common + (text[0] or "say ") + "".join(parts[i] + text[i + 1] for i in order)
     return {"prompt": prompt, "multi_modal_data": data} if data else prompt

@@ -94,12 +94,12 @@ class Limits:
     features: ModelFeatures = field(default_factory=ModelFeatures)
     num_blocks: int = 64
     max_model_len: int = 512
-    others: tuple[CacheGroup, ...] = ()
-    """Cache groups beside one of full attention with `num_blocks` blocks."""
+    cache_groups: tuple[CacheGroup, ...] = ()
+    """Empty: one of full attention with `num_blocks` blocks."""
 
     @property
     def groups(self) -> tuple[CacheGroup, ...]:
-        return (*full_attention(self.num_blocks, self.cache.block_size), *self.others)
+        return self.cache_groups or full_attention(self.num_blocks, self.cache.block_size)
 
 
 @dataclass
@@ -269,7 +269,10 @@ class Simulation:
             self._last_step_was_for_one = False
 
     def _has_free_blocks(self) -> bool:
-        return all(each.pool.num_free for each in self.scheduler._kv_cache.managers)
+        managers = self.scheduler._kv_cache.paged
+        if any(each.pool.num_blocks < self.limits.num_blocks for each in managers):
+            return False  # what a window gives back at the end of a step, it may have lacked before
+        return all(each.pool.num_free for each in managers)
 
     def _check_encoder_rows(self, step: SchedulerOutput) -> None:
         config = self.limits.scheduler

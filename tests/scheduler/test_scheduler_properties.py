@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from random import Random
 from typing import Any
 
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
 from sensorium.messages import EngineRequest
 from sensorium.scheduler.pacing import Pacer
@@ -27,6 +28,19 @@ MASKS: dict[str, tuple[bool, ...]] = {
 }
 BAD = (True,) * 6
 """An item that can't be encoded."""
+Rule = tuple[CacheKind, int | None]
+FULL: Rule = (CacheKind.FULL, None)
+STATE: Rule = (CacheKind.STATE, None)
+MIXED: tuple[tuple[Rule, ...], ...] = (
+    (FULL, (CacheKind.WINDOW, 5)),
+    (FULL, (CacheKind.WINDOW, 1), (CacheKind.WINDOW, 40)),
+    ((CacheKind.WINDOW, 7),),
+    (FULL, (CacheKind.CHUNK, 12)),
+    (FULL, STATE),
+    (STATE,),
+    (FULL, (CacheKind.WINDOW, 16), (CacheKind.CHUNK, 3), STATE),
+)
+"""Cache groups that models of other kinds have."""
 PREFIXES: tuple[list[int], ...] = ([], [1, 2, 3], list(range(10, 27)), [9] * 40)
 
 
@@ -50,6 +64,20 @@ class Scenario:
     max_sampled: int
     max_steps_in_flight: int
     token_s: float | None
+    rules: tuple[Rule, ...]
+    is_tight: bool
+    """Windows get hardly more blocks than one request needs, and states no row for snapshots."""
+
+    def group(self, kind: CacheKind, reach: int | None) -> CacheGroup:
+        if kind is CacheKind.STATE:
+            return CacheGroup(kind, (2 if self.is_tight else 3) * self.max_num_seqs, self.block_size)
+        if reach is None or not self.is_tight or not self.enable_chunked_prefill:
+            return CacheGroup(kind, self.num_blocks, self.block_size, reach)
+        keeps_items_whole = self.atomic_items or not self.splits_media
+        least = CacheGroup(kind, 0, self.block_size, reach).blocks_within_reach(
+            40 if keeps_items_whole else self.max_sampled
+        )
+        return CacheGroup(kind, least + self.seed % 3, self.block_size, reach)
 
     @property
     def limits(self) -> Limits:
@@ -67,7 +95,8 @@ class Scenario:
             encoder_cache_rows=self.encoder_cache_rows,
         )
         features = ModelFeatures(splits_media=self.splits_media, atomic_items=self.atomic_items)
-        return Limits(scheduler, cache, features, self.num_blocks, self.num_blocks * self.block_size)
+        groups = tuple(self.group(*rule) for rule in self.rules)
+        return Limits(scheduler, cache, features, self.num_blocks, self.num_blocks * self.block_size, groups)
 
     @property
     def pacer(self) -> Pacer | None:
@@ -96,6 +125,8 @@ scenarios = st.builds(
     max_sampled=st.sampled_from([1, 1, 3]),
     max_steps_in_flight=st.sampled_from([1, 2, 3]),
     token_s=st.sampled_from([None, 1e-4, 1e-2]),
+    rules=st.just((FULL,)),
+    is_tight=st.booleans(),
 )
 
 
@@ -162,3 +193,10 @@ def play(scenario: Scenario) -> Simulation:
 @given(scenario=scenarios)
 def test_every_request_gets_what_it_gets_alone(scenario: Scenario) -> None:
     play(scenario)
+
+
+@settings(max_examples=150, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(scenario=scenarios, rules=st.sampled_from(MIXED))
+def test_whatever_the_layers_keep(scenario: Scenario, rules: tuple[Rule, ...]) -> None:
+    """Windows whose blocks go back while their requests run, and states of which some are snapshots."""
+    play(replace(scenario, rules=rules))

@@ -266,10 +266,18 @@ def sliding_window_of(text_config: PretrainedConfig, layer: int) -> int | None:
     return window
 
 
-def rope_of(config: EngineConfig) -> RotaryEmbedding:
-    """The rotary embedding that a text config (or the engine option `rope_scaling`) describes."""
+def rope_of(config: EngineConfig, layer_type: str | None = None) -> RotaryEmbedding:
+    """The rotary embedding that a text config (or the engine option `rope_scaling`) describes.
+
+    `layer_type`: which of several, where the config has one for each type of layer. The option is for layers that see
+    everything: others see no farther than they were trained to.
+    """
     text = config.model_config.hf_text_config
-    parameters = {**rope_parameters(text), **(config.model_config.rope_scaling or {})}
+    parameters = dict(rope_parameters(text))
+    if layer_type is not None:
+        parameters = dict(parameters[layer_type])
+    if layer_type != "sliding_attention":
+        parameters |= config.model_config.rope_scaling or {}
     head_size = head_size_of(text)
     theta = parameters.get("rope_theta") or getattr(text, "rope_theta", None) or 10000.0
     partial = parameters.get("partial_rotary_factor") or getattr(text, "partial_rotary_factor", None) or 1.0

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from sensorium.kernels import add_rms_norm, rms_norm
-from sensorium.model_executor.layers.parameters import new_parameter
+from sensorium.model_executor.layers.parameters import copy_weight, new_parameter
 
 
 class RMSNorm(nn.Module):
@@ -41,3 +41,18 @@ class RMSNorm(nn.Module):
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
+
+
+class ZeroCenteredRMSNorm(RMSNorm):
+    """`RMSNorm` whose weight is stored less 1 and applied in float32.
+
+    Source: `transformers` `Gemma3RMSNorm`, `Qwen3_5RMSNorm`.
+    """
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps)
+        self.weight = new_parameter(hidden_size, dtype=torch.float32, loader=_load_zero_centered)
+
+
+def _load_zero_centered(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+    copy_weight(parameter, loaded.float() + 1.0, "the weight of a norm")
