@@ -1,4 +1,4 @@
-"""Many streams from one event loop: the engine's core runs in a process of its own, and batches what is there."""
+"""Many streams from one event loop: the engine's core runs in its own process and batches all requests that it has."""
 
 import asyncio
 

@@ -1,7 +1,7 @@
 """Pictures and texts as vectors, compared by the cosine of their angle.
 
-The bundled model was made to answer, not to compare: its vectors show what a call brings, and say little about what
-things mean. To search with vectors, take a checkpoint that was trained for it.
+The bundled model was trained to answer, not to compare: its vectors show how the call works, but carry little meaning.
+To search with vectors, take a checkpoint that was trained for it.
 """
 
 import numpy as np

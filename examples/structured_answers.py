@@ -1,4 +1,4 @@
-"""Answers about pictures that a program can read: a schema holds the model to its form, token by token."""
+"""Answers about pictures that a program can read: a JSON schema constrains the output, token by token."""
 
 import json
 

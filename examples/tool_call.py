@@ -2,8 +2,9 @@
 
     python examples/tool_call.py [http://127.0.0.1:8000]
 
-Without an address it starts `sensorium serve demo` itself. The bundled model never learnt what a function is: a chat
-template keeps the description from it, and "required" has it fill in a call. Models that know calls need neither.
+Without an address it starts `sensorium serve demo` itself. The bundled model was not trained on calls: a chat template
+leaves the functions out of the prompt, and "required" makes it fill in a call. Models that were trained on calls need
+neither.
 """
 
 import base64

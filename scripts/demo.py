@@ -1,8 +1,8 @@
-"""The main job in a minute: a server with the bundled model looks at a picture, watches a clip, listens to a sound.
+"""A demonstration in a minute: a server with the bundled model answers about a picture, a clip and a sound.
 
 Starts `sensorium serve demo` on a free port and asks through OpenAI's client. Hugging Face's own class answers the same
-questions in this process, and texts and numbers of tokens are compared. Then the playground is yours until Ctrl-C.
-Everything is drawn and rendered here; nothing is downloaded.
+questions in this process, and texts and numbers of tokens are compared. Then the playground stays open until Ctrl-C.
+All media are drawn and rendered here; nothing is downloaded.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def sound(num_beeps: int = 3) -> np.ndarray[Any, np.dtype[np.float32]]:
 
 @dataclass(frozen=True)
 class Question:
-    """A question about something, and what that something shows."""
+    """A question about a media item, and a description of the item."""
 
     modality: str
     url: str
@@ -80,7 +80,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What came of a question, and how fast."""
+    """The answer to a question, and its times."""
 
     text: str
     num_prompt_tokens: int
@@ -203,7 +203,7 @@ def show(question: Question, answer: Answer) -> None:
 
 
 def compare(answers: dict[Question, Answer]) -> bool:
-    """Whether all answers are Hugging Face's."""
+    """Whether all answers equal Hugging Face's."""
     reference = HuggingFace()
     num_equal = 0
     for question, answer in answers.items():

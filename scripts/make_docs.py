@@ -37,7 +37,7 @@ SECTIONS: Mapping[type, tuple[str, str]] = {
         "The engine",
         (
             "Flags of every command that loads a model, fields of `EngineArgs`, and keywords of `LLM`, where "
-            "`max_token_gap_s` is infinite by default, since nobody reads along."
+            "`max_token_gap_s` is infinite by default, because nothing is streamed."
         ),
     ),
     ServerArgs: ("The server", "Flags of `sensorium serve`."),
@@ -99,7 +99,7 @@ def takes(form: Form) -> str:
 
 
 def default(field: Field[Any], form: Form) -> str:
-    """A field's default; empty where there is none, or where the description has it."""
+    """A field's default; empty if there is none, or if the description says it."""
     value = field.default
     if value is MISSING or value is None or value == ():
         return ""
@@ -111,7 +111,7 @@ def default(field: Field[Any], form: Form) -> str:
 
 
 def size(num_bytes: int) -> str:
-    """Bytes as people say them, exactly."""
+    """Bytes in the largest binary unit that divides them."""
     power = next(power for power in _UNITS if num_bytes % (1 << power) == 0)
     return f"{num_bytes >> power} {_UNITS[power]}"
 

@@ -1,4 +1,4 @@
-"""Builds what is published, and tries it as somebody would who has Python and nothing else.
+"""Builds the files of a release, and tries them in an environment without a compiler.
 
     scripts/release [--out dist] [--skip-trial]
 
@@ -6,7 +6,7 @@
    for every instruction set of its platform, by Clang (`ziglang`) against an old C library.
 2. They are inspected: nothing of the package is missing, and the platform's tag is true.
 3. This machine's wheel is installed into a new environment and answers a question about a picture by each of the
-   libraries that the machine can run, with no compiler in reach. The sdist is installed as well.
+   libraries that the machine can run, without a compiler. The sdist is installed and tried too.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ def build(scratch: Path, out: Path) -> tuple[Path, list[Path]]:
 
 
 def compile_kernels(source: Path, target: Platform) -> None:
-    """Put the platform's compiled kernels into the source tree, in place of another's."""
+    """Compile the platform's kernels into the source tree, replacing those of another platform."""
     folder = source / PREBUILT
     shutil.rmtree(folder, ignore_errors=True)
     shutil.rmtree(source / "build", ignore_errors=True)
@@ -127,7 +127,7 @@ def compile_kernels(source: Path, target: Platform) -> None:
 
 
 def build_one(source: Path, out: Path, *arguments: str) -> Path:
-    """Run the build and return what it made."""
+    """Run one build and return its file."""
     say(f"building {' '.join(arguments)}")
     epoch = subprocess.check_output(["git", "log", "-1", "--format=%ct", last_commit()], cwd=ROOT, text=True).strip()
     with tempfile.TemporaryDirectory(dir=source.parent) as folder:

@@ -34,7 +34,7 @@ _PLACEHOLDERS = {
 
 
 class Answerer(Protocol):
-    """Something that answers the first question of items."""
+    """Answers the first question of items."""
 
     def answers(self, items: Sequence[Item]) -> list[str]:
         """One answer per item, in order."""
@@ -133,7 +133,7 @@ class TransformersAnswerer:
 class NetworkAnswerer:
     """The training network, in one forward pass per batch instead of one per token.
 
-    It is shown the reference answer and says the likeliest token after each of its tokens. That is the reference
+    It is given the reference answer and predicts the likeliest token after each of its tokens. That is the reference
     answer if and only if greedy generation gives it; otherwise generation may give another wrong answer.
     """
 
@@ -167,7 +167,7 @@ class NetworkAnswerer:
 
 
 class SensoriumAnswerer:
-    """The checkpoint in Sensorium, all items in one call, so that the engine batches them as it likes."""
+    """The checkpoint in Sensorium, all items in one call, so that the engine can batch them."""
 
     def __init__(self, folder: Path, **engine_args: Any) -> None:
         from sensorium import LLM, SamplingParams

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from PIL import ImageFont
 
-# File names start with a family's prefix. Families of one design (Liberation Sans and FreeSans are both Helvetica's
-# kin) stay on one side, so that a held-out font is really another one.
+# File names start with a family's prefix. Families of one design (Liberation Sans and FreeSans both resemble Helvetica)
+# stay on one side, so that a held-out font is really another one.
 _TRAIN = ("DejaVu", "Liberation", "Free", "Lato", "Roboto", "OpenSans", "Comfortaa", "Hack", "Carlito", "EBGaramond")
 _HELD_OUT = ("Caladea", "Cantarell", "FiraCode", "Inconsolata", "LinBiolinum_R", "LinLibertine_R", "LinLibertine_D")
 # Hairline cuts vanish at 14 px, and these faces have no plain letters and digits.

@@ -24,7 +24,7 @@ from training.worlds import Layout, Source, layout_of, sample_item, world_of
 MAX_SAMPLES = 96_000
 _SAMPLES_PER_ROW = 640
 _LENGTH_MULTIPLE = 16
-# Turns about one item: a picture of many things bears many questions, a line of text hardly more than one.
+# Turns about one item: a picture of many things allows many questions, a line of text hardly more than one.
 _TURNS = {
     "scene": (3, 4, 5),
     "chart": (3, 4),

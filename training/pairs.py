@@ -22,7 +22,7 @@ class Pair:
 
 
 def sample_pair(rng: random.Random, width: int, height: int) -> Pair:
-    """A scene of one to four shapes with different names, and what became of it."""
+    """A scene of one to four shapes with different names, and a changed copy of it."""
     while True:
         first = sample_scene(rng, width, height, rng.randint(1, 4))
         if len({shape.name for shape in first.shapes}) < len(first.shapes):

@@ -20,7 +20,7 @@ _TIMEOUT = timedelta(minutes=4)
 
 @dataclass(frozen=True, slots=True)
 class Team:
-    """The processes of a run as one of them sees them: ``rank`` of ``size``, computing on ``device``."""
+    """One process of a run: ``rank`` of ``size``, computing on ``device``."""
 
     rank: int
     size: int
@@ -55,8 +55,8 @@ class Team:
 class SummedGradients:
     """The gradients of a network, gathered into one tensor, so that one transfer sums them over a team.
 
-    A parameter that no micro-batch used has a gradient of zero, whoever's micro-batches they were: the update doesn't
-    depend on the size of the team.
+    A parameter that no micro-batch used has a gradient of zero, in every process: the update doesn't depend on their
+    number.
     """
 
     def __init__(self, network: nn.Module, team: Team) -> None:

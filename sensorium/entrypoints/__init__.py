@@ -1,1 +1,1 @@
-"""How people reach the engine: `LLM` in a script, later a command line and a server."""
+"""How people reach the engine: `LLM` in a script, the command line, and the server."""

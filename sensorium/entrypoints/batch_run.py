@@ -37,7 +37,7 @@ class Job:
 
 
 class Progress(Protocol):
-    """What a run tells a progress bar."""
+    """The calls that a run makes to a progress bar."""
 
     def finished(self, output: Output) -> None:
         """A request ended."""
@@ -63,7 +63,7 @@ class BatchRun:
         self._errors: dict[int, RequestError] = {}
 
     def run(self) -> list[Output | RequestError]:
-        """Finish every job. A bad job's place holds its error; the others are not affected.
+        """Finish every job. The result of a bad job is its error; the others are not affected.
 
         Raises:
             EngineDeadError: The engine can't go on.

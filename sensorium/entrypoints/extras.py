@@ -1,4 +1,4 @@
-"""The extras of the package: what is installed only by who asks for it, and the sentence that says what to install."""
+"""The package's optional dependencies, and the error that says which to install."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ EXTRAS = {
     "tracing": ("opentelemetry.exporter.otlp.proto.http", "opentelemetry.sdk"),
     "bench": ("matplotlib",),
 }
-"""The modules that each extra of pyproject.toml brings and that we import."""
+"""The modules of each extra of pyproject.toml that this package imports."""
 
 
 def require(extra: str, what: str) -> None:

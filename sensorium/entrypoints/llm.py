@@ -33,8 +33,8 @@ class LLM:
         outputs = llm.generate(["Hello", {"prompt": "<image>What is this?", "multi_modal_data": {"image": image}}])
         outputs = llm.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "cat.jpg"}}]}])
 
-    Keyword arguments are the fields of `EngineArgs`. Files that prompts name are read with this process's own rights,
-    or under `allowed_local_media_path` alone if that is set; addresses on the network are fetched under the limits of
+    Keyword arguments are the fields of `EngineArgs`. Files that prompts name are read with this process's rights, or
+    only under `allowed_local_media_path` if that is set; addresses on the network are fetched under the limits of
     `sensorium.media`.
 
     The model runs in this process. Until `shutdown`, or until the object is forgotten, `num_threads` is torch's number
@@ -44,8 +44,8 @@ class LLM:
     """
 
     def __init__(self, model: str, *, media_limits: MediaLimits | None = None, **engine_args: Any) -> None:
-        """Load a model; see `EngineArgs` for the settings. Here `max_token_gap_s` is infinite by default: nobody reads
-        along, and steps that take in all they can are fewer.
+        """Load a model; see `EngineArgs` for the settings. `max_token_gap_s` is infinite by default: nothing is
+        streamed, and fuller steps mean fewer steps.
 
         Raises:
             ConfigError, ModelError, WeightsError: The model can't be served as asked.
@@ -67,7 +67,7 @@ class LLM:
 
     @property
     def report(self) -> LoadReport:
-        """What loading found out: the model's tier, the caches, where memory went."""
+        """What loading determined: the model's tier, its features, where memory went."""
         return self.engine.report
 
     def get_tokenizer(self) -> Any:
@@ -75,7 +75,7 @@ class LLM:
         return self.engine.get_tokenizer()
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """How prompts are sampled that come without parameters: as the checkpoint's generation config says."""
+        """The sampling parameters of prompts that come without: those of the checkpoint's generation config."""
         return self.engine.config.model_config.sampling_defaults.params()
 
     def generate(
@@ -167,18 +167,18 @@ class LLM:
     def answer_parser(
         self, tools: Sequence[Mapping[str, Any]] | None = None, *, chat_template: str | None = None, prompt: str = ""
     ) -> AnswerParser:
-        """What takes one answer of `chat` apart: reasoning, content, calls.
+        """A parser that splits one answer of `chat` into reasoning, content and calls.
 
             outputs = llm.chat(messages, params, tools=tools)
             answer = llm.answer_parser(tools).parse([outputs[0].outputs[0].text])
             print(answer.reasoning, answer.content, answer.tool_calls)
 
-        Of an output that `is_cut`, `parse(..., is_cut=True)` leaves out what the cut left of a mark.
+        For an output that `is_cut`, `parse(..., is_cut=True)` leaves out the part of a mark at its end.
 
         Args:
             tools: As given to `chat`.
             chat_template: As given to `chat`.
-            prompt: The rendered prompt, `RequestOutput.prompt`, which tells whether it opens reasoning.
+            prompt: The rendered prompt, `RequestOutput.prompt`, which shows whether it opens reasoning.
 
         Raises:
             RequestError: It isn't known how the model writes calls.

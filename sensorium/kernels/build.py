@@ -1,6 +1,7 @@
-"""Compiling the native CPU kernels, once for each machine, compiler and version of the sources.
+"""Compiles the native CPU kernels, once for each machine, compiler and version of the sources.
 
-A wheel brings them compiled (`variants.py`); this is for source checkouts, and for machines that no wheel is made for.
+A wheel contains them compiled (`variants.py`); this module is for source checkouts, and for machines that no wheel is
+made for.
 
 The shared library is kept in the user's cache folder under a name that is a digest of everything it depends
 on. Any number of processes may ask for it at once: the first compiles, the others wait for it.
@@ -40,7 +41,7 @@ LIBRARIES = ("-lm",)
 THIS_MACHINE = "-mcpu=native" if platform.machine() in ("aarch64", "arm64") else "-march=native"
 TIMEOUT_S = 180.0
 ZIG_CACHE = "ZIG_GLOBAL_CACHE_DIR"
-"""Where `ziglang` keeps what it has compiled of its own libraries, 50 MB. Where it is not set, nothing is kept."""
+"""Where `ziglang` caches its compiled C library, 50 MB. If it is not set, each build compiles it again."""
 
 
 class BuildError(Exception):
@@ -53,9 +54,9 @@ class Compiler:
 
     program: Path
     options: tuple[str, ...] = ()
-    """What comes before everything else."""
+    """Arguments that come first."""
     machine_flag: str = THIS_MACHINE
-    """Whose instructions it may use: those of this machine."""
+    """Which instructions it may use: by default those of this machine."""
 
     @property
     def command(self) -> list[str]:
@@ -107,7 +108,7 @@ def compile_sources(
 
 
 def _find_compiler() -> Compiler:
-    """The machine's own, or else the one that comes as a Python package."""
+    """The machine's compiler, or else that of the Python package `ziglang`."""
     for name in COMPILERS:
         found = shutil.which(name)
         if found is not None:
@@ -121,11 +122,11 @@ def _find_compiler() -> Compiler:
 
 
 def zig_compiler(*options: str, machine_flag: str = THIS_MACHINE) -> Compiler | None:
-    """That of the Python package `ziglang`, if it is installed."""
+    """The compiler of the Python package `ziglang`, if it is installed."""
     package = importlib.util.find_spec("ziglang")
     if package is None or package.origin is None:
         return None
-    # It watches for undefined behaviour in code that is not optimized, if not told otherwise.
+    # By default it adds checks for undefined behaviour to code that is not optimized.
     options = ("cc", "-fno-sanitize=undefined", *options)
     return Compiler(Path(package.origin).with_name("zig"), options, machine_flag)
 
@@ -141,7 +142,7 @@ def _digest(compiler: Compiler) -> str:
 
 
 def _cache_folder() -> Path:
-    """A folder that only this user can write to: what lies in it is loaded into the process."""
+    """A folder that only this user can write to, because the process loads code from it."""
     root = os.environ.get("XDG_CACHE_HOME") or str(Path.home() / ".cache")
     folder = Path(root) / "sensorium"
     try:

@@ -39,7 +39,7 @@ class PackedWeight:
 
 
 def pack(weight: torch.Tensor) -> PackedWeight:
-    """Lay out a weight `(out_features, in_features)`. Where that copies, `weight` is no longer needed."""
+    """Lay out a weight `(out_features, in_features)`. If it is copied, `weight` is no longer needed."""
     weight = weight.detach()
     out_features, in_features = weight.shape
     native = native_for(weight)
@@ -100,7 +100,7 @@ def packed_linear(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | No
 
 
 def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
-    """`torch.nn.functional.linear`, by our kernel where that is faster than cuBLAS."""
+    """`torch.nn.functional.linear`, by this package's kernel where that is faster than cuBLAS."""
     if on_gpu(x):
         from sensorium.kernels.gpu.linear import fits, linear
 
@@ -112,8 +112,8 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 class _Arena:
     """Memory for packed weights: large mappings that the system may back with huge pages, cut into pieces.
 
-    Streaming weights through 4 KiB pages misses the TLB on every page. A mapping is given back when the last
-    weight in it is dropped.
+    Streaming weights through 4 KiB pages misses the TLB on every page. A mapping is returned to the system when its
+    last weight is dropped.
     """
 
     CHUNK_BYTES = 1 << 28
@@ -137,7 +137,8 @@ class _Arena:
         return piece
 
     def _new_chunk(self, num_bytes: int) -> tuple[mmap.mmap, int]:
-        # One huge page more, to begin at a multiple of its size. Pages are only taken when they are written to.
+        # One huge page more, to begin at a multiple of its size. The system allocates a page when it is first written
+        # to.
         size = max(num_bytes, self.CHUNK_BYTES) + self.HUGE_PAGE_BYTES
         chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):

@@ -2,7 +2,7 @@
 
 A call passes one C struct, packed from plain numbers: with `ctypes` that costs half of passing as many arguments.
 
-The library is the fastest that came with the package and runs on this machine, or one that is compiled here. For
+The library is the fastest of the package's that this machine can run; a source checkout compiles one instead. For
 debugging, the environment variable `SENSORIUM_NATIVE` chooses: 0 for the plain-torch twins, or the name of a variant.
 """
 
@@ -117,7 +117,7 @@ class NativeLibrary:
     def use_tiles(self, wanted: bool) -> bool:
         """Use the machine's matrix tiles (Intel AMX) for bfloat16 or not; returns whether they are in use.
 
-        They are not where the machine or the compiler has none, or the system refuses them. A row's result depends on
+        They aren't if the machine or the compiler has none, or if the system refuses them. A row's result depends on
         it in the last bits, so nothing may change it while a model runs.
         """
         return bool(self._use_tiles(wanted))
@@ -125,10 +125,10 @@ class NativeLibrary:
 
 @cache
 def _load() -> tuple[NativeLibrary | None, str | None]:
-    """The library, or why not. Logs the reason, once.
+    """The library, or the reason why there is none, which is logged once.
 
     Raises:
-        ConfigError: `SENSORIUM_NATIVE` names a library that there is not.
+        ConfigError: `SENSORIUM_NATIVE` names a library that doesn't exist here.
     """
     wanted = os.environ.get("SENSORIUM_NATIVE", "1")
     if wanted == "0":
@@ -143,7 +143,7 @@ def _load() -> tuple[NativeLibrary | None, str | None]:
 
 
 def _open_library(wanted: str) -> NativeLibrary:
-    """The fastest compiled library if `wanted` is 1, else the one of that name. Compiles one where none came along."""
+    """The fastest library if `wanted` is 1, else the one of that name. Compiles one if the package contains none."""
     prebuilt = prebuilt_libraries()
     if wanted in prebuilt:
         return NativeLibrary(prebuilt[wanted])
@@ -161,7 +161,7 @@ def native_library() -> NativeLibrary | None:
 
 
 def native_refusal() -> str | None:
-    """Why the native kernels don't run here, or `None` when they do."""
+    """Why the native kernels don't run here; `None` if they do."""
     return _load()[1]
 
 

@@ -1,4 +1,4 @@
-"""Matrix multiplication in int8: weights quantized once, at load, and inputs row by row as they come.
+"""Matrix multiplication in int8: weights are quantized once, at load, and inputs row by row at each call.
 
 Both sides are symmetric: a row `r` becomes integers `round(r / scale)` from -127 to 127, with one float32 scale, its
 largest magnitude over 127. Integer sums are exact in any order, so a row's result depends on that row alone, and is
@@ -14,9 +14,9 @@ from sensorium.kernels.linear import arena
 from sensorium.kernels.native import DTYPE_CODES, native_for, native_library, rows_of
 
 MAX_QUANTIZED_INPUTS = 1 << 17
-"""Most channels that a quantized layer may sum over: 127 * 127 times as many is just below 2^31."""
+"""Most channels that a quantized layer may sum over: 127 * 127 times this is just below 2^31."""
 SMALLEST_MAGNITUDE = 2.0**-100
-"""A row of smaller values counts as zeros."""
+"""A row whose values are all smaller becomes zeros."""
 
 
 class QuantizedWeight:
@@ -46,7 +46,7 @@ class QuantizedWeight:
         self.scales = scales
 
     def tensors(self) -> dict[str, torch.Tensor]:
-        """What it holds, by name."""
+        """Its tensors, by name."""
         held = {"quantized_weight": self.integers if self.panels is None else self.panels, "scales": self.scales}
         return {name: tensor for name, tensor in held.items() if tensor is not None}
 
@@ -92,7 +92,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 EXACT_COLUMNS = 1024
-"""127 * 127 times as many is below 2^24: in float32, sums over so many columns are exact in any order."""
+"""127 * 127 times this is below 2^24: in float32, sums over this many columns are exact in any order."""
 
 
 def quantized_linear_reference(

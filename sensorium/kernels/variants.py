@@ -1,7 +1,7 @@
-"""The CPU kernels that a wheel brings compiled: one library per instruction set, and the choice among them.
+"""The compiled CPU kernels of a wheel: one library for each instruction set, and the choice among them.
 
-`scripts/release` compiles each variant into `PREBUILT_FOLDER`, which a source checkout doesn't have. Nothing is
-compiled here, and nothing loaded: `native.py` does that.
+`scripts/release` compiles each variant into `PREBUILT_FOLDER`, which a source checkout doesn't have. This module only
+chooses: `build.py` compiles, `native.py` loads.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ VARIANTS = (
 
 
 def cpu_features() -> str:
-    """What this machine's processor can do, in the system's words."""
+    """The features of this machine's processor, by the system's names."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

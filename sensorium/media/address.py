@@ -109,7 +109,7 @@ class SystemResolver:
     """The operating system's resolver, off the event loop.
 
     A look-up can't be cancelled, so each runs in a daemon thread of its own: a name server that never answers delays
-    neither the caller's deadline nor the exit of the process. At most `max_lookups` are under way at once.
+    neither the caller's deadline nor the exit of the process. At most `max_lookups` run at once.
     """
 
     def __init__(self, max_lookups: int = 128) -> None:

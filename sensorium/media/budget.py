@@ -12,8 +12,8 @@ from sensorium.errors import OverloadedError
 class MediaBudget:
     """A bound on bytes that many requests share. Thread-safe.
 
-    Invariant: more than `max_bytes` are held only by a single holder, so that an item within its own limits can always
-    be had, alone if need be.
+    Invariant: more than `max_bytes` are held only if one holder has all of them, so that any item within its own limits
+    can be loaded, alone if need be.
     """
 
     def __init__(self, max_bytes: int) -> None:
@@ -21,8 +21,8 @@ class MediaBudget:
         self._lock = threading.Lock()
         self._num_bytes = 0
         self._returned: deque[int] = deque()
-        """What came back and isn't counted off yet: the garbage collector returns bytes at any moment, even while this
-        very thread holds the lock."""
+        """Bytes that were returned and are not yet subtracted: the garbage collector may return bytes while this thread
+        holds the lock."""
 
     @property
     def num_bytes(self) -> int:
@@ -32,16 +32,16 @@ class MediaBudget:
             return self._num_bytes
 
     def lease(self, num_bytes: int = 0) -> MediaLease:
-        """A holder of so many bytes. Raises `OverloadedError` as `MediaLease.grow` does."""
+        """A lease on `num_bytes`. Raises `OverloadedError` as `MediaLease.grow` does."""
         lease = MediaLease(self)
         lease.grow(num_bytes)
         return lease
 
     def take(self, num_bytes: int, already: int) -> None:
-        """For `MediaLease`: hold more bytes for someone who has `already` some."""
+        """For `MediaLease`: add bytes to a lease that holds `already` bytes."""
         if self._try_take(num_bytes, already):
             return
-        gc.collect()  # errors and the frames that they passed through may hold what nobody needs any more
+        gc.collect()  # errors, and the frames that they passed through, may keep leases alive that are no longer needed
         if not self._try_take(num_bytes, already):
             raise OverloadedError(
                 f"waiting media: got more than {self._max_bytes} bytes, expected fewer. Send the request again later.",
@@ -57,7 +57,7 @@ class MediaBudget:
             return True
 
     def give_back(self, num_bytes: int) -> None:
-        """For `MediaLease`: hold so much less."""
+        """For `MediaLease`: subtract bytes."""
         self._returned.append(num_bytes)
 
     def _count_off(self) -> None:
@@ -66,7 +66,7 @@ class MediaBudget:
 
 
 class MediaLease:
-    """Some bytes of a budget. They go back with `release`, or when nobody refers to the lease any more."""
+    """Some bytes of a budget. They are returned by `release`, or when the lease is garbage."""
 
     __slots__ = ("_budget", "_num_bytes")
 
@@ -75,16 +75,16 @@ class MediaLease:
         self._num_bytes = 0
 
     def grow(self, num_bytes: int) -> None:
-        """Hold so much more.
+        """Hold more bytes.
 
         Raises:
-            OverloadedError: The budget is spent, and others hold some of it.
+            OverloadedError: The budget is used up, and other leases hold a part of it.
         """
         self._budget.take(num_bytes, self._num_bytes)
         self._num_bytes += num_bytes
 
     def release(self) -> None:
-        """Give everything back. May be called again."""
+        """Return all bytes. May be called again."""
         num_bytes, self._num_bytes = self._num_bytes, 0
         if num_bytes:
             self._budget.give_back(num_bytes)

@@ -1,4 +1,4 @@
-"""A byte-bounded cache in which each value is computed once, however many ask for it at the same time."""
+"""A byte-bounded cache that computes each value once, however many callers ask for it at the same time."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ class CacheStats:
 
     Attributes:
         hits: answers from a stored value.
-        shared: answers from a computation that another caller had under way.
+        shared: answers from a computation that another caller had started.
         misses: computations started.
         evictions: values dropped to stay within the bound.
         num_items: values held.
@@ -37,7 +37,7 @@ class CacheStats:
 
 
 class _Work(Generic[T]):
-    """A computation under way, and the futures of those who wait for it."""
+    """A running computation, and the futures of the callers that wait for it."""
 
     def __init__(self) -> None:
         self.waiting: list[Future[T]] = []
@@ -47,12 +47,11 @@ class _Work(Generic[T]):
 class DecodedMediaCache(Generic[T]):
     """Least recently used values go first. Thread-safe.
 
-    Invariants: the bytes held never exceed `max_bytes`; for one key at most one computation is under way; every caller
-    gets a copy of its own, so that nobody can change what others get. A failed computation is told to all who wait
-    for it and is not remembered.
+    Invariants: the bytes held never exceed `max_bytes`; at most one computation runs for a key; every caller gets its
+    own copy, so that none can change another's. A failed computation raises in every waiting caller and is not cached.
 
     Args:
-        max_bytes: the bound; a larger value is handed out but not kept.
+        max_bytes: the bound; a larger value is returned but not kept.
         size_of: bytes that a value takes.
         copy: a private copy of a value.
     """
@@ -68,11 +67,11 @@ class DecodedMediaCache(Generic[T]):
         self._hits = self._shared = self._misses = self._evictions = 0
 
     def get_or_compute(self, key: bytes, compute: Callable[[], T]) -> T:
-        """The value of `key`; computed in this thread if nobody has or does, else waited for."""
+        """The value of `key`: from the cache, from a computation that already runs, or computed in this thread."""
         return self._copy(self.join(key, lambda: _done(compute)).result())
 
     async def aget_or_compute(self, key: bytes, compute: Callable[[], T], pool: Executor | None = None) -> T:
-        """As `get_or_compute`, with the computation (and the copy) in `pool`; the waiting holds no thread."""
+        """As `get_or_compute`, with the computation and the copy in `pool`; waiting occupies no thread."""
         return await self.aget(key, lambda: _submit(pool, compute), pool)
 
     async def aget(self, key: bytes, start: Callable[[], Future[T]], pool: Executor | None = None) -> T:
@@ -81,10 +80,10 @@ class DecodedMediaCache(Generic[T]):
         return await asyncio.get_running_loop().run_in_executor(pool, self._copy, value)
 
     def join(self, key: bytes, start: Callable[[], Future[T]]) -> Future[T]:
-        """A future of this caller's own for the value of `key`, which is shared: copy it.
+        """A future for the value of `key`, for this caller only. The value is shared: copy it.
 
-        `start` begins the computation, if nobody has. Cancelling the future leaves the computation to the others who
-        wait for it; if there are none, it is cancelled.
+        `start` begins the computation, if nobody has. Cancelling the last future that waits for a computation cancels
+        the computation.
         """
         waiting: Future[T] = Future()
         with self._lock:
@@ -128,7 +127,7 @@ class DecodedMediaCache(Generic[T]):
     def _start(self, key: bytes, work: _Work[T], start: Callable[[], Future[T]]) -> None:
         try:
             source = start()
-        except BaseException as error:  # noqa: BLE001  whoever waits must not wait for ever
+        except BaseException as error:  # noqa: BLE001  callers that wait must not wait for ever
             self._fail(key, work, error)
             return
         with self._lock:
@@ -139,7 +138,7 @@ class DecodedMediaCache(Generic[T]):
         source.add_done_callback(lambda done: self._finish(key, work, done))
 
     def _left(self, key: bytes, work: _Work[T], waiting: Future[T]) -> None:
-        """Someone waits no longer. If nobody does, the next who asks begins anew."""
+        """One caller waits no longer. If none does, the next call for this key starts again."""
         if not waiting.cancelled():
             return
         with self._lock:
@@ -155,7 +154,7 @@ class DecodedMediaCache(Generic[T]):
         try:
             value = source.result()
             size = self._size_of(value)
-        except BaseException as error:  # noqa: BLE001  whoever waits learns of it, even of a KeyboardInterrupt
+        except BaseException as error:  # noqa: BLE001  waiting callers get it too, even a KeyboardInterrupt
             self._fail(key, work, error)
             return
         with self._lock:
@@ -173,7 +172,7 @@ class DecodedMediaCache(Generic[T]):
                 each.set_exception(error)
 
     def _end(self, key: bytes, work: _Work[T]) -> list[Future[T]]:
-        """Forget a computation; who waited for it. The lock is held."""
+        """Remove a computation, and return the futures that waited for it. The lock is held."""
         if self._under_way.get(key) is work:
             del self._under_way[key]
         waiting, work.waiting = work.waiting, []
@@ -191,7 +190,7 @@ class DecodedMediaCache(Generic[T]):
 
 
 def _done(compute: Callable[[], T]) -> Future[T]:
-    """A future of what is computed here and now."""
+    """A future whose value is computed in this thread, before this returns."""
     future: Future[T] = Future()
     _settle(future, compute)
     return future

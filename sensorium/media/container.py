@@ -1,8 +1,8 @@
-"""Opening sound and clip containers with FFmpeg (through PyAV), fenced in.
+"""Opens containers of sound and video with FFmpeg (through PyAV), with narrow permissions.
 
 The demuxer is the one that `sniff.py` named; nested protocols and other demuxers are switched off, so a container can't
-make the library open anything else. Only decoders on our lists run. Once the deadline has passed there is nothing more
-to read, which ends loops inside a demuxer. Library errors leave this module as our own.
+make the library open anything else. Only decoders on our lists run. Once the deadline has passed, reads return nothing,
+which ends loops inside a demuxer. Library errors are raised as this package's errors.
 """
 
 from __future__ import annotations
@@ -37,8 +37,8 @@ _AUDIO_DECODERS = frozenset({
 # fmt: on
 _PCM_PREFIXES = ("pcm_s", "pcm_u", "pcm_f")
 _MAX_DECODER_THREADS = 4
-# Decoders are told to refuse frames beyond this many times the budget. What lies between still decodes, so that it can
-# be refused with its true size.
+# Decoders are told to refuse frames beyond this many times the budget. Frames between the budget and this bound are
+# decoded, so that the error can name their true size.
 _FENCE_FACTOR = 4
 # What opening and counting packets may take: tables that lie in the file, our own lists, and the frames that a decoder
 # holds while it finds out how they are ordered.
@@ -74,7 +74,7 @@ def takes_too_long(modality: str, limit_s: float) -> MediaTooLargeError:
 
 
 class _DeadlineReader(io.BytesIO):
-    """The encoded bytes, which end when time is up: every demuxer stops at the end of its file.
+    """The encoded bytes, which appear to end when time is up: every demuxer stops at the end of its file.
 
     BytesIO shares the memory of the bytes given: no copy.
     """
@@ -156,7 +156,7 @@ def unknown_format(modality: str, expected: str) -> MediaTypeError:
 
 
 def prepare_decoder(stream: Any, modality: str, limits: MediaLimits) -> None:
-    """Check a stream's decoder against the list and fence it in.
+    """Check a stream's decoder against the list and set its limits.
 
     Raises:
         MediaTypeError: the codec is not decoded here.

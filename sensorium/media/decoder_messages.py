@@ -1,10 +1,10 @@
-"""What the front and the processes that decode say to each other: msgpack with a schema, nothing else.
+"""Messages between the front and the decoder processes: msgpack with a schema, nothing else.
 
     front -> fork server   FORK with the three open files of a new process; KILL; SLOW
     front -> decoder       Decode, then Chosen for each Choose
     decoder -> front       Ready, once; Choose (a clip's frames), then Decoded or Failed
 
-Encoded bytes and results go through two files without names that a decoder shares with the front.
+Encoded bytes and results go through two anonymous files that a decoder shares with the front.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ERRORS: dict[str, type[RequestError]] = {
     each.__name__: each
     for each in (MediaError, MediaTooLargeError, MediaTypeError, InvalidRequestError, UnsupportedFeatureError)
 }
-"""What decoding may raise, by name."""
+"""The classes of errors that decoding may raise, by name."""
 
 
 class Decode(msgspec.Struct, frozen=True, tag=True):
@@ -48,13 +48,13 @@ class Ready(msgspec.Struct, frozen=True, tag=True):
 
 
 class Choose(msgspec.Struct, frozen=True, tag=True):
-    """Which frames of this clip are wanted?"""
+    """Asks which frames of this clip are wanted."""
 
     metadata: VideoMetadata
 
 
 class Chosen(msgspec.Struct, frozen=True, tag=True):
-    """These; none if the sampler has failed."""
+    """The answer to `Choose`; None if the sampler has failed."""
 
     indices: list[int]
 
@@ -66,7 +66,7 @@ class Decoded(msgspec.Struct, frozen=True, tag=True):
         shape: `(height, width)`, `(num_samples,)` or `(num_frames, height, width, 3)`.
         sampling_rate: of a sound.
         metadata: of a clip.
-        is_last: the process ends now, since it holds on to memory.
+        is_last: the process ends now, because it keeps too much memory.
     """
 
     shape: tuple[int, ...]

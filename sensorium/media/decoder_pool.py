@@ -1,8 +1,8 @@
-"""Decodes media in processes of their own, so that none of them can take the front's memory or keep others waiting.
+"""Decodes media in separate processes, so that no item can exhaust the front's memory or delay other items.
 
-A thread talks to the processes; callers have futures, and cancelling one gives the item up. Two lanes keep quick items
-from waiting behind slow ones: every item starts in the quick lane, and what takes long goes on in the slow lane, or
-waits for a place there. At its deadline an item's process is killed.
+A thread talks to the processes; callers get futures, and cancelling a future abandons its item. Two lanes keep quick
+items from waiting behind slow ones: every item starts in the quick lane, and moves to the slow lane, or waits for a
+place there, when it takes long. At an item's deadline its process is killed.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ logger = get_logger(__name__)
 
 QUICK_LANE_S = 1.0
 _GRACE_S = 1.0
-"""Sounds and clips look at the clock themselves, and say more about where they stopped."""
+"""Decoders of sound and video check the time themselves, and their errors say where they stopped."""
 
 
 class DecoderPool:
@@ -66,7 +66,7 @@ class DecoderPool:
                 self._thread.start()
 
     def submit(self, media: EncodedMedia) -> Future[DecodedMedia]:
-        """Resolves to the canonical form of an item; cancelling gives it up.
+        """A future for the canonical form of an item; cancelling it abandons the item.
 
         The future raises:
             MediaError, InvalidRequestError: See `EncodedMedia.decode`.
@@ -86,7 +86,7 @@ class DecoderPool:
         return job.future
 
     def close(self) -> None:
-        """End the processes. What is under way fails. May be called again."""
+        """End the processes. Items that are being decoded fail. May be called again."""
         with self._lock:
             self._is_closing = True
         self._wake()
@@ -113,7 +113,7 @@ class DecoderPool:
         self._server_ended()
 
     def _turn(self) -> None:
-        """Wait for something to happen, and deal with it."""
+        """Wait for the next event and handle it."""
         by_source = {decoder.connection: decoder for decoder in self._decoders}
         server_end = [] if self._server is None else [self._server.end]
         ready = wait([self._woken, *server_end, *by_source], self._next_end_s())
@@ -173,7 +173,7 @@ class DecoderPool:
             self._server_ended()
 
     def _end_s(self, decoder: Decoder) -> float:
-        """When a process's time in its lane is over."""
+        """The time at which a process must leave its lane."""
         limit_s = self._limits.max_decode_s + _GRACE_S
         return decoder.started_s + (limit_s if decoder.is_slow else min(QUICK_LANE_S, limit_s))
 
@@ -182,7 +182,7 @@ class DecoderPool:
         return max(min(ends) - time.monotonic(), 0.0) if ends else None
 
     def _end_overdue(self) -> None:
-        """Stop items whose time is over, or let them go on in the slow lane."""
+        """Stop items whose time is over, or move them to the slow lane."""
         now_s = time.monotonic()
         for decoder in [each for each in self._decoders if each.job is not None and self._end_s(each) <= now_s]:
             job = decoder.job
@@ -201,7 +201,7 @@ class DecoderPool:
     # Processes
 
     def _hear(self, decoder: Decoder) -> None:
-        """Take one message of a process."""
+        """Handle one message from a process."""
         try:
             message = self._reader.decode(decoder.connection.recv_bytes())
             if isinstance(message, Ready):
@@ -226,7 +226,7 @@ class DecoderPool:
             decoder.tidy()
 
     def _has_died(self, decoder: Decoder) -> None:
-        """A process has ended by itself: the item that it had was too much for it."""
+        """A process has ended by itself: its item made it crash."""
         if decoder.job is not None:
             modality = decoder.job.media.modality
             logger.warning("a process has ended while it decoded %s of a request", modality)
@@ -245,7 +245,7 @@ class DecoderPool:
             self._server.kill(decoder)
 
     def _server_ended(self) -> None:
-        """Whoever waits learns it; the next item starts new processes."""
+        """Fail all waiting items; the next item starts new processes."""
         if not self._is_closing:
             logger.error("the processes that decode media have ended")
         jobs = [decoder.job for decoder in self._decoders if decoder.job is not None]
@@ -266,7 +266,7 @@ def _ended() -> SensoriumError:
 
 
 def _chosen(job: Job, question: Choose) -> list[int]:
-    """What the item's sampler says; none where it fails, which the decoder then reports."""
+    """The frames that the item's sampler chooses; None if it fails, which the decoder then reports."""
     try:
         return [int(index) for index in job.media.sampler(question.metadata)]
     except SensoriumError as error:

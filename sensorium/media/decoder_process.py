@@ -1,8 +1,8 @@
-"""The processes in which media of others are decoded: a fork server that has everything loaded, and its children.
+"""The processes that decode untrusted media: a fork server that has loaded all libraries, and its children.
 
-A child decodes one item after the other, with its memory fenced in. It may hang, grow or crash: whoever waits for it
-has it killed, and another takes its place within milliseconds. The fork server has one thread only, since it forks; it
-ends, and its children with it, when the front closes its end, however that comes about.
+A child decodes one item after the other, within a limit of memory. It may hang, grow or crash: the front kills it, and
+the fork server replaces it within milliseconds. The fork server has only one thread, because it forks. It and its
+children end when the front's end of the socket is closed, for whatever reason.
 """
 
 from __future__ import annotations
@@ -53,13 +53,13 @@ _NUM_FILES = 3
 _SLOW_NICE = 15
 _STRIP_BYTES = 1 << 20
 _KEPT_BYTES = 64 << 20
-"""Memory that a process may hold on to between two items."""
+"""Memory that a process may keep between two items."""
 
 
 def main(control_fd: int, limits: MediaLimits) -> None:
     """Serve the front until it closes its end."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # meant for the front, whose end is the sign to stop
+        signal.signal(number, signal.SIG_IGN)  # meant for the front; these processes stop when it closes its end
     _load_decoders()
     children: dict[int, int] = {}
     with socket.socket(fileno=control_fd) as control:
@@ -104,7 +104,7 @@ def _fork(control: socket.socket, files: Sequence[int], limits: MediaLimits) -> 
 
 
 def _live(files: Sequence[int], limits: MediaLimits) -> NoReturn:
-    """A child's whole life."""
+    """The main function of a child."""
     try:
         silence = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silence, 1)
@@ -128,7 +128,7 @@ class _Decoder:
         self._reader: msgspec.msgpack.Decoder[ToDecoder] = msgspec.msgpack.Decoder(ToDecoder)
 
     def run(self) -> None:
-        """Work until the front closes its end, or this process has become too large."""
+        """Decode until the front closes its end, or until this process has become too large."""
         self._send(Ready())
         while True:
             try:
@@ -193,7 +193,7 @@ class _Decoder:
 
 
 class _Sampler:
-    """Stands for the front's sampler."""
+    """Calls the front's sampler by a message."""
 
     key = "the front's"
 
@@ -205,19 +205,19 @@ class _Sampler:
 
 
 class _Output:
-    """The file that results go into. Pages that it has are used again, which is faster than new ones."""
+    """The file that results are written to. Its pages are reused, which is faster than allocating new ones."""
 
     def __init__(self, fd: int) -> None:
         self._fd = fd
         self._array: NDArray[np.uint8] | None = None
 
     def reserve(self, num_bytes: int) -> None:
-        """Make the file at least so long."""
+        """Make the file at least `num_bytes` long."""
         if os.fstat(self._fd).st_size < num_bytes:
             os.ftruncate(self._fd, num_bytes)
 
     def array(self, shape: tuple[int, ...]) -> NDArray[np.uint8]:
-        """Bytes that lie in the file: a result that is computed into them needs no writing."""
+        """An array inside the file: a result that is computed into it need not be copied."""
         num_bytes = int(np.prod(shape))
         self.reserve(num_bytes)
         memory = mmap.mmap(self._fd, num_bytes)
@@ -225,18 +225,18 @@ class _Output:
         return self._array
 
     def write(self, result: NDArray[Any]) -> None:
-        """Have the file begin with `result`."""
+        """Write `result` to the start of the file, unless it lies there already."""
         if result is self._array:
             return
         self.reserve(result.nbytes)
         self.write_at(np.ascontiguousarray(result).data.cast("B"), 0)
 
     def write_at(self, data: bytes | memoryview, offset: int) -> None:
-        """Put bytes somewhere in the file."""
+        """Write bytes to a place in the file."""
         write_all(self._fd, data, offset)
 
     def forget(self) -> None:
-        """Let go of the array."""
+        """Drop the reference to the array."""
         self._array = None
 
 

@@ -1,4 +1,4 @@
-"""The front's ends of the processes that decode; see `decoder_process`."""
+"""The front's handles on the decoder processes; see `decoder_process`."""
 
 from __future__ import annotations
 
@@ -48,19 +48,19 @@ class Job:
     sampler_error: SensoriumError | None = None
 
     def succeed(self, result: DecodedMedia) -> None:
-        """Tell whoever waits."""
+        """Resolve the future, unless it was cancelled."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_result(result)
 
     def fail(self, error: SensoriumError) -> None:
-        """Tell whoever waits."""
+        """Fail the future, unless it was cancelled."""
         if self.future.set_running_or_notify_cancel():
             self.future.set_exception(error)
 
 
 @dataclass(slots=True, eq=False)
 class Decoder:
-    """The front's ends of one process."""
+    """The front's handle on one decoder process."""
 
     number: int
     connection: Connection
@@ -72,18 +72,18 @@ class Decoder:
     started_s: float = 0.0
 
     def send(self, message: ToDecoder) -> None:
-        """Raises `OSError` if the process is gone."""
+        """Raises `OSError` if the process has ended."""
         self.connection.send_bytes(msgspec.msgpack.encode(message))
 
     def begin(self, job: Job) -> None:
-        """Hand over an item. Raises `OSError` if the process is gone."""
+        """Send an item. Raises `OSError` if the process has ended."""
         self.job, self.started_s = job, time.monotonic()
         media = job.media
         write_all(self.input_fd, media.data, 0)
         self.send(Decode(media.modality, len(media.data), media.media_type))
 
     def tidy(self) -> None:
-        """Give back what large items took."""
+        """Return the memory that large items took."""
         for fd in (self.input_fd, self.output_fd):
             if os.fstat(fd).st_size > _KEPT_BYTES:
                 os.ftruncate(fd, 0)
@@ -117,17 +117,17 @@ class Decoder:
         return array
 
     def close(self) -> None:
-        """Give up this end."""
+        """Close this handle."""
         self.connection.close()
         os.close(self.input_fd)
         os.close(self.output_fd)
 
 
 class ForkServer:
-    """The process that forks the others; see `decoder_process`."""
+    """The front's handle on the fork server; see `decoder_process`."""
 
     def __init__(self, limits: MediaLimits) -> None:
-        """Returns at once: loading goes on in the process."""
+        """Returns at once; the process goes on loading."""
         self._control, theirs = socket.socketpair()
         self._numbers = itertools.count()
         with theirs:
@@ -153,7 +153,7 @@ class ForkServer:
         return self._control
 
     def fork(self, *, is_slow: bool) -> Decoder:
-        """A new process. Raises `OSError` if there is no more server."""
+        """Fork a new process. Raises `OSError` if the server has ended."""
         ours, theirs = Pipe()
         decoder = Decoder(next(self._numbers), ours, anonymous_file(), anonymous_file(), is_slow)
         try:
@@ -170,11 +170,11 @@ class ForkServer:
         return decoder
 
     def make_slow(self, decoder: Decoder) -> None:
-        """Let others go first."""
+        """Lower the process's priority."""
         self._control.sendall(COMMAND.pack(SLOW, decoder.number))
 
     def kill(self, decoder: Decoder) -> None:
-        """End a process, whatever it does."""
+        """Kill a process."""
         with contextlib.suppress(OSError):
             self._control.sendall(COMMAND.pack(KILL, decoder.number))
 

@@ -32,8 +32,9 @@ class EncodedMedia:
         data: the encoded bytes.
         media_type: type of a data URL; only "video/jpeg" changes how bytes are read.
         sampler: which frames of a clip are wanted; without effect on other modalities.
-        lease: holds the bytes in a budget for as long as they are here.
-        salt: sets an item apart from others of the same bytes: whose it is, where that must not be found out.
+        lease: counts the bytes in a budget for as long as this object lives.
+        salt: makes the digest differ from that of the same bytes with another salt: the tenant, where tenants must not
+        learn what others sent.
     """
 
     modality: str

@@ -1,4 +1,5 @@
-"""The way back: from images, samples and frames to encoded bytes and data URLs. For clients, examples and tests."""
+"""The inverse of decoding: images, samples and frames to encoded bytes and data URLs. For clients, examples and
+tests."""
 
 from __future__ import annotations
 

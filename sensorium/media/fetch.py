@@ -5,8 +5,8 @@ How a remote fetch is kept safe:
   * the name is resolved once, all its addresses are checked (`address.py`), and the connection goes to a checked one,
     with the name kept for the Host header and for TLS: a second look-up that answers differently never happens;
   * redirects are followed here, one by one, each checked like the first address, none from https down to http;
-  * bytes are counted as they come (`origin.py`); encoded transfer is refused, so that nothing can inflate;
-  * one deadline covers look-up, connection, redirects and body; a host that is slow holds a part of all slots only;
+  * bytes are counted as they come (`origin.py`); compressed transfer is refused, so that nothing can expand;
+  * one deadline covers look-up, connection, redirects and body; one slow host can hold only a part of the slots;
   * no cookies, no credentials, no proxies or other settings from the environment, and no connection is used twice.
 """
 
@@ -49,7 +49,7 @@ _INLINE_CHARS = 1 << 16  # data URLs up to this long are decoded on the event lo
 class FetchedMedia:
     """The bytes of an item as they came. `media_type` is known for data URLs only; elsewhere the content tells.
 
-    `lease` holds the bytes in the fetcher's budget, if it has one, for as long as somebody refers to it.
+    `lease` counts the bytes in the fetcher's budget, if there is one, until it is garbage.
     """
 
     data: bytes
@@ -66,7 +66,7 @@ class MediaFetcher:
     Args:
         resolver: how names become addresses; the operating system's resolver by default.
         ssl_context: how TLS peers are verified; public authorities by default.
-        budget: bounds what all fetches together hold; without it, nothing does.
+        budget: bounds the bytes that all fetches together hold; without it, they are not bounded.
     """
 
     def __init__(
@@ -165,7 +165,7 @@ class MediaFetcher:
         )
 
     async def _check(self, url: RemoteUrl) -> list[IPAddress]:
-        """Hold a hop against the policy; the addresses that may be connected to."""
+        """Check a hop against the policy, and return the addresses that may be connected to."""
         policy = self.policy
         if not policy.allow_remote:
             raise MediaForbiddenError("remote media are switched off: got a URL, expected a data URL. Send it inline.")
@@ -181,7 +181,8 @@ class MediaFetcher:
         return await resolve_and_check(url.host, url.port, resolver=self._resolver, allowed_networks=self._networks)
 
     async def _request_any(self, url: RemoteUrl, addresses: Sequence[IPAddress], modality: str) -> FetchedMedia | str:
-        """Request `url` from the first address that accepts a connection: the body, or where it redirects to."""
+        """Request `url` from the first address that accepts a connection. Returns the body, or the address that it
+        redirects to."""
         import httpcore
 
         tried = addresses[:_MAX_ADDRESSES_TRIED]
@@ -251,7 +252,7 @@ class MediaFetcher:
 
 
 class _Slots:
-    """Bounds the fetches under way in one event loop, and those from one host to a quarter of them."""
+    """Bounds the concurrent fetches of one event loop, and those from one host to a quarter of that."""
 
     def __init__(self, most: int) -> None:
         self._all = asyncio.Semaphore(most)
@@ -260,7 +261,7 @@ class _Slots:
 
     @asynccontextmanager
     async def for_host(self, host: str) -> AsyncIterator[None]:
-        """A slot, once there is one."""
+        """Wait for a slot, and hold it."""
         of_host = self._hosts.setdefault(host, asyncio.Semaphore(self._most_of_host))
         async with of_host, self._all:
             yield
@@ -275,7 +276,7 @@ def _is_data(source: str) -> bool:
 
 
 def _run_blocking(work: Coroutine[Any, Any, FetchedMedia]) -> FetchedMedia:
-    """Run `work` to its end from synchronous code. A running loop in this thread (a notebook's) is left alone."""
+    """Run `work` to its end from synchronous code, also where this thread runs an event loop already (a notebook's)."""
     try:
         asyncio.get_running_loop()
     except RuntimeError:

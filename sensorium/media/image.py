@@ -2,8 +2,8 @@
 
 Canonical: a PIL image of mode "RGB", its only frame, upright (the EXIF orientation is applied), alpha composited over
 white, 16-bit grey reduced to its high byte, no colour profile applied, no metadata kept. An RGB image in memory without
-orientation comes through untouched, so Hugging Face's processors see the very pixels that they would see
-without us. Whatever can't be brought into this form exactly is refused.
+orientation is returned untouched, so that Hugging Face's processors see the same pixels as without Sensorium. An image
+that can't be converted exactly is refused.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 
 logger = get_logger(__name__)
 
-# Formats with a signature and a decoder that only decodes. Left out on purpose: EPS and its kin, which run other
-# programs; ICO, whose header may lie about the picture inside; plain PPM and TGA, which accept almost any bytes.
+# Formats with a signature and a decoder that only decodes. Left out on purpose: EPS and similar formats, which run
+# other programs; ICO, whose header may lie about the picture inside; plain PPM and TGA, which accept almost any bytes.
 FORMATS = ("JPEG", "PNG", "GIF", "WEBP", "AVIF", "BMP", "TIFF", "JPEG2000")
 BACKGROUND = (255, 255, 255)
 BYTES_PER_PIXEL = 4
-"""That the library takes in memory for a pixel of three channels."""
+"""Memory that the library takes for a pixel of three channels."""
 _WORKING_BYTES_PER_PIXEL = 32
 """The most that decoding takes for a pixel: coefficients of a progressive JPEG, copies while modes are converted."""
 _ORIENTATION_TAG = 0x0112
@@ -64,7 +64,7 @@ def decode_image(data: bytes, limits: MediaLimits | None = None) -> Image:
         _check_single(image)
     except MediaError:
         raise
-    except Exception as error:  # noqa: BLE001  decoders raise what they like; a caller is told one thing
+    except Exception as error:  # noqa: BLE001  decoders raise any exception; callers get one
         raise _corrupt(error) from None
     return canonical_image(image, limits)
 
@@ -82,7 +82,7 @@ def _check_single(image: Image) -> None:
                 return
             if not image.tag_v2.get(_SUBFILE_TYPE, 0) & _PREVIEW_OR_MASK:  # type: ignore[attr-defined]
                 break
-    elif image.format == "MPO":  # a photograph, with smaller ones or another eye's beside it
+    elif image.format == "MPO":  # a photograph with previews, or with a second one for stereo
         return
     raise MediaTypeError(
         f"image has several {'pages' if image.format == 'TIFF' else 'frames'}: got more than one, expected one. Send "
@@ -108,7 +108,7 @@ def warm_up() -> None:
 
 
 def canonical_image(image: Image, limits: MediaLimits | None = None) -> Image:
-    """Bring a PIL image into the canonical form (see the module). A plain RGB image is returned as it is.
+    """Convert a PIL image to the canonical form (see the module). A plain RGB image is returned as it is.
 
     Raises:
         MediaTooLargeError: it has too many pixels.
@@ -129,7 +129,7 @@ def canonical_image(image: Image, limits: MediaLimits | None = None) -> Image:
         raise
     except MemoryError:
         raise takes_too_much_memory("image") from None
-    except Exception as error:  # noqa: BLE001  decoders raise what they like; a caller is told one thing
+    except Exception as error:  # noqa: BLE001  decoders raise any exception; callers get one
         raise _corrupt(error) from None
     bare.info = {}
     return bare
@@ -137,7 +137,7 @@ def canonical_image(image: Image, limits: MediaLimits | None = None) -> Image:
 
 @cache
 def _available_formats() -> tuple[str, ...]:
-    """`FORMATS` as far as this build of Pillow has them."""
+    """Those of `FORMATS` that this build of Pillow supports."""
     import PIL.Image
 
     PIL.Image.init()
@@ -159,7 +159,7 @@ def _open(data: bytes, limits: MediaLimits) -> Image:
         ) from None
     except MemoryError:
         raise takes_too_much_memory("image") from None
-    except Exception as error:  # noqa: BLE001  decoders raise what they like; a caller is told one thing
+    except Exception as error:  # noqa: BLE001  decoders raise any exception; callers get one
         raise _corrupt(error) from None
 
 
@@ -185,7 +185,7 @@ def _orientation(image: Image) -> int:
     """The EXIF orientation, 1 to 8; 1 (upright) where it is absent or unreadable."""
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # noqa: BLE001  damaged metadata doesn't make a picture unreadable
+    except Exception:  # noqa: BLE001  an image with damaged metadata is still readable
         return 1
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 

@@ -13,7 +13,7 @@ from sensorium.errors import ConfigError, MediaTooLargeError
 from sensorium.settings import check_settings
 
 _MIB = 1 << 20
-# Pillow refuses images above twice its own PIL.Image.MAX_IMAGE_PIXELS by itself; a larger budget could never be used.
+# Pillow refuses images above twice its own PIL.Image.MAX_IMAGE_PIXELS; a larger budget would have no effect.
 _PILLOW_MAX_PIXELS = 178_956_970
 
 
@@ -26,23 +26,23 @@ class MediaLimits:
         max_video_bytes: encoded bytes of one clip.
         max_audio_bytes: encoded bytes of one sound.
         max_image_pixels: width x height of one image, read from its header before anything is allocated.
-        max_video_frames: frames handed on for one clip, after sampling.
+        max_video_frames: frames returned for one clip, after sampling.
         max_video_decoded_frames: frames decoded to get at them.
         max_video_frame_pixels: width x height of one frame. The default is the largest frame of H.264 level 5.1.
-        max_video_pixels: width x height x frames handed on; the array takes three bytes for each.
+        max_video_pixels: width x height x frames returned; the array takes three bytes for each.
         max_video_s: play time of a clip.
         max_audio_s: play time of a sound.
         max_audio_decoded_bytes: samples decoded, over all channels, at four bytes each.
-        max_decode_s: wall-clock seconds that decoding one item may take. Pictures are held to it where they are decoded
-            in processes of their own, as by the server.
-        max_decode_bytes: private memory that decoding one item may take there, beside what is handed on. An item gets
-            less than that: what its header promises.
-        decode_processes: processes that decode side by side there, and as many again for items that take long.
+        max_decode_s: wall-clock seconds that decoding one item may take. For pictures, it applies
+            where they are decoded in separate processes, as in the server.
+        max_decode_bytes: private memory that decoding one item may take there, beside its result. An item gets
+            less if its header promises less.
+        decode_processes: processes that decode in parallel there, and as many again for items that take long.
         image_fetch_timeout_s: deadline for a whole image fetch: name look-up, redirects and body together.
         video_fetch_timeout_s: the same for a clip.
         audio_fetch_timeout_s: the same for a sound.
         max_redirects: redirects followed for one item; 0 follows none.
-        max_concurrent_fetches: remote fetches under way at once in the process; more wait in line.
+        max_concurrent_fetches: concurrent remote fetches of the process; more wait.
         max_decoded_cache_bytes: decoded items kept for reuse, over all items; 0 keeps none.
 
     Raises:
@@ -100,7 +100,7 @@ class MediaLimits:
 
 
 def too_large(what: str, got: str, bound: str, remedy: str, field: str) -> MediaTooLargeError:
-    """The one sentence for an exceeded budget; `field` is the `MediaLimits` field that sets it."""
+    """The message for an exceeded budget; `field` is the `MediaLimits` field that sets it."""
     return MediaTooLargeError(f"{what}: got {got}, expected at most {bound}. {remedy}, or raise {field}.")
 
 

@@ -39,7 +39,7 @@ class MediaLoader:
         fetcher: replaces the one made from `limits` and `policy`.
         cache: replaces the one of `limits.max_decoded_cache_bytes`.
         budget: bounds the encoded bytes that all items together hold.
-        decoders: processes that decode instead of this one: for media of others, which may do harm. `close` ends them.
+        decoders: processes that decode instead of this one, for untrusted media. `close` ends them.
     """
 
     def __init__(
@@ -78,7 +78,7 @@ class MediaLoader:
         return _copy(self.cache.join(media.digest, lambda: decoders.submit(media)).result())
 
     async def adecode(self, media: EncodedMedia) -> Image | AudioClip | VideoFrames:
-        """As `decode`, in the pool. Cancelling it gives the item up, if nobody else waits for it."""
+        """As `decode`, in the pool. Cancelling it abandons the item, unless another caller waits for it."""
         decoders = self.decoders
         digest = await _digest(media)
         if decoders is None:
@@ -86,9 +86,9 @@ class MediaLoader:
         return await self.cache.aget(digest, lambda: decoders.submit(media), self._pool)
 
     async def adecode_ahead(self, media: EncodedMedia) -> None:
-        """Have an item decoded into the cache, so that `decode` won't keep its thread waiting.
+        """Decode an item into the cache, so that `decode` doesn't block its thread later.
 
-        Does nothing where nothing is cached, or where no other process decodes. Raises as `adecode` does.
+        Does nothing without a cache or without decoder processes. Raises as `adecode` does.
         """
         decoders = self.decoders
         if decoders is not None and self.decodes_ahead:
@@ -97,16 +97,16 @@ class MediaLoader:
 
     @property
     def decodes_ahead(self) -> bool:
-        """Whether `adecode_ahead` does something."""
+        """Whether `adecode_ahead` has an effect."""
         return self.decoders is not None and self.limits.max_decoded_cache_bytes > 0
 
     def start(self) -> None:
-        """Start the processes that decode, if there are some to be. Returns at once."""
+        """Start the decoder processes, if there are any. Returns at once."""
         if self.decoders is not None:
             self.decoders.start()
 
     def close(self) -> None:
-        """End the processes that decode. May be called again."""
+        """End the decoder processes. May be called again."""
         if self.decoders is not None:
             self.decoders.close()
 

@@ -19,7 +19,7 @@ _MAX_HEADER_CHARS = 256
 JPEG_FRAMES_TYPE = "video/jpeg"
 _STANDARD_ALPHABET = str.maketrans("-_", "+/")
 _WRAPPING_FACTOR = 2
-"""Line breaks make a text longer, by less than this."""
+"""Line breaks make base64 text longer, by less than this factor."""
 _ESCAPING_FACTOR = 3
 
 
@@ -68,8 +68,8 @@ def _max_chars(num_bytes: int) -> int:
 def read_data_url(url: str, modality: str, limits: MediaLimits) -> tuple[bytes, str | None]:
     """The bytes and the lower-case media type, with its parameters, of a `data:` URL.
 
-    For `video/jpeg` (JPEG frames, each in base64, with commas between) the payload is handed on as it stands: the
-    clip decoder takes it apart under the frame budget.
+    For `video/jpeg` (JPEG frames, each in base64, with commas between) the payload is returned as it is: the video
+    decoder splits it under the frame budget.
 
     Raises:
         MediaError: it isn't a base64 data URL.
@@ -120,8 +120,8 @@ def read_local_file(path: Path, modality: str, limits: MediaLimits, policy: Fetc
     """Read a file that the policy allows. Symbolic links count as what they point to.
 
     Raises:
-        MediaForbiddenError: local files are switched off, or this one lies outside the allowed folder. Whether it
-            exists is not told.
+        MediaForbiddenError: local files are switched off, or this one lies outside the allowed folder. The error
+            doesn't tell whether it exists.
         MediaUnavailableError: it can't be read, or is no regular file.
         MediaTooLargeError: it exceeds the budget.
     """
@@ -165,7 +165,7 @@ def _open_allowed(path: Path, policy: FetchPolicy) -> int:
 def _open_beneath(root: Path, parts: tuple[str, ...], flags: int) -> int:
     """Open `root/parts` one component at a time, following no link.
 
-    The path was resolved already, so there is no link left on it, unless somebody swapped one in since.
+    The path was resolved before, so it holds no link, unless one was put there since.
     """
     if os.open not in os.supports_dir_fd or not parts:
         return os.open(root.joinpath(*parts), flags)

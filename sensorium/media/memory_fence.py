@@ -1,10 +1,10 @@
-"""How much memory decoding may take, held by the operating system, in the processes that decode for others.
+"""Limits the memory that decoding may take, by the operating system, in the decoder processes.
 
-A container can claim anything, and what a library makes of the claim can't always be counted beforehand. So memory is
-fenced in: little while a header is read, then in proportion to what the header promises, which the budgets have
-passed by then. Beyond the fence an allocation fails, which is an error of that item.
+A container can claim any size, and the memory that a library allocates for it can't always be computed beforehand. So
+memory is limited: a little while the header is read, then in proportion to what the header promises, which the budgets
+have accepted by then. Beyond the limit an allocation fails, which is an error of that item.
 
-Elsewhere (in the caller's own process) there is no fence, and `allow` does nothing.
+In the caller's own process there is no limit, and `allow` does nothing.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class _Fence:
 def confine(most_bytes: int) -> None:
     """From now on this process gets no more private memory than it has and `most_bytes`, whatever `allow` says."""
     base_bytes = _private_bytes()
-    if base_bytes is None:  # no such accounting on this system: the deadline has to do
+    if base_bytes is None:  # this system doesn't count private memory: only the deadline limits the item
         return
     _Fence.base_bytes, _Fence.most_bytes = base_bytes, most_bytes
     _set(most_bytes)
@@ -42,7 +42,7 @@ def allow(num_bytes: int) -> None:
 
 
 def allow_all() -> None:
-    """Let the item that is being decoded have all that `confine` left."""
+    """Let the item that is being decoded have all that `confine` allows."""
     allow(_Fence.most_bytes)
 
 

@@ -1,12 +1,12 @@
-"""Refuses MP4 and MOV files whose tables claim absurdly many samples, before the demuxer believes them.
+"""Refuses MP4 and MOV files whose tables claim absurdly many samples, before the demuxer allocates for them.
 
 The demuxer turns run-length tables into one entry of about 36 bytes per sample: a file of 900 bytes whose `trun` box
 claims 50 million samples of default size makes it allocate 1.8 GB and work for eight seconds. An edit list repeats
 a track's samples, from the key frame before it on, for each of its edits. So the claims are added up here first, over
 all tracks. Sources of the layouts: ISO/IEC 14496-12 sections 8.6.1, 8.6.6, 8.7.3, 8.7.4, 8.7.5 and 8.8.8.
 
-Boxes are looked for by their four letters in everything but the media data, instead of by their nesting, so that
-tables in odd places, which a tolerant demuxer might still find, are counted as well.
+Boxes are looked for by their four letters in everything but the media data, instead of by their nesting, so that tables
+in unusual places, which a tolerant demuxer might still read, are counted too.
 """
 
 from __future__ import annotations

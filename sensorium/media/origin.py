@@ -1,8 +1,8 @@
 """One request to the origin of a media item, whose answer is metered on the wire.
 
-The origin is a stranger. Whatever it sends costs it more than it costs the event loop: heads are bounded, with all
-informational answers in front of them, what comes is counted before it is parsed, and a body may not come in more
-pieces than a body of its size has. All waiting is up to the caller's deadline, and no read takes the loop for long.
+The origin is not trusted. No answer may keep the event loop busy: heads are bounded, including the informational
+answers before them; bytes are counted before they are parsed; and a body may not arrive in more pieces than its size
+justifies. The caller's deadline bounds all waiting, and no single read blocks the loop for long.
 """
 
 from __future__ import annotations
@@ -19,12 +19,13 @@ from sensorium.media.address import IPAddress
 from sensorium.media.url import RemoteUrl
 
 MAX_HEAD_BYTES = 32 << 10
-"""Of an answer's head, and of everything that an origin may send in front of it."""
+"""Most bytes of an answer's head and of everything that an origin sends before it."""
 _HEAD_READ_BYTES = 4 << 10
 _BODY_READ_BYTES = 64 << 10
 _FREE_PIECES = 256
 _MIN_PIECE_BYTES = 64
-"""On average, beyond the free ones. A piece takes us some 50 microseconds, whatever its size."""
+"""Least bytes of a piece on average, not counting the free ones. A piece costs some 50 microseconds, whatever its
+size."""
 
 
 class TooFinelyChopped(Exception):  # noqa: N818  it is a state of a body, and stays in this room
@@ -33,7 +34,7 @@ class TooFinelyChopped(Exception):  # noqa: N818  it is a state of a body, and s
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Answer:
-    """What an origin says.
+    """An origin's answer.
 
     Attributes:
         status: of HTTP.
@@ -54,11 +55,11 @@ async def ask(
 
     Args:
         context: verifies the origin; its name is the URL's, not the address.
-        max_bytes: the most that a body may have. More are not read from the wire, but for the head and the framing.
+        max_bytes: the most that a body may have. No more are read from the wire, except for the head and the framing.
 
     Raises:
-        httpcore.ConnectError, httpcore.ConnectTimeout: There is no connection, or no valid certificate.
-        httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException: The answer breaks off, or is none.
+        httpcore.ConnectError, httpcore.ConnectTimeout: No connection, or no valid certificate.
+        httpcore.NetworkError, httpcore.ProtocolError, httpcore.TimeoutException: The answer breaks off, or isn't HTTP.
     """
     meter = _Meter(MAX_HEAD_BYTES + max_bytes + max_bytes // 8)
     origin = httpcore.Origin(url.scheme.encode(), str(address).encode(), url.port)
@@ -104,7 +105,7 @@ async def _pieces(body: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
 
 
 class _Meter:
-    """Counts what comes over one connection. Invariant: no more is read than may be."""
+    """Counts the bytes read from one connection. Invariant: no more is read than is allowed."""
 
     def __init__(self, max_bytes: int) -> None:
         self.has_head = False
@@ -112,14 +113,14 @@ class _Meter:
         self._num_bytes = 0
 
     def next_read_bytes(self, wanted: int) -> int:
-        """How much to read next. Raises `httpcore.RemoteProtocolError` if it was enough."""
+        """How many bytes may be read next. Raises `httpcore.RemoteProtocolError` if none may."""
         left = (self._max_bytes if self.has_head else MAX_HEAD_BYTES) - self._num_bytes
         if left <= 0:
             raise httpcore.RemoteProtocolError("more bytes than an answer of this kind has")
         return min(wanted, left, _BODY_READ_BYTES if self.has_head else _HEAD_READ_BYTES)
 
     def count(self, num_bytes: int) -> None:
-        """So much has come."""
+        """Count bytes that were read."""
         self._num_bytes += num_bytes
 
 

@@ -1,4 +1,4 @@
-"""Who may be fetched from: schemes, hosts, networks and folders. Set by the operator, never by a request."""
+"""Which sources may be fetched: schemes, hosts, networks and folders. Set by the operator, never by a request."""
 
 from __future__ import annotations
 

@@ -10,7 +10,7 @@ repeat every `down` input samples, and the same group of outputs in all blocks i
 Source: J. O. Smith, "Digital Audio Resampling Home Page", section "Theory of Ideal Bandlimited Interpolation".
 
 Quality: 64 zero crossings on each side, Kaiser beta 12. Up to 0.9 of the lower Nyquist frequency a tone is off by
-less than -95 dB; what lies above 1.01 of it is below -95 dB; no delay. Rates whose ratio would need more than 4096
+less than -95 dB; components above 1.01 of it are below -95 dB; no delay. Rates whose ratio would need more than 4096
 phases (44,101 Hz, say) are taken at the nearest ratio that doesn't, usually within a few parts in a million.
 """
 

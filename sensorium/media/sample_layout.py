@@ -1,8 +1,8 @@
-"""What the samples of an encoded image mean: which of a file's ways of writing them are read rightly, and which not.
+"""What the samples of an encoded image mean: which sample layouts the image library reads correctly.
 
-The library opens more than it reads rightly: it takes signed samples for unsigned ones, passes over "white is zero" at
-16 bits, and so on. What is known to come out right is listed here; what can be put right says how; the rest is refused.
-Sources: TIFF 6.0, sections 3 to 6, 16 to 18 and 21; PNG 1.2, section 4.2.1.1.
+The library opens more layouts than it reads correctly: it takes signed samples for unsigned ones, ignores "white is
+zero" at 16 bits, and so on. This module lists the layouts that it reads correctly and those whose samples can be
+corrected; the rest is refused. Sources: TIFF 6.0, sections 3 to 6, 16 to 18 and 21; PNG 1.2, section 4.2.1.1.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def layout_of(image: Image) -> SampleLayout:
     """The layout of an image that was opened and not loaded yet.
 
     Raises:
-        MediaTypeError: The library would read its samples wrongly.
+        MediaTypeError: The library would misread its samples.
     """
     if image.format == "TIFF" and hasattr(image, "tag_v2"):
         return _tiff_layout(image.tag_v2)
@@ -63,7 +63,7 @@ def _tiff_layout(tags: Mapping[int, Any]) -> SampleLayout:
     photometric = tags.get(_PHOTOMETRIC, _WHITE_IS_ZERO)
     compression = tags.get(_COMPRESSION, _RAW)
     if compression in _JPEG:
-        return PLAIN  # says by itself what its samples are
+        return PLAIN  # the format itself defines its samples
     if set(_numbers(tags, _FORMAT, 1)) != {1}:
         raise _unreadable("signed or floating-point samples", "unsigned integers")
     if len(set(bits)) > 1 or bits[0] not in (1, 2, 4, 8, 12, 16):

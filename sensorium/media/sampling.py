@@ -27,11 +27,9 @@ class VideoMetadata:
     Attributes:
         total_num_frames: frames in the whole clip.
         fps: frames per second on average; None for bare frames without times.
-        width: pixels, as handed on (upright).
-        height: pixels, as handed on (upright).
-        duration_s: play time, `total_num_frames / fps`; None with `fps`.
-        video_backend: what decoded it.
-        frames_indices: index within the clip of each frame handed on; empty before sampling.
+        width: pixels, upright. height: pixels, upright. duration_s: play time, `total_num_frames / fps`; None with
+        `fps`. video_backend: what decoded it. frames_indices: index within the clip of each frame handed on; empty
+        before sampling.
     """
 
     total_num_frames: int

@@ -1,4 +1,4 @@
-"""Work of one request that goes on side by side in an event loop."""
+"""Concurrent work of one request in an event loop."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _T = TypeVar("_T")
 
 
 async def all_or_none(work: list[Coroutine[Any, Any, _T]]) -> list[_T]:
-    """All results in order; the first failure, or being cancelled, ends what is still under way."""
+    """All results in order; the first failure, or a cancellation, cancels the rest."""
     tasks = [asyncio.ensure_future(each) for each in work]
     try:
         return await asyncio.gather(*tasks)

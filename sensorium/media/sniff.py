@@ -23,8 +23,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 def find_stream(data: bytes) -> tuple[str, bytes] | None:
     """FFmpeg's name of the demuxer for audio or video bytes, and the bytes from where the stream begins.
 
-    Taggers and careless tools put things in front of any stream, which players skip: tags, padding, a byte order mark.
-    What the stream is, is told by what follows. None when that is of no accepted kind.
+    Some tools put tags, padding or a byte order mark in front of a stream, which players skip. The bytes after them
+    decide. None when they are of no accepted kind.
     """
     start = _skip_tags(data)
     end = _skip_padding(data, start)

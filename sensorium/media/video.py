@@ -1,9 +1,9 @@
 """Clips: from encoded bytes to the sampled frames and the metadata that Hugging Face's video processors expect.
 
 Three steps: read all packets once, without decoding, to learn the true number of frames (`video_index.py`); let the
-sampler choose; decode the chosen frames (`video_decode.py`). Should decoding show that there are fewer
-frames than packets, the sampler chooses again from the true number. All containers go this way, animated GIF too;
-JPEG frames sent one by one (`video/jpeg` data URLs) have their own short way under the same budgets.
+sampler choose; decode the chosen frames (`video_decode.py`). If decoding yields fewer frames than there are packets,
+the sampler chooses again from the true number. All containers go this way, animated GIF too; JPEG frames sent one by
+one (`video/jpeg` data URLs) have their own short way under the same budgets.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ logger = get_logger(__name__)
 
 
 Allocate: TypeAlias = Callable[[tuple[int, ...]], NDArray[np.uint8]]
-"""An array of bytes of a shape, whatever it holds."""
+"""An uninitialized array of bytes of the given shape."""
 
 
 def _allocate(shape: tuple[int, ...]) -> NDArray[np.uint8]:
@@ -133,7 +133,7 @@ class _ClipDecoder:
         return index, metadata
 
     def _decode(self, index: VideoIndex, indices: Sequence[int]) -> int | None:
-        """Collect the frames; the true number of frames, if that is too few."""
+        """Collect the frames. Returns the true number of frames if it is too small."""
         wanted = sorted(set(indices))
         if index.seek_table is not None:
             self._collector.start_pass(len(wanted))

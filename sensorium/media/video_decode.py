@@ -39,11 +39,11 @@ class FrameCollector:
         self._num_wanted = 0
 
     def start_pass(self, num_wanted: int) -> None:
-        """Forget what was kept; what was decoded stays counted."""
+        """Drop the kept frames; decoded ones stay counted."""
         self._frames, self._num_kept, self._num_wanted = None, 0, num_wanted
 
     def count(self) -> None:
-        """One more frame has been decoded."""
+        """Count one more decoded frame."""
         self._num_decoded += 1
         bound = self._limits.max_video_decoded_frames
         if self._num_decoded > bound:
@@ -82,7 +82,7 @@ class FrameCollector:
 
 
 def check_frame_size(width: int, height: int, num_frames: int, limits: MediaLimits) -> None:
-    """Hold one frame's size, and `num_frames` of them, against the budgets.
+    """Check one frame's size, and that of `num_frames` frames, against the budgets.
 
     Raises:
         MediaTooLargeError: they exceed them.

@@ -19,9 +19,9 @@ from sensorium.errors import MediaError, MediaTooLargeError
 from sensorium.media.container import Deadline
 from sensorium.media.limits import MediaLimits, too_large
 
-_MAX_PACKETS = 1_000_000  # of one stream; an hour at 240 frames per second has fewer
+_MAX_PACKETS = 1_000_000  # most packets of one stream; an hour at 240 frames per second has fewer
 _SEEKABLE_CODECS = frozenset({"h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg4", "mjpeg"})
-_RATE_TOLERANCE = 0.05  # a header's rate that is further off the timestamps is not believed
+_RATE_TOLERANCE = 0.05  # a header's rate that differs more from the timestamps is ignored
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,7 +110,7 @@ def index_packets(container: Any, stream: Any, limits: MediaLimits, deadline: De
 
 
 def _frame_rate(declared: Fraction | None, num_frames: int, seconds: float) -> float | None:
-    """Frames per second: the header's word if the timestamps bear it out."""
+    """Frames per second: the header's value if the timestamps agree with it."""
     measured = num_frames / seconds if seconds > 0 else None
     if declared is None or declared <= 0:
         return measured

@@ -1,8 +1,8 @@
-"""A model's text, taken apart: reasoning, content, calls of functions. Knows text only: no engine, no HTTP.
+"""Parses a model's text into reasoning, content and calls of functions. Works on text alone: no engine, no HTTP.
 
-`AnswerParser` takes one answer apart, whole or as it streams. `FORMATS` are the forms in which models write calls,
-`REASONING_FORMATS` those of reasoning; `find_tool_format` and `find_reasoning_format` tell by the chat template which a
-model has.
+`AnswerParser` parses one answer, whole or as it streams. `FORMATS` are the formats in which models write calls,
+`REASONING_FORMATS` those of reasoning; `find_tool_format` and `find_reasoning_format` find a model's format by its chat
+template.
 """
 
 from sensorium.parsing.answer import AnswerParser

@@ -1,4 +1,4 @@
-"""An answer's text, taken apart as it comes: reasoning, content, calls."""
+"""Parses an answer's text as it arrives: reasoning, content, calls."""
 
 from __future__ import annotations
 
@@ -13,22 +13,21 @@ from sensorium.parsing.tools import Tools
 
 
 class AnswerParser:
-    """Takes one answer apart. However its text is cut into pieces, the events say the same.
+    """Parses one answer. The joined events don't depend on how its text is cut into pieces.
 
         parser = AnswerParser(reasoning=REASONING_FORMATS["think"], tool_format=FORMATS["hermes"], tools=tools)
         events = parser.push("<think>Hm.</think>") + parser.push("Hello") + parser.finish()
 
-    Nothing that the model wrote is lost but marks, the white space around them, calls beyond `max_calls`, arguments of
-    functions that take none, and what a cut left of a mark or of a call's beginning: what looks like a call and is none
-    is content. Linear in the text.
+    All that the model wrote is in the events, except for marks, the white space around them, calls beyond `max_calls`,
+    arguments of functions that take none, and an incomplete mark or call at the end of an answer that was cut off. Text
+    that looks like a call but isn't one is content. Takes time linear in the text.
 
     Args:
-        reasoning: how the model marks its reasoning; None: it isn't looked for.
+        reasoning: how the model marks its reasoning; None: don't look for it.
         is_reasoning_open: the prompt ended within reasoning.
-        tool_format: how the model writes calls; None: they aren't looked for.
+        tool_format: how the model writes calls; None: don't look for them.
         tools: the functions that it may call.
-        max_calls: calls beyond are dropped; None for any number.
-        is_forced: the answer is calls and nothing else.
+        max_calls: further calls are dropped; None for any number. is_forced: the answer consists of calls only.
     """
 
     def __init__(
@@ -48,7 +47,7 @@ class AnswerParser:
         self._steps = self._read(reasoning, is_reasoning_open, tool_format, tools or Tools(()))
 
     def push(self, text: str) -> list[Event]:
-        """More of the answer; returns what is certain now."""
+        """Take more of the answer; returns the events that are certain by now."""
         if self._is_plain:
             return [Content(text)] if text else []
         if text:
@@ -57,7 +56,7 @@ class AnswerParser:
         return self._sink.take()
 
     def finish(self, *, is_cut: bool = False) -> list[Event]:
-        """The answer has ended; returns the rest. `is_cut`: not by the model, which would have gone on."""
+        """The answer has ended; returns the remaining events. `is_cut`: it was cut off, by a limit or a stop string."""
         if self._is_plain:
             return []
         self._reader.close(is_cut=is_cut)
@@ -76,6 +75,6 @@ class AnswerParser:
         yield from self._reader.rest(self._sink.content)
 
     def parse(self, pieces: Iterable[str], *, is_cut: bool = False) -> ParsedAnswer:
-        """A whole answer, of one piece or several; see `finish`."""
+        """Parse a whole answer, in one piece or several; see `finish`."""
         events = [event for piece in pieces for event in self.push(piece)]
         return collect([*events, *self.finish(is_cut=is_cut)])

@@ -1,4 +1,4 @@
-"""A call as a JSON object: `{"name": "f", "arguments": {...}}` and its kin, read as it is written."""
+"""A call as a JSON object, such as `{"name": "f", "arguments": {...}}`, read while the model writes it."""
 
 from __future__ import annotations
 
@@ -14,30 +14,30 @@ from sensorium.parsing.sink import Sink
 NAME_KEYS = frozenset({"name", "function", "tool_name"})
 ARGUMENTS_KEYS = frozenset({"arguments", "parameters", "args"})
 OTHER_KEYS = frozenset({"id", "type"})
-"""What else a call may say about itself."""
+"""Further members that a call may have."""
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 class Outcome(Enum):
-    """What became of text that could be a call."""
+    """The outcome of reading text that may be a call."""
 
     CALL = auto()
-    """A call, with all of its arguments."""
+    """A complete call."""
     BROKEN = auto()
-    """A call has begun, and its arguments end in the middle."""
+    """A call whose arguments are incomplete."""
     NONE = auto()
-    """No call: what was read is text like any other."""
+    """Not a call: what was read is ordinary text."""
 
 
 class CallObject:
-    """Reads one call, from its opening brace on.
+    """Reads one call, starting at its opening brace.
 
-    The call begins as soon as its name is known and its arguments have begun; from then on they are handed on as they
-    come. Until then the reader keeps what was read.
+    The call begins as soon as its name is known and its arguments have begun; from then on they are emitted as they
+    arrive. Until then the reader keeps what was read.
 
     Args:
         accepts: whether a function of this name may be called.
-        only_calls: an object with other members than those of a call is none.
+        only_calls: an object with members that a call doesn't have is not a call.
     """
 
     def __init__(self, reader: Reader, sink: Sink, accepts: Callable[[str], bool], *, only_calls: bool) -> None:
@@ -52,7 +52,7 @@ class CallObject:
 
     @property
     def is_named(self) -> bool:
-        """Its name was read: it is of a function that may be called."""
+        """The name was read, and a function of this name may be called."""
         return self._name is not None
 
     def read(self) -> Steps[Outcome]:
@@ -67,7 +67,7 @@ class CallObject:
         return Outcome.CALL if self._is_complete else Outcome.BROKEN
 
     def _object(self, *, is_outer: bool) -> Steps[bool]:
-        """The members of an object; False where it isn't one to its end."""
+        """Read the members of an object; False if it isn't a complete object."""
         reader = self._reader
         yield from reader.take("{")
         while True:
@@ -111,7 +111,7 @@ class CallObject:
         return True
 
     def _read_arguments(self, first: str) -> Steps[bool]:
-        """An object; the same as a string of JSON; or null, for none."""
+        """Read arguments: an object, a string that holds one as JSON, or null for none."""
         if first == "{" and self._name is not None:
             return (yield from self._stream_arguments())
         if first not in ("{", '"', "n"):
@@ -131,7 +131,7 @@ class CallObject:
         return True
 
     def _stream_arguments(self) -> Steps[bool]:
-        """Hand the arguments on, once their first key shows that they are JSON."""
+        """Emit the arguments, once their first key shows that they are JSON."""
         scanner = JsonScanner()
         held: list[str] = []
 
@@ -153,7 +153,7 @@ class CallObject:
             self._sink.start_call(self._name)
 
     def _string(self) -> Steps[str | None]:
-        """A string's value; None where something else stands."""
+        """Read a string; None if something else comes."""
         if (yield from self._reader.peek(1)) != '"':
             return None
         pieces: list[str] = []
@@ -162,7 +162,7 @@ class CallObject:
 
 
 def _as_object(text: str) -> str | None:
-    """Arguments as the text of an object; None where they are something else."""
+    """Arguments as the text of a JSON object; None if they are something else."""
     if text == "null":
         return "{}"
     if text.startswith('"'):

@@ -1,7 +1,7 @@
-"""Arguments that a model writes one by one, between tags, turned into the text of a JSON object.
+"""Turns arguments that a model writes one by one, between tags, into the text of a JSON object.
 
-A value between tags bears no type. The function's schema says which it has; where it says nothing, what reads as JSON
-is JSON, and anything else a string.
+A value between tags has no type. The function's schema gives it one; without a schema, a value that is valid JSON is
+JSON, and any other is a string.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ class ParameterWriter:
         self._num_written = 0
 
     def begin(self) -> None:
-        """Before the first parameter."""
+        """Begin the object."""
         self._sink.arguments("{")
 
     def end(self) -> None:
-        """After the last one."""
+        """End the object."""
         self._sink.arguments("}")
 
     def parameter(
@@ -58,7 +58,7 @@ class ParameterWriter:
         return end
 
     def _stream_string(self, ends: tuple[str, ...], *, has_frame: bool) -> Steps[str | None]:
-        """A string is handed on as it comes, but for a line break that may be the frame's."""
+        """Emit a string as it arrives, except for a line break that may belong to the tags."""
         held = ""
 
         def emit(text: str) -> None:
@@ -75,7 +75,7 @@ class ParameterWriter:
 
 
 def is_string(schema: Mapping[str, Any]) -> bool:
-    """Whether values of a schema are strings and nothing else."""
+    """Whether the schema allows only strings."""
     if "type" in schema:
         return bool(schema["type"] in ("string", ["string"]))
     options = schema.get("enum")
@@ -83,7 +83,7 @@ def is_string(schema: Mapping[str, Any]) -> bool:
 
 
 def as_json(text: str) -> str:
-    """A value as JSON: its own text if that is JSON, else a string of it."""
+    """A value as JSON: its text if that is JSON, else the text as a JSON string."""
     value = text.strip()
     value = _WORDS.get(value, value)
     scanner = JsonScanner()

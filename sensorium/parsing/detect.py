@@ -1,7 +1,7 @@
-"""Which forms a model uses, by its chat template.
+"""Finds the formats that a model uses, by its chat template.
 
-A template that shows past calls shows how the model writes them: it is rendered on a conversation with a call, and what
-stands there is what the model was trained on. Where that can't be had, its own text is looked through.
+A template that shows past calls shows how the model writes them: it is rendered with a conversation that has a call,
+and the result shows the format that the model was trained on. If that fails, the template's source is searched.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ _RESULT: Mapping[str, Any] = {"role": "tool", "tool_call_id": "qxzcall00", "name
 
 
 def shows_tools(template: str, render: Render) -> bool:
-    """Whether a template does something with tools: shows them, or at least asks for them."""
+    """Whether a template uses tools: renders them, or at least refers to them."""
     return _TOOLS.search(template) is not None or _PROBE in (render([_QUESTION], [_TOOL]) or "")
 
 
 def find_tool_format(template: str, render: Render | None = None, asked: str = AUTO) -> ToolFormat | None:
-    """The form of calls that `asked` names, or that a template has; None if there is none.
+    """The format of calls that `asked` names, or that a template has; None if there is none.
 
-    Raises `ConfigError` (a `ValueError`) for a name that there isn't.
+    Raises `ConfigError` for an unknown name.
     """
     if asked != AUTO:
         return _named("tool_parser", asked, FORMATS)
@@ -59,7 +59,7 @@ def find_tool_format(template: str, render: Render | None = None, asked: str = A
 def find_reasoning_format(template: str, asked: str = AUTO) -> ReasoningFormat | None:
     """The marks of reasoning that `asked` names, or that a template has; None if there are none.
 
-    Raises `ConfigError` (a `ValueError`) for a name that there isn't.
+    Raises `ConfigError` for an unknown name.
     """
     if asked != AUTO:
         return _named("reasoning_parser", asked, REASONING_FORMATS)
@@ -67,13 +67,13 @@ def find_reasoning_format(template: str, asked: str = AUTO) -> ReasoningFormat |
 
 
 def check_names(tool_parser: str, reasoning_parser: str) -> None:
-    """Raises `ConfigError` (a `ValueError`) for names that there aren't."""
+    """Raises `ConfigError` for unknown names."""
     find_tool_format("", None, tool_parser)
     find_reasoning_format("", reasoning_parser)
 
 
 def _rendered_call(render: Render | None) -> str:
-    """What a template makes of a call; empty if it shows none."""
+    """A call as the template renders it; empty if it doesn't."""
     if render is None:
         return ""
     for messages in ([_QUESTION, _ANSWER, _RESULT], [_QUESTION, _ANSWER]):

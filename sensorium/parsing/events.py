@@ -1,7 +1,7 @@
-"""What a model's answer holds, piece by piece, and whole.
+"""The parts of a model's answer, as events and as a whole.
 
-A parser gives out events as text comes in. `collect` joins the events of one answer, so a whole answer is by
-construction what its stream says.
+A parser emits events as text arrives. `collect` joins the events of one answer, so a whole answer always equals its
+stream.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class Content:
 
 @dataclass(frozen=True, slots=True)
 class Reasoning:
-    """More of the text that the model wrote for itself."""
+    """More of the reasoning."""
 
     text: str
 
@@ -50,7 +50,7 @@ class ParsedCall:
 
     name: str
     arguments: str
-    """The text of a JSON object; less than that, or no JSON, where the model didn't write one to its end."""
+    """The text of a JSON object; incomplete or invalid if the model didn't finish it."""
 
 
 @dataclass(slots=True)

@@ -1,6 +1,6 @@
-"""Grammars that hold a model to calls: to make some, or to make none but proper ones.
+"""Grammars that constrain a model's calls: that it makes some, or that those it makes are valid.
 
-Each format says how one call is written; here stands what may come before, between and after calls.
+Each format has the grammar of one call; this module adds what may come before, between and after calls.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from sensorium.parsing.reasoning import ReasoningFormat
 from sensorium.parsing.tools import Tools
 
 _LINE_BREAKS = "/\\n{0,2}/"
-"""What models put between reasoning and what follows."""
+"""The white space that models put after reasoning."""
 
 
 class Held(Enum):
-    """What an answer must be."""
+    """What an answer must consist of."""
 
     CALLS = auto()
     """Calls, at least one."""
     PROPER = auto()
-    """Any text, in which whatever begins as a call is a proper one."""
+    """Any text; every call in it is valid."""
     EITHER = auto()
     """Calls, or JSON of a schema."""
 
@@ -44,13 +44,10 @@ def answer_grammar(
 
     Args:
         tool_format: how the model writes calls.
-        tools: those that may be called.
-        token_ids: of marks that are tokens of their own.
-        held: what an answer must be.
-        is_parallel: several calls may follow one another.
-        schema: of the JSON that an answer may be instead.
-        reasoning: the model may reason first, between these marks; None: not within this grammar.
-        is_behind_reasoning: the grammar holds from where reasoning has ended.
+        tools: those that may be called. token_ids: the ids of marks that are special tokens. held: what an answer must
+        be. is_parallel: several calls may follow one another. schema: of the JSON that an answer may be instead.
+        reasoning: the model may reason first, between these marks; None: not within this grammar. is_behind_reasoning:
+        the grammar applies after the end of reasoning.
     """
     lark = Lark(token_ids)
     if held is Held.PROPER:

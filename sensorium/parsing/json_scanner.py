@@ -1,7 +1,7 @@
 """Follows one JSON value through text that arrives in pieces. Source: RFC 8259.
 
-Models write line breaks into strings as they are, which JSON doesn't allow: the scanner hands them on escaped, and
-everything else as it stands.
+Models write unescaped line breaks into strings, which JSON doesn't allow: the scanner emits them escaped, and
+everything else unchanged.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ class _Expect(Enum):
 
 
 class JsonScanner:
-    """Takes a value's text, which begins where the scanner does, and finds its end.
+    """Finds the end of a value that begins at the first character scanned.
 
-    Linear in the text; memory for its nesting and its longest number.
+    Takes time linear in the text, and memory for its nesting and its longest number.
     """
 
     def __init__(self) -> None:
@@ -55,9 +55,10 @@ class JsonScanner:
         self._number: list[str] = []
 
     def feed(self, text: str, start: int, out: list[str]) -> int:
-        """Read from `start`; returns where it stopped: behind the value, before what is none of it, or at the end.
+        """Read from `start`; returns where it stopped: after the value, before a character that can't belong to it, or
+        at the end.
 
-        What was read goes to `out`.
+        The text that was read goes to `out`.
         """
         at = start
         while at < len(text) and not (self.is_done or self.is_broken):
@@ -86,7 +87,7 @@ class JsonScanner:
         return at + 1
 
     def _takes(self, char: str) -> bool:
-        """Whether a character may stand here; what is expected next follows from it."""
+        """Whether a character may come here; updates what is expected next."""
         expect = self._expect
         if expect in (_Expect.VALUE_OR_END, _Expect.KEY_OR_END, _Expect.COMMA_OR_END) and char == self._closers[-1]:
             self._closers.pop()

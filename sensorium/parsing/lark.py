@@ -1,7 +1,7 @@
 """Writes grammars in llguidance's form of Lark, rule by rule.
 
-Marks that are tokens of their own stand in a grammar by their ids, since to llguidance such a token is no text; other
-marks are literals. Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
+Marks that are special tokens are written in a grammar by their ids, because llguidance doesn't match such tokens as
+text; other marks are literals. Source: https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ from collections.abc import Mapping
 from typing import Any
 
 _JSON_STYLE = {"whitespace_flexible": False, "item_separator": ", ", "key_separator": ": "}
-"""White space as `json.dumps` writes it, and models with it: free white space is room to run in circles."""
+"""White space as `json.dumps` writes it: with free white space, a model may write spaces for ever."""
 
 
 class Lark:
     """A grammar that grows.
 
-    `token_ids`: of the marks that are tokens of their own.
+    `token_ids`: the ids of marks that are special tokens.
     """
 
     def __init__(self, token_ids: Mapping[str, int]) -> None:
@@ -28,7 +28,7 @@ class Lark:
         self._lines: list[str] = ["TEXT: /(.|\\n)*/"]
 
     def is_token(self, mark: str) -> bool:
-        """Whether a mark is a token of its own."""
+        """Whether a mark is a special token."""
         return mark in self._token_ids
 
     def text(self, text: str) -> str:
@@ -47,12 +47,13 @@ class Lark:
         return name
 
     def json(self, schema: Mapping[str, Any], *, is_strict: bool) -> str:
-        """What a JSON schema describes. If not strict, parts of it that can't be held to are passed over."""
+        """An expression for what a JSON schema describes. Unless strict, parts of it that can't be enforced are
+        ignored."""
         styled = {**schema, "x-guidance": {**_JSON_STYLE, "lenient": not is_strict}}
         return self.rule("%json " + json.dumps(styled, ensure_ascii=False))
 
     def text_to(self, end: str) -> str:
-        """Any text up to where `end` first comes, and `end`."""
+        """An expression for any text up to the first `end`, and `end` itself."""
         if any(end.startswith(mark) for mark in self._token_ids):
             return self.rule(f"TEXT {self.text(end)}")
         return self.rule(f"TEXT {json.dumps(end, ensure_ascii=False)}", lazy=True)

@@ -13,7 +13,7 @@ from sensorium.parsing.tools import Tool
 
 @dataclass(frozen=True, slots=True)
 class ParameterForm:
-    """What stands before a parameter's name, between name and value, and behind the value."""
+    """The texts before a parameter's name, between name and value, and after the value."""
 
     before: str
     between: str
@@ -48,6 +48,6 @@ class ParameterForm:
             return f"({' | '.join(lark.text(str(each)) for each in options)}) {behind}"
         if is_string(schema):
             return lark.text_to(self.behind)
-        # A reference within the schema goes to the whole schema's definitions.
+        # References within the schema refer to the whole schema's definitions.
         shared = {key: tool.parameters[key] for key in ("$defs", "definitions") if key in tool.parameters}
         return f"{lark.json({**shared, **schema}, is_strict=tool.is_strict)} {behind}"

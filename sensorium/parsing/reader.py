@@ -1,11 +1,11 @@
-"""Text that arrives in pieces, read by generators that wait where it ends.
+"""Lets a parser read text that arrives in pieces as if all of it were there.
 
-A parser is a generator that reads as if all text were there:
+A parser is a generator:
 
     found = yield from reader.until(("<tool_call>",), sink.content)
 
-Where the text ends and more may come, it yields; `push` and `close` let it go on. Every read takes all that it can, so
-that what stays unread is shorter than the longest literal: the work is linear in the text, however it is cut.
+It yields where the text ends and more may come; `push` and `close` resume it. Every read takes as much as it can, so
+that the unread rest is shorter than the longest literal: the work is linear in the text, however it is cut.
 """
 
 from __future__ import annotations
@@ -25,10 +25,9 @@ WHITESPACE = re.compile(r"\s*")
 
 
 class Reader:
-    """The text of one answer. Reads never go back; what was read since `mark` can be had again by `unmark`.
+    """The text of one answer. Reads never go back; `unmark` returns what was read since `mark`.
 
-    Where a text was cut off, a piece of a literal at its end is what came of that literal: it is read, and handed to
-    nobody.
+    If the text was cut off, an incomplete literal at its end is read and dropped.
     """
 
     def __init__(self) -> None:
@@ -44,26 +43,26 @@ class Reader:
         self._at = 0
 
     def close(self, *, is_cut: bool = False) -> None:
-        """No more text will come. `is_cut`: although more would have followed."""
+        """No more text will come. `is_cut`: the text was cut off."""
         self._is_closed = True
         self._is_cut = is_cut
 
     @property
     def is_cut_off(self) -> bool:
-        """The text was cut, and is read to where it was."""
+        """Whether the text was cut off and all of it is read."""
         return self._is_cut and self._at == len(self._text)
 
     def mark(self, before: str = "") -> None:
-        """Keep what is read from here on, behind `before`."""
+        """Record what is read from here on, after `before`."""
         self._marked = [before]
 
     def unmark(self) -> str:
-        """What was read since `mark`; keeps no more of it."""
+        """Return what was read since `mark`, and stop recording."""
         marked, self._marked = self._marked, None
         return "".join(marked or ())
 
     def take(self, literal: str) -> Steps[bool]:
-        """Whether `literal` comes next; if so, it is read."""
+        """Read `literal` if it comes next; returns whether it did."""
         while True:
             ahead = self._text[self._at : self._at + len(literal)]
             if ahead == literal:
@@ -78,7 +77,7 @@ class Reader:
             yield
 
     def take_end(self, literal: str) -> Steps[bool]:
-        """As `take`, for a mark behind what is complete: a piece of it at the end of the text is read in any case."""
+        """As `take`, for a mark after a complete call: an incomplete mark at the end of the text is read too."""
         while True:
             ahead = self._text[self._at : self._at + len(literal)]
             if ahead == literal or (self._is_closed and literal.startswith(ahead)):
@@ -95,7 +94,7 @@ class Reader:
         return self._text[self._at : self._at + count]
 
     def run(self, characters: re.Pattern[str]) -> Steps[str]:
-        """All that matches a pattern of the form `[...]*`."""
+        """Read all that matches a pattern of the form `[...]*`."""
         pieces = []
         while True:
             match = characters.match(self._text, self._at)
@@ -106,9 +105,11 @@ class Reader:
             yield
 
     def until(self, literals: tuple[str, ...], emit: Emit, *, is_within: bool = False) -> Steps[str | None]:
-        """The first of the literals that comes, read; None where the text ends. What stands before goes to `emit`.
+        """Read up to and including the first of the literals; returns it, or None where the text ends. The text before
+        it goes to `emit`.
 
-        `is_within`: a call, where a piece of a literal at the text's end is one of its marks, cut or not.
+        `is_within`: within a call, where an incomplete literal at the end of the text is dropped, whether or not it was
+        cut off.
         """
         pattern = _any_of(literals)
         while True:
@@ -127,7 +128,7 @@ class Reader:
             yield
 
     def json(self, scanner: JsonScanner, emit: Emit) -> Steps[bool]:
-        """Read a JSON value to its end; False where it is none, of which the beginning has been read."""
+        """Read a JSON value to its end; False if it isn't valid, in which case its beginning has been read."""
         while True:
             pieces: list[str] = []
             self._read_to(scanner.feed(self._text, self._at, pieces))
@@ -139,7 +140,7 @@ class Reader:
             yield
 
     def rest(self, emit: Emit) -> Steps[None]:
-        """Everything that is left."""
+        """Read everything that is left."""
         while True:
             emit(self._read_to(len(self._text)))
             if self._is_closed:

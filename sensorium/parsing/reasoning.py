@@ -4,7 +4,7 @@ Qwen 3, DeepSeek, GLM and most others     <think> ... </think>
 Seed-OSS                                  <seed:think> ... </seed:think>
 Magistral                                 [THINK] ... [/THINK], special tokens
 
-Templates differ in who writes the first mark: the model, or the end of the prompt.
+With some templates the model writes the first mark; with others the prompt ends with it.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ class ReasoningFormat:
     end: str
 
     def is_open_in(self, prompt: str, *, is_continued: bool = False) -> bool:
-        """Whether a rendered prompt ends within reasoning, so that the answer begins there.
+        """Whether a rendered prompt ends within reasoning, so that the answer begins with it.
 
         `is_continued`: the prompt ends with the beginning of an answer, which may hold reasoning.
         """
@@ -35,7 +35,7 @@ class ReasoningFormat:
         return prompt.rstrip().endswith(self.begin)
 
     def read(self, reader: Reader, sink: Sink, *, is_open: bool) -> Steps[None]:
-        """Read an answer to the end of its reasoning, if it begins with any."""
+        """Read the reasoning at the beginning of an answer, if there is any."""
         space = yield from reader.run(WHITESPACE)
         has_begin = yield from reader.take(self.begin)  # some models repeat it
         if not is_open and not has_begin:
@@ -55,4 +55,4 @@ REASONING_FORMATS: Mapping[str, ReasoningFormat] = MappingProxyType(
         )
     }
 )
-"""By name. In this order they are looked for in chat templates."""
+"""The formats by name. Chat templates are searched for them in this order."""

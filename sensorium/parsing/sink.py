@@ -1,4 +1,4 @@
-"""Where a parser writes: turns what it found into events, and keeps white space where it belongs."""
+"""The output of a parser: makes events of what it found, and drops white space that is layout."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from sensorium.parsing.events import Content, Event, Reasoning, ToolCallArgument
 class Sink:
     """Collects the events of one answer.
 
-    White space around calls and around reasoning is layout, and left out. Until it is known whether it stands there, it
-    is held back. An answer that is text alone keeps every character.
+    White space around calls and reasoning is layout, and dropped; it is held back until the next text shows whether it
+    is. An answer that is only text keeps every character.
     """
 
     def __init__(self, max_calls: int | None = None, take_nothing: Iterable[str] = ()) -> None:
-        """`max_calls`: calls beyond are dropped; None for any number. `take_nothing`: functions without arguments."""
+        """`max_calls`: further calls are dropped; None for any number. `take_nothing`: names of functions without
+        arguments."""
         self._events: list[Event] = []
         self._max_calls = max_calls
         self._take_nothing = frozenset(take_nothing)
@@ -26,7 +27,7 @@ class Sink:
         self.num_calls = 0
         """Calls begun, dropped ones included."""
         self._is_layout = False
-        """White space at the beginning of content is none of it."""
+        """White space at the beginning of content is dropped."""
         self._has_content = False
         self._content_space: list[str] = []
         self._has_reasoning = False
@@ -50,7 +51,7 @@ class Sink:
             self._content_space.append(text[len(shown) :])
 
     def reasoning(self, text: str) -> None:
-        """Text that the model writes for itself."""
+        """Take reasoning."""
         if not self._has_reasoning:
             text = text.lstrip()
         shown = text.rstrip()
@@ -62,11 +63,11 @@ class Sink:
             self._reasoning_space.append(text[len(shown) :])
 
     def end_reasoning(self) -> None:
-        """What follows is content."""
+        """The reasoning has ended."""
         self._expect_layout()
 
     def start_call(self, name: str) -> None:
-        """A call of a function, whose arguments follow."""
+        """A call of a function begins; its arguments follow."""
         self._expect_layout()
         self.num_calls += 1
         self._has_arguments = name not in self._take_nothing
@@ -76,7 +77,7 @@ class Sink:
                 self._events.append(ToolCallArguments(self.num_calls - 1, "{}"))
 
     def arguments(self, text: str) -> None:
-        """More arguments of the last call. A function that takes none gets none, whatever the model made up."""
+        """More arguments of the last call. Those of a function that takes none are dropped."""
         if text and self._is_wanted and self._has_arguments:
             self._events.append(ToolCallArguments(self.num_calls - 1, text))
 

@@ -10,7 +10,7 @@ from typing import Any
 NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 """Names that functions may have."""
 CALLED_NAME = re.compile(r"[a-zA-Z0-9_.-]{1,128}")
-"""Names that a call is taken to be of, known or not."""
+"""Names that a call may have, known or not."""
 
 
 _NAME_ARGUMENTS = (
@@ -34,7 +34,7 @@ class Tool:
 
     @property
     def takes_nothing(self) -> bool:
-        """Whether it has no arguments: as OpenAI has it, a schema that names none stands for none."""
+        """Whether it takes no arguments: as with OpenAI, a schema that names none means none."""
         is_open = self.parameters.get("additionalProperties") not in (None, False)
         return not is_open and all(self.parameters.get(key) in (None, {}, []) for key in _NAME_ARGUMENTS)
 

@@ -19,7 +19,7 @@ _decode = msgspec.json.Decoder(Record).decode
 
 
 class BatchOutput:
-    """Records that are done, and a place for more. A file is locked as long as it is open.
+    """The records of finished requests; more can be appended. The file is locked as long as it is open.
 
     Raises:
         ConfigError: The file can't be written, is in use by another run, or holds something else than records.
@@ -63,7 +63,7 @@ class BatchOutput:
         self.close()
 
     def _read(self) -> list[int]:
-        """Take in what is there, repairing a last line that was cut off; returns where successes begin."""
+        """Read the existing records, and drop a last line that was cut off. Returns the offsets of successes."""
         self._file.seek(0)
         start, successes = 0, []
         with os.fdopen(os.dup(self._file.fileno()), "rb") as reader:
@@ -95,7 +95,7 @@ class BatchOutput:
             self.done_ids.add(record.custom_id)
 
     def _repair(self, start: int, line: bytes) -> None:
-        """Take off a record that was cut off; its request is asked again."""
+        """Remove a record that was cut off; its request is sent again."""
         if not (line.startswith(RECORD_START) or RECORD_START.startswith(line)):
             raise ConfigError(
                 f"output: got {self._path!r}, which doesn't end with a record of a batch run, expected a new file or "
@@ -104,7 +104,7 @@ class BatchOutput:
         self._file.truncate(start)
 
     def _keep_only(self, starts: list[int]) -> None:
-        """Drop all records but successes, by way of a new file that then takes the old one's place."""
+        """Drop all records but successes: write them to a new file that replaces the old one."""
         assert self._path is not None
         self.done_ids.clear()
         self.done_lines.clear()

@@ -16,12 +16,12 @@ import msgspec
 from sensorium.errors import InvalidRequestError
 
 RECORD_START = b'{"id":"batch_req_'
-"""How every line that goes out begins."""
+"""The fields with which every output line begins."""
 _MAX_ID_CHARS = 512
 
 
 class BatchLine(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
-    """One request. Its body is left as it stands: the server reads it."""
+    """One request. Its body is not parsed here: the server does it."""
 
     custom_id: str
     url: str
@@ -35,7 +35,7 @@ class LineError(msgspec.Struct, frozen=True):
     code: str
     message: str
     line: int
-    """Its number in the input, from 1: what a run that goes on knows it by."""
+    """Its number in the input, from 1, by which a resumed run recognizes it."""
 
 
 class Response(msgspec.Struct, frozen=True):
@@ -56,17 +56,17 @@ class Record(msgspec.Struct, frozen=True):
 
     @classmethod
     def answered(cls, custom_id: str, response: Response) -> Record:
-        """A request that was answered, well or with an error of its own."""
+        """The line for a request that was answered, with a result or an error."""
         return cls(_new_id(), custom_id, response, None)
 
     @classmethod
     def refused(cls, custom_id: str | None, number: int, message: str) -> Record:
-        """A line that is no request."""
+        """The line for an input line that isn't a request."""
         return cls(_new_id(), custom_id, None, LineError("invalid_line", f"line {number}: {message}", number))
 
     @property
     def is_success(self) -> bool:
-        """Whether there is an answer as asked for."""
+        """Whether the request succeeded."""
         return self.response is not None and 200 <= self.response.status_code < 300
 
 
@@ -83,7 +83,7 @@ class _Streaming(msgspec.Struct):
 
 
 def parse_line(text: bytes) -> BatchLine:
-    """Raises `InvalidRequestError` for a line that is no request."""
+    """Raises `InvalidRequestError` for a line that isn't a request."""
     try:
         line = msgspec.json.decode(text, type=BatchLine)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -111,7 +111,7 @@ def _is_streaming(body: msgspec.Raw) -> bool:
 
 
 def custom_id_of(text: bytes) -> str | None:
-    """The id of a line that is otherwise wrong, if it can be read."""
+    """The id of a malformed line, if it can be read."""
     try:
         return msgspec.json.decode(text, type=_OnlyId).custom_id
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):

@@ -1,4 +1,4 @@
-"""Runs the requests of a file through the application, some at once, each with its own outcome."""
+"""Runs the requests of a file through the application, several at a time, each with its own outcome."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ _RESTART_INTERVAL_S = 0.1
 
 @dataclass(slots=True)
 class BatchCounts:
-    """What became of the lines."""
+    """How many lines had which outcome."""
 
     answered: int = 0
     failed: int = 0
-    """Answered with an error, or no request at all."""
+    """Answered with an error, or not a request."""
     skipped: int = 0
     """Done by an earlier run."""
 
@@ -67,7 +67,7 @@ class BatchRunner:
         )
 
     async def run(self, lines: Iterator[tuple[int, bytes]]) -> BatchCounts:
-        """Answer every line that isn't done yet. Raises `EngineDeadError` if the engine ends before them."""
+        """Answer every line that isn't done yet. Raises `EngineDeadError` if the engine ends first."""
         reading = asyncio.Lock()
 
         async def work() -> None:
@@ -84,7 +84,7 @@ class BatchRunner:
             async with self._client, asyncio.TaskGroup() as group:
                 for _ in range(self._concurrency):
                     group.create_task(work())
-        except ExceptionGroup as errors:  # by except*, Python up to 3.11.3 would raise a group again
+        except ExceptionGroup as errors:  # with except*, Python up to 3.11.3 would raise the group again
             dead, others = errors.split(EngineDeadError)
             if dead is None or others is not None:
                 raise
@@ -119,7 +119,7 @@ class BatchRunner:
         return line
 
     async def _answer(self, line: BatchLine) -> Response:
-        """A line that a dying core took with it is asked once more when there is a new one."""
+        """Send a line once more if the engine's core ended while it was being answered."""
         num_restarts = self._engine.num_restarts
         response = await self._post(line)
         if response.status_code == 503 and await self._has_restarted(num_restarts):
@@ -137,7 +137,7 @@ class BatchRunner:
         return Response(response.status_code, response.headers.get("x-request-id", ""), _raw(response.content))
 
     async def _has_restarted(self, num_restarts: int) -> bool:
-        """Whether the core died and there is another. Raises `EngineDeadError` if there won't be."""
+        """Whether the core ended and a new one runs. Raises `EngineDeadError` if none will."""
         while not self._engine.is_running:
             if self._engine.has_ended:
                 raise EngineDeadError("the engine has ended. Run the same command again to go on.")
@@ -153,7 +153,7 @@ class BatchRunner:
 
 
 def _raw(content: bytes) -> msgspec.Raw:
-    """A body as JSON; text that is none becomes a string."""
+    """A body as JSON; other text becomes a JSON string."""
     try:
         msgspec.json.decode(content, type=msgspec.Raw)
     except msgspec.DecodeError:
@@ -162,7 +162,7 @@ def _raw(content: bytes) -> msgspec.Raw:
 
 
 def progress_bar(total: int | None) -> tuple[Any, Callable[[BatchCounts], None]]:
-    """A bar on standard error, and what to call after each line."""
+    """A progress bar on standard error, and the function to call after each line."""
     from tqdm import tqdm
 
     bar = tqdm(total=total, desc="lines", unit="line", dynamic_ncols=True)

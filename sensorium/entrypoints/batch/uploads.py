@@ -1,4 +1,4 @@
-"""Lines for routes that take a file: JSON with a source in it becomes the form that the route reads.
+"""Lines for routes that take a file: JSON that names a source becomes the multipart body that the route reads.
 
 {"file": "data:audio/wav;base64,...", "language": "en"}    -->    multipart/form-data with the bytes and language=en
 
@@ -32,7 +32,7 @@ async def form_of(body: msgspec.Raw, loader: MediaLoader) -> dict[str, Any]:
 
 
 def _field(name: str, value: Any) -> str | list[str]:
-    """A value as forms have it."""
+    """A value as a multipart field has it."""
     if isinstance(value, list):
         return [str(_field(name, each)) for each in value]
     if isinstance(value, bool):

@@ -13,7 +13,7 @@ from sensorium.entrypoints.bench.workload import BenchRequest, MediaRef, Request
 from sensorium.errors import ConfigError
 
 MAX_PREPARED_BYTES = 4 << 30
-"""Bound on what is held of all bodies; media that come again count once."""
+"""Bound on the bytes of all bodies together; repeated media count once."""
 _MARK = "\x00media\x00"
 
 

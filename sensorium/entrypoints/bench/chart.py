@@ -13,7 +13,7 @@ from sensorium.errors import ConfigError
 
 _MAX_POINTS = 240
 _LOG_RATIO = 30.0
-"""From this ratio between the largest and the smallest value on, a logarithmic axis tells more."""
+"""From this ratio between the largest and the smallest value on, the axis is logarithmic."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +33,7 @@ class Panel:
 
 
 def share_below(title: str, values_s: Sequence[float]) -> Panel | None:
-    """How many of the values were at most so many milliseconds; None of no values."""
+    """The cumulative distribution of values in milliseconds; None without values."""
     ordered = sorted(values_s)
     if not ordered:
         return None
@@ -44,7 +44,7 @@ def share_below(title: str, values_s: Sequence[float]) -> Panel | None:
 
 
 def in_order(title: str, y_label: str, values: Sequence[float]) -> Panel | None:
-    """Values one after the other, as they were measured; None of no values."""
+    """Values in the order in which they were measured; None without values."""
     points = [(index + 1.0, value) for index, value in enumerate(values)]
     return Panel(title, "repetition", y_label, points) if points else None
 

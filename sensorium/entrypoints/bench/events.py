@@ -14,9 +14,9 @@ _MAX_ERROR_CHARS = 200
 
 
 class EventReader:
-    """Takes a stream of server-sent events apart as its bytes come.
+    """Parses a stream of server-sent events as its bytes arrive.
 
-    Source: the HTML standard, section 9.2.6, without the fields that answers of this kind don't have.
+    Source: the HTML standard, section 9.2.6, without the fields that such answers don't use.
     """
 
     def __init__(self) -> None:
@@ -66,7 +66,7 @@ _decode = msgspec.json.Decoder(_Event).decode
 
 
 def _is_token(choice: _Choice) -> bool:
-    """Whether an event tells of a token. A token may have no text: half a character, or nothing to show.
+    """Whether an event reports a token. A token may have no text: half a character, or a special token.
 
     The first event of many servers only names the role, the last one only says why the answer ended.
     """
@@ -80,18 +80,18 @@ def _is_token(choice: _Choice) -> bool:
 
 @dataclass(slots=True, eq=False)
 class Sample:
-    """What one request saw. Times are monotonic seconds."""
+    """The measured times of one request, in monotonic seconds."""
 
     start_s: float
-    """When it was to be sent: waiting for a free stream counts as waiting for the server."""
+    """When it was due to be sent: waiting for a free stream counts as waiting for the server."""
     sent_s: float = 0.0
     end_s: float = 0.0
     token_s: array[float] = field(default_factory=lambda: array("d"))
-    """When each event with a token came. Several tokens may come in one event."""
+    """When each event with a token arrived. One event may hold several tokens."""
     num_prompt_tokens: int = 0
     num_output_tokens: int = 0
     error: str | None = None
-    """Why it failed; None for an answer that came to its end."""
+    """Why it failed; None for a complete answer."""
 
     @property
     def ttft_s(self) -> float:
@@ -117,7 +117,7 @@ class Sample:
 
 
 class StreamedAnswer:
-    """Fills a sample from the pieces of an answer. `take` is a sink of `HttpClient`."""
+    """Fills a sample from the pieces of an answer. `take` is passed to `HttpClient` as its sink."""
 
     def __init__(self, sample: Sample) -> None:
         self._sample = sample
@@ -163,7 +163,7 @@ class StreamedAnswer:
 
 
 def _message(error: object) -> str:
-    """What an error of OpenAI's form, or of another, says."""
+    """The message of an error, in OpenAI's format or another."""
     return str(error.get("message", error)) if isinstance(error, dict) else str(error)
 
 

@@ -1,7 +1,8 @@
-"""A lean HTTP/1.1 client for streamed answers: what a load generator must not spend its time on.
+"""A lean HTTP/1.1 client for streamed answers, which costs a load generator little time.
 
-One connection carries one exchange at a time and is kept for the next. Bodies are handed on in the call that takes them
-from the socket, with the time at which they came. No redirects, no proxies, no cookies: it goes where it is told.
+One connection carries one exchange at a time and is kept for the next. Body bytes are passed on in the same call that
+reads them from the socket, with the time at which they arrived. It follows no redirects and uses no proxies and no
+cookies.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ _CONNECT_TIMEOUT_S = 30.0
 
 
 class BrokenAnswerError(Exception):
-    """The server closed the connection early, or sent something that is no HTTP."""
+    """The server closed the connection early, or sent something that isn't HTTP."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +38,7 @@ class ServerAddress:
 
     @classmethod
     def parse(cls, url: str) -> ServerAddress:
-        """From an URL, with or without "/v1" at its end. Raises `ConfigError`."""
+        """From a URL, with or without "/v1" at its end. Raises `ConfigError`."""
         try:
             parts = urlsplit(url if "://" in url else f"http://{url}")
             port = parts.port
@@ -57,7 +58,7 @@ class ServerAddress:
 
 
 class AnswerReader:
-    """Takes one HTTP/1.1 answer apart as its bytes come. Knows nothing of sockets.
+    """Parses one HTTP/1.1 answer as its bytes arrive. Does no I/O.
 
     Source: RFC 9112, sections 4 (status line), 6.3 (body length) and 7.1 (chunked coding).
     """
@@ -169,7 +170,7 @@ class Connection(asyncio.Protocol):
         """Send a request, hand its answer to `sink`, return the status.
 
         Raises:
-            BrokenAnswerError, OSError: It broke off.
+            BrokenAnswerError, OSError: The exchange broke off.
         """
         assert self._transport is not None
         assert self._done is None
@@ -213,7 +214,7 @@ class Connection(asyncio.Protocol):
             body = self._reader.feed(data)
             if body:
                 self._sink(self._reader.status, body, now_s)
-        except Exception as error:  # noqa: BLE001  the sink's too: both end this exchange
+        except Exception as error:  # noqa: BLE001  the sink's errors too: both end this exchange
             self._done.set_exception(error)
             return
         if self._reader.is_complete:
@@ -241,7 +242,7 @@ class HttpClient:
         self._open: set[Connection] = set()
 
     def request(self, method: str, path: str, body: Sequence[bytes] = ()) -> list[bytes]:
-        """A whole request, to be sent by `send` as often as one likes. Pieces of the body are not copied."""
+        """A whole request, which `send` can send any number of times. Pieces of the body are not copied."""
         length = sum(map(len, body))
         head = (
             f"{method} {self.address.prefix}{path} HTTP/1.1\r\nHost: {self.address.host_header}\r\n"

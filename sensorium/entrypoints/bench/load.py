@@ -1,7 +1,7 @@
-"""The load generator: sends prepared requests as a plan of arrivals says, and takes the times.
+"""The load generator: sends prepared requests at planned times and measures the answers.
 
-All that can be made before the clock starts is: bodies are bytes, media that come twice are held once. What it costs
-itself is measured and reported, so that a figure of the server isn't one of this program.
+Everything that can be prepared before the clock starts is: bodies are bytes, and repeated media are held once. The
+generator's own cost is measured and reported, so that it isn't mistaken for the server's.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Arrivals:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class LoadResult:
-    """What came of a run."""
+    """The result of a run."""
 
     samples: list[Sample]
     """In the order of the requests; those that were never sent are missing at the end."""
@@ -67,7 +67,7 @@ class LoadResult:
     cpu_s: float
     """Processor time of this program meanwhile."""
     max_lag_s: float
-    """Longest time that a request was sent too late by this program, waiting for a free stream excepted."""
+    """Longest delay of a send that this program caused, not counting the wait for a free stream."""
 
 
 class LoadRun:
@@ -83,7 +83,7 @@ class LoadRun:
         max_s: float = 600.0,
         finished: Callable[[Sample], None] | None = None,
     ) -> None:
-        """`finished` is told of each request that ended; `max_s` bounds the whole run."""
+        """`finished` is called for each request that ended; `max_s` bounds the whole run."""
         self._client = client
         self._requests = requests
         self._arrivals = arrivals

@@ -1,7 +1,7 @@
-"""Random pictures, clips and sounds: seeded, each number its own item, and of a photograph's weight when encoded.
+"""Random pictures, clips and sounds: seeded, one item for each number, and as large as photographs when encoded.
 
-Plain noise would be several times as large as a photograph in JPEG or PNG and take as much longer to decode, so pixels
-are noise of low resolution, enlarged.
+Plain noise would be several times as large as a photograph in JPEG or PNG, and as much slower to decode. So pixels are
+enlarged noise of low resolution.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""A model in this process under a workload: how much it does in a while, and how long one batch takes."""
+"""A model in this process under a workload: its throughput, and the latency of one batch."""
 
 from __future__ import annotations
 

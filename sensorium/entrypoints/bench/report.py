@@ -54,7 +54,7 @@ def finish(figures: Mapping[str, Any], output: OutputArgs, panels: Sequence[Pane
 
 
 def rows(figures: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Names and values for people; percentiles of one thing stand in one row."""
+    """Names and values for people; the percentiles of one quantity share a row."""
     found: list[tuple[str, str]] = []
     for name, value in figures.items():
         if isinstance(value, Mapping) and not _is_spread(value):
@@ -71,7 +71,7 @@ def _is_spread(value: Mapping[str, Any]) -> bool:
 
 
 def plain(settings: Any) -> dict[str, Any]:
-    """The settings of a dataclass as JSON has them, without those that say nothing."""
+    """The settings of a dataclass as JSON has them, without those that are None."""
     assert is_dataclass(settings)
     values = {field.name: getattr(settings, field.name) for field in fields(settings)}
     return {name: _plain_value(value) for name, value in values.items() if value is not None}

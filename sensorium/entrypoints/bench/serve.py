@@ -1,4 +1,4 @@
-"""Drives a server that speaks OpenAI's API, ours or another's, and says what its clients see."""
+"""Loads a server that speaks OpenAI's API, this one or another, and reports what its clients see."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ async def run(
     arrivals: Arrivals,
     finished: Callable[[Sample], None] | None = None,
 ) -> ServeBench:
-    """Prepare, warm up, measure. `finished` is told of each measured request.
+    """Prepare, warm up, measure. `finished` is called for each measured request.
 
     Raises:
         ConfigError: The server can't be reached, or refuses the warm-up, or the workload doesn't fit the endpoint.
@@ -82,7 +82,7 @@ async def run(
         await _warm_up(client, _requests(client, args, model, RequestSource(workload, offset=1), args.warmup), args)
         requests = _requests(client, args, model, RequestSource(workload), workload.num_requests)
         gc.collect()
-        gc.freeze()  # what was prepared stays; no need to look through it while the clock runs
+        gc.freeze()  # the prepared objects stay alive; the collector need not scan them while the clock runs
         load = LoadRun(client, requests, arrivals, seed=workload.seed, max_s=args.max_s, finished=finished)
         result = await load.run()
     finally:

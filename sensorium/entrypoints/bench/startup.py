@@ -42,13 +42,13 @@ class Start:
     """Prompts are taken."""
     first_token_s: float
     stages: dict[str, float]
-    """What loading took, by its own account."""
+    """The time of loading, as the load report has it."""
 
 
 def startup(
     model: str, settings: Mapping[str, Any], args: StartupBenchArgs
 ) -> tuple[dict[str, Any], list[Panel | None]]:
-    """Start `repeats` times. Raises `ConfigError` with the process's own words if it can't."""
+    """Start `repeats` times. Raises `ConfigError` with the process's last output if it can't."""
     starts = [measure(model, settings, args.timeout_s) for _ in range(args.repeats)]
     figures = {
         "benchmark": "startup",

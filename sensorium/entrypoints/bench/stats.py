@@ -1,4 +1,4 @@
-"""From samples to figures."""
+"""Computes the figures of a run from its samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PERCENTILES = (50, 90, 99)
 
 
 def percentile(ordered: Sequence[float], percent: float) -> float:
-    """Of values in ascending order, with straight lines between them.
+    """The percentile of values in ascending order, interpolated linearly.
 
     For example the 90th of [1, 2, 3, 4]: it lies at 0.9 * 3 = 2.7, so 3 + 0.7 * (4 - 3) = 3.7.
     """
@@ -26,7 +26,7 @@ def percentile(ordered: Sequence[float], percent: float) -> float:
 
 
 def spread_ms(values_s: Iterable[float]) -> dict[str, float] | None:
-    """Mean, percentiles and maximum in milliseconds; None of nothing."""
+    """Mean, percentiles and maximum in milliseconds; None without values."""
     ordered = sorted(values_s)
     if not ordered:
         return None
@@ -37,7 +37,7 @@ def spread_ms(values_s: Iterable[float]) -> dict[str, float] | None:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Times:
-    """What the requests that succeeded saw, in seconds."""
+    """The times of the requests that succeeded, in seconds."""
 
     ttft: list[float]
     tpot: list[float]
@@ -95,7 +95,7 @@ def meets(sample: Sample, targets: Iterable[Target]) -> bool:
 
 
 def _time_s(sample: Sample, target: Target) -> float:
-    """For "itl" the longest gap: a stream is as smooth as its worst moment. Zero for a time that it doesn't have."""
+    """For "itl" the longest gap between tokens. Zero for a time that a sample doesn't have."""
     if target.name == "itl":
         return max(sample.gaps_s, default=0.0)
     value: float | None = getattr(sample, f"{target.name}_s")
@@ -103,7 +103,7 @@ def _time_s(sample: Sample, target: Target) -> float:
 
 
 def client_cost(result: LoadResult) -> dict[str, Any]:
-    """What the load generator itself took."""
+    """The load generator's own costs."""
     num_events = sum(len(sample.token_s) for sample in result.samples)
     return {
         "cpu_us_per_token_event": round(result.cpu_s / num_events * 1e6, 1) if num_events else None,

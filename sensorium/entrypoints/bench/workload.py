@@ -59,7 +59,7 @@ class Workload:
     audio_s: Annotated[float, Bounds(0, 3600, above=True)] = 2.0
     """Seconds of a sound."""
     repeated_media: Annotated[float, Bounds(0, 1)] = 0.0
-    """Share of the media that came in an earlier request already, 0 to 1."""
+    """Share of the media that an earlier request had already, 0 to 1."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -105,13 +105,13 @@ class RequestSource:
     _encoded: dict[MediaRef, Media] = field(default_factory=dict)
 
     def requests(self, count: int | None = None) -> Iterator[BenchRequest]:
-        """The first `count` requests, all by default. Media are only named, see `media`."""
+        """The first `count` requests, all by default. Their media are numbers that `media` encodes."""
         used: dict[str, int] = {}
         for index in range(self.workload.num_requests if count is None else count):
             yield self._request(np.random.default_rng([self._seed, index]), used)
 
     def media(self, ref: MediaRef) -> Media:
-        """An item, encoded; kept, as it may be asked for again."""
+        """An encoded item; cached, because requests may share it."""
         if ref not in self._encoded:
             self._encoded[ref] = self._make(ref)
         return self._encoded[ref]
@@ -138,7 +138,7 @@ class RequestSource:
         return BenchRequest(text, self._system, tuple(refs), num_output_tokens)
 
     def _number(self, modality: str, rng: np.random.Generator, earlier: dict[str, int], used: dict[str, int]) -> int:
-        """An item of an earlier request with the chance that the workload says, or else a new one."""
+        """An item of an earlier request with probability `repeated_media`, else a new one."""
         if rng.random() < self.workload.repeated_media and earlier.get(modality):
             return int(rng.integers(earlier[modality]))
         used[modality] = used.get(modality, 0) + 1

@@ -1,4 +1,4 @@
-"""Answers between two threads: the event loop lives in one of its own, the terminal stays in the main thread.
+"""Passes answers between two threads: the event loop has a thread of its own, the terminal the main thread.
 
 So a line can be read and edited while the engine's loop goes on, and Ctrl-C stops an answer and nothing else.
 """
@@ -37,7 +37,7 @@ class LoopThread:
             raise
 
     def answer(self, backend: Backend, messages: Messages) -> Iterator[Piece]:
-        """Pieces of an answer as they come. Whoever stops reading ends it. Raises what the backend raises."""
+        """Pieces of an answer as they arrive. Closing the iterator stops the answer. Raises what the backend raises."""
         pieces: queue.SimpleQueue[Piece | Exception | None] = queue.SimpleQueue()
 
         async def pump() -> None:
@@ -60,7 +60,7 @@ class LoopThread:
             future.cancel()
 
     def close(self) -> None:
-        """End what still runs, then the loop."""
+        """Cancel what still runs, then stop the loop."""
         with suppress(TimeoutError):
             asyncio.run_coroutine_threadsafe(_end_all(), self._loop).result(_STOP_TIMEOUT_S)
         self._loop.call_soon_threadsafe(self._loop.stop)

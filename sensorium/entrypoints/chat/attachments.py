@@ -14,7 +14,7 @@ MODALITIES = ("image", "video", "audio")
 _MAX_BYTES = 1 << 30
 _HEAD_BYTES = 64
 _OPENAI_AUDIO = {"audio/wav": "wav", "audio/x-wav": "wav", "audio/mpeg": "mp3"}
-"""What OpenAI's own form of audio takes."""
+"""The formats that OpenAI's `input_audio` takes."""
 _IMAGE_STARTS = {
     b"\x89PNG": "image/png",
     b"\xff\xd8\xff": "image/jpeg",
@@ -29,13 +29,13 @@ _AUDIO_TYPES = {"wav": "audio/wav", "mp3": "audio/mpeg", "ogg": "audio/ogg", "fl
 
 @dataclass(frozen=True)
 class Attachment:
-    """An item as a message holds it: a file's bytes as they were when it was named, or an address."""
+    """A media item of a message: a file's bytes, read when it was named, or an address."""
 
     modality: str
     name: str
     """The path or address as it was given."""
     data: bytes | None
-    """None for an address: whoever answers fetches it, by its own rules."""
+    """None for an address: the backend fetches it, by its own rules."""
     media_type: str
 
     @cached_property
@@ -53,7 +53,7 @@ class Attachment:
 
     @property
     def named_part(self) -> dict[str, Any]:
-        """The same with the name in place of the content, for people to read."""
+        """The same with the name in place of the content, for display."""
         return _url_part(self.modality, self.name)
 
 
@@ -61,7 +61,7 @@ def attach(source: str, modality: str | None = None) -> Attachment:
     """Read a file, or take an address as it is. The modality follows from the content if it isn't given.
 
     Raises:
-        InvalidRequestError: There is no such file, or nothing says what it is.
+        InvalidRequestError: There is no such file, or its modality can't be told.
     """
     if source.startswith(("http://", "https://")):
         media_type = mimetypes.guess_type(source.partition("?")[0])[0] or ""

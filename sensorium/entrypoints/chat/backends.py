@@ -1,4 +1,4 @@
-"""Who answers: a model in this process, or a server."""
+"""The backends of a chat: a model on this machine, or a server."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from sensorium.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
 
 LIMITS_OF_A_CHAT = {"image": 8, "video": 2, "audio": 4}
-"""Items in one conversation, unless the settings say otherwise: earlier turns count."""
+"""Default bound on the items of one conversation: those of earlier turns count."""
 _CONNECT_TIMEOUT_S = 15.0
 
 
@@ -43,7 +43,7 @@ class Backend(Protocol):
 
     @property
     def model(self) -> str:
-        """Who answers, for people."""
+        """The model's name, for display."""
 
     def stream(self, messages: Messages) -> AsyncIterator[Piece]:
         """The answer as it comes; closing the iterator stops it. Raises `SensoriumError`."""
@@ -53,7 +53,7 @@ class Backend(Protocol):
 
 
 class LocalBackend:
-    """A model in this process, its core in a process of its own. Made by `start`."""
+    """A model loaded here, with the engine's core in its own process. Made by `start`."""
 
     def __init__(self, model: str, engine: Any, renderer: Any, params: SamplingParams) -> None:
         """For `start`."""
@@ -103,7 +103,7 @@ class LocalBackend:
 
 
 def _limits(args: EngineArgs) -> dict[str, int]:
-    """Of what the model takes, so that a conversation may hold several items."""
+    """Limits for each modality that the model takes, so that a conversation may hold several items."""
     from sensorium.multimodal import MULTIMODAL_REGISTRY
 
     model_class = args.create_engine_config().model_config.model_class
@@ -128,8 +128,8 @@ class RemoteBackend:
         """Find the server, and its model if none is given. `fields` go with every request.
 
         Raises:
-            ConfigError: The address is none.
-            ServerError: Nobody answers there, or not as expected.
+            ConfigError: The address is malformed.
+            ServerError: No server answers there, or not as expected.
         """
         address = ServerAddress.parse(url)
         client = httpx.AsyncClient(

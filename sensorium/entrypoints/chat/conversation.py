@@ -1,4 +1,4 @@
-"""A conversation: what was said so far, in the form of OpenAI's API and as a file."""
+"""A conversation: its messages so far, in OpenAI's format, and as a file."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class Conversation:
         self._turns: list[tuple[str, Content]] = []
 
     def with_question(self, question: Content) -> Messages:
-        """All messages with one more, which isn't kept."""
+        """All messages and one more, which isn't stored."""
         return [*self._system(), *(_message(role, said) for role, said in [*self._turns, ("user", question)])]
 
     def add(self, question: Content, answer: str) -> None:
-        """Keep a question and what was answered."""
+        """Store a question and its answer."""
         self._turns += [("user", question), ("assistant", [answer])]
 
     def reset(self) -> None:
@@ -52,7 +52,7 @@ class Conversation:
 
 
 def _message(role: str, said: Content, *, by_name: bool = False) -> dict[str, Any]:
-    """One message; plain text stays a string, which every template takes."""
+    """One message; plain text stays a string, because every template takes strings."""
     if all(isinstance(each, str) for each in said):
         return {"role": role, "content": "\n".join(map(str, said))}
     return {"role": role, "content": [_part(each, by_name) for each in said]}

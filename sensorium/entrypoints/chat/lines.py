@@ -1,4 +1,4 @@
-"""What a typed line holds: text, and files named in it.
+"""Parses a typed line: text, and the files named in it.
 
     What is in @cat.jpg and in '/home/me/My Pictures/dog.png'?
 
@@ -23,7 +23,7 @@ _ADDRESSES = ("http://", "https://")
 
 
 def parse_line(line: str) -> Content:
-    """Take a line apart. Raises `InvalidRequestError` for a file that is named by @ and can't be read."""
+    """Parse a line. Raises `InvalidRequestError` for a file that is named by @ and can't be read."""
     content: Content = []
     start = 0
     for match in _WORD.finditer(line):

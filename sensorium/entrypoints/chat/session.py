@@ -24,7 +24,7 @@ Ctrl-C stops an answer. A line that ends with a backslash goes on; three quotes 
 
 
 class ChatSession:
-    """Reads until there is nothing more to read."""
+    """Reads lines until the input ends."""
 
     def __init__(self, loop: LoopThread, backend: Backend, terminal: Terminal, system: str | None = None) -> None:
         self._loop = loop
@@ -48,7 +48,7 @@ class ChatSession:
         """Chat. Returns the exit status: in a pipe 1 if anything failed.
 
         Raises:
-            EngineDeadError: Nobody is left to answer.
+            EngineDeadError: The engine has ended.
         """
         self._terminal.remark(f"{self._backend.model}. /help for help.")
         while not self._has_quit:
@@ -84,7 +84,7 @@ class ChatSession:
         self._waiting.clear()
 
     def _answer(self, question: Content) -> None:
-        """Show an answer as it comes. What was stopped is kept as far as it came; what failed is not."""
+        """Show an answer as it arrives. A stopped answer is stored as far as it came; a failed one is not."""
         texts: list[str] = []
         start_s, first_s, num_tokens = time.monotonic(), 0.0, 0
         was_reasoning = False
@@ -111,7 +111,7 @@ class ChatSession:
         else:
             self._terminal.write("\n")
             self._terminal.remark(_times(start_s, first_s, num_tokens))
-        if any(texts):  # a turn without an answer would be held against later ones by some templates
+        if any(texts):  # some templates refuse a conversation that has a turn without an answer
             self._conversation.add(question, "".join(texts))
 
     def _attacher(self, modality: str) -> Callable[[str], None]:
@@ -145,7 +145,7 @@ class ChatSession:
 
 
 def _times(start_s: float, first_s: float, num_tokens: int) -> str:
-    """How an answer came, for people."""
+    """Statistics of an answer, for display."""
     end_s = time.monotonic()
     first_s = first_s or end_s
     rate = f", then {(num_tokens - 1) / (end_s - first_s):.0f} tok/s" if num_tokens > 1 and end_s > first_s else ""

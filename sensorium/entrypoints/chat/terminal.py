@@ -20,7 +20,7 @@ class Terminal:
             _prepare_editing()
 
     def read(self) -> str | None:
-        """The next line, or several: between lines of three quotes, or as long as lines end with a backslash.
+        """The next line; several if they stand between lines of three quotes, or if lines end with a backslash.
 
         None at the end of the input. Raises `KeyboardInterrupt`.
         """
@@ -39,7 +39,7 @@ class Terminal:
         sys.stdout.flush()
 
     def remark(self, text: str) -> None:
-        """Say something about the chat itself; in a pipe only answers are written."""
+        """Print a remark about the chat itself; in a pipe only answers are printed."""
         if self.is_interactive:
             self.write(f"{text}\n", is_dim=True)
 
@@ -69,7 +69,7 @@ class Terminal:
 
 
 def _prepare_editing() -> None:
-    """Line editing, history, and completion of paths. Where there is no readline, lines are read as they come."""
+    """Set up line editing, history, and completion of paths. Without the readline module, lines are read plainly."""
     try:
         import readline
     except ImportError:

@@ -1,4 +1,4 @@
-"""What `sensorium bench throughput` and `latency` share."""
+"""Code that `sensorium bench throughput` and `latency` share."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Measure = Callable[..., tuple[dict[str, Any], list[Any]]]
 
 
 def fill_offline(parser: argparse.ArgumentParser, *, leave_out: Sequence[str]) -> None:
-    """Add the arguments of both, less those that mean nothing to one."""
+    """Add the arguments of both, without those that one doesn't use."""
     add_model(parser)
     add_config(parser)
     for kind in _KINDS:

@@ -36,7 +36,7 @@ def run(parsed: argparse.Namespace) -> int:
     """Chat until the user leaves."""
     values = read_settings(parsed)
     sampling = {name: values[name] for name in _sampling_names() if name in values}
-    SamplingParams(**{**_DEFAULTS, **sampling})  # raises what is wrong, before anything is loaded
+    SamplingParams(**{**_DEFAULTS, **sampling})  # raises errors in the settings before anything is loaded
     limits = build(MediaLimits, values)
     engine_values = {name: values[name] for name in values.keys() & EngineArgs.__dataclass_fields__.keys() - {"seed"}}
     media_values = values.keys() & MediaLimits.__dataclass_fields__.keys()

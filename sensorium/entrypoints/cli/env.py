@@ -38,7 +38,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def collect() -> dict[str, Any]:
-    """By name. Nothing of it says who the user is."""
+    """The facts by name. None of them identifies the user."""
     return {
         "sensorium": sensorium.__version__,
         "python": sys.version.split()[0],

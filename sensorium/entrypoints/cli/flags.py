@@ -28,7 +28,7 @@ _T = TypeVar("_T")
 
 
 class Parsed(Protocol):
-    """What a field's own type has, if it is not one of the plain ones."""
+    """The protocol of a field's type that isn't a plain one."""
 
     @classmethod
     def parse(cls, text: str) -> Self:
@@ -36,19 +36,19 @@ class Parsed(Protocol):
 
 
 _SETTINGS = "config_settings"
-"""Where a parser notes the settings that its config file may hold: the type of each field, and its name as a flag."""
+"""Where a parser stores which settings its config file may hold: the type of each field, and its flag."""
 
 
 class Setting(NamedTuple):
-    """What a config file may say."""
+    """The settings that a config file may hold."""
 
     flag: str
     hint: Any
 
 
 def add_config(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that names a file of settings. The file may say what flags say that are added by `add_flags` or
-    noted by `accept_in_config`, and nothing else: what a command has no use for must not stand there in vain.
+    """Add the flag that names a file of settings. The file may hold the settings of flags that `add_flags` added, and
+    those that `accept_in_config` named, and nothing else: a setting that a command ignores is an error.
     """
     parser.add_argument("--config", metavar="FILE", help="a YAML file with values of the flags below; flags win")
 
@@ -66,7 +66,7 @@ def accept_in_config(parser: argparse.ArgumentParser, name: str, hint: Any, flag
 
 
 def read_settings(parsed: argparse.Namespace) -> dict[str, Any]:
-    """All values by field name: those of the config file, and over them those of the flags.
+    """All values by field name: those of the config file, overridden by those of the flags.
 
     Raises:
         ConfigError: The config file can't be used.
@@ -83,9 +83,9 @@ def add_flags(
     leave_out: Sequence[str] = (),
     defaults: Mapping[str, Any] | None = None,
 ) -> None:
-    """Add a group of flags for the fields of a dataclass. What isn't given stays out of the parsed result.
+    """Add a group of flags for the fields of a dataclass. Flags that aren't given are not in the parsed result.
 
-    `defaults` are the command's own, where they differ from the class's: for the help alone.
+    `defaults`, shown in the help, are the command's where they differ from the class's.
     """
     group = parser.add_argument_group(kind.__name__)
     hints, helps = typing.get_type_hints(kind, include_extras=True), field_docs(kind)
@@ -105,7 +105,7 @@ def add_flags(
 
 
 def build(kind: Callable[..., _T], values: Mapping[str, Any]) -> _T:
-    """The dataclass from parsed flags, of which those that it has no field for are left to others."""
+    """The dataclass from the parsed flags that it has fields for."""
     names = {field.name for field in fields(kind)}  # type: ignore[arg-type]
     return kind(**{name: value for name, value in values.items() if name in names})
 
@@ -114,7 +114,7 @@ def read_config(path: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
     """Values from a YAML file, by field name or flag name.
 
     Raises:
-        ConfigError: There is no such file, it is no mapping, or it names something unknown.
+        ConfigError: There is no such file, it isn't a mapping, or it names something unknown.
     """
     import yaml
 
@@ -139,7 +139,7 @@ def read_config(path: str, settings: Mapping[str, Setting]) -> dict[str, Any]:
 
 
 def field_docs(kind: type) -> dict[str, str]:
-    """What is written about each field: the string below it, or its line under "Attributes:" of the class."""
+    """The documentation of each field: the string below it, or its entry under "Attributes:" of the class."""
     tree = ast.parse(inspect.getsource(kind))
     (definition,) = tree.body
     assert isinstance(definition, ast.ClassDef)
@@ -170,7 +170,7 @@ def _flag(field: Field[Any]) -> str:
 
 
 def _default(field: Field[Any]) -> Any:
-    """What the help shows; None for nothing."""
+    """The default that the help shows; None for no default."""
     if isinstance(field.default, tuple):
         return " ".join(map(str, field.default)) or None
     return None if field.default is MISSING else field.default
@@ -181,7 +181,7 @@ def _form(hint: Any) -> dict[str, Any]:
     form = form_of(hint)
     hint, origin = form.kind, typing.get_origin(form.kind)
     if form.choices:
-        # What is none of them comes back as it is, and argparse names the flag.
+        # A value that matches no choice is returned unchanged, and argparse's error names the flag.
         return {"type": lambda text: choice_of(text, form.choices) or text, "choices": form.choices}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
@@ -221,7 +221,7 @@ def _as_given(name: str, value: Any, hint: Any) -> Any:
     form = form_of(hint)
     plain, origin = form.kind, typing.get_origin(form.kind)
     if form.choices or (value is None and form.is_optional):
-        return value  # a closed set is checked where the settings are made
+        return value  # choices are checked where the settings are made
     if origin is not None and issubclass(origin, Sequence):
         (kind, *_) = typing.get_args(plain)
         return tuple(_one_of_several(each, kind) for each in (value if isinstance(value, list) else [value]))

@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from sensorium.outputs import RequestOutput
 
 NO_FLAG = ("prompt_logprobs", "logprobs", "bad_words_token_ids", "structured_outputs", "detokenize")
-"""Sampling parameters that only a program can make something of."""
+"""Sampling parameters that are only useful to programs."""
 DEFAULTS = {"max_tokens": 512}
-"""Where neither a flag nor the checkpoint says anything."""
+"""Defaults where neither a flag nor the checkpoint sets a value."""
 OF_PARSED_ANSWERS = ("tool_parser", "reasoning_parser")
 """Settings of the engine that have no effect here: answers are shown as the model writes them."""
 
@@ -93,7 +93,7 @@ def run(parsed: argparse.Namespace) -> int:
 
 
 def _form(values: Mapping[str, Any]) -> StructuredOutputs | None:
-    """What the answers keep to, if anything is asked for."""
+    """The constraint on the answers, if one is given."""
     given = {name: value for name, value in values.items() if name in StructuredOutputs.__dataclass_fields__}
     if (schema := values.get("json_schema")) is not None:
         given["json"] = schema if schema.lstrip().startswith("{") else _read(schema)

@@ -42,7 +42,7 @@ class LazyParser(argparse.ArgumentParser):
             importlib.import_module(module).fill(self)
         if self._is_parsing or self._subparsers is not None:
             return super().parse_known_args(args, namespace)
-        self._is_parsing = True  # what comes next calls this method
+        self._is_parsing = True  # super().__init__ calls this method
         try:
             return self.parse_known_intermixed_args(args, namespace)
         finally:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 2
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:  # whoever read the output has gone; there is nobody to tell
+    except BrokenPipeError:  # the reader of the output has closed it; nobody would see an error
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     return status

@@ -25,7 +25,7 @@ class Prompt:
 
     @property
     def shown(self) -> str:
-        """One line of it, for people."""
+        """One line of it, for display."""
         line = " ".join((self.text or json.dumps(self.messages, ensure_ascii=False)).split())
         return line if len(line) <= _SHOWN_CHARS else line[: _SHOWN_CHARS - 1] + "…"
 

@@ -10,18 +10,18 @@
 
 #define MAX_WORKERS 255
 #define CLOSED (1L << 30)
-/* How long a worker looks out for the next job before it sleeps: longer than the gaps within a step. */
-#define LOOKOUT_NS 100000
+/* How long a worker spins for the next job before it sleeps: longer than the gaps within a step. */
+#define SPIN_NS 100000
 
 static struct {
     pthread_mutex_t caller;      /* held while a job runs */
     int workers;                 /* that have been started */
-    pthread_mutex_t bedroom;
-    pthread_cond_t alarm;
+    pthread_mutex_t sleep_lock;
+    pthread_cond_t wake;
     atomic_int sleepers;
     /* Written at different moments by different threads, so each on a cache line of its own. */
     _Alignas(64) atomic_uint job_number; /* changes with each job */
-    _Alignas(64) atomic_long inside;     /* workers at the job, plus CLOSED while nobody may join */
+    _Alignas(64) atomic_long inside;     /* workers at the job, plus CLOSED while none may join */
     _Alignas(64) atomic_long next_task;
     /* The job. */
     _Alignas(64) task_function *function;
@@ -30,8 +30,8 @@ static struct {
     int threads;
 } pool = {
     .caller = PTHREAD_MUTEX_INITIALIZER,
-    .bedroom = PTHREAD_MUTEX_INITIALIZER,
-    .alarm = PTHREAD_COND_INITIALIZER,
+    .sleep_lock = PTHREAD_MUTEX_INITIALIZER,
+    .wake = PTHREAD_COND_INITIALIZER,
     .inside = CLOSED,
 };
 
@@ -59,16 +59,16 @@ static void do_tasks(long thread) {
 /* Wait until there is a job of another number than `last`, and return it. */
 static unsigned await_job(unsigned last) {
     unsigned number;
-    for (const int64_t deadline = now_ns() + LOOKOUT_NS; now_ns() < deadline;)
+    for (const int64_t deadline = now_ns() + SPIN_NS; now_ns() < deadline;)
         for (int i = 0; i < 64; i++) {
             if ((number = atomic_load(&pool.job_number)) != last) return number;
             relax();
         }
-    pthread_mutex_lock(&pool.bedroom);
+    pthread_mutex_lock(&pool.sleep_lock);
     atomic_fetch_add(&pool.sleepers, 1);
-    while ((number = atomic_load(&pool.job_number)) == last) pthread_cond_wait(&pool.alarm, &pool.bedroom);
+    while ((number = atomic_load(&pool.job_number)) == last) pthread_cond_wait(&pool.wake, &pool.sleep_lock);
     atomic_fetch_sub(&pool.sleepers, 1);
-    pthread_mutex_unlock(&pool.bedroom);
+    pthread_mutex_unlock(&pool.sleep_lock);
     return number;
 }
 
@@ -87,11 +87,11 @@ static void *worker(void *thread) {
 
 /* ---- the caller --------------------------------------------------------------------------------------------- */
 
-/* A forked child has none of its parent's threads. */
+/* A forked child doesn't have its parent's threads. */
 static void forget_workers(void) {
     pthread_mutex_init(&pool.caller, NULL);
-    pthread_mutex_init(&pool.bedroom, NULL);
-    pthread_cond_init(&pool.alarm, NULL);
+    pthread_mutex_init(&pool.sleep_lock, NULL);
+    pthread_cond_init(&pool.wake, NULL);
     pool.workers = 0;
     atomic_store(&pool.sleepers, 0);
     atomic_store(&pool.inside, CLOSED);
@@ -105,7 +105,7 @@ static void start_workers(int wanted) {
     pthread_once(&once, register_fork_handler);
     sigset_t all, before;
     sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* signals are for the threads that were there before */
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* workers receive no signals */
     while (pool.workers < MIN(wanted, MAX_WORKERS)) {
         pthread_t started;
         if (pthread_create(&started, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) break;
@@ -120,9 +120,9 @@ static void open_job(void) {
     atomic_fetch_and(&pool.inside, ~CLOSED);
     atomic_fetch_add(&pool.job_number, 1);
     if (atomic_load(&pool.sleepers) > 0) {
-        pthread_mutex_lock(&pool.bedroom);
-        pthread_cond_broadcast(&pool.alarm);
-        pthread_mutex_unlock(&pool.bedroom);
+        pthread_mutex_lock(&pool.sleep_lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.sleep_lock);
     }
 }
 

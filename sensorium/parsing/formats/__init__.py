@@ -1,4 +1,4 @@
-"""The forms in which models write calls: how each is read, and the grammar that holds a model to it."""
+"""The formats in which models write calls: how each is read, and the grammar that constrains a model to it."""
 
 from __future__ import annotations
 
@@ -13,6 +13,6 @@ from sensorium.parsing.formats.tagged import Glm, Hermes, QwenCoder
 FORMATS: Mapping[str, ToolFormat] = MappingProxyType(
     {each.name: each for each in (QwenCoder(), Glm(), Hermes(), Mistral(), LlamaJson(), JsonText())}
 )
-"""By name. In this order they are looked for in chat templates."""
+"""The formats by name. Chat templates are searched for them in this order."""
 
 __all__ = ["FORMATS", "ToolFormat"]

@@ -1,4 +1,4 @@
-"""What every form of calls has."""
+"""The base classes of formats of calls."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ from sensorium.parsing.tools import CALLED_NAME, Tool, Tools
 
 
 class ToolFormat(ABC):
-    """A form of calls: how it is read, and the grammar of what is written. Has no state."""
+    """A format of calls: how it is read, and its grammar. Has no state."""
 
     name: ClassVar[str]
     markers: ClassVar[tuple[str, ...]] = ()
-    """Texts that set calls apart; where they are special tokens, they must not be left out of the text."""
+    """Texts that mark calls. If they are special tokens, the detokenizer must keep them."""
     call_id_chars: ClassVar[int | None] = None
-    """Length of the ids that the model's templates insist on, of letters and digits; None: any."""
+    """Length of the ids, of letters and digits, that the model's templates require; None: any."""
 
     @abstractmethod
     def read(self, reader: Reader, sink: Sink, tools: Tools, *, is_forced: bool = False) -> Steps[None]:
-        """Read an answer to its end. `is_forced`: it is calls and nothing else."""
+        """Read an answer to its end. `is_forced`: it consists of calls only."""
 
     @abstractmethod
     def is_shown_by(self, text: str) -> bool:
-        """Whether `text`, a call as a template writes it or the template itself, has this form."""
+        """Whether `text`, a call as a template writes it or the template itself, has this format."""
 
     @abstractmethod
     def calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
@@ -39,15 +39,15 @@ class ToolFormat(ABC):
 
 
 class MarkedFormat(ToolFormat):
-    """A form whose calls begin with a mark, so that they may stand anywhere in an answer."""
+    """A format whose calls begin with a mark, so that they may stand anywhere in an answer."""
 
     begin: ClassVar[str]
     separator: ClassVar[str] = ""
-    """What stands between two calls."""
+    """The text between two calls."""
 
     @abstractmethod
     def call(self, lark: Lark, tool: Tool) -> str:
-        """An expression for a call of a tool, from behind its mark on."""
+        """An expression for a call of a tool, without its opening mark."""
 
     def calls(self, lark: Lark, tools: Tools, *, is_parallel: bool) -> str:
         """See `ToolFormat`."""
@@ -77,12 +77,12 @@ def schema_of(tool: Tool) -> Mapping[str, Any]:
 
 
 def no_call(reader: Reader, sink: Sink) -> None:
-    """What was read since a mark is none: it is content, unless it was cut off before it could become one."""
+    """What was read since a mark isn't a call: emit it as content, unless the text was cut off within it."""
     read = reader.unmark()
     if not reader.is_cut_off:
         sink.content(read)
 
 
 def is_name(name: str) -> bool:
-    """Whether a function may have this name, whether or not there is one."""
+    """Whether this is a legal name of a function, known or not."""
     return CALLED_NAME.fullmatch(name) is not None

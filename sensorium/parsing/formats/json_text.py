@@ -3,8 +3,8 @@
 Llama 3    {"name": "f", "parameters": {"a": 1}}; {"name": "g", "parameters": {}}     perhaps behind <|python_tag|>
 plain      {"name": "f", "arguments": {"a": 1}}    or a list of such, perhaps in a fence of ```json
 
-JSON is taken for a call only if it names a function that the request offers and has no members but a call's: a
-model may just as well answer in JSON.
+JSON is a call only if it names a function of the request and has no members but a call's: otherwise it is an answer in
+JSON.
 """
 
 from __future__ import annotations
@@ -96,9 +96,9 @@ class LlamaJson(JsonText):
 
 
 def _read_calls(reader: Reader, sink: Sink, tools: Tools, *, is_certain: bool) -> Steps[None]:
-    """Calls one after another. What is none goes to the content, with everything marked before it.
+    """Calls one after another. Text that isn't a call is content, with everything marked before it.
 
-    `is_certain`: what stands here is calls, so that what a cut left of one is no content.
+    `is_certain`: only calls can stand here, so that an incomplete one is not content.
     """
     has_fence = yield from reader.take(FENCE)
     if has_fence:
@@ -124,7 +124,7 @@ def _read_calls(reader: Reader, sink: Sink, tools: Tools, *, is_certain: bool) -
 
 
 def _end(reader: Reader, sink: Sink, *, is_certain: bool) -> None:
-    """JSON that was cut off is content, unless it is certain that it would have been a call."""
+    """JSON that was cut off is content, unless it can only be a call."""
     if is_certain:
         no_call(reader, sink)
     else:

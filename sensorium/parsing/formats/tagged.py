@@ -4,8 +4,8 @@ Hermes, Qwen 2.5, Qwen 3     <tool_call>{"name": "f", "arguments": {"a": 1}}</to
 Qwen3-Coder, Qwen 3.5        <tool_call><function=f><parameter=a>1</parameter></function></tool_call>
 GLM 4.5 and later            <tool_call>f<arg_key>a</arg_key><arg_value>1</arg_value></tool_call>
 
-White space may stand between the parts. Models trained on one form sometimes fall into another, so that each is read
-wherever the tag stands; the formats differ in what a model is held to.
+White space may stand between the parts. Models trained on one format sometimes write another, so every format reads all
+three; they differ in the grammar that a model is constrained to.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _HERMES_TAIL = "}\n" + END
 
 
 class _Tagged(MarkedFormat):
-    """What the three have in common."""
+    """The base class of the three."""
 
     begin = BEGIN
     separator = "\n"

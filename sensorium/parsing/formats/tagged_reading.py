@@ -1,4 +1,4 @@
-"""Reads calls between `<tool_call>` and `</tool_call>`, whichever of the forms of `tagged` stands there."""
+"""Reads calls between `<tool_call>` and `</tool_call>`, in any of the formats of `tagged.py`."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def _read_call(begin: str, reader: Reader, sink: Sink, tools: Tools) -> Steps[Ou
 
 
 def _read_end(reader: Reader, sink: Sink) -> Steps[None]:
-    """The closing tag, if it is there. A brace too many before it is no content."""
+    """Read the closing tag, if it is there. An extra brace before it is not content."""
     reader.mark()
     yield from reader.run(_CLOSERS)
     if (yield from reader.take_end(END)):
@@ -54,7 +54,7 @@ def _read_end(reader: Reader, sink: Sink) -> Steps[None]:
 
 
 def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
-    """From the function's name on."""
+    """Read a call, starting at the function's name."""
     name = yield from reader.run(_NAME_RUN)
     if not is_name(name) or not (yield from reader.take(">")):
         return Outcome.NONE
@@ -69,7 +69,7 @@ def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
         else:
             yield from reader.run(WHITESPACE)
             tag = yield from reader.until((PARAMETER, FUNCTION_END, END), sink.content, is_within=True)
-    if tag is not None:  # else it was cut off, and what is missing is not made up
+    if tag is not None:  # else it was cut off, and the missing part is not invented
         writer.end()
     return Outcome.CALL
 
@@ -77,7 +77,7 @@ def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
 def _read_parameter(
     function: str, reader: Reader, sink: Sink, tools: Tools, writer: ParameterWriter
 ) -> Steps[str | None]:
-    """A parameter from its name on; returns the tag that ended it."""
+    """Read a parameter, starting at its name; returns the tag that ended it."""
     pieces: list[str] = []
     if (yield from reader.until((">",), pieces.append)) is None:
         return None
@@ -88,11 +88,11 @@ def _read_parameter(
 
 
 def _read_keys(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
-    """From the function's name on: keys and values up to the closing tag."""
+    """Read a call, starting at the function's name: keys and values up to the closing tag."""
     name = yield from reader.run(_NAME_RUN)
     yield from reader.run(WHITESPACE)
     if not is_name(name) or (yield from reader.peek(len(KEY))) not in (KEY, END[: len(KEY)]):
-        for mark in (KEY, END):  # of which a cut may have left a piece
+        for mark in (KEY, END):  # a cut may have left a part of it
             yield from reader.take(mark)
         return Outcome.NONE
     reader.unmark()
