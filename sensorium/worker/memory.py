@@ -1,10 +1,12 @@
-"""How much memory a device has left for the KV cache."""
+"""What a device's memory is for, and how much is left for the KV cache."""
 
 from __future__ import annotations
 
 import ctypes
 import sys
 from collections.abc import Iterable
+from dataclasses import dataclass
+from math import isqrt
 from pathlib import Path
 
 import numpy as np
@@ -12,24 +14,103 @@ import torch
 from torch import nn
 
 from sensorium.attention import AttentionMetadata
-from sensorium.config import EngineConfig
-from sensorium.model_executor.drivers import ModelDriver, StepInputs
+from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.errors import ModelError
+from sensorium.logger import get_logger
+from sensorium.model_executor.drivers import EmbeddingsDriver, ModelDriver, StepInputs
+from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.layers.tower import RecordableTower, towers_of
+from sensorium.worker.decode_graphs import graph_sizes
+from sensorium.worker.dummy_media import NoDummyMediaError, make_dummy_media
 from sensorium.worker.kv_cache import DEFAULT_CPU_BYTES, CacheLayout
+from sensorium.worker.tower_graphs import MAX_GRAPHS, MAX_PATCHES
+from sensorium.worker.trunk_graphs import trunk_sizes
+
+logger = get_logger(__name__)
 
 
-def available_bytes(device: torch.device, config: EngineConfig, driver: ModelDriver, layout: CacheLayout) -> int:
-    """Bytes that the KV cache may take on this device.
+@dataclass(frozen=True, slots=True)
+class MemoryPlan:
+    """Where a device's memory goes, in bytes; what is left of the engine's share is the KV cache's."""
+
+    available: int
+    """For the KV cache."""
+    activations: int = 0
+    """Most that a step needs beside the weights: decoder or encoder, at their full budgets."""
+    recorded_passes: int = 0
+    """Most that CUDA graphs hold."""
+    encoder_cache: int = 0
+    """Most that rows of encoded media take."""
+
+    def parts(self) -> dict[str, int]:
+        """What the report says beside the weights and the KV cache; nothing that takes nothing."""
+        named = {
+            "activations (at most)": self.activations,
+            "recorded passes (at most)": self.recorded_passes,
+            "encoder cache (at most)": self.encoder_cache,
+        }
+        return {name: size for name, size in named.items() if size}
+
+
+def plan_memory(
+    device: torch.device,
+    config: EngineConfig,
+    model: nn.Module,
+    driver: ModelDriver,
+    layout: CacheLayout,
+    features: ModelFeatures,
+    *,
+    records: bool,
+) -> MemoryPlan:
+    """Decide what the KV cache may take on this device. `records`: passes will be recorded.
 
     On a CPU: a share of what is free, at most `DEFAULT_CPU_BYTES`. On CUDA: the engine's share of the device, less the
-    weights and the peak of a step at its full token budget, which is run here once.
+    weights, what others use, and what steps, recorded passes and encoded media take at most. Steps at their full
+    budgets are run here once, so that no step that is admitted later needs more.
     """
+    model_config = config.model_config
+    itemsize, hidden_size = model_config.dtype.itemsize, int(getattr(model_config.hf_text_config, "hidden_size", 0))
+    holds_rows = model_config.is_multimodal_model and features.splits_media
+    cached_rows = (config.cache_config.encoder_cache_rows or 0) if holds_rows else 0
+    encoder_cache = cached_rows * hidden_size * itemsize
     if device.type == "cpu":
-        return min(int(free_cpu_bytes() * config.cache_config.memory_fraction) // 2, DEFAULT_CPU_BYTES)
-    peak = _peak_of_full_step(device, config, driver, layout)
+        share = int(free_cpu_bytes() * config.cache_config.memory_fraction) // 2
+        return MemoryPlan(min(share, DEFAULT_CPU_BYTES), encoder_cache=encoder_cache)
+    at_rest = torch.cuda.memory_allocated(device)
+    _run_full_step(device, config, driver, layout)
+    towers = towers_of(model)
+    for tower in towers:
+        _run_full_tower(device, config, tower, features)
+    if isinstance(driver, EmbeddingsDriver) and not towers:
+        _run_dummy_media(device, config, driver, features)
+    torch.cuda.synchronize(device)
+    # Since the model was loaded: what it was tried on counts too, such as a plug-in's dummy media.
+    activations = torch.cuda.max_memory_allocated(device) - at_rest + _logits_bytes(config)
+    recorded = activations + _recorded_bytes(config, model, hidden_size, itemsize) if records else 0
+    torch.cuda.empty_cache()
     free, total = torch.cuda.mem_get_info(device)
     used_by_others = total - free - torch.cuda.memory_reserved(device)
     budget = int(total * config.cache_config.memory_fraction)
-    return max(budget - peak - used_by_others, 0)
+    taken = at_rest + used_by_others + activations + recorded + encoder_cache
+    return MemoryPlan(max(budget - taken, 0), activations, recorded, encoder_cache)
+
+
+def _logits_bytes(config: EngineConfig) -> int:
+    """Logits of all requests as the head gives them, and as float32 to be sampled from."""
+    num_rows = config.scheduler_config.max_num_seqs
+    return num_rows * config.model_config.vocab_size * (config.model_config.dtype.itemsize + 4)
+
+
+def _recorded_bytes(config: EngineConfig, model: nn.Module, hidden_size: int, itemsize: int) -> int:
+    """What recorded passes of every size keep for themselves. What they compute in between, they share."""
+    decodes = sum(graph_sizes(config.scheduler_config.max_num_seqs)) * config.model_config.vocab_size * itemsize
+    mixed = 2 * sum(trunk_sizes()) * hidden_size * itemsize
+    towers = (
+        MAX_GRAPHS
+        * MAX_PATCHES
+        * sum((tower.patch_width + hidden_size // tower.merge_size**2) * itemsize for tower in towers_of(model))
+    )
+    return decodes + mixed + towers
 
 
 def free_cpu_bytes() -> int:
@@ -70,13 +151,12 @@ def _set_thresholds(*, mmap_bytes: int, trim_bytes: int) -> bool:
     return bool(mallopt(mmap_threshold, mmap_bytes)) and bool(mallopt(trim_threshold, trim_bytes))
 
 
-def _peak_of_full_step(device: torch.device, config: EngineConfig, driver: ModelDriver, layout: CacheLayout) -> int:
-    """Peak bytes of one step of `max_num_batched_tokens` text rows in one sequence, without a cache."""
+def _run_full_step(device: torch.device, config: EngineConfig, driver: ModelDriver, layout: CacheLayout) -> None:
+    """One step of `max_num_batched_tokens` text rows in one sequence, without a cache."""
     num_tokens = min(config.scheduler_config.max_num_batched_tokens, config.model_config.max_model_len)
     positions = np.arange(num_tokens, dtype=np.int64)
     if config.model_config.uses_mrope:
         positions = np.tile(positions, (3, 1))
-    torch.cuda.reset_peak_memory_stats(device)
     driver.forward(
         StepInputs(
             input_ids=torch.zeros(num_tokens, dtype=torch.int64, device=device),
@@ -85,10 +165,33 @@ def _peak_of_full_step(device: torch.device, config: EngineConfig, driver: Model
             attn_metadata=AttentionMetadata.without_cache([num_tokens], device=device),
         )
     )
-    torch.cuda.synchronize(device)
-    peak = int(torch.cuda.max_memory_allocated(device))
-    torch.cuda.empty_cache()
-    return peak
+
+
+def _run_full_tower(
+    device: torch.device, config: EngineConfig, tower: RecordableTower, features: ModelFeatures
+) -> None:
+    """A tower's pass over as many rows as a step may encode, or over the largest item if that has more."""
+    num_rows = max(config.scheduler_config.max_num_encoder_rows, *features.max_item_rows.values(), 1)
+    num_rows = min(num_rows, config.model_config.max_model_len)
+    side = isqrt(num_rows - 1) + 1
+    grid = (1, tower.merge_size * side, tower.merge_size * side)
+    pixels = torch.zeros(grid[1] * grid[2], tower.patch_width, dtype=config.model_config.dtype, device=device)
+    tower(pixels, [grid])
+
+
+def _run_dummy_media(
+    device: torch.device, config: EngineConfig, driver: EmbeddingsDriver, features: ModelFeatures
+) -> None:
+    """The encoder over as many of the model's dummy items, which are its largest, as a step may encode."""
+    try:
+        dummy = make_dummy_media(config)
+    except (NoDummyMediaError, ModelError) as error:
+        logger.warning("memory of the encoder is not accounted for: %s", error)
+        return
+    for modality, items in dummy.items.items():
+        rows_each = max(features.max_item_rows.get(modality, 1), 1)
+        count = max(config.scheduler_config.max_num_encoder_rows // rows_each, 1) if driver.batchable else 1
+        driver.call_encoder(batch_kwargs([items[0]] * count, device, config.model_config.dtype))
 
 
 def tensor_bytes(model: nn.Module) -> int:

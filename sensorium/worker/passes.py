@@ -21,7 +21,7 @@ from sensorium.messages import ScheduledChunk
 from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
 from sensorium.model_executor.drivers.media_kwargs import kwargs_of_items
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
-from sensorium.model_executor.layers.tower import RecordableTower
+from sensorium.model_executor.layers.tower import towers_of
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.decode_graphs import Decoded, DecodeGraphs
 from sensorium.worker.encoder_runner import EncoderRunner
@@ -96,10 +96,9 @@ class PassRunner:
             self.trunks = TrunkGraphs(
                 capture, driver, kv_caches, self._buffers, tables, groups=batch.groups, uses_mrope=uses_mrope
             )
-            for module in model.modules():
-                if isinstance(module, RecordableTower):
-                    module.recorder = TowerGraphs(capture, module, self._device, self._dtype)
-                    self.towers.append(module.recorder)
+            for tower in towers_of(model):
+                tower.recorder = graphs = TowerGraphs(capture, tower, self._device, self._dtype)
+                self.towers.append(graphs)
 
     def prepare(self) -> None:
         """Record the smallest size of each kind, to find out whether the model can be recorded at all."""

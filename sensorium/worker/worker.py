@@ -24,7 +24,7 @@ from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.kv_cache import CacheLayout
-from sensorium.worker.memory import available_bytes, tensor_bytes
+from sensorium.worker.memory import MemoryPlan, plan_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.probe import probe_model
 from sensorium.worker.process_settings import PROCESS_SETTINGS
@@ -84,12 +84,17 @@ class Worker:
             )
         device_type, dtype = self._device.type, config.model_config.dtype
         choose_backends(self._model, device_type, dtype, config.device_config.attention_backend)
+        if device_type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)  # loading may need more than any step
         with self._stage("probe"):
             self._driver, features = probe_model(self._model, config, layout, self._device)
-        with self._stage("allocate"):
-            groups = layout.plan(config, available_bytes(self._device, config, self._driver, layout))
-            caches = layout.allocate(groups, self._device)
         capture = self._graph_capture()
+        with self._stage("allocate"):
+            memory = plan_memory(
+                *(self._device, config, self._model, self._driver, layout, features), records=capture is not None
+            )
+            groups = layout.plan(config, memory.available)
+            caches = layout.allocate(groups, self._device)
         try:
             self._runner = ModelRunner(
                 config, self._model, self._driver, features, groups, caches, self._device, capture
@@ -103,7 +108,7 @@ class Worker:
         if capture is not None:
             with self._stage("record"):
                 self._runner.passes.prepare()
-        return self._report(features, groups)
+        return self._report(features, groups, memory)
 
     def _graph_capture(self) -> GraphCapture | None:
         """What records passes on this device; None: every pass runs call by call."""
@@ -111,20 +116,13 @@ class Worker:
             return None
         return CudaGraphCapture()
 
-    def _report(self, features: ModelFeatures, groups: tuple[CacheGroup, ...]) -> LoadReport:
+    def _report(self, features: ModelFeatures, groups: tuple[CacheGroup, ...], memory: MemoryPlan) -> LoadReport:
         model_config = self._config.model_config
-        hidden_size = int(getattr(model_config.hf_text_config, "hidden_size", 0))
-        memory = {
-            "weights": tensor_bytes(self.model),
-            "KV cache": sum(group.num_bytes for group in groups),
-        }
-        if model_config.is_multimodal_model and features.splits_media:
-            rows = self._config.cache_config.encoder_cache_rows or 0
-            memory["encoder cache (at most)"] = rows * hidden_size * model_config.dtype.itemsize
+        kv_bytes = sum(group.num_bytes for group in groups)
         return LoadReport(
             features=features,
             cache_groups=groups,
-            memory_bytes=memory,
+            memory_bytes={"weights": tensor_bytes(self.model), "KV cache": kv_bytes, **memory.parts()},
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
             weights=weights_line(self.model, self._config.quant_config),

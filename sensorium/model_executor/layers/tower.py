@@ -88,6 +88,8 @@ class RecordableTower(nn.Module):
     """Set by the worker, where passes can be recorded."""
     merge_size: int
     """Side of the squares of patches that become one row."""
+    patch_width: int
+    """Numbers in a patch."""
 
     def plan(self, grids: Sequence[Grid]) -> TowerPlan:
         """The pass over items of these sizes."""
@@ -112,6 +114,11 @@ class RecordableTower(nn.Module):
                 return rows
         device = pixel_values.device
         return self.compute(pixel_values, {name: _on(device, array) for name, array in plan.arrays().items()})
+
+
+def towers_of(model: nn.Module) -> list[RecordableTower]:
+    """The towers of a model whose passes can be recorded."""
+    return [module for module in model.modules() if isinstance(module, RecordableTower)]
 
 
 def _on(device: torch.device, array: npt.NDArray[Any]) -> torch.Tensor:

@@ -81,8 +81,8 @@ class Qwen2VisionTransformer(RecordableTower):
         self.config = config
         self.merge_size = config.spatial_merge_size
         self.hidden_size, output_size = self.sizes(config)
-        patch_volume = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        proj = PatchEmbedding(patch_volume, self.hidden_size, bias=False, prefix=f"{prefix}.patch_embed.proj")
+        self.patch_width = config.in_channels * config.temporal_patch_size * config.patch_size**2
+        proj = PatchEmbedding(self.patch_width, self.hidden_size, bias=False, prefix=f"{prefix}.patch_embed.proj")
         self.patch_embed = nn.ModuleDict({"proj": proj})
         self.blocks = nn.ModuleList(
             EncoderLayer(
