@@ -31,7 +31,7 @@ from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.entrypoints.openai.strict_http import StrictConnection
 from sensorium.errors import ConfigError
 
-CERTIFICATE = Path(__file__).parents[1] / "multimodal" / "media" / "tls_media_example.pem"
+CERTIFICATE = Path(__file__).parents[1] / "media" / "tls_media_example.pem"
 """Signed by itself, with its key."""
 PATIENT_S = 60.0
 """Long enough for a busy machine; nothing waits for so long unless it fails."""

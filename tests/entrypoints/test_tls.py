@@ -12,7 +12,7 @@ from tests.entrypoints.served import served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S
 
-CERTIFICATE = Path(__file__).parents[1] / "multimodal" / "media" / "tls_media_example.pem"
+CERTIFICATE = Path(__file__).parents[1] / "media" / "tls_media_example.pem"
 """Signed by itself, with its key."""
 
 
