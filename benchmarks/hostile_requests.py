@@ -143,7 +143,7 @@ def _bomb() -> bytes:
 _BOMB_URL = "data:image/png;base64," + base64.b64encode(_bomb()).decode()
 
 
-async def bomb(connection: Connection, index: int) -> str:
+async def bomb(connection: Connection, _index: int) -> str:
     """A picture that is small only while it is packed."""
     return await _post(connection, chat({"type": "image_url", "image_url": {"url": _BOMB_URL}}, text("What?")))
 
@@ -200,7 +200,7 @@ async def leaves(connection: Connection, index: int) -> str:
     return "outlasted"
 
 
-async def never_reads(connection: Connection, index: int) -> str:
+async def never_reads(connection: Connection, _index: int) -> str:
     """Asks for a long answer with everything, and reads nothing for a while."""
     body = json.loads(good_requests()[0])
     body |= {"stream": True, "max_tokens": 400, "logprobs": True, "top_logprobs": 5}
@@ -214,7 +214,7 @@ async def never_reads(connection: Connection, index: int) -> str:
     return "outlasted"
 
 
-async def half_a_request(connection: Connection, index: int) -> str:
+async def half_a_request(connection: Connection, _index: int) -> str:
     """Announces more than it sends, and hangs up."""
     try:
         async with asyncio.timeout(0.05):
@@ -244,7 +244,7 @@ async def forged_line(connection: Connection, index: int) -> str:
     return "refused" if answer.status == 404 else "wrong"
 
 
-async def half_a_head(connection: Connection, index: int) -> str:
+async def half_a_head(connection: Connection, _index: int) -> str:
     """Connections that say half of what they want, and no more."""
     held = [asyncio.create_task(connection.raw(HEAD + b"X-A: ")) for _ in range(8)]
     await asyncio.sleep(0.2)

@@ -40,14 +40,14 @@ class ColourNamerConfig(PretrainedConfig):
 AutoConfig.register("colour_namer", ColourNamerConfig)
 
 
-def mean_colours(ctx: Any, data: Any) -> dict[str, torch.Tensor]:
+def mean_colours(_ctx: Any, data: Any) -> dict[str, torch.Tensor]:
     """The mapper: PIL images to `(images, 1, 3)`, between -1 and 1."""
     images = data if isinstance(data, list) else [data]
     colours = [np.asarray(image.convert("RGB"), dtype=np.float32).mean((0, 1)) for image in images]
     return {"pixel_values": torch.from_numpy(np.stack(colours))[:, None] / 127.5 - 1}
 
 
-def dummy_data(ctx: Any, seq_len: int, mm_counts: Any) -> DummyData:
+def dummy_data(_ctx: Any, seq_len: int, mm_counts: Any) -> DummyData:
     """The largest legal input: all the pictures, and text behind them."""
     count = mm_counts["image"]
     tokens = SequenceData.from_prompt_token_counts((IMAGE_TOKEN, count), (1, seq_len - count))
@@ -72,7 +72,7 @@ class Mixer(nn.Module):
 @MULTIMODAL_REGISTRY.register_image_input_mapper(mean_colours)
 @MULTIMODAL_REGISTRY.register_max_image_tokens(1)
 @INPUT_REGISTRY.register_dummy_data(dummy_data)
-@INPUT_REGISTRY.register_input_processor(lambda ctx, inputs: inputs)  # a picture is one row: nothing to expand
+@INPUT_REGISTRY.register_input_processor(lambda _ctx, inputs: inputs)  # a picture is one row: nothing to expand
 class ColourNamer(nn.Module, SupportsMultiModal):
     """The word whose colour is nearest to the mean of what came before."""
 

@@ -141,5 +141,5 @@ def batches(dataset: Batches, indices: range, num_workers: int) -> Iterator[Batc
     return iter(loader)
 
 
-def _limit_threads(worker: int) -> None:
+def _limit_threads(_worker: int) -> None:
     torch.set_num_threads(1)

@@ -40,10 +40,10 @@ def sample_sound(rng: random.Random, bank: SpeechBank, max_words: int = 5, kind:
     """A sound of some kind with noise, gain and pauses."""
     kind = kind or rng.choices(("digits", "words", "tone", "sweep", "beeps", "silence"), (8, 7, 1.6, 0.8, 2, 0.3))[0]
     content, clean = _SAMPLERS[kind](rng, bank, max_words)
-    return Sound(kind, content, degrade(rng, clean, speech=kind in ("digits", "words")))
+    return Sound(kind, content, degrade(rng, clean))
 
 
-def degrade(rng: random.Random, clean: Waveform, speech: bool) -> Waveform:
+def degrade(rng: random.Random, clean: Waveform) -> Waveform:
     """Silence around, gain, noise of some colour at 12 to 40 dB below the signal, and rounding to 16 bits."""
     before, after = (int(rng.uniform(0.03, 0.5) * SAMPLE_RATE) for _ in range(2))
     padded = np.pad(clean, (before, after))

@@ -88,7 +88,7 @@ class AttentionBackend:
     varlen: VarlenAttention
 
 
-def _cpu_refusal(spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
+def _cpu_refusal(_spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return "it needs a CPU"
     if dtype not in DTYPE_CODES:
@@ -96,7 +96,7 @@ def _cpu_refusal(spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> s
     return native_refusal()
 
 
-def _triton_refusal(spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
+def _triton_refusal(spec: AttentionSpec, device_type: str, _dtype: torch.dtype) -> str | None:
     if device_type != "cuda":
         return "it needs CUDA"
     if not has_triton():
@@ -117,11 +117,11 @@ def _triton_varlen(*arguments: Any, **options: Any) -> torch.Tensor:
     return varlen_attention(*arguments, **options)
 
 
-def _sdpa_refusal(spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
+def _sdpa_refusal(spec: AttentionSpec, _device_type: str, _dtype: torch.dtype) -> str | None:
     return None if spec.softcap is None else "it has no soft cap"
 
 
-def _no_refusal(spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
+def _no_refusal(_spec: AttentionSpec, _device_type: str, _dtype: torch.dtype) -> str | None:
     return None
 
 

@@ -165,7 +165,7 @@ class InputRegistry:
         return process
 
 
-def _default_dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
+def _default_dummy_data(_ctx: InputContext, seq_len: int, _mm_counts: Mapping[str, int]) -> DummyData:
     """Text only: token 0, `seq_len` times. Counts no media, so it suits models that take none."""
     return DummyData(SequenceData.from_prompt_token_counts((0, seq_len)))
 

@@ -115,7 +115,7 @@ def _accepting_any_video_processor(processor_class: Any) -> Any:
             return type(argument)
         return processor_class.check_argument_for_proper_class(self, argument_name, argument)
 
-    def describe(self: Any) -> str:  # transformers' own writes JSON, and logs it at every load
+    def describe(_self: Any) -> str:  # transformers' own writes JSON, and logs it at every load
         return f"{processor_class.__name__}({', '.join(processor_class.get_attributes())})"
 
     methods = {"check_argument_for_proper_class": check_argument_for_proper_class, "__repr__": describe}

@@ -170,6 +170,7 @@ class VideoProcessor:
         """
         from transformers import BatchFeature
 
+        _check_kind(return_tensors)
         clips = [self._normalized_frames(video) for video in split_videos(videos)]
         if self.patch_size is None:
             return BatchFeature({"pixel_values_videos": _stack_if_equal(clips)}, tensor_type=None)
@@ -262,13 +263,14 @@ class FrameStackProcessor:
         return effective_settings(self.image_processor)
 
     def __call__(self, videos: Any, return_tensors: str = "pt", **kwargs: Any) -> Any:
-        """`preprocess`; settings are the image processor's own."""
-        return self.preprocess(videos, return_tensors)
+        """`preprocess` with settings for this call."""
+        return FrameStackProcessor(with_settings(self.image_processor, kwargs)).preprocess(videos, return_tensors)
 
     def preprocess(self, videos: Any, return_tensors: str = "pt") -> Any:
         """A `BatchFeature` with `pixel_values_videos` `(num_videos, num_frames, 3, height, width)`."""
         from transformers import BatchFeature
 
+        _check_kind(return_tensors)
         clips = [self._frames(_as_array(video)) for video in split_videos(videos)]
         return BatchFeature({"pixel_values_videos": _stack_if_equal(clips)}, tensor_type=None)
 
@@ -278,6 +280,12 @@ class FrameStackProcessor:
             list(_as_tensor(array).numpy()), return_tensors="pt", input_data_format="channels_first"
         )["pixel_values"]
         return processed
+
+
+def _check_kind(return_tensors: str) -> None:
+    """Refuse other than torch's tensors, which is all that is made here."""
+    if return_tensors != "pt":
+        raise wrong_value("return_tensors", return_tensors, "'pt'")
 
 
 def cached_get_video_processor(

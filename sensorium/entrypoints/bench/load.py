@@ -98,14 +98,14 @@ class LoadRun:
         cpu_s, start_s = time.process_time(), time.monotonic()
         try:
             async with asyncio.timeout(self._max_s):
-                await (self._closed(start_s) if self._arrivals.rate is None else self._open(start_s))
+                await (self._closed() if self._arrivals.rate is None else self._open(start_s))
         except TimeoutError:
             pass
         cpu_s = time.process_time() - cpu_s
         end_s = max((sample.end_s for sample in self._samples), default=start_s)
         return LoadResult(self._samples, end_s - start_s, cpu_s, self._max_lag_s)
 
-    async def _closed(self, start_s: float) -> None:
+    async def _closed(self) -> None:
         """As many workers as streams, each sending one request after the other."""
         waiting = iter(self._requests)
 

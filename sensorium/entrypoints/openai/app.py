@@ -184,7 +184,7 @@ class PlainRoutes:
         return {name: limits[name] for name in taken if limits[name]}
 
 
-async def _failure(request: Request, error: Exception) -> Response:
+async def _failure(_request: Request, error: Exception) -> Response:
     response = error_response(error)
     forget_frames(error)
     return response

@@ -46,7 +46,7 @@ class KnownField:
 
     expected: str
     takes: _Test
-    passes: _Test = lambda value: False
+    passes: _Test = lambda _value: False
     note: str = ""
 
     def may_be_left_out(self, name: str, value: Any) -> bool:
@@ -116,7 +116,7 @@ def _is_object(value: Any) -> bool:
     return isinstance(value, dict)
 
 
-def _is_nothing(value: Any) -> bool:
+def _is_nothing(_value: Any) -> bool:
     return False
 
 

@@ -374,7 +374,7 @@ def parse_body(kind: type[_Body], content: object) -> _Body:
         raise invalid_body(error, content) from None
 
 
-def _read_text(name: str, text: str) -> str:
+def _read_text(_name: str, text: str) -> str:
     return text
 
 
@@ -384,7 +384,7 @@ def _read_flag(name: str, text: str) -> bool:
     return text.lower() == "true"
 
 
-def _read_other(name: str, text: str) -> Any:
+def _read_other(_name: str, text: str) -> Any:
     """A value of the table of known fields, which may be any."""
     try:
         return msgspec.json.decode(text)

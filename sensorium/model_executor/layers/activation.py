@@ -97,7 +97,10 @@ _GATED_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
 }
 
 
-def get_act_fn(act_fn_name: str, quant_config: QuantizationConfig | None = None) -> nn.Module:
+def get_act_fn(
+    act_fn_name: str,
+    quant_config: QuantizationConfig | None = None,  # noqa: ARG001  part of a known signature
+) -> nn.Module:
     """The activation that a config names, such as "gelu_pytorch_tanh". It has no weights to be quantized.
 
     Raises:

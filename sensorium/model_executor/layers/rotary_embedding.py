@@ -271,7 +271,7 @@ def get_rope(
     base: float,
     is_neox_style: bool = True,
     rope_scaling: Mapping[str, Any] | None = None,
-    dtype: torch.dtype | None = None,
+    dtype: torch.dtype | None = None,  # noqa: ARG001  part of a known signature
     partial_rotary_factor: float = 1.0,
 ) -> RotaryEmbedding:
     """The rotary embedding for these settings; layers with equal settings share one.

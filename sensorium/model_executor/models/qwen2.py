@@ -18,6 +18,6 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
     """A decoder and its output head. In Qwen2-VL it takes M-RoPE positions `(3, num_tokens)`."""
 
     @staticmethod
-    def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
+    def decoder_options(_text_config: PretrainedConfig) -> DecoderOptions:
         """Biases where Qwen2 has them."""
         return DecoderOptions(qkv_bias=True)

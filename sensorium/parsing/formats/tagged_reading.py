@@ -65,7 +65,7 @@ def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
     tag: str | None = PARAMETER_END
     while tag in (PARAMETER, PARAMETER_END):
         if tag == PARAMETER:
-            tag = yield from _read_parameter(name, reader, sink, tools, writer)
+            tag = yield from _read_parameter(name, reader, tools, writer)
         else:
             yield from reader.run(WHITESPACE)
             tag = yield from reader.until((PARAMETER, FUNCTION_END, END), sink.content, is_within=True)
@@ -74,9 +74,7 @@ def _read_function(reader: Reader, sink: Sink, tools: Tools) -> Steps[Outcome]:
     return Outcome.CALL
 
 
-def _read_parameter(
-    function: str, reader: Reader, sink: Sink, tools: Tools, writer: ParameterWriter
-) -> Steps[str | None]:
+def _read_parameter(function: str, reader: Reader, tools: Tools, writer: ParameterWriter) -> Steps[str | None]:
     """Read a parameter, starting at its name; returns the tag that ended it."""
     pieces: list[str] = []
     if (yield from reader.until((">",), pieces.append)) is None:

@@ -30,7 +30,7 @@ def new_id(kind: str) -> str:
     return f"{kind}_{uuid.uuid4().hex}"
 
 
-def _nothing_kept(item_id: str, where: str) -> Item:
+def _nothing_kept(_item_id: str, where: str) -> Item:
     raise UnsupportedFeatureError(f"{where}.type: got 'item_reference', expected an item. Send the item itself.")
 
 
@@ -121,7 +121,7 @@ def _text(kind: str, *more: str) -> _Reader:
     return read
 
 
-def _media(kind: str, *keys: str) -> _Reader:
+def _media(*keys: str) -> _Reader:
     """A part with media: what it holds is checked where it is loaded."""
 
     def read(given: Mapping[str, Any], where: str) -> Item:
@@ -206,7 +206,7 @@ _PARTS: dict[str, _Reader] = {
     "input_text": _text("input_text"),
     "output_text": _text("output_text", "annotations", "logprobs"),
     "refusal": _text("refusal"),
-    "input_image": _media("input_image", "image_url", "detail"),
-    "input_video": _media("input_video", "video_url"),
-    "input_audio": _media("input_audio", "input_audio", "audio_url"),
+    "input_image": _media("image_url", "detail"),
+    "input_video": _media("video_url"),
+    "input_audio": _media("input_audio", "audio_url"),
 }
