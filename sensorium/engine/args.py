@@ -72,8 +72,8 @@ class EngineArgs:
     load_format: LoadFormat = "safetensors"
     """"safetensors", or "dummy" for seeded random weights."""
     quantization: Name | None = None
-    """How linear layers hold their weights, if not in the model's dtype: "int8" (made at load, CPU only), or a name
-    that a plug-in registered. A checkpoint that is quantized says so itself."""
+    """How linear layers hold their weights, if not in the model's dtype: "int8" (made at load, CPU only), "fp8"
+    (made at load), or what a plug-in registered. A checkpoint that is quantized says so itself."""
     model_impl: ModelImpl = "auto"
     """Whose modules run: "native" for a class that is registered here, "transformers" for Hugging Face's own, "auto"
     for a registered class where there is one."""

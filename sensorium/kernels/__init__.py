@@ -7,6 +7,7 @@ where no kernel does. No function changes an argument, except `write_kv`, whose 
 from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_and_mul
 from sensorium.kernels.argmax import greedy_argmax, largest
 from sensorium.kernels.attention import AttentionRules, paged_attention, split_cache, varlen_attention, write_kv
+from sensorium.kernels.fp8_linear import FP8, Fp8Weight, dequantize_fp8, fp8_linear, fp8_refusal, quantize_fp8_rows
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear, plain_linear
 from sensorium.kernels.native import native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
@@ -14,11 +15,16 @@ from sensorium.kernels.quantized_linear import QuantizedWeight, quantize, quanti
 from sensorium.kernels.rotary import Rotation, rotary_embedding, rotate_and_write_kv
 
 __all__ = [
+    "FP8",
     "AttentionRules",
+    "Fp8Weight",
     "PackedWeight",
     "QuantizedWeight",
     "Rotation",
     "add_rms_norm",
+    "dequantize_fp8",
+    "fp8_linear",
+    "fp8_refusal",
     "gelu",
     "gelu_and_mul",
     "greedy_argmax",
@@ -29,6 +35,7 @@ __all__ = [
     "paged_attention",
     "plain_linear",
     "quantize",
+    "quantize_fp8_rows",
     "quantized_linear",
     "quick_gelu",
     "rms_norm",

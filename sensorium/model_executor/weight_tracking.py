@@ -30,6 +30,12 @@ def ignore_weight(loaded_weight: torch.Tensor) -> None:
         tracker.mark_read(loaded_weight)
 
 
+def current_key() -> str | None:
+    """Within a `load_weights`: the checkpoint's key that was handed out last."""
+    tracker = _active.get()
+    return None if tracker is None else tracker.current_key
+
+
 def parameter_replaced(old: nn.Parameter | None, new: nn.Parameter) -> None:
     """Say, within a `load_weights`, that another parameter stands in an unfilled one's place from now on."""
     tracker = _active.get()
@@ -172,8 +178,8 @@ class LoadTracker(TorchFunctionMode):
         owner = self._owner(target)
         if owner is not None:
             for source in tensors[1:]:
-                if _start_of_memory(source) in self._keys_of_start:
-                    refuse_other_kind(target, source, f"{self.current_key!r} for {owner}")
+                for key in self._keys_of_start.get(_start_of_memory(source), ())[:1]:
+                    refuse_other_kind(target, source, f"{owner}, loaded from {key!r}")
             self._written[owner] += target.numel()
 
     def _owner(self, tensor: torch.Tensor) -> str | None:

@@ -1,9 +1,11 @@
-"""Every model in int8: near the float model, and its tokens the same whatever is batched, cut, cached and preempted."""
+"""Every model in int8 and fp8: near the float model, and, in int8, its tokens the same whatever is batched, cut, cached
+and preempted."""
 
 from __future__ import annotations
 
 import json
 import random
+import re
 import shutil
 from functools import cache
 from pathlib import Path
@@ -11,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from sensorium import EngineArgs, LLMEngine, SamplingParams
-from sensorium.errors import ConfigError, ModelError
+from sensorium.errors import ConfigError, ModelError, WeightsError
 from sensorium.kernels import native_refusal
 from tests.helpers import toy_models as toys
 from tests.helpers.checkpoints import make_checkpoint
@@ -130,29 +133,116 @@ def test_classes_of_every_tier(cls: type, tmp_path: Path) -> None:
     assert {each.request_id: served.tokens(each.request_id) for each in plan} == reference
 
 
+# Checkpoints that are quantized already
+
+
+def in_fp8(tensors: dict[str, torch.Tensor], kept: str) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
+    """A checkpoint's decoder in 8-bit floats with a scale per block, and the floats that these mean; `kept` names what
+    stays as it is."""
+    quantized, meant = dict(tensors), dict(tensors)
+    for name, weight in tensors.items():
+        if not name.endswith("_proj.weight") or re.search(kept, name):
+            continue
+        blocks = (-(-weight.shape[0] // BLOCK), -(-weight.shape[1] // BLOCK))
+        scales = torch.rand(blocks, generator=torch.Generator().manual_seed(1)) / 448 + weight.abs().max() / 448
+        wide = scales.repeat_interleave(BLOCK, 0).repeat_interleave(BLOCK, 1)[: weight.shape[0], : weight.shape[1]]
+        values = (weight / wide).to(torch.float8_e4m3fn)
+        quantized |= {name: values, f"{name}_scale_inv": scales}
+        meant[name] = values.float() * wide
+    assert len(quantized) > len(tensors)
+    return quantized, meant
+
+
+BLOCK = 24
+TOWERS = "vision|visual|audio_tower"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("listed", ["every layer by its name", "nothing"])
+def test_a_checkpoint_in_8_bit_floats_is_what_it_means(family: str, listed: str, tmp_path: Path) -> None:
+    """Its towers are in float. Some files list them, under names that needn't be this model's; the tensors decide."""
+    path = make_checkpoint(family)
+    tensors = load_file(path / "model.safetensors")
+    quantized, meant = in_fp8(tensors, TOWERS)
+    settings: dict[str, Any] = {
+        "quant_method": "fp8",
+        "weight_block_size": [BLOCK, BLOCK],
+        "activation_scheme": "dynamic",
+    }
+    if listed == "every layer by its name":
+        settings["modules_to_not_convert"] = [name.removesuffix(".weight") for name in tensors if name not in quantized]
+    for name, state in (("quantized", quantized), ("meant", meant)):
+        shutil.copytree(path, tmp_path / name)
+        save_file(state, tmp_path / name / "model.safetensors", metadata={"format": "pt"})
+    config = json.loads((tmp_path / "quantized" / "config.json").read_text()) | {"quantization_config": settings}
+    (tmp_path / "quantized" / "config.json").write_text(json.dumps(config))
+    plan = random_plan(family, 3, random.Random(family), spread=0, aborts=0)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
+    engines = [
+        make_engine(tmp_path / name, limit_mm_per_prompt=limits(family), device="cpu")
+        for name in ("quantized", "meant")
+    ]
+    got, want = (torch.cat([prompt_logprobs(engine, each, params) for each in plan]) for engine in engines)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    (line,) = [each for each in engines[0].report.lines() if each.startswith("weights")]
+    assert "fp8 weights, held in float32 on this device, in" in line
+    assert "self_attn.qkv_proj" in line
+    assert "lm_head" not in line
+
+
+def test_fp8_at_load_is_near_float() -> None:
+    plan = random_plan("llava", 3, random.Random(0), spread=0, aborts=0)
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0, ignore_eos=True)
+    engines = [
+        make_engine(
+            make_checkpoint("llava"), limit_mm_per_prompt=limits("llava"), device="cpu", quantization=quantization
+        )
+        for quantization in (None, "fp8")
+    ]
+    in_float, in_fp8 = (torch.cat([prompt_logprobs(engine, each, params) for each in plan]) for engine in engines)
+    error = in_fp8 - in_float
+    assert error.abs().max() > 0, "nothing was quantized"
+    assert error.pow(2).mean().sqrt() < 0.15 * in_float.std()
+
+
 FORMATS = {
     "gptq": {"quant_method": "gptq", "bits": 4},
     "awq": {"quant_method": "awq", "bits": 4},
-    "fp8": {"quant_method": "fp8", "weight_block_size": [128, 128]},
     "compressed-tensors": {"quant_method": "compressed-tensors", "format": "int-quantized"},
     "bitsandbytes": {"load_in_8bit": True, "load_in_4bit": False},
 }
 
 
 @pytest.mark.parametrize("name", FORMATS)
-@pytest.mark.parametrize("quantization", [None, "int8"])
-def test_quantized_checkpoints_are_refused_by_name(name: str, quantization: str | None, tmp_path: Path) -> None:
+def test_quantized_checkpoints_are_refused_by_name(name: str, tmp_path: Path) -> None:
     """Their integers would load as if they were floats, or not at all; either way the format is what to know."""
     shutil.copytree(make_checkpoint("llama"), tmp_path, dirs_exist_ok=True)
     config = json.loads((tmp_path / "config.json").read_text()) | {"quantization_config": FORMATS[name]}
     (tmp_path / "config.json").write_text(json.dumps(config))
-    with pytest.raises(ModelError, match=f"quantized by {name}, expected float weights"):
-        EngineArgs(model=str(tmp_path), device="cpu", quantization=quantization).create_engine_config()
+    with pytest.raises(ModelError, match=f"quantized by {name}.*expected .*Use the checkpoint that it was made from"):
+        EngineArgs(model=str(tmp_path), device="cpu").create_engine_config()
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized_tensors_without_a_word_in_the_config_are_refused(
+    family: str, dtype: torch.dtype, tmp_path: Path
+) -> None:
+    """An int8 checkpoint whose config lost its quantization_config loaded as if 127 were a weight."""
+    shutil.copytree(make_checkpoint(family), tmp_path, dirs_exist_ok=True)
+    tensors = load_file(tmp_path / "model.safetensors")
+    name = next(name for name in tensors if name.endswith("q_proj.weight") and not re.search(TOWERS, name))
+    tensors[name] = (tensors[name] * 20).to(dtype)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(WeightsError, match=rf"qkv_proj.weight \(part 'q'\): got {dtype} .*quantization_config"):
+        make_engine(tmp_path, limit_mm_per_prompt=limits(family), device="cpu")
 
 
 def test_other_schemes_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(make_checkpoint("llama"))
-    with pytest.raises(ConfigError, match="quantization: got 'int4', expected 'int8' or None"):
+    with pytest.raises(
+        ConfigError, match="quantization: got 'int4', expected 'compressed-tensors', 'fp8', 'int8' or None"
+    ):
         EngineArgs(model=model, device="cpu", quantization="int4").create_engine_config()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)

@@ -117,7 +117,7 @@ def fill_with_random(model: nn.Module, seed: int) -> None:
             if parameter.data_ptr() in filled or not parameter.is_floating_point():
                 continue
             filled.add(parameter.data_ptr())
-            if parameter.dim() < 2:
+            if parameter.dim() < 2 or name.endswith("scale"):
                 parameter.fill_(0.0 if name.endswith("bias") else 1.0)
                 continue
             fan_in = parameter[0].numel()

@@ -38,11 +38,16 @@ def with_actual_head(
     head, embeddings = _head_and_embeddings(weights, model_class, config)
     if head is not None and embeddings is None:
         return config  # nothing to compare it with
-    is_own = head is not None and embeddings is not None and not torch.equal(head, embeddings)
+    is_own = head is not None and embeddings is not None and not _equal(head, embeddings)
     is_tied = ties_head(config) and not is_own
     if is_own and ties_head(config):
         logger.info("The output head is not tied to the embeddings: the checkpoint has another one.")
     return _with_flag(config, is_tied)
+
+
+def _equal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors are the same; a quantized one equals no float one."""
+    return one.dtype == other.dtype and torch.equal(one, other)
 
 
 def ties_head(config: EngineConfig) -> bool:

@@ -16,29 +16,31 @@ MAX_NAMES_IN_REPORT = 12
 
 
 def quantized_names(model: nn.Module) -> dict[str, list[str]]:
-    """By the name of a method that quantizes: the names of the layers that hold their weights by it."""
-    by_method: dict[str, list[str]] = {}
+    """The names of the layers whose weights were quantized when they were loaded, by what they are held as now."""
+    kinds: dict[str, list[str]] = {}
     for name, module in model.named_modules():
-        if isinstance(module, WeightedLayer) and module.packed is not None and module.method not in (FLOAT, PACKED):
-            by_method.setdefault(module.method.name, []).append(name)
-    return by_method
+        if not isinstance(module, WeightedLayer) or module.loaded_by in (None, FLOAT):
+            continue
+        assert module.loaded_by is not None
+        kind = f"{module.loaded_by.name} weights"
+        if module.method in (FLOAT, PACKED):
+            kind += f", held in {str(module.params_dtype).removeprefix('torch.')} on this device,"
+        kinds.setdefault(kind, []).append(name)
+    return kinds
 
 
 def weights_line(model: nn.Module, quant_config: QuantizationConfig | None) -> str:
     """What is quantized in a model for which that was asked, and what is not; empty where it was not asked."""
     if quant_config is None:
         return ""
-    quantized = quantized_names(model) or {quant_config.name: []}
+    quantized = quantized_names(model)
     floats = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
     matrices = [name.removesuffix(".weight") for name, parameter in floats if parameter.dim() > 1]
     num_vectors = len(floats) - len(matrices)
-    done = [
-        f"{method} weights in {len(names)} layers ({_listing(names)})" if names else f"{method} weights in no layer"
-        for method, names in quantized.items()
-    ]
+    done = [f"{kind} in {len(names)} layers ({_listing(names)})" for kind, names in quantized.items()]
     return (
-        f"{', '.join(done)}; in float: {_listing(matrices) or 'no matrix'}, and {num_vectors} vectors "
-        f"(norms, biases){_plain_layers_note(model)}"
+        f"{', '.join(done or [f'{quant_config.name} weights in no layer'])}; in float: "
+        f"{_listing(matrices) or 'no matrix'}, and {num_vectors} vectors (norms, biases){_plain_layers_note(model)}"
     )
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from sensorium.errors import WeightsError, WeightShapeError
 from sensorium.model_executor.models.modules import PPMissingLayer
-from sensorium.model_executor.weight_tracking import ignore_weight, refuse_other_kind
+from sensorium.model_executor.weight_tracking import current_key, ignore_weight, refuse_other_kind
 
 Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 """Names in the checkpoint, and tensors."""
@@ -24,7 +24,7 @@ def default_weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor) -> N
     Raises `WeightShapeError` (an `AssertionError`) for another size, and `WeightsError` for quantized values where
     floats belong, or the other way.
     """
-    refuse_other_kind(param, loaded_weight, "a weight")
+    refuse_other_kind(param, loaded_weight, current_key() or "a weight")
     if param.numel() == 1 and loaded_weight.numel() == 1:
         param.data.fill_(loaded_weight.item())
         return

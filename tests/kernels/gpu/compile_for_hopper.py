@@ -15,6 +15,7 @@ from sensorium.kernels.gpu import (
     argmax,
     chunk_attention,
     decode_attention,
+    fp8,
     gathered_attention,
     linear,
     norm,
@@ -70,6 +71,8 @@ def main() -> None:
     rules = {**values, **head, "sinks": None}
     compiled(norm._rms_norm, 4, SIZE=2048, BLOCK=2048, ROWS=1, HAS_RESIDUAL=True, ROUND_FIRST=True)
     compiled(linear._linear, 4, SIZE=2048, ROWS=1, BLOCK_N=4, BLOCK_K=1024, HAS_BIAS=True)
+    rows = {"values": "*fp8e4nv", "scales": "*fp32", "input_scale": "*fp32"}
+    compiled(fp8._quantize_rows, 16, SIZE=18944, WIDTH=18944, BLOCK=32768, HAS_SCALE=False, types=rows)
     compiled(argmax._find, 8, BLOCK=4096, IS_SPLIT=True)
     rotated = {"HEADS": 16, "HEADS_PAD": 16, "KV_HEADS": 2, "KV_HEADS_PAD": 2, "HEAD_SIZE": 128, "SLOT_PAD": 256}
     compiled(rotary._rotate, 4, **rotated, HALF=64, HALF_PAD=64, REST_PAD=0, IS_NEOX=True, WRITES=True)

@@ -283,6 +283,26 @@ def test_any_way_of_filling_parameters_counts(kind: type[nn.Module]) -> None:
     assert all(torch.equal(parameter, tensors[name]) for name, parameter in model.named_parameters())
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.float8_e4m3fn])
+@pytest.mark.parametrize("name", ["first.weight", "first.bias"])
+@pytest.mark.parametrize("kind", [Loops, Assigns, Ignores])
+def test_quantized_values_are_not_taken_for_floats(kind: type[nn.Module], name: str, dtype: torch.dtype) -> None:
+    """A checkpoint in int8 loaded into float parameters without a word, whoever's loop put it there."""
+    model = kind().requires_grad_(False)
+    tensors = tensors_for(model)
+    tensors[name] = tensors[name].to(dtype)
+    with pytest.raises(WeightsError, match=rf"{name}.*: got {dtype}.*, expected torch\.float32.*quantization_config"):
+        fill_model(model, tensors.items())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
+def test_floats_of_any_width_are_floats(dtype: torch.dtype) -> None:
+    model = Loops()
+    tensors = {name: tensor.to(dtype) for name, tensor in tensors_for(model).items()}
+    fill_model(model, tensors.items())
+    assert all(torch.equal(parameter, tensors[name].float()) for name, parameter in model.named_parameters())
+
+
 def test_a_loop_that_passes_a_key_over_in_silence_is_told_so() -> None:
     model = Loops()
     with pytest.raises(WeightsError, match=r"Loops didn't use: got skip\.me, expected none.*ignored_weights"):

@@ -43,7 +43,7 @@ class LinearMethod(ABC):
     @abstractmethod
     def after_loading(self, layer: WeightedLayer) -> None:
         """All values are there: lay them out for `apply`. A layer may be given on to another method, by
-        `layer.continue_with`."""
+        setting `layer.method`; for a float weight, `unquantized.lay_out` does."""
 
     @abstractmethod
     def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

@@ -50,6 +50,8 @@ class WeightedLayer(nn.Module):
         """Whether somebody else needs `weight` as it is."""
         self.packed: Any = None
         """What the method made of the weight."""
+        self.loaded_by: LinearMethod | None = None
+        """The method that finished loading; it may have given the layer to another one, which is `method` then."""
         self._made: list[str] = []
         self._is_loading = False
         self.method = self.choose_method(checked(quant_config, prefix))
@@ -138,7 +140,7 @@ class WeightedLayer(nn.Module):
                 f"{self._shown('weight')}: got parts that are quantized and parts that aren't, expected one kind. "
                 "Use a checkpoint that treats all parts of a fused layer alike."
             )
-        before = self._drop_parameters()
+        before = self.drop_parameters()
         self.method = method
         with before["weight"].device:
             method.create_weights(self)
@@ -148,12 +150,13 @@ class WeightedLayer(nn.Module):
     def share_weight(self, weight: nn.Parameter) -> None:
         """Multiply with a float weight that is another layer's, and stays as it is for that one."""
         if not self.method.loads_float:
-            self._drop_parameters()
+            self.drop_parameters()
             self.method = FLOAT
         self.weight = weight
         self.keeps_weight = True
 
-    def _drop_parameters(self) -> dict[str, nn.Parameter]:
+    def drop_parameters(self) -> dict[str, nn.Parameter]:
+        """Take away what `add_parameter` gave; returns it by name."""
         dropped = {name: getattr(self, name) for name in self._made}
         for name in self._made:
             delattr(self, name)
@@ -168,13 +171,9 @@ class WeightedLayer(nn.Module):
 
     def finish_loading(self) -> None:
         """Lay the weight out for the kernels. Called once, after every parameter has its value."""
+        self.loaded_by = self.method
         self.method.after_loading(self)
         self._multiply = self.method.apply
-
-    def continue_with(self, method: LinearMethod) -> None:
-        """Let another method finish, given the weight as it is now. For `LinearMethod.after_loading`."""
-        self.method = method
-        method.after_loading(self)
 
     def give_up_weight(self) -> None:
         """Free the memory of `weight`, whose values are held otherwise now, unless somebody else needs it."""

@@ -11,6 +11,8 @@ from sensorium.model_executor.layers.quantization.base_config import Quantizatio
 
 _HERE = "sensorium.model_executor.layers.quantization"
 _CLASSES: dict[str, str | type[QuantizationConfig]] = {
+    "compressed-tensors": f"{_HERE}.compressed_tensors:CompressedTensorsConfig",
+    "fp8": f"{_HERE}.fp8:Fp8Config",
     "int8": f"{_HERE}.int8:Int8Config",
 }
 """A class, or its name as `"module:Class"`, which is imported when it is needed."""
@@ -84,7 +86,7 @@ def _of_checkpoint(name: str | None, settings: Mapping[str, Any]) -> Quantizatio
         raise ModelError(
             f"quantization_config in config.json: got a checkpoint quantized by {method}, expected float weights"
             f"{f' or {_listed(readable)}' if readable else ''}. Use the checkpoint that it was made from; "
-            "quantization='int8' quantizes that at load."
+            "quantization='int8' or 'fp8' quantizes that at load."
         )
     if name not in (None, method):
         raise ConfigError(

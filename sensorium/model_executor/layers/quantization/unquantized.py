@@ -26,11 +26,8 @@ class FloatMethod(LinearMethod):
         layer.add_parameter("weight", layer.output_size, layer.input_size, axes=Axes(input=1))
 
     def after_loading(self, layer: WeightedLayer) -> None:
-        """Nothing to lay out, unless there are native kernels for such a weight."""
-        if native_for(layer.weight) is not None:
-            layer.continue_with(PACKED)
-        else:
-            layer.packed = layer.weight.detach()
+        """See `lay_out`."""
+        lay_out(layer, layer.weight)
 
     def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See `LinearMethod`."""
@@ -42,13 +39,6 @@ class PackedMethod(FloatMethod):
 
     name = "packed float"
 
-    def after_loading(self, layer: WeightedLayer) -> None:
-        """Give up the plain copy."""
-        packed = layer.packed = pack(layer.weight)
-        layer.give_up_weight()
-        # As a buffer it counts among the model's tensors.
-        layer.register_buffer("packed_weight", packed.panels, persistent=False)
-
     def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """See `LinearMethod`."""
         return packed_linear(x, layer.packed, bias)
@@ -56,3 +46,21 @@ class PackedMethod(FloatMethod):
 
 FLOAT = FloatMethod()
 PACKED = PackedMethod()
+
+
+def lay_out(layer: WeightedLayer, weight: torch.Tensor) -> None:
+    """Let a layer multiply with a float weight: its own, or one that came of it. For `LinearMethod.after_loading`."""
+    weight = weight.detach()
+    if native_for(weight) is None:
+        layer.method, layer.packed = FLOAT, weight
+        if weight.data_ptr() == layer.weight.data_ptr():
+            return
+        held = weight
+    else:
+        packed = pack(weight)
+        layer.method, layer.packed = PACKED, packed
+        assert packed.panels is not None
+        held = packed.panels
+    layer.give_up_weight()
+    # As a buffer it counts among the model's tensors.
+    layer.register_buffer("packed_weight", held, persistent=False)

@@ -1,0 +1,165 @@
+"""Matrix multiplication in 8-bit floats (e4m3: 4 bits of exponent, 3 of mantissa; largest value 448).
+
+A weight's row has one float32 scale, and so has each row of the input, its largest magnitude over 448 unless the
+checkpoint fixes one. Products are summed in float32 by the device's own instructions (`torch._scaled_mm`).
+
+Source: Micikevicius et al. 2022, "FP8 formats for deep learning".
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch.nn import functional as F
+
+from sensorium.errors import ModelError
+from sensorium.kernels.gpu import has_triton
+
+_scaled_mm = torch._scaled_mm  # noqa: SLF001 -- every torch that is supported has it; its public twin came late
+FP8 = torch.float8_e4m3fn
+LARGEST = 448.0
+SMALLEST_MAGNITUDE = 2.0**-100
+"""A row of smaller values counts as zeros."""
+ALIGNMENT = 16
+"""Channels in and out of a product are a multiple of this many bytes."""
+FIRST_CAPABILITY = (8, 9)
+"""The first generation of NVIDIA's GPUs that multiplies 8-bit floats (Ada; then Hopper)."""
+
+
+class Fp8Weight:
+    """A linear layer's weight in 8-bit floats, for inputs and outputs of `dtype`.
+
+    Args:
+        values: `(out_features, in_features)` of `FP8`.
+        scales: `(out_features, 1)` float32.
+        dtype: Of inputs and outputs.
+        input_scale: One float32 element: that of all inputs; None: each row has its own.
+    """
+
+    __slots__ = ("dtype", "in_features", "input_scale", "out_features", "scales", "values")
+
+    def __init__(
+        self, values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype, input_scale: torch.Tensor | None = None
+    ) -> None:
+        self.out_features, self.in_features = values.shape
+        self.dtype = dtype
+        self.input_scale = input_scale
+        pad = [-size % ALIGNMENT for size in values.shape]
+        # As bytes: nothing pads 8-bit floats everywhere, and the byte 0 is their zero.
+        self.values = F.pad(values.view(torch.uint8), (0, pad[1], 0, pad[0])).view(FP8)
+        """`(out_features, in_features)`, each rounded up to `ALIGNMENT`, with zeros."""
+        self.scales = F.pad(scales.float().reshape(1, -1), (0, pad[0]), value=1.0)
+        """`(1, out_features)`, rounded up."""
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """What it holds, by name."""
+        return {"fp8_values": self.values, "fp8_scales": self.scales}
+
+
+def fp8_refusal(device: torch.device) -> str | None:
+    """Why a device doesn't multiply 8-bit floats; None if it does."""
+    if device.type != "cuda":
+        return f"a {device.type} has no 8-bit floats"
+    capability = torch.cuda.get_device_capability(device)
+    if capability < FIRST_CAPABILITY:
+        return f"a GPU of compute capability {capability[0]}.{capability[1]} has no 8-bit floats"
+    return None
+
+
+def quantize_fp8_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> tuple[torch.Tensor, torch.Tensor]:
+    """Each row of `x` `(rows, n)` as `FP8` `(rows, n)` and its float32 scale `(rows, 1)`.
+
+    A row with an infinity or NaN becomes zeros with the scale NaN.
+
+    Args:
+        x: The rows.
+        scale: One element: the scale of all rows, for which larger values become the largest.
+    """
+    values = x.float()
+    largest = values.abs().amax(-1, keepdim=True) if x.shape[-1] else values.new_zeros((len(x), 1))
+    finite = largest.isfinite()
+    used = largest.clamp_min(SMALLEST_MAGNITUDE) / LARGEST if scale is None else scale.float().expand_as(largest)
+    scaled = (values / used).masked_fill(~finite, 0).clamp(-LARGEST, LARGEST)
+    return scaled.to(FP8), torch.where(finite, used, torch.nan)
+
+
+def dequantize_fp8(values: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """`values * scales` in float32, rounded once to `dtype`; `scales` of the same number of axes, or 1 along some."""
+    return (values.float() * scales.float()).to(dtype)
+
+
+def fp8_linear_reference(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """`x @ weight.T + bias` for `x` `(..., in_features)`, which is quantized row by row.
+
+    Args:
+        x: `(..., in_features)` of the weight's dtype.
+        weight: In 8-bit floats.
+        bias: `(out_features,)` of the weight's dtype.
+
+    Returns:
+        `(..., out_features)`.
+
+    Raises:
+        ModelError: `x` and the weight don't fit one another.
+    """
+    rows, scales = quantize_fp8_rows(x.reshape(-1, weight.in_features), weight.input_scale)
+    kept = weight.values[: weight.out_features, : weight.in_features]
+    result = (rows.float() @ kept.float().T) * scales * weight.scales[:, : weight.out_features]
+    if bias is not None:
+        result = result + bias.float()
+    return result.to(weight.dtype).reshape(*x.shape[:-1], weight.out_features)
+
+
+def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """See `fp8_linear_reference`."""
+    if x.dtype != weight.dtype or x.shape[-1] != weight.in_features or x.device != weight.values.device:
+        raise ModelError(
+            f"input of a linear layer: got {x.dtype} of shape {tuple(x.shape)} on {x.device}, expected "
+            f"{weight.dtype} of shape (..., {weight.in_features}) on {weight.values.device}. Convert it first."
+        )
+    rows = x.reshape(-1, weight.in_features)
+    if not len(rows):
+        return x.new_empty((*x.shape[:-1], weight.out_features))
+    values, scales = _padded_rows(rows, weight)
+    if x.dtype == torch.bfloat16 and scales_rows(x.device):
+        # The only type that comes out of products whose rows have scales of their own.
+        added = None if bias is None else F.pad(bias.to(x.dtype), (0, weight.values.shape[0] - weight.out_features))
+        out = _scaled_mm(values, weight.values.T, scale_a=scales, scale_b=weight.scales, bias=added, out_dtype=x.dtype)
+        out = out[:, : weight.out_features]
+    else:
+        one = _one(x.device)
+        sums = _scaled_mm(values, weight.values.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
+        wide = (sums * scales * weight.scales)[:, : weight.out_features]
+        out = (wide if bias is None else wide + bias).to(x.dtype)
+    return out.reshape(*x.shape[:-1], weight.out_features)
+
+
+def _padded_rows(rows: torch.Tensor, weight: Fp8Weight) -> tuple[torch.Tensor, torch.Tensor]:
+    """An input's rows in 8-bit floats, as wide as the weight's, and their scales."""
+    width = weight.values.shape[1]
+    if rows.is_cuda and has_triton():
+        from sensorium.kernels.gpu.fp8 import quantize_fp8_rows as by_kernel
+
+        return by_kernel(rows, width, weight.input_scale)
+    values, scales = quantize_fp8_rows(rows, weight.input_scale)
+    if width != values.shape[1]:
+        values = F.pad(values.view(torch.uint8), (0, width - values.shape[1])).view(FP8)
+    return values, scales
+
+
+@cache
+def scales_rows(device: torch.device) -> bool:
+    """Whether a device multiplies rows that have scales of their own, which depends on its generation and on torch."""
+    rows = torch.zeros(ALIGNMENT, ALIGNMENT, dtype=torch.uint8, device=device).view(FP8)
+    scales = torch.ones(ALIGNMENT, 1, device=device)
+    try:
+        _scaled_mm(rows, rows.T, scale_a=scales, scale_b=scales.T.contiguous(), out_dtype=torch.bfloat16)
+    except (RuntimeError, ValueError, NotImplementedError):
+        return False
+    return True
+
+
+@cache
+def _one(device: torch.device) -> torch.Tensor:
+    return torch.ones((), device=device)
