@@ -27,15 +27,12 @@ from sensorium.model_executor.drivers import (
     TextDriver,
 )
 from sensorium.model_executor.drivers.carrier import Carrier, find_candidates
-from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.models.interfaces import EMBED_INPUT_METHODS, EMBED_MULTIMODAL_METHODS, find_override
-from sensorium.model_executor.models.transformers.model import MASK_FORMS, TransformersForCausalLM
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.multimodal.mrope import token_id_of
 from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media, unexpanded_note
 from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.kv_cache import CacheLayout
-from sensorium.worker.reference_check import TOLERANCE, largest_error, reference_logits
 from sensorium.worker.split_check import dummy_kwargs, joined, observe_embeddings, observe_split, placeholder_maps
 from sensorium.worker.trial import Trial, described, is_own_class
 
@@ -54,8 +51,6 @@ def probe_model(
     trial = Trial(model, config, steps)
     if not config.model_config.is_multimodal_model:
         driver = TextDriver(model)
-        if isinstance(model, TransformersForCausalLM):
-            return driver, _probe_transformers(model, driver, config, trial, steps)
         return driver, ModelFeatures(tier="text", notes=trial.run_text(driver, ()))
     max_rows = MULTIMODAL_REGISTRY.get_max_tokens_per_item_by_modality(config.model_config)
     features = ModelFeatures(
@@ -74,33 +69,6 @@ def probe_model(
             f"{embed}. Add `inputs_embeds: torch.Tensor | None = None`, and pass it on to the decoder."
         )
     return _probe_tier_zero(model, config, features, layout, trial, steps)
-
-
-def _probe_transformers(
-    model: TransformersForCausalLM, driver: ModelDriver, config: EngineConfig, trial: Trial, steps: DummySteps
-) -> ModelFeatures:
-    """Find the form of masks with which transformers' modules compute in a flat batch what they compute alone."""
-    if config.model_config.load_check == "off":
-        model.mask_form = MASK_FORMS[-1]
-        trial.run_text(driver, ())
-        return ModelFeatures(tier="transformers flat", notes=(model.described, "load_check is off"))
-    references, reasons = reference_logits(model), []
-    tolerance = TOLERANCE[steps.dtype]
-    for model.mask_form in MASK_FORMS:
-        try:
-            error = largest_error(model, driver, steps, references)
-        except Exception as raised:  # noqa: BLE001  whatever modules raise on a mask that they don't know
-            reasons.append(f"{type(raised).__name__}: {told_to_author(raised)}")
-            continue
-        if error <= tolerance:
-            checked = f"checked at load against {model.described}: logits differ by {error:.0e} of their spread"
-            return ModelFeatures(tier="transformers flat", notes=(checked,))
-        reasons.append(f"logits differ by {error:.1e} of their spread, expected at most {tolerance:.0e}")
-    raise ModelError(
-        f"{config.model_config.architecture} by the modules of transformers: what they compute in a flat batch with a "
-        f"paged cache isn't what they compute alone ({reasons[-1]}). Register a class for it, or set load_check "
-        "(--load-check) to 'off' if you know better."
-    )
 
 
 def _probe_tier_one(

@@ -18,9 +18,10 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.kernels import native_refusal
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, SchedulerOutput
-from sensorium.model_executor.drivers import ModelDriver
+from sensorium.model_executor.drivers import ModelDriver, TextDriver
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
+from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
 from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.kv_cache import CacheLayout
@@ -28,6 +29,7 @@ from sensorium.worker.memory import MemoryPlan, plan_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.probe import probe_model
 from sensorium.worker.process_settings import PROCESS_SETTINGS
+from sensorium.worker.transformers_tiers import choose_tier
 
 logger = get_logger(__name__)
 
@@ -76,6 +78,10 @@ class Worker:
                 f"{type(self._model).__name__}: got dummy encoder data, expected a model without cross-attention. "
                 "Models with an encoder sequence of their own are not served yet."
             )
+        features = None
+        if isinstance(self._model, TransformersForCausalLM):
+            with self._stage("choose tier"):
+                features = choose_tier(self._model, config, self._device)
         layout = CacheLayout.of(self._model, config)
         if not hasattr(self._model, "compute_logits"):
             raise ModelError(
@@ -87,7 +93,10 @@ class Worker:
         if device_type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading may need more than any step
         with self._stage("probe"):
-            self._driver, features = probe_model(self._model, config, layout, self._device)
+            if features is None:
+                self._driver, features = probe_model(self._model, config, layout, self._device)
+            else:
+                self._driver = TextDriver(self._model)
         capture = self._graph_capture()
         with self._stage("allocate"):
             memory = plan_memory(

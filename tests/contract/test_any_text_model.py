@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -12,9 +13,32 @@ from tests.helpers.tiny_architectures import save_tiny
 FLAT = (
     *("afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bert", "bert-generation", "biogpt", "bitnet"),
     *("camembert", "cohere", "cohere2", "cohere2_moe", "ctrl", "cwm", "deepseek_v2", "deepseek_v3", "dots1", "electra"),
-    *("ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "gemma", "gemma2", "gemma3_text"),
-    *("gemma3n_text", "glm", "glm4", "glm4_moe", "gpt2", "gpt_bigcode", "gpt_neox", "granite", "granitemoe", "helium"),
-    *("hunyuan_v1_dense", "hy_v3", "jais2", "jetmoe", "kolibri1", "laguna", "llama", "longcat_flash", "minicpm3"),
+    *("ernie4_5", "ernie4_5_moe", "exaone4", "exaone_moe", "flex_olmo", "flint", "gemma", "gemma2", "gemma3_text"),
+    *(
+        "gemma3n_text",
+        "glm",
+        "glm4",
+        "glm4_moe",
+        "gpt2",
+        "gpt_bigcode",
+        "gpt_neox",
+        "gpt_oss",
+        "granite",
+        "granitemoe",
+        "helium",
+    ),
+    *(
+        "hunyuan_v1_dense",
+        "hy_v3",
+        "jais2",
+        "jetmoe",
+        "kolibri1",
+        "laguna",
+        "llama",
+        "llama4_text",
+        "longcat_flash",
+        "minicpm3",
+    ),
     *("ministral", "mistral", "mixtral", "modernbert-decoder", "nanochat", "nemotron", "olmo", "olmo2", "olmo3"),
     *("olmoe", "opt", "persimmon", "phi", "phi3", "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "roberta"),
     *("seed_oss", "smollm3", "stablelm", "starcoder2", "vaultgemma", "youtu"),
@@ -22,7 +46,22 @@ FLAT = (
 """Types whose modules run in a flat batch over the paged cache."""
 
 
-@pytest.mark.parametrize("model_type", FLAT)
+BY_REQUEST = (
+    *("bamba", "bart", "bloom", "codegen", "doge", "falcon", "falcon_h1", "gpt_neo", "gptj", "inkling_text", "jamba"),
+    *("lfm2_moe", "mamba", "mamba2", "mpt", "qwen3_next", "xglm", "zaya"),
+)
+"""Types that only run request by request, with transformers' own cache."""
+
+
+@pytest.mark.parametrize("model_type", [*FLAT, *BY_REQUEST])
 def test_tokens_equal_those_of_generate(model_type: str, tmp_path: Path) -> None:
     expected = generated_tokens(save_tiny(model_type, tmp_path))
     assert served_tokens(tmp_path) == expected
+
+
+@pytest.mark.parametrize("model_type", ["gpt_oss", "mamba", "bloom"])
+@pytest.mark.parametrize("settings", [{"num_blocks": 6}, {"enable_prefix_caching": False}, {"max_num_seqs": 2}])
+def test_they_are_preempted_and_cached_like_others(model_type: str, settings: dict[str, Any], tmp_path: Path) -> None:
+    """Six blocks hold one of the requests at a time; a state is taken away by the number of requests that may run."""
+    expected = generated_tokens(save_tiny(model_type, tmp_path))
+    assert served_tokens(tmp_path, num_rounds=2, **settings) == expected * 2

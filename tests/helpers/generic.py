@@ -27,19 +27,20 @@ def load_generic(path: Path, **settings: Any) -> tuple[Any, LoadReport]:
     return worker.model, report
 
 
-def served_tokens(path: Path, **settings: Any) -> list[list[int]]:
-    """Greedy tokens of `PROMPTS`, in chunks of at most 16, beside each other."""
+def served_tokens(path: Path, num_rounds: int = 1, **settings: Any) -> list[list[int]]:
+    """Greedy tokens of `PROMPTS`, in chunks of at most 16, beside each other; again in each round."""
     settings = {"model_impl": "transformers", "max_model_len": 128, "num_blocks": 64, **settings}
     llm = LLM(str(path), device="cpu", skip_tokenizer_init=True, max_num_batched_tokens=16, **settings)
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
-    outputs = llm.generate([{"prompt_token_ids": ids} for ids in PROMPTS], params, use_tqdm=False)
-    return [list(output.outputs[0].token_ids) for output in outputs]
+    prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
+    rounds = [llm.generate(prompts, params, use_tqdm=False) for _ in range(num_rounds)]
+    return [list(output.outputs[0].token_ids) for outputs in rounds for output in outputs]
 
 
 @torch.inference_mode()
 def generated_tokens(model: PreTrainedModel) -> list[list[int]]:
     """The same by transformers alone, one prompt after another."""
-    model.generation_config.eos_token_id = None
+    model.generation_config.eos_token_id = model.generation_config.forced_eos_token_id = None
     model.generation_config.pad_token_id = 0
     found = []
     for ids in PROMPTS:

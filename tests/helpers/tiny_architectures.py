@@ -45,7 +45,7 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), NUM_LAYERS),
-    **dict.fromkeys(("encoder_layers",), 1),
+    **dict.fromkeys(("encoder_layers",), NUM_LAYERS),
     **dict.fromkeys(("hidden_size_per_layer_input",), 16),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
     **dict.fromkeys(("index_n_heads",), 2),
@@ -65,11 +65,17 @@ _SPECIAL_IDS: Mapping[str, int] = {
 
 
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    **{name: {"mamba_n_heads": 8, "mamba_d_head": 16} for name in ("bamba", "granitemoehybrid")},
+    **{
+        name: {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1, 3]}
+        for name in ("bamba", "granitemoehybrid")
+    },
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     **{name: {"per_layer_config": None} for name in ("gemma4_text", "gemma4_unified_text")},
     "deepseek_v2": {"head_dim": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
+    "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
+    "blenderbot": {"max_position_embeddings": 128},
+    "bailing_hybrid": {"head_dim": 16},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},

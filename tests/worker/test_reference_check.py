@@ -11,20 +11,28 @@ import torch
 
 from sensorium.errors import ConfigError, ModelError, WeightsError
 from sensorium.model_executor.models.transformers import mask_rules
+from sensorium.model_executor.models.transformers.flat import FlatWay
 from sensorium.model_executor.models.transformers.mask_rules import MaskRule
-from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
+from sensorium.model_executor.models.transformers.model import BY_REQUEST, FLAT, TransformersForCausalLM
 from sensorium.worker.reference_check import position_error
 from tests.helpers.generic import load_generic
 from tests.helpers.tiny_architectures import save_tiny
 
-UNEQUAL = "isn't what they compute alone"
+UNEQUAL = "logits differ"
+
+
+def why_not_flat(path: Path, **settings: Any) -> str:
+    """The reason that the report gives for a slower way."""
+    _, report = load_generic(path, **settings)
+    assert report.features.tier == BY_REQUEST
+    return next(note for note in report.features.notes if note.startswith(f"not {FLAT}: "))
 
 
 def test_the_report_says_what_runs_and_how_far_it_was_checked(tmp_path: Path) -> None:
     save_tiny("qwen3", tmp_path)
     model, report = load_generic(tmp_path)
     assert isinstance(model, TransformersForCausalLM)
-    assert report.features.tier == "transformers flat"
+    assert report.features.tier == FLAT
     assert any("Qwen3ForCausalLM" in note and "checked at load" in note for note in report.features.notes)
 
 
@@ -38,31 +46,28 @@ def test_a_window_that_is_off_by_one_is_found(spoil: Any, tmp_path: Path, monkey
         "sensorium.model_executor.models.transformers.discovery.read_rule",
         lambda *arguments: spoil(read(*arguments)),
     )
-    with pytest.raises(ModelError, match=UNEQUAL):
-        load_generic(tmp_path)
+    assert UNEQUAL in why_not_flat(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["scale", "softcap"])
 def test_a_wrong_constant_of_attention_is_found(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     save_tiny("gemma2", tmp_path, attn_logit_softcapping=0.5, query_pre_attn_scalar=16)
-    init = TransformersForCausalLM.__init__
+    init = FlatWay.__init__
 
-    def spoiled(self: Any, **arguments: Any) -> None:
-        init(self, **arguments)
+    def spoiled(self: Any, *arguments: Any) -> None:
+        init(self, *arguments)
         for layer in self.attention_calls:
             value = getattr(layer.spec, name)
             layer.spec = replace(layer.spec, **{name: value * 0.7 if name == "scale" else None})
 
-    monkeypatch.setattr(TransformersForCausalLM, "__init__", spoiled)
-    with pytest.raises(ModelError, match=UNEQUAL):
-        load_generic(tmp_path)
+    monkeypatch.setattr(FlatWay, "__init__", spoiled)
+    assert UNEQUAL in why_not_flat(tmp_path)
 
 
 def test_the_check_can_be_skipped(tmp_path: Path) -> None:
     save_tiny("llama", tmp_path)
-    model, report = load_generic(tmp_path, load_check="off")
+    _, report = load_generic(tmp_path, load_check="off")
     assert "load_check is off" in report.features.notes
-    assert model.mask_form == "ones"
 
 
 @pytest.mark.parametrize(
@@ -74,11 +79,17 @@ def test_the_check_can_be_skipped(tmp_path: Path) -> None:
         ("inkling_text", {}, "bias"),
     ],
 )
-def test_what_has_no_counterpart_is_refused_with_the_reason(
+def test_what_a_flat_batch_has_no_counterpart_for_runs_by_request(
     model_type: str, settings: dict[str, Any], reason: str, tmp_path: Path
 ) -> None:
     save_tiny(model_type, tmp_path, **settings)
-    with pytest.raises(ModelError, match=reason):
+    assert reason in why_not_flat(tmp_path)
+
+
+def test_what_runs_in_no_way_is_refused_with_the_reason_for_each(tmp_path: Path) -> None:
+    """Its sparse index chooses other keys where a prompt is cut than where it is not, with transformers' own cache."""
+    save_tiny("deepseek_v32", tmp_path)
+    with pytest.raises(ModelError, match=r"none that runs .*flat: .*by request: logits differ"):
         load_generic(tmp_path)
 
 
@@ -86,10 +97,9 @@ def test_rotations_that_depend_on_the_longest_sequence_of_a_batch_are_refused(tm
     """A short request beside a long one would be rotated by the long one's factors; within the first length none is."""
     rope = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0] * 8, "long_factor": [3.0] * 8}
     save_tiny("phi3", tmp_path, rope_parameters=rope, original_max_position_embeddings=64)
-    with pytest.raises(ModelError, match="longest sequence"):
-        load_generic(tmp_path, max_model_len=128)
+    assert "longest sequence" in why_not_flat(tmp_path, max_model_len=128)
     _, report = load_generic(tmp_path, max_model_len=64)
-    assert report.features.tier == "transformers flat"
+    assert report.features.tier == FLAT
 
 
 def test_a_missing_tensor_is_an_error_of_loading(tmp_path: Path) -> None:

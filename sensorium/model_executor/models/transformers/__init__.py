@@ -2,11 +2,13 @@
 
 Nothing here knows an architecture. What a model is like shows when its modules run:
 
+- `weights`: Hugging Face's own loading;
 - `interface`: what transformers' attention functions and mask functions are replaced by;
 - `mask_rules`: reads from a mask function what a position sees;
 - `discovery`: one short pass that finds the attention calls, and the module that holds them all (the trunk);
-- `weights`: Hugging Face's own loading;
+- `trunk`: hidden states without logits, and logits of chosen rows;
+- `flat`, `by_request`: the two ways to run a model;
 - `model`: the class that the engine runs.
 
-Whether what was found is right is checked at load against the untouched model (`sensorium.worker.reference_check`).
+Which way is right is decided at load against the untouched model (`sensorium.worker.transformers_tiers`).
 """

@@ -17,6 +17,7 @@ from torch import nn
 from sensorium.model_executor.models.transformers.interface import RuledMask, attending
 from sensorium.model_executor.models.transformers.mask_rules import MaskRule, read_rule
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
+from sensorium.model_executor.models.transformers.trunk import hidden_states
 
 NUM_TOKENS = 6
 """Of the pass."""
@@ -45,8 +46,6 @@ class Discovery:
     calls: tuple[AttentionCall, ...]
     trunk: nn.Module
     """Holds all attention calls, and takes token ids and their positions."""
-    trunk_output: Any
-    """What it returned; its first tensor are the hidden states."""
     settings: Mapping[str, Any]
     """What the outer model gives to its trunk beside tensors of the tokens."""
 
@@ -98,7 +97,7 @@ def _look_on(
         raise CannotRunError("its attention can't be reached through transformers' AttentionInterface")
     trunk, settings, output = watch.found()
     rows = [*recorder.rows, hidden_states(output)[:, half:]]
-    return Discovery(tuple(recorder.calls), trunk, output, settings), rows
+    return Discovery(tuple(recorder.calls), trunk, settings), rows
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -107,12 +106,6 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
         return False
     difference = (one.float() - other.float()).abs().max()
     return bool(difference <= 32 * torch.finfo(one.dtype).eps * one.float().abs().max())
-
-
-def hidden_states(output: Any) -> torch.Tensor:
-    """`(1, num_tokens, hidden_size)` of what a trunk returned."""
-    hidden: torch.Tensor = output[0]
-    return hidden
 
 
 class _Recorder:

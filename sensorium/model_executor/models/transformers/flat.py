@@ -1,0 +1,118 @@
+"""The fast way: a step's flat batch is one sequence to the modules, `(1, num_tokens)` with its positions.
+
+Rows of different requests meet in attention only, where each call has a paged cache.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import nn
+
+from sensorium.attention import Attention, AttentionMetadata, LayerCache
+from sensorium.model_executor.models.transformers.discovery import AttentionCall, Discovery
+from sensorium.model_executor.models.transformers.interface import attending
+from sensorium.model_executor.models.transformers.refusal import CannotRunError
+from sensorium.model_executor.models.transformers.trunk import Trunk, hidden_states
+
+MASK_FORMS = ("given", "ones")
+"""How a trunk is told that nothing is padding: by a mask that it takes as it is, which spares it making its own, or by
+one of ones. Which of them is right is seen at load."""
+
+
+class FlatWay(nn.Module):
+    """Runs a trunk over flat batches.
+
+    Args:
+        found: What a pass has shown.
+        trunk: Of the same model.
+        mask_form: One of `MASK_FORMS`.
+    """
+
+    def __init__(self, found: Discovery, trunk: Trunk, mask_form: str) -> None:
+        super().__init__()
+        self._calls = found.calls
+        self._settings = dict(found.settings)
+        self.trunk = trunk
+        self._mask_form = mask_form
+        self.attention_calls = nn.ModuleList(_attention_for(call, i) for i, call in enumerate(found.calls))
+        """One for each call in a pass, in their order."""
+
+    @property
+    def described(self) -> str:
+        """For the load report."""
+        return f"{len(self._calls)} attention calls in a pass"
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: Sequence[LayerCache],
+        attn_metadata: AttentionMetadata,
+    ) -> torch.Tensor:
+        """Hidden states `(num_tokens, hidden_size)` as they leave the trunk."""
+        shape = (1, 1, 1, 1) if self._mask_form == MASK_FORMS[0] else (1, len(input_ids))
+        with attending(_PagedStep(self._calls, self.attention_calls, kv_caches, attn_metadata)):
+            output = self.trunk.forward(
+                input_ids=input_ids[None],
+                # Rows of text have the same position in time, height and width.
+                position_ids=positions[None] if positions.dim() == 1 else positions[:1],
+                attention_mask=input_ids.new_ones(shape),
+                **self._settings,
+            )
+        return hidden_states(output)[0]
+
+
+class _PagedStep:
+    """The `AttentionStep` of a pass: call by call over the paged caches."""
+
+    __slots__ = ("_caches", "_calls", "_layers", "_metadata", "_next")
+
+    def __init__(
+        self,
+        calls: Sequence[AttentionCall],
+        layers: nn.ModuleList,
+        caches: Sequence[LayerCache],
+        metadata: AttentionMetadata,
+    ) -> None:
+        self._calls = calls
+        self._layers = layers
+        self._caches = caches
+        self._metadata = metadata
+        self._next = 0
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """See `interface.AttentionStep.attend`."""
+        index = self._next
+        self._next = index + 1
+        call = self._calls[index]
+        if call.module is not module:
+            raise CannotRunError("its layers run in another order than at load")
+        query, key, value = (each[0].transpose(0, 1) for each in (query, key, value))
+        cache, layer = self._caches[index], self._layers[index]
+        out: torch.Tensor = layer(query, key, value, cache, self._metadata, sinks=call.sinks)
+        return out.view(1, -1, call.num_heads, call.value_size)
+
+
+def _attention_for(call: AttentionCall, index: int) -> Attention:
+    return Attention(
+        call.num_heads,
+        call.key_size,
+        call.scale,
+        head_size_v=call.value_size,
+        attention_chunk_size=call.rule.chunk,
+        num_kv_heads=call.num_kv_heads,
+        logits_soft_cap=call.softcap,
+        per_layer_sliding_window=call.rule.window,
+        prefix=f"attention call {index}",
+    )

@@ -1,0 +1,142 @@
+"""The part of a Hugging Face model in front of its head, which the outer `forward` can be run up to, and from on.
+
+Running up to it gives hidden states without logits of every row. Running from it on, with rows that it is said to have
+returned, gives the logits of chosen rows as the model itself makes them, scales and caps included.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+_ROWS = 3
+"""Hidden states on which heads are compared."""
+
+
+class _Ended(BaseException):
+    """Ends a pass behind the trunk. Not an `Exception`, so that no model code catches it by accident."""
+
+
+class Trunk:
+    """One module of a model. Idle, it costs one attribute check per call.
+
+    Args:
+        model: The whole model.
+        module: The trunk.
+    """
+
+    def __init__(self, model: Any, module: nn.Module) -> None:
+        self._model = model
+        self._module = module
+        self.forward: Any = module.forward
+        """The module's own."""
+        self._rows: torch.Tensor | None = None
+        self._sample: Any = None
+        self._ends = False
+        self._ended_with: Any = None
+        module.forward = self._stand_in
+        self._head: nn.Module | None = None
+
+    def remove(self) -> None:
+        """Leave the module as it was."""
+        self._module.forward = self.forward
+
+    def run(self, arguments: Mapping[str, Any]) -> Any:
+        """What the trunk returns when the model is called with these arguments; None if it isn't called."""
+        self._ends, self._ended_with = True, None
+        try:
+            self._model(**arguments)
+        except _Ended:
+            pass
+        finally:
+            self._ends = False
+        output, self._ended_with = self._ended_with, None
+        self._sample = output
+        return output
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """Logits `(num_rows, vocab_size)` of hidden states."""
+        if self._head is not None:
+            logits: torch.Tensor = self._head(hidden_states)
+            return logits
+        return self._outer_logits(hidden_states)
+
+    def find_head(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
+        """Call the output head by itself from now on, if it is all that the outer `forward` does behind the trunk."""
+        head = self._model.get_output_embeddings()
+        if not isinstance(head, nn.Module):
+            return
+        generator = torch.Generator().manual_seed(0)
+        rows = 30 * torch.randn(_ROWS, size, generator=generator).to(device, dtype)
+        try:
+            is_all = torch.equal(head(rows), self._outer_logits(rows))
+        except RuntimeError:  # rows of another width than the head takes
+            return
+        self._head = head if is_all else None
+
+    def _outer_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        self._rows = hidden_states
+        try:
+            ids = torch.zeros(1, len(hidden_states), dtype=torch.long, device=hidden_states.device)
+            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
+            return logits
+        finally:
+            self._rows = None
+
+    def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
+        if self._rows is not None:
+            return _with_rows(self._sample, self._rows)
+        output = self.forward(*args, **kwargs)
+        if self._ends:
+            self._ended_with = output
+            raise _Ended
+        return output
+
+
+def hidden_states(output: Any) -> torch.Tensor:
+    """`(1, num_tokens, hidden_size)` of what a trunk returned."""
+    hidden: torch.Tensor = output[0]
+    return hidden
+
+
+def _with_rows(output: Any, rows: torch.Tensor) -> Any:
+    if isinstance(output, tuple):
+        return (rows[None], *output[1:])
+    output = copy.copy(output)
+    output["last_hidden_state"] = rows[None]
+    return output
+
+
+def find_trunk(model: Any, arguments: Mapping[str, Any]) -> Trunk | None:
+    """A trunk behind which the outer `forward` makes of hidden states what it makes of them in a pass of its own.
+
+    Args:
+        model: The whole model.
+        arguments: Of a pass.
+    """
+    logits: torch.Tensor = model(**arguments).logits[0]
+    for module in _candidates(model):
+        trunk = Trunk(model, module)
+        try:
+            output = trunk.run(arguments)
+            if output is not None and torch.equal(trunk.logits(hidden_states(output)[0]), logits):
+                return trunk
+        except Exception:  # noqa: BLE001  it returns something else, or is called otherwise: no trunk
+            pass
+        trunk.remove()
+    return None
+
+
+def _candidates(model: Any) -> Iterator[nn.Module]:
+    """Modules that models name as their inner part, each once."""
+    seen: list[nn.Module] = [model]
+    for name in ("get_decoder", "base_model"):
+        found = getattr(model, name, None)
+        module = found() if name == "get_decoder" and callable(found) else found
+        if isinstance(module, nn.Module) and all(module is not each for each in seen):
+            seen.append(module)
+            yield module

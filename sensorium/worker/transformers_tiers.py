@@ -1,0 +1,70 @@
+"""Chooses how a model runs that has no class here: the first way in which transformers' modules compute, in chunks
+beside each other, what they compute alone."""
+
+from __future__ import annotations
+
+import torch
+
+from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.errors import ModelError
+from sensorium.logger import get_logger
+from sensorium.model_executor.drivers import TextDriver
+from sensorium.model_executor.failures import told_to_author
+from sensorium.model_executor.models.transformers.by_request import ByRequestWay
+from sensorium.model_executor.models.transformers.model import Tier, TransformersForCausalLM
+from sensorium.model_executor.models.transformers.refusal import CannotRunError
+from sensorium.worker.dummy_steps import DummySteps
+from sensorium.worker.kv_cache import CacheLayout
+from sensorium.worker.reference_check import TOLERANCE, largest_error, reference_logits
+
+logger = get_logger(__name__)
+
+
+def choose_tier(model: TransformersForCausalLM, config: EngineConfig, device: torch.device) -> ModelFeatures:
+    """Let a model run by its best tier that is right; returns what the load report says of it.
+
+    Raises `ModelError` (a `TypeError`) if none is, with the reason for each.
+    """
+    is_checked = config.model_config.load_check != "off"
+    references = reference_logits(model) if is_checked else []
+    reasons: dict[str, str] = {}
+    for tier in model.tiers():
+        try:
+            model.use(tier)
+            error = _error(model, config, device, references) if is_checked else 0.0
+        except CannotRunError as reason:
+            reasons[tier.name] = str(reason)
+            continue
+        except Exception as raised:  # whatever modules raise when they are called like this
+            logger.debug("tier %s fails", tier.name, exc_info=raised)
+            reasons[tier.name] = f"it fails: {told_to_author(raised)}"
+            continue
+        if error <= TOLERANCE[config.model_config.dtype]:
+            return ModelFeatures(tier=tier.name, notes=(*_notes(model, error, is_checked), *_not(reasons, tier)))
+        reasons[tier.name] = f"logits differ by {error:.1e} of their spread from those of the untouched modules"
+    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
+    raise ModelError(
+        f"{config.model_config.architecture} by the modules of transformers: got none that runs as in transformers "
+        f"({listed}). Register a class for it."
+    )
+
+
+def _error(
+    model: TransformersForCausalLM, config: EngineConfig, device: torch.device, references: list[torch.Tensor]
+) -> float:
+    steps = DummySteps(config, CacheLayout.of(model, config), device)
+    try:
+        return largest_error(model, TextDriver(model), steps, references)
+    finally:
+        if isinstance(model.way, ByRequestWay):
+            model.way.states.clear()
+
+
+def _notes(model: TransformersForCausalLM, error: float, is_checked: bool) -> tuple[str, ...]:
+    if not is_checked:
+        return (model.described, "load_check is off")
+    return (f"{model.described}; checked at load: logits differ from theirs by {error:.0e} of their spread",)
+
+
+def _not(reasons: dict[str, str], tier: Tier) -> tuple[str, ...]:
+    return tuple(f"not {name}: {reason}" for name, reason in reasons.items() if name != tier.name)
