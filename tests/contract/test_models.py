@@ -22,7 +22,17 @@ from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.mixed_requests import MEDIA, limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
 
-FAMILIES = ("llama", "qwen2", "gemma3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+FAMILIES = (
+    "llama",
+    "qwen2",
+    "gemma3",
+    "qwen3",
+    "llava",
+    "qwen2_vl",
+    "qwen2_5_vl",
+    "qwen2_audio",
+    "qwen2_5_omni_thinker",
+)
 MULTIMODAL = tuple(family for family in FAMILIES if MEDIA[family])
 
 WAYS: dict[str, dict[str, Any]] = {

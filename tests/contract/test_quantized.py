@@ -24,7 +24,7 @@ from tests.helpers.direct import load
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
 
-FAMILIES = ("llama", "qwen2", "llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+FAMILIES = ("llama", "qwen2", "qwen3", "llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
 WAYS: dict[str, dict[str, Any]] = {
     "chunks of 16": {"max_num_batched_tokens": 16},
     "preempted": {"num_blocks": 40, "block_size": 8, "max_num_batched_tokens": 64},

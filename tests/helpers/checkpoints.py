@@ -342,6 +342,9 @@ FAMILIES: dict[str, Family] = {
             **text_settings(use_sliding_window=True, sliding_window=24, max_window_layers=1)
         ),
     ),
+    "qwen3": Family(
+        "Qwen3ForCausalLM", lambda: transformers.Qwen3Config(**text_settings(attention_bias=True, head_dim=24))
+    ),
     "llava": Family(LLAVA, llava_config, LLAVA_NAMES, {"IMAGE": "<image>"}, LLAVA_FILES),
     "llava_siglip": Family(
         LLAVA, lambda: llava_config("siglip", "qwen2"), LLAVA_NAMES, {"IMAGE": "<image>"}, LLAVA_FILES

@@ -78,6 +78,7 @@ MEDIA: dict[str, dict[str, Media]] = {
     "gemma3": {},
     "llama": {},
     "qwen2": {},
+    "qwen3": {},
     "llava": {"image": Media("<image>", picture, 3)},
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,

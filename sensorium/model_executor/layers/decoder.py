@@ -50,6 +50,8 @@ class DecoderOptions:
     output_bias: bool = False
     """Bias of the attention's output projection."""
     mlp_bias: bool = False
+    qk_norm: bool = False
+    """A norm over each head of queries and keys before they are rotated, as `q_norm` and `k_norm`."""
 
 
 class DecoderAttention(nn.Module):
@@ -83,6 +85,10 @@ class DecoderAttention(nn.Module):
             quant_config=config.quant_config,
             prefix=f"{prefix}.o_proj",
         )
+        self.q_norm = self.k_norm = None
+        if options.qk_norm:
+            self.q_norm = RMSNorm(head_size, eps=text.rms_norm_eps)
+            self.k_norm = RMSNorm(head_size, eps=text.rms_norm_eps)
         self.attn = Attention(
             num_heads,
             head_size,
@@ -104,6 +110,8 @@ class DecoderAttention(nn.Module):
         """`(num_tokens, hidden_size)` to the same, given the step's rotation."""
         qkv, _ = self.qkv_proj.forward(hidden_states)
         query, key, value = self.qkv_proj.split_heads(qkv)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm.forward(query), self.k_norm.forward(key)
         attended: torch.Tensor = self.attn(query, key, value, kv_cache, attn_metadata, rotation=rotation)
         return self.o_proj.forward(attended)[0]
 

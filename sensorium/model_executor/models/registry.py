@@ -31,6 +31,7 @@ IN_TREE: dict[str, str] = {
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
+    "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
     # Images, videos, sounds
     "LlavaForConditionalGeneration": f"{_MODELS}.llava:LlavaForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration": f"{_MODELS}.qwen2_audio:Qwen2AudioForConditionalGeneration",
