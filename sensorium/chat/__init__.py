@@ -1,1 +1,1 @@
-"""Chat messages to prompts, and answers taken apart: the checkpoint's template, its media and its tools."""
+"""Chat messages to prompts, by the checkpoint's template; their media and tools; and how answers are parsed."""

@@ -22,7 +22,7 @@ MAX_ROLES = 16
 MAX_ROLE_CHARS = 64
 MODALITIES = ("image", "video", "audio")
 CACHE_HINTS = frozenset({"cache_control", "prompt_cache_breakpoint"})
-"""Fields of parts by which clients say up to where a prompt is worth keeping. Prefixes are cached without them."""
+"""Fields by which clients mark the part of a prompt to cache. They have no effect: prefixes are cached without them."""
 _MAX_FORMAT_CHARS = 128
 
 
@@ -60,7 +60,7 @@ class Message:
     text: str | None = None
     parts: tuple[Part, ...] | None = None
     fields: Mapping[str, Any] = field(default_factory=dict)
-    """What else the message has, such as `name` and `tool_calls`; for the template."""
+    """The message's other fields, such as `name` and `tool_calls`, for the template."""
 
     def media(self) -> list[MediaPart]:
         """Its media in order."""
@@ -129,7 +129,7 @@ def _parse_message(message: object, where: str) -> Message:
 
 
 def _parse_reasoning(fields: dict[str, Any], where: str) -> None:
-    """Past reasoning goes by two names among servers, and by either among templates."""
+    """Servers have two names for past reasoning, and templates use either."""
     for name, other in (("reasoning", "reasoning_content"), ("reasoning_content", "reasoning")):
         if name in fields:
             if not isinstance(fields[name], str):
@@ -139,7 +139,7 @@ def _parse_reasoning(fields: dict[str, Any], where: str) -> None:
 
 def _parse_tool_calls(calls: object, where: str) -> list[Any]:
     """Tool calls with their arguments as objects, which is what templates expect; the wire format has them as
-    JSON. Arguments that are no JSON, as a model may have written them, stay text.
+    JSON. Arguments that aren't JSON, which a model may have written, stay text.
     """
     if not isinstance(calls, list | tuple):
         raise _wrong_type(where, calls, "a list of tool calls")
@@ -241,7 +241,7 @@ def _input_audio(part: Mapping[str, Any], where: str) -> Part:
         raise InvalidRequestError(
             f"{where_inner}.format: got {audio_format!r:.60}, expected a short name such as 'wav' or 'mp3'. Change it."
         )
-    # However clients spell the format, or mistake it: the sound itself tells what it is.
+    # The declared format is ignored: the bytes tell the real one.
     source = data if data[:5].lower() == "data:" else f"data:;base64,{data}"
     return MediaPart("audio", source, where, is_encoded=True, uuid=uuid)
 
@@ -285,7 +285,7 @@ class Embeddings:
 
 
 def _content(part: Mapping[str, Any], key: str, where: str, uuid: str | None = None) -> Any:
-    """What a part holds; None only where it has a name instead."""
+    """A part's content; None only if it has a name instead."""
     value = part.get(key)
     if value is None and uuid is None:
         raise InvalidRequestError(f"{where}.{key}: got nothing, expected the content. Send it.")

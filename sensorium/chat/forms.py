@@ -1,4 +1,4 @@
-"""How a model's answers are to be taken apart: found out once per chat template."""
+"""How a model's answers are parsed: determined once per chat template."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from sensorium.parsing.detect import AUTO, NONE, check_names, shows_tools
 logger = get_logger(__name__)
 
 FALLBACK = FORMATS["hermes"]
-"""The form for models whose templates know nothing of tools: they are told of it in the messages."""
+"""The format of calls for models whose templates don't support tools: the messages explain it to them."""
 _MAX_TEMPLATES = 64
 
 
@@ -27,14 +27,14 @@ class AnswerForms:
     tool_format: ToolFormat | None
     reasoning: ReasoningFormat | None
     shows_tools: bool
-    """The template tells the model of tools, and of calls that were made."""
+    """The template renders tools and past calls."""
     token_ids: Mapping[str, int]
-    """Marks that are tokens of their own."""
+    """Marks that are special tokens."""
     why_no_tools: str = ""
-    """What to tell a request with tools where there is no form of calls."""
+    """The error for a request with tools if no format of calls is known."""
 
     def calls(self) -> ToolFormat:
-        """The form of calls. Raises `UnsupportedFeatureError` if there is none."""
+        """The format of calls. Raises `UnsupportedFeatureError` if there is none."""
         if self.tool_format is None:
             raise UnsupportedFeatureError(f"tools: got functions, expected none, since {self.why_no_tools}")
         return self.tool_format
@@ -49,7 +49,7 @@ class AnswerForms:
 
 
 class FormsFinder:
-    """Finds the forms of templates, and remembers. Safe to call from several threads.
+    """Finds the formats of templates, and caches them. Safe to call from several threads.
 
     Args:
         tokenizer: renders the templates.
@@ -57,7 +57,7 @@ class FormsFinder:
         reasoning_parser: the same for reasoning.
 
     Raises:
-        ConfigError: There is no form of such a name.
+        ConfigError: There is no format of such a name.
     """
 
     def __init__(self, tokenizer: Any, tool_parser: str = AUTO, reasoning_parser: str = AUTO) -> None:

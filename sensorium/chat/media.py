@@ -1,8 +1,8 @@
-"""The media of chat messages: refused early where they can't be taken, else fetched, or found by their names.
+"""The media of chat messages: refused early, fetched, or found by their names.
 
-Two ways to understand the `uuid` of a part. In the caller's own process it is the item's identity: the caller vouches
-that equal names are equal contents, and contents are not looked at. Where messages come over a network it only says
-where content sent before is found (see `NamedMedia`), so that nobody can give one picture the cached rows of another.
+The `uuid` of a part has two meanings. In the caller's own process it is the item's identity: the caller guarantees that
+equal names mean equal contents, and contents are not hashed. For messages from a network it only names content that was
+sent before (see `NamedMedia`), so that no client can give one picture the cached rows of another.
 """
 
 from __future__ import annotations
@@ -49,7 +49,8 @@ class ChatMedia:
     accept_objects: bool
     accept_embeddings: bool
     are_apart: bool = False
-    """Whether what one scope sent is decoded anew for another, so that no time tells whether it was known."""
+    """Whether media are decoded again for each scope, so that response times don't show whether another scope sent
+    them."""
 
     def check(self, parts: Sequence[MediaPart]) -> None:
         """Refuse media that can't be taken before anything is fetched. Raises `RequestError`."""
@@ -91,14 +92,14 @@ class ChatMedia:
         """Each part's media, fetched and not yet decoded. `kwargs`: those of the mappers; `scope`: whose names count.
 
         Raises:
-            MediaError: One can't be fetched, or its name stands for nothing.
+            MediaError: One can't be fetched, or its name is unknown.
             RequestError: One can't be taken.
         """
         loaded = [self._salted(self._load(part, kwargs), scope) for part in parts]
         return self._with_names(parts, loaded, kwargs, scope)
 
     async def aload(self, parts: Sequence[MediaPart], kwargs: Mapping[str, Any], scope: bytes) -> list[Any]:
-        """As `load`, for an event loop: side by side, without a thread."""
+        """As `load`, for an event loop: concurrently, without a thread."""
         fetched = await all_or_none([self._aload(part, kwargs) for part in parts])
         return self._with_names(parts, [self._salted(each, scope) for each in fetched], kwargs, scope)
 
@@ -135,7 +136,7 @@ class ChatMedia:
     def _with_names(
         self, parts: Sequence[MediaPart], loaded: Sequence[Any], kwargs: Mapping[str, Any], scope: bytes
     ) -> list[Any]:
-        """What was sent is kept under its names first, so that a request may refer to its own media."""
+        """Named content of the request is stored first, so that the request may refer to it."""
         if self.named is None:
             return list(loaded)
         keys: list[Key] = [(scope, part.modality, part.uuid or "") for part in parts]

@@ -1,7 +1,7 @@
-"""Media kept under names that their senders gave them, so that media sent once need not be sent again.
+"""A store of media by the names that their senders gave them, so that media need not be sent twice.
 
-A name stands for what was last sent with it, and only within one scope: a tenant can't reach, or replace, what another
-sent. Names say where content is found, never that two contents are equal: that is for the digest.
+A name refers to what was last sent with it, within one scope: a tenant can't read or replace another's media. Equal
+names don't mean equal contents: only digests do.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from sensorium.media.sampling import FrameSampler
 from sensorium.multimodal.processor_cache import nested_bytes
 
 _OVERHEAD_BYTES = 512
-"""What an entry takes beside its content."""
+"""Bytes of an entry beside its content."""
 
 Key = tuple[bytes, str, str]
 """Scope, modality and name."""
@@ -35,9 +35,9 @@ class NamedMedia:
         self.num_bytes = 0
 
     def put(self, key: Key, item: Any) -> None:
-        """Keep an item in place of what had its name; one that is larger than the store is not kept.
+        """Store an item, replacing the one of its name; an item larger than the store is not kept.
 
-        What is kept counts here, and no longer in the budget of requests that wait.
+        A stored item counts in this store, and no longer in the budget of waiting requests.
         """
         item = replace(item, lease=None) if isinstance(item, EncodedMedia) else item
         size = _OVERHEAD_BYTES + (len(item.data) if isinstance(item, EncodedMedia) else nested_bytes(item))

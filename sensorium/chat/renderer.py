@@ -73,7 +73,7 @@ class ChatRenderer:
         tool_parser: how the model writes calls: a name of `sensorium.parsing.FORMATS`, "none", or "auto" to go by the
             template.
         reasoning_parser: the same for reasoning, of `sensorium.parsing.REASONING_FORMATS`.
-        media_are_apart: decode anew for one scope what another has sent.
+        media_are_apart: decode media again for each scope.
         named_media: keeps media that have a `uuid`; without it, a `uuid` is the item's identity.
     """
 
@@ -119,7 +119,7 @@ class ChatRenderer:
         self._finder = FormsFinder(tokenizer, tool_parser, reasoning_parser)
 
     def answer_forms(self, *, chat_template: str | None = None, has_tools: bool = False) -> AnswerForms:
-        """How answers to prompts of a template are to be taken apart; `chat_template` as for `render`.
+        """How answers to prompts of a template are parsed; `chat_template` as for `render`.
 
         Raises:
             RequestError: There is no such template.
@@ -146,7 +146,7 @@ class ChatRenderer:
             chat_template_kwargs: more variables for the template.
             mm_processor_kwargs: for the model's input processor and mappers.
             scope: whose names of media count; see `NamedMedia`.
-            reasoning_effort: how long the model may reason, where its template has a setting for it.
+            reasoning_effort: how long the model may reason, if its template has a setting for it.
             places: what errors call each message, instead of `messages[0]` and so on.
 
         Raises:
@@ -158,7 +158,7 @@ class ChatRenderer:
         return self._render(request, media)
 
     async def arender(self, messages: object, **options: Any) -> dict[str, Any]:
-        """As `render`, for an event loop: media are fetched side by side, without a thread."""
+        """As `render`, for an event loop: media are fetched concurrently, without a thread."""
         if _is_long(messages):
             request = await asyncio.to_thread(self._prepare, messages, **options)
         else:
@@ -308,7 +308,7 @@ class _MessageWriter:
         written: dict[str, Any] = {"role": role, **message.fields}
         takes_strings = content_format.takes_strings or not content_format.takes_parts
         if message.parts is None and message.text is None:
-            if "tool_calls" in written:  # some templates look into content without asking whether there is any
+            if "tool_calls" in written:  # some templates read content without checking that there is any
                 written["content"] = "" if takes_strings else []
             return written
         written_by_user = self._written_by_user(message, content_format)
@@ -321,7 +321,7 @@ class _MessageWriter:
         return written
 
     def _role_and_format(self, message: Message) -> tuple[str, ContentFormat]:
-        """The role by which the template knows such messages, and what it does with their content.
+        """The template's role for such messages, and what it does with their content.
 
         Many templates know the older name of "developer" only.
         """

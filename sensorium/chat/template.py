@@ -1,4 +1,4 @@
-"""A checkpoint's chat template: found, and rendered. What it does with content is found out by `template_probe`."""
+"""Finds and renders a checkpoint's chat template. `template_probe.py` determines what it does with content."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def hears_effort(template: str) -> bool:
 
 
 def reasoning_variables(template: str, effort: str | None) -> dict[str, Any]:
-    """How a template is told how long the model may reason: in words, or whether at all.
+    """The template's variables for the effort of reasoning: a word, or whether to reason at all.
 
     Raises `RequestError` for an effort that there isn't, or a template without such a setting.
     """
@@ -175,7 +175,7 @@ def render(
             tokenize=False,
             **(variables or {}),
         )
-    except TemplateError as exc:  # the template's own words, or about its variables
+    except TemplateError as exc:  # the message is the template's own, or about its variables
         raise InvalidRequestError(
             f"messages: the model's chat template can't render them ({exc!s:.300}), expected messages that it knows. "
             "Change roles or content."

@@ -1,9 +1,9 @@
-"""What a chat template does with the content of messages, found by trying.
+"""Determines by rendering what a chat template does with the content of messages.
 
 Templates differ: some take a string as a message's content, some a list of typed parts, some both, and one template may
 do another thing with each role, with calls beside the content, or where there are tools: it loops over the parts of the
-user's messages and adds the system's to a string. None says so. So each is rendered on probes, once for each kind of
-message, in the places of a conversation where such messages stand, and what comes out is looked at.
+user's messages and adds the system's to a string. No template declares it. So each is rendered with probes, once for
+each kind of message, at the places of a conversation where such messages occur, and the result is examined.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _FIRST, _SECOND = "qxzfirst", "qxzsecond"
 _PRINTED = "qxzprinted"
 """Stands in a part beside its text: a template that shows it has printed the part as Python or JSON writes it."""
 _MAX_KINDS = 512
-"""Kinds of messages, over all templates, whose probes are remembered."""
+"""How many kinds of messages, over all templates, have their probes cached."""
 
 _Message: TypeAlias = Mapping[str, Any]
 _USER: _Message = {"role": "user", "content": "u"}
@@ -41,13 +41,13 @@ _TOOL = {
 
 @dataclass(frozen=True, slots=True)
 class MessageKind:
-    """What a template may tell messages apart by."""
+    """The properties of a message that a template may depend on."""
 
     role: str
     has_calls: bool = False
     """Functions are called beside the content."""
     has_tools: bool = False
-    """The model is told of functions."""
+    """The request has functions."""
 
     def in_places(self, content: object) -> list[list[_Message]]:
         """Conversations with a message of this kind, wherever such messages stand."""
@@ -87,7 +87,7 @@ class ContentFormat:
 
 
 class TemplateProbe:
-    """Finds out about templates with one tokenizer, and remembers. Safe to call from several threads."""
+    """Probes templates with one tokenizer, and caches the results. Safe to call from several threads."""
 
     def __init__(self, tokenizer: Any, modalities: Sequence[str]) -> None:
         self._tokenizer = tokenizer
@@ -146,7 +146,7 @@ def _parts(media_part: Mapping[str, str] | None = None) -> list[Mapping[str, str
 
 
 def _is_lost(shown: Sequence[bool], others: Sequence[bool]) -> bool:
-    """Whether one form is not shown in a place where the other is."""
+    """Whether one form of content is lost at a place where the other is shown."""
     return any(other and not own for own, other in zip(shown, others, strict=True))
 
 
@@ -165,7 +165,7 @@ def _spellings(modality: str) -> tuple[Mapping[str, str], ...]:
 
 
 def _inserted(base: str, rendered: str) -> str:
-    """What `rendered` has more than `base`, which it is but for one insertion."""
+    """The text inserted into `base` to make `rendered`."""
     start = 0
     while start < len(base) and base[start] == rendered[start]:
         start += 1

@@ -1,8 +1,8 @@
-"""Tools for models whose chat templates have no place for them: told of in the messages themselves.
+"""Tools for models whose chat templates don't support them: described in the messages themselves.
 
-The functions and how to call them go into the system message, or in front of the first user message where the template
-has no system messages; past calls into the assistant's text; results into messages of the user, since such templates
-know no other roles.
+The functions and how to call them go into the system message, or before the first user message if the template has no
+system messages; past calls into the assistant's text; results into messages of the user, since such templates know no
+other roles.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ use, answer without calling any."""
 
 
 def concern_tools(messages: Iterable[Message]) -> bool:
-    """Whether calls or results stand in a conversation."""
+    """Whether a conversation has calls or results."""
     return any(message.role == "tool" or "tool_calls" in message.fields for message in messages)
 
 
 def with_tools_told(
     messages: Sequence[Message], tools: Sequence[Mapping[str, Any]] | None, *, has_system: bool
 ) -> list[Message]:
-    """Messages that tell of tools, calls and results, in roles that every template knows.
+    """Messages that describe tools, calls and results, in roles that every template knows.
 
-    Raises `InvalidRequestError` (a `ValueError`) where there is no message to tell of tools in.
+    Raises `InvalidRequestError` (a `ValueError`) if there is no message that could describe the tools.
     """
     told = _joined(_told(message) for message in messages)
     if not tools:
@@ -79,7 +79,7 @@ def _written(call: Mapping[str, Any]) -> str:
 
 
 def _joined(messages: Iterable[Message]) -> list[Message]:
-    """Results that follow one another, and what the user says then, as one message: many templates insist on turns."""
+    """Join consecutive results, and the user's message after them: many templates require alternating roles."""
     joined: list[Message] = []
     for message in messages:
         if joined and message.role == "user" == joined[-1].role:

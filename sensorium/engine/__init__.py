@@ -1,1 +1,1 @@
-"""The engine: arguments, the core loop, and the faces that callers drive it by."""
+"""The engine: its arguments, the core loop, and the classes by which callers drive it."""

@@ -1,7 +1,7 @@
-"""Flat settings that people give: a plain value, checked field by field without a look at the disk or the machine.
+"""Flat settings as users give them: plain values, checked field by field without I/O.
 
-Fields are typed and documented one by one, so that command-line flags are generated from them. What becomes of them is
-`resolution`'s to say.
+Fields are typed and documented one by one, so that command-line flags are generated from them. `resolution.py` resolves
+them.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class EngineArgs:
     tokenizer: Name | None = None
     """Directory or hub name of the tokenizer, if it isn't the model's."""
     tokenizer_mode: TokenizerMode = "auto"
-    """Which tokenizer of the checkpoint to take: there is one of each kind."""
+    """Which tokenizer of the checkpoint to take; only "auto", since each checkpoint has one."""
     skip_tokenizer_init: bool = False
     """Take and return token ids only."""
     trust_remote_code: bool = False
@@ -68,7 +68,7 @@ class EngineArgs:
     max_model_len: Count | None = None
     """Most tokens of prompt and output together; the model's own limit by default."""
     seed: Annotated[int, Bounds(-(2**63), 2**63 - 1)] = 0
-    """Seed of requests that bring none."""
+    """Seed of requests that have none."""
     load_format: LoadFormat = "safetensors"
     """"safetensors", or "dummy" for seeded random weights."""
     quantization: Name | None = None
@@ -162,7 +162,7 @@ class EngineArgs:
         check_settings(self)
 
     def create_engine_config(self) -> EngineConfig:
-        """What they come to on this machine, with this checkpoint: see `resolution.resolve`."""
+        """Resolve the settings for this machine and checkpoint; see `resolution.resolve`."""
         from sensorium.engine.resolution import resolve
 
         return resolve(self)

@@ -67,16 +67,16 @@ class EngineLoad:
     num_open: int
     """Requests that have not ended."""
     num_waiting: int
-    """Those of them that have shown no output: in preparation, in line, or in prefill."""
+    """Those of them that have no output yet: in preparation, waiting, or in prefill."""
     num_media_bytes: int = 0
-    """Bytes of media, fetched and mapped, that those hold of the budget."""
+    """Bytes of fetched and mapped media that those requests hold in the budget."""
 
 
 class AsyncLLMEngine:
     """Serves requests concurrently. Made by `start`, ended by `shutdown`.
 
-    Every request that was opened ends: with an output that is `finished`, or with an exception; and what it held goes
-    back when its reader stops reading, for whatever reason.
+    Every request that was opened ends with an output that is `finished`, or with an exception. Its resources are
+    released when its reader stops reading, for whatever reason.
     """
 
     def __init__(
@@ -101,7 +101,7 @@ class AsyncLLMEngine:
         self.pool = ThreadPoolExecutor(max(preprocess_threads, 1), thread_name_prefix="sensorium-preprocess")
         self._turns = FairTurns(max(preprocess_threads, 1))
         self.stats: SchedulerStats | None = None
-        """The core's latest; None before its first."""
+        """The core's latest statistics; None before the first."""
         self._core = core
         self._outputs = OutputProcessor(tokenizer)
         self._streams: dict[str, OutputStream] = {}
@@ -151,11 +151,11 @@ class AsyncLLMEngine:
         hub = _Hub()
         core = CoreSupervisor(args, hub.news, hub.death, make=make_core, log=log, max_restarts=max_restarts)
         try:
-            # The core imports and loads meanwhile.
+            # Meanwhile the core imports and loads.
             config, tokenizer = await asyncio.to_thread(_resolve, args)
             if media_loader is not None and config.model_config.is_multimodal_model:
                 media_loader.start()
-            if make_core is None:  # or there would be nothing to gain
+            if make_core is None:  # otherwise it would gain nothing
                 await asyncio.to_thread(_warm_up, config)
             report = await core.ready()
             engine = cls(
@@ -201,11 +201,11 @@ class AsyncLLMEngine:
         return EngineLoad(len(self._streams), len(self._waiting), held)
 
     def check_accepts(self, tenant: str = "") -> None:
-        """Return if a request of a tenant that came now would be taken. Where the line is full, those still are whose
-        tenant has less than its share of it.
+        """Return if a request of the tenant would be accepted now. If the waiting queue is full, only tenants with less
+        than their share of it are accepted.
 
         Raises:
-            OverloadedError: As many wait as may.
+            OverloadedError: The waiting queue is full.
             EngineDeadError: The engine can't go on, is being restarted, or is shutting down.
         """
         self._check_running()
@@ -217,10 +217,10 @@ class AsyncLLMEngine:
             )
 
     async def check_health(self, *, generate: bool = False, timeout_s: float = _HEALTH_TIMEOUT_S) -> None:
-        """Return if the engine is well; with `generate`, only after the model has made one real token.
+        """Return if the engine works; with `generate`, only after the model has made one real token.
 
         Raises:
-            EngineDeadError: It is not, or has made no token in time.
+            EngineDeadError: It doesn't, or has made no token in time.
         """
         self._check_running()
         if not generate:
@@ -259,7 +259,7 @@ class AsyncLLMEngine:
             kind: What outputs hold.
             priority: Lower goes first under the priority policy.
             cache_salt: Only requests with the same salt share caches.
-            tenant: Who asks: tenants that wait share the slots evenly.
+            tenant: Who sent it: waiting tenants share the slots evenly.
             mm_processor_kwargs: For the model's input processor and mappers.
 
         Raises:
@@ -411,7 +411,7 @@ class AsyncLLMEngine:
             self._all_closed.set()
 
     def _leave_line(self, request_id: str) -> None:
-        """Note that a request has output, or none to come."""
+        """Note that a request has output, or will have none."""
         self._waiting.pop(request_id, None)
         tenant = self._tenant_of.pop(request_id, None)
         if tenant is not None:
@@ -422,7 +422,7 @@ class AsyncLLMEngine:
     async def _submit(
         self, request_id: str, prompt: Any, prepare: Callable[[], ProcessedRequest], kind: OutputKind
     ) -> None:
-        """Prepare a request and send it to the core. Raises what its stream is told to fail with meanwhile."""
+        """Prepare a request and send it to the core. Raises the error with which its stream fails meanwhile."""
         preparation = self._prepare(self._tenant_of[request_id], prompt, prepare)
         del prompt, prepare
         processed, encoded = await self._streams[request_id].unless_failed(preparation)
@@ -438,7 +438,7 @@ class AsyncLLMEngine:
     ) -> tuple[ProcessedRequest, EncodedMessage]:
         """A request as the core takes it. Its media are decoded first, then it waits for its tenant's turn."""
         with stage("prepare"):
-            await self.preprocessor.decode_ahead(prompt)  # holds no thread of the pool, however long it takes
+            await self.preprocessor.decode_ahead(prompt)  # occupies no thread of the pool, however long it takes
             del prompt
             async with self._turns.turn(tenant):
                 processed, encoded = await self.in_pool(lambda: _encoded(prepare()))
@@ -447,7 +447,7 @@ class AsyncLLMEngine:
         return processed, encoded
 
     async def _send_vocabulary(self) -> None:
-        """Tell the core what tokens outputs consist of, unless it knows."""
+        """Send the core the vocabulary, unless it has it."""
         if self._vocabulary is None:
             self._vocabulary = await self.in_pool(lambda: encode(UseVocabulary(self.preprocessor.vocabulary)).payload)
         if self._num_vocabularies_sent <= self._core.num_restarts:
@@ -459,7 +459,7 @@ class AsyncLLMEngine:
         try:
             return await asyncio.get_running_loop().run_in_executor(self.pool, copy_context().run, call)
         except RuntimeError:
-            self._check_running()  # a pool that has been shut down says no more than that
+            self._check_running()  # raised by a pool that has been shut down
             raise
 
     def _take_news(self, news: News) -> None:
@@ -479,14 +479,14 @@ class AsyncLLMEngine:
 
 
 def _dead(error: SensoriumError) -> EngineDeadError:
-    """An error of its own for each who is told, so that tracebacks don't grow together."""
+    """A copy of the error for each stream, so that their tracebacks stay apart."""
     if isinstance(error, EngineRestartingError):
         return EngineRestartingError(str(error), retry_after_s=error.retry_after_s)
     return EngineDeadError(str(error))
 
 
 class _Hub:
-    """What the core calls back, before there is an engine and after."""
+    """The core's callbacks, which exist before the engine does."""
 
     def __init__(self) -> None:
         self.on_news: Callable[[News], None] | None = None
@@ -515,7 +515,7 @@ def _warm_up(config: EngineConfig) -> None:
 
 
 def _encoded(processed: ProcessedRequest) -> tuple[ProcessedRequest, EncodedMessage]:
-    """A request for the core, and what the front still needs of it, which is none of its media."""
+    """A request for the core, and the parts that the front keeps, without its media."""
     message = processed.engine_request
     encoded = encode_request(message)
     return replace(processed, engine_request=replace(message, media=(), mrope_positions=None)), encoded

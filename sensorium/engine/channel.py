@@ -1,7 +1,7 @@
 """Frames over a pair of connected local sockets, each with at most one open file.
 
-The pair is made by `socket.socketpair`, so it has no address: nobody but the two processes can connect to it, write to
-it, or find it. An end that closes, however its process ended, is seen at once at the other end.
+The pair is made by `socket.socketpair`, so it has no address: no other process can connect to it, write to it, or find
+it. When one end closes, for whatever reason, the other end sees it at once.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ def channel_pair() -> tuple[socket.socket, socket.socket]:
 
 
 class Frames:
-    """Puts frames together again from what arrives. Owns the files of frames that are not complete."""
+    """Reassembles frames from the bytes that arrive. Owns the files of frames that are not complete."""
 
     def __init__(self) -> None:
         self._buffer = bytearray()
         self._files: deque[int] = deque()
 
     def feed(self, data: bytes, files: list[int]) -> Iterator[EncodedMessage]:
-        """Take in what was read; yields complete frames, whose files are the caller's."""
+        """Take bytes that were read; yields complete frames, whose files the caller owns."""
         self._buffer += data
         self._files += files
         while len(self._buffer) >= _HEADER.size:
@@ -55,13 +55,13 @@ class Frames:
             yield EncodedMessage(payload, self._files.popleft() if has_file else None)
 
     def close(self) -> None:
-        """Close files whose frames never came to an end."""
+        """Close the files of incomplete frames."""
         while self._files:
             os.close(self._files.popleft())
 
 
 class _Outgoing:
-    """A frame on its way: what is left of it."""
+    """The unsent rest of a frame."""
 
     def __init__(self, message: EncodedMessage) -> None:
         self._message = message
@@ -69,13 +69,13 @@ class _Outgoing:
         self._rest = memoryview(header + message.payload)
 
     def send_some(self, sock: socket.socket) -> bool:
-        """Send what the socket takes; returns whether all is out. The file goes with the first byte."""
+        """Send as much as the socket takes; returns whether all is sent. The file goes with the first byte."""
         fd = self._message.fd
         if fd is None:
             sent = sock.send(self._rest)
         else:
             sent = socket.send_fds(sock, [self._rest], [fd])
-            self._message.close()  # what is under way holds the file by itself
+            self._message.close()  # the kernel holds the file of a message under way
         self._rest = self._rest[sent:]
         return not self._rest
 
@@ -92,13 +92,13 @@ class BlockingChannel:
         self._frames = Frames()
 
     def send(self, message: EncodedMessage) -> None:
-        """Send a frame, and wait until the other end takes it. Raises `OSError` if that is gone."""
+        """Send a frame, and wait until the other end takes it. Raises `OSError` if that end is closed."""
         outgoing = _Outgoing(message)
         while not outgoing.send_some(self._socket):
             pass
 
     def receive(self) -> Iterator[EncodedMessage]:
-        """Frames as they come, until the other end closes."""
+        """Frames as they arrive, until the other end closes."""
         try:
             while True:
                 data, files, _, _ = socket.recv_fds(self._socket, _READ_BYTES, _MAX_FILES_PER_READ)
@@ -120,7 +120,7 @@ class BlockingChannel:
 
 
 class AsyncChannel:
-    """The front's end, on an event loop. Never blocks: what the socket doesn't take waits here.
+    """The front's end, on an event loop. Never blocks: bytes that the socket doesn't take wait here.
 
     Args:
         sock: one end of a pair.

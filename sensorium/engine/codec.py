@@ -2,8 +2,8 @@
 
 A message is msgpack with a schema. Large arrays and tensors stand in it as references into a *segment*: a piece of
 anonymous shared memory, written once by the sender, handed over as an open file with the message, and mapped by the
-receiver in place. Nothing has a name that could leak: memory goes back when the last tensor over it is gone, or when
-either process ends, however it ends.
+receiver in place. Segments have no names that could leak: the memory is freed with the last tensor over it, or when the
+processes end, for whatever reason.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ class _ArrayRef(msgspec.Struct, frozen=True, array_like=True):
 
 
 class EncodedMessage:
-    """Bytes of a message, and the open file of its segment if it has one. Whoever holds it last closes it."""
+    """Bytes of a message, and the open file of its segment if it has one. Its last owner closes it."""
 
     __slots__ = ("fd", "payload")
 
@@ -52,7 +52,7 @@ class EncodedMessage:
         return 0 if self.fd is None else os.fstat(self.fd).st_size
 
     def close(self) -> None:
-        """Give the segment up. May be called again."""
+        """Close the segment. May be called again."""
         fd, self.fd = self.fd, None
         if fd is not None:
             os.close(fd)
@@ -62,7 +62,7 @@ class EncodedMessage:
 
 
 def encode(message: ToCore | ToFront) -> EncodedMessage:
-    """A message without a segment: everything in line."""
+    """A message without a segment: everything is inline."""
     return EncodedMessage(msgspec.msgpack.encode(message, enc_hook=_Writer(inline_bytes=None).hook))
 
 
@@ -85,19 +85,19 @@ def encode_add(request: EncodedMessage, outputs: list[tuple[str, SamplingParams]
 
 
 def decode_to_core(payload: bytes) -> ToCore:
-    """Raises `msgspec.MsgspecError` if it is no such message."""
+    """Raises `msgspec.MsgspecError` for any other message."""
     return _to_core.decode(payload)
 
 
 def decode_to_front(payload: bytes) -> ToFront:
-    """Raises `msgspec.MsgspecError` if it is no such message."""
+    """Raises `msgspec.MsgspecError` for any other message."""
     return _to_front.decode(payload)
 
 
 def decode_request(payload: msgspec.Raw, fd: int | None) -> EngineRequest:
     """A request whose tensors lie over its segment. Closes `fd`.
 
-    Raises `msgspec.MsgspecError` if it is no request.
+    Raises `msgspec.MsgspecError` for anything else.
     """
     reader = _Reader(None if fd is None else _map(fd))
     decoder = msgspec.msgpack.Decoder(EngineRequest, dec_hook=_expect, ext_hook=reader.hook)
@@ -125,7 +125,7 @@ def _pack(value: Any, where: str) -> Any:
 
 
 class _Packed:
-    """A tuple on its way through `_Writer.hook`; msgspec would write a plain tuple as a list."""
+    """Wraps a tuple for `_Writer.hook`; msgspec would write a plain tuple as a list."""
 
     __slots__ = ("members",)
 
@@ -134,7 +134,7 @@ class _Packed:
 
 
 class _Writer:
-    """Writes arrays in line or into a segment. Used for one message."""
+    """Writes arrays inline or into a segment. Used for one message."""
 
     def __init__(self, inline_bytes: int | None) -> None:
         self._inline_bytes = inline_bytes
@@ -165,7 +165,7 @@ class _Writer:
         return msgspec.msgpack.Ext(code, msgspec.msgpack.encode(_ArrayRef(dtype, shape, data)))
 
     def finish(self) -> int | None:
-        """The open file of the segment; None if nothing went there."""
+        """The open file of the segment; None if it is empty."""
         if not self._pieces:
             return None
         fd = anonymous_file()
@@ -228,7 +228,7 @@ def _expect(expected: type, value: Any) -> Any:
 
 
 def _map(fd: int) -> torch.Tensor:
-    """The segment as bytes, in private memory, so that nothing done to a tensor in place reaches anyone else.
+    """The segment as bytes, in private memory, so that a tensor changed in place changes no other process's.
 
     Python's own `mmap` would keep a file open for as long as the memory is in use.
     """

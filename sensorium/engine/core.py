@@ -1,4 +1,4 @@
-"""The core loop: schedule, submit, update. Knows requests as ids and tokens; text is the front's business."""
+"""The core loop: schedule, submit, update. Works on ids and tokens; the front handles text."""
 
 from __future__ import annotations
 
@@ -61,24 +61,24 @@ class EngineCore:
 
     @property
     def features(self) -> ModelFeatures:
-        """What loading found out about the model."""
+        """What loading determined about the model."""
         return self.report.features
 
     @property
     def executor(self) -> Executor:
-        """What runs the steps."""
+        """The executor, which runs the steps."""
         return self._executor
 
     def use_vocabulary(self, vocabulary: Vocabulary) -> None:
-        """Say what tokens outputs consist of; before the first request whose output is constrained."""
+        """Set the vocabulary; called before the first request whose output is constrained."""
         self._grammars.use_vocabulary(vocabulary)
 
     def add_request(self, request: EngineRequest) -> None:
-        """Put a request in line; one whose output is held to a grammar, once that is compiled.
+        """Queue a request; one with a grammar is queued once its grammar is compiled.
 
         Raises:
             InvalidRequestError: It needs more KV blocks than there are, or its id is in use.
-            OverloadedError: The line is full.
+            OverloadedError: The waiting queue is full.
             EngineDeadError: An earlier step ended the engine.
         """
         self._check_alive()
@@ -106,9 +106,9 @@ class EngineCore:
         return self.scheduler.has_unfinished_requests() or len(self._grammar_queue) > 0
 
     def step(self) -> list[EngineOutput]:
-        """Keep the worker busy and take in the oldest step's results.
+        """Submit steps and take in the results of the oldest.
 
-        If all requests wait for their grammars, wait with them for a little while.
+        If all requests wait for their grammars, wait for one for a short time.
 
         Raises:
             EngineDeadError: The worker can't go on.
@@ -123,7 +123,7 @@ class EngineCore:
         return outputs
 
     def _take_compiled(self) -> list[EngineOutput]:
-        """Put requests whose grammars are compiled in line; returns the news of those that can't be."""
+        """Queue requests whose grammars are compiled; returns the outputs of those whose grammar failed."""
         outputs = []
         for request, error in self._grammar_queue.take_ready():
             try:
@@ -141,7 +141,7 @@ class EngineCore:
         return self._collect()
 
     def _submit(self) -> bool:
-        """Plan a step and hand it to the worker. False: there is nothing to plan before a result is in."""
+        """Plan a step and submit it to the worker. False: nothing can be planned before a result is in."""
         step = self.scheduler.schedule()
         if step is None:
             return False
@@ -153,7 +153,7 @@ class EngineCore:
         return bool(step.chunks)
 
     def _collect(self) -> list[EngineOutput]:
-        """Wait for the oldest step in flight; returns the news that it brings."""
+        """Wait for the oldest step in flight; returns its outputs."""
         step, pending = self._in_flight.popleft()
         with self._fatal_failures():
             result = pending.result()
@@ -165,7 +165,7 @@ class EngineCore:
 
     @contextmanager
     def _fatal_failures(self) -> Iterator[None]:
-        """What a worker raises ends the engine."""
+        """Any exception of a worker ends the engine."""
         try:
             yield
         except Exception as error:
@@ -174,9 +174,9 @@ class EngineCore:
             raise EngineDeadError(f"the engine has ended: {type(error).__name__}. Restart it.") from error
 
     def _release_if_idle(self) -> None:
-        """Let the worker free what the last requests held; with requests left, the next step tells it.
+        """Let the worker free the resources of the last requests; if requests remain, the next step does it.
 
-        Steps that are still in flight compute for requests that have ended: what they bring is passed over.
+        Steps in flight compute for requests that have ended: their results are ignored.
         """
         if self._failure is not None or self.scheduler.has_unfinished_requests():
             return
@@ -187,7 +187,8 @@ class EngineCore:
             self._collect()
 
     def use_idle_time(self) -> bool:
-        """While no request is unfinished: get ready for later ones, for a moment. False: nothing is left to do."""
+        """Called while no request is unfinished: prepare for later ones, for a short time. False: nothing is left to
+        prepare."""
         self._check_alive()
         with self._fatal_failures():
             return not self._executor.submit(SchedulerOutput.idle()).result().is_prepared
@@ -199,7 +200,7 @@ class EngineCore:
         return replace(stats, num_waiting=stats.num_waiting + num_compiling) if num_compiling else stats
 
     def shutdown(self) -> None:
-        """Free the worker's memory, and end the processes that hold outputs to grammars."""
+        """Free the worker's memory, and end the grammar processes."""
         self._grammars.close()
         self._executor.shutdown()
 

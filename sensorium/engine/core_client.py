@@ -1,4 +1,4 @@
-"""The front's handle on an engine core: starts it, talks to it, notices its end.
+"""The front's handle on an engine core: starts it, exchanges messages with it, and notices its end.
 
 The core is a process of its own, or, for tests and small tools, a thread of this one; both speak the same messages over
 the same channel.
@@ -36,8 +36,8 @@ class CoreClient:
 
     Args:
         args: settings, which the core resolves by itself.
-        on_news: called on the event loop with what each step brought.
-        on_death: called once if the core ends without having been told to.
+        on_news: called on the event loop with the outputs of each step.
+        on_death: called once if the core ends unasked.
         make: makes the core, in a thread of this process; by default it gets a process of its own.
     """
 
@@ -102,7 +102,7 @@ class CoreClient:
             message = decode_to_front(payload)
         except msgspec.MsgspecError:
             logger.exception("a message from the engine core can't be read")
-            self._fail(EngineDeadError("the engine core sent what can't be read. Restart the engine."))
+            self._fail(EngineDeadError("the engine core sent a message that can't be read. Restart the engine."))
             return
         if isinstance(message, News):
             self._on_news(message)
@@ -116,7 +116,7 @@ class CoreClient:
 
     def _closed(self) -> None:
         if not self._is_stopping:
-            self._fail(EngineDeadError("the engine core has ended without a word. Restart the engine."))
+            self._fail(EngineDeadError("the engine core has ended without a message. Restart the engine."))
 
     def _fail(self, error: SensoriumError) -> None:
         if self._failure is not None:
@@ -124,7 +124,7 @@ class CoreClient:
         self._failure = error
         if not self._ready.done():
             self._ready.set_exception(error)
-            self._ready.exception()  # whoever waits gets it; nobody else needs a warning
+            self._ready.exception()  # a waiting caller gets it; without one, asyncio need not warn
         elif isinstance(error, EngineDeadError):
             logger.error("%s", error)
             self._on_death(error)
@@ -139,7 +139,7 @@ def _error_of(message: StartFailed) -> SensoriumError:
 
 
 class _Process:
-    """A core in a process of its own, with nothing inherited but its socket."""
+    """A core in a separate process, which inherits only its socket."""
 
     def __init__(self, sock: socket.socket, log: LogSettings) -> None:
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}

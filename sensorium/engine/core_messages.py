@@ -1,9 +1,9 @@
-"""What the front and the engine core say to each other when they are two processes.
+"""The messages between the front and the engine core.
 
     front  --Start, UseVocabulary, Add, Abort, Stop-->  core
     front  <--Ready, StartFailed, News, Died--  core
 
-Values with a schema: `codec.py` reads nothing into anything but these types.
+Values with a schema: `codec.py` decodes only these types.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class Start(msgspec.Struct, frozen=True, tag=True):
 
 
 class UseVocabulary(msgspec.Struct, frozen=True, tag=True):
-    """What tokens outputs consist of. Comes before the first request whose output is constrained."""
+    """The vocabulary. Sent before the first request whose output is constrained."""
 
     vocabulary: Vocabulary
 
 
 class Add(msgspec.Struct, frozen=True, tag=True):
-    """Put a request in line, once for each of its outputs."""
+    """Queue a request, once for each of its outputs."""
 
     request: msgspec.Raw
     """An encoded `EngineRequest`. Its bulk (media tensors) is in the segment that travels with the message."""
@@ -64,11 +64,11 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
 
 
 class News(msgspec.Struct, frozen=True, tag=True):
-    """What a step brought."""
+    """The outputs of a step."""
 
     outputs: list[EngineOutput]
     stats: SchedulerStats | None = None
-    """Now and then, and whenever the core runs out of work."""
+    """Sent from time to time, and whenever the core runs out of work."""
 
 
 class Died(msgspec.Struct, frozen=True, tag=True):

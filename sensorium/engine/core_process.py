@@ -1,7 +1,7 @@
-"""The engine core as a process of its own: takes requests from a channel, steps, sends news.
+"""The engine core as a process of its own: takes requests from a channel, steps, sends outputs.
 
-One thread receives and decodes; the main thread owns the core. The process ends when it is told to, when a step fails,
-or when the front is gone.
+One thread receives and decodes; the main thread owns the core. The process ends when it receives `Stop`, when a step
+fails, or when the front has ended.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ logger = get_logger(__name__)
 
 _STATS_INTERVAL_S = 0.25
 _ORPHAN_GRACE_S = 10.0
-"""How long a step may go on after the front is gone."""
+"""How long a step may go on after the front has ended."""
 
 CoreFactory = Callable[[EngineArgs], EngineCore]
 
@@ -68,12 +68,12 @@ def make_core(args: EngineArgs) -> EngineCore:
 
 
 class CoreServer:
-    """Runs one core over one channel. `serve` is the whole life of it."""
+    """Runs one core over one channel."""
 
     def __init__(
         self, sock: socket.socket, make: CoreFactory = make_core, on_orphaned: Callable[[], None] | None = None
     ) -> None:
-        """`on_orphaned` is called, in another thread, as soon as the front is gone."""
+        """`on_orphaned` is called, in another thread, as soon as the front has ended."""
         self._channel = BlockingChannel(sock)
         self._make = make
         self._on_orphaned = on_orphaned
@@ -135,7 +135,7 @@ class CoreServer:
             self._tell(core, outputs)
 
     def _take_orders(self, core: EngineCore) -> bool:
-        """Do what has been asked for; wait for something if there is nothing else to do. False: stop."""
+        """Handle all received messages; wait for one if there is nothing else to do. False: stop."""
         while not self._orders.empty() or not core.has_unfinished_requests():
             order = self._orders.get()
             if isinstance(order, Stop):
@@ -207,7 +207,7 @@ def _exit_soon() -> None:
 def main() -> int:
     """The process. Arguments: the number of the socket's file, then the level and the form of the log."""
     for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)  # meant for the front, which says when to stop
+        signal.signal(number, signal.SIG_IGN)  # meant for the front, which sends `Stop`
     sock = socket_from(sys.argv[1])
     level, form = cast(LogLevel, sys.argv[2]), cast(LogFormat, sys.argv[3])
     package_logger.configure(package_logger.LogSettings(level, form))

@@ -1,4 +1,4 @@
-"""Keeps an engine core there: starts one, and starts another in its place when it dies, as often as allowed."""
+"""Keeps an engine core running: starts one, and replaces it when it dies, as often as allowed."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ logger = get_logger(__name__)
 _FIRST_DELAY_S = 1.0
 _LONGEST_DELAY_S = 30.0
 _STEADY_S = 600.0
-"""A core that has run so long was well: its death is the first in a row."""
+"""A core that ran this long had no lasting fault: its death is the first in a row."""
 _END_GRACE_S = 5.0
-"""For a core that has said that it ends, or can't be understood."""
+"""Time to end for a core that has announced its end, or whose messages can't be read."""
 
 
 class CoreSupervisor:
-    """The engine core of this moment. Requests don't outlive their core; the front and its caches do.
+    """The current engine core. Requests don't outlive their core; the front and its caches do.
 
     Args:
         args: settings, which each core resolves by itself.
-        on_news: called on the event loop with what each step brought.
+        on_news: called on the event loop with the outputs of each step.
         on_death: called with each death of a core that was ready, before a new one is started.
         make: makes cores in a thread of this process; by default each gets a process of its own.
-        max_restarts: how many deaths in a row are answered with a new core.
+        max_restarts: how many consecutive deaths lead to a new core.
         delay_s: seconds before the second restart in a row; doubled with each one after it. The first is at once.
     """
 
@@ -69,17 +69,17 @@ class CoreSupervisor:
 
     @property
     def failure(self) -> SensoriumError | None:
-        """Why there is no core to use at this moment; None if there is one."""
+        """Why there is no core to use now; None if there is one."""
         return self._failure or self._client.failure
 
     @property
     def has_ended(self) -> bool:
-        """Whether there will be no core any more."""
+        """Whether there will be no other core."""
         return self._has_ended
 
     @property
     def num_restarts(self) -> int:
-        """Cores that took a dead one's place."""
+        """Cores that replaced a dead one."""
         return self._num_restarts
 
     @property
@@ -98,7 +98,7 @@ class CoreSupervisor:
         self._report = await self._client.ready()
         self._ready_time_s = time.monotonic()
         self._load_s = self._ready_time_s - start_s
-        # Later cores get as much memory for their cache, so that what was admitted stays admissible.
+        # Later cores get the same memory for their cache, so that admitted requests stay admissible.
         self._args = replace(
             self._args, num_blocks=self._report.num_blocks, kv_cache_bytes=None, block_size=self._report.block_size
         )
@@ -109,7 +109,7 @@ class CoreSupervisor:
         self._client.add(request)
 
     def abort(self, request_ids: list[str]) -> None:
-        """End requests in the core. A core that never heard of them ignores it."""
+        """End requests in the core. A core that doesn't know them ignores it."""
         self._client.abort(request_ids)
 
     async def stop(self, timeout_s: float = 30.0) -> None:
@@ -159,7 +159,7 @@ class CoreSupervisor:
 
     def _take(self, report: LoadReport) -> None:
         if self._client.failure is not None:
-            return  # it died before it was taken, which is the next restart's business
+            return  # it died before it was installed; the next restart handles that
         assert self._report is not None
         if _traits(report) != _traits(self._report):
             self._end("the engine has ended, and the model is not the same any more. Restart it.")
@@ -176,5 +176,5 @@ class CoreSupervisor:
 
 
 def _traits(report: LoadReport) -> tuple[ModelFeatures, int, int]:
-    """What the front relies on."""
+    """The properties that the front relies on."""
     return replace(report.features, notes=()), report.num_blocks, report.block_size

@@ -1,8 +1,8 @@
 """Token ids to text, one token at a time, with stop strings.
 
 Three layers: `Detokenizer` knows a tokenizer; a `TextStream` turns one output's ids into pieces of text and
-holds back what is not a whole character yet; `IncrementalDetokenizer` joins the pieces, finds stop strings
-and says what may be shown.
+holds back what is not a whole character yet; `IncrementalDetokenizer` joins the pieces, finds stop strings and
+determines what may be shown.
 
 At the end of an output, the pieces joined equal what the tokenizer decodes from prompt and output together,
 less what it decodes from the prompt alone: a first token "▁Hello" gives " Hello" behind a prompt and "Hello"
@@ -24,7 +24,7 @@ from sensorium.engine.stop_strings import StopStringMatcher
 from sensorium.sampling_params import SamplingParams
 
 REPLACEMENT = "\ufffd"
-"""What stands in decoded text for bytes that are no character."""
+"""The character in decoded text for bytes that aren't valid UTF-8."""
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 """How SentencePiece writes a token that is one byte."""
@@ -44,7 +44,7 @@ class TextStream(Protocol):
         """Take one id; returns the text that is certain now."""
 
     def flush(self) -> str:
-        """The rest, at the end of the output."""
+        """Return the rest of the text, at the end of the output."""
 
 
 class ByteLevelStream:
@@ -112,7 +112,7 @@ class WindowStream:
         is_clear = text != self._shown and not text.endswith(REPLACEMENT)
         if not is_clear and len(self._window) - self._num_shown < _MAX_HELD_TOKENS:
             return ""
-        if text == self._shown:  # tokens that stand for nothing
+        if text == self._shown:  # tokens without text
             del self._window[self._num_shown :]
             return ""
         return self._move(text)
@@ -159,7 +159,7 @@ class Detokenizer:
         return text
 
     def token_bytes(self, token_id: int) -> bytes:
-        """The bytes that a token stands for within a text: those of its text, unless they are no whole characters."""
+        """The bytes of a token within a text: those of its text, or its own if they are not whole characters."""
         if self._is_byte_level:
             return self._token_bytes(token_id)
         found = self._bytes.get(token_id)
@@ -279,7 +279,7 @@ class IncrementalDetokenizer:
     """The text of one output as it grows, up to its stop string if one appears.
 
     Text that may still turn out to be the beginning of a stop string is held back until it is clear or the
-    output ends. Without stop strings, ids become text when somebody asks for it.
+    output ends. Without stop strings, ids become text only when it is read.
     """
 
     def __init__(self, detokenizer: Detokenizer, prompt_token_ids: Sequence[int], params: SamplingParams) -> None:
@@ -296,7 +296,7 @@ class IncrementalDetokenizer:
         """For each id that has become text, where in it what it stands for begins."""
         self._last_id = -1
         self._unread: list[int] = []
-        """Ids whose text nobody has asked for."""
+        """Ids that have not become text yet."""
         self._is_finished = False
         self.stop_string: str | None = None
         """The stop string that ended the output."""
@@ -324,14 +324,14 @@ class IncrementalDetokenizer:
         return len(token_ids)
 
     def finish(self) -> None:
-        """End the output: what was held back comes out."""
+        """End the output: release the text that was held back."""
         if not self._is_finished:
             self._read()
             self._append(self._stream.flush())
             self._is_finished = True
 
     def _read(self) -> None:
-        """Turn what nobody has asked for yet into text."""
+        """Turn the remaining ids into text."""
         if self._unread:
             unread, self._unread = self._unread, []
             pieces, num_chars = list[str](), len(self._text)

@@ -1,4 +1,4 @@
-"""Who prepares a request next: so many at once, and tenants that wait take turns."""
+"""Bounds how many requests are prepared at once; waiting tenants take turns."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 
 
 class FairTurns:
-    """Belongs to one event loop. Invariant: nobody waits while there is room.
+    """Belongs to one event loop. Invariant: no request waits while there is room.
 
     `num_at_once`: how many have a turn at the same time.
     """

@@ -1,4 +1,5 @@
-"""Requests whose grammar is being compiled: they wait apart from the scheduler's line, so nobody waits behind them."""
+"""Requests whose grammar is being compiled: they wait outside the scheduler's waiting queue, so that no other request
+waits behind them."""
 
 from __future__ import annotations
 

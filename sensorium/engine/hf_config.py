@@ -1,7 +1,7 @@
-"""A checkpoint's config.json: read, put right where its spellings differ, made a Hugging Face config, and checked.
+"""Reads a checkpoint's config.json, normalises its spellings, makes a Hugging Face config of it, and checks it.
 
-What is malformed, missing or absurd is told in one sentence; no exception of transformers comes through. Transformers
-is imported when a config is made, not before.
+A malformed, missing or absurd value is one error of this package; no exception of transformers is passed on.
+Transformers is imported when a config is made, not before.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class CheckpointConfig:
     written: Mapping[str, Any]
     hf_config: Any
     unknown_dtypes: tuple[str, ...] = ()
-    """Types in it that no model is run in here; they are left out of `hf_config`."""
+    """Its dtypes that no model runs in here; they are left out of `hf_config`."""
 
     @property
     def architectures(self) -> list[str]:
@@ -100,7 +100,7 @@ def load_hf_config(
     options = {"trust_remote_code": trust_remote_code, "code_revision": code_revision}
     try:
         hf_config = _made(path, written, is_changed=written != on_disk, is_remote=is_remote, options=options)
-    except Exception as error:  # whatever transformers, or the code of a checkpoint, raises on what is written there
+    except Exception as error:  # transformers, or the code of a checkpoint, may raise any exception
         _check_written(written, error)
         raise ModelError(f"config of {path}: transformers can't read it: {_reason(error)}{_hint(written)}") from error
     _tell_of_unknown_overrides(hf_config, on_disk, overrides)
@@ -116,7 +116,7 @@ def _made(
         return AutoConfig.from_pretrained(path, **options)
     if is_remote:
         return type(AutoConfig.from_pretrained(path, **options)).from_dict(dict(written))
-    # Transformers decides by the file's content in more ways than can be told here, so it gets a file.
+    # Transformers reads the file itself in several places, so it gets a file.
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / _CONFIG).write_text(json.dumps(written), encoding="utf-8")
         hf_config = AutoConfig.from_pretrained(folder, **options)
@@ -135,7 +135,7 @@ def _merged(written: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[st
 
 
 def _put_dtypes_right(level: dict[str, Any]) -> Iterator[str]:
-    """Write the types of a config and its parts as transformers does; those of no use are taken out and told."""
+    """Write the types of a config and its parts as transformers does; unusable ones are removed and reported."""
     for name in _DTYPE_NAMES:
         value = level.get(name)
         if value is None:
@@ -184,7 +184,7 @@ def _hint(written: Mapping[str, Any]) -> str:
 
 
 def _tell_of_unknown_overrides(hf_config: Any, on_disk: Mapping[str, Any], overrides: Mapping[str, Any]) -> None:
-    """No setting is off silently: one that the config has no use for may be misspelt."""
+    """Warn of an override that the config doesn't know: it may be misspelt."""
     known = {*on_disk, *dir(type(hf_config)), *getattr(hf_config, "attribute_map", {}), *_DTYPE_NAMES}
     known |= set(getattr(type(hf_config), "__dataclass_fields__", ())) | {"architectures", "rope_scaling", "rope_theta"}
     for name in overrides:

@@ -1,7 +1,7 @@
 """The engine in one process: prompts in, outputs out, step by step.
 
 Joins the front (preprocessing, detokenizing) and the core. `preprocess` may run in other threads; everything else
-belongs to one thread. `LLM` drives it for whole lists of prompts; who wants the steps in their own hands uses this.
+belongs to one thread. `LLM` drives it for whole lists of prompts; callers that run the steps themselves use this class.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class LLMEngine:
 
     @property
     def report(self) -> LoadReport:
-        """What loading found out: the model's tier, the caches, where memory went."""
+        """What loading determined: the model's tier, its features, where memory went."""
         return self.core.report
 
     def preprocess(
@@ -85,7 +85,7 @@ class LLMEngine:
         """Queue what `preprocess` returned. `kind` says what its outputs hold from step to step.
 
         Raises:
-            RequestError: The line is full, or the request needs more memory than there is.
+            RequestError: The waiting queue is full, or the request needs more memory than there is.
         """
         if processed.engine_request.sampling_params.structured_outputs is not None and not self._has_sent_vocabulary:
             self.core.use_vocabulary(self.preprocessor.vocabulary)
@@ -142,7 +142,7 @@ class LLMEngine:
         return self.core.has_unfinished_requests()
 
     def step(self) -> list[RequestOutput | PoolingRequestOutput]:
-        """Run one step; returns the requests that have news.
+        """Run one step; returns an output for each request that changed.
 
         Raises:
             EngineDeadError: The engine can't go on.

@@ -1,4 +1,4 @@
-"""One thread at a time loads, in a process.
+"""Lets only one thread of a process load at a time.
 
 transformers, and parts of torch, import themselves piece by piece when something of them is first used. Their modules
 import each other in circles, so that two threads that begin at different places of a circle each find a module that

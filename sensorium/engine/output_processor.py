@@ -1,4 +1,4 @@
-"""From the core's news to what callers get: joins tokens, text, log probabilities and times by request.
+"""Turns the core's outputs into those that callers get: joins tokens, text, log probabilities and times by request.
 
 A request with `n` outputs runs in the core as `n` requests of their own, its *children*; here they become one
 again. Owns the text side of every request in flight. Used by one thread.
@@ -34,19 +34,18 @@ Spelling: TypeAlias = Callable[[int], tuple[str | None, bytes | None]]
 
 @dataclass(frozen=True, slots=True, eq=False)
 class ProcessedOutputs:
-    """What one round of news comes to."""
+    """The result of one round of core outputs."""
 
     outputs: list[RequestOutput | PoolingRequestOutput]
     abort_ids: list[str]
-    """Core requests that nobody needs any more: a stop string ended them, or another child failed."""
+    """Core requests to abort: a stop string ended them, or another child failed."""
 
 
 class OutputProcessor:
     """Makes the outputs of all requests in flight.
 
-    Every request that was added ends in exactly one output with `finished`, unless it is removed before. News
-    of requests that are not in flight are passed over: the core may have sent them before it heard of an
-    abort.
+    Every request that was added ends in exactly one output with `finished`, unless it is removed before. Core outputs
+    of requests that are not in flight are ignored: the core may have sent them before it received an abort.
     """
 
     def __init__(self, tokenizer: Any | None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -55,7 +54,7 @@ class OutputProcessor:
         self._clock = clock
         self._requests: dict[str, _Request] = {}
         self._children: dict[str, _Child] = {}
-        """Those that run, by their id in the core."""
+        """The unfinished ones, by their id in the core."""
 
     def add_request(self, processed: ProcessedRequest, kind: OutputKind = OutputKind.CUMULATIVE) -> list[EngineRequest]:
         """Take a request in; returns the requests for the core, one per output.
@@ -117,7 +116,7 @@ class OutputProcessor:
         return core_ids
 
     def process(self, news: Sequence[EngineOutput]) -> ProcessedOutputs:
-        """Turn a round of news into outputs, one per request that has any to show."""
+        """Turn a round of core outputs into outputs, one for each request that changed."""
         now_s = self._clock()
         abort_ids: list[str] = []
         touched: dict[str, _Request] = {}
@@ -184,7 +183,7 @@ class _Request:
         return self.num_running == 0
 
     def update(self, news: EngineOutput, now_s: float, spelling: Spelling) -> None:
-        """Note what concerns the request as a whole."""
+        """Store what concerns the request as a whole."""
         if self._scheduled_time_s is None:
             self._scheduled_time_s = news.scheduled_time_s
         if news.new_token_ids:

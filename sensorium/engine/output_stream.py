@@ -1,4 +1,5 @@
-"""What one reader of the asynchronous engine waits on. A slow reader costs memory for its own output, and no time."""
+"""The stream of outputs that one reader of the asynchronous engine waits on. A slow reader costs memory, but doesn't
+delay the engine."""
 
 from __future__ import annotations
 
@@ -14,9 +15,9 @@ _T = TypeVar("_T")
 
 
 class OutputStream:
-    """News of one request, between the engine, which never waits, and a reader, who may be slow.
+    """Outputs of one request, between the engine, which never waits, and a reader, which may be slow.
 
-    What the reader hasn't taken is joined into one output when it comes back.
+    Outputs that the reader hasn't taken are joined into one.
     """
 
     def __init__(self, kind: OutputKind) -> None:
@@ -27,7 +28,7 @@ class OutputStream:
         self._preparation: asyncio.Task[Any] | None = None
 
     async def unless_failed(self, preparation: Coroutine[Any, Any, _T]) -> _T:
-        """What a request's preparation returns. Raises what `fail` is told, which ends the preparation at once."""
+        """The result of a request's preparation. `fail` ends the preparation at once, and its error is raised here."""
         task = asyncio.ensure_future(preparation)
         self._preparation = task
         if self._error is not None:
@@ -38,7 +39,7 @@ class OutputStream:
             if self._error is None:  # the reader was cancelled, and the preparation with it
                 raise
         finally:
-            self._preparation = None  # it holds what it returned
+            self._preparation = None  # it would keep its result alive
         if self._error is not None:
             raise self._error
         return result
@@ -46,12 +47,12 @@ class OutputStream:
     def put(self, output: Output) -> None:
         """Give the reader an output."""
         if self._kind is not OutputKind.DELTA:
-            self._unread.clear()  # each holds everything
+            self._unread.clear()  # each holds the whole output
         self._unread.append(output)
         self._has_news.set()
 
     def fail(self, error: BaseException) -> None:
-        """End the stream: the reader gets what there is, then the error."""
+        """End the stream: the reader gets the outputs so far, then the error."""
         if self._error is None:
             self._error = error
         if self._preparation is not None:
@@ -59,7 +60,7 @@ class OutputStream:
         self._has_news.set()
 
     async def get(self) -> Output:
-        """The next output, with all the news there are. Raises what `fail` was told."""
+        """The next output, with everything since the last one. Raises the error passed to `fail`."""
         await self._has_news.wait()
         if not self._unread:
             assert self._error is not None
@@ -71,7 +72,7 @@ class OutputStream:
 
 
 def join_deltas(outputs: Sequence[Output]) -> Output:
-    """One delta that says what several say in a row.
+    """Joins consecutive deltas into one.
 
     For example, `"Hel"` and `"lo"` of output 0 become `"Hello"` of output 0.
     """

@@ -1,4 +1,4 @@
-"""From settings to an `EngineConfig`: what needs a look at the disk, at the machine, or at the checkpoint.
+"""Resolves settings to an `EngineConfig`: all that depends on the disk, the machine or the checkpoint.
 
 Every "auto" is decided here or at load, and logged.
 """
@@ -54,7 +54,8 @@ def num_preprocess_threads(args: EngineArgs) -> int:
 
 
 def check_files(args: EngineArgs) -> None:
-    """Return if settings go together and files that they name can be used, as far as can be said without the model.
+    """Return if the settings are compatible and the files that they name can be used, as far as can be told without the
+    model.
 
     Raises:
         ConfigError: One can't.
@@ -133,7 +134,7 @@ def _resolve(args: EngineArgs) -> EngineConfig:
 
 
 def _check_together(args: EngineArgs) -> None:
-    """Raise `ConfigError` for settings of which one would have no effect beside another."""
+    """Raise `ConfigError` for a setting that would have no effect beside another."""
     if args.num_blocks is not None and args.kv_cache_bytes is not None:
         raise ConfigError(
             f"kv_cache_bytes: got {args.kv_cache_bytes} beside num_blocks, expected one of them. Leave one out."
@@ -227,7 +228,7 @@ def _refuse_media_settings(args: EngineArgs, architecture: str) -> None:
 
 
 def default_steps_in_flight(device: str) -> int:
-    """Two where the device works beside the host; on a CPU a second step would only wait for its turn."""
+    """Two where the device works beside the host; on a CPU a second step would only wait."""
     return 1 if device == "cpu" else 2
 
 

@@ -82,7 +82,7 @@ def test_a_core_process_gives_the_same_tokens_and_its_death_ends_every_request(c
             os.kill(engine.core_pid, signal.SIGKILL)
             for result in await asyncio.gather(*readers, return_exceptions=True):
                 assert isinstance(result, EngineDeadError), result
-            with pytest.raises(EngineDeadError, match="has ended without a word"):
+            with pytest.raises(EngineDeadError, match="has ended without a message"):
                 await engine.check_health()
             with pytest.raises(EngineDeadError):
                 await last(engine.generate("Anyone?"))

@@ -60,7 +60,7 @@ def test_a_killed_core_is_replaced_and_answers_as_before() -> None:
 
             os.kill(engine.core_pid, signal.SIGKILL)
             await auntil(lambda: engine.has_ended)
-            with pytest.raises(EngineDeadError, match="without a word"):
+            with pytest.raises(EngineDeadError, match="without a message"):
                 await engine.check_health()
         finally:
             await engine.shutdown()
