@@ -3,8 +3,9 @@
     python benchmarks/gpu.py [--shapes qwen3b,qwen7b,llama8b] [--cases correct,storm,decode,...] [--batches 1,64,256]
 
 Needs torch, Triton, transformers and Sensorium's own dependencies; checkpoints have random weights and are made in
---folder. Cases: `correct` (float32 greedy tokens beside Hugging Face's, pictures of many sizes), `storm` (requests that
-are aborted while their steps are in flight), `start`, `first_token`, `decode`, `prefill`, `text`, `images`, `tower`,
+--folder. Cases: `correct` (float32 greedy tokens beside Hugging Face's, pictures of many sizes), `bfloat16` (log
+probabilities beside those of Hugging Face's own attention implementations), `storm` (requests that are aborted while
+their steps are in flight), `start`, `first_token`, `decode`, `prefill`, `text`, `images`, `tower`,
 and `steps` (where a step's time goes). Prints a line for each figure, with the share of the limit where bytes or
 operations set one, and ends with one line of JSON. `--dry` runs everything on a CPU at tiny sizes.
 """
@@ -33,7 +34,19 @@ from benchmarks import gpu_checkpoints as checkpoints  # noqa: E402
 from sensorium import LLM, SamplingParams  # noqa: E402
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-CASES = ("correct", "storm", "start", "first_token", "decode", "prefill", "text", "images", "tower", "steps")
+CASES = (
+    "correct",
+    "bfloat16",
+    "storm",
+    "start",
+    "first_token",
+    "decode",
+    "prefill",
+    "text",
+    "images",
+    "tower",
+    "steps",
+)
 
 
 def token_ids(count: int, seed: int) -> list[int]:
@@ -183,6 +196,52 @@ def correct(bench: Bench) -> bool:
     return all(value == count for value in equal.values())
 
 
+def bfloat16(bench: Bench) -> bool:
+    """In bfloat16, log probabilities are as near to float32's as those of Hugging Face's attention implementations."""
+    import transformers
+
+    from sensorium.model_executor.models.byte_patches import as_processed
+
+    count, top = (3, 5) if bench.is_dry else (24, 20)
+    prompts = [picture_prompt(picture(28 * (3 + i), 28 * (20 - i % 15), i), 40 + i, 20 + 5 * i) for i in range(count)]
+    llm = bench.load("small", max_model_len=4096, dtype="bfloat16")
+    params = SamplingParams(temperature=0, max_tokens=1, logprobs=top, ignore_eos=True)
+    requests = [
+        llm.engine.preprocess(f"bf16-{i}", prompt, greedy(1)).engine_request for i, prompt in enumerate(prompts)
+    ]
+    outputs = llm.generate(prompts, params, use_tqdm=False)
+    found = [output.outputs[0].logprobs[0] for output in outputs]  # type: ignore[index]
+    llm.shutdown()
+
+    def expected(dtype: torch.dtype, attention: str) -> list[torch.Tensor]:
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+        model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(
+            bench.checkpoint("small"), dtype=dtype, attn_implementation=attention
+        )
+        model = model.to(DEVICE).eval()
+        rows = []
+        with torch.inference_mode():
+            for request, at in zip(requests, found, strict=True):
+                ids = torch.tensor([list(request.prompt_token_ids)], device=DEVICE)
+                media = as_processed(request.media[0].kwargs or {}, 2)
+                inputs = {name: torch.as_tensor(value).to(DEVICE) for name, value in media.items()}
+                types = (ids == checkpoints.IMAGE_ID).long()
+                mask = torch.ones_like(ids)
+                logits = model(input_ids=ids, attention_mask=mask, mm_token_type_ids=types, **inputs).logits[0, -1]
+                rows.append(logits.double().log_softmax(-1)[list(at)].cpu())
+        return rows
+
+    exact = expected(torch.float32, "sdpa")
+    ours = [torch.tensor([entry.logprob for entry in at.values()], dtype=torch.float64) for at in found]
+    candidates = {"ours": ours, **{name: expected(torch.bfloat16, name) for name in ("eager", "sdpa")}}
+    errors = {
+        name: float(torch.stack([(a - b).abs().mean() for a, b in zip(rows, exact, strict=True)]).mean())
+        for name, rows in candidates.items()
+    }
+    bench.report("bfloat16", prompts=count, tokens_each=top, **{f"mean_error_{name}": e for name, e in errors.items()})
+    return errors["ours"] <= 1.1 * max(errors["eager"], errors["sdpa"])
+
+
 def storm(bench: Bench) -> bool:
     """Requests are aborted while their steps are in flight: the others' tokens are those of a quiet run."""
     count = 40 if bench.is_dry else 2000
@@ -222,6 +281,9 @@ def storm(bench: Bench) -> bool:
         "storm", requests=count, aborted=num_aborted, compared=len(quiet), equal=num_equal, held=runner.num_requests
     )
     return num_equal == len(quiet) and runner.num_requests == 0
+
+
+CHECKS = {"correct": correct, "bfloat16": bfloat16, "storm": storm}
 
 
 # --- Then fast ---
@@ -415,9 +477,13 @@ def main() -> int:
     bench = Bench(options)
     bench.figures["import_s"] = time.perf_counter() - BEGIN_S
     bench.limits()
-    checks = [check(bench) for name, check in (("correct", correct), ("storm", storm)) if name in options.cases]
+    checks = [
+        check(bench)
+        for name, check in (("correct", correct), ("bfloat16", bfloat16), ("storm", storm))
+        if name in options.cases
+    ]
     for shape in ["small"] if options.dry else options.shapes.split(","):
-        if set(options.cases) - {"correct", "storm"}:
+        if set(options.cases) - set(CHECKS):
             measure(bench, shape)
     print(json.dumps({"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", **bench.figures}))
     return 0 if all(checks) else 1
