@@ -16,7 +16,7 @@ import os
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,7 +32,7 @@ DEVICE = "cuda" if HAS_GPU else "cpu"
 # The interpreter cuts bfloat16 off instead of rounding, and multiplies its bits.
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 
-from sensorium.attention import AttentionMetadata  # noqa: E402
+from sensorium.attention import AttentionMetadata, compute_row_spans  # noqa: E402
 from sensorium.kernels import PackedWeight, activation, argmax, norm, packed_linear, rotary  # noqa: E402
 from sensorium.kernels import attention as attention_twins  # noqa: E402
 from sensorium.kernels.gpu import activation as gpu_activation  # noqa: E402
@@ -243,8 +243,61 @@ def prefill_cases(dry: bool) -> Iterator[Case]:
     yield attention_case("64 decodes at 1024 and chunk 1024", "3B", [(1, 1024)] * 64 + [(1024, 2048)], dry)
 
 
-def tower_case(name: str, lens: list[int], dry: bool) -> Case:
-    heads, head_size = (2, 24) if dry else (16, 80)
+def rule_cases(dry: bool) -> Iterator[Case]:
+    """Attention of GPT-OSS's shape by one rule or another, and multi-head latent attention; all by the same kernels."""
+    rules = attention_twins.AttentionRules(0.125)
+    heads, kv_heads, count, length = (4, 2, 3, 40) if dry else (64, 8, 64, 4096)
+    sinks, window = randn(heads, dtype=torch.float32), 12 if dry else 128
+    for kind, lens in (("decodes", [(1, length)] * count), ("prefill", [(length, length)])):
+        spans = compute_row_spans([[(9, 30)] for _ in lens], *np.array(lens).T)
+        row_spans = None if spans is None else torch.from_numpy(spans).to(DEVICE)
+        for name, own, extra, sizes in (
+            ("plain", rules, {}, (64, 64)),
+            ("sinks", rules, {"sinks": sinks}, (64, 64)),
+            (f"sinks, window {window}", replace(rules, window=window), {"sinks": sinks}, (64, 64)),
+            ("chunk 1024", replace(rules, chunk=16 if dry else 1024), {}, (64, 64)),
+            ("spans", rules, {"row_spans": row_spans}, (64, 64)),
+            ("values of 128", rules, {}, (192, 128)),
+        ):
+            yield rule_case(f"{kind}, {name}", own, lens, (heads, kv_heads), sizes, **extra)
+
+
+def rule_case(
+    name: str,
+    rules: attention_twins.AttentionRules,
+    lens: list[tuple[int, int]],
+    heads: tuple[int, int],
+    sizes: tuple[int, int],
+    sinks: torch.Tensor | None = None,
+    row_spans: torch.Tensor | None = None,
+) -> Case:
+    query_lens, seq_lens = (np.array(x, dtype=np.int32) for x in zip(*lens, strict=True))
+    counts = -(-seq_lens // 16)
+    table = np.zeros((len(lens), int(counts.max())), dtype=np.int32)
+    for row, blocks in zip(table, np.split(np.arange(counts.sum()), np.cumsum(counts)[:-1]), strict=True):
+        row[: len(blocks)] = blocks
+    slots = np.zeros(0, dtype=np.int64)
+    metadata = AttentionMetadata.from_numpy(query_lens, seq_lens, table, slots, device=DEVICE)
+    # Recorded: the kernel that has all rules, also where there are none.
+    metadata = replace(metadata, row_spans=row_spans, is_recorded=True)
+    shape = (2, int(counts.sum()), 16, heads[1], sizes[0])
+    cache = randn(*shape) if sizes[0] == sizes[1] else randn(*shape[1:4], sum(sizes))
+    keys, values = attention_twins.split_cache(cache, *sizes)
+    call = partial(
+        gpu_attention.paged_attention,
+        *(randn(metadata.num_tokens, heads[0], sizes[0]), keys, values, metadata, rules, sinks),
+    )
+    return Case(
+        name,
+        [call],
+        lambda: error(call(), attention_twins.paged_attention_reference(*call.args)),
+        cache.nbytes,
+        sum(2 * heads[0] * sum(sizes) * (q * k - q * (q - 1) / 2) for q, k in lens),
+    )
+
+
+def tower_case(name: str, lens: list[int], dry: bool, size: int = 80) -> Case:
+    heads, head_size = (2, 24) if dry else (16, size)
     rows = sum(lens)
     starts = torch.tensor([0, *torch.tensor(lens).cumsum(0).tolist()], dtype=torch.int32, device=DEVICE)
     num_bytes = 4 * rows * heads * head_size * 2
@@ -267,6 +320,8 @@ def tower_case(name: str, lens: list[int], dry: bool) -> Case:
 def tower_cases(dry: bool) -> Iterator[Case]:
     yield tower_case("windows", [9] * 5, dry) if dry else tower_case("85 windows of 64", [64] * 85, dry)
     yield tower_case("frame", [70], dry) if dry else tower_case("frame of 5476", [5476], dry)
+    for size in () if dry else (64, 72, 96, 112, 128):
+        yield tower_case(f"8 frames of 729, heads of {size}", [729] * 8, dry, size)
 
 
 def linear_cases(dry: bool) -> Iterator[Case]:
@@ -342,6 +397,7 @@ CASES: dict[str, Callable[[bool], Iterator[Case]]] = {
     "decode": decode_cases,
     "prefill": prefill_cases,
     "tower": tower_cases,
+    "rules": rule_cases,
     "linear": linear_cases,
     "draw": draw_cases,
 }

@@ -157,6 +157,8 @@ class Attention(_AttentionBase):
         """Its cache group among the model's; set when loading has found all layers."""
         self._both_ways = replace(self.spec, causal=False)
         self._attn_type = attn_type
+        self._cache: torch.Tensor | None = None
+        self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._shared_layer = kv_sharing_target_layer_name
 
     def cache_spec(self) -> CacheSpec:
@@ -214,7 +216,7 @@ class Attention(_AttentionBase):
         rules = self.spec if attn_type == AttentionType.DECODER else self._both_ways
         if paged and kv_cache is not None and kv_cache.numel() > 0:
             batch = attn_metadata.of_group(self.group_index)
-            keys, values = split_cache(kv_cache, self.head_size, self.spec.value_size)
+            keys, values = self._split(kv_cache)
             if key is None or value is None or self._shared_layer is not None:
                 query = query if rotation is None else rotary_embedding(query, query[:, :1], *rotation)[0]
             elif rotation is None:
@@ -244,6 +246,12 @@ class Attention(_AttentionBase):
                 starts = attn_metadata.cu_seqlens_q
                 out = backend.varlen(q, k, v, starts, rules, sinks=sinks, row_spans=spans)
         return out if out.dim() == 2 else out.flatten(1)
+
+    def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The keys and values of this layer's cache, which is the same in every step."""
+        if self._parts is None or self._cache is not kv_cache:
+            self._cache, self._parts = kv_cache, split_cache(kv_cache, self.head_size, self.spec.value_size)
+        return self._parts
 
     def _name(self) -> str:
         return f"attention layer {self.prefix or '(without prefix)'}"

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from sensorium.attention import AttentionMetadata
+from sensorium.attention import AttentionMetadata, compute_row_spans
 from sensorium.kernels.attention import (
     AttentionRules,
     paged_attention,
@@ -109,21 +111,31 @@ def _compare_paged(batch: PagedBatch, window: int | None = None, softcap: float 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("window", [None, 50])
+@pytest.mark.parametrize(
+    "rules", [AttentionRules(0.2), AttentionRules(0.2, window=50), AttentionRules(0.2, chunk=90, window=70)]
+)
+@pytest.mark.parametrize("has_extras", [False, True])
 def test_rows_do_not_depend_on_batch_or_chunk(
-    dtype: torch.dtype, window: int | None, num_threads: int, tiles: bool
+    dtype: torch.dtype, rules: AttentionRules, has_extras: bool, num_threads: int, tiles: bool
 ) -> None:
     """Batched = alone and chunked = whole, bit for bit: exactness of greedy tokens rests on it."""
     batch = PagedBatch([(100, 230), (1, 2), (30, 30), (1, 400)], heads=(14, 2), head_size=24, dtype=dtype)
-    whole = paged_attention(*batch.arguments(), AttentionRules(batch.scale, window))
+    spans = [[(20, 140), (210, 225)], [], [(0, 12), (24, 30)], [(300, 400)]] if has_extras else [[]] * 4
+    sinks = torch.randn(14) if has_extras else None
+
+    def attend(arguments: tuple[Any, ...], own: list[list[tuple[int, int]]]) -> torch.Tensor:
+        *parts, metadata = arguments
+        row_spans = compute_row_spans(own, np.array(metadata.query_lens_host), np.array(metadata.seq_lens_host))
+        row_spans = None if row_spans is None else torch.from_numpy(row_spans)
+        return paged_attention(*parts, replace(metadata, row_spans=row_spans), rules, sinks)
+
+    whole = attend(batch.arguments(), spans)
     for seq in range(4):
         begin, end = batch.cu_seqlens[seq : seq + 2].tolist()
-        alone = paged_attention(*batch.only(seq), AttentionRules(batch.scale, window))
-        assert torch.equal(alone, whole[begin:end])
+        assert torch.equal(attend(batch.only(seq), [spans[seq]]), whole[begin:end])
         for last in (1, 7, 20):
             if last <= end - begin:
-                tail = paged_attention(*batch.only(seq, last), AttentionRules(batch.scale, window))
-                assert torch.equal(tail, whole[end - last : end])
+                assert torch.equal(attend(batch.only(seq, last), [spans[seq]]), whole[end - last : end])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -159,6 +159,22 @@ def test_write_kv(dtype: torch.dtype, tokens: int) -> None:
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("size", "width"), [(7, 19), (7, 12)])
+def test_write_kv_beside_one_another(dtype: torch.dtype, size: int, width: int) -> None:
+    """Values of another size than keys stand behind them, head by head; or they are the keys' first channels."""
+    key = torch.randn(5, 3, 12).to(dtype)
+    value = torch.randn(5, 3, size).to(dtype) if width > 12 else key[..., :size].contiguous()
+    slots = torch.tensor([7, -1, 0, 21, 3])
+    caches = [torch.zeros(6, 4, 3, width, dtype=dtype) for _ in range(2)]
+    kernels.write_kv(key, value, *kernels.split_cache(caches[0], 12, size), slots)
+    write_kv_reference(key, value, *kernels.split_cache(caches[1], 12, size), slots)
+    assert torch.equal(caches[0], caches[1])
+    keys, values = kernels.split_cache(caches[0], 12, size)
+    assert torch.equal(keys[1, 3], key[0])
+    assert torch.equal(values[1, 3], value[0])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("size", [1, 31, 32, 33, 64, 1000])
 def test_greedy_argmax(dtype: torch.dtype, size: int) -> None:
     """The largest wherever it stands; the first of equals; a NaN before all."""

@@ -68,7 +68,7 @@ def test_decodes(lens: list[int], heads: tuple[int, int, int], rules: AttentionR
     check(paged([(1, n) for n in lens], rules, heads))
 
 
-@pytest.mark.parametrize("most", [1, 3, 7])
+@pytest.mark.parametrize("most", [1, 3])
 @pytest.mark.parametrize("rules", RULES)
 @pytest.mark.parametrize("has_extras", [False, True])
 def test_any_number_of_shares_gives_the_same(
