@@ -270,7 +270,7 @@ def local_path(setting: str, name: str) -> Path | None:
         if setting == "model" and not (path / "config.json").is_file():
             raise ConfigError(f"model: got {name!r}, a directory without config.json. Give a checkpoint's directory.")
         return path
-    if path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) > 2:  # no name of the hub's
+    if path.exists() or path.is_absolute() or name.startswith(".") or len(path.parts) > 2:  # not a hub name
         raise ConfigError(
             f"{setting}: got {name!r}, expected a directory or a name on the model hub. Check the spelling, and that "
             "the directory exists."

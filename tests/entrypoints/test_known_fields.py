@@ -375,7 +375,7 @@ def _said(answer: dict[str, Any]) -> Any:
 def test_what_is_passed_over_is_told(http: httpx.Client, path: str, extra: dict[str, Any], name: str) -> None:
     response = http.post(path, json={**dict(ROUTES)[path], **extra})
     assert response.status_code == 200, response.text
-    assert response.headers["Warning"].startswith(f'299 sensorium "{name} was passed over: ')
+    assert response.headers["Warning"].startswith(f'299 sensorium "{name} was ignored: ')
 
 
 def test_hints_for_caches_in_parts_are_taken(http: httpx.Client) -> None:

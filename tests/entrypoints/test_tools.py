@@ -198,7 +198,7 @@ def test_an_effort_that_a_template_has_no_setting_for_is_passed_over_with_a_warn
     for stream in (False, True):
         script.texts = ["Yes."]
         answer = chats.create(**body, reasoning_effort="low", stream=stream)
-        assert answer.headers["Warning"] == f'299 sensorium "reasoning_effort was passed over: {WITHOUT_SETTING}"'
+        assert answer.headers["Warning"] == f'299 sensorium "reasoning_effort was ignored: {WITHOUT_SETTING}"'
         assert "Warning" not in chats.create(**body, stream=stream).headers
     cost = client.post("/chat/token_cost", cast_to=dict[str, Any], body={**body.pop("extra_body"), **body})
     with pytest.raises(openai.BadRequestError, match="reasoning_effort: got 'endless'"):

@@ -9,7 +9,7 @@ from sensorium.engine.detokenizer import REPLACEMENT
 from sensorium.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 
 _LEAST_LOGPROB = -9999.0
-"""What stands for a probability of nothing, since JSON has no infinity."""
+"""Stands for the logarithm of a probability of zero, since JSON has no infinity."""
 
 
 class Usage:
@@ -63,7 +63,7 @@ def _token_entry(position: PositionLogprobs, token_id: int) -> dict[str, Any]:
 def token_name(token_id: int, text: str | None, own: bytes | None) -> str:
     """A token as OpenAI's completions write it: its text, or `bytes:\\xc3` where its own bytes are no whole characters.
 
-    `token_id:5` without a tokenizer, and for an id that stands for nothing: a name is all that there is of a token.
+    `token_id:5` without a tokenizer, and for an id without text.
     """
     if not text:
         return f"token_id:{token_id}"
@@ -123,7 +123,7 @@ def scored_tokens(
 
 
 def _alternatives(position: PositionLogprobs, token_id: int, num_top: int) -> dict[str, float]:
-    """The best first. Where two tokens read the same, the better one is told."""
+    """The best first. Of two tokens with the same text, only the better one is listed."""
     found: dict[str, float] = {}
     for each in (*top_ids(position, num_top), token_id):
         found.setdefault(_name_at(position, each), _finite(position[each].logprob))

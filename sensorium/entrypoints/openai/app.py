@@ -1,4 +1,4 @@
-"""The application: routes, the one error path, and what stands in front of both."""
+"""The application: routes, the one error path, and the middleware in front of both."""
 
 from __future__ import annotations
 
@@ -45,21 +45,21 @@ def create_app(
     playground: bool = True,
     on_end: Sequence[OnEnd] = (),
 ) -> Starlette:
-    """An ASGI application over a running engine, which stays its owner's to shut down.
+    """An ASGI application over a running engine, which the caller shuts down.
 
     Args:
         context: the engine and what goes with it.
-        transcriptions: how the model is asked to transcribe, if not in its own way.
-        responses: keeps responses; none are kept by default.
-        api_keys: keys of which every request but those for health must bear one; without any, all may come in.
-        allowed_origins: origins of pages that browsers may let use this server; "*" for all. Without API keys, those
+        transcriptions: how the model is asked to transcribe, if not in its own way. responses: the store of responses;
+        none are kept by default. api_keys: every request but those for health must have one of these; without any, none
+        is needed. allowed_origins: origins of pages that browsers may let use this server; "*" for all. Without API
+        keys, those
             of others are refused.
         allowed_hosts: names that a `Host` header may have, beside addresses and those of the loopback; None for any.
         max_body_bytes: bound on one body.
         max_waiting_bytes: bound on all bodies whose answers have not begun.
         max_requests: requests at once, those for health excepted.
         playground: serve a page to try the model at `/`.
-        on_end: get the record of each request that has ended.
+        on_end: called with the record of each request that has ended.
     """
     chat, completions, plain = ChatRoutes(context), CompletionRoutes(context), PlainRoutes(context)
     transcriptions = transcriptions or TranscriptionRoutes(context)
@@ -84,11 +84,11 @@ def create_app(
     middleware = [Middleware(RequestRecords, on_end=(context.metrics.take, log_record, *on_end), routes=paths)]
     middleware.append(Middleware(Capacity, max_requests=max_requests))
     if not api_keys or allowed_hosts is not None:
-        # A page without a key gets nowhere, and one with a key has it from somebody.
+        # With API keys, the key protects against foreign pages: a page that has one was given it.
         origins = ("*",) if api_keys else allowed_origins
         middleware.append(Middleware(WebPages, allowed_origins=origins, allowed_hosts=allowed_hosts))
     if allowed_origins:
-        # In front of the keys: a browser's preflight bears none.
+        # Before the check of keys: a browser's preflight request has none.
         middleware.append(
             Middleware(CORSMiddleware, allow_origins=allowed_origins, allow_methods=["*"], allow_headers=["*"])
         )
@@ -100,7 +100,7 @@ def create_app(
 
 
 class PlainRoutes:
-    """Everything that is about the server rather than for a model to answer."""
+    """Routes about the server itself, which the model doesn't answer."""
 
     def __init__(self, context: ServerContext) -> None:
         self._context = context
@@ -148,7 +148,7 @@ class PlainRoutes:
         return JsonResponse({"status": "ok"})
 
     async def _check_token(self) -> None:
-        """One check for all who ask at once: the route needs no key, and must not be a way to make work."""
+        """Concurrent requests share one check: the route needs no key, and must not cause work for each request."""
         if self._token_check is None or self._token_check.done():
             self._token_check = asyncio.create_task(self._context.engine.check_health(generate=True))
         await asyncio.shield(self._token_check)
@@ -191,7 +191,7 @@ async def _failure(_request: Request, error: Exception) -> Response:
 
 
 async def _http_exception(request: Request, error: HTTPException) -> Response:
-    """What the routing refuses: a path or method that isn't there."""
+    """The answer to a path or method that doesn't exist."""
     if error.status_code == 405:
         message = f"method: got {request.method:.16}, expected {(error.headers or {}).get('Allow', 'another')}."
         return error_response(HttpError(405, message, headers=error.headers))

@@ -1,7 +1,7 @@
-"""What all bodies of requests share.
+"""The base class of request bodies.
 
-Bodies are judged to the first mistake and no further: pydantic's own way is to look at everything and make a report of
-all that is wrong, which takes seconds and hundreds of megabytes for a list of a hundred thousand wrong elements.
+Validation stops at the first mistake: pydantic by default reports every mistake, which takes seconds and hundreds of
+megabytes for a list of a hundred thousand wrong elements.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _names_of_all_routes: set[str] = set()
 
 
 def _fail_fast(schema: Any) -> None:
-    """Let the first wrong element end every list and object of a schema."""
+    """Make every list and object of a schema stop at its first wrong element."""
     if isinstance(schema, dict):
-        kind = schema.get("type")  # a dict of schemas by field may have one of that name
+        kind = schema.get("type")  # a dict of schemas by field may have a field of that name
         is_schema = isinstance(kind, str)
         if is_schema and kind in _COLLECTIONS:
             schema["fail_fast"] = True
@@ -70,7 +70,7 @@ def field_names(kind: type[BaseModel]) -> frozenset[str]:
 
 
 def asked_for(kind: type[BaseModel], given: dict[str, Any], place: str | None) -> dict[str, Any]:
-    """A body without its fields that ask for nothing: null in any field of any route, and what the table takes.
+    """Remove the fields that ask for nothing: null in any field of any route, and values that the table takes.
 
     The first field that is refused ends it: a body may have any number of them. `place`: see `Body`.
 

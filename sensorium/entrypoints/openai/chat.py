@@ -23,7 +23,7 @@ from sensorium.sampling_params import SamplingParams
 
 @dataclass(slots=True, eq=False)
 class _Turn:
-    """A request on its way. The plan is made once the prompt is rendered."""
+    """A request in progress. The plan is made once the prompt is rendered."""
 
     http_request: Request
     body: ChatBody

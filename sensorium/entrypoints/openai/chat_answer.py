@@ -74,7 +74,7 @@ class ChatAnswer:
         }
 
     def _deltas(self, output: CompletionOutput) -> list[dict[str, Any]]:
-        """One for each event, since clients join what a chunk has by field; what is of no event goes with the last."""
+        """One chunk for each event, since clients join a chunk's fields; the rest goes with the last."""
         events, reader = self._read(output)
         deltas = [_delta(output.index, self._delta_of(event, reader)) for event in events]
         logprobs, finish_reason = chat_logprobs(output, self._num_top), _finish_reason(output, reader)
@@ -125,7 +125,7 @@ def _finish_reason(output: CompletionOutput, reader: AnswerReader) -> str | None
 
 
 def _reasoning(text: str) -> dict[str, Any]:
-    """Under both names that clients look for: DeepSeek's, and the one that others have since."""
+    """Under both names that clients read: `reasoning_content` (DeepSeek's) and `reasoning`."""
     return {"reasoning_content": text, "reasoning": text}
 
 

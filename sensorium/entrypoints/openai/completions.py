@@ -64,7 +64,7 @@ class CompletionRoutes:
         return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
     async def _pool(self, request: Request, prompts: list[Any]) -> list[PoolingRequestOutput]:
-        """All vectors in order. No more texts are on their way than a step may have: a body may have thousands."""
+        """All vectors in order. At most as many texts are in flight as a step may have: a body may have thousands."""
         self._context.check_accepts(request)
         places = asyncio.Semaphore(self._context.engine.config.scheduler_config.max_num_seqs)
 
@@ -209,7 +209,7 @@ class _Answer:
             yield {**self._head, "choices": [], "usage": self._usage.body()}
 
     def _taken(self, index: int, output: RequestOutput) -> list[CompletionOutput]:
-        """A prompt's outputs, counted. Where no answer is wanted, they have none of the token that was made."""
+        """A prompt's outputs, counted. If no answer is wanted, the token that was generated is removed."""
         if self._is_empty:
             output = replace(output, outputs=[_emptied(each) for each in output.outputs])
         self._usage.take(index, output)

@@ -1,8 +1,9 @@
-"""The server's connections: what each owes, how long it may owe it, and which one makes room for another.
+"""The server's connections: what each must send next, by when, and which one is closed to make room for another.
 
-A connection owes its handshake, then a head, then a body; in between the server owes an answer. Who owes for too long
-is told (408) and let go; where there is no room, who has owed longest goes first, so that connections which say nothing
-keep nobody out. A few connections more than requests are let in: by these comes who asks for the server's health.
+A client must send its handshake, then a head, then a body; in between, the server answers. A client that takes too long
+gets a 408 and is closed. If there is no room, the connection that has been silent longest is closed first, so that
+silent connections don't block others. A few more connections than requests are accepted, so that health checks get
+through.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ logger.addFilter(AtMostOften())
 NUM_RESERVED = 16
 """Connections beyond those whose requests are served."""
 _GRACE_S = 1.0
-"""So young, a connection's head may be on its way."""
+"""A connection younger than this is not closed: its head may be under way."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,24 +37,24 @@ class Deadlines:
 
 
 class Owner(Protocol):
-    """What speaks for a connection."""
+    """The protocol object of a connection."""
 
     @property
     def is_held_back(self) -> bool:
-        """Whether so much waits to be sent that nothing more is written."""
+        """Whether so many bytes wait to be sent that writing is paused."""
 
     def refuse(self, status: int, message: str) -> None:
         """End the connection, with an error if no answer has begun."""
 
 
 class Phase(enum.Enum):
-    """What a connection waits for."""
+    """The phase of a connection."""
 
     HANDSHAKE = enum.auto()
     HEAD = enum.auto()
     BODY = enum.auto()
     ANSWER = enum.auto()
-    """The client owes nothing but to read."""
+    """The server answers; the client only reads."""
     IDLE = enum.auto()
     """Kept alive; uvicorn ends it."""
 
@@ -63,7 +64,7 @@ _EVICTED_FIRST = (Phase.HANDSHAKE, Phase.HEAD, Phase.IDLE)
 
 @dataclass(slots=True, eq=False)
 class Peer:
-    """One connection, from its acceptance on."""
+    """One accepted connection."""
 
     transport: asyncio.Transport
     """The socket's."""
@@ -90,7 +91,7 @@ class Connections:
         return len(self._silent) + len(self._others)
 
     def add(self, transport: asyncio.Transport, owner: Owner, phase: Phase) -> Peer:
-        """Take one in; another makes room for it if there is none."""
+        """Add a connection; if there is no room, close another one."""
         peer = Peer(transport, owner, phase, self._loop.time())
         self._silent[peer] = None
         if len(self) > self._max_open:
@@ -103,7 +104,7 @@ class Connections:
         self._others.pop(peer, None)
 
     def enter(self, peer: Peer, phase: Phase) -> None:
-        """Note what a connection waits for from now on."""
+        """Set a connection's phase."""
         if phase is peer.phase or (peer not in self._silent and peer not in self._others):
             return
         self.remove(peer)
@@ -111,8 +112,8 @@ class Connections:
         (self._silent if phase in _EVICTED_FIRST else self._others)[peer] = None
 
     def evict(self, newcomer: Peer | None = None) -> None:
-        """Close the connection that has been silent longest; where none has been for a while, the one whose body has
-        been on its way longest; else the newcomer.
+        """Close the connection that has been silent longest; if none has been silent for a while, the one whose body
+        takes longest; else the new one.
         """
         silent = next((peer for peer in self._silent if peer is not newcomer), None)
         if silent is None or self._loop.time() - silent.since_s < _GRACE_S:
@@ -123,7 +124,7 @@ class Connections:
             silent.transport.abort()
 
     def sweep(self) -> None:
-        """End those whose time is over."""
+        """Close the connections whose time is over."""
         now_s = self._loop.time()
         for peer in [*self._silent, *self._others]:
             if self._reads_nothing(peer, now_s):
@@ -136,16 +137,16 @@ class Connections:
                 peer.since_s, peer.num_body_bytes = now_s, 0
 
     def _reads_nothing(self, peer: Peer, now_s: float) -> bool:
-        """Whether a client has not taken a byte of what waits for it, for too long."""
+        """Whether a client has for too long read none of the bytes that wait for it."""
         num_bytes = peer.transport.get_write_buffer_size()
-        # While an answer goes on and its bytes are not held back, they may be others of the same number.
+        # While an answer is written and not held back, equal numbers may be different bytes.
         is_comparable = peer.owner.is_held_back or peer.phase is not Phase.ANSWER or peer.transport.is_closing()
         if not num_bytes or num_bytes != peer.num_unread_bytes or not is_comparable:
             peer.num_unread_bytes, peer.unread_since_s = num_bytes, now_s
         return num_bytes > 0 and now_s - peer.unread_since_s > self.deadlines.reading_s
 
     def take_loop_error(self, loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
-        """The event loop's handler of exceptions: where files run out, a silent connection makes room."""
+        """The event loop's exception handler: when files run out, it closes a silent connection."""
         if "out of system resource" in context.get("message", ""):
             logger.warning("a connection could not be accepted: no more files may be opened. Raise ulimit -n.")
             self.evict()

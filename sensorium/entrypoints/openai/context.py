@@ -1,4 +1,4 @@
-"""What all routes of a server share."""
+"""State that all routes of a server share."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class ServerContext:
     renderer: ChatRenderer | None
     """None without a tokenizer."""
     model_names: tuple[str, ...]
-    """The first is the one that answers bear."""
+    """Answers have the first."""
     metrics: ServerMetrics
     media_loader: MediaLoader
     allow_mm_processor_kwargs: bool = False
@@ -50,7 +50,7 @@ class ServerContext:
         return self.engine.config.model_config.sampling_defaults
 
     def check_model(self, name: str | None) -> str:
-        """The name to answer with; none stands for the model that there is. Raises `HttpError`."""
+        """The model name for the answer; no name means the only model. Raises `HttpError`."""
         if name is not None and name not in self.model_names:
             raise HttpError(
                 404,
@@ -88,7 +88,7 @@ class ServerContext:
     ) -> dict[str, Any]:
         """The prompt of a chat, for `generate`; `options` as `ChatRenderer.render` has them. Raises `RequestError`.
 
-        `effort_field`: by which field the request says how long the model may reason.
+        `effort_field`: the field by which the request sets the effort of reasoning.
         """
         self.check_kwargs(mm_processor_kwargs)
         self.check_accepts(request)  # before anything is fetched
@@ -101,15 +101,15 @@ class ServerContext:
         )
 
     def _effort(self, effort: str | None, field_name: str, options: Mapping[str, Any]) -> str | None:
-        """The effort that the template is told. One that it has no setting for is passed over with a warning: clients
-        send it to every model.
+        """The effort passed to the template. If the template has no setting for it, it is ignored with a warning,
+        because clients send it to every model.
         """
         if effort not in EFFORTS or self.strict_reasoning_effort:
             return effort
         template, has_tools = options.get("chat_template"), bool(options.get("tools"))
         if self.chat().hears_effort(chat_template=template, has_tools=has_tools):
             return effort
-        note_warning(f"{field_name} was passed over: the model's chat template has no setting for it.")
+        note_warning(f"{field_name} was ignored: the model's chat template has no setting for it.")
         return None
 
     def tokenizer(self) -> Any:
@@ -123,7 +123,7 @@ class ServerContext:
         self.engine.check_accepts(tenant_of(request).hex())
 
     def salt(self, request: Request, given: str | None = None) -> str | None:
-        """What a request's caches are apart by: its API key, unless all share them, and the salt that it gives."""
+        """The salt that separates a request's caches: its API key, unless all share them, and its own salt."""
         tenant = tenant_of(request)
         if not tenant or self.share_caches:
             return given

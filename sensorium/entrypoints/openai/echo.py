@@ -1,6 +1,6 @@
-"""Prompts that are given back in front of their completions, with the log probabilities of their tokens.
+"""Prompts repeated in front of their completions, with the log probabilities of their tokens.
 
-That is what evaluation by log-likelihood asks for: how probable a text is behind another.
+Evaluation by log-likelihood uses this: how probable is one text after another?
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from sensorium.outputs import RequestOutput
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Echo:
-    """One prompt as its choices begin with it."""
+    """The prompt with which choices begin."""
 
     text: str = ""
     logprobs: dict[str, Any] | None = None
     """In the form of completions; None where they were not asked for."""
 
     def before(self, text: str, logprobs: dict[str, Any] | None) -> tuple[str, dict[str, Any] | None]:
-        """What a choice has that goes on with this."""
+        """A choice that continues this prompt."""
         if self.logprobs is None or logprobs is None:
             return self.text + text, logprobs
         return self.text + text, {name: [*own, *logprobs[name]] for name, own in self.logprobs.items()}
@@ -34,7 +34,7 @@ NO_ECHO = Echo()
 def make_echo(
     output: RequestOutput, detokenizer: Detokenizer | None, num_top: int | None, *, skip_special_tokens: bool
 ) -> Echo:
-    """The echo of an output's prompt: as it was given, or, of token ids, what they stand for.
+    """The echo of an output's prompt: its text, or the text of its token ids.
 
     Takes time that grows with the prompt.
 
@@ -47,7 +47,7 @@ def make_echo(
     token_ids = output.prompt_token_ids
     text, offsets, tokens = "", [0] * len(token_ids), [token_name(i, None, None) for i in token_ids]
     if detokenizer is not None:
-        # What was added to a text, such as a token for its beginning, is found by what stands around the text.
+        # Tokens that were added to a text, such as one for its beginning, are found by their place around it.
         skip_special_tokens &= output.prompt is None
         text, offsets = detokenizer.spell(token_ids, skip_special_tokens=skip_special_tokens)
         tokens = [token_name(i, detokenizer.token_text(i), detokenizer.token_bytes(i)) for i in token_ids]

@@ -1,4 +1,4 @@
-"""What the engine tells Prometheus of itself, read from its latest statistics when Prometheus asks."""
+"""The engine's metrics for Prometheus, read from its latest statistics at each scrape."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Family: TypeAlias = GaugeMetricFamily | CounterMetricFamily
 
 _GAUGES = {
     "running_requests": ("num_running", "Requests in the running batch."),
-    "waiting_requests": ("num_waiting", "Requests in the scheduler's line."),
+    "waiting_requests": ("num_waiting", "Requests in the scheduler's waiting queue."),
     "kv_cache_usage_ratio": ("kv_cache_usage", "Share of the KV blocks that requests use, 0 to 1."),
     "kv_blocks": ("num_blocks", "KV blocks that there are."),
     "kv_cached_blocks": ("num_cached_blocks", "KV blocks with known content."),
@@ -26,7 +26,7 @@ _COUNTERS = {
     "encode_seconds": ("encode_s", "Time that steps spent in encoders of media."),
     "forward_seconds": ("forward_s", "Time that steps spent in the rest of the model."),
     "idle_seconds": ("idle_s", "Time between steps in which the device had nothing to do, though requests ran."),
-    "preemptions": ("num_preemptions", "Requests whose KV was given up and computed again."),
+    "preemptions": ("num_preemptions", "Requests that were preempted, and their KV computed again."),
     "kv_block_evictions": ("num_block_evictions", "KV blocks with known content that were needed for other content."),
     "prefix_cache_query_tokens": ("num_prefix_query_tokens", "Prompt tokens looked up in the prefix cache."),
     "prefix_cache_hit_tokens": ("num_prefix_hit_tokens", "Prompt tokens found there."),
@@ -37,7 +37,7 @@ _COUNTERS = {
 
 
 class EngineCollector(Collector):  # type: ignore[misc]
-    """The engine's latest statistics. Counters begin anew when a new core takes a dead one's place."""
+    """The engine's latest statistics. Counters restart at zero when a new core replaces a dead one."""
 
     def __init__(self, engine: AsyncLLMEngine) -> None:
         self._engine = engine
@@ -49,7 +49,7 @@ class EngineCollector(Collector):  # type: ignore[misc]
         yield _gauge("unstarted_requests", "Requests without output yet.", load.num_waiting)
         yield _gauge("waiting_media_bytes", "Media of those requests.", load.num_media_bytes)
         yield _gauge("event_loop_tasks", "Tasks of the server's event loop.", len(asyncio.all_tasks()))
-        yield _counter("core_restarts", "Cores that took a dead one's place.", self._engine.num_restarts)
+        yield _counter("core_restarts", "Cores that replaced a dead one.", self._engine.num_restarts)
         yield from self._processor_cache()
         stats = self._engine.stats
         if stats is None:

@@ -1,6 +1,6 @@
-"""One error path for all routes: a status, and one sentence of our own in OpenAI's form.
+"""One error path for all routes: a status, and one sentence in OpenAI's format.
 
-Nothing that another library wrote goes out: neither its texts nor addresses, paths or stacks in them.
+No text of another library is sent to clients, because it may hold addresses, paths or stacks.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ _CODES = {
     431: "request_too_large",
     503: "service_unavailable",
 }
-"""Of errors that only exist over HTTP."""
+"""The codes of errors that only exist over HTTP."""
 _PLACE = re.compile(r"([A-Za-z_]\w*)(?:\[\d+\]|\.\w[\w-]*)*(?=: )")
-"""How messages begin that are about a field: with its path."""
+"""The beginning of messages about a field: its path."""
 _PROMPT_NAMES = ("prompt", "prompt_token_ids", "text")
 """What the engine calls the prompt, whatever field it came in."""
 _EXPECTED = {
@@ -70,7 +70,7 @@ _EXPECTED = {
 }
 _MAX_RETRY_S = 60
 _MAX_PLACE_CHARS = 200
-"""A client may have made a name up."""
+"""Bounds what a client's made-up name adds to a message."""
 
 
 class HttpError(SensoriumError):
@@ -91,7 +91,7 @@ class HttpError(SensoriumError):
 
 
 def error_body(error: BaseException, internal: str = "the request could not be served.") -> dict[str, Any]:
-    """The error as OpenAI's clients expect it. `internal`: what an error that isn't our own comes to."""
+    """The error as OpenAI's clients expect it. `internal`: the message for an error of another class."""
     if not isinstance(error, SensoriumError):
         return _body(f"internal error: {internal}", 500, None, SensoriumError.code)
     return _body(str(error), error.status, error_param(error), error_code(error))
@@ -103,7 +103,7 @@ def _body(message: str, status: int, param: str | None, code: str) -> dict[str, 
 
 
 def error_code(error: BaseException) -> str:
-    """What kind of error it is, in a word for programs."""
+    """The error's code, for programs."""
     if not isinstance(error, SensoriumError) or (type(error) is RequestError and error.status >= 500):
         return SensoriumError.code
     return error.code
@@ -118,13 +118,13 @@ def error_param(error: SensoriumError) -> str | None:
     if place is not None and place[1] in record.field_names:
         return place[0]
     is_about_prompt = isinstance(error, ContextLengthError | MediaError | ProcessorError)
-    is_about_prompt |= error.code == ContextLengthError.code  # it was told by the core
+    is_about_prompt |= error.code == ContextLengthError.code  # the core reported it
     return record.prompt_field if is_about_prompt or (place is not None and place[1] in _PROMPT_NAMES) else None
 
 
 @contextmanager
 def as_named(**names: str) -> Iterator[None]:
-    """Errors from within call fields what the client called them. `names`: by the names that the engine has.
+    """Rename fields in errors raised within to what the client called them. `names`: by the names that the engine has.
 
     For example, with `max_tokens="max_output_tokens"`, "max_tokens: got 0" becomes "max_output_tokens: got 0".
     """
@@ -151,8 +151,8 @@ def error_response(error: BaseException) -> JSONResponse:
 
 
 def forget_frames(error: BaseException) -> None:
-    """Let go of what the frames hold that an error passed through: it may be a request's media, and frames and error
-    may hold each other until the garbage collector comes by.
+    """Clear the frames that an error passed through: they may hold a request's media, and frames and error keep each
+    other alive until the garbage collector runs.
     """
     seen: set[int] = set()
     found: BaseException | None = error
@@ -163,7 +163,7 @@ def forget_frames(error: BaseException) -> None:
 
 
 def invalid_body(error: ValidationError, content: object) -> RequestError:
-    """What is wrong with a body, from the first of the findings: the field, and what it should be."""
+    """The error for a body's first mistake: the field, and what it should be."""
     found, where = _first_finding(error, content)
     kind = found["type"]
     if kind == "extra_forbidden":
@@ -207,7 +207,7 @@ def _first_finding(error: ValidationError, content: object) -> tuple[Any, str]:
 
 
 def _path(steps: Sequence[int | str], content: object, *, is_missing: bool) -> list[int | str]:
-    """The steps that lead through the body. What pydantic calls the types of a field is none."""
+    """The steps that lead through the body, without pydantic's names for the types of a field."""
     path: list[int | str] = []
     for index, step in enumerate(steps):
         try:

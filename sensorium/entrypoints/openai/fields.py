@@ -1,8 +1,8 @@
-"""Fields that are known here without being implemented: which of their values ask for nothing that isn't done anyway.
+"""Known fields that are not implemented, and which of their values ask for nothing that isn't done anyway.
 
-One table for all routes. A value that asks for nothing is taken; one that asks for something that doesn't change what
-the answer is about is passed over with a `Warning` header; any other is refused by the field's name. Null is nothing,
-for these fields and for those that a route implements (`Body`). What is in neither place is an unknown field.
+One table for all routes. A value that asks for nothing is accepted; one that doesn't change the answer's content is
+ignored with a `Warning` header; any other is refused, naming the field. Null asks for nothing, for these fields and for
+those that a route implements (`Body`). A field in neither place is unknown.
 
 Source: OpenAI's API reference and the parameter types of its Python client, which a test walks; and the fields of vLLM
 and SGLang that their clients send with values that change nothing.
@@ -27,7 +27,7 @@ INCLUDABLE = frozenset(
         "message.input_image.image_url",
     }
 )
-"""What `include` may name beside log probabilities. Pictures are always included; of the rest there is nothing here."""
+"""What `include` may name beside log probabilities. Pictures are always included; the rest doesn't exist here."""
 _MAX_METADATA = 16
 _MAX_KEY_CHARS = 64
 _MAX_VALUE_CHARS = 512
@@ -39,9 +39,8 @@ class KnownField:
 
     Args:
         expected: the values that are taken, for errors.
-        takes: values that ask for nothing.
-        passes: values that are passed over.
-        note: what is not done for those.
+        takes: values that ask for nothing. passes: values that are ignored with a warning. note: what is not done for
+        those.
     """
 
     expected: str
@@ -50,11 +49,11 @@ class KnownField:
     note: str = ""
 
     def may_be_left_out(self, name: str, value: Any) -> bool:
-        """Whether the value asks for nothing; one that is passed over is told to the client."""
+        """Whether the value asks for nothing; the client is warned of an ignored one."""
         if value is None or self.takes(value):
             return True
         if self.passes(value):
-            note_warning(f"{name} was passed over: {self.note}")
+            note_warning(f"{name} was ignored: {self.note}")
             return True
         return False
 
@@ -65,7 +64,7 @@ def known_field(name: str) -> KnownField | None:
 
 
 def check_metadata(metadata: Mapping[str, str]) -> None:
-    """Refuse metadata that are larger than OpenAI has them. Raises `InvalidRequestError`."""
+    """Refuse metadata that exceed OpenAI's bounds. Raises `InvalidRequestError`."""
     if len(metadata) > _MAX_METADATA:
         raise InvalidRequestError(
             f"metadata: got {len(metadata)} entries, expected at most {_MAX_METADATA}. Remove some."
@@ -79,7 +78,7 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
 
 
 def check_include(include: list[Any]) -> None:
-    """Refuse what nothing is known of. Raises `UnsupportedFeatureError`."""
+    """Refuse unknown values. Raises `UnsupportedFeatureError`."""
     for each in include:
         if each != LOGPROBS and each not in INCLUDABLE:
             raise UnsupportedFeatureError(
@@ -157,7 +156,7 @@ _SUMMARY = KnownField(
 )
 
 _OF_OPENAI: dict[str, KnownField] = {
-    # For the caller's own books.
+    # For the caller's own records.
     "user": _TEXT,
     "safety_identifier": _TEXT,
     "metadata": KnownField(

@@ -27,11 +27,11 @@ MAX_NESTING = 32
 MAX_CONTAINERS = 1 << 15
 """Most lists and objects in one body."""
 _MAX_BRACKETS = 1 << 20
-"""Most of what looks like the beginning of one, in texts too."""
+"""Most characters that look like the beginning of one, in texts too."""
 MAX_MEMBERS = 1 << 16
 """Most members of one object."""
 _MAX_COLONS = 1 << 18
-"""Most of what may stand behind the name of a member, in texts too."""
+"""Most characters that may follow the name of a member, in texts too."""
 MAX_ELEMENTS = 1 << 20
 """Most elements of all lists and objects together; commas in texts count too."""
 PADDED_BYTES = 128
@@ -44,12 +44,12 @@ _Body = TypeVar("_Body", bound=Body)
 async def read_body(request: Request, kind: type[_Body]) -> _Body:
     """The body, which is JSON, as one of a kind.
 
-    Its type must be said to be JSON: that is what a web page can't do without asking the server first (CORS).
+    Its Content-Type must be JSON: a web page can't send that without asking the server first (CORS).
 
     Raises:
-        HttpError: 415, it is said to be something else.
-        InvalidRequestError: It is no JSON, nested too deeply, or not of the kind.
-        RequestAbortedError: The client is gone.
+        HttpError: 415, it is declared as something else.
+        InvalidRequestError: It isn't JSON, is nested too deeply, or not of the kind.
+        RequestAbortedError: The client has disconnected.
     """
     _check_type(request.headers.get("Content-Type"))
     try:
@@ -60,7 +60,7 @@ async def read_body(request: Request, kind: type[_Body]) -> _Body:
 
 
 async def beside_loop(request: Request, call: Callable[[], _T]) -> _T:
-    """What `call` makes of a body that has been read: in a thread if that may take long enough for others to notice."""
+    """Call a function on a body that has been read, in a thread if it may take long enough to delay other requests."""
     if len(await request.body()) > _PARSE_IN_THREAD_BYTES:
         return await asyncio.to_thread(call)
     return call()
@@ -91,7 +91,7 @@ def _parse(body: bytes) -> Any:
 
 
 def _once(pairs: list[tuple[str, Any]]) -> None:
-    """Refuse an object with a name that stands there twice: whoever reads it may go by either."""
+    """Refuse an object that has a name twice: parsers differ in which value they take."""
     names: set[str] = set()
     for name, _ in pairs:
         if name in names:
@@ -112,7 +112,7 @@ def _check_nesting(content: object) -> None:
 
 
 def _check_raw_counts(body: bytes) -> None:
-    """Refuse what would take long to decode, before anything is made of it."""
+    """Refuse a body that would take long to decode, before it is decoded."""
     for number, kind, most in (
         (body.count(b"{") + body.count(b"["), "lists and objects, or brackets in texts", _MAX_BRACKETS),
         (body.count(b":"), "members of objects, or colons in texts", _MAX_COLONS),
@@ -145,16 +145,16 @@ def _too_deep() -> InvalidRequestError:
 
 
 def tenant_of(request: Request) -> bytes:
-    """Who sent a request, as far as API keys tell: what it leaves behind is for its tenant only."""
+    """The tenant of a request, by its API key: only the same tenant may find what the request leaves in caches."""
     tenant: bytes = getattr(request.state, "tenant", b"")
     return tenant
 
 
 async def while_connected(request: Request, work: Coroutine[Any, Any, _T]) -> _T:
-    """The result of `work`, which is cancelled if the client goes.
+    """The result of `work`, which is cancelled if the client disconnects.
 
     Raises:
-        RequestAbortedError: It has gone.
+        RequestAbortedError: It has.
     """
     task = asyncio.ensure_future(work)
     watcher = asyncio.ensure_future(_disconnected(request))
@@ -189,9 +189,9 @@ class JsonResponse(Response):
 class EventStream(Response):
     """Server-sent events: one `data:` line per item, `[DONE]` at the end, an error event where it breaks off.
 
-    The iterator is closed when the client goes, before anything else happens. With `is_named`, each event has its
-    item's `type` for a name, and the last item is the end. With `is_padded`, items have a field more, by which their
-    lengths are multiples of `PADDED_BYTES`.
+    The iterator is closed when the client disconnects, before anything else happens. With `is_named`, each event has
+    its item's `type` for a name, and the last item is the end. With `is_padded`, items have one more field, which makes
+    their lengths multiples of `PADDED_BYTES`.
     """
 
     def __init__(self, items: AsyncIterator[Any], *, is_named: bool = False, is_padded: bool = False) -> None:
@@ -247,7 +247,7 @@ def padded(item: dict[str, Any]) -> bytes:
 
 
 async def with_first(items: AsyncIterator[_T]) -> AsyncIterator[_T]:
-    """The same items, of which the first has been waited for: what fails before it is no stream yet."""
+    """The same items, after waiting for the first: an error before it is an ordinary error response."""
     try:
         first = await anext(items)
     except BaseException:

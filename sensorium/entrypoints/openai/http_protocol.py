@@ -1,9 +1,9 @@
-"""uvicorn's HTTP/1.1 protocol, made strict, patient for so long, and fair.
+"""uvicorn's HTTP/1.1 protocol, made strict, with deadlines, and fair between connections.
 
 h11 rather than httptools: it is the stricter one, and bounds heads. What is added here: requests are read in one way
 only (`strict_http`), in turns, so that a body of very many chunks holds up nobody; each connection says what it waits
-for (`connections`); and a client that closes its sending side behind a request gets its answer. From the outside that
-looks like a client that has gone, until something is sent: so a `100 Continue` is, which is nothing to whoever reads.
+for (`connections`); and a client that closes its sending side behind a request gets its answer. To a server, such a
+client looks like one that has disconnected, until something is sent. So a `100 Continue` is sent, which clients ignore.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ logger.addFilter(AtMostOften())
 
 MAX_HEAD_BYTES = 64 << 10
 _EVENTS_A_TURN = 256
-"""Chunks and the like of one connection, before others have their turn."""
+"""How many events of one connection are handled before others have their turn."""
 _FIRST_PROBE_S, _MAX_PROBE_S, _PROBE_ANSWER_S = 0.5, 5.0, 0.1
 
 
 class _Flow(FlowControl):
-    """Reading waits, whoever wants it to go on, while a connection has had its turn."""
+    """Reading stays paused while a connection waits for its next turn, even if another part resumes it."""
 
     is_held = False
 
@@ -65,11 +65,11 @@ class HttpProtocol(H11Protocol):
         return self.flow is not None and self.flow.write_paused
 
     def attach(self, transport: asyncio.Transport, phase: Phase) -> None:
-        """Be a connection over a socket, before there may be a head."""
+        """Register the connection, before its head arrives."""
         self._peer = self._connections.add(transport, self, phase)
 
     def detach(self) -> None:
-        """Be none any more: it is closed."""
+        """Unregister the closed connection."""
         if self._peer is not None:
             self._connections.remove(self._peer)
 
@@ -108,7 +108,7 @@ class HttpProtocol(H11Protocol):
     # uvicorn's side
 
     def handle_events(self) -> None:
-        """A turn: some of what has come."""
+        """Handle some of the received events: one turn."""
         if self.flow.is_held:
             return
         self.conn.begin_turn()
@@ -139,7 +139,7 @@ class HttpProtocol(H11Protocol):
             self.transport.close()
 
     def send_400_response(self, msg: str) -> None:
-        """See uvicorn: what came is no request that can be read in one way only."""
+        """See uvicorn: the bytes are not a request that can be read in only one way."""
         error = sys.exception()
         status = error.error_status_hint if isinstance(error, h11.RemoteProtocolError) else 400
         self.refuse(
@@ -184,7 +184,7 @@ class HttpProtocol(H11Protocol):
         self._probe = self.loop.call_later(delay_s, self._send_probe, delay_s)
 
     def _send_probe(self, delay_s: float) -> None:
-        """Send something, which a client that has gone answers by a reset."""
+        """Send something: a client that has disconnected answers with a reset."""
         if self.transport.is_closing() or self.cycle.response_complete:
             return
         if self.conn.our_state is h11.SEND_RESPONSE and self.scope["http_version"] == "1.1":
@@ -211,7 +211,7 @@ class TlsProtocol(SSLProtocol):
             context,
             None,  # type: ignore[arg-type]  # nobody waits
             server_side=True,
-            ssl_handshake_timeout=handshake_s,  # type: ignore[arg-type]  # a float will do
+            ssl_handshake_timeout=handshake_s,  # type: ignore[arg-type]  # a float works
             ssl_shutdown_timeout=handshake_s,
         )
         self._http = protocol

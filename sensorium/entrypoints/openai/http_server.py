@@ -1,4 +1,4 @@
-"""uvicorn's server over connections that have deadlines and make room for each other."""
+"""uvicorn's server, with deadlines for connections and a bound on their number."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from sensorium.logger import AtMostOften, get_logger
 
 logger = get_logger(__name__)
 _asyncio_lines = AtMostOften()
-"""Asyncio's own: it writes one for each write to a client that has gone."""
+"""Asyncio's logger, which writes a line for each write to a client that has disconnected."""
 
 ACCEPTED_AT_ONCE = 16
-"""Before any of them is looked at: so many open files beyond the bound there may be for a moment."""
+"""Connections accepted before any is checked: this many open files beyond the bound may exist for a moment."""
 _SWEEP_INTERVAL_S = 0.5
 
 
@@ -54,7 +54,7 @@ class HttpServer(uvicorn.Server):
         self.servers = []
         for each in sockets or ():
             self.servers.append(await loop.create_server(self._protocol, sock=each, backlog=ACCEPTED_AT_ONCE))
-            each.listen(BACKLOG)  # more may wait than are accepted at once, which asyncio takes for the same number
+            each.listen(BACKLOG)  # more may wait than are accepted at once; asyncio uses one number for both
         self.started = True
         logger.info("Sensorium running on %s (Ctrl-C stops it)", self._url)
 
@@ -70,7 +70,7 @@ class HttpServer(uvicorn.Server):
         yield
 
     def stop(self) -> None:
-        """Finish open requests; asked a second time, don't."""
+        """Finish open requests; on a second call, don't."""
         self.force_exit = self.should_exit
         self.should_exit = True
 

@@ -1,6 +1,6 @@
-"""What a server needs of the machine, taken and looked at before a model is loaded: its address and its certificate.
+"""Opens a server's address and checks its certificate, before a model is loaded.
 
-Whoever connects while the model loads waits in line, and is answered when the server is ready.
+Connections made while the model loads wait, and are answered when the server is ready.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def listening(args: ServerArgs) -> Iterator[list[socket.socket]]:
 
 
 def url_of(args: ServerArgs, sockets: list[socket.socket]) -> str:
-    """Where the server is, as one types it."""
+    """The server's URL."""
     host = f"[{args.host}]" if ":" in args.host else args.host or "0.0.0.0"
     scheme = "http" if args.ssl_certfile is None else "https"
     return f"{scheme}://{host}:{sockets[0].getsockname()[1]}"
@@ -54,7 +54,7 @@ def check_certificate(args: ServerArgs) -> None:
     """Return if the certificate and its key, where they are set, can be used.
 
     Raises:
-        ConfigError: A file is missing, is none of its kind, is encrypted, or the two don't belong together.
+        ConfigError: A file is missing, is not of its kind, is encrypted, or the two don't belong together.
     """
     if args.ssl_certfile is None or args.ssl_keyfile is None:
         return
@@ -69,7 +69,7 @@ def check_certificate(args: ServerArgs) -> None:
             ) from error
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     try:
-        # A key that is encrypted is one that nobody is there to open.
+        # An encrypted key needs a password, which a server can't ask for.
         context.load_cert_chain(args.ssl_certfile, args.ssl_keyfile, password=_no_password)
     except (ssl.SSLError, ValueError) as error:
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What the server tells Prometheus of its requests: counts, tokens, times, failures. The engine's: `engine_metrics`.
+"""The server's metrics for Prometheus: requests, tokens, times, failures. The engine's are in `engine_metrics.py`.
 
 Everything is counted on the event loop, when a request has ended; nothing takes a lock for each token.
 """
@@ -25,7 +25,7 @@ _GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.015, 0.025, 0.04, 0.06, 0.1, 0.15, 0.25
 
 
 class ServerMetrics:
-    """Owns a registry of its own, so that servers in one process don't meet."""
+    """Has its own registry, so that several servers in one process stay apart."""
 
     def __init__(self, engine: AsyncLLMEngine) -> None:
         registry = self._registry = CollectorRegistry()
@@ -52,7 +52,7 @@ class ServerMetrics:
             "media_seconds", "Time spent on media in front of the engine, by stage.", "stage", "modality"
         )
         self._prepare = histogram("prepare_seconds", "From a prompt to a request for the engine, waiting included.")
-        self._queue = histogram("queue_seconds", "From the scheduler's line to the first step.")
+        self._queue = histogram("queue_seconds", "From the scheduler's queue to the first step.")
         self._prefill = histogram("prefill_seconds", "From the first step to the first token.")
         self._first_token = histogram("first_token_seconds", "From arrival to a request's first token.")
         self._per_token = histogram("output_token_seconds", "Mean time between a request's tokens.", _GAPS_S)
@@ -144,7 +144,7 @@ class RequestWatch:
             self._outcome = "finished"
 
     def failed(self, error: Exception) -> None:
-        """Note that there will be no more."""
+        """Mark the end of the outputs."""
         self._outcome = "failed"
 
     def close(self) -> None:
@@ -194,5 +194,5 @@ class _Gaps(Collector):  # type: ignore[misc]
         for bound, count in zip([*map(str, _GAPS_S), "+Inf"], self._counts, strict=True):
             total += count
             buckets.append((bound, total))
-        text = "Between the pieces of a stream, each a token or what came while its reader was away."
+        text = "Between the pieces of a stream; a piece is a token, or the tokens since the reader's last read."
         yield HistogramMetricFamily("sensorium_inter_token_seconds", text, buckets=buckets, sum_value=self._sum_s)

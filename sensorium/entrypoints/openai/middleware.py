@@ -1,4 +1,4 @@
-"""What stands in front of every route: request ids, records, keys, bounds. Plain ASGI, nothing buffered.
+"""The middleware of every route: request ids, records, keys, bounds. Plain ASGI, nothing buffered.
 
 From the outside in: request id and record, the bound on requests, `WebPages`, keys, the bounds on bodies.
 """
@@ -27,17 +27,18 @@ from sensorium.stages import stages_into
 logger = get_logger(__name__)
 
 OPEN_PATHS = frozenset({"/health", "/ping"})
-"""Everything else needs a key, routes that don't exist included; but for reading a page that holds no data."""
+"""All other paths need a key, including paths that don't exist, except for pages without data."""
 REQUEST_ID_HEADER = "X-Request-Id"
 OnEnd: TypeAlias = Callable[[RequestRecord], None]
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 
 
 class RequestRecords:
-    """Names each request and answers with the name; keeps its record, and hands that on when the request has ended.
+    """Gives each request an id, which its answer has too; keeps its record, and passes it on when the request has
+    ended.
 
     Args:
-        on_end: get each record, in this order.
+        on_end: called with each record, in this order.
         routes: the paths by which records name their routes, by endpoint.
     """
 
@@ -95,9 +96,9 @@ def log_record(record: RequestRecord) -> None:
 
 
 class Capacity:
-    """Serves so many requests at once; beyond it, 503. Who asks whether the server is well always gets in.
+    """Bounds the number of concurrent requests; beyond it, 503. Health checks always get through.
 
-    A request counts from the end of its body on: one that dawdles takes nobody's place.
+    A request counts from the end of its body on, so that slow bodies take no places.
     """
 
     def __init__(self, app: ASGIApp, max_requests: int) -> None:
@@ -139,9 +140,9 @@ class Capacity:
 
 
 class ApiKeys:
-    """Lets nothing through without one of the keys. Compares digests in constant time, all of them every time.
+    """Refuses requests without one of the keys. Compares digests in constant time, all of them every time.
 
-    The digest of a request's key stays with it as `tenant`: what requests leave behind is for the same key only.
+    The digest of a request's key becomes its `tenant`: only requests with the same key share caches.
 
     `page_paths`: exact paths of static files that anyone may read.
     """
@@ -178,7 +179,7 @@ class ApiKeys:
 class BodyBounds:
     """Bounds the bytes of one body, and those of all bodies whose answers have not begun, while they arrive.
 
-    Beyond the latter, those still get in whose API key has less than its share of it.
+    Beyond the latter, requests are accepted whose API key has less than its share of it.
     """
 
     def __init__(self, app: ASGIApp, max_body_bytes: int, max_waiting_bytes: int) -> None:

@@ -1,6 +1,6 @@
 """Uploads: a multipart body read part by part, bounded while it arrives, and never written to a disk.
 
-The names that files have on the sender's side are of no use here, and are not looked at.
+File names given by the sender are ignored.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sensorium.media.limits import bytes_too_large
 if TYPE_CHECKING:
     from python_multipart.multipart import MultipartCallbacks
 
-logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # what a client got wrong is told to the client
+logging.getLogger("python_multipart").setLevel(logging.CRITICAL)  # the error tells the client what it did wrong
 
 MAX_PARTS = 32
 MAX_FIELD_BYTES = 64 << 10
@@ -44,7 +44,7 @@ async def read_form(request: Request, *, file_name: str, modality: str, max_file
         max_file_bytes: bound on it.
 
     Raises:
-        InvalidRequestError: It is no such body, or a part is missing, doubled, or no text.
+        InvalidRequestError: It isn't such a body, or a part is missing, duplicated, or not text.
         MediaTooLargeError: The file has too many bytes.
         RequestAbortedError: The client is gone.
     """

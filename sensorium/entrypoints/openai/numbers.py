@@ -1,7 +1,7 @@
 """Numbers that arrive as texts: in queries, headers, forms and names of fields. They are written as JSON writes them.
 
 Python's own `int` and `float` take more: spaces around, underscores, a plus, digits of other scripts, leading zeros.
-Whoever takes those takes several texts for one number, and may read another number than whoever looked before it.
+With those, several texts would mean one number, and a proxy might read another number than the server.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""What can be wrong with a server's settings and be known before a model is loaded.
+"""Checks a server's settings as far as possible before a model is loaded.
 
-Imports neither torch nor the server's libraries, so that it is said at once.
+Imports neither torch nor the server's libraries, so that errors appear at once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,13 @@ from sensorium.media.policy import FetchPolicy
 
 
 def check_settings(command: str, engine_args: EngineArgs, args: ServerArgs) -> None:
-    """Return if nothing is wrong as far as can be seen.
+    """Return if no mistake is found.
 
     Args:
         command: what was asked for, for the message about a missing extra.
 
     Raises:
-        ConfigError: Something is.
+        ConfigError: There is a mistake.
     """
     require("serve", command)
     if args.otlp_traces_endpoint is not None:
@@ -31,7 +31,7 @@ def check_settings(command: str, engine_args: EngineArgs, args: ServerArgs) -> N
 
 
 def fetch_policy(engine_args: EngineArgs, args: ServerArgs) -> FetchPolicy:
-    """What requests may name, within what the operator allows. Raises `ConfigError`."""
+    """The policy for media sources in requests. Raises `ConfigError`."""
     return FetchPolicy(
         allow_remote=args.allow_remote_media,
         allowed_hosts=args.allowed_media_host,

@@ -37,7 +37,7 @@ _SAMPLING_FIELDS = (
 
 
 class StreamOptions(Body):
-    """What a stream holds beside the answer."""
+    """Options of a stream."""
 
     place = "stream_options."
 
@@ -58,14 +58,14 @@ def stream_options(given: StreamOptions | None, *, is_stream: bool) -> StreamOpt
 
 
 class SamplingBody(StructuredOutputsFields):
-    """What both kinds of completions share."""
+    """Fields that both kinds of completions share."""
 
     place = ""
 
     model: str | None = None
     n: int | None = None
     best_of: int | None = None
-    """As many as there are outputs: none are thrown away."""
+    """Must equal `n`: no output is dropped."""
     temperature: float | None = None
     top_p: float | None = None
     presence_penalty: float | None = None
@@ -102,7 +102,8 @@ class SamplingBody(StructuredOutputsFields):
     def sampling_params(
         self, defaults: SamplingDefaults, *, logprobs: int | None, least: int | None = None, **changes: Any
     ) -> SamplingParams:
-        """What the body says, else the checkpoint, else `least` for the tokens of an answer; None: as many as fit.
+        """The sampling parameters: from the body, else from the checkpoint. `least` bounds an answer's tokens if
+        neither does; None: as many as fit.
 
         Raises `RequestError` if a value is out of bounds.
         """
@@ -169,7 +170,7 @@ class ToolBody(Body):
 
 
 class ChatPrompt(Body):
-    """What a chat's prompt is made of."""
+    """The fields that make a chat's prompt."""
 
     place = ""
     prompt_field = "messages"
@@ -243,7 +244,7 @@ class CompletionBody(SamplingBody):
     def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
         """Sixteen tokens unless the body or the checkpoint says otherwise, as OpenAI has it. Raises `RequestError`.
 
-        The engine makes at least one token; of an answer of none, it isn't shown.
+        The engine generates at least one token; if none is wanted, it isn't shown.
         """
         changes: dict[str, Any] = {"max_tokens": 1} if self.is_empty else {}
         if self.echo and self.logprobs is not None:
@@ -336,7 +337,7 @@ class TranscriptionForm(Body):
 
     @classmethod
     def values(cls, texts: dict[str, str]) -> dict[str, Any]:
-        """The fields of a form, which come as texts. An empty one is nothing, since a form can't say null.
+        """The fields of a form, which come as texts. An empty one counts as null, which a form can't express.
 
         Raises:
             InvalidRequestError: A number isn't written as JSON writes it.
@@ -344,7 +345,7 @@ class TranscriptionForm(Body):
         return {name: _READERS.get(name, _read_other)(name, text) for name, text in texts.items() if text}
 
     def check_format(self) -> None:
-        """Raises `UnsupportedFeatureError` for a form of answer that there isn't."""
+        """Raises `UnsupportedFeatureError` for an unknown format of answer."""
         if self.response_format not in ("json", "text", "verbose_json"):
             raise UnsupportedFeatureError(
                 f"response_format: got {self.response_format!r:.40}, expected 'json', 'text' or 'verbose_json'. "

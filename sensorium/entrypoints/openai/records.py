@@ -1,4 +1,4 @@
-"""What is known of each HTTP request: filled in as it goes on, read when it has ended, for metrics, log and traces.
+"""Facts about each HTTP request: filled in while it runs, read when it has ended, for metrics, log and traces.
 
 A record follows its request through tasks, so that nothing has to be passed along. It holds counts, names and times,
 and nothing of what was asked or answered.
@@ -47,7 +47,7 @@ class RequestRecord:
     route: str = "other"
     """The path as the routing knows it; "other" where nothing is served."""
     status: int = 0
-    """0 if the client went before there was an answer."""
+    """0 if the client disconnected before there was an answer."""
     end_s: float = 0.0
     failure: str | None = None
     """What kind of error the client got, if it got one."""
@@ -58,7 +58,7 @@ class RequestRecord:
     prompt_field: str | None = None
     """The one that holds the prompt."""
     warnings: list[str] = field(default_factory=list)
-    """What the answer's head is to say was not done."""
+    """Warnings for the answer's head about what was not done."""
 
     def facts(self) -> dict[str, Any]:
         """What the log says of it."""
@@ -140,7 +140,7 @@ _HTTP_KINDS = {
 
 
 def failure_kind(error: BaseException) -> str:
-    """A short name for a kind of error; there are as many as there are classes of our own.
+    """A short name for a kind of error: one for each class of this package.
 
     For example, `MediaTooLargeError` is "media_too_large".
     """

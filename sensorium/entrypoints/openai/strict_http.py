@@ -1,11 +1,10 @@
 """HTTP/1.1 that can be read in one way only.
 
-Whatever stands in front of a server, a proxy or a firewall, reads requests too. Where the two may read different
-requests out of the same bytes, one can be smuggled past the first. h11 is the stricter of the parsers that uvicorn
-knows; what it lets pass for the sake of old clients is refused here: lines that end otherwise than by CRLF, folded
-lines, control characters, a length that is given twice or beside chunks, chunks in HTTP/1.0, and chunks that are made
-of anything but data. Source: RFC 9112, sections 2.2, 5.2, 6 and 7.1; the bound on what chunks may hold beside data is
-that of Go's net/http (CVE-2023-39326).
+A proxy or firewall in front of a server reads requests too. If the two can read different requests from the same bytes,
+a request can be smuggled past the proxy. h11 is the stricter of the parsers that uvicorn knows; what it accepts for old
+clients is refused here: lines that end otherwise than by CRLF, folded lines, control characters, a length that is given
+twice or beside chunks, chunks in HTTP/1.0, and chunks that are made of anything but data. Source: RFC 9112, sections
+2.2, 5.2, 6 and 7.1; the bound on what chunks may hold beside data is that of Go's net/http (CVE-2023-39326).
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ _MAX_CHUNK_LINE_BYTES = 1024
 _MAX_CHUNK_EXCESS_BYTES = 16 << 10
 _FREE_CHUNKS = 10_000
 _LEAST_CHUNK_BYTES = 64
-"""On average, beyond the first so many: a chunk costs as much to read as thousands of bytes."""
+"""Least bytes of a chunk on average, after the first ones: a chunk costs as much to read as thousands of bytes."""
 
 
 def _refuse(what: str) -> h11.LocalProtocolError:
@@ -108,7 +107,7 @@ class StrictConnection(h11.Connection):
 
     @property
     def num_buffered_bytes(self) -> int:
-        """Bytes that came and are no event yet."""
+        """Received bytes that are not an event yet."""
         return len(self._receive_buffer)
 
     def next_event(self) -> type[h11.NEED_DATA | h11.PAUSED] | h11.Event:

@@ -1,7 +1,7 @@
 """How bodies ask for structured outputs: OpenAI's way, vLLM's, and vLLM's older one.
 
-What is wrong with them is told of `StructuredOutputs`, whose fields few clients have sent:
-`StructuredOutputsFields.in_own_terms` tells it of those that they have.
+Errors name the fields of `StructuredOutputs`, which few clients send: `StructuredOutputsFields.in_own_terms` renames
+them to the fields that the client sent.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _HELD_TO = re.compile(r".*? got one that can't be held to \((.*)\), expected one
 
 
 def told_of(error: RequestError, field: str) -> RequestError:
-    """An error about structured outputs, told of the field that asked for it; other errors as they are."""
+    """An error about structured outputs, with the name of the field that asked for them; other errors unchanged."""
     text = str(error)
     found = _NAME.match(text)
     if found is None:
@@ -35,7 +35,7 @@ def told_of(error: RequestError, field: str) -> RequestError:
 
 
 def reason_of(error: RequestError) -> str:
-    """Why structured outputs can't be held to, without their own field."""
+    """The reason for which a constraint can't be enforced, without the field's name."""
     found = _HELD_TO.fullmatch(str(error))
     return found[1] if found is not None else _NAME.sub("", str(error), count=1).removeprefix(": ")
 
@@ -47,7 +47,7 @@ class JsonSchemaFormat(Body):
     description: str | None = None
     schema_: dict[str, Any] | None = Field(None, alias="schema")
     strict: bool | None = None
-    """Answers are held to the schema, whatever this says."""
+    """Answers are constrained to the schema, whatever this is."""
 
 
 class ResponseFormat(Body):
@@ -105,7 +105,7 @@ _GUIDED = ("guided_json", "guided_regex", "guided_choice", "guided_grammar")
 
 
 class StructuredOutputsFields(Body):
-    """The fields of a body that say what the answer is held to."""
+    """The fields of a body that constrain the answer."""
 
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputsBody | None = None
@@ -115,7 +115,7 @@ class StructuredOutputsFields(Body):
     guided_grammar: str | None = None
 
     def constraint(self) -> StructuredOutputs | None:
-        """What the answer is held to; None if it is free. Raises `InvalidRequestError`, also for several."""
+        """The constraint on the answer; None if there is none. Raises `InvalidRequestError`, also for several."""
         try:
             return self._constraint()
         except RequestError as error:
@@ -130,7 +130,7 @@ class StructuredOutputsFields(Body):
         return next((name for name in _GUIDED if getattr(self, name) is not None), None)
 
     def in_own_terms(self, error: RequestError) -> RequestError:
-        """An error about that, told of the field that was sent."""
+        """An error about it, with the name of the field that was sent."""
         field = self.constraint_field()
         return error if field is None else told_of(error, field)
 

@@ -3,7 +3,7 @@
     POST /v1/chat/completions             the HTTP request, child of the caller's span (W3C trace context)
     ├── fetch, render, prepare            in the front; prepare holds decode and map, one for each media item
     └── generate                          one for each request to the engine
-        ├── queue                         in the scheduler's line
+        ├── queue                         in the scheduler's queue
         ├── prefill                       from the first step to the first token, encoders included
         └── decode                        from the first token to the last
 
@@ -30,7 +30,7 @@ _INSIDE_PREPARE = ("decode", "map")
 
 
 class Traces:
-    """Turns records into spans. Whoever makes it closes it.
+    """Turns records into spans. Its owner closes it.
 
     Args:
         provider: where spans go.
@@ -45,8 +45,8 @@ class Traces:
 
     @classmethod
     def to(cls, endpoint: str) -> Traces:
-        """Traces that are sent to an address, by a thread of their own, in batches."""
-        # What OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES say wins.
+        """Sends traces to an address, in batches, by a separate thread."""
+        # OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES win.
         resource = Resource.create({SERVICE_NAME: "sensorium", **OTELResourceDetector().detect().attributes})
         provider = TracerProvider(resource=resource, shutdown_on_exit=False)
         provider.add_span_processor(BatchSpanProcessor(OTLPSpanExporter(endpoint=endpoint)))

@@ -1,7 +1,7 @@
 """`/v1/audio/transcriptions`: a sound as a file, its words as text.
 
-A model that hears is told to write down what is said; see `inputs.transcription`. What is longer than the model hears
-is refused, and so is a transcript that has no end.
+A model that takes audio is asked to write down what is said; see `inputs.transcription`. A sound longer than the
+model's limit is refused, and so is a transcript that doesn't end.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ class TranscriptionRoutes:
 
     Args:
         context: the engine and what goes with it.
-        instruction: what the model is told, instead of its own words for it.
-        answer: how it answers, with `{text}` for the transcript, instead of its own way.
+        instruction: the instruction to the model, instead of its default.
+        answer: the format of its answer, with `{text}` for the transcript, instead of its default.
     """
 
     def __init__(self, context: ServerContext, *, instruction: str | None = None, answer: str | None = None) -> None:
@@ -53,7 +53,7 @@ class TranscriptionRoutes:
         salt = b"" if self._context.share_caches else tenant_of(request)
         sound = replace(loader.encoded("audio", upload.file), salt=salt)
         transcript = _Transcript(form, await self._style(), sound)
-        del upload, sound  # the sound goes once the core has it
+        del upload, sound  # the sound is released once the core has it
         if form.stream:
             generated = self._generate(request, transcript, OutputKind.DELTA)
             return EventStream(transcript.events(await while_connected(request, with_first(generated))))
@@ -108,7 +108,7 @@ class _Transcript:
         self._num_tokens = 0
 
     def check(self) -> None:
-        """Raises `InvalidRequestError` for a language that there isn't."""
+        """Raises `InvalidRequestError` for an unknown language."""
         self._style.told(self.form.language, self.form.prompt)
 
     def messages(self) -> list[dict[str, Any]]:
@@ -117,11 +117,11 @@ class _Transcript:
         return [{"role": "user", "content": [{"type": "audio", "audio": self._sound}, {"type": "text", "text": told}]}]
 
     async def measure(self, loader: MediaLoader) -> None:
-        """Find out how long the sound is; what is decoded for that is kept for the request.
+        """Determine the length of the sound; the decoded sound is kept for the request.
 
         Raises:
             MediaError: It can't be decoded.
-            InvalidRequestError: It is longer than the model hears.
+            InvalidRequestError: It is longer than the model's limit.
         """
         assert self._sound is not None
         with stage("decode", "audio"):
@@ -131,11 +131,11 @@ class _Transcript:
         self._duration_s = clip.duration_s
 
     def forget_sound(self) -> None:
-        """Hold the sound no longer."""
+        """Release the sound."""
         self._sound = None
 
     def check_end(self, output: RequestOutput) -> None:
-        """Raises `InvalidRequestError` for a transcript that breaks off where nobody asked for it."""
+        """Raises `InvalidRequestError` for a transcript that was cut off without `max_tokens`."""
         if self.form.max_tokens is None and output.outputs and output.outputs[0].finish_reason == "length":
             raise ContextLengthError(
                 "file: got a sound whose transcript doesn't end within the model's context. Send a shorter sound, or "

@@ -1,9 +1,10 @@
-"""Keeps web pages out that nobody let in. A server without API keys trusts whoever reaches it, and a page that somebody
-visits reaches what his browser does: the loopback too.
+"""Refuses requests of foreign web pages. A server without API keys trusts every client that can reach it, and a web
+page can reach whatever its visitor's browser can: the loopback too.
 
-Two ways lead here. A page may send requests to another server than its own, without reading the answers; browsers then
-send its `Origin`, and none of JSON's content type (`http.read_body` insists on that). Or its own name may be made to
-mean this machine (DNS rebinding), so that it may read answers too; browsers then send that name as `Host`.
+There are two attacks. A page may send requests to a server of another origin, without reading the answers; browsers
+then send its `Origin`, and don't send JSON's content type, which `http.read_body` requires. Or its host name may be
+made to resolve to this machine (DNS rebinding), so that it can read answers too; browsers then send that name as
+`Host`.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ class WebPages:
 
     Args:
         allowed_origins: origins whose pages may come in; "*" for all.
-        allowed_hosts: names that this server goes by, beside addresses and those of the loopback, which can't be
+        allowed_hosts: names of this server, beside addresses and those of the loopback, which can't be
             rebound; None for any.
     """
 
@@ -65,7 +66,7 @@ class WebPages:
     def _is_own_origin(self, origin: str, scheme: str, host: str) -> bool:
         if "*" in self._origins or origin in self._origins:
             return True
-        # TLS may end at a proxy, which hands on what was https as http.
+        # TLS may end at a proxy, which forwards https requests as http.
         return origin.lower() in {f"{each}://{host.lower()}" for each in (scheme, "https")}
 
 

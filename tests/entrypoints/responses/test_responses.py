@@ -70,7 +70,7 @@ def image_content(seed: int = 1) -> list[Any]:
 
 def test_an_effort_that_can_t_be_had_is_passed_over_by_its_own_name(client: openai.OpenAI) -> None:
     warned = client.responses.with_raw_response.create(**GREEDY, input="Hi", reasoning={"effort": "low"})
-    assert warned.headers["Warning"].startswith('299 sensorium "reasoning.effort was passed over: ')
+    assert warned.headers["Warning"].startswith('299 sensorium "reasoning.effort was ignored: ')
     assert "Warning" not in client.responses.with_raw_response.create(**GREEDY, input="Hi").headers
     counted = client.responses.input_tokens.with_raw_response.count(
         model="tiny", input="Hi", reasoning={"effort": "low"}

@@ -1,8 +1,8 @@
 """The playground at `/`: a page that talks to the server's own API from a browser.
 
-Owns a few static files that are the same for everyone and hold nothing of the server: no model name, no data, no key.
-That is why they are served without an API key, each by its exact path and for reading only; everything that the page
-then asks for goes through the API, key and all. The page needs nothing from elsewhere, and may load nothing.
+Owns a few static files that are the same for everyone and hold no data of the server: no model name, no key. So they
+are served without an API key, each by its exact path and for reading only. The page then uses the API, with a key where
+one is needed. It loads nothing from other origins, and may not.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ _HEADERS = {
     "Permissions-Policy": "camera=(self), microphone=(self), geolocation=()",
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
-    # Asked for again each time, answered by 304 unless the server was updated.
+    # Browsers ask for it each time, and get a 304 unless the server was updated.
     "Cache-Control": "no-cache",
 }
 

@@ -1,4 +1,4 @@
-"""How one request's answers are held to what it asks for, and taken apart.
+"""How one request's answers are constrained and parsed.
 
 plan = AnswerPlan(forms, request, prompt, tokenizer)
 outputs = generate(prompt, plan.params(params))
@@ -33,17 +33,17 @@ _CALL_ID_CHARS = 24
 
 
 class AnswerPlan:
-    """What is known of a request's answers before there are any.
+    """The plan for a request's answers, made before there are any.
 
     Args:
         forms: how the model marks reasoning and calls.
         request: the functions that it may call, if any.
-        prompt: the rendered prompt, which tells whether the answer begins within reasoning.
+        prompt: the rendered prompt, which shows whether the answer begins within reasoning.
         tokenizer: counts the tokens of reasoning whose end is no token of its own.
         is_continued: the prompt ends with the beginning of an answer.
 
     Raises:
-        UnsupportedFeatureError: There are functions, and the model has no form of calls.
+        UnsupportedFeatureError: There are functions, and the model has no format of calls.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class AnswerPlan:
         self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
 
     def params(self, params: SamplingParams, format_field: str | None = None) -> SamplingParams:
-        """Sampling parameters with marks kept in the text, and with what answers are held to.
+        """Sampling parameters that keep marks in the text, and have the constraint on answers.
 
         `format_field`: what asks for structured outputs, if it isn't `structured_outputs`.
 
@@ -81,7 +81,7 @@ class AnswerPlan:
         return params if held_to is params.structured_outputs else replace(params, structured_outputs=held_to)
 
     def reader(self) -> AnswerReader:
-        """What takes one of the answers apart."""
+        """The parser of one of the answers."""
         return AnswerReader(self)
 
     def call_id(self) -> str:
@@ -92,7 +92,7 @@ class AnswerPlan:
         return _random_chars(num_chars)
 
     def blame(self, error: RequestError) -> RequestError:
-        """An error about a grammar that the request didn't send, in terms of what it did."""
+        """An error about a generated grammar, expressed in terms of the request's fields."""
         if not self._has_grammar or not isinstance(error, InvalidRequestError) or not _OF_GRAMMAR.match(str(error)):
             return error
         reason = f"{reason_of(error):.400}"
@@ -111,7 +111,7 @@ class AnswerPlan:
         )
 
     def _held_to(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
-        """What answers are held to: calls, what was asked for, or either; behind reasoning."""
+        """The constraint on answers: calls, the requested output, or either; after reasoning."""
         request = self.request
         reasoning = self.forms.reasoning if self._may_reason and not self.is_reasoning_open else None
         if request is None or not (request.is_forced or request.is_strict or asked):
@@ -154,7 +154,7 @@ class AnswerPlan:
 
 
 class AnswerReader:
-    """Takes one answer apart as it comes, counts what was reasoning, and names its calls."""
+    """Parses one answer as it arrives, counts its tokens of reasoning, and gives its calls ids."""
 
     def __init__(self, plan: AnswerPlan) -> None:
         request = plan.request
@@ -174,7 +174,7 @@ class AnswerReader:
         """Of the calls so far."""
 
     def push(self, output: CompletionOutput) -> list[Event]:
-        """More of the answer: its text and the tokens that came with it; returns what it says."""
+        """Take more of the answer: its text and tokens; returns the events in it."""
         self._count(output.token_ids)
         events = self._parser.push(output.text)
         if output.finished:

@@ -1,4 +1,4 @@
-"""What a request says about functions, checked: which there are, which may be called, and whether one must."""
+"""Checks a request's functions: which there are, which may be called, and whether one must be."""
 
 from __future__ import annotations
 
