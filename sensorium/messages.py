@@ -65,6 +65,9 @@ class EngineRequest:
     """Who sent it: tenants that wait share the slots evenly."""
     pooling: bool = False
     """The result is a pooled vector instead of tokens."""
+    adapter_id: int = 0
+    """The adapter that its rows go through, 0 for the base model alone. While an engine lives, an id means the same
+    weights."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

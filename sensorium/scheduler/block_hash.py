@@ -26,10 +26,11 @@ def _lengthened(data: bytes) -> bytes:
     return len(data).to_bytes(8, "little") + data
 
 
-def root_hash(cache_salt: str | None) -> bytes:
-    """The parent of a sequence's first block: equal only for requests with the same salt."""
+def root_hash(cache_salt: str | None, adapter_id: int = 0) -> bytes:
+    """The parent of a sequence's first block: equal only for requests with the same salt and the same adapter."""
     salt = b"none" if cache_salt is None else b"salt" + _lengthened(cache_salt.encode("utf-8", "surrogatepass"))
-    return blake2b(salt, digest_size=DIGEST_BYTES).digest()
+    adapter = b"adapter" + adapter_id.to_bytes(8, "little") if adapter_id else b""
+    return blake2b(salt + adapter, digest_size=DIGEST_BYTES).digest()
 
 
 def media_identity(request: RequestState, begin: int, end: int) -> bytes:
@@ -57,7 +58,7 @@ def extend_block_hashes(request: RequestState, num_blocks: int, block_size: int)
     first = len(hashes)
     if first >= num_blocks:
         return
-    parent = hashes[-1] if hashes else root_hash(request.message.cache_salt)
+    parent = hashes[-1] if hashes else root_hash(request.message.cache_salt, request.message.adapter_id)
     # Signed 64 bits: ids at media rows may be negative or beyond the vocabulary.
     tokens = array("q", request.token_ids[first * block_size : num_blocks * block_size]).tobytes()
     block_bytes = 8 * block_size

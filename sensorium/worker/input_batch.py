@@ -69,6 +69,8 @@ class StepArrays:
     pending_slots: Int64Array | None
     """`(num_tokens,)`: the slot whose token a step in flight samples for this row, -1 for known tokens; None where all
     are known."""
+    adapter_ids: Int64Array | None = None
+    """`(num_tokens,)`: each row's adapter, 0 for the base model; None where all rows are the base model's."""
 
 
 def num_tables(groups: Sequence[CacheGroup]) -> int:
@@ -104,6 +106,9 @@ class InputBatch:
         self._mrope_delta = np.zeros(max_num_seqs, dtype=np.int64)
         self._media_end = np.zeros(max_num_seqs, dtype=np.int64)
         """Per slot: first position behind the last media span."""
+        self._adapter_ids = np.zeros(max_num_seqs, dtype=np.int64)
+        self._num_adapted = 0
+        """Requests here that have an adapter."""
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
         """Per slot: leading tokens of the sequence that are known."""
         self._states: dict[str, SlotState] = {}
@@ -133,6 +138,8 @@ class InputBatch:
         self._token_ids[slot, :num_prompt] = request.prompt_token_ids
         self._token_ids[slot, num_prompt:num_tokens] = new.output_token_ids
         self._mrope_delta[slot] = request.mrope_delta
+        self._adapter_ids[slot] = request.adapter_id
+        self._num_adapted += request.adapter_id != 0
         self._num_known[slot] = num_tokens
         state = SlotState.create(request, slot)
         state.num_blocks = [0] * len(self.groups)
@@ -145,6 +152,7 @@ class InputBatch:
         state = self._states.pop(request_id, None)
         if state is not None:
             self._free_slots.append(state.slot)
+            self._num_adapted -= state.request.adapter_id != 0
         return state
 
     def append_blocks(self, chunk: ScheduledChunk) -> None:
@@ -219,7 +227,14 @@ class InputBatch:
             slots=slots,
             state_rows=None if self._state_rows is None else self._state_rows[:, slots],
             pending_slots=np.where(is_pending, row_slots, -1) if is_pending.any() else None,
+            adapter_ids=self._adapter_ids_of(row_slots),
         )
+
+    def _adapter_ids_of(self, row_slots: Int64Array) -> Int64Array | None:
+        if not self._num_adapted:
+            return None
+        adapter_ids = self._adapter_ids[row_slots]
+        return adapter_ids if adapter_ids.any() else None
 
     def block_tables(self, arrays: StepArrays) -> list[npt.NDArray[np.int32]]:
         """The block tables of a step's chunks in each group with blocks, `(num_chunks, max_blocks)`."""

@@ -34,6 +34,7 @@ from sensorium.messages import (
     SchedulerOutput,
     TokenLogprobs,
 )
+from sensorium.model_executor.adapter_rows import adapter_ids_of_rows
 from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.failures import told_to_caller
 from sensorium.model_executor.host_copy import HostCopy
@@ -346,7 +347,9 @@ class ModelRunner:
         if len(sampling) != len(hidden):
             hidden = hidden[tensors.sampled_rows]
         metadata = SamplingMetadata(len(sampling), state=self._sampling, slots=sampled_slots)
-        logits = self._model.compute_logits(hidden, metadata)
+        adapter_ids = None if tensors.adapter_ids is None else tensors.adapter_ids[tensors.sampled_rows]
+        with adapter_ids_of_rows(adapter_ids):
+            logits = self._model.compute_logits(hidden, metadata)
         states = self._batch.states([chunks[i] for i in sampling])
         rows = self._sample(states, sampled_slots, arrays.seq_lens[sampling].astype(np.int64), logits, pending.masks)
         if self._keeps_tokens:
@@ -424,7 +427,10 @@ class ModelRunner:
             targets = list(request.prompt_token_ids[start + 1 : start + 1 + chunk.num_scheduled_tokens])
             followed = hidden[rows][: len(targets)]
             metadata = SamplingMetadata(len(targets))
-            logits = self._model.compute_logits(followed, metadata)
+            adapter_id = request.adapter_id
+            ids = torch.full((len(followed),), adapter_id, device=self._device) if adapter_id else None
+            with adapter_ids_of_rows(ids):
+                logits = self._model.compute_logits(followed, metadata)
             pending.prompt_logprobs[chunk.request_id] = PromptLogprobs(logits, targets, top)
 
 

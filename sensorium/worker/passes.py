@@ -18,6 +18,7 @@ from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.messages import ScheduledChunk
+from sensorium.model_executor.adapter_rows import adapter_ids_of_rows
 from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
 from sensorium.model_executor.drivers.media_kwargs import kwargs_of_items
 from sensorium.model_executor.drivers.placeholder_maps import index_maps
@@ -120,7 +121,9 @@ class PassRunner:
 
     def decode(self, arrays: StepArrays) -> Decoded | None:
         """Run a pass of decodes as a graph, with the greedy choice behind it; None: there is none for it."""
-        return None if self.decodes is None else self.decodes.run(arrays)
+        if self.decodes is None or arrays.adapter_ids is not None:  # recorded passes are the base model's
+            return None
+        return self.decodes.run(arrays)
 
     def forward(
         self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, fields: dict[str, HostArray]
@@ -138,7 +141,9 @@ class PassRunner:
         graph = self._trunk_for(arrays, pieces)
         if graph is None:
             tensors = self._buffers.upload(fields)
-            return _hidden_states(self._driver.forward(self._inputs(chunks, arrays, tensors, pieces))), tensors
+            inputs = self._inputs(chunks, arrays, tensors, pieces)
+            with adapter_ids_of_rows(tensors.adapter_ids):
+                return _hidden_states(self._driver.forward(inputs)), tensors
         assert self.trunks is not None
         tensors = self.trunks.upload(graph, fields)
         media = self._gather_media(pieces) if pieces else None
@@ -146,7 +151,7 @@ class PassRunner:
         return self.trunks.run(graph, inputs), tensors
 
     def _trunk_for(self, arrays: StepArrays, pieces: Pieces) -> TrunkGraph | None:
-        if self.trunks is None or arrays.seq_lens.max() > MAX_CONTEXT:
+        if self.trunks is None or arrays.adapter_ids is not None or arrays.seq_lens.max() > MAX_CONTEXT:
             return None
         if pieces and not (self._splits_media and self._driver.embeds_media):
             return None
@@ -178,6 +183,7 @@ class PassRunner:
                 block_table=block_tables[0],
                 slot_mapping=tensors.slot_mapping[0],
                 multi_modal_placeholder_index_maps=maps,
+                adapter_ids=tensors.adapter_ids,
             ).with_groups(self._batch.groups, block_tables, tensors.slot_mapping, tensors.state_rows),
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,

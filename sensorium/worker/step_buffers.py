@@ -49,6 +49,7 @@ class StepTensors:
     pending_slots: torch.Tensor | None = None
     """`(num_tokens,)` int64: the slot whose last sampled token stands in this row, -1 where the host knew the token;
     None where it knew all."""
+    adapter_ids: torch.Tensor | None = None
 
 
 def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int64Array) -> dict[str, HostArray]:
@@ -67,6 +68,8 @@ def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int
         fields["state_rows"] = arrays.state_rows
     if arrays.pending_slots is not None:
         fields["pending_slots"] = arrays.pending_slots
+    if arrays.adapter_ids is not None:
+        fields["adapter_ids"] = arrays.adapter_ids
     return fields
 
 

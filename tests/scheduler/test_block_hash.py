@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from itertools import combinations
 
 import numpy as np
 from hypothesis import given, settings
@@ -17,8 +19,9 @@ from tests.scheduler.fake_worker import TrueSequence
 from tests.scheduler.simulation import PLACEHOLDER, Parts, make_request
 
 
-def hashes(parts: Parts, block_size: int = 4, salt: str | None = None) -> list[bytes]:
-    state = RequestState(make_request("r", parts, cache_salt=salt), (0, 0, 0), 10_000)
+def hashes(parts: Parts, block_size: int = 4, salt: str | None = None, adapter_id: int = 0) -> list[bytes]:
+    message = replace(make_request("r", parts, cache_salt=salt), adapter_id=adapter_id)
+    state = RequestState(message, (0, 0, 0), 10_000)
     extend_block_hashes(state, state.num_tokens // block_size, block_size)
     return state.block_hashes
 
@@ -39,6 +42,14 @@ def test_hashes_form_a_chain() -> None:
     other_end = hashes([[1, 2, 3, 4] * 2 + [1, 2, 3, 9]])
     assert plain[:2] == other_end[:2]
     assert plain[2] != other_end[2]
+
+
+def test_an_adapter_shares_no_block_with_another_or_none() -> None:
+    """Equal tokens give other keys and values in each adapter's layers."""
+    parts: Parts = [[1, 2, 3], image("a", 6), [4] * 7]
+    chains = [hashes(parts, salt=salt, adapter_id=each) for salt in (None, "s") for each in (0, 1, 2, 2**40)]
+    assert all(not set(one) & set(other) for one, other in combinations(chains, 2))
+    assert hashes(parts, adapter_id=2) == chains[2]
 
 
 def test_a_partial_block_has_no_hash() -> None:

@@ -21,6 +21,7 @@ from torch import nn
 from sensorium.attention import Attention, AttentionMetadata
 from sensorium.config import EngineConfig, rope_parameters
 from sensorium.kernels import Rotation
+from sensorium.model_executor.adapter_rows import split_rows
 from sensorium.model_executor.layers.activation import get_act_and_mul_fn
 from sensorium.model_executor.layers.layernorm import RMSNorm
 from sensorium.model_executor.layers.linear import (
@@ -149,7 +150,7 @@ class GatedMLP(nn.Module):
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(num_tokens, hidden_size)` to the same."""
         if hidden_states.is_cpu and hidden_states.shape[0] > MLP_CHUNK_ROWS:
-            return torch.cat([self._transform(rows) for rows in torch.split(hidden_states, MLP_CHUNK_ROWS)])
+            return torch.cat([self._transform(rows) for rows in split_rows(hidden_states, MLP_CHUNK_ROWS)])
         return self._transform(hidden_states)
 
     def _transform(self, hidden_states: torch.Tensor) -> torch.Tensor:

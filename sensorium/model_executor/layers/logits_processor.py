@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sensorium.model_executor.adapter_rows import adapter_ids_of_rows, current_adapter_ids
 from sensorium.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
@@ -49,7 +50,12 @@ class LogitsProcessor(nn.Module):
         """
         rows = getattr(sampling_metadata, "selected_token_indices", None)
         if rows is not None:
-            hidden_states = hidden_states.index_select(0, rows)
+            adapter_ids = current_adapter_ids()
+            with adapter_ids_of_rows(None if adapter_ids is None else adapter_ids.index_select(0, rows)):
+                return self._logits(lm_head, hidden_states.index_select(0, rows))
+        return self._logits(lm_head, hidden_states)
+
+    def _logits(self, lm_head: VocabParallelEmbedding, hidden_states: torch.Tensor) -> torch.Tensor:
         logits = hidden_states if self.logits_as_input else lm_head.project(hidden_states)
         logits = logits[..., : self.org_vocab_size]
         if self.soft_cap is not None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -173,6 +173,13 @@ class WeightedLayer(nn.Module):
         """Lay the weight out for the kernels. Called once, after every parameter has its value."""
         self.loaded_by = self.method
         self.method.after_loading(self)
+        self._multiply = self.method.apply
+
+    def wrap_method(self, wrap: Callable[[LinearMethod], LinearMethod]) -> None:
+        """Let a method multiply that adds to what the layer's own gives, such as adapters. Once loading is finished."""
+        if self.packed is None:
+            self.finish_loading()
+        self.method = wrap(self.method)
         self._multiply = self.method.apply
 
     def give_up_weight(self) -> None:
