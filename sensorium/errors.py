@@ -41,6 +41,7 @@ class SensoriumError(Exception):
         args: the message.
         code: instead of the class's `code`.
         param: see there.
+        field: see there.
     """
 
     status: int = 500
@@ -49,13 +50,20 @@ class SensoriumError(Exception):
     """What kind of error it is, for programs: OpenAI's word where there is one."""
     param: str | None = None
     """The field of the request that is at fault, where it isn't the one that the message begins with."""
+    field: str | None = None
+    """What the engine calls the field at fault, where callers may have sent it under another name and are to be told of
+    that: `structured_outputs`, `reasoning_effort`."""
 
-    def __init__(self, *args: object, code: str | None = None, param: str | None = None) -> None:
+    def __init__(
+        self, *args: object, code: str | None = None, param: str | None = None, field: str | None = None
+    ) -> None:
         super().__init__(*args)
         if code is not None:
             self.code = code
         if param is not None:
             self.param = param
+        if field is not None:
+            self.field = field
 
 
 class ConfigError(SensoriumError, ValueError):
@@ -205,6 +213,6 @@ class OverloadedError(RequestError, RuntimeError):
     status = 429
     code = "rate_limit_exceeded"
 
-    def __init__(self, message: str, *, retry_after_s: float = 1.0) -> None:
-        super().__init__(message)
+    def __init__(self, message: str, *, retry_after_s: float = 1.0, field: str | None = None) -> None:
+        super().__init__(message, field=field)
         self.retry_after_s = retry_after_s

@@ -20,6 +20,7 @@ import numpy as np
 
 from sensorium.cache_spec import CacheGroup
 from sensorium.config import ModelFeatures
+from sensorium.errors import SensoriumError
 from sensorium.sampling_params import SamplingParams
 from sensorium.spans import Span
 from sensorium.token_masks import StepMasks
@@ -163,6 +164,13 @@ class RequestFailure:
     status: int = 500
     code: str | None = None
     """That of the error, where there was one of our own."""
+    field: str | None = None
+    """Likewise."""
+
+    @classmethod
+    def of(cls, error: SensoriumError) -> RequestFailure:
+        """A failure by an error of our own, whose message is fit for the caller."""
+        return cls(str(error), error.status, error.code, error.field)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -15,6 +15,8 @@ from typing import Any
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.json_size import is_within
 
+FIELD = "structured_outputs"
+"""What errors about them have as `field`."""
 MAX_SCHEMA_CHARS = 128 * 1024
 MAX_SCHEMA_DEPTH = 64
 """Deepest nesting of objects and lists in a schema."""
@@ -62,7 +64,8 @@ class StructuredOutputs:
         if len(chosen) != 1:
             raise InvalidRequestError(
                 f"structured_outputs: got {' and '.join(chosen) or 'none of them'}, expected exactly one of "
-                f"{', '.join(_KINDS)}. Set one."
+                f"{', '.join(_KINDS)}. Set one.",
+                field=FIELD,
             )
         _set(self, "json", None if self.json is None else _canonical_schema(self.json))
         if not isinstance(self.json_object, bool):
@@ -84,7 +87,8 @@ def _set(value: StructuredOutputs, name: str, kept: Any) -> None:
 
 def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:
     return InvalidTypeError(
-        f"structured_outputs.{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}."
+        f"structured_outputs.{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}.",
+        field=FIELD,
     )
 
 
@@ -95,13 +99,15 @@ def _text(name: str, value: Any, max_chars: int) -> str | None:
         raise _wrong_type(name, value, "a string")
     if not 0 < len(value) <= max_chars:
         raise InvalidRequestError(
-            f"structured_outputs.{name}: got {len(value)} characters, expected 1 to {max_chars}. Change {name}."
+            f"structured_outputs.{name}: got {len(value)} characters, expected 1 to {max_chars}. Change {name}.",
+            field=FIELD,
         )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InvalidRequestError(
-            f"structured_outputs.{name}: got half of a surrogate pair, expected Unicode text. Change {name}."
+            f"structured_outputs.{name}: got half of a surrogate pair, expected Unicode text. Change {name}.",
+            field=FIELD,
         ) from None
     return value
 
@@ -127,7 +133,8 @@ def _bracketed(name: str, value: Any, max_chars: int) -> str | None:
 def _too_deep(name: str, most: int) -> InvalidRequestError:
     return InvalidRequestError(
         f"structured_outputs.{name}: got brackets nested more than {most} deep, expected at most {most}. "
-        f"Simplify {name}."
+        f"Simplify {name}.",
+        field=FIELD,
     )
 
 
@@ -138,7 +145,8 @@ def _choices(value: Any) -> tuple[str, ...]:
         raise _wrong_type("choice", value, "a list of strings")
     if len(value) > MAX_CHOICES:
         raise InvalidRequestError(
-            f"structured_outputs.choice: got {len(value)} choices, expected at most {MAX_CHOICES}. Shorten the list."
+            f"structured_outputs.choice: got {len(value)} choices, expected at most {MAX_CHOICES}. Shorten the list.",
+            field=FIELD,
         )
     for each in value:
         if _text("choice", each, MAX_CHOICE_CHARS) is None:
@@ -147,7 +155,8 @@ def _choices(value: Any) -> tuple[str, ...]:
     if num_chars > MAX_CHOICES_CHARS:
         raise InvalidRequestError(
             f"structured_outputs.choice: got {num_chars} characters in all, expected at most {MAX_CHOICES_CHARS}. "
-            "Shorten the list."
+            "Shorten the list.",
+            field=FIELD,
         )
     return tuple(dict.fromkeys(value))
 
@@ -164,13 +173,15 @@ def _canonical_schema(value: Any) -> str:
     if not is_within(value, MAX_SCHEMA_CHARS):
         raise InvalidRequestError(
             f"structured_outputs.json: got more than {MAX_SCHEMA_CHARS} characters, expected at most so many. "
-            "Change json."
+            "Change json.",
+            field=FIELD,
         )
     try:
         text = json_module.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError):
         raise InvalidRequestError(
-            "structured_outputs.json: got an object that is no JSON, expected a JSON schema. Use JSON's types only."
+            "structured_outputs.json: got an object that is no JSON, expected a JSON schema. Use JSON's types only.",
+            field=FIELD,
         ) from None
     _text("json", text, MAX_SCHEMA_CHARS)
     return text
@@ -181,7 +192,8 @@ def _parsed(text: str) -> Any:
         return json_module.loads(text)
     except (ValueError, RecursionError):
         raise InvalidRequestError(
-            "structured_outputs.json: got a text that is no JSON, expected a JSON schema. Correct json."
+            "structured_outputs.json: got a text that is no JSON, expected a JSON schema. Correct json.",
+            field=FIELD,
         ) from None
 
 

@@ -12,6 +12,7 @@ from sensorium.errors import ConfigError, InvalidRequestError, UnsupportedFeatur
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
 
+EFFORT_FIELD = "reasoning_effort"
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 """Values of `reasoning_effort`."""
 
@@ -137,7 +138,8 @@ def reasoning_variables(template: str, effort: str | None) -> dict[str, Any]:
         return {}
     if effort not in EFFORTS:
         raise InvalidRequestError(
-            f"reasoning_effort: got {effort!r:.60}, expected one of {list(EFFORTS)}. Change reasoning_effort."
+            f"reasoning_effort: got {effort!r:.60}, expected one of {list(EFFORTS)}. Change reasoning_effort.",
+            field=EFFORT_FIELD,
         )
     if "reasoning_effort" in template:
         return {"reasoning_effort": effort}
@@ -145,7 +147,8 @@ def reasoning_variables(template: str, effort: str | None) -> dict[str, Any]:
         return {"enable_thinking": effort not in ("none", "minimal")}
     raise UnsupportedFeatureError(
         f"reasoning_effort: got {effort!r}, expected none, since the model's chat template has no setting for it. "
-        "Remove reasoning_effort."
+        "Remove reasoning_effort.",
+        field=EFFORT_FIELD,
     )
 
 

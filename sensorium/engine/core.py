@@ -131,7 +131,7 @@ class EngineCore:
                     raise error
                 self.scheduler.add_request(request)
             except SensoriumError as refusal:
-                failure = RequestFailure(str(refusal), refusal.status, refusal.code)
+                failure = RequestFailure.of(refusal)
                 outputs.append(EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, failure=failure))
         return outputs
 

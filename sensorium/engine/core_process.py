@@ -154,7 +154,7 @@ class CoreServer:
             try:
                 core.add_request(request)
             except SensoriumError as error:
-                failure = RequestFailure(str(error), error.status, error.code)
+                failure = RequestFailure.of(error)
                 news = EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, failure=failure)
                 self._tell(core, [news])
 

@@ -200,7 +200,7 @@ class _Request:
     def fail(self, failure: RequestFailure) -> list[str]:
         """Set the error and end the outputs that still run; returns their ids."""
         kind = InvalidRequestError if failure.status == InvalidRequestError.status else RequestError
-        self.error = kind(failure.message, code=failure.code)
+        self.error = kind(failure.message, code=failure.code, field=failure.field)
         self.error.status = failure.status
         running = [child for child in self.children if not child.is_finished]
         for child in running:

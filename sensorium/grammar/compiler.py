@@ -21,7 +21,7 @@ from sensorium.grammar.messages import NO_CHECK, CancelCheck, CheckGrammar, Load
 from sensorium.grammar.service import GrammarService
 from sensorium.logger import get_logger
 from sensorium.messages import Vocabulary
-from sensorium.structured_outputs import StructuredOutputs
+from sensorium.structured_outputs import FIELD, StructuredOutputs
 
 logger = get_logger(__name__)
 
@@ -86,7 +86,8 @@ class GrammarCompiler:
             future.set_exception(
                 UnsupportedFeatureError(
                     "structured_outputs: got some, but the engine has no tokenizer, expected one. Load the model with "
-                    "its tokenizer, or remove structured_outputs."
+                    "its tokenizer, or remove structured_outputs.",
+                    field=FIELD,
                 )
             )
             return future
@@ -169,7 +170,7 @@ class GrammarCompiler:
             job.futures.append(future)
             return
         if self._unsupported is not None:
-            _fail(future, UnsupportedFeatureError(self._unsupported))
+            _fail(future, UnsupportedFeatureError(self._unsupported, field=FIELD))
             return
         known = self._known.get(grammar)
         if known is not None and known.error is not None:
@@ -180,7 +181,8 @@ class GrammarCompiler:
                 future,
                 OverloadedError(
                     f"structured_outputs: got one more to compile while {MAX_OPEN} wait, expected fewer. "
-                    "Send the request again later."
+                    "Send the request again later.",
+                    field=FIELD,
                 ),
             )
             return
@@ -243,7 +245,7 @@ class GrammarCompiler:
 
 def _settle(future: Future[None], verdict: Verdict) -> None:
     if verdict.error is not None:
-        _fail(future, InvalidRequestError(verdict.error))
+        _fail(future, InvalidRequestError(verdict.error, field=FIELD))
     elif future.set_running_or_notify_cancel():
         future.set_result(None)
 

@@ -41,6 +41,7 @@ from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, SamplingState
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.model_executor.token_mask import TokenMask
+from sensorium.structured_outputs import FIELD
 from sensorium.token_masks import StepMasks
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.encoder_runner import EncoderRunner
@@ -288,7 +289,7 @@ class ModelRunner:
                 errors = (self.encoder.errors.get(item.key) for item in state.request.media)
                 error = next((error for error in errors if error is not None), None)
                 if error is not None:
-                    state.failure = RequestFailure(str(error), error.status, error.code)
+                    state.failure = RequestFailure.of(error)
             if state.failure is None:
                 remaining.append(chunk)
             else:
@@ -444,6 +445,7 @@ def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:
                 "structured_outputs: got one that allows no token that bad_words, logit_bias and the model leave, "
                 "expected one that does. Change it, or remove what forbids tokens.",
                 status=400,
+                field=FIELD,
             )
     return RequestFailure(
         "The model produced no valid logits for this request (NaN or infinity). Other requests go on."

@@ -13,6 +13,7 @@ import numpy as np
 
 from sensorium.logger import get_logger
 from sensorium.messages import RequestFailure
+from sensorium.structured_outputs import FIELD
 from sensorium.token_masks import Int32Array, MaskMemory, MaskRow, MaskSource, RowFailure, RowsDone, RowState, StepMasks
 
 logger = get_logger(__name__)
@@ -133,7 +134,7 @@ class _OpenSource:
             number, failure = self._failures.get(mask_row.row, (0, None))
             state = self._memory.states[mask_row.row]
             if failure is not None and number >= mask_row.begun:
-                failures[row] = RequestFailure(failure.message, failure.status)
+                failures[row] = RequestFailure(failure.message, failure.status, field=FIELD)
             elif state == RowState.HELD:
                 held.append(row)
                 indices.append(mask_row.row)

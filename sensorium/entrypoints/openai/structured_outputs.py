@@ -16,7 +16,7 @@ from pydantic import Field
 from sensorium.entrypoints.openai.body import Body
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.outputs import RequestOutput
-from sensorium.structured_outputs import StructuredOutputs
+from sensorium.structured_outputs import FIELD, StructuredOutputs
 
 _NAME = re.compile(r"structured_outputs(\.\w+)?")
 _NEXT_STEP = re.compile(r"\b(Change|Simplify|Correct|Set) (?:json|json_object|regex|grammar|choice|one)\.$")
@@ -25,12 +25,10 @@ _HELD_TO = re.compile(r".*? got one that can't be held to \((.*)\), expected one
 
 def told_of(error: RequestError, field: str) -> RequestError:
     """An error about structured outputs, with the name of the field that asked for them; other errors unchanged."""
-    text = str(error)
-    found = _NAME.match(text)
-    if found is None:
+    if error.field != FIELD:
         return error
     last = field.rpartition(".")[2]
-    error.args = (_NEXT_STEP.sub(rf"\1 {last}.", field + text[found.end() :]),)
+    error.args = (_NEXT_STEP.sub(rf"\1 {last}.", _NAME.sub(field, str(error), count=1)),)
     return error
 
 

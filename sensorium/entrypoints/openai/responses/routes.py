@@ -10,6 +10,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from sensorium.chat.template import EFFORT_FIELD
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.errors import HttpError
 from sensorium.entrypoints.openai.fields import check_include
@@ -138,9 +139,9 @@ class ResponseRoutes:
         try:
             return await self._context.render(request, turn.messages, **turn.render_options())
         except RequestError as error:
-            if not str(error).startswith("reasoning_effort"):
+            if error.field != EFFORT_FIELD:
                 raise
-            raise type(error)(str(error).replace("reasoning_effort", "reasoning.effort")) from None
+            raise type(error)(str(error).replace(EFFORT_FIELD, "reasoning.effort")) from None
 
     async def _count(self, request: Request, turn: Turn) -> int:
         prompt = await self._render(request, turn)

@@ -9,7 +9,6 @@ events = reader.push(output) ...
 from __future__ import annotations
 
 import json
-import re
 import secrets
 import string
 from collections.abc import Sequence
@@ -24,10 +23,9 @@ from sensorium.outputs import CompletionOutput
 from sensorium.parsing import AnswerParser, Event, Reasoning, ToolCallStart
 from sensorium.parsing.grammars import Held, answer_grammar, json_grammar
 from sensorium.sampling_params import SamplingParams
-from sensorium.structured_outputs import StructuredOutputs
+from sensorium.structured_outputs import FIELD, StructuredOutputs
 
 _JSON_KINDS = ("json", "json_object")
-_OF_GRAMMAR = re.compile(r"structured_outputs(\.grammar)?: ")
 _LETTERS_AND_DIGITS = string.ascii_letters + string.digits
 _CALL_ID_CHARS = 24
 
@@ -93,7 +91,7 @@ class AnswerPlan:
 
     def blame(self, error: RequestError) -> RequestError:
         """An error about a generated grammar, expressed in terms of the request's fields."""
-        if not self._has_grammar or not isinstance(error, InvalidRequestError) or not _OF_GRAMMAR.match(str(error)):
+        if not self._has_grammar or not isinstance(error, InvalidRequestError) or error.field != FIELD:
             return error
         reason = f"{reason_of(error):.400}"
         schema = self._format_field or "structured_outputs"
