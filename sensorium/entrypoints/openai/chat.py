@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import aclosing
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,11 +11,10 @@ from starlette.responses import Response
 
 from sensorium.entrypoints.openai.chat_answer import ChatAnswer
 from sensorium.entrypoints.openai.context import ServerContext
-from sensorium.entrypoints.openai.http import EventStream, JsonResponse, read_body, while_connected, with_first
+from sensorium.entrypoints.openai.http import EventStream, JsonResponse, only, read_body, while_connected, with_first
 from sensorium.entrypoints.openai.protocol import ChatBody, TokenCostBody
 from sensorium.entrypoints.openai.tools.plan import AnswerPlan
 from sensorium.entrypoints.openai.tools.request import ToolRequest
-from sensorium.errors import RequestError
 from sensorium.outputs import OutputKind, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
@@ -67,20 +65,19 @@ class ChatRoutes:
         }
 
     async def _generate(self, turn: _Turn, kind: OutputKind) -> AsyncIterator[RequestOutput]:
+        """Render the prompt, plan the answer, and open the generator of its outputs."""
         body = turn.body
         prompt = await self._context.render(turn.http_request, body.messages, **body.render_options())
         turn.plan = self._plan(body, turn.tools, prompt["prompt"])
-        params = turn.plan.params(turn.params, body.constraint_field())
-        outputs = self._context.generate(
-            turn.http_request, prompt, params, kind, priority=body.priority, cache_salt=body.cache_salt
+        return self._context.generate(
+            turn.http_request,
+            prompt,
+            turn.plan.params(turn.params, body.constraint_field()),
+            kind,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            in_own_terms=lambda error: body.in_own_terms(turn.plan.blame(error)),
         )
-        del prompt  # the media that it holds
-        async with aclosing(outputs):  # type: ignore[type-var]
-            try:
-                async for output in outputs:
-                    yield output
-            except RequestError as error:
-                raise body.in_own_terms(turn.plan.blame(error)) from None
 
     def _plan(self, body: ChatBody, request: ToolRequest | None, prompt: str) -> AnswerPlan:
         forms = self._context.chat().answer_forms(chat_template=body.chat_template, has_tools=request is not None)
@@ -88,8 +85,7 @@ class ChatRoutes:
         return AnswerPlan(forms, request, prompt, tokenizer, is_continued=is_continued)
 
     async def _whole(self, turn: _Turn) -> RequestOutput:
-        async with aclosing(self._generate(turn, OutputKind.FINAL_ONLY)) as outputs:  # type: ignore[type-var]
-            return await anext(outputs)
+        return await only(await self._generate(turn, OutputKind.FINAL_ONLY))
 
     async def _started(self, turn: _Turn) -> AsyncIterator[RequestOutput]:
-        return await with_first(self._generate(turn, OutputKind.DELTA))
+        return await with_first(await self._generate(turn, OutputKind.DELTA))

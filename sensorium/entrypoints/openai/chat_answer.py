@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
 from typing import Any
 
@@ -37,22 +37,21 @@ class ChatAnswer:
 
     async def chunks(self, outputs: AsyncIterator[RequestOutput], options: StreamOptions) -> AsyncIterator[Any]:
         """`chat.completion.chunk`s: a role first for each choice, then deltas, with usage where it is wanted."""
-        async with aclosing(self._chunks(outputs)) as chunks:  # type: ignore[type-var]
-            async for chunk in chunks:
-                yield {**chunk, "usage": self._usage_body()} if options.continuous_usage_stats else chunk
-        if options.include_usage:
-            yield {**self._chunk(), "usage": self._usage_body()}
-
-    async def _chunks(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Any]:
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
                 self._usage.take(0, output)
-                for each in output.outputs:
-                    if each.index not in self._readers:
-                        content = "" if self._plan.request is None else None
-                        yield self._chunk(_delta(each.index, {"role": "assistant", "content": content}))
-                    for delta in self._deltas(each):
-                        yield self._chunk(delta)
+                for chunk in self._chunks(output):
+                    yield {**chunk, "usage": self._usage_body()} if options.continuous_usage_stats else chunk
+        if options.include_usage:
+            yield {**self._chunk(), "usage": self._usage_body()}
+
+    def _chunks(self, output: RequestOutput) -> Iterator[dict[str, Any]]:
+        for each in output.outputs:
+            if each.index not in self._readers:
+                content = "" if self._plan.request is None else None
+                yield self._chunk(_delta(each.index, {"role": "assistant", "content": content}))
+            for delta in self._deltas(each):
+                yield self._chunk(delta)
 
     def _choice(self, output: CompletionOutput) -> dict[str, Any]:
         events, reader = self._read(output)

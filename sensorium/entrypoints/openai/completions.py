@@ -87,15 +87,14 @@ class CompletionRoutes:
         kwargs = {"mm_processor_kwargs": body.mm_processor_kwargs} if body.mm_processor_kwargs else {}
         return merged(
             [
-                body.told_in_own_terms(
-                    self._context.generate(
-                        request,
-                        _prompt(prompt, body) | kwargs,
-                        params,
-                        kind,
-                        priority=body.priority,
-                        cache_salt=body.cache_salt,
-                    )
+                self._context.generate(
+                    request,
+                    _prompt(prompt, body) | kwargs,
+                    params,
+                    kind,
+                    priority=body.priority,
+                    cache_salt=body.cache_salt,
+                    in_own_terms=body.in_own_terms,
                 )
                 for prompt in prompts
             ]

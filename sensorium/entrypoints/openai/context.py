@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,7 +17,7 @@ from sensorium.entrypoints.openai.errors import HttpError
 from sensorium.entrypoints.openai.http import tenant_of
 from sensorium.entrypoints.openai.metrics import ServerMetrics
 from sensorium.entrypoints.openai.records import note_warning
-from sensorium.errors import InvalidRequestError, UnsupportedFeatureError
+from sensorium.errors import InvalidRequestError, RequestError, UnsupportedFeatureError
 from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.media import MediaLoader
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
@@ -148,8 +148,12 @@ class ServerContext:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        in_own_terms: Callable[[RequestError], RequestError] = lambda error: error,
     ) -> AsyncIterator[RequestOutput]:
-        """`AsyncLLMEngine.generate` for the tenant that sent a request, counted."""
+        """`AsyncLLMEngine.generate` for the tenant that sent a request, counted.
+
+        `in_own_terms`: makes of an error what the client is told, in the terms of what it sent.
+        """
         self._check_priority(priority)
         watch = self.metrics.watch()
         outputs = self.engine.generate(
@@ -167,6 +171,9 @@ class ServerContext:
                 yield output
         except asyncio.CancelledError:
             raise
+        except RequestError as error:
+            watch.failed(error)
+            raise in_own_terms(error) from None
         except Exception as error:
             watch.failed(error)
             raise

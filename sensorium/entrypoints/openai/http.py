@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import secrets
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import aclosing, suppress
 from typing import Any, TypeVar
 
@@ -246,6 +246,24 @@ def padded(item: dict[str, Any]) -> bytes:
     return msgspec.json.encode({**item, "obfuscation": filling})
 
 
+class _Started(AsyncIterator[_T]):
+    """A generator's items, of which the first is there. No generator itself: it stands between every two tokens."""
+
+    def __init__(self, first: _T, items: AsyncIterator[_T]) -> None:
+        self._first = [first]
+        self._items = items
+
+    def __anext__(self) -> Awaitable[_T]:
+        return self._take_first() if self._first else anext(self._items)
+
+    async def _take_first(self) -> _T:
+        return self._first.pop()
+
+    async def aclose(self) -> None:
+        """Close the generator."""
+        await self._items.aclose()  # type: ignore[attr-defined]
+
+
 async def with_first(items: AsyncIterator[_T]) -> AsyncIterator[_T]:
     """The same items, after waiting for the first: an error before it is an ordinary error response."""
     try:
@@ -253,14 +271,13 @@ async def with_first(items: AsyncIterator[_T]) -> AsyncIterator[_T]:
     except BaseException:
         await items.aclose()  # type: ignore[attr-defined]
         raise
+    return _Started(first, items)
 
-    async def chain() -> AsyncIterator[_T]:
-        async with aclosing(items):  # type: ignore[type-var]
-            yield first
-            async for item in items:
-                yield item
 
-    return chain()
+async def only(items: AsyncIterator[_T]) -> _T:
+    """The only item of a generator, which is closed."""
+    async with aclosing(items):  # type: ignore[type-var]
+        return await anext(items)
 
 
 async def merged(sources: list[AsyncIterator[_T]]) -> AsyncIterator[tuple[int, _T]]:

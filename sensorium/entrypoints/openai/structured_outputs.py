@@ -7,15 +7,12 @@ them to the fields that the client sent.
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator
-from contextlib import aclosing
 from typing import Any
 
 from pydantic import Field
 
 from sensorium.entrypoints.openai.body import Body
 from sensorium.errors import InvalidRequestError, RequestError
-from sensorium.outputs import RequestOutput
 from sensorium.structured_outputs import FIELD, StructuredOutputs
 
 _NAME = re.compile(r"structured_outputs(\.\w+)?")
@@ -131,15 +128,6 @@ class StructuredOutputsFields(Body):
         """An error about it, with the name of the field that was sent."""
         field = self.constraint_field()
         return error if field is None else told_of(error, field)
-
-    async def told_in_own_terms(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[RequestOutput]:
-        """The same outputs, with such errors. Raises what `outputs` raises."""
-        async with aclosing(outputs):  # type: ignore[type-var]
-            try:
-                async for output in outputs:
-                    yield output
-            except RequestError as error:
-                raise self.in_own_terms(error) from None
 
     def _constraint(self) -> StructuredOutputs | None:
         given = [name for name in StructuredOutputsFields.model_fields if getattr(self, name) is not None]

@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
 from sensorium.entrypoints.openai.context import ServerContext
-from sensorium.entrypoints.openai.http import EventStream, JsonResponse, tenant_of, while_connected, with_first
+from sensorium.entrypoints.openai.http import EventStream, JsonResponse, only, tenant_of, while_connected, with_first
 from sensorium.entrypoints.openai.multipart import read_form
 from sensorium.entrypoints.openai.protocol import TranscriptionForm, parse_body
 from sensorium.errors import ContextLengthError, UnsupportedFeatureError
@@ -92,9 +92,7 @@ class TranscriptionRoutes:
                 yield output
 
     async def _whole(self, request: Request, transcript: _Transcript) -> RequestOutput:
-        generated = self._generate(request, transcript, OutputKind.FINAL_ONLY)
-        async with aclosing(generated) as outputs:  # type: ignore[type-var]
-            return await anext(outputs)
+        return await only(self._generate(request, transcript, OutputKind.FINAL_ONLY))
 
 
 class _Transcript:

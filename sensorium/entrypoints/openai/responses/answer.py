@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import AsyncIterator, Iterator
 from contextlib import aclosing
@@ -36,6 +37,7 @@ class ResponseAnswer:
         self._writer = OutputWriter()
         self._logprobs: list[Item] = []
         self._usage = _Usage()
+        self._numbers = itertools.count()
         text: dict[str, Any] = {"format": {"type": "text"}, "verbosity": "medium"}
         if body.text is not None and body.text.format is not None:
             text["format"] = body.text.format.model_dump(by_alias=True, exclude_none=True)
@@ -85,33 +87,8 @@ class ResponseAnswer:
 
         Raises what `outputs` raises.
         """
-        number = 0
-        async with aclosing(self._events(outputs)) as events:  # type: ignore[type-var]
-            async for event in events:
-                yield {**event, "sequence_number": number}
-                number += 1
-
-    async def stream(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Event]:
-        """As `events`, but a failure is the last of them: `response.failed`."""
-        number = 0
-        try:
-            async with aclosing(self.events(outputs)) as events:  # type: ignore[type-var]
-                async for event in events:
-                    number = event["sequence_number"] + 1
-                    yield event
-        except SensoriumError as error:
-            note_failure(error)
-            code = error_code(error) if error.status < 500 else SensoriumError.code
-            yield {**self._failed(str(error), code), "sequence_number": number}
-        except Exception as error:
-            note_failure(error)
-            logger.exception("a stream broke off")
-            text = "internal error: the answer could not be completed."
-            yield {**self._failed(text, SensoriumError.code), "sequence_number": number}
-
-    async def _events(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Event]:
-        yield {"type": "response.created", "response": self.response}
-        yield {"type": "response.in_progress", "response": self.response}
+        yield self._numbered({"type": "response.created", "response": self.response})
+        yield self._numbered({"type": "response.in_progress", "response": self.response})
         reason = None
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:
@@ -119,10 +96,34 @@ class ResponseAnswer:
                 self._usage.take(output)
                 reason = delta.finish_reason
                 for event in self._written(delta):
-                    yield {**event, "usage": self._usage_body()} if self._tells_usage else event
+                    yield self._numbered({**event, "usage": self._usage_body()} if self._tells_usage else event)
         status = "incomplete" if reason == "length" else "completed"
         for event in self._writer.end(status):
-            yield event
+            yield self._numbered(event)
+        self._end(status)
+        yield self._numbered({"type": f"response.{status}", "response": self.response})
+
+    async def stream(self, outputs: AsyncIterator[RequestOutput]) -> AsyncIterator[Event]:
+        """As `events`, but a failure is the last of them: `response.failed`."""
+        try:
+            async with aclosing(self.events(outputs)) as events:  # type: ignore[type-var]
+                async for event in events:
+                    yield event
+        except SensoriumError as error:
+            note_failure(error)
+            code = error_code(error) if error.status < 500 else SensoriumError.code
+            yield self._numbered(self._failed(str(error), code))
+        except Exception as error:
+            note_failure(error)
+            logger.exception("a stream broke off")
+            text = "internal error: the answer could not be completed."
+            yield self._numbered(self._failed(text, SensoriumError.code))
+
+    def _numbered(self, event: Event) -> Event:
+        return {**event, "sequence_number": next(self._numbers)}
+
+    def _end(self, status: str) -> None:
+        """Write down how it ended."""
         self._head |= {
             "status": status,
             "output": self._writer.items,
@@ -132,7 +133,6 @@ class ResponseAnswer:
             self._head["incomplete_details"] = {"reason": "max_output_tokens"}
         else:
             self._head["completed_at"] = int(time.time())
-        yield {"type": f"response.{status}", "response": self.response}
 
     def _written(self, delta: CompletionOutput) -> Iterator[Event]:
         """What happens by one more piece of the answer. Log probabilities are told with the next text."""

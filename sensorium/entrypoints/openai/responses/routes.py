@@ -61,7 +61,7 @@ class ResponseRoutes:
         model = self._context.check_model(body.model)
         turn = await beside_loop(request, lambda: self._turn(request, body))
         params = body.params(self._context.sampling_defaults)
-        outputs = await while_connected(request, with_first(self._generate(request, turn, params)))
+        outputs = await while_connected(request, self._started(request, turn, params))
         answer = ResponseAnswer(body, model, turn.plan, params, is_stored=turn.is_stored)
         if body.stream:
             events = self._kept(answer.stream(outputs), answer, turn)
@@ -149,21 +149,23 @@ class ResponseRoutes:
         return processed.num_prompt_tokens
 
     async def _generate(self, request: Request, turn: Turn, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        """Render the prompt, plan the answer, and open the generator of its outputs."""
         body, tools = turn.body, turn.tools
         prompt = await self._render(request, turn)
         forms = self._context.chat().answer_forms(has_tools=tools is not None)
         turn.plan = AnswerPlan(forms, tools, prompt["prompt"], self._context.tokenizer())
-        params = turn.plan.params(params, body.constraint_field())
-        outputs = self._context.generate(
-            request, prompt, params, OutputKind.DELTA, priority=body.priority, cache_salt=body.cache_salt
+        return self._context.generate(
+            request,
+            prompt,
+            turn.plan.params(params, body.constraint_field()),
+            OutputKind.DELTA,
+            priority=body.priority,
+            cache_salt=body.cache_salt,
+            in_own_terms=lambda error: body.in_own_terms(turn.plan.blame(error)),
         )
-        del prompt  # the media that it holds
-        async with aclosing(outputs):  # type: ignore[type-var]
-            try:
-                async for output in outputs:
-                    yield output
-            except RequestError as error:
-                raise body.in_own_terms(turn.plan.blame(error)) from None
+
+    async def _started(self, request: Request, turn: Turn, params: SamplingParams) -> AsyncIterator[RequestOutput]:
+        return await with_first(await self._generate(request, turn, params))
 
     async def _kept(self, events: AsyncIterator[Event], answer: ResponseAnswer, turn: Turn) -> AsyncIterator[Event]:
         """The same events; the response is kept before the last of them is told."""
