@@ -1,7 +1,7 @@
 """Runs a list of prompts through an engine: preprocessing in threads ahead of the steps, results in order.
 
 Worked example with two threads: while the engine steps the first requests, the threads decode and map the next ones'
-media. At most `lookahead` prompts are preprocessed and not yet queued, which bounds memory.
+media. At most twice `max_num_seqs` prompts are preprocessed and not yet queued, which bounds memory.
 """
 
 from __future__ import annotations

@@ -68,11 +68,6 @@ class GrammarCompiler:
         if self._vocabulary is None:
             self._vocabulary = vocabulary
 
-    @property
-    def has_vocabulary(self) -> bool:
-        """Whether grammars can be compiled."""
-        return self._vocabulary is not None
-
     def compile(self, grammar: StructuredOutputs) -> Future[None]:
         """Resolves once rows may be held to the grammar; cancelling gives it up.
 

@@ -280,10 +280,3 @@ def check_accepted(
             f"Input mapper of {model_class.__name__}: got the keyword arguments {unknown}, expected ones that "
             f"{method} takes: {sorted(accepted)}. Add them as parameters of {method}, or drop them in the mapper."
         )
-
-
-def accepted_keywords(function: Any) -> tuple[frozenset[str], bool]:
-    """Names that a bound method takes by keyword, and whether it takes any name at all (`**kwargs`)."""
-    parameters = inspect.signature(function).parameters.values()
-    names = frozenset(p.name for p in parameters if p.kind in _NAMED_KINDS)
-    return names, any(p.kind is p.VAR_KEYWORD for p in parameters)

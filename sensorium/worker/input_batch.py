@@ -79,7 +79,7 @@ def num_tables(groups: Sequence[CacheGroup]) -> int:
 
 
 class InputBatch:
-    """Invariant: `slot_of` and `_free_slots` partition the slots; rows of a free slot mean nothing."""
+    """Invariant: `_states` and `_free_slots` partition the slots; rows of a free slot mean nothing."""
 
     def __init__(
         self,
