@@ -17,8 +17,7 @@ from sensorium.scheduler.chunking import ChunkDraft, ChunkPlanner, Shortage
 from sensorium.scheduler.kv_cache_manager import KVCacheManager, PrefixHit
 from sensorium.scheduler.pacing import Pacer
 from sensorium.scheduler.request import RequestState, RequestStatus
-from sensorium.scheduler.request_queue import by_order, may_displace
-from sensorium.scheduler.request_table import RequestTable
+from sensorium.scheduler.request_table import RequestTable, by_order, may_displace
 from sensorium.scheduler.stats import Counters
 from sensorium.scheduler.step_plan import StepPlan
 

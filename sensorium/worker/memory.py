@@ -18,7 +18,7 @@ from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.logger import get_logger
 from sensorium.model_executor.drivers import EmbeddingsDriver, ModelDriver, StepInputs
-from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.drivers.media_arguments import batch_kwargs
 from sensorium.model_executor.layers.tower import RecordableTower, towers_of
 from sensorium.worker.decode_graphs import graph_sizes
 from sensorium.worker.dummy_media import NoDummyMediaError, make_dummy_media

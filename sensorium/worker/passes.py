@@ -20,8 +20,7 @@ from sensorium.errors import ModelError
 from sensorium.messages import ScheduledChunk
 from sensorium.model_executor.adapter_rows import adapter_ids_of_rows
 from sensorium.model_executor.drivers import MediaRows, ModelDriver, StepInputs
-from sensorium.model_executor.drivers.media_kwargs import kwargs_of_items
-from sensorium.model_executor.drivers.placeholder_maps import index_maps
+from sensorium.model_executor.drivers.media_arguments import index_maps, kwargs_of_items
 from sensorium.model_executor.layers.tower import towers_of
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.decode_graphs import Decoded, DecodeGraphs

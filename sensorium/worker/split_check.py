@@ -25,7 +25,7 @@ from sensorium.logger import get_logger
 from sensorium.model_executor.drivers import AutoSplitDriver, EmbeddingsDriver, MediaRows, StepInputs
 from sensorium.model_executor.drivers.carrier import Captured
 from sensorium.model_executor.drivers.encoder_outputs import flatten_rows
-from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.drivers.media_arguments import batch_kwargs
 from sensorium.multimodal.placeholder_map import IndexMap
 from sensorium.worker.dummy_media import DummyMedia
 from sensorium.worker.dummy_steps import DummySteps, IdArray

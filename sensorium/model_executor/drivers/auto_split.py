@@ -34,8 +34,7 @@ from sensorium.model_executor.drivers.base import (
     without_media_ids,
 )
 from sensorium.model_executor.drivers.carrier import Captured, Carrier
-from sensorium.model_executor.drivers.media_kwargs import kwargs_of_items
-from sensorium.model_executor.drivers.placeholder_maps import index_maps
+from sensorium.model_executor.drivers.media_arguments import index_maps, kwargs_of_items
 
 
 class AutoSplitDriver:

@@ -20,7 +20,7 @@ from sensorium.model_executor.drivers.base import (
     without_media_ids,
 )
 from sensorium.model_executor.drivers.encoder_outputs import split_rows
-from sensorium.model_executor.drivers.media_kwargs import batch_kwargs
+from sensorium.model_executor.drivers.media_arguments import batch_kwargs
 
 
 class EmbeddingsDriver:

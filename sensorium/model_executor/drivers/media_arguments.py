@@ -1,4 +1,6 @@
-"""Mapped media of several items as the keyword arguments of one call."""
+"""What goes with several items in one call: their mapped media as keyword arguments, and the maps of where their rows
+stand, for models that merge by map instead of by token id.
+"""
 
 from __future__ import annotations
 
@@ -9,6 +11,7 @@ import torch
 
 from sensorium.messages import MediaItem
 from sensorium.multimodal import MultiModalKwargs
+from sensorium.multimodal.placeholder_map import IndexMap
 
 
 def kwargs_of_items(items: Iterable[MediaItem], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
@@ -37,3 +40,14 @@ def _cast(value: Any, dtype: torch.dtype) -> Any:
     if isinstance(value, list | tuple):
         return [_cast(each, dtype) for each in value]
     return value
+
+
+def index_maps(media: Sequence[MediaItem], start: int = 0) -> dict[str, IndexMap]:
+    """Per modality, the map of whole items in a batch whose first row is position `start` of the prompt."""
+    src: dict[str, list[int]] = {}
+    dest: dict[str, list[int]] = {}
+    for item in media:
+        sources = src.setdefault(item.modality, [])
+        sources.extend(range(len(sources), len(sources) + item.span.num_rows))
+        dest.setdefault(item.modality, []).extend((item.span.positions() - start).tolist())
+    return {name: IndexMap(src=src[name], dest=dest[name]) for name in src}

@@ -5,7 +5,7 @@ from __future__ import annotations
 from random import Random
 
 from sensorium.scheduler.request import RequestState, RequestStatus
-from sensorium.scheduler.request_queue import RequestQueue, may_displace
+from sensorium.scheduler.request_table import RequestQueue, may_displace
 from tests.scheduler.simulation import make_request
 
 
