@@ -143,8 +143,8 @@ def test_placeholders_and_encoder_rows_agree(family: str) -> None:
             jobs = [EncodeJob(request, item) for item in request.media]
             for job, rows in zip(jobs, worker.runner.encoder._driver.encode(jobs), strict=True):
                 assert isinstance(rows, torch.Tensor), rows
-                assert len(rows) == job.item.num_rows
-                assert job.item.num_rows <= engine.core.features.max_item_rows[job.item.modality]
+                assert len(rows) == job.item.span.num_rows
+                assert job.item.span.num_rows <= engine.core.features.max_item_rows[job.item.modality]
 
 
 @pytest.mark.parametrize("family", MULTIMODAL)
