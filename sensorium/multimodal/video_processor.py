@@ -389,7 +389,7 @@ def _check_exists(processor_name: str, revision: str | None) -> None:
     if kind is not None and not is_processor(str(kind)) and "AutoVideoProcessor" not in own_code:
         raise ProcessorError(
             f"Video processor: the checkpoint's is {kind}, which transformers doesn't have. Correct "
-            f"video_processor_type in its video_preprocessor_config.json{_WAY_OUT}, or set limit_mm_per_prompt to "
+            f"video_processor_type in its files{_WAY_OUT}, or set limit_mm_per_prompt to "
             "{'video': 0}."
         )
 
