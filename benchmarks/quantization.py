@@ -1,10 +1,14 @@
-"""A decoder in bfloat16 beside the same in int8: time of a decoding step, and prefill.
+"""A decoder in bfloat16 beside the same with quantized weights: time of a decoding step, of prefill, and what changes.
 
-    python benchmarks/quantization.py [CHECKPOINT] [--repeats 3] [--num-threads N]
+    python benchmarks/quantization.py [CHECKPOINT] [--schemes int8 fp8] [--device cuda] [--shape 7b] [--repeats 3]
 
-Without a checkpoint: random weights in the shape of Qwen2-0.5B with a vocabulary of 32,000. Both engines live at once,
-and their runs alternate, so that both see the machine's same minutes. A step's time is the best of the repeats, each of
-which is what 32 more tokens take. The last line is one JSON object.
+Without a checkpoint: random weights in the shape of Qwen2-0.5B, or another, with a vocabulary of 32,000. All engines
+live at once, and their runs alternate, so that all see the machine's same minutes. A step's time is the best of the
+repeats, each of which is what 32 more tokens take. Accuracy is taken over the tokens of random prompts: the error of
+their log probabilities, and how often another token is the likeliest. The last line is one JSON object.
+
+On a CPU, fp8 weights are held in bfloat16: accuracy is that of the rounded weights, speed that of bfloat16. To try the
+script, `--shape tiny --repeats 1`.
 """
 
 from __future__ import annotations
@@ -17,51 +21,70 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from sensorium import LLM, SamplingParams
 
-CONFIG = {
-    "architectures": ["Qwen2ForCausalLM"],
-    "model_type": "qwen2",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "num_hidden_layers": 24,
-    "num_attention_heads": 14,
-    "num_key_value_heads": 2,
-    "vocab_size": 32000,
-    "max_position_embeddings": 4096,
-    "tie_word_embeddings": True,
-    "dtype": "bfloat16",
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {"hidden": 256, "inner": 512, "layers": 2, "heads": 4, "kv_heads": 2, "tied": True},
+    "0.5b": {"hidden": 896, "inner": 4864, "layers": 24, "heads": 14, "kv_heads": 2, "tied": True},
+    "7b": {"hidden": 3584, "inner": 18944, "layers": 28, "heads": 28, "kv_heads": 4, "tied": False},
 }
 PROMPT, STEPS, PREFILL = 128, 32, (4, 512)
-SCHEMES = (None, "int8")
+NUM_PROMPTS = 16
+SCHEMES = {"cpu": ["int8", "fp8"], "cuda": ["fp8"]}
 
 
-def make_engine(checkpoint: Path | None, quantization: str | None, num_threads: int | None) -> LLM:
-    """An engine on the CPU, with random weights if there is no checkpoint."""
+def config_of(shape: str) -> dict[str, Any]:
+    """A checkpoint's config."""
+    sizes = SHAPES[shape]
+    return {
+        "architectures": ["Qwen2ForCausalLM"],
+        "model_type": "qwen2",
+        "hidden_size": sizes["hidden"],
+        "intermediate_size": sizes["inner"],
+        "num_hidden_layers": sizes["layers"],
+        "num_attention_heads": sizes["heads"],
+        "num_key_value_heads": sizes["kv_heads"],
+        "vocab_size": 32000,
+        "max_position_embeddings": 4096,
+        "tie_word_embeddings": sizes["tied"],
+        "dtype": "bfloat16",
+    }
+
+
+def make_engine(args: argparse.Namespace, quantization: str | None) -> LLM:
+    """An engine, with random weights if there is no checkpoint."""
     settings: dict[str, Any] = {
-        "device": "cpu",
+        "device": args.device,
         "dtype": "bfloat16",
         "quantization": quantization,
-        "num_threads": num_threads,
-        "kv_cache_bytes": 1 << 28,
-        "max_model_len": 4096,
+        "num_threads": args.num_threads,
+        "kv_cache_bytes": 1 << 30 if args.shape == "7b" else 1 << 28,
+        "max_model_len": 2048,
         "skip_tokenizer_init": True,
         "enable_prefix_caching": False,
     }
-    if checkpoint is not None:
-        return LLM(str(checkpoint), **settings)
+    if args.checkpoint is not None:
+        return LLM(str(args.checkpoint), **settings)
     with tempfile.TemporaryDirectory() as folder:
-        (Path(folder) / "config.json").write_text(json.dumps(CONFIG))
+        (Path(folder) / "config.json").write_text(json.dumps(config_of(args.shape)))
         return LLM(folder, load_format="dummy", **settings)
 
 
 def seconds(llm: LLM, num_prompts: int, prompt_tokens: int, new_tokens: int) -> float:
     """How long a batch of random prompts takes."""
-    prompts = [{"prompt_token_ids": random.choices(range(100, 30000), k=prompt_tokens)} for _ in range(num_prompts)]
+    prompts = [{"prompt_token_ids": random_ids(llm, prompt_tokens)} for _ in range(num_prompts)]
     params = SamplingParams(temperature=0, max_tokens=new_tokens, ignore_eos=True)
     begin = time.perf_counter()
     llm.generate(prompts, params)
     return time.perf_counter() - begin
+
+
+def random_ids(llm: LLM, count: int) -> list[int]:
+    """Token ids, none of the special ones at the ends of most vocabularies."""
+    vocab_size = llm.engine.config.model_config.vocab_size
+    return random.choices(range(100, max(min(30000, vocab_size - 300), 101)), k=count)
 
 
 def measure(llm: LLM) -> dict[str, float]:
@@ -74,15 +97,50 @@ def measure(llm: LLM) -> dict[str, float]:
     return figures
 
 
+def likelihoods(llm: LLM, prompts: list[list[int]]) -> tuple[np.ndarray[Any, Any], list[int]]:
+    """Of each token of the prompts but their first: its log probability, and the token that was likeliest."""
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=1, ignore_eos=True)
+    values, best = [], []
+    for output in llm.generate([{"prompt_token_ids": ids} for ids in prompts], params):
+        assert output.prompt_logprobs is not None
+        for token, entry in zip(output.prompt_token_ids, output.prompt_logprobs, strict=True):
+            if entry is not None:
+                values.append(entry[token].logprob)
+                best.append(max(entry, key=lambda each: entry[each].logprob))
+    return np.array(values), best
+
+
+def accuracy(reference: LLM, llm: LLM, prompts: list[list[int]]) -> dict[str, float]:
+    """How far an engine is from another one."""
+    (want, want_best), (got, got_best) = likelihoods(reference, prompts), likelihoods(llm, prompts)
+    changed = [one != other for one, other in zip(want_best, got_best, strict=True)]
+    return {
+        "error of log probabilities": float(np.sqrt(np.mean((got - want) ** 2))),
+        "relative to their spread, %": float(100 * np.sqrt(np.mean((got - want) ** 2)) / want.std()),
+        "another token likeliest, %": 100 * sum(changed) / len(changed),
+    }
+
+
+def print_table(figures: dict[str, dict[str, float]], columns: list[str]) -> None:
+    """A row for each figure."""
+    print(f"{'':30s}" + "".join(f"{name:>12s}" for name in columns))
+    for figure in figures[columns[-1]]:
+        print(f"{figure:30s}" + "".join(f"{figures[name].get(figure, 0.0):12.3f}" for name in columns))
+
+
 def main() -> None:
-    """Print a table and a JSON line."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    """Print two tables and a JSON line."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("checkpoint", type=Path, nargs="?")
+    parser.add_argument("--schemes", nargs="+", help="quantizations beside bfloat16; by default those of the device")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--shape", choices=SHAPES, default="0.5b")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--num-threads", type=int)
     args = parser.parse_args()
     random.seed(0)
-    engines = {scheme or "bfloat16": make_engine(args.checkpoint, scheme, args.num_threads) for scheme in SCHEMES}
+    schemes = args.schemes or SCHEMES[args.device.partition(":")[0]]
+    engines = {name: make_engine(args, None if name == "bfloat16" else name) for name in ("bfloat16", *schemes)}
     best: dict[str, dict[str, float]] = {name: {} for name in engines}
     for llm in engines.values():
         seconds(llm, 1, PROMPT, 4)
@@ -92,11 +150,13 @@ def main() -> None:
                 best[name][figure] = min(value, best[name].get(figure, value))
     for name, llm in engines.items():
         best[name]["weights, MiB"] = llm.engine.report.memory_bytes["weights"] / 2**20
-    print(f"{'':24s}" + "".join(f"{name:>12s}" for name in engines))
-    for figure in best["int8"]:
-        print(f"{figure:24s}" + "".join(f"{best[name][figure]:12.1f}" for name in engines))
-    rounded = {name: {figure: round(value, 2) for figure, value in values.items()} for name, values in best.items()}
-    print(json.dumps({"benchmark": "quantization", "figures": rounded}))
+    print_table(best, list(engines))
+    prompts = [random_ids(engines["bfloat16"], PROMPT) for _ in range(NUM_PROMPTS)]
+    errors = {name: accuracy(engines["bfloat16"], engines[name], prompts) for name in schemes}
+    print_table(errors, list(schemes))
+    figures = {name: best[name] | errors.get(name, {}) for name in engines}
+    rounded = {name: {figure: round(value, 3) for figure, value in values.items()} for name, values in figures.items()}
+    print(json.dumps({"benchmark": "quantization", "shape": args.shape, "device": args.device, "figures": rounded}))
 
 
 if __name__ == "__main__":

@@ -59,9 +59,9 @@ def refuse_other_kind(target: torch.Tensor, loaded: torch.Tensor, what: str) -> 
     if is_integer and target.dtype.itemsize >= loaded.dtype.itemsize and torch.bool not in kinds:
         return
     raise WeightsError(
-        f"dtype of {what}: got {loaded.dtype} from the checkpoint, expected {target.dtype}. If these weights are "
-        "quantized, config.json must say how in its quantization_config; else use the checkpoint that they were made "
-        "from."
+        f"dtype of {what}: got {loaded.dtype} from the checkpoint, expected {target.dtype}. Quantized weights are held "
+        "by the library's linear layers alone, and only if config.json says how in its quantization_config; else use "
+        "the checkpoint that they were made from."
     )
 
 

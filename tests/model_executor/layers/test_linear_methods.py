@@ -3,9 +3,11 @@ rounded, whole or part by part, with a bias or without, for any number of channe
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -430,3 +432,23 @@ def test_compressed_tensors_of_8_bit_floats(settings: dict[str, Any], layout: Sc
 def test_other_compressed_tensors_are_refused(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ModelError, match=message):
         resolve_quantization(None, Config(settings), "cpu")
+
+
+def test_little_stands_between_a_layer_and_its_kernel(way: Way) -> None:
+    """A decoding step calls some hundred layers: `forward`, the method's `apply`, and the kernel is all."""
+    layer = ReplicatedLinear(INPUTS, 37, bias=False, quant_config=way.config)
+    load(layer, way, {None: 37})
+    layer.process_weights_after_loading()
+    x, called = random_tensor(1, INPUTS), []
+
+    def note(frame: FrameType, event: str, _: Any) -> None:
+        if event == "call":
+            called.append(frame.f_code.co_name)
+
+    sys.setprofile(note)
+    try:
+        layer.forward(x)
+    finally:
+        sys.setprofile(None)
+    kernel = next(i for i, name in enumerate(called) if name.endswith("linear"))
+    assert [name for name in called[:kernel] if name != "__getattr__"] == ["forward", "apply"]
