@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from sensorium.engine.async_llm_engine import AsyncLLMEngine
     from sensorium.engine.llm_engine import LLMEngine
     from sensorium.entrypoints.llm import LLM
+    from sensorium.entrypoints.verification.run import verify
     from sensorium.model_executor.models.registry import ModelRegistry
     from sensorium.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
     from sensorium.sampling_params import SamplingParams
@@ -37,6 +38,7 @@ _HOMES = {
     "RequestOutput": "sensorium.outputs",
     "CompletionOutput": "sensorium.outputs",
     "PoolingRequestOutput": "sensorium.outputs",
+    "verify": "sensorium.entrypoints.verification.run",
 }
 
 __all__ = [
@@ -51,6 +53,7 @@ __all__ = [
     "SamplingParams",
     "StructuredOutputs",
     "__version__",
+    "verify",
 ]
 
 

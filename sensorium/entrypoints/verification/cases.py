@@ -1,0 +1,93 @@
+"""Prompts that a verification makes itself: texts of token ids, and conversations about pictures, clips and sounds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from sensorium.errors import RequestError
+from sensorium.logger import get_logger
+from sensorium.model_executor.models.transformers.model import text_token_ids
+
+if TYPE_CHECKING:
+    from sensorium.entrypoints.llm import LLM
+    from sensorium.inputs.preprocess import ProcessedRequest
+    from sensorium.sampling_params import SamplingParams
+
+logger = get_logger(__name__)
+
+TEXT_LENGTHS = (5, 37, 90)
+"""Tokens of the texts, as far as the context goes."""
+_SIZES = ((92, 64), (128, 160))
+"""Width and height of the pictures, one for each case."""
+_NUM_FRAMES = 6
+_SAMPLE_RATE = 16_000
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One prompt."""
+
+    name: str
+    prepare: Callable[[LLM, SamplingParams], ProcessedRequest]
+    """The prompt as an engine admits it, anew for each run."""
+
+
+def cases(llm: LLM, num_new_tokens: int) -> Iterator[Case]:
+    """Cases that a model can be asked, with room for so many tokens behind them."""
+    model_config = llm.engine.config.model_config
+    most = model_config.max_model_len - num_new_tokens
+    lengths = sorted({min(length, most) for length in TEXT_LENGTHS})
+    ids, begin = text_token_ids(model_config, sum(lengths)), 0
+    for length in lengths:
+        yield _text_case(ids[begin : begin + length])
+        begin += length
+    if not model_config.is_multimodal_model or llm.get_tokenizer() is None:
+        return
+    for case in _media_cases():
+        if _is_possible(case, llm):
+            yield case
+
+
+def _text_case(ids: list[int]) -> Case:
+    return Case(
+        f"text of {len(ids)}",
+        lambda llm, params: llm.engine.preprocess("verify", {"prompt_token_ids": ids}, params),
+    )
+
+
+def _media_cases() -> Iterator[Case]:
+    rng = np.random.default_rng(0)
+    for width, height in _SIZES:
+        picture = _picture(rng, width, height)
+        yield _chat_case(f"picture of {width} x {height}", {"type": "image", "image": picture})
+    frames = np.stack([np.asarray(_picture(rng, 84, 56)) for _ in range(_NUM_FRAMES)])
+    yield _chat_case(f"clip of {_NUM_FRAMES} frames", {"type": "video", "video": frames})
+    seconds = np.arange(_SAMPLE_RATE // 2) / _SAMPLE_RATE
+    sound = (0.3 * np.sin(2 * np.pi * 440 * seconds) + 0.05 * rng.standard_normal(len(seconds))).astype(np.float32)
+    yield _chat_case("sound of 0.5 s", {"type": "audio", "audio": (sound, _SAMPLE_RATE)})
+
+
+def _picture(rng: np.random.Generator, width: int, height: int) -> Any:
+    from PIL import Image
+
+    coarse = rng.integers(0, 256, (height // 8 + 1, width // 8 + 1, 3), dtype=np.uint8)
+    return Image.fromarray(coarse).resize((width, height), Image.Resampling.BILINEAR)
+
+
+def _chat_case(name: str, part: Mapping[str, Any]) -> Case:
+    messages = [{"role": "user", "content": [part, {"type": "text", "text": "What is this?"}]}]
+    return Case(name, lambda llm, params: llm.preprocess_chat(messages, params))
+
+
+def _is_possible(case: Case, llm: LLM) -> bool:
+    """Whether a model takes such media; whatever else is wrong with it shows when it runs."""
+    try:
+        case.prepare(llm, llm.get_default_sampling_params())
+    except RequestError as error:
+        logger.info("%s is not asked about: %s", case.name, error)
+        return False
+    return True

@@ -1,0 +1,123 @@
+"""What Hugging Face computes: its class, its weights, eager attention, one prompt after another."""
+
+from __future__ import annotations
+
+import inspect
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+
+from sensorium.config import EngineConfig
+from sensorium.errors import ModelError
+from sensorium.messages import EngineRequest
+from sensorium.model_executor.models.byte_patches import as_processed
+from sensorium.model_executor.models.transformers.weights import load_hf_model
+from sensorium.multimodal.mrope import token_id_of
+
+_TOKEN_TYPES = {"image": 1, "video": 2, "audio": 3}
+"""How processors of transformers tell tokens of media apart."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Truth:
+    """What one prompt should give."""
+
+    prompt_token_ids: tuple[int, ...]
+    prompt_logprobs: npt.NDArray[np.float64]
+    """`(prompt length, vocab_size)` of what may follow each token; minus infinity where it isn't known."""
+    token_ids: tuple[int, ...]
+    """Greedy tokens, past any end."""
+    logprobs: npt.NDArray[np.float64]
+    """`(num_new_tokens, vocab_size)`: what each was chosen from."""
+
+
+class Reference:
+    """A model of Hugging Face.
+
+    Raises `ModelError` (a `TypeError`) if transformers has no such class, and what loading raises.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        import transformers
+
+        self._config = config.model_config
+        if not self._config.trust_remote_code and not hasattr(transformers, self._config.architecture):
+            raise ModelError(
+                f"reference for {self._config.architecture}: got an architecture that transformers doesn't know, "
+                "expected one that it has a class for. Compare with --baseline, or check the model by its own tests."
+            )
+        model: Any = load_hf_model(config)
+        model.set_attn_implementation("eager")
+        self.model = model
+        self._device = torch.device(config.device_config.device)
+
+    @torch.inference_mode()
+    def ask(self, request: EngineRequest, num_new_tokens: int) -> Truth:
+        """The truth about a prompt that an engine has admitted."""
+        inputs = self._inputs(request)
+        settings = self.model.generation_config
+        settings.eos_token_id = settings.forced_eos_token_id = None
+        settings.pad_token_id = 0
+        generated = self.model.generate(
+            **inputs,
+            max_new_tokens=num_new_tokens,
+            do_sample=False,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        prompt_length = len(request.prompt_token_ids)
+        return Truth(
+            tuple(request.prompt_token_ids),
+            log_softmax(self.model(**self._for_forward(inputs)).logits[0]),
+            tuple(generated.sequences[0, prompt_length:].tolist()),
+            log_softmax(torch.cat(list(generated.logits))),
+        )
+
+    def _inputs(self, request: EngineRequest) -> dict[str, Any]:
+        """A request as keyword arguments of `generate`."""
+        ids = torch.tensor([list(request.prompt_token_ids)], device=self._device)
+        inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        by_name: dict[str, list[torch.Tensor]] = {}
+        for item in request.media:
+            kwargs = as_processed(item.kwargs or {}, self._frames_a_patch())
+            for name, value in kwargs.items():
+                by_name.setdefault(name, []).append(torch.as_tensor(value).to(self._device))
+        inputs |= {name: torch.cat(values) for name, values in by_name.items()}
+        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters and request.media:
+            inputs["mm_token_type_ids"] = self._token_types(ids)
+        return inputs
+
+    def _frames_a_patch(self) -> int:
+        vision = getattr(self._config.hf_config, "vision_config", None)
+        return int(getattr(vision, "temporal_patch_size", 1) or 1)
+
+    def _token_types(self, ids: torch.Tensor) -> torch.Tensor:
+        types = torch.zeros_like(ids)
+        for modality, kind in _TOKEN_TYPES.items():
+            token_id = token_id_of(self._config.hf_config, modality)
+            if token_id is not None:
+                types[ids == token_id] = kind
+        return types
+
+    def _for_forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The same for `forward`, with the positions that `generate` gives to a model of text."""
+        names = inspect.signature(self.model.forward).parameters
+        ids = inputs["input_ids"]
+        if "position_ids" in names and set(inputs) == {"input_ids", "attention_mask"}:
+            inputs = inputs | {"position_ids": torch.arange(ids.shape[1], device=self._device)[None]}
+        return {name: value for name, value in inputs.items() if name in names}
+
+
+def spread_of(logprobs: npt.NDArray[np.float64]) -> float:
+    """The standard deviation within rows of what is known, which errors are measured by."""
+    deviations = [row[np.isfinite(row)].std() for row in logprobs if np.isfinite(row).any()]
+    return max(float(np.mean(deviations)), 1e-6) if deviations else 1.0
+
+
+def log_softmax(logits: torch.Tensor) -> npt.NDArray[np.float64]:
+    """Log probabilities of each row."""
+    result: npt.NDArray[np.float64] = torch.log_softmax(logits.double(), dim=-1).cpu().numpy()
+    return result
