@@ -32,7 +32,7 @@ class PrefixHit:
 
 
 class KVCacheManager:
-    """Invariant: a block can be found by others only after the step that computed it has succeeded (`commit`).
+    """Invariant: a block can be found by others only after the step that computed it has succeeded (`settled`).
 
     Args:
         groups: What loading made of the layers' declarations; all with one block size.
@@ -56,7 +56,8 @@ class KVCacheManager:
         self.keeps_state = len(self.paged) < len(self.managers)
         self.makes_snapshots = self.keeps_state and enable_prefix_caching
         self.pools = [each.pool for each in self.managers]
-        self._gives_back = any(each.gives_back for each in self.managers)
+        self._states = [each for each in self.managers if isinstance(each, StateManager)]
+        self._within_reach = [each for each in self.paged if each.gives_back]
         self._no_hit = PrefixHit(0, 0, tuple([] for _ in self.managers))
 
     @property
@@ -123,13 +124,15 @@ class KVCacheManager:
         return True
 
     def max_tokens_behind(self, hit: PrefixHit) -> int | None:
-        """Most tokens that tables which begin with a prefix could hold with all free blocks added; None: any."""
-        limits = [
+        """Most tokens that a first chunk behind a prefix may reach to, where there is room for all known tokens
+        (`has_room`) and yet not for all at once, since windows give their blocks back meanwhile; None: any."""
+        if not self._within_reach:
+            return None
+        return min(
             (len(block_ids) + each.num_free_beside(block_ids)) * self.block_size
             for each, block_ids in zip(self.managers, hit.block_ids, strict=True)
             if isinstance(each, PagedManager)
-        ]
-        return min(limits, default=None)
+        )
 
     def max_tokens(self, request: RequestState) -> int:
         """Most tokens that the request's tables could hold with all free blocks added."""
@@ -151,21 +154,21 @@ class KVCacheManager:
         return new if any(new) else ()
 
     def submitted(self, requests: Iterable[RequestState]) -> None:
-        """Give back what these requests need no more, now that a step with a chunk of each is on its way."""
-        if self._gives_back:
-            for each in self.managers:
-                if each.gives_back:
-                    for request in requests:
-                        each.submitted(request)
+        """A step with a chunk of each of these requests is on its way: states are where it leaves them."""
+        for each in self._states:
+            for request in requests:
+                each.submitted(request)
 
-    def commit(self, request: RequestState) -> None:
-        """Offer the blocks that are full now to others. Call only after the step that filled them succeeded."""
-        if not (self.enable_prefix_caching and request.is_cacheable):
-            return
+    def settled(self, request: RequestState) -> None:
+        """A step with a chunk of the request has succeeded: offer the blocks that are full now to others, and take back
+        those that no later token sees."""
         num_full = request.num_settled_tokens // self.block_size
-        first = request.num_registered_blocks
-        if num_full <= first:
-            return
+        if num_full > request.num_registered_blocks and self.enable_prefix_caching and request.is_cacheable:
+            self._commit(request, request.num_registered_blocks, num_full)
+        for each in self._within_reach:
+            each.give_back(request)
+
+    def _commit(self, request: RequestState, first: int, num_full: int) -> None:
         extend_block_hashes(request, num_full, self.block_size)
         for each in self.managers:
             each.commit(request, first, num_full)

@@ -2,9 +2,9 @@
 
 Owns the group's pool, and the tables of running requests in this group.
 
-Blocks that no later token can see go back while the request goes on (`give_back`). Steps that were submitted before may
-still read them; yet they may be given out at once, since the device works in the order in which it is given work, and
-whoever writes into them is planned, and so submitted, later.
+Blocks that no later token can see go back while the request goes on, once the step that filled them has succeeded, so
+that they can be offered to others before. Steps in flight may still read them; yet they may be given out at once: the
+device works in the order in which it is given work, and whoever writes into them is planned, and so submitted, later.
 """
 
 from __future__ import annotations
@@ -135,16 +135,14 @@ class PagedManager:
         table.num_told = len(table.block_ids)
         return new
 
-    def submitted(self, request: RequestState) -> None:
-        """Give back what no token behind the computed ones sees; the step that computes them is on its way."""
-        if self.gives_back:
-            table = self._tables[request]
-            first = min(self._first_visible_block(request.num_computed_tokens), len(table.block_ids))
-            if first > table.num_given_back:
-                self._give_back(table, first)
-
-    def _give_back(self, table: _Table, first: int) -> None:
+    def give_back(self, request: RequestState) -> None:
+        """Give back what is settled and no token behind the computed ones sees."""
+        table = self._tables[request]
         begin = table.num_given_back
+        first = self._first_visible_block(request.num_computed_tokens)
+        first = min(first, request.num_settled_tokens // self._block_size)
+        if first <= begin:
+            return
         # The pool reuses a sequence's end first. What stands further ahead is of use to more prefixes.
         self.pool.release(table.block_ids[begin:first][::-1])
         table.block_ids[begin:first] = [NO_BLOCK] * (first - begin)

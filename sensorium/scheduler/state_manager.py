@@ -57,8 +57,6 @@ class StateManager:
     `num_blocks - 2 * max_num_seqs` in all, so that there is always a row for the next chunk.
     """
 
-    gives_back = True
-
     def __init__(self, group: CacheGroup, max_num_seqs: int, *, keeps_snapshots: bool) -> None:
         self.group = group
         self.pool = BlockPool(group.num_blocks)

@@ -83,9 +83,8 @@ class StepResults:
         )
 
     def _settle(self, request: RequestState) -> None:
-        """Offer full blocks to others, and let go of media that are in the KV cache."""
-        if request.num_settled_tokens >= (request.num_registered_blocks + 1) * self._kv_cache.block_size:
-            self._kv_cache.commit(request)
+        """Offer full blocks to others, and let go of what is needed no more."""
+        self._kv_cache.settled(request)
         if request.held_media:
             self._table.release_computed_media(request)
 

@@ -10,9 +10,9 @@ Every module with a method `cache_spec()` is a layer with a cache; `kv_caches` h
 
 How memory is split: each group has a pool of its own. All groups that keep everything have `num_blocks` blocks, and so
 has a group with a reach (a window or chunk), but no more than can be of use to it: what the requests that run at once
-hold within their reach beside one step's tokens, and the same again for prefix hits. The number is as large as the
-budget allows. A state group has two rows per request that may run, one to read and one to write, and one more for
-snapshots.
+hold within their reach beside the tokens of steps in flight, and the same again for prefix hits. The number is as large
+as the budget allows. A state group has two rows per request that may run, one to read and one to write, and one more
+for snapshots.
 """
 
 from __future__ import annotations
@@ -168,7 +168,8 @@ class CacheLayout:
         step = (
             min(scheduler.max_num_batched_tokens, max_model_len) if scheduler.enable_chunked_prefill else max_model_len
         )
-        within = num_seqs * group.blocks_within_reach(1) + -(-step // group.block_size)
+        num_steps = scheduler.max_steps_in_flight
+        within = num_seqs * group.blocks_within_reach(num_steps) + num_steps * -(-step // group.block_size)
         return 2 * min(whole, within)
 
     def _state_note(self, useful: Sequence[int]) -> str:

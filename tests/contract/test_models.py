@@ -19,21 +19,12 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from tests.helpers.checkpoints import make_checkpoint, make_hf_model
 from tests.helpers.hf_reference import hf_greedy
-from tests.helpers.mixed_requests import MEDIA, limits, random_plan
+from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
 
-FAMILIES = (
-    "llama",
-    "qwen2",
-    "gemma3",
-    "qwen3",
-    "llava",
-    "qwen2_vl",
-    "qwen2_5_vl",
-    "qwen2_audio",
-    "qwen2_5_omni_thinker",
-)
-MULTIMODAL = tuple(family for family in FAMILIES if MEDIA[family])
+TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5")
+MULTIMODAL = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+FAMILIES = (*TEXT, *MULTIMODAL)
 
 WAYS: dict[str, dict[str, Any]] = {
     "batched and cached": {},

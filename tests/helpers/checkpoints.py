@@ -131,6 +131,19 @@ def gemma3_config() -> transformers.PretrainedConfig:
     return transformers.Gemma3TextConfig(**settings)
 
 
+def qwen3_5_config() -> transformers.PretrainedConfig:
+    """Two linear layers around one of attention; two value heads for a key head, and heads of other sizes."""
+    rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
+    linear = {
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 4,
+        "linear_key_head_dim": 12,
+        "linear_value_head_dim": 16,
+        "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+    }
+    return transformers.Qwen3_5TextConfig(**text_settings(head_dim=24, rope_parameters=rope, **linear))
+
+
 def qwen_text_settings() -> dict[str, Any]:
     """Rotary sections (time, height, width) for a head size of 16."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [2, 3, 3]}
@@ -336,6 +349,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family("MistralForCausalLM", lambda: transformers.MistralConfig(**text_settings(sliding_window=24))),
     "qwen2": Family("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**text_settings())),
+    "qwen3_5": Family("Qwen3_5ForCausalLM", qwen3_5_config),
     "qwen2_windowed": Family(
         "Qwen2ForCausalLM",
         lambda: transformers.Qwen2Config(
@@ -399,6 +413,8 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
             gain = 3.0 if "lm_head" in name else 1.0
             spread = 1.0 if "embed" in name and "patch" not in name else gain / math.sqrt(parameter[0].numel())
             parameter.normal_(0, spread, generator=generator)
+        elif name.endswith("A_log"):
+            parameter.uniform_(-7, -1, generator=generator)  # states that remember a few tokens, up to a thousand
         elif name.endswith("bias"):
             parameter.normal_(0, 0.1, generator=generator)
         else:

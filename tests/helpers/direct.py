@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from sensorium.attention import AttentionMetadata, compute_slot_mapping
+from sensorium.cache_spec import CacheKind
 from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
 from sensorium.inputs import INPUT_REGISTRY, token_inputs
-from sensorium.model_executor.layers.decoder import head_size_of
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.models.byte_patches import as_processed
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+from sensorium.worker.kv_cache import CacheLayout, zero_row
 from tests.helpers.checkpoints import make_tokenizer
 from tests.helpers.hf_reference import TEMPORAL_PATCH_SIZE
 
@@ -32,19 +33,26 @@ def load(path: Path, **settings: Any) -> tuple[Any, EngineConfig]:
     return load_model(config), config
 
 
+NUM_ROWS = 2
+"""Of a state: one to read, one to write."""
+
+
 class DirectRun:
     """One sequence of a model. Blocks are dealt out in reverse order, so that an identity mapping can't hide."""
 
-    def __init__(self, model: Any, config: EngineConfig, *, num_blocks: int = 64, block_size: int = 16) -> None:
-        text = config.model_config.hf_text_config
-        shape = (2, num_blocks, block_size, text.num_key_value_heads, head_size_of(text))
+    def __init__(self, model: Any, config: EngineConfig, *, num_blocks: int = 64) -> None:
         self.model = model
-        self.kv_caches = [
-            torch.full(shape, torch.nan, dtype=config.model_config.dtype) for _ in range(text.num_hidden_layers)
-        ]
-        self.block_size = block_size
+        layout = CacheLayout.of(model, config)
+        self.groups = layout.groups([NUM_ROWS if kind is CacheKind.STATE else num_blocks for kind in layout.kinds])
+        self.kv_caches = layout.allocate(self.groups, torch.device("cpu"))
+        for layer, cache in zip(layout.layers, self.kv_caches, strict=True):
+            # Nothing is read before it was written, but for the row of zeros from which states begin.
+            for tensor in (cache,) if isinstance(cache, torch.Tensor) else cache:
+                num_blank = NUM_ROWS if self.groups[layer.group].kind is CacheKind.STATE else len(tensor)
+                tensor[:num_blank] = torch.nan
+        self.block_size = config.cache_config.block_size
         self.block_table = np.arange(num_blocks - 1, -1, -1, dtype=np.int32)[None]
-        self.num_computed_tokens = 0
+        self.num_computed_tokens = self.num_steps = 0
 
     @torch.inference_mode()
     def step(self, input_ids: Any, positions: Any = None, **kwargs: Any) -> torch.Tensor:
@@ -64,6 +72,15 @@ class DirectRun:
             seq_lens,
             self.block_table,
             compute_slot_mapping(self.block_table, query_lens, seq_lens, self.block_size),
+        )
+        num_groups = len(self.groups)
+        source = self.num_steps % NUM_ROWS if start else zero_row(self.groups[-1])
+        self.num_steps += 1
+        metadata = metadata.with_groups(
+            self.groups,
+            [metadata.block_table] * num_groups,
+            metadata.slot_mapping.expand(num_groups, -1),
+            torch.tensor([[source], [self.num_steps % NUM_ROWS]]),
         )
         hidden = self.model(
             input_ids=ids,

@@ -79,6 +79,7 @@ MEDIA: dict[str, dict[str, Media]] = {
     "llama": {},
     "qwen2": {},
     "qwen3": {},
+    "qwen3_5": {},
     "llava": {"image": Media("<image>", picture, 3)},
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import pytest
+
+from sensorium.cache_spec import NO_BLOCK, CacheGroup, CacheKind
 from sensorium.scheduler.kv_cache_manager import KVCacheManager, PrefixHit
 from sensorium.scheduler.request import RequestState
 from tests.scheduler.simulation import full_attention, make_request
@@ -25,7 +28,7 @@ def compute(manager: KVCacheManager, state: RequestState, num_tokens: int, *, se
     manager.submitted([state])
     if settles:
         state.num_settled_tokens = num_tokens
-        manager.commit(state)
+        manager.settled(state)
 
 
 def run(manager: KVCacheManager, state: RequestState, num_tokens: int) -> RequestState:
@@ -62,14 +65,14 @@ def test_blocks_are_allocated_as_tokens_need_them() -> None:
     assert manager.usage == 2 / 8
 
 
-def test_a_prefix_is_found_when_it_is_committed_and_not_before() -> None:
+def test_a_prefix_is_found_when_it_is_settled_and_not_before() -> None:
     manager, first, second = make_manager(), make_state([1] * 10), make_state([1] * 10)
     start(manager, first)
     manager.allocate(first, 10)
     assert manager.find_prefix(second).num_tokens == 0
     first.num_computed_tokens = first.num_settled_tokens = 10
     assert manager.find_prefix(second).num_tokens == 0
-    manager.commit(first)
+    manager.settled(first)
     hit = manager.find_prefix(second)
     assert hit.block_ids == (blocks(manager, first)[:2],), "two full blocks; the third is not full"
     assert hit.num_tokens == 8
@@ -170,3 +173,124 @@ def test_a_prompt_that_shares_nothing_is_hashed_no_further_than_its_first_block(
     manager, state = make_manager(), make_state([1] * 1000)
     manager.find_prefix(state)
     assert len(state.block_hashes) == 1
+
+
+# Windows and states
+
+
+def mixed_manager(*rules: tuple[CacheKind, int | None], num_blocks: int = 40, max_num_seqs: int = 4) -> KVCacheManager:
+    groups = [CacheGroup(kind, num_blocks, 4, reach) for kind, reach in rules]
+    return KVCacheManager(groups, enable_prefix_caching=True, max_num_seqs=max_num_seqs, max_chunk_tokens=64)
+
+
+def test_a_hit_is_what_all_groups_have() -> None:
+    """The example of the module's docstring."""
+    manager = mixed_manager((CacheKind.FULL, None), (CacheKind.WINDOW, 5), (CacheKind.STATE, None))
+    first = make_state([1] * 23)
+    start(manager, first)
+    for num_tokens in (12, 18, 23):
+        compute(manager, first, num_tokens)
+    full, window, state = manager.managers
+    hashes = first.block_hashes
+    assert [full.pool.lookup(each) is not None for each in hashes] == [True] * 5
+    assert [state.pool.lookup(each) is not None for each in hashes] == [False, False, True, False, False]
+    second = make_state([1] * 23)
+    hit = start(manager, second)
+    assert hit.num_tokens == 12
+    assert hit.block_ids[1] == [NO_BLOCK, NO_BLOCK, window.pool.lookup(hashes[2])]
+    window.pool.forget_content(hashes[2])
+    assert manager.find_prefix(make_state([1] * 23)).num_tokens == 0, "position 12 sees block 2"
+
+
+def test_a_window_is_found_without_what_stands_before_it() -> None:
+    """Where nothing else keeps the beginning, a prefix counts all the same."""
+    manager = mixed_manager((CacheKind.WINDOW, 5))
+    [window] = manager.paged
+    run(manager, make_state([1] * 23), 23)
+    probe = make_state([1] * 23)
+    assert manager.find_prefix(probe).num_tokens == 20
+    for digest in probe.block_hashes[:4]:
+        window.pool.forget_content(digest)
+    assert manager.find_prefix(probe).block_ids == ([NO_BLOCK] * 4 + [window.pool.lookup(probe.block_hashes[4])],)
+    window.pool.forget_content(probe.block_hashes[4])
+    assert manager.find_prefix(probe).num_tokens == 0
+
+
+def test_where_nothing_before_is_seen_nothing_need_be_there() -> None:
+    """A model of chunks alone begins a chunk without the past, whatever that was."""
+    manager = mixed_manager((CacheKind.CHUNK, 8))
+    assert manager.find_prefix(make_state([1] * 23)).block_ids == ([NO_BLOCK] * 4,)
+
+
+@pytest.mark.parametrize(("kind", "reach"), [(CacheKind.WINDOW, 5), (CacheKind.WINDOW, 1), (CacheKind.CHUNK, 8)])
+def test_what_no_later_token_sees_goes_back_when_it_is_settled(kind: CacheKind, reach: int) -> None:
+    manager = mixed_manager((kind, reach))
+    [paged] = manager.paged
+    state = make_state([1] * 60)
+    manager.adopt(state, manager.find_prefix(state, max_tokens=0))
+    for end in (9, 10, 25, 26, 27, 28, 29, 59):
+        compute(manager, state, end, settles=False)
+        in_flight = paged.num_held(state)
+        compute(manager, state, end)
+        expected = [i >= paged.group.first_visible(end) // 4 for i in range(-(-end // 4))]
+        assert [block_id != NO_BLOCK for block_id in paged.block_ids(state)] == expected
+        assert in_flight >= paged.num_held(state) == sum(expected)
+        manager.check([state])
+    manager.release(state)
+    manager.check_idle()
+
+
+def test_a_state_is_read_from_one_row_and_written_into_another() -> None:
+    manager = mixed_manager((CacheKind.STATE, None))
+    state = make_state([1] * 60)
+    start(manager, state)
+    row = NO_BLOCK
+    for end in range(3, 60, 3):
+        [(source, target)] = manager.allocate(state, end)
+        assert source == row
+        assert target != source
+        state.num_computed_tokens = state.num_settled_tokens = end
+        manager.submitted([state])
+        manager.settled(state)
+        row = target
+    manager.check([state])
+    manager.release(state)
+    manager.check_idle()
+
+
+def test_snapshots_never_take_the_rows_of_those_who_run() -> None:
+    """With rows for nothing but running requests, none is kept; with more, no more than there are."""
+    for num_rows, most in ((8, 0), (10, 2)):
+        manager = mixed_manager((CacheKind.STATE, None), num_blocks=num_rows)
+        states = [make_state([i] * 60) for i in range(4)]
+        for state in states:
+            start(manager, state)
+        for end in range(4, 60, 4):
+            for state in states:
+                compute(manager, state, end, settles=False)
+                manager.check(states)
+        [pool] = manager.pools
+        assert pool.num_blocks - pool.num_free == len(states) + most
+        assert pool.num_cached == 0
+        for state in states:
+            state.num_settled_tokens = state.num_computed_tokens
+            manager.settled(state)
+        manager.check(states)
+        assert pool.num_cached == most or most
+
+
+def test_of_the_snapshots_of_an_output_the_last_stays() -> None:
+    manager = mixed_manager((CacheKind.STATE, None))
+    [pool] = manager.pools
+    state = make_state([1] * 10)
+    start(manager, state)
+    compute(manager, state, 8)  # where the prompt is cut
+    compute(manager, state, 10)
+    for end in range(11, 40):
+        state.token_ids.append(2)
+        compute(manager, state, end)
+    assert [pool.lookup(each) is not None for each in state.block_hashes] == [i in (1, 8) for i in range(9)]
+    manager.release(state)
+    resumed = make_state([*state.token_ids, 3])
+    assert manager.find_prefix(resumed).num_tokens == 36
+    manager.check_idle()

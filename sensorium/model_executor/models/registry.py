@@ -32,6 +32,7 @@ IN_TREE: dict[str, str] = {
     "MistralForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
     "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
+    "Qwen3_5ForCausalLM": f"{_MODELS}.qwen3_5:Qwen3_5ForCausalLM",
     # Images, videos, sounds
     "LlavaForConditionalGeneration": f"{_MODELS}.llava:LlavaForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration": f"{_MODELS}.qwen2_audio:Qwen2AudioForConditionalGeneration",
