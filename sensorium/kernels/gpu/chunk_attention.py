@@ -180,6 +180,86 @@ def _attend_blocks(
     return best, total, acc_a, acc_b
 
 
+@triton.jit
+def sequence_of_tile(cu_seqlens, tile, num_seqs, BLOCK_Q: tl.constexpr, SEARCHED: tl.constexpr):
+    """The last sequence whose first tile of queries is not behind this one."""
+    num_begun = 0
+    for start in range(0, num_seqs, SEARCHED):
+        those = start + tl.arange(0, SEARCHED)
+        starts = tl.load(cu_seqlens + those, mask=those < num_seqs, other=0)
+        num_begun += tl.sum(((starts // BLOCK_Q + those <= tile) & (those < num_seqs)).to(tl.int32), 0)
+    return num_begun - 1
+
+
+@triton.jit
+def _load_queries(sources, is_row, HEAD_SIZE: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
+    """The two parts of each row's channels; the second is the first again where there is none."""
+    channels_a, channels_b = tl.arange(0, HEAD_A), HEAD_A + tl.arange(0, 16 if HEAD_B == 0 else HEAD_B)
+    is_cell_a = is_row[:, None] & (channels_a < HEAD_SIZE)[None, :]
+    is_cell_b = is_row[:, None] & (channels_b < HEAD_SIZE)[None, :]
+    q_a = tl.load(sources[:, None] + channels_a[None, :], mask=is_cell_a, other=0.0)
+    q_b = q_a
+    if HEAD_B > 0:
+        q_b = tl.load(sources[:, None] + channels_b[None, :], mask=is_cell_b, other=0.0)
+    return q_a, q_b
+
+
+@triton.jit
+def _store_rows(
+    targets, is_row, rows_a, rows_b, VALUE_SIZE: tl.constexpr, VALUE_A: tl.constexpr, VALUE_B: tl.constexpr
+):
+    """Write the two parts of each row's values."""
+    parts_a = tl.arange(0, VALUE_A)
+    is_cell_a = is_row[:, None] & (parts_a < VALUE_SIZE)[None, :]
+    tl.store(targets[:, None] + parts_a[None, :], rows_a.to(targets.dtype.element_ty), mask=is_cell_a)
+    if VALUE_B > 0:
+        parts_b = VALUE_A + tl.arange(0, VALUE_B)
+        is_cell_b = is_row[:, None] & (parts_b < VALUE_SIZE)[None, :]
+        tl.store(targets[:, None] + parts_b[None, :], rows_b.to(targets.dtype.element_ty), mask=is_cell_b)
+
+
+@triton.jit
+def _seen_keys(
+    first_position,
+    last_position,
+    num_keys,
+    window,
+    chunk,
+    IS_CAUSAL: tl.constexpr,
+    HAS_WINDOW: tl.constexpr,
+    HAS_CHUNK: tl.constexpr,
+):
+    """Keys from `begin` to `end` are seen by some of the queries from a first to a last position, those from
+    `open_begin` to `open_end` by all.
+    """
+    begin, end, open_begin, open_end = num_keys * 0, num_keys, num_keys * 0, num_keys
+    if IS_CAUSAL:
+        end = tl.minimum(num_keys, last_position + 1)
+        open_end = tl.minimum(num_keys, first_position + 1)
+    if HAS_WINDOW:
+        begin = tl.maximum(first_position - window + 1, 0)
+        open_begin = tl.maximum(last_position - window + 1, 0)
+        if not IS_CAUSAL:
+            end = tl.minimum(num_keys, last_position + window)
+            open_end = tl.minimum(num_keys, first_position + window)
+    if HAS_CHUNK:
+        begin = tl.maximum(begin, first_position // chunk * chunk)
+        open_begin = tl.maximum(open_begin, last_position // chunk * chunk)
+        end = tl.minimum(end, (last_position // chunk + 1) * chunk)
+        open_end = tl.minimum(open_end, (first_position // chunk + 1) * chunk)
+    return begin, end, open_begin, open_end
+
+
+@triton.jit
+def _with_spans(begins, ends, is_row, positions, begin, end, num_keys):
+    """The span of each query, and the keys `[begin, end)` with those in spans."""
+    # Only those around their query count; the others are empty.
+    span_end = tl.load(ends, mask=is_row, other=0)
+    span_begin = tl.load(begins, mask=(span_end > positions) & is_row, other=num_keys)
+    begin = tl.minimum(begin, tl.min(span_begin, 0))
+    return span_begin, span_end, begin, tl.minimum(tl.maximum(end, tl.max(span_end, 0)), num_keys)
+
+
 @triton.jit(do_not_specialize=["num_seqs", "least_queries", "window", "chunk", "table_stride"])
 def _attend(
     out,
@@ -231,14 +311,7 @@ def _attend(
     await_predecessor(IS_CHAINED)
     # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-
-    # The last sequence whose first tile is not behind this one.
-    num_begun = 0
-    for start in range(0, num_seqs, SEARCHED):
-        those = start + tl.arange(0, SEARCHED)
-        starts = tl.load(cu_seqlens + those, mask=those < num_seqs, other=0)
-        num_begun += tl.sum(((starts // BLOCK_Q + those <= tile) & (those < num_seqs)).to(tl.int32), 0)
-    seq = num_begun - 1
+    seq = sequence_of_tile(cu_seqlens, tile, num_seqs, BLOCK_Q, SEARCHED)
     first_row = tl.load(cu_seqlens + seq)
     num_queries = tl.load(cu_seqlens + seq + 1) - first_row
     first_query = (tile - (first_row // BLOCK_Q + seq)) * BLOCK_Q
@@ -247,20 +320,13 @@ def _attend(
     num_keys = num_queries
     if HAS_KEY_LENS:
         num_keys = tl.load(key_lens + seq)
-
-    rows, channels_a = tl.arange(0, BLOCK_M), tl.arange(0, HEAD_A)
-    channels_b = HEAD_A + tl.arange(0, 16 if HEAD_B == 0 else HEAD_B)
+    rows = tl.arange(0, BLOCK_M)
     queries = first_query + rows // GROUP
     is_row = (rows < BLOCK_Q * GROUP) & (queries < num_queries)
     heads = kv_head * GROUP + rows % GROUP
     row_index = (first_row + queries).to(tl.int64)
     sources = query + row_index * query_stride + heads * HEAD_SIZE
-    is_cell_a = is_row[:, None] & (channels_a < HEAD_SIZE)[None, :]
-    is_cell_b = is_row[:, None] & (channels_b < HEAD_SIZE)[None, :]
-    q_a = tl.load(sources[:, None] + channels_a[None, :], mask=is_cell_a, other=0.0)
-    q_b = q_a
-    if HEAD_B > 0:
-        q_b = tl.load(sources[:, None] + channels_b[None, :], mask=is_cell_b, other=0.0)
+    q_a, q_b = _load_queries(sources, is_row, HEAD_SIZE, HEAD_A, HEAD_B)
 
     key += kv_head * HEAD_STRIDE
     value += kv_head * VALUE_STRIDE
@@ -269,34 +335,18 @@ def _attend(
         value += first_row.to(tl.int64) * value_stride
     table = block_table + tl.cast(seq, tl.int64) * table_stride
 
-    # A causal query is one of the last `num_queries` of the keys' positions. Keys from `begin` on are seen by some of
-    # the tile's queries, those from `open_begin` to `open_end` by all.
+    # A causal query is one of the last `num_queries` of the keys' positions.
     first_position = first_query + (num_keys - num_queries if IS_CAUSAL else 0)
     positions = first_position + rows // GROUP
     last_position = tl.minimum(first_query + BLOCK_Q, num_queries) - 1 - first_query + first_position
-    begin, end, open_begin, open_end = 0, num_keys, 0, num_keys
-    if IS_CAUSAL:
-        end = tl.minimum(num_keys, last_position + 1)
-        open_end = tl.minimum(num_keys, first_position + 1)
-    if HAS_WINDOW:
-        begin = tl.maximum(first_position - window + 1, 0)
-        open_begin = tl.maximum(last_position - window + 1, 0)
-        if not IS_CAUSAL:
-            end = tl.minimum(num_keys, last_position + window)
-            open_end = tl.minimum(num_keys, first_position + window)
-    if HAS_CHUNK:
-        begin = tl.maximum(begin, first_position // chunk * chunk)
-        open_begin = tl.maximum(open_begin, last_position // chunk * chunk)
-        end = tl.minimum(end, (last_position // chunk + 1) * chunk)
-        open_end = tl.minimum(open_end, (first_position // chunk + 1) * chunk)
+    begin, end, open_begin, open_end = _seen_keys(
+        first_position, last_position, num_keys, window, chunk, IS_CAUSAL, HAS_WINDOW, HAS_CHUNK
+    )
     span_begin, span_end = positions, positions
     if HAS_SPANS:
-        # Only those around their query count; the others are empty.
-        span_end = tl.load(span_ends + row_index, mask=is_row, other=0)
-        has_span = span_end > positions
-        span_begin = tl.load(span_begins + row_index, mask=has_span & is_row, other=num_keys)
-        begin = tl.minimum(begin, tl.min(span_begin, 0))
-        end = tl.minimum(tl.maximum(end, tl.max(span_end, 0)), num_keys)
+        span_begin, span_end, begin, end = _with_spans(
+            span_begins + row_index, span_ends + row_index, is_row, positions, begin, end, num_keys
+        )
     if HAS_WINDOW or HAS_CHUNK:
         num_keys = end  # nothing behind is read
     first_key = begin
@@ -336,15 +386,8 @@ def _attend(
     )  # fmt: skip
 
     weight = 1.0 / tl.where(total == 0.0, 1.0, total)
-    parts_a = tl.arange(0, VALUE_A)
     targets = out + row_index * out_stride + heads * VALUE_SIZE
-    is_cell_a = is_row[:, None] & (parts_a < VALUE_SIZE)[None, :]
-    tl.store(targets[:, None] + parts_a[None, :], (acc_a * weight[:, None]).to(out.dtype.element_ty), mask=is_cell_a)
-    if VALUE_B > 0:
-        parts_b = VALUE_A + tl.arange(0, VALUE_B)
-        is_cell_b = is_row[:, None] & (parts_b < VALUE_SIZE)[None, :]
-        part = (acc_b * weight[:, None]).to(out.dtype.element_ty)
-        tl.store(targets[:, None] + parts_b[None, :], part, mask=is_cell_b)
+    _store_rows(targets, is_row, acc_a * weight[:, None], acc_b * weight[:, None], VALUE_SIZE, VALUE_A, VALUE_B)
 
 
 def attend_chunks(

@@ -23,6 +23,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from sensorium.kernels.gpu.chaining import await_predecessor, chained
+from sensorium.kernels.gpu.chunk_attention import sequence_of_tile
 
 LOG2_E = 1.4426950408889634
 TILE = 128
@@ -163,13 +164,7 @@ def _attend(
     await_predecessor(IS_CHAINED)
     # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
-    # The last sequence whose first tile of queries is not behind this one.
-    num_begun = 0
-    for start in range(0, num_seqs, SEARCHED):
-        those = start + tl.arange(0, SEARCHED)
-        starts = tl.load(cu_seqlens + those, mask=those < num_seqs, other=0)
-        num_begun += tl.sum(((starts // BLOCK_Q + those <= tile) & (those < num_seqs)).to(tl.int32), 0)
-    seq = num_begun - 1
+    seq = sequence_of_tile(cu_seqlens, tile, num_seqs, BLOCK_Q, SEARCHED)
     first_row = tl.load(cu_seqlens + seq)
     num_queries = tl.load(cu_seqlens + seq + 1) - first_row
     first_query = (tile - (first_row // BLOCK_Q + seq)) * BLOCK_Q
