@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import os
 import signal
 from pathlib import Path
@@ -34,7 +35,7 @@ from tests.engine.async_helpers import SETTINGS, greedy, last, running, settled
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.mixed_requests import picture
 from tests.helpers.serving import make_engine
-from tests.helpers.waiting import HANG_S, auntil
+from tests.helpers.waiting import auntil
 
 IMAGE_TEXT = "<|vision_start|><|image_pad|><|vision_end|>"
 
@@ -250,9 +251,9 @@ def test_wrong_prompts_are_their_callers_errors(checkpoint: Path) -> None:
 
 
 def test_shutdown_lets_requests_finish_until_the_deadline(checkpoint: Path) -> None:
-    async def run(drain_s: float) -> list[Any]:
+    async def run(drain_s: float, num_tokens: int) -> list[Any]:
         async with running(checkpoint, max_model_len=2048, num_blocks=512) as engine:
-            long = engine.generate("Hi", greedy(1500))
+            long = engine.generate("Hi", greedy(num_tokens))
             await anext(long)
             readers = [asyncio.create_task(last(outputs)) for outputs in (engine.generate("Hi", greedy(3)), long)]
             await auntil(lambda: engine.load().num_open == 2 or readers[0].done())
@@ -261,8 +262,9 @@ def test_shutdown_lets_requests_finish_until_the_deadline(checkpoint: Path) -> N
                 await last(engine.generate("Hi"))
             return await asyncio.gather(*readers, return_exceptions=True)
 
-    assert all(isinstance(each, RequestOutput) for each in asyncio.run(run(HANG_S)))
-    assert isinstance(asyncio.run(run(0.0))[1], RequestAbortedError)
+    outcomes = asyncio.run(run(math.inf, 150))
+    assert [type(each) for each in outcomes] == [RequestOutput, RequestOutput]
+    assert isinstance(asyncio.run(run(0.0, 1500))[1], RequestAbortedError)
 
 
 # Messages
