@@ -1,6 +1,6 @@
 """Writes docs/settings.md from the fields of the settings' classes: name, flag, what it takes, default, help.
 
-    python scripts/make_docs.py
+    python -m scripts.make_docs
 
 A test fails while the page and the classes differ.
 """
@@ -13,6 +13,7 @@ from dataclasses import MISSING, Field, fields
 from pathlib import Path
 from typing import Any
 
+from scripts.wrap import wrap
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli.flags import field_docs
 from sensorium.entrypoints.openai.server_args import ServerArgs
@@ -24,7 +25,7 @@ PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 INTRODUCTION = """\
 # Settings
 
-Made by `scripts/make_docs.py` from the fields' own descriptions; don't edit it by hand.
+Made by `python -m scripts.make_docs` from the fields' own descriptions; don't edit it by hand.
 
 Every setting has a flag, and a name that is the same in Python and in the YAML file of `--config`; flags win over the
 file. All are checked before anything is loaded: a value that can't be used is an error that names its setting. Where no
@@ -56,9 +57,10 @@ _UNITS = {30: "GiB", 20: "MiB", 10: "KiB"}
 
 def page() -> str:
     """The whole page."""
-    return INTRODUCTION + "".join(
+    sections = (
         f"\n## {title}\n\n{text}\n\n" + "\n".join(rows(kind)) + "\n" for kind, (title, text) in SECTIONS.items()
     )
+    return wrap(INTRODUCTION + "".join(sections))
 
 
 def rows(kind: type) -> Iterator[str]:

@@ -16,7 +16,7 @@ from sensorium.media.limits import MediaLimits
 
 
 def test_the_page_is_up_to_date() -> None:
-    assert make_docs.PAGE.read_text() == make_docs.page(), "run: python scripts/make_docs.py"
+    assert make_docs.PAGE.read_text() == make_docs.page(), "run: python -m scripts.make_docs"
 
 
 @pytest.mark.parametrize("kind", [EngineArgs, ServerArgs, MediaLimits])

@@ -113,8 +113,8 @@ INLINE void find_rows(const int dtype, const attention_args *args, query_tile ti
     }
 }
 
-/* Ask for one of `parts` parts of the rows of `heads` heads, in the order in which they lie: blocks lie anywhere, so the
- * hardware can't foresee them, but it helps on within each. */
+/* Ask for one of `parts` parts of the rows of `heads` heads, in the order in which they lie: blocks lie anywhere, so
+ * the hardware can't foresee them, but it helps on within each. */
 INLINE void prefetch_rows(const int dtype, const attention_args *args, const tile_rows *rows, long heads, long part,
                           long parts) {
     const long present = rows->count - rows->first;

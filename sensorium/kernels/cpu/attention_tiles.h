@@ -1,7 +1,7 @@
 /* A task of attention.c for bfloat16, its two products by matrix tiles; included there alone.
  *
- * Scores are summed in float32 from bfloat16 queries and keys. The weights of the softmax are rounded to bfloat16, and so
- * are the terms of their normaliser, so that they still add up to one; the weighted sum is kept in float32.
+ * Scores are summed in float32 from bfloat16 queries and keys. The weights of the softmax are rounded to bfloat16, and
+ * so are the terms of their normaliser, so that they still add up to one; the weighted sum is kept in float32.
  *
  * The working memory holds tiles: queries and weights as row tiles, keys (channels by positions) and values (positions
  * by channels) as column tiles. Row tiles have as many rows as the task, at most 16. What a tile holds beyond the

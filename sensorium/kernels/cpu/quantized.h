@@ -63,8 +63,8 @@ INLINE vb round_to_bytes(vf x) {
 #endif
 }
 
-/* Write k values as integers, `flip` being xored to each (-128 adds 128 to unsigned ones): DEPTH at a time, `tile_bytes`
- * apart, the last filled up with zeros. Returns the scale. */
+/* Write k values as integers, `flip` being xored to each (-128 adds 128 to unsigned ones): DEPTH at a time,
+ * `tile_bytes` apart, the last filled up with zeros. Returns the scale. */
 INLINE float quantize_row(const int dtype, const char *x, long k, char *to, long tile_bytes, int8_t flip) {
     const float largest = float_of_bits((uint32_t)largest_bits(dtype, x, k)), used = MAX(largest, SMALLEST_MAGNITUDE);
     const int is_finite = largest <= 0x1.fffffep127f;

@@ -4,10 +4,10 @@
  * side; their product is added to a sum tile of 16 x 16 float32. Of int8, rows hold 64 values and columns have fours
  * instead of pairs, and the sums are int32, which are exact in any order.
  *
- * Order of summation of bfloat16, for every cell: the products of even and those of odd values are summed apart, in order, each
- * by fused multiply-adds from zero; the two sums are added; that is added to the cell. Numbers too small for a normal
- * float32 count as zero. (Intel's instruction-set reference, TDPBF16PS.) The emulation below does the same, so that
- * machines without tiles can test the code that uses them, and machines with tiles the emulation.
+ * Order of summation of bfloat16, for every cell: the products of even and those of odd values are summed apart, in
+ * order, each by fused multiply-adds from zero; the two sums are added; that is added to the cell. Numbers too small
+ * for a normal float32 count as zero. (Intel's instruction-set reference, TDPBF16PS.) The emulation below does the
+ * same, so that machines without tiles can test the code that uses them, and machines with tiles the emulation.
  *
  * A thread brackets its use of tiles with `begin_tiles` and `end_tiles`; sums live in tiles 0 to 3.
  */
