@@ -36,7 +36,7 @@ _failed: dict[str, str] = {}
 
 def load_general_plugins() -> None:
     """Call every package's function, the first time this runs in a process. One that fails doesn't stop the others."""
-    global _loaded
+    global _loaded  # noqa: PLW0603  once for each process
     if _loaded:
         return
     _loaded = True  # before the calls: a plug-in may itself make an engine

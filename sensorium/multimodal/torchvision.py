@@ -54,7 +54,7 @@ def hide_torchvision() -> None:
     Transformers asks once, through functions that remember the answer. They are asked while an import of torchvision
     would fail.
     """
-    global _hidden
+    global _hidden  # noqa: PLW0603  so is what transformers finds
     if _hidden or sys.modules.get("torchvision") is not None:
         return
     _hidden = importlib.util.find_spec("torchvision") is not None
