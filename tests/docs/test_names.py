@@ -22,17 +22,15 @@ import transformers
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("sensorium", "tests", "scripts", "benchmarks", "examples", "training")
-_OF_TRANSFORMERS = (
-    *("GptOssAttention", "Gemma3RMSNorm", "Qwen3_5RMSNorm", "Qwen2VisionTransformerPretrainedModel"),
-    *("SinusoidsPositionEmbedding", "bytes_to_unicode", "video_metadata"),
-)
 OTHERS: Mapping[str, str] = {
-    **dict.fromkeys(_OF_TRANSFORMERS, "transformers"),
+    **dict.fromkeys(("video_metadata", "bytes_to_unicode"), "transformers"),
     "and_masks": "torch.nn.attention.flex_attention",
     "is_global": "ipaddress",
     **dict.fromkeys(("OTEL_TRACES_SAMPLER", "OTEL_SERVICE_NAME"), "OpenTelemetry"),
 }
-"""Names of other libraries that nothing here uses and the libraries don't export, and whose they are."""
+"""Names of other libraries that nothing here uses, and whose they are; classes of models of transformers are known
+anyhow.
+"""
 _WORD = re.compile(r"[A-Za-z_][A-Za-z0-9_]*")
 _QUOTED = re.compile(r"(?<!`)`(\w{4,}(?:\.\w+)*)(?:\([^`\n]*\)|=)?`(?!`)")
 """A name, a dotted one, a call or a keyword; shapes, command lines, values and symbols of a few letters are none."""
@@ -72,8 +70,19 @@ def code_and_prose() -> tuple[frozenset[str], tuple[tuple[str, str], ...]]:
     return frozenset(names), tuple(prose)
 
 
+@cache
+def of_transformers() -> frozenset[str]:
+    """Classes and functions of models, which docstrings name as their source."""
+    models = Path(transformers.__file__).parent / "models"
+    pattern = re.compile(r"^(?:class|def) (\w+)", re.MULTILINE)
+    return frozenset(
+        name for path in models.glob("*/modeling_*.py") for name in pattern.findall(path.read_text(encoding="utf-8"))
+    )
+
+
 def test_names_in_docstrings_and_comments_exist() -> None:
     names, prose = code_and_prose()
+    names |= of_transformers()
     unknown = [
         f"{where}: `{quoted}`"
         for where, text in prose
