@@ -1,4 +1,4 @@
-"""Files without a name: memory that processes hand to each other, and that goes back when the last of them ends."""
+"""Anonymous files: memory that processes share, which is freed when the last of them ends."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import tempfile
 def anonymous_file(data: bytes = b"", size_bytes: int = 0) -> int:
     """An open file without a name that holds `data`, or `size_bytes` zeros: in memory where the system can do that.
 
-    Its position is at the beginning. Whoever holds it closes it.
+    Its position is at the beginning. The caller closes it.
     """
     if hasattr(os, "memfd_create"):
         fd = os.memfd_create("sensorium")

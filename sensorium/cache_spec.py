@@ -1,4 +1,5 @@
-"""What a layer keeps between steps, as it declares it, and the groups in which layers that keep alike are managed.
+"""Cache specs: what each layer keeps between steps, as it declares it; and the groups in which layers with equal specs
+are managed.
 
 A layer has a method `cache_spec()`; the worker asks every module of a model that has one, in module order. Layers whose
 specs follow one rule (kind and reach) form a `CacheGroup`: a request has one block table in it, whatever the layers'
@@ -17,7 +18,7 @@ from math import prod
 from typing import ClassVar, TypeAlias
 
 NO_BLOCK = -1
-"""Stands in a block table where there is no block: nobody reads those positions any more. As the row that a chunk reads
+"""Stands in a block table where there is no block: those positions are not read any more. As the row that a chunk reads
 its state from: it begins from zeros."""
 
 

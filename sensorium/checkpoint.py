@@ -1,8 +1,8 @@
-"""What lies in a checkpoint's folder: its JSON files, and which files hold its weights.
+"""Reads a checkpoint's folder: its JSON files, and which files hold its weights.
 
-A checkpoint comes from a stranger. Its JSON is read with bounds, and what is malformed is told in one sentence. Names
-of files that it gives are judged as they are written: one that leads out of the folder is refused. Links inside the
-folder are followed, since the model hub's cache is made of them.
+A checkpoint is not trusted. Its JSON is read with bounds, and malformed content is one clear error. File names in it
+are checked before links are resolved: one that leads out of the folder is refused. Links inside the folder are
+followed, since the model hub's cache is made of them.
 
 Free of torch and transformers. Nothing here opens weights.
 """

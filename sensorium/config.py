@@ -119,7 +119,7 @@ class ModelConfig:
     """Whether media of a forward-only model is split from its text (tier 0): "auto" where that is equal, or "off"."""
 
     model_impl: ModelImpl = "auto"
-    """Which kind of class was asked for; `model_class` is what came of it."""
+    """Which kind of class was asked for; `model_class` is the result."""
     load_check: LoadCheck = "auto"
     """Whether modules of transformers are compared with their untouched selves at load."""
 
@@ -214,7 +214,7 @@ class SchedulerConfig:
     max_token_gap_s: TokenGap = 0.25
     """While requests stream, a step's encoding and prefill are sized to keep tokens at most this far apart."""
     max_waiting_requests: WaitingBound | None = None
-    """Bound on the waiting line; None: no bound."""
+    """Bound on the waiting queue; None: no bound."""
     max_steps_in_flight: StepsInFlight = 1
     """Steps that may be submitted before the results of the first are in. With 2 the host plans a step while the device
     runs the one before."""

@@ -1,18 +1,17 @@
-"""The exception tree: every error that a user can meet, with the HTTP status that a server answers it with, and a word
-that programs know it by.
+"""The exception tree: every error that a user can meet, with its HTTP status and its code.
 
 Owns no state; importable from every room. Each class also derives from the builtin exception that callers of the
-extension API have learnt to catch, so `except ValueError` written for another engine keeps working.
+extension API catch, so `except ValueError` written for another engine keeps working.
 
     SensoriumError                     500
     ├── ConfigError                    500   (ValueError)    a setting is wrong; raised at load
     ├── ModelError                     500   (TypeError)     a model class can't be served as written
     │   ├── DummyDataError             500   (AssertionError) its dummy data is not the worst legal input
-    │   └── ModelLookupError           500   (KeyError)      something was asked for that was never set up
+    │   └── ModelLookupError           500   (KeyError)      something that was never registered
     ├── WeightsError                   500   (ValueError)    checkpoint and model don't match
     │   └── WeightShapeError           500   (AssertionError) one tensor doesn't fit its parameter
     ├── EngineDeadError                503   (RuntimeError)  the engine core is gone
-    │   └── EngineRestartingError      503   (RuntimeError)  another one is on its way; try again later
+    │   └── EngineRestartingError      503   (RuntimeError)  a new one is loading; try again later
     ├── RequestAbortedError            499   (RuntimeError)  the caller or a shutdown ended the request
     └── RequestError                   400   one request is at fault; others never notice
         ├── InvalidRequestError        400   (ValueError)    a value is out of bounds
@@ -28,7 +27,7 @@ extension API have learnt to catch, so `except ValueError` written for another e
         │   ├── MediaTooLargeError     413
         │   ├── MediaTypeError         415
         │   └── MediaUnavailableError  424
-        └── OverloadedError            429   (RuntimeError)  the waiting line is full; try again later
+        └── OverloadedError            429   (RuntimeError)  the waiting queue is full; try again later
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class DummyDataError(ModelError, AssertionError):
 
 
 class ModelLookupError(ModelError, KeyError):
-    """A name or a model that a registry of the extension API was never told about."""
+    """A name or a model that is not registered."""
 
     def __str__(self) -> str:  # KeyError would show the message's repr
         return str(self.args[0]) if self.args else ""
@@ -101,7 +100,7 @@ class EngineDeadError(SensoriumError, RuntimeError):
 
 
 class EngineRestartingError(EngineDeadError):
-    """The engine core has ended, and a new one is loading. `retry_after_s` tells when another try makes sense."""
+    """The engine core has ended, and a new one is loading. `retry_after_s`: when to try again."""
 
     def __init__(self, message: str, *, retry_after_s: float) -> None:
         super().__init__(message)
@@ -168,7 +167,7 @@ class ProcessorError(RequestError, RuntimeError):
 
 
 class MissingLibraryError(ProcessorError):
-    """The model's processor needs a library that can't be had here. Found at load, as far as it can be."""
+    """The model's processor needs a library that isn't installed. Found at load, as far as it can be."""
 
     status = 500
 
@@ -208,7 +207,7 @@ class MediaUnavailableError(MediaError):
 
 
 class OverloadedError(RequestError, RuntimeError):
-    """The bound on waiting work is reached. `retry_after_s` tells when another try makes sense."""
+    """The bound on waiting work is reached. `retry_after_s`: when to try again."""
 
     status = 429
     code = "rate_limit_exceeded"

@@ -1,9 +1,9 @@
-"""What the rooms around the scheduler say to each other: immutable values, complete at construction.
+"""The messages between the rooms around the scheduler: immutable values, complete at construction.
 
     front  --EngineRequest-->  scheduler  --SchedulerOutput-->  worker
     front  <--EngineOutput---  scheduler  <--ModelRunnerOutput--  worker
 
-What there is one of for each request and step is a `Struct`, which is made in a fraction of a dataclass's time.
+Values that are made for each request and step are `Struct`s, which are faster to make than dataclasses.
 
 No torch here: tensors inside `MediaItem.kwargs` and `media_rows` are opaque to whoever runs without torch.
 """

@@ -1,6 +1,6 @@
-"""What a request brings: generated text and tokens, or a pooled vector, with log probabilities and times.
+"""The outputs of a request: generated text and tokens, or a pooled vector, with log probabilities and times.
 
-Values that nobody changes after they are made. Free of torch.
+Immutable values. Free of torch.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """How one request's tokens are chosen and when its output ends.
 
-`SamplingParams` is complete and checked at construction: whoever holds one needs no further checks, except
-those that need to know the model (`check_against`). Free of torch; read by the front, the scheduler and the
-worker.
+`SamplingParams` is complete and checked at construction: no further checks are needed, except those that depend on the
+model (`check_against`). Free of torch; read by the front, the scheduler and the worker.
 """
 
 from __future__ import annotations

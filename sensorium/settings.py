@@ -60,7 +60,7 @@ def check_settings(settings: Any) -> None:
     """Check all fields of a dataclass by their annotations, and put numbers into their field's own type.
 
     Raises:
-        ConfigError: A value has the wrong type, is out of bounds, or is none of a closed set. It names the field.
+        ConfigError: A value has the wrong type, is out of bounds, or is not one of the choices. It names the field.
     """
     hints = _hints(type(settings))  # type: ignore[arg-type]  # classes are hashable
     for field in fields(settings):
@@ -163,7 +163,7 @@ def _checked(name: str, value: Any, form: Form) -> Any:
 
 
 def choice_of(value: object, choices: Sequence[str]) -> str | None:
-    """The one of a closed set that a value stands for, in whichever case it is written; None for no such."""
+    """The choice that a value names, in upper or lower case; None if there is none."""
     if not isinstance(value, str):
         return None
     return next((each for each in choices if each.lower() == value.lower()), None)

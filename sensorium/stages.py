@@ -1,7 +1,8 @@
-"""When the stages of a request happened: noted where they happen, read by whoever serves the request.
+"""The times of a request's stages: recorded where they happen, read by the server.
 
-Nothing is kept unless somebody listens: the server does, for its metrics and traces; `LLM` doesn't. A log follows its
-request through tasks and, by `contextvars.copy_context`, into pools of threads. Times are those of `time.monotonic`.
+Nothing is recorded unless a log is open: the server opens one, for its metrics and traces; `LLM` doesn't. A log follows
+its request through tasks and, by `contextvars.copy_context`, into pools of threads. Times are those of
+`time.monotonic`.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Masks of the tokens that may come next, between those who compute them and those who sample.
+"""Masks of the tokens that may come next, passed from the mask server to the sampler.
 
-A mask server (`sensorium.grammar`) writes masks into memory that a worker maps too, and says when they are there. What
-the worker needs for that travels with the step as a handle, `StepMasks`: the worker knows nothing of grammars, and may
-run in any process that open files can be handed to.
+A mask server (`sensorium.grammar`) writes masks into memory that a worker maps too, and signals when they are written.
+A step carries a handle, `StepMasks`, to that memory: the worker has no grammars, and may run in any process that open
+files can be passed to.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ class RowsDone(msgspec.Struct, frozen=True):
 
 
 class MaskMemory:
-    """The states and masks of all rows. Both sides map the same file; the memory goes back when both are gone.
+    """The states and masks of all rows. Both sides map the same file; the memory is freed when both have ended.
 
     A mask has one bit for each token of the vocabulary, the lowest first, in 32-bit words.
     """
@@ -73,7 +73,7 @@ class MaskMemory:
 class MaskSource:
     """Where one mask server's masks are found: its memory, and the pipe that its `RowsDone` come out of.
 
-    Holds open files of this process, and closes them when nobody has the handle any more. A worker maps the memory and
+    Holds open files of this process, and closes them when the handle is garbage. A worker maps the memory and
     reads the pipe by duplicates; there is one reader. In another process the same source has other file numbers.
     """
 
@@ -97,7 +97,7 @@ class MaskRow(msgspec.Struct, frozen=True):
 
     row: int
     begun: int
-    """The first order that is about this output. What came of earlier ones was another's."""
+    """The first order for this output. Results of earlier orders belong to another output."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +105,7 @@ class StepMasks:
     """The handle in a step: which of its requests are held to a grammar, and where their masks will be."""
 
     source: MaskSource | None
-    """None: whoever made masks has ended."""
+    """None: the mask server has ended."""
     number: int
     """Masks are there once the source has said that this order is done."""
     rows: Mapping[str, MaskRow]

@@ -80,9 +80,9 @@ class _AttentionBase(nn.Module):
 class Attention(_AttentionBase):
     """Attention of a decoder layer over the paged KV cache, mostly causal and of a sequence to itself.
 
-    Rows are the flat batch of one step; which of them belong together is the metadata's business, so the
-    layer serves prefill chunks and decodes of many requests in one call. So are spans whose positions see one another
-    both ways (`AttentionMetadata.row_spans`).
+    Rows are the flat batch of one step; the metadata says which of them belong together, so the layer serves prefill
+    chunks and decodes of many requests in one call. So are spans whose positions see one another both ways
+    (`AttentionMetadata.row_spans`).
 
     Args:
         num_heads: Query heads.

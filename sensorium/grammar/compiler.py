@@ -220,7 +220,7 @@ class GrammarCompiler:
             self._known.popitem(last=False)
 
     def _service_ended(self, service: GrammarService | None) -> None:
-        """Whoever waits learns it; the next grammar starts new processes."""
+        """Fail all waiting compilations; the next grammar starts new processes."""
         if service is None:
             return
         if not self._is_closing and self._unsupported is None:

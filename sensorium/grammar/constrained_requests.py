@@ -28,7 +28,7 @@ class _Constrained:
 
 class ConstrainedRequests:
     """Invariant: a constrained request is here from the step that gives it a slot to the one that frees that slot,
-    whatever becomes of the processes meanwhile."""
+    whatever happens to the processes meanwhile."""
 
     def __init__(self, compiler: GrammarCompiler, num_rows: int) -> None:
         """`num_rows`: requests that run at once."""
@@ -104,6 +104,6 @@ class ConstrainedRequests:
             self._leave_service()
 
     def _leave_service(self) -> None:
-        """Whoever has a row there can't go on."""
+        """The requests with a row there can't go on."""
         self._service = None
         self._updates = []

@@ -1,10 +1,10 @@
-"""What the engine core and the grammar processes say to each other; msgpack with a schema.
+"""Messages between the engine core and the grammar processes: msgpack with a schema.
 
 core  --CheckGrammar, CancelCheck-->  checker      core  <--Verdict--  checker
 core  --LoadGrammar-->  mask server's loader       core  <--Verdict--  loader
 core  --RowUpdates-->  mask server                 worker  <--RowsDone--  mask server
 
-`RowsDone` is the worker's business, see `sensorium.token_masks`.
+`RowsDone` goes to the worker, see `sensorium.token_masks`.
 """
 
 from __future__ import annotations

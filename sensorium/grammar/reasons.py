@@ -1,8 +1,8 @@
-"""Why a grammar can't be held to, in words that its sender can follow.
+"""Why a grammar can't be enforced, in terms that its sender knows.
 
-The library that compiles grammars speaks of options that nobody here can set, of numbers that it made of those that
-were sent, and of its own insides. Here that becomes what is wrong with the grammar. What isn't known stays as it was
-told, unless it gives advice.
+The messages of the library that compiles grammars name options that can't be set here, numbers that it derived from
+those that were sent, and its internals. They are translated to what is wrong with the grammar. An unknown message is
+passed on, unless it gives advice.
 """
 
 from __future__ import annotations

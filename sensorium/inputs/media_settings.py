@@ -1,8 +1,8 @@
 """`mm_processor_kwargs`, checked: a setting has its effect, or it is refused by name.
 
 One set of settings is offered to all callables of a model: its input processor, its mappers, its maximum numbers of
-rows and its dummy data. Each takes what it declares. A name that none of them takes is a mistake, and is told to
-whoever wrote it: the sender of a request, or whoever starts the engine.
+rows and its dummy data. Each takes what it declares. A name that none of them takes is an error for its author: the
+sender of a request, or the operator.
 """
 
 from __future__ import annotations

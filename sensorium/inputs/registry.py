@@ -26,7 +26,7 @@ logger = get_logger(__name__)
 
 
 class DummyData(NamedTuple):
-    """The largest legal input of a model, made up."""
+    """Dummy data: the largest legal input of a model."""
 
     seq_data: SequenceData
     multi_modal_data: MultiModalDataDict | None = None
@@ -86,7 +86,7 @@ class InputRegistry:
     # Dummy data
 
     def get_dummy_data_factory(self, model_class: type | None) -> DummyDataFactory | None:
-        """What makes the class's dummy data, or None where that is the default."""
+        """The class's dummy-data factory, or None for the default."""
         return None if model_class is None else self._dummy_factories.get(model_class)
 
     def has_dummy_encoder_data(self, model_class: type) -> bool:
@@ -108,7 +108,7 @@ class InputRegistry:
         """The model's dummy data: at least `seq_len` tokens, with as many items of each modality as the
         limits allow.
 
-        The input processor is not applied to it; the input mapper is, by whoever runs it.
+        The input processor is not applied to it; the input mapper is, by the caller.
 
         Raises `DummyDataError` (an `AssertionError`) if the factory made fewer tokens (for an encoder half,
         only a warning) or fewer items; `ModelLookupError` (a `KeyError`) if it asks for the count of an
@@ -134,7 +134,7 @@ class InputRegistry:
     def process_input(self, model_config: ModelConfig, inputs: ProcessorInputs) -> ProcessorInputs:
         """Run the model's input processor on one request.
 
-        A registered processor gets a copy, so that one which changes its argument does no harm; without one,
+        A registered processor gets a copy, so that a processor may change its argument; without one,
         `inputs` itself comes back. The result always has `mm_processor_kwargs`: where a processor left them
         out, they are the resolved ones together with what else the request asked for (a mapper may know names
         that the processor doesn't).

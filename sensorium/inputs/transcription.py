@@ -1,8 +1,8 @@
 """How a model is asked to write down speech, and where the transcript stands in its answer.
 
-A model that hears transcribes because it is told to, in words that it was trained on, and it may answer in a sentence
-around the transcript. Both are said, in this order, by the server's flags, by `transcription` in the checkpoint's
-`config.json`, by the model class's `get_transcription_style`, and else by the defaults here.
+A model that takes audio transcribes when the prompt asks for it in the words of its training, and it may answer with a
+sentence around the transcript. Both are said, in this order, by the server's flags, by `transcription` in the
+checkpoint's `config.json`, by the model class's `get_transcription_style`, and else by the defaults here.
 """
 
 from __future__ import annotations
@@ -23,15 +23,13 @@ _TEXT = "{text}"
 
 @dataclass(frozen=True, slots=True)
 class TranscriptionStyle:
-    """What a model is told, and how it answers.
+    """The instruction to a model, and the format of its answer.
 
     Attributes:
-        instruction: what it is told, behind the sound.
-        language_hint: how it is told the language, with `{language}` for its English name; "" where it can't be told.
-        languages: codes (ISO 639-1) of what it understands; empty: any.
-        answer: its answer, with `{text}` for the transcript.
-        no_speech: its answer where nothing is said.
-        max_audio_s: the longest sound that it hears whole; None: not known.
+        instruction: the text after the sound. language_hint: how the prompt names the language, with `{language}` for
+        its English name; "" where it can't be told. languages: codes (ISO 639-1) of what it understands; empty: any.
+        answer: its answer, with `{text}` for the transcript. no_speech: its answer where nothing is said. max_audio_s:
+        the longest sound that it hears whole; None: not known.
 
     Raises:
         ConfigError: `answer` doesn't hold the transcript once.

@@ -27,8 +27,8 @@ _SAMPLE_RATE = 16_000
 def warm_up(model_config: ModelConfig, registry: MultiModalRegistry = MULTIMODAL_REGISTRY) -> None:
     """Map one small item of each modality that the model takes, and forget it.
 
-    Raises `MissingLibraryError` (a `RuntimeError`) if a mapper needs a library that isn't there. Whatever else is wrong
-    with a mapper is told to the request that needs it.
+    Raises `MissingLibraryError` (a `RuntimeError`) if a mapper needs a library that isn't there. Any other error of a
+    mapper goes to the request that needs it.
     """
     begin_s = time.monotonic()
     for modality, limit in registry.get_mm_limits_per_prompt(model_config).items():

@@ -29,10 +29,10 @@ _NOT_THE_AUTHORS = (
 
 
 def told_to_caller(error: BaseException) -> str:
-    """What a caller may read of an exception that a model raised on a request.
+    """The part of a model's exception that its caller may read.
 
-    Our own errors are written for their reader, and torch's words about shapes say which counts differ. Any other text
-    may quote anything, paths and contents included, so that only the kind of the failure is told.
+    This package's errors are written for callers, and torch's messages about shapes say which counts differ. Any other
+    message may hold paths and contents, so only its class is given.
     """
     if isinstance(error, SensoriumError):
         return str(error)

@@ -1,9 +1,8 @@
-"""Watching a model load its weights: which checkpoint keys were read, and how much of each parameter was
-written.
+"""Tracks a model loading its weights: which checkpoint keys were read, and how much of each parameter was written.
 
-Works for any `load_weights`, whoever wrote it, because it watches torch's calls rather than the method's
-result. A key counts as used when an operation reads its tensor; a parameter counts as filled when at least as
-many elements were written into it as it has, which catches a fused layer that lacks a part.
+Works for any `load_weights`, because it watches torch's calls rather than the method's result. A key counts as used
+when an operation reads its tensor; a parameter counts as filled when at least as many elements were written into it as
+it has, which catches a fused layer that lacks a part.
 """
 
 from __future__ import annotations

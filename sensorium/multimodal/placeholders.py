@@ -1,6 +1,6 @@
 """Placeholder arithmetic: which rows of an expanded prompt come from which media item.
 
-Pure index arithmetic over token ids, linear in the length of the prompt; knows nothing of models or media.
+Pure index arithmetic over token ids, linear in the length of the prompt; independent of models and media.
 Called by preprocessing. Positions count in the expanded prompt.
 """
 

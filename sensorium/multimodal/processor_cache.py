@@ -21,8 +21,7 @@ _ENTRY_OVERHEAD_BYTES = 512
 
 
 class ProcessorCache:
-    """Mapped keyword arguments by key. Values are shared between requests: whoever gets one must not change
-    it.
+    """Mapped keyword arguments by key. Values are shared between requests: callers must not change them.
 
     With a capacity of 0 nothing is kept, and requests for one key that overlap in time still share one
     computation.

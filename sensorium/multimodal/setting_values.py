@@ -1,7 +1,7 @@
-"""Values of media settings: what a Hugging Face setting of a name may be, said before a processor trips over it.
+"""Checks the values of media settings by name, before a Hugging Face processor fails on them.
 
 Processors take what they are given and fail where they first compute with it, or not at all. Settings come from
-requests, so each value is checked by its name here. Names that aren't listed are the processor's own business.
+requests, so each value is checked by its name here. Names that aren't listed are checked by the processor.
 """
 
 from __future__ import annotations

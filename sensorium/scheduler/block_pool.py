@@ -78,7 +78,7 @@ class BlockPool:
             self._hashes[block_id] = digest
 
     def forget(self, block_ids: Iterable[int]) -> None:
-        """Let nobody find these blocks by their content any more."""
+        """Remove these blocks' hashes, so that no request finds them by content."""
         for block_id in block_ids:
             digest = self._hashes[block_id]
             if digest is None:
@@ -90,7 +90,7 @@ class BlockPool:
                 self._empty.append(block_id)
 
     def forget_content(self, digest: bytes) -> None:
-        """Let nobody find this content any more, if it is there."""
+        """Remove this hash, if it is there, so that no request finds the content."""
         block_id = self._index.get(digest)
         if block_id is not None:
             self.forget([block_id])

@@ -2,7 +2,7 @@
 
 Decides without changing anything; the step planner carries out what a draft says.
 
-Worked example, chunk limit 8, an image at positions 5 to 11 that nobody has encoded:
+Worked example, chunk limit 8, an image at positions 5 to 11 that isn't encoded:
     encoder budget left      the chunk is [0, 8), and the image is encoded in this step
     none left                the chunk is [0, 5)
     items stay whole         the chunk is [0, 5); the next one holds the image, all of it

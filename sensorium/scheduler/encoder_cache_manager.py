@@ -37,11 +37,11 @@ class EncoderCacheManager:
         return bool(self._holders.get(key))
 
     def is_held_only_by(self, request_id: str) -> bool:
-        """Whether nobody but this request holds anything."""
+        """Whether only this request holds entries."""
         return all(holder[0] == request_id for holders in self._holders.values() for holder in holders)
 
     def hold(self, key: str, num_rows: int, holder: tuple[str, int]) -> None:
-        """Hold an entry, adding it if it isn't there. The caller sees to it that there is room."""
+        """Hold an entry, adding it if it isn't there. The caller makes sure that there is room."""
         if key not in self._rows:
             self._evict_for(num_rows)
             self._rows[key] = num_rows

@@ -56,7 +56,8 @@ class FairShares:
         """By tenant, for those who have requests that had no slot yet."""
 
     def has_room(self, tenant: str, num_waiting: int, limit: int) -> bool:
-        """Whether another request of a tenant may wait: there is room in line, or others have more than their share."""
+        """Whether another request of a tenant may wait: there is room in the queue, or others have more than their
+        share."""
         own = self._num_waiting.get(tenant, 0)
         return num_waiting < limit or own < limit // len(self._num_waiting.keys() | {tenant})
 
@@ -84,7 +85,8 @@ class FairShares:
             self._leave_line(request, share)
 
     def end(self, request: RequestState) -> None:
-        """Note that a request has ended. What never had a slot costs its tenant nothing, once none is left in line."""
+        """Note that a request has ended. A request that never had a slot costs its tenant nothing, once none is left in
+        the queue."""
         priority, tenant = request.order[0], request.message.tenant
         found = self._classes[priority]
         share = found.shares[tenant]

@@ -1,8 +1,8 @@
 """Gives requests their blocks, group by group, and finds prefixes that are computed already.
 
 Owns one manager per group of layers that keep alike (`PagedManager`, `StateManager`) and, in each request's state, the
-fields that are marked as its own. Blocks are shared only when full, so nobody ever writes into a block that another
-request reads, and nothing is copied.
+fields that are marked as its own. Blocks are shared only when full, so no request writes into a block that another
+reads, and nothing is copied.
 
 A prefix hit is what all groups have. Worked example, blocks of 4 tokens, a prompt of 23: full attention finds blocks
 0 to 3; a window of 5, in which position 16 sees 12 to 16, needs block 3 alone; a state has a snapshot behind 12 tokens
@@ -183,7 +183,7 @@ class KVCacheManager:
         request.is_cacheable = True  # what it computes from here on is new
 
     def discard(self, request: RequestState) -> None:
-        """Let nobody find what a request computed that failed. Its blocks are still to be released."""
+        """Remove the hashes of what a failed request computed. Its blocks are still to be released."""
         for digest in request.block_hashes:
             for each in self.managers:
                 each.pool.forget_content(digest)

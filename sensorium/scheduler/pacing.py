@@ -76,7 +76,8 @@ class StepPace:
     def admits_rows(self, num_rows: int, num_tokens: int) -> bool:
         """Whether `num_rows` encoder rows and `num_tokens` tokens can be added.
 
-        While the cost of a row is unknown, nothing is added to a step's first item, which needs no leave.
+        While the cost of a row is unknown, a step encodes only one item. The caller adds a step's first item without
+        asking.
         """
         if self._seconds is None:
             return True
@@ -87,13 +88,13 @@ class StepPace:
         return seconds <= self._seconds
 
     def add(self, num_tokens: int, num_rows: int) -> None:
-        """Count a chunk in."""
+        """Count a chunk."""
         self.num_tokens += num_tokens
         self.num_rows += num_rows
 
 
 class Pacer:
-    """Measures what steps cost, and says what the next one may take in. Rates in seconds may be given for tests."""
+    """Measures what steps cost, and bounds the work of the next one. Rates in seconds may be given for tests."""
 
     def __init__(
         self,
@@ -112,7 +113,7 @@ class Pacer:
         """Seconds that one encoder row adds."""
 
     def begin_step(self, *, has_streams: bool) -> StepPace:
-        """The pace of the next step; without streams, or with an infinite gap, nobody waits for it: no bound."""
+        """The pace of the next step; without streams, or with an infinite gap: no bound."""
         if not has_streams or math.isinf(self._max_token_gap_s):
             return StepPace()
         seconds = SAFETY * self._max_token_gap_s - (self.decode_s.value or 0.0)

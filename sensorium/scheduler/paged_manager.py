@@ -126,7 +126,7 @@ class PagedManager:
     # Steps
 
     def allocate(self, request: RequestState, num_tokens: int) -> tuple[int, ...]:
-        """Extend the table to hold `num_tokens` tokens; returns the entries that the worker doesn't know."""
+        """Extend the table to hold `num_tokens` tokens; returns the new entries, to be sent to the worker."""
         table = self._tables[request]
         missing = -(-num_tokens // self._block_size) - len(table.block_ids)
         if missing > 0:

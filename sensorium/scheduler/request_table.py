@@ -1,6 +1,6 @@
 """The life cycle of requests: waiting, running, finished, and what each transition takes or gives back.
 
-Owns the set of unfinished requests, the running list and the waiting line. Every way out of running goes through here,
+Owns the set of unfinished requests, the running list and the waiting queue. Every way out of running goes through here,
 so that blocks, encoder entries and the worker's slot are given back together. The order of the line is the whole
 policy, see `FairShares`: a preempted request goes back with the order it had, which is how it keeps its place.
 """
@@ -21,7 +21,7 @@ from sensorium.scheduler.stats import Counters
 def may_displace(request: RequestState, victim: RequestState) -> bool:
     """Whether a request that lacks memory may take it from a running one by preempting it.
 
-    A running request takes from any that is behind it; a request in line only from one with a worse priority.
+    A running request takes from any that is behind it; a waiting request only from one with a worse priority.
     """
     if request.status is RequestStatus.RUNNING:
         return request.order < victim.order
@@ -73,7 +73,7 @@ class RequestTable:
         self._freed_ids: list[str] = []
 
     def add(self, request: RequestState) -> None:
-        """Put a new request in line."""
+        """Add a new request to the waiting queue."""
         self.by_id[request.request_id] = request
         self.waiting.push(request)
 
@@ -86,7 +86,7 @@ class RequestTable:
         insort(self.running, request, key=by_order)
 
     def preempt(self, request: RequestState) -> None:
-        """Put a running request back in line, at its old place; what it holds is free."""
+        """Put a running request back into the waiting queue, at its old place; its resources are freed."""
         del self.running[bisect_left(self.running, request.order, key=by_order)]
         self._give_back(request)
         request.status = RequestStatus.WAITING
@@ -96,7 +96,7 @@ class RequestTable:
         self._counters.num_preemptions += 1
 
     def finish(self, request: RequestState, *, has_failed: bool = False) -> None:
-        """End a request. What a failed one computed or encoded is used by nobody else."""
+        """End a request. No other request uses what a failed one computed or encoded."""
         if request.status is RequestStatus.RUNNING:
             del self.running[bisect_left(self.running, request.order, key=by_order)]
             if has_failed:
@@ -113,7 +113,7 @@ class RequestTable:
     def hold(self, request: RequestState, media: Sequence[MediaItem]) -> None:
         """Hold the encoder entries of these items for a running request, adding those that are to be encoded."""
         cache = self._encoder_cache
-        # What is there is held first: adding entries may evict those that nobody holds.
+        # Existing entries are held first: adding others may evict entries that no request holds.
         for item in sorted(media, key=lambda item: item.key not in cache):
             if item not in request.held_media:
                 self._counters.num_encoder_queries += 1

@@ -79,7 +79,7 @@ class Scheduler:
         self._in_flight: deque[StepPlan] = deque()
 
     def add_request(self, request: EngineRequest) -> None:
-        """Put a request in line.
+        """Queue a request.
 
         Raises:
             InvalidRequestError: It could not run to its end even alone, or its id is in use.

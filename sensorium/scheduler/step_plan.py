@@ -42,11 +42,11 @@ class StepPlan:
         self.num_rows = 0
         """Encoder rows in the step."""
         self.computing: set[bytes] = set()
-        """Hashes of blocks that this step fills: nobody may use them yet, but they will be there after it."""
+        """Hashes of blocks that this step fills: no request may use them yet, but they will be valid after it."""
         self.is_admission_closed = False
-        """A running request lacks memory, or the line's head does: nobody else gets in."""
+        """A running request lacks memory, or the first waiting one does: no other request is added."""
         self.is_encoder_closed = False
-        """A request waits for room in the encoder cache: nobody behind it may take more of it."""
+        """A request waits for room in the encoder cache: no request behind it may take more of it."""
         self.num_departures: list[int] = []
         """Of the request of each chunk, when the step was submitted: a chunk whose request has left since is stale."""
 

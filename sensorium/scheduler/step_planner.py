@@ -1,7 +1,7 @@
 """Decides what a step computes: one token budget, no phases; computed tokens catch up with known ones.
 
 Requests that stream come first, with the token that each sampled last. Then, in the order of the policy, prefills that
-have begun and requests in line. A request that lacks KV blocks, or room in the encoder cache, takes them from the worst
+have begun and waiting requests. A request that lacks KV blocks, or room in the encoder cache, takes them from the worst
 running request behind it; the worst itself waits. So the best request can always run, and every other in its turn.
 """
 
@@ -30,7 +30,7 @@ class _Admission(enum.Enum):
 
 
 MAX_HELD_BACK = 16
-"""Requests passed over in one step because another computes their prefix; bounds the host's work."""
+"""Most requests skipped in one step because another computes their prefix; bounds the host's work."""
 
 
 class StepPlanner:
@@ -100,7 +100,7 @@ class StepPlanner:
     def _preempt_for(self, request: RequestState, shortage: Shortage, plan: StepPlan) -> bool:
         """Preempt the worst running request that this one may displace and that has what is short.
 
-        If there is none, nobody behind this request may take more of it.
+        If there is none, no request behind this one may take more of it.
         """
         for victim in reversed(self._table.running):
             if not may_displace(request, victim):
@@ -119,7 +119,7 @@ class StepPlanner:
     # Prefills
 
     def _add_prefills(self, plan: StepPlan) -> None:
-        """Prefills that have begun and requests in line, merged in the order of the policy."""
+        """Prefills that have begun and waiting requests, merged in the order of the policy."""
         begun = [request for request in self._table.running if not request.is_caught_up]
         i = num_held_back = 0
         while plan.tokens_left:
@@ -171,7 +171,7 @@ class StepPlanner:
             return _Admission.HELD_BACK
         draft = self._draft_first_chunk(request, hit, plan)
         if draft is None:
-            plan.is_admission_closed = True  # nobody overtakes it and takes what it waits for
+            plan.is_admission_closed = True  # no other overtakes it and takes what it waits for
             return _Admission.REFUSED
         self._admit(request, hit, draft, plan)
         return _Admission.ADMITTED
@@ -201,7 +201,7 @@ class StepPlanner:
         return block_hash in plan.computing or any(block_hash in each.computing for each in self._in_flight)
 
     def _draft_first_chunk(self, request: RequestState, hit: PrefixHit, plan: StepPlan) -> ChunkDraft | None:
-        """A chunk for a request in line, with memory made for it where its priority allows; None: it waits on."""
+        """A chunk for a waiting request, with memory made for it where its priority allows; None: it keeps waiting."""
         while True:
             # Anew after each preemption: what the victim held may have left the encoder cache.
             max_tokens = self._kv_cache.max_tokens_behind(hit)
@@ -267,7 +267,7 @@ class StepPlanner:
         return sorted((request for request in (begun, waiting) if request is not None), key=by_order)
 
     def _gets_room(self, request: RequestState, hit: PrefixHit) -> bool:
-        """Whether there is memory for a request in line, or its priority gets it some."""
+        """Whether there is memory for a waiting request, or its priority gets it some."""
         running = self._table.running
         return self._has_room(request, hit) or may_displace(request, running[-1])
 

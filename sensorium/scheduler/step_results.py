@@ -26,7 +26,8 @@ NO_RESULT = RequestFailure("The engine lost the result of this request. Send it 
 
 
 class StepResults:
-    """Applies results to requests. One that ended or was preempted while the step was in flight is passed over."""
+    """Applies results to requests. Those of a request that ended or was preempted while the step was in flight are
+    ignored."""
 
     def __init__(self, table: RequestTable, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager) -> None:
         self._table = table
@@ -83,7 +84,7 @@ class StepResults:
         )
 
     def _settle(self, request: RequestState) -> None:
-        """Offer full blocks to others, and let go of what is needed no more."""
+        """Offer full blocks to others, and release what is not needed any more."""
         self._kv_cache.settled(request)
         if request.held_media:
             self._table.release_computed_media(request)

@@ -1,4 +1,4 @@
-"""When a request's output ends, as far as token ids tell. Stop strings are the detokenizer's business."""
+"""When a request's output ends, as far as token ids tell. The detokenizer finds stop strings."""
 
 from __future__ import annotations
 

@@ -9,8 +9,8 @@ import torch
 class DeviceBlockTables:
     """Row `slot` of a group holds the block ids of the request in that slot, and means nothing behind them.
 
-    Block ids are sent once, when they are given out: a step's own table is gathered on the device. One row more than
-    there are slots belongs to nobody; padding stands for it.
+    Block ids are sent once, when they are given out: a step's own table is gathered on the device. One more row than
+    there are slots is for padding and belongs to no request.
     """
 
     def __init__(self, num_groups: int, num_slots: int, max_blocks: int, device: torch.device) -> None:

@@ -1,10 +1,10 @@
 """Passes in which every request decodes one token, recorded once per number of rows and then replayed.
 
 A decoding step is hundreds of small kernels, and launching them one by one takes several times longer than running
-them. A CUDA graph launches them all at once, but it is deaf to anything that the host decides: it reads and writes the
-same addresses, in the same sizes, each time. So a step's rows are padded to the next size that a graph exists for, and
-lie where the graph reads them (`StepBuffers`); the block tables lie on the device for all slots, and the graph gathers
-the rows that it needs.
+them. A CUDA graph launches them all at once, but the host can't change what it does: it reads and writes the same
+addresses, in the same sizes, each time. So a step's rows are padded to the next size that a graph exists for, and lie
+where the graph reads them (`StepBuffers`); the block tables lie on the device for all slots, and the graph gathers the
+rows that it needs.
 
 Padding rows stand for nobody: they attend to one token of block 0, write no KV (their state goes to
 a row that nobody reads), and sample into an entry that no slot
@@ -34,7 +34,7 @@ from sensorium.worker.step_buffers import HostArray, StepBuffers, nobodys_rows, 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Decoded:
-    """What a pass of decodes left on the device, row by row. The next pass overwrites it."""
+    """The results of a pass of decodes on the device, row by row. The next pass overwrites it."""
 
     logits: torch.Tensor
     """`(num_rows, vocab_size)`"""
@@ -67,7 +67,7 @@ class DecodeGraphs:
         model: For its `compute_logits`.
         kv_caches: An entry per layer with a cache.
         buffers: Brings the steps' arrays to the device.
-        block_tables: `(num_tables, num_slots + 1, max_blocks)` int32 on the device; the last row belongs to nobody.
+        block_tables: `(num_tables, num_slots + 1, max_blocks)` int32 on the device; the last row belongs to no request.
         last_tokens: `(num_slots + 1,)` int64 on the device: the token sampled last in each slot. Written here.
         groups: The model's cache groups.
         uses_mrope: Whether positions have three rows.
@@ -156,7 +156,7 @@ class DecodeGraphs:
         return logits, best_ids, best_logits
 
     def _padded(self, arrays: StepArrays | None, size: int) -> dict[str, HostArray]:
-        """The arrays of a step by name, with rows for nobody behind its own; None: nothing but these."""
+        """The arrays of a step by name, with padding rows after its own; None: nothing but these."""
         num_rows = 0 if arrays is None else len(arrays.slots)
         fields: dict[str, HostArray] = {
             "token_ids": np.zeros(size, dtype=np.int64),

@@ -1,8 +1,8 @@
 """Runs the model over one flat batch of chunks: arrays go to the device, media to their places, and passes are replayed
 where they were recorded.
 
-Owns the buffers and the recorded passes. Which chunks share a pass, and what becomes of its hidden states, is the model
-runner's business.
+Owns the buffers and the recorded passes. The model runner decides which chunks share a pass, and uses its hidden
+states.
 """
 
 from __future__ import annotations
@@ -107,7 +107,8 @@ class PassRunner:
                 kind.recorded.graph_for(1)
 
     def record_next(self) -> bool:
-        """Record one more size, of what was asked for or of decodes first; False: nothing is left to record."""
+        """Record one more size, first those that were asked for and those of decodes; False: nothing is left to
+        record."""
         if any(tower.record_next() for tower in self.towers):
             return True
         return any(kind.recorded.record_next() for kind in (self.decodes, self.trunks) if kind is not None)
@@ -209,7 +210,7 @@ class PassRunner:
 
 
 def _hidden_states(output: Any) -> torch.Tensor:
-    """What `forward` returned, if it is what it should be. Raises `ModelError` (a `TypeError`)."""
+    """Check and return the result of `forward`. Raises `ModelError` (a `TypeError`)."""
     if not isinstance(output, torch.Tensor):
         raise ModelError(
             f"forward of the model: got a {type(output).__name__} from it, expected a tensor of hidden states "

@@ -1,6 +1,6 @@
-"""Brings a step's arrays to the device: one copy from pinned memory, into memory that stays where it is.
+"""Brings a step's arrays to the device: one copy from pinned memory, into memory at fixed addresses.
 
-On the CPU there is nothing to bring: the tensors are views of the arrays.
+On the CPU nothing is copied: the tensors are views of the arrays.
 
 Every array of a step is packed into one buffer of bytes at an offset that follows from the arrays' sizes alone, so
 steps of the same sizes have their arrays at the same addresses. That is what a CUDA graph needs, which reads the same
@@ -26,7 +26,8 @@ HostArray: TypeAlias = "np.ndarray[Any, np.dtype[Any]]"
 _ALIGNMENT = 16
 """Bytes. Kernels load 16 at once."""
 NUM_HOST_BUFFERS = 4
-"""A buffer is written again only when its copy has ended; more buffers than steps in flight make that no wait."""
+"""A buffer is written again only when its copy has ended; with more buffers than steps in flight, that takes no
+wait."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -109,7 +110,7 @@ class StepBuffers:
         return {name: _view(target, offsets[name], array) for name, array in arrays.items()}
 
     def _free_staging(self, num_bytes: int) -> _HostBuffer:
-        """The buffer that was used longest ago, free and large enough."""
+        """Wait for the buffer that was used longest ago, and make it large enough."""
         if len(self._staging) < NUM_HOST_BUFFERS:
             self._staging.append(_HostBuffer(self._device))
         staging = self._staging[self._next % len(self._staging)]
@@ -119,7 +120,7 @@ class StepBuffers:
 
 
 class _HostBuffer:
-    """Bytes that the device copies from by itself."""
+    """Pinned memory, from which the device copies."""
 
     def __init__(self, device: torch.device) -> None:
         self._pins = device.type == "cuda"
@@ -127,7 +128,7 @@ class _HostBuffer:
         self._resize(1 << 16)
 
     def prepare(self, num_bytes: int) -> None:
-        """Wait until the last copy from here has ended, and make room."""
+        """Wait until the last copy from here has ended, and grow the buffer if needed."""
         if self._copied is not None:
             self._copied.synchronize()
         if len(self._bytes) < num_bytes:

@@ -1,1 +1,1 @@
-"""Layers that model files are made of. They know nothing of requests, and hide devices, kernels and weight layouts."""
+"""The layers of model files. They are independent of requests, and hide devices, kernels and weight layouts."""

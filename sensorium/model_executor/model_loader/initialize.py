@@ -1,7 +1,7 @@
-"""Building a model without filling it: parameters get their memory once, in the type and place they stay in.
+"""Builds a model without filling it: parameters get their memory once, with their final dtype and device.
 
 While the model class is constructed, `torch.empty` (from which torch's layers and ours make their parameters)
-yields tensors on the meta device, so nothing is allocated or initialised in vain. Everything else a
+yields tensors on the meta device, so nothing is allocated or initialised needlessly. Everything else a
 constructor computes, such as a buffer of frequencies, is real.
 """
 
@@ -28,7 +28,8 @@ _FILLS = frozenset(
 class _EmptyOnMeta(TorchFunctionMode):
     """Sends `torch.empty` without an explicit device to the meta device, and fills nothing there.
 
-    Torch would only run the filling's Python twin in vain, and to that end imports its compiler, which takes a second.
+    Otherwise torch would run the filling's Python version for nothing, and import its compiler for it, which takes a
+    second.
     """
 
     def __torch_function__(
