@@ -14,6 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
 
+from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.errors import ConfigError
 from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.settings import MAX_BYTES, Bounds, check_setting, check_settings
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
 
+    from sensorium.engine.args import EngineArgs
     from sensorium.model_executor.layers.quantization import QuantizationConfig
 
 # What settings may be. Flat settings (`EngineArgs`) and the resolved ones below share these.
@@ -58,6 +60,7 @@ CompileTime: TypeAlias = Annotated[float, Bounds(0, 3600, above=True)]
 NumSeqs: TypeAlias = Annotated[int, Bounds(1, 1 << 16)]
 EncoderRows: TypeAlias = Annotated[int, Bounds(1, 1 << 28)]
 WaitingBound: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
+NumRanks: TypeAlias = Annotated[int, Bounds(1, 1024)]
 StepsInFlight: TypeAlias = Annotated[int, Bounds(1, 16)]
 Limits: TypeAlias = Mapping[str, Amount]
 
@@ -272,14 +275,18 @@ class LoRAConfig:
 
 @dataclass(frozen=True, slots=True)
 class ParallelConfig:
-    """Number of devices that share one model."""
+    """How many ranks share one model, and which of them this process is."""
 
-    tensor_parallel_size: int = 1
+    tensor_parallel_size: NumRanks = 1
+    group: TensorParallel = ONE_RANK
+    """The ranks' group as this one sees it. Alone, until the executor has brought them together."""
 
     def __post_init__(self) -> None:
-        if self.tensor_parallel_size != 1:
+        check_setting("tensor_parallel_size", self.tensor_parallel_size, NumRanks)
+        if self.group.size not in (1, self.tensor_parallel_size):
             raise ConfigError(
-                f"tensor_parallel_size: got {self.tensor_parallel_size}, expected 1. This build runs on one device."
+                f"tensor_parallel_size: got {self.tensor_parallel_size} with a group of {self.group.size}, expected "
+                "one size. Correct one of them."
             )
 
 
@@ -297,6 +304,12 @@ class EngineConfig:
     """How layers hold their weights; None: in the model's dtype."""
     lora_config: LoRAConfig | None = None
     """Bounds of adapters; None: none are served."""
+    engine_args: EngineArgs | None = None
+    """The settings that this was resolved from, for other processes to resolve them again; None: made by hand."""
+
+    def as_rank_of(self, group: TensorParallel) -> EngineConfig:
+        """The same configuration for one rank of a group."""
+        return replace(self, parallel_config=replace(self.parallel_config, group=group))
 
     def with_hf_config(self, hf_config: PretrainedConfig, architectures: list[str] | None = None) -> EngineConfig:
         """The same configuration for a sub-model, whose own Hugging Face config takes the place of the whole's."""

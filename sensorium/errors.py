@@ -107,6 +107,10 @@ class EngineRestartingError(EngineDeadError):
         self.retry_after_s = retry_after_s
 
 
+class LostRankError(EngineDeadError):
+    """Of several ranks that share a model, one has ended or doesn't answer. The others can't go on."""
+
+
 class RequestAbortedError(SensoriumError, RuntimeError):
     """The request was ended before it finished, by its caller or by a shutdown."""
 
@@ -215,3 +219,11 @@ class OverloadedError(RequestError, RuntimeError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, field: str | None = None) -> None:
         super().__init__(message, field=field)
         self.retry_after_s = retry_after_s
+
+
+def error_named(name: str, message: str) -> SensoriumError:
+    """An error as it was raised in another process. Only the classes above are looked up."""
+    found = globals().get(name)
+    if not (isinstance(found, type) and issubclass(found, SensoriumError)):
+        found = EngineDeadError
+    return found(message)

@@ -131,7 +131,7 @@ def test_every_field_refuses_what_cannot_be_meant(kind: type, name: str, hint: A
         {"code_revision": "main"},
         {"skip_tokenizer_init": True, "chat_template": "{{ 1 }}"},
         {"skip_tokenizer_init": True, "tokenizer": "demo"},
-        {"tensor_parallel_size": 2},
+        {"tensor_parallel_size": 0},
         {"quantization": "int4"},
         {"max_steps_in_flight": 0},
         {"plugins": "a.py"},

@@ -28,6 +28,7 @@ from sensorium.config import (
     MMSplit,
     ModelImpl,
     NumBytes,
+    NumRanks,
     NumSeqs,
     NumThreads,
     PoolingType,
@@ -89,8 +90,8 @@ class EngineArgs:
     """"auto" (a GPU if there is one), "cpu", or "cuda" with an optional index, such as "cuda:1"."""
     num_threads: NumThreads | None = None
     """Threads of CPU kernels; torch's default if not given."""
-    tensor_parallel_size: Count = 1
-    """Devices that share the model; this build runs on one."""
+    tensor_parallel_size: NumRanks = 1
+    """Ranks that share the model, each a process with its share of the weights and of the cores. On CPUs only."""
 
     block_size: BlockSize | None = None
     """Tokens in a KV block."""

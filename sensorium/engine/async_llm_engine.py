@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
-from sensorium.engine.codec import EncodedMessage, encode, encode_add, encode_request
+from sensorium.engine.codec import encode_add
 from sensorium.engine.core import within_blocks
 from sensorium.engine.core_messages import News, UseVocabulary
 from sensorium.engine.core_process import CoreFactory
@@ -45,6 +45,7 @@ from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.inputs.warm_up import warm_up
+from sensorium.ipc.codec import EncodedMessage, encode, encode_request
 from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
 from sensorium.media import MediaLease, MediaLoader
 from sensorium.messages import LoadReport

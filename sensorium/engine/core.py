@@ -7,10 +7,12 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 
+import msgspec
+
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.engine.grammar_queue import GrammarQueue
-from sensorium.errors import EngineDeadError, InvalidRequestError, SensoriumError
-from sensorium.executor import Executor, PendingStep, SingleProcessExecutor
+from sensorium.errors import ConfigError, EngineDeadError, InvalidRequestError, SensoriumError
+from sensorium.executor import Executor, MultiProcessExecutor, PendingStep, SingleProcessExecutor
 from sensorium.grammar.compiler import GrammarCompiler
 from sensorium.grammar.constrained_requests import ConstrainedRequests
 from sensorium.logger import get_logger
@@ -38,7 +40,7 @@ class EngineCore:
     """
 
     def __init__(self, config: EngineConfig, executor: Executor | None = None) -> None:
-        self._executor = executor or SingleProcessExecutor(config)
+        self._executor = executor or make_executor(config)
         self.report: LoadReport = self._executor.load()
         for line in self.report.lines():
             logger.info(line)
@@ -207,6 +209,18 @@ class EngineCore:
     def _check_alive(self) -> None:
         if self._failure is not None:
             raise EngineDeadError(f"the engine has ended: {type(self._failure).__name__}. Restart it.")
+
+
+def make_executor(config: EngineConfig) -> Executor:
+    """What runs the steps of an engine: this process, or several that share the model."""
+    if config.parallel_config.tensor_parallel_size == 1:
+        return SingleProcessExecutor(config)
+    if config.engine_args is None:
+        raise ConfigError(
+            f"tensor_parallel_size: got {config.parallel_config.tensor_parallel_size} in a configuration made by hand, "
+            "expected one that ranks can make again. Make it with EngineArgs.create_engine_config."
+        )
+    return MultiProcessExecutor(config, "sensorium.engine.rank_process", msgspec.msgpack.encode(config.engine_args))
 
 
 def within_blocks(config: EngineConfig, report: LoadReport) -> EngineConfig:

@@ -16,13 +16,13 @@ from collections.abc import Callable
 
 import msgspec
 
-from sensorium import errors
 from sensorium.engine.args import EngineArgs
-from sensorium.engine.channel import AsyncChannel, channel_pair
-from sensorium.engine.codec import EncodedMessage, decode_to_front, encode
+from sensorium.engine.codec import decode_to_front
 from sensorium.engine.core_messages import Abort, Died, News, Ready, Start, StartFailed, Stop
 from sensorium.engine.core_process import CoreFactory, CoreServer, make_core
-from sensorium.errors import EngineDeadError, SensoriumError
+from sensorium.errors import EngineDeadError, SensoriumError, error_named
+from sensorium.ipc.channel import AsyncChannel, channel_pair
+from sensorium.ipc.codec import EncodedMessage, encode
 from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
 from sensorium.messages import LoadReport
 
@@ -109,7 +109,7 @@ class CoreClient:
         elif isinstance(message, Ready):
             self._ready.set_result(message.report)
         elif isinstance(message, StartFailed):
-            self._fail(_error_of(message))
+            self._fail(error_named(message.error, message.message))
         else:
             assert isinstance(message, Died)
             self._fail(EngineDeadError(message.message))
@@ -128,14 +128,6 @@ class CoreClient:
         elif isinstance(error, EngineDeadError):
             logger.error("%s", error)
             self._on_death(error)
-
-
-def _error_of(message: StartFailed) -> SensoriumError:
-    """The error as it was raised in the core; only Sensorium's own classes are looked up."""
-    found = getattr(errors, message.error, None)
-    if not (isinstance(found, type) and issubclass(found, SensoriumError)):
-        found = EngineDeadError
-    return found(message.message)
 
 
 class _Process:

@@ -20,8 +20,7 @@ from typing import cast
 
 from sensorium import logger as package_logger
 from sensorium.engine.args import EngineArgs
-from sensorium.engine.channel import BlockingChannel, socket_from
-from sensorium.engine.codec import EncodedMessage, decode_request, decode_to_core, encode
+from sensorium.engine.codec import decode_to_core
 from sensorium.engine.core import EngineCore
 from sensorium.engine.core_messages import (
     Abort,
@@ -37,6 +36,8 @@ from sensorium.engine.core_messages import (
 )
 from sensorium.engine.loading import LOADING
 from sensorium.errors import EngineDeadError, SensoriumError
+from sensorium.ipc.channel import BlockingChannel, socket_from
+from sensorium.ipc.codec import EncodedMessage, decode_request, encode
 from sensorium.logger import LogFormat, LogLevel, get_logger
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure
 

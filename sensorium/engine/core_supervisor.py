@@ -9,11 +9,11 @@ from dataclasses import replace
 
 from sensorium.config import ModelFeatures
 from sensorium.engine.args import EngineArgs
-from sensorium.engine.codec import EncodedMessage
 from sensorium.engine.core_client import CoreClient
 from sensorium.engine.core_messages import News
 from sensorium.engine.core_process import CoreFactory
 from sensorium.errors import EngineDeadError, EngineRestartingError, SensoriumError
+from sensorium.ipc.codec import EncodedMessage
 from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
 from sensorium.messages import LoadReport
 

@@ -111,7 +111,7 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         ),
         max_grammar_compile_s=args.max_grammar_compile_s,
     )
-    parallel = ParallelConfig(tensor_parallel_size=args.tensor_parallel_size)
+    parallel = _parallel_config(args, device)
     device_type = device.partition(":")[0]
     check_quantization(args.quantization, device_type)
     path = resolve_model_path(args.model, args.revision)
@@ -123,14 +123,31 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         scheduler_config=scheduler,
         device_config=DeviceConfig(
             device=device,
-            num_threads=args.num_threads,
+            num_threads=_num_threads(args),
             enforce_eager=args.enforce_eager,
             attention_backend=args.attention_backend,
         ),
         load_config=LoadConfig(load_format=args.load_format),
         parallel_config=parallel,
         quant_config=quant_config,
+        engine_args=args,
     )
+
+
+def _parallel_config(args: EngineArgs, device: str) -> ParallelConfig:
+    if args.tensor_parallel_size > 1 and device != "cpu":
+        raise ConfigError(
+            f"tensor_parallel_size on {device}: got {args.tensor_parallel_size}, expected 1. Ranks share a model "
+            "on CPUs only; leave tensor_parallel_size out, or set device to 'cpu'."
+        )
+    return ParallelConfig(tensor_parallel_size=args.tensor_parallel_size)
+
+
+def _num_threads(args: EngineArgs) -> int | None:
+    """Threads of each rank: those that were asked for, else a share of the cores; None: torch's default."""
+    if args.num_threads is not None or args.tensor_parallel_size == 1:
+        return args.num_threads
+    return max((os.cpu_count() or 1) // args.tensor_parallel_size, 1)
 
 
 def _check_together(args: EngineArgs) -> None:

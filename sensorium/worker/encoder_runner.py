@@ -9,7 +9,8 @@ from collections.abc import Iterable, Sequence
 
 import torch
 
-from sensorium.errors import ProcessorError, SensoriumError
+from sensorium.distributed import TensorParallel
+from sensorium.errors import LostRankError, ProcessorError, SensoriumError
 from sensorium.messages import EncoderInput
 from sensorium.model_executor.drivers import EncodeJob, ModelDriver
 from sensorium.worker.input_batch import InputBatch, MediaSlice
@@ -18,8 +19,9 @@ from sensorium.worker.input_batch import InputBatch, MediaSlice
 class EncoderRunner:
     """Invariant: `_rows` and `errors` together hold exactly the keys that were to be encoded and not freed."""
 
-    def __init__(self, driver: ModelDriver) -> None:
+    def __init__(self, driver: ModelDriver, group: TensorParallel) -> None:
         self._driver = driver
+        self._group = group
         self._rows: dict[str, torch.Tensor] = {}
         self.errors: dict[str, SensoriumError] = {}
         """By key: why there are no rows. A step that was planned before that was known may still ask for them."""
@@ -39,9 +41,14 @@ class EncoderRunner:
             self.errors.pop(key, None)
 
     def run(self, inputs: Sequence[EncoderInput], batch: InputBatch) -> None:
-        """Encode items."""
+        """Encode items.
+
+        Raises:
+            LostRankError: Items could not be encoded here, and other ranks did not fail with them.
+        """
         if not inputs:
             return
+        num_errors = len(self.errors)
         requests = [batch[each.request_id].request for each in inputs]
         jobs = [EncodeJob(request, request.media[each.item]) for each, request in zip(inputs, requests, strict=True)]
         for job, result in zip(jobs, self._driver.encode(jobs), strict=True):
@@ -51,6 +58,8 @@ class EncoderRunner:
             else:
                 assert isinstance(result, torch.Tensor)
                 self._rows[job.item.key] = result
+        if len(self.errors) > num_errors and not self._group.have_all_failed():
+            raise LostRankError("encoding media: got a failure that not all ranks had. Restart the engine.")
 
     def rows(self, piece: MediaSlice) -> torch.Tensor | None:
         """The rows of a slice `(last - first, hidden_size)`; None where the item was not encoded."""

@@ -74,8 +74,8 @@ def plan_memory(
     cached_rows = (config.cache_config.encoder_cache_rows or 0) if holds_rows else 0
     encoder_cache = cached_rows * hidden_size * itemsize
     if device.type == "cpu":
-        share = int(free_cpu_bytes() * config.cache_config.memory_fraction) // 2
-        return MemoryPlan(min(share, DEFAULT_CPU_BYTES), encoder_cache=encoder_cache)
+        share = config.cache_config.memory_fraction / config.parallel_config.tensor_parallel_size
+        return MemoryPlan(min(int(free_cpu_bytes() * share) // 2, DEFAULT_CPU_BYTES), encoder_cache=encoder_cache)
     at_rest = torch.cuda.memory_allocated(device)
     _run_full_step(device, config, driver, layout)
     towers = towers_of(model)

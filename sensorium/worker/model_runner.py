@@ -25,7 +25,7 @@ from torch import nn
 from sensorium.attention import LayerCache
 from sensorium.cache_spec import CacheGroup
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import RequestError
+from sensorium.errors import LostRankError, RequestError
 from sensorium.logger import get_logger
 from sensorium.messages import (
     ModelRunnerOutput,
@@ -146,7 +146,8 @@ class ModelRunner:
             device_tables=self._block_tables,
         )
         self._clock = StepClock(device)
-        self.encoder = EncoderRunner(driver)
+        self._group = config.parallel_config.group
+        self.encoder = EncoderRunner(driver, self._group)
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
         self._masks = MaskReader()
@@ -316,6 +317,10 @@ class ModelRunner:
         except Exception as error:
             if self._device.type != "cpu" and _is_device_fault(error):
                 raise
+            if not self._group.have_all_failed():
+                raise LostRankError(
+                    "a forward pass: got a failure that not all ranks had. Restart the engine."
+                ) from error
             if len(chunks) == 1:
                 logger.exception("the forward pass of request %s failed", chunks[0].request_id)
                 failure = RequestFailure(
@@ -373,7 +378,7 @@ class ModelRunner:
             return False
         states = self._batch.states(chunks)
         positions = arrays.seq_lens.astype(np.int64)
-        if pending.masks is None and self._sampling.is_plain[arrays.slots].all():
+        if pending.masks is None and self._group.size == 1 and self._sampling.is_plain[arrays.slots].all():
             rows = self._begin_rows(states, arrays.slots, positions, decoded.best)
         else:
             rows = self._sample(states, arrays.slots, positions, decoded.logits, pending.masks)
@@ -389,12 +394,20 @@ class ModelRunner:
         logits: torch.Tensor,
         step_masks: StepMasks | None,
     ) -> _SampledRows:
-        """Sample a token for each of these requests, given its row of the logits and the token's position."""
+        """Sample a token for each of these requests, given its row of the logits and the token's position.
+
+        The first rank does, and tells the others.
+        """
+        if self._group.rank > 0:
+            output = SamplerOutput.of_another_rank(len(slots), logits.device)
+            self._group.broadcast(output.sampled_token_ids)
+            return self._begin_rows(states, slots, positions, output)
         masks: RowMasks | None = None
         if step_masks is not None:  # computed while the model ran
             masks = self._masks.read(step_masks, [state.request.request_id for state in states])
         token_mask = None if masks is None else TokenMask(masks.rows, masks.words)
         output = self._sampler.sample(logits, self._sampling, slots, token_mask)
+        self._group.broadcast(output.sampled_token_ids)
         return self._begin_rows(states, slots, positions, output, masks)
 
     def _begin_rows(

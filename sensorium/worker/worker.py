@@ -67,7 +67,7 @@ class Worker:
             ModelError: The class can't be served as written.
             ConfigError: Not even one KV block fits.
         """
-        config = self._config
+        config, group = self._config, self._config.parallel_config.group
         PROCESS_SETTINGS.hold(config)
         self._release = weakref.finalize(self, PROCESS_SETTINGS.release)
         self._release.atexit = False
@@ -102,7 +102,8 @@ class Worker:
             memory = plan_memory(
                 *(self._device, config, self._model, self._driver, layout, features), records=capture is not None
             )
-            groups = layout.plan(config, memory.available)
+            # Ranks give out the same blocks, so none may count on more memory than the others have.
+            groups = layout.plan(config, group.least(memory.available))
             caches = layout.allocate(groups, self._device)
         try:
             self._runner = ModelRunner(
@@ -133,13 +134,17 @@ class Worker:
             cache_groups=groups,
             memory_bytes={"weights": tensor_bytes(self.model), "KV cache": kv_bytes, **memory.parts()},
             seconds=dict(self._seconds),
-            model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}",
+            model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}{self._ranks()}",
             weights=weights_line(self.model, self._config.quant_config),
             processors=describe_backend(model_config) if model_config.is_multimodal_model else "",
             steps=self._steps_line(),
             sampling=model_config.sampling_defaults.line(),
             kernels=_kernels_line(self._device),
         )
+
+    def _ranks(self) -> str:
+        num_ranks = self._config.parallel_config.tensor_parallel_size
+        return f", shared by {num_ranks} ranks" if num_ranks > 1 else ""
 
     def _steps_line(self) -> str:
         if self._device.type == "cpu":

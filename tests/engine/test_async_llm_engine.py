@@ -16,7 +16,6 @@ import torch
 from sensorium import EngineArgs, SamplingParams
 from sensorium.engine.args import EngineArgs as Args
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
-from sensorium.engine.codec import _Reader, decode_request, encode_request
 from sensorium.engine.core import EngineCore
 from sensorium.engine.core_client import IN_THIS_PROCESS
 from sensorium.engine.output_stream import join_deltas
@@ -28,6 +27,7 @@ from sensorium.errors import (
     OverloadedError,
     RequestAbortedError,
 )
+from sensorium.ipc.codec import _Reader, decode_request, encode_request
 from sensorium.messages import EngineOutput, EngineRequest, MediaItem
 from sensorium.outputs import CompletionOutput, OutputKind, RequestOutput
 from sensorium.spans import Span

@@ -91,10 +91,10 @@ class DecoderAttention(nn.Module):
             self.q_norm = RMSNorm(head_size, eps=text.rms_norm_eps)
             self.k_norm = RMSNorm(head_size, eps=text.rms_norm_eps)
         self.attn = Attention(
-            num_heads,
+            self.qkv_proj.num_heads,
             head_size,
             head_size**-0.5,
-            num_kv_heads=num_kv_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
             cache_config=config.cache_config,
             quant_config=config.quant_config,
             per_layer_sliding_window=sliding_window_of(text, layer),

@@ -5,6 +5,8 @@ Sequences of any lengths lie one after another in a flat batch, or have one leng
 see `MultiHeadAttention`. A tower says which norm, MLP and rotary angles it has, and renames its checkpoint's
 weights to the names here: `norm1`, `attn.qkv_proj`, `attn.out_proj`, `norm2`, `mlp`.
 
+Every rank has a tower whole: its pictures cost little beside what ranks would have to tell each other of them.
+
 Source: Dosovitskiy et al. 2020, section 3.1, with the norms before the sub-layers.
 """
 
@@ -14,6 +16,7 @@ import torch
 from torch import nn
 
 from sensorium.attention import MultiHeadAttention
+from sensorium.distributed import ONE_RANK, constructing_for
 from sensorium.kernels import rotary_embedding
 from sensorium.model_executor.layers.activation import get_act_fn
 from sensorium.model_executor.layers.linear import (
@@ -67,12 +70,16 @@ class EncoderAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_size = hidden_size // num_heads
-        self.qkv_proj = QKVParallelLinear(
-            hidden_size, self.head_size, num_heads, bias=bias, quant_config=quant_config, prefix=f"{prefix}.qkv_proj"
-        )
-        self.out_proj = RowParallelLinear(
-            hidden_size, hidden_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.out_proj"
-        )
+        with constructing_for(ONE_RANK):
+            self.qkv_proj = QKVParallelLinear(
+                *(hidden_size, self.head_size, num_heads),
+                bias=bias,
+                quant_config=quant_config,
+                prefix=f"{prefix}.qkv_proj",
+            )
+            self.out_proj = RowParallelLinear(
+                hidden_size, hidden_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.out_proj"
+            )
         self.attn = MultiHeadAttention(num_heads, self.head_size, self.head_size**-0.5)
 
     def forward(
@@ -110,16 +117,17 @@ class EncoderMLP(nn.Module):
         output_size: int | None = None,
     ) -> None:
         super().__init__()
-        self.fc1 = ColumnParallelLinear(
-            hidden_size, intermediate_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.fc1"
-        )
-        self.fc2 = RowParallelLinear(
-            intermediate_size,
-            output_size or hidden_size,
-            bias=bias,
-            quant_config=quant_config,
-            prefix=f"{prefix}.fc2",
-        )
+        with constructing_for(ONE_RANK):
+            self.fc1 = ColumnParallelLinear(
+                hidden_size, intermediate_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.fc1"
+            )
+            self.fc2 = RowParallelLinear(
+                intermediate_size,
+                output_size or hidden_size,
+                bias=bias,
+                quant_config=quant_config,
+                prefix=f"{prefix}.fc2",
+            )
         self.act_fn = get_act_fn(hidden_act)
 
     def process_weights_after_loading(self) -> None:

@@ -1,8 +1,10 @@
 """Linear layers that model files use: plain, column-split, merged, query-key-value, and row-split.
 
 Each returns `(output, bias)`, where `bias` is only set when the caller asked to add it itself
-(`skip_bias_add`). The names and arguments say how a layer would be divided over devices, so that a model file
-doesn't change when it is; on one device all of them compute `x @ weight.T + bias`.
+(`skip_bias_add`). The names say how a layer is divided over the ranks that share its model: a column layer has a share
+of the output channels; a row layer has a share of the input channels, and sums its outputs over ranks. Model files give
+whole sizes, and read a rank's share of heads off a `QKVParallelLinear`. With one rank all of them compute
+`x @ weight.T + bias`.
 
 How a layer holds its weight, and what it multiplies with, is its `LinearMethod`'s business: see
 `sensorium.model_executor.layers.quantization`. A parameter carries its own `weight_loader(parameter, tensor[,
@@ -18,6 +20,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sensorium.distributed import WHOLE, Shard, current_tensor_parallel
+from sensorium.errors import ConfigError
 from sensorium.model_executor.layers.parameters import Axes, new_parameter
 from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.quantization.layer import WeightedLayer
@@ -50,8 +54,8 @@ class LinearBase(WeightedLayer):
     """`x @ weight.T + bias` with `weight` `(output_size, input_size)`.
 
     Args:
-        input_size: Channels in.
-        output_size: Channels out.
+        input_size: This rank's channels in.
+        output_size: This rank's channels out.
         bias: Whether there is a bias.
         skip_bias_add: Return the bias instead of adding it.
         params_dtype: Dtype of float parameters; torch's default dtype if `None`.
@@ -70,8 +74,14 @@ class LinearBase(WeightedLayer):
         prefix: str = "",
         *,
         output_sizes: Sequence[int] | None = None,
+        input_shard: Shard = WHOLE,
+        output_shards: Sequence[Shard] | None = None,
     ) -> None:
-        super().__init__(input_size, output_sizes or [output_size], params_dtype, quant_config, prefix)
+        super().__init__(
+            *(input_size, output_sizes or [output_size], params_dtype, quant_config, prefix),
+            input_shard=input_shard,
+            output_shards=output_shards,
+        )
         self.skip_bias_add = skip_bias_add
         self.bias = None
         if bias:
@@ -113,13 +123,13 @@ class LinearBase(WeightedLayer):
 
 
 class ReplicatedLinear(LinearBase):
-    """A linear layer that every device would hold whole."""
+    """A linear layer that every rank holds whole."""
 
 
 class ColumnParallelLinear(LinearBase):
-    """A linear layer whose output channels would be divided over devices.
+    """A linear layer whose output channels are divided over ranks.
 
-    Args as `LinearBase`, and `gather_output`: collect the whole output on every device.
+    Args as `LinearBase`, with whole sizes, and `gather_output`: collect the whole output on every rank.
     """
 
     def __init__(
@@ -134,12 +144,26 @@ class ColumnParallelLinear(LinearBase):
         prefix: str = "",
         *,
         output_sizes: Sequence[int] | None = None,
+        output_shards: Sequence[Shard] | None = None,
     ) -> None:
+        sizes = output_sizes or [output_size]
+        shards = output_shards or [current_tensor_parallel().shard] * len(sizes)
+        what = f"output channels of {prefix or type(self).__name__}"
+        shares = [shard.of(size, what) for size, shard in zip(sizes, shards, strict=True)]
         super().__init__(
-            *(input_size, output_size, bias, skip_bias_add, params_dtype, quant_config, prefix),
-            output_sizes=output_sizes,
+            *(input_size, sum(shares), bias, skip_bias_add, params_dtype, quant_config, prefix),
+            output_sizes=shares,
+            output_shards=shards,
         )
         self.gather_output = gather_output
+        if gather_output and self.tensor_parallel.size > 1:
+            self.forward = self._forward_gathered  # type: ignore[method-assign]
+
+    def _forward_gathered(self, x: torch.Tensor) -> LinearOutput:
+        """`forward` with every part of the output whole, one behind the other."""
+        output, bias = super().forward(x)
+        parts = output.split_with_sizes(self.output_sizes, -1)
+        return torch.cat([self.tensor_parallel.all_gather(part) for part in parts], -1), bias
 
 
 class MergedColumnParallelLinear(ColumnParallelLinear):
@@ -171,8 +195,9 @@ class QKVParallelLinear(ColumnParallelLinear):
     Args:
         hidden_size: Channels in.
         head_size: Channels of a head.
-        total_num_heads: Query heads over all devices.
-        total_num_kv_heads: Key/value heads over all devices; as many as query heads if `None`.
+        total_num_heads: Query heads over all ranks.
+        total_num_kv_heads: Key/value heads over all ranks; as many as query heads if `None`. Where there are fewer
+            than ranks, several ranks have the same.
         bias: Whether there is a bias.
         skip_bias_add: Return the bias instead of adding it.
         params_dtype: Dtype of float parameters; torch's default dtype if `None`.
@@ -195,19 +220,25 @@ class QKVParallelLinear(ColumnParallelLinear):
         self.head_size = head_size
         self.total_num_heads = total_num_heads
         self.total_num_kv_heads = total_num_heads if total_num_kv_heads is None else total_num_kv_heads
-        self.num_heads = self.total_num_heads
-        self.num_kv_heads = self.total_num_kv_heads
+        heads = current_tensor_parallel().shard
+        self.num_heads = heads.of(self.total_num_heads, "attention heads")
+        """This rank's query heads."""
+        kv_heads = _shard_of_kv_heads(heads, self.total_num_kv_heads)
+        self.num_kv_heads = self.total_num_kv_heads // kv_heads.count
+        """This rank's key/value heads."""
         self.q_size = self.num_heads * head_size
         self.kv_size = self.num_kv_heads * head_size
+        sizes = [num * head_size for num in (self.total_num_heads, self.total_num_kv_heads, self.total_num_kv_heads)]
         super().__init__(
             hidden_size,
-            self.q_size + 2 * self.kv_size,
+            sum(sizes),
             bias,
             skip_bias_add=skip_bias_add,
             params_dtype=params_dtype,
             quant_config=quant_config,
             prefix=prefix,
-            output_sizes=(self.q_size, self.kv_size, self.kv_size),
+            output_sizes=sizes,
+            output_shards=(heads, kv_heads, kv_heads),
         )
 
     def part_index(self, shard_id: int | str) -> int:
@@ -228,10 +259,10 @@ class QKVParallelLinear(ColumnParallelLinear):
 
 
 class RowParallelLinear(LinearBase):
-    """A linear layer whose input channels would be divided over devices, and its outputs summed over them.
+    """A linear layer whose input channels are divided over ranks, and its outputs summed over them.
 
-    Args as `LinearBase`, and `input_is_parallel`: the input comes divided already; `reduce_results`: sum over
-    devices.
+    Args as `LinearBase`, with whole sizes, and `input_is_parallel`: the input comes divided already; `reduce_results`:
+    sum over ranks. The first rank adds the bias.
     """
 
     def __init__(
@@ -246,6 +277,36 @@ class RowParallelLinear(LinearBase):
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
     ) -> None:
-        super().__init__(input_size, output_size, bias, skip_bias_add, params_dtype, quant_config, prefix)
+        shard = current_tensor_parallel().shard
+        share = shard.of(input_size, f"input channels of {prefix or type(self).__name__}")
+        super().__init__(
+            *(share, output_size, bias, skip_bias_add, params_dtype, quant_config, prefix), input_shard=shard
+        )
         self.input_is_parallel = input_is_parallel
         self.reduce_results = reduce_results
+        if shard.count > 1:  # bound here, so that one rank doesn't ask at each call
+            self.forward = self._forward_share  # type: ignore[method-assign]
+
+    def _forward_share(self, x: torch.Tensor) -> LinearOutput:
+        """`forward` of one of several ranks."""
+        group = self.tensor_parallel
+        if not self.input_is_parallel:
+            x = x.narrow(-1, group.rank * self.input_size, self.input_size)
+        adds_bias = group.rank == 0 and not self.skip_bias_add
+        output = self._multiply(self, x, self.bias if adds_bias else None)
+        if self.reduce_results:
+            output = group.all_reduce(output)
+        return output, self.bias if self.skip_bias_add else None
+
+
+def _shard_of_kv_heads(heads: Shard, num_kv_heads: int) -> Shard:
+    """Which key/value heads belong to a rank's query heads. Raises `ConfigError` if they can't be shared evenly."""
+    if num_kv_heads >= heads.count:
+        heads.of(num_kv_heads, "key/value heads")
+        return heads
+    if heads.count % num_kv_heads:
+        raise ConfigError(
+            f"tensor_parallel_size: got {heads.count} for {num_kv_heads} key/value heads, expected a divisor or a "
+            f"multiple of {num_kv_heads}. Change tensor_parallel_size (--tensor-parallel-size)."
+        )
+    return Shard(heads.index * num_kv_heads // heads.count, num_kv_heads)

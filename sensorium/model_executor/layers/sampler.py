@@ -61,6 +61,12 @@ class SamplerOutput:
         self._report = report
         self._copy: HostCopy | None = None
 
+    @classmethod
+    def of_another_rank(cls, num_rows: int, device: torch.device) -> SamplerOutput:
+        """Room for tokens that another rank samples, and finds fault with."""
+        token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
+        return cls(token_ids, torch.zeros(num_rows, device=device))
+
     def fetch(self) -> None:
         """Begin to copy everything to the host, if that has not begun."""
         if self._copy is None:

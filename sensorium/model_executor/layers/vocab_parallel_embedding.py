@@ -1,4 +1,4 @@
-"""Token embeddings and the output head, whose rows would be divided over devices."""
+"""Token embeddings and the output head, whose rows are divided over the ranks that share a model."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sensorium.distributed import current_tensor_parallel
 from sensorium.model_executor.layers.parameters import Axes, new_parameter
 from sensorium.model_executor.layers.quantization import LinearMethod, QuantizationConfig
 from sensorium.model_executor.layers.quantization.layer import WeightedLayer
@@ -25,12 +26,15 @@ class VocabParallelEmbedding(WeightedLayer):
     Ids outside the table (placeholders may be negative or beyond the vocabulary) give rows of zeros: their
     rows come from media.
 
+    With several ranks each has `weight` `(num_rows, embedding_dim)`, the rows from `first_row` on, some of which may
+    stand for nothing at the end. Embeddings are summed over ranks, logits are gathered.
+
     Args:
         num_embeddings: Rows.
         embedding_dim: Columns.
         params_dtype: Dtype of the table; torch's default dtype if `None`.
         org_num_embeddings: Rows that the checkpoint has, when these are fewer; the others are zero.
-        padding_size: Accepted for models that pass it; a table on one device is not padded.
+        padding_size: Accepted for models that pass it; a table is padded to a multiple of the number of ranks.
         quant_config: How the head holds its weight. `None`: as the model that is being constructed says.
         prefix: The layer's name in the model.
     """
@@ -46,7 +50,10 @@ class VocabParallelEmbedding(WeightedLayer):
         prefix: str = "",
     ) -> None:
         self.org_vocab_size = num_embeddings if org_num_embeddings is None else org_num_embeddings
-        super().__init__(embedding_dim, [num_embeddings], params_dtype, quant_config, prefix)
+        shard = current_tensor_parallel().shard
+        self.num_rows = -(-num_embeddings // shard.count)
+        self.first_row = shard.index * self.num_rows
+        super().__init__(embedding_dim, [self.num_rows], params_dtype, quant_config, prefix, output_shards=[shard])
         self.num_embeddings = num_embeddings
         self.embedding_dim = embedding_dim
         self.bias = None
@@ -61,12 +68,28 @@ class VocabParallelEmbedding(WeightedLayer):
         """The rows (or, for a head, the biases) that the checkpoint has; the others become zero."""
         axes: Axes = param.__dict__["axes"]
         whole = super().part_of(param, part)
-        num_loaded = axes.entries(self.org_vocab_size)
+        num_loaded = axes.entries(self._num_loaded_rows)
         whole.narrow(axes.output, num_loaded, whole.shape[axes.output] - num_loaded).zero_()
         return whole.narrow(axes.output, 0, num_loaded)
 
+    @property
+    def _num_loaded_rows(self) -> int:
+        """This rank's rows that the checkpoint has."""
+        return min(max(self.org_vocab_size - self.first_row, 0), self.num_rows)
+
+    def share_of(self, param: nn.Parameter, loaded: torch.Tensor, part: int | None, what: str) -> torch.Tensor:
+        """See `WeightedLayer.share_of`: shares need not be equal here."""
+        axes: Axes = param.__dict__["axes"]
+        num_rows = axes.entries(self.org_vocab_size)
+        if self.tensor_parallel.size == 1 or axes.output_block is None or loaded.shape[axes.output] != num_rows:
+            return loaded  # whose size may be wrong, as the copy will say
+        first = min(axes.entries(self.first_row), num_rows)
+        return loaded.narrow(axes.output, first, axes.entries(self._num_loaded_rows))
+
     def forward(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Embeddings `(*input_ids.shape, embedding_dim)`."""
+        if self.tensor_parallel.size > 1:
+            return self._embed_share(input_ids)
         valid_ids = input_ids.clamp(0, self.num_embeddings - 1)
         embeddings = F.embedding(valid_ids, self.weight)
         if input_ids.device.type == "cpu" and torch.equal(valid_ids, input_ids):
@@ -74,12 +97,22 @@ class VocabParallelEmbedding(WeightedLayer):
         # On a device the question above would wait for it, so the mask is always applied there.
         return embeddings.masked_fill((valid_ids != input_ids).unsqueeze(-1), 0)
 
+    def _embed_share(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """`forward` of one of several ranks."""
+        rows = input_ids - self.first_row
+        is_own = (rows >= 0) & (rows < self.num_rows) & (input_ids < self.num_embeddings)
+        embeddings = F.embedding(rows.where(is_own, 0), self.weight).masked_fill(~is_own.unsqueeze(-1), 0)
+        return self.tensor_parallel.all_reduce(embeddings)
+
     def project(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """As an output head: logits `(num_rows, num_embeddings)` of rows `(num_rows, embedding_dim)`."""
         if self.packed is None:
             with torch.no_grad():
                 self.finish_loading()
-        return self._multiply(self, hidden_states, self.bias)
+        logits = self._multiply(self, hidden_states, self.bias)
+        if self.tensor_parallel.size > 1:
+            logits = self.tensor_parallel.all_gather(logits)[..., : self.num_embeddings]
+        return logits
 
     def extra_repr(self) -> str:
         """What `print(model)` shows."""
@@ -115,7 +148,7 @@ class ParallelLMHead(VocabParallelEmbedding):
         self.keeps_weight = False
         if bias:
             self.bias = new_parameter(
-                num_embeddings, dtype=params_dtype, loader=self.weight_loader, axes=Axes(), name="bias"
+                self.num_rows, dtype=params_dtype, loader=self.weight_loader, axes=Axes(), name="bias"
             )
 
     def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:

@@ -13,7 +13,8 @@ from torch import nn
 
 from sensorium.checkpoint import other_weight_files, weight_files
 from sensorium.config import EngineConfig
-from sensorium.errors import ModelError, SensoriumError, WeightsError
+from sensorium.distributed import TensorParallel, constructing_for
+from sensorium.errors import ConfigError, ModelError, SensoriumError, WeightsError
 from sensorium.logger import get_logger
 from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.layers.quantization.layer import WeightedLayer
@@ -90,9 +91,10 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
 
 def _build(model_class: type, config: EngineConfig) -> nn.Module:
     """The model without values. What its constructor raises is an error of loading that names the class."""
-    device = torch.device(config.device_config.device)
+    device, group = torch.device(config.device_config.device), config.parallel_config.group
     try:
-        model = build_empty(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
+        with constructing_for(group):
+            model = build_empty(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
     except (SensoriumError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -103,7 +105,18 @@ def _build(model_class: type, config: EngineConfig) -> nn.Module:
     for module in model.modules():
         if isinstance(module, WeightedLayer):
             module.share_given_weight()
+    _check_divided(model, group)
     return model
+
+
+def _check_divided(model: nn.Module, group: TensorParallel) -> None:
+    """Raise `ConfigError` if several ranks would all compute the whole model."""
+    layers = [module for module in model.modules() if isinstance(module, WeightedLayer)]
+    if group.size > 1 and all(layer.tensor_parallel.size == 1 for layer in layers):
+        raise ConfigError(
+            f"tensor_parallel_size: got {group.size} for {type(model).__name__}, which has no layers that ranks can "
+            "share, expected 1. Leave tensor_parallel_size out."
+        )
 
 
 def _construct(model_class: type, config: EngineConfig) -> nn.Module:

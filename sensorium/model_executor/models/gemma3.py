@@ -54,10 +54,10 @@ class Gemma3Attention(nn.Module):
         self.q_norm = ZeroCenteredRMSNorm(text.head_dim, eps=text.rms_norm_eps)
         self.k_norm = ZeroCenteredRMSNorm(text.head_dim, eps=text.rms_norm_eps)
         self.attn = Attention(
-            text.num_attention_heads,
+            self.qkv_proj.num_heads,
             text.head_dim,
             text.query_pre_attn_scalar**-0.5,
-            num_kv_heads=text.num_key_value_heads,
+            num_kv_heads=self.qkv_proj.num_kv_heads,
             cache_config=config.cache_config,
             quant_config=config.quant_config,
             per_layer_sliding_window=sliding_window_of(text, layer),

@@ -14,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from sensorium.distributed import ONE_RANK, constructing_for
 from sensorium.inputs import InputContext
 from sensorium.model_executor.layers.decoder import GatedMLP
 from sensorium.model_executor.layers.layernorm import RMSNorm
@@ -53,7 +54,8 @@ class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
     def make_mlp(self, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
         """The MLP of a layer."""
         config = self.config
-        return GatedMLP(self.hidden_size, config.intermediate_size, config.hidden_act, True, quant_config, prefix)
+        with constructing_for(ONE_RANK):
+            return GatedMLP(self.hidden_size, config.intermediate_size, config.hidden_act, True, quant_config, prefix)
 
     def plan(self, grids: Sequence[Grid]) -> TowerPlan:
         """See `RecordableTower`."""

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from sensorium.distributed import WHOLE, Shard, current_tensor_parallel
 from sensorium.errors import ModelError, WeightsError
 from sensorium.model_executor.adapter import config_in_construction
 from sensorium.model_executor.layers.parameters import Axes, copy_weight, new_parameter, without_memory
@@ -28,6 +29,8 @@ class WeightedLayer(nn.Module):
         params_dtype: Dtype of float parameters, inputs and outputs; torch's default dtype if `None`.
         quant_config: Chooses the method. `None`: that of the model that is being constructed, if it has one.
         prefix: The layer's name in the model.
+        input_shard: Which of the checkpoint's input channels are this rank's `input_size`.
+        output_shards: The same of each part of the output. Everything by default.
     """
 
     weight: nn.Parameter
@@ -40,8 +43,14 @@ class WeightedLayer(nn.Module):
         params_dtype: torch.dtype | None,
         quant_config: QuantizationConfig | None,
         prefix: str,
+        *,
+        input_shard: Shard = WHOLE,
+        output_shards: Sequence[Shard] | None = None,
     ) -> None:
         super().__init__()
+        self.tensor_parallel = current_tensor_parallel()
+        self.input_shard = input_shard
+        self.output_shards = list(output_shards or [WHOLE] * len(output_sizes))
         self.input_size = input_size
         self.output_sizes = list(output_sizes)
         self.params_dtype = params_dtype or torch.get_default_dtype()
@@ -101,7 +110,7 @@ class WeightedLayer(nn.Module):
                 "layer only; use one that treats all parts of a fused layer alike."
             )
         self._is_loading |= name in self._made
-        copy_weight(self.part_of(current, part), loaded_weight, shown)
+        copy_weight(self.part_of(current, part), self.share_of(current, loaded_weight, part, shown), shown)
 
     def reshaped(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
         """A checkpoint's tensor in the shape that the parameter `name` has, where formats differ in it."""
@@ -128,6 +137,27 @@ class WeightedLayer(nn.Module):
             return param.data
         entries = [axes.entries(size) for size in self.output_sizes]
         return param.data.narrow(axes.output, sum(entries[:part]), entries[part])
+
+    def share_of(self, param: nn.Parameter, loaded: torch.Tensor, part: int | None, what: str) -> torch.Tensor:
+        """This rank's share of a checkpoint's tensor, a view where it can be: only its bytes are read from the file.
+
+        Raises:
+            WeightsError: It has no such shares; `what` names the parameter.
+        """
+        axes: Axes = param.__dict__["axes"]
+        if axes.input is not None:
+            loaded = _share(loaded, axes.input, self.input_shard, self.input_size, axes.input_block, what)
+        if axes.output_block is None or all(shard.count == 1 for shard in self.output_shards):
+            return loaded
+        block = axes.output_block
+        if part is not None:
+            return _share(loaded, axes.output, self.output_shards[part], self.output_sizes[part], block, what)
+        whole = [axes.entries(n * shard.count) for n, shard in zip(self.output_sizes, self.output_shards, strict=True)]
+        if sum(whole) != loaded.shape[axes.output]:
+            return loaded  # which doesn't fit, as the copy will say
+        pieces = zip(loaded.split_with_sizes(whole, axes.output), self.output_shards, self.output_sizes, strict=True)
+        shares = [_share(piece, axes.output, shard, size, block, what) for piece, shard, size in pieces]
+        return shares[0] if len(shares) == 1 else torch.cat(shares, axes.output)
 
     def start_over(self, method: LinearMethod) -> None:
         """Hold the weight by another method. For `LinearMethod.before_loading`.
@@ -203,6 +233,19 @@ class WeightedLayer(nn.Module):
         """A parameter's name for messages."""
         name = f"{self.prefix or type(self).__name__}.{name}"
         return name if shard is None else f"{name} (part {shard!r})"
+
+
+def _share(loaded: torch.Tensor, axis: int, shard: Shard, size: int, block: int, what: str) -> torch.Tensor:
+    """A shard of a tensor along an axis on which an entry stands for `block` of the shard's `size` channels."""
+    if shard.count == 1:
+        return loaded
+    if size % block or loaded.shape[axis] % shard.count:
+        raise WeightsError(
+            f"{what}: got {loaded.shape[axis]} entries for blocks of {block} channels, expected blocks that "
+            f"{shard.count} ranks can share. Lower tensor_parallel_size (--tensor-parallel-size)."
+        )
+    num_entries = loaded.shape[axis] // shard.count
+    return loaded.narrow(axis, shard.index * num_entries, num_entries)
 
 
 def checked(quant_config: QuantizationConfig | None, what: str) -> QuantizationConfig | None:

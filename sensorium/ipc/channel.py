@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from struct import Struct
 from typing import Any
 
-from sensorium.engine.codec import EncodedMessage
+from sensorium.ipc.codec import EncodedMessage
 from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
@@ -84,7 +84,7 @@ class _Outgoing:
 
 
 class BlockingChannel:
-    """The core's end. One thread sends, one receives."""
+    """The end of a process without an event loop. One thread sends, one receives."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(True)

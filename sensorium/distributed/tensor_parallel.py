@@ -1,0 +1,110 @@
+"""The ranks that share one model layer by layer, and how a layer that is being constructed learns of them.
+
+A rank is a process with a device. Each has a share of every parallel layer: some of its output channels, or some of its
+input channels. Where shares must come together, all ranks call the same collective, in the same order; so they run the
+same passes over the same batches, and only sampling is the first rank's alone.
+
+Layers take the group when they are constructed (`current_tensor_parallel`), from the configuration of the engine that
+they are constructed for, and keep it. Outside of an engine there is one rank, and collectives do nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from sensorium.errors import ConfigError
+
+if TYPE_CHECKING:
+    import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """One of `count` equal shares. `WHOLE` is everything.
+
+    Several ranks may have the same share, such as that of a key/value head which they all read.
+    """
+
+    index: int = 0
+    count: int = 1
+
+    def of(self, size: int, what: str) -> int:
+        """How much of `size` a share is.
+
+        Raises:
+            ConfigError: It can't be shared evenly; `what` says what it is.
+        """
+        if size % self.count:
+            raise ConfigError(
+                f"tensor_parallel_size: got {self.count} for {size} {what}, expected a divisor of {size}. Lower "
+                "tensor_parallel_size (--tensor-parallel-size)."
+            )
+        return size // self.count
+
+
+WHOLE = Shard()
+
+
+class TensorParallel:
+    """The group as one of its ranks sees it. This one is alone; see `gloo.py` for several.
+
+    Collectives return their result, and may overwrite their input. All ranks get the same values, to the last bit.
+    """
+
+    rank: int = 0
+    size: int = 1
+
+    @property
+    def shard(self) -> Shard:
+        """This rank's share of what is divided over all ranks."""
+        return Shard(self.rank, self.size)
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The sum over ranks."""
+        return tensor
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The ranks' tensors `(..., n)`, which are of one shape, side by side: `(..., size * n)`."""
+        return tensor
+
+    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
+        """The first rank's values; the others' tensors say the shape and are filled."""
+        return tensor
+
+    def least(self, value: int) -> int:
+        """The least of the ranks' values."""
+        return value
+
+    def have_all_failed(self) -> bool:
+        """After an exception: whether every rank met one at the same place, so that all may go on together.
+
+        Otherwise one is gone, or some wait in a collective for this one, and there is no going on.
+        """
+        return True
+
+    def close(self) -> None:
+        """Leave the group. Who waits for this rank, then or later, gets a `LostRankError`."""
+
+
+ONE_RANK = TensorParallel()
+
+_current: ContextVar[TensorParallel] = ContextVar("tensor_parallel", default=ONE_RANK)
+
+
+def current_tensor_parallel() -> TensorParallel:
+    """The group that a layer which is being constructed belongs to."""
+    return _current.get()
+
+
+@contextmanager
+def constructing_for(group: TensorParallel) -> Iterator[None]:
+    """Within it, new layers belong to `group`. With `ONE_RANK`: each rank has them whole."""
+    token = _current.set(group)
+    try:
+        yield
+    finally:
+        _current.reset(token)

@@ -1,0 +1,220 @@
+"""Several workers that share one model: the first in this process, the others each in one of their own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TypeVar
+
+import msgspec
+
+from sensorium.config import EngineConfig
+from sensorium.distributed.gloo import GlooGroup
+from sensorium.errors import EngineDeadError, LostRankError, SensoriumError, error_named
+from sensorium.executor.base import PendingStep
+from sensorium.executor.rank_messages import (
+    FromRank,
+    Joining,
+    RankFailed,
+    RankReady,
+    RunStep,
+    StartRank,
+    StopRank,
+    from_rank,
+)
+from sensorium.ipc.channel import BlockingChannel, channel_pair
+from sensorium.ipc.codec import EncodedMessage, encode, encode_step
+from sensorium.logger import get_logger
+from sensorium.messages import LoadReport, SchedulerOutput
+from sensorium.worker.worker import Worker
+
+logger = get_logger(__name__)
+
+T = TypeVar("T", bound=msgspec.Struct)
+
+_EXIT_GRACE_S = 5.0
+_LAST_WORD_S = 5.0
+"""How long a rank that failed may take to say why."""
+
+
+class MultiProcessExecutor:
+    """Sends each step to all ranks, as a message without pickle, and runs it on the first, whose results count.
+
+    A rank that ends takes the others with it: whatever waits for it raises `LostRankError`.
+
+    Args:
+        config: The engine's. `tensor_parallel_size` is the number of ranks.
+        module: The module that is a rank's process, run with the number of its socket's file.
+        settings: Encoded, what that module makes the same configuration of.
+    """
+
+    def __init__(self, config: EngineConfig, module: str, settings: bytes) -> None:
+        self._config = config
+        self._size = config.parallel_config.tensor_parallel_size
+        self._module = module
+        self._settings = msgspec.Raw(settings)
+        self._directory: tempfile.TemporaryDirectory[str] | None = None
+        self._ranks: list[_Rank] = []
+        self._group: GlooGroup | None = None
+        self._worker: Worker | None = None
+
+    @property
+    def worker(self) -> Worker:
+        """The first rank's worker, for tests and tools that look at the model."""
+        assert self._worker is not None, "load() was not called"
+        return self._worker
+
+    @property
+    def pids(self) -> list[int]:
+        """Ids of the other ranks' processes."""
+        return [rank.pid for rank in self._ranks]
+
+    def load(self) -> LoadReport:
+        """See `Executor.load`.
+
+        Raises:
+            ConfigError, ModelError, WeightsError: A rank can't load its share.
+            LostRankError: A rank ended without saying why.
+        """
+        with self._ended_together():
+            self._directory = tempfile.TemporaryDirectory(prefix="sensorium-ranks-")
+            meeting_place = Path(self._directory.name) / "meeting"
+            for rank in range(1, self._size):
+                start = StartRank(self._settings, rank, self._size, str(meeting_place))
+                self._ranks.append(_Rank(self._module, start))
+            for each in self._ranks:
+                each.expect(Joining)
+            self._group = GlooGroup(meeting_place, 0, self._size)
+            self._worker = Worker(self._config.as_rank_of(self._group))
+            report = self._worker.load()
+            for each in self._ranks:
+                ready = each.expect(RankReady)
+                if (ready.features, ready.num_blocks) != (report.features, report.num_blocks):
+                    raise EngineDeadError(
+                        f"rank {each.rank}: got other features of the model than the first rank found, expected the "
+                        "same. Restart the engine."
+                    )
+            return report
+
+    def submit(self, step: SchedulerOutput) -> PendingStep:
+        """See `Executor.submit`."""
+        message = encode_step(step)
+        for rank in self._ranks:
+            rank.run(message)
+        message.close()
+        return self.worker.submit(step)
+
+    def shutdown(self) -> None:
+        """See `Executor.shutdown`."""
+        for rank in self._ranks:
+            rank.stop()
+        if self._worker is not None:
+            self._worker.shutdown()
+        if self._group is not None:
+            self._group.close()
+        for rank in self._ranks:
+            rank.wait()
+        if self._directory is not None:
+            self._directory.cleanup()
+        self._ranks = []
+
+    @contextmanager
+    def _ended_together(self) -> Iterator[None]:
+        """What goes wrong while loading ends all ranks. The cause may be another rank's, and is told if it can be."""
+        try:
+            yield
+        except BaseException as error:
+            is_lost = isinstance(error, LostRankError) or (self._group is not None and self._group.is_lost)
+            causes = [cause for rank in self._ranks if (cause := rank.last_word()) is not None] if is_lost else []
+            self.shutdown()
+            if causes:
+                raise causes[0] from error
+            raise
+
+
+class _Rank:
+    """A rank's process, with nothing inherited but its socket. It ends when that closes, however it does."""
+
+    def __init__(self, module: str, start: StartRank) -> None:
+        self.rank = start.rank
+        own, other = channel_pair()
+        self._socket = own
+        self._channel = BlockingChannel(own)
+        self._replies = self._channel.receive()
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+        with other:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", module, str(other.fileno())],
+                pass_fds=[other.fileno()],
+                env=environment,
+                stdin=subprocess.DEVNULL,
+            )
+        self._send(encode(start))
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    def expect(self, kind: type[T]) -> T:
+        """The rank's next message. Raises what it says that it failed with, and `LostRankError` if it has ended."""
+        message = self._next()
+        if isinstance(message, kind):
+            return message
+        raise self._lost() if message is None else _error_of(message)
+
+    def run(self, step: EncodedMessage) -> None:
+        """Have it run an encoded step, which is the caller's still. Raises `LostRankError` if it has ended."""
+        payload = msgspec.msgpack.encode(RunStep(msgspec.Raw(step.payload)))
+        self._send(EncodedMessage(payload, None if step.fd is None else os.dup(step.fd)))
+
+    def last_word(self) -> SensoriumError | None:
+        """What it says that it failed with, if it says so soon."""
+        self._socket.settimeout(_LAST_WORD_S)
+        try:
+            while (message := self._next()) is not None:
+                if isinstance(message, RankFailed):
+                    return _error_of(message)
+        except TimeoutError:
+            return None
+        return None
+
+    def stop(self) -> None:
+        """Tell it to end."""
+        try:
+            self._send(encode(StopRank()))
+        except LostRankError:
+            logger.debug("rank %d has ended already", self.rank)
+        self._channel.close()
+
+    def wait(self) -> None:
+        """Return when it has ended; end it if it takes long."""
+        try:
+            self._process.wait(_EXIT_GRACE_S)
+        except subprocess.TimeoutExpired:
+            logger.warning("rank %d has not ended within %.0f s and is killed", self.rank, _EXIT_GRACE_S)
+            self._process.kill()
+            self._process.wait(_EXIT_GRACE_S)
+
+    def _next(self) -> FromRank | None:
+        frame = next(self._replies, None)
+        return None if frame is None else from_rank.decode(frame.payload)
+
+    def _send(self, message: EncodedMessage) -> None:
+        try:
+            self._channel.send(message)
+        except OSError as error:
+            raise self._lost() from error
+
+    def _lost(self) -> LostRankError:
+        return LostRankError(f"rank {self.rank}: it has ended, expected it to go on. Restart the engine.")
+
+
+def _error_of(message: FromRank) -> SensoriumError:
+    if isinstance(message, RankFailed):
+        return error_named(message.error, message.message)
+    return EngineDeadError(f"a rank: got {type(message).__name__} out of turn. Restart the engine.")

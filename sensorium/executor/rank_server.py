@@ -1,0 +1,116 @@
+"""One rank beside the first: loads its share of the model, and runs the steps that the executor sends to all."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections import deque
+from collections.abc import Callable
+from pathlib import Path
+from queue import SimpleQueue
+
+import msgspec
+
+from sensorium.config import EngineConfig
+from sensorium.distributed.gloo import GlooGroup
+from sensorium.errors import EngineDeadError, LostRankError, SensoriumError
+from sensorium.executor.base import PendingStep
+from sensorium.executor.rank_messages import Joining, RankFailed, RankReady, RunStep, StartRank, to_rank
+from sensorium.ipc.channel import BlockingChannel
+from sensorium.ipc.codec import EncodedMessage, decode_step, encode
+from sensorium.logger import get_logger
+from sensorium.messages import SchedulerOutput
+from sensorium.worker.worker import Worker
+
+logger = get_logger(__name__)
+
+
+class RankServer:
+    """`serve` is the whole life of a rank.
+
+    Args:
+        sock: This end of the pair.
+        resolve: From the settings in `StartRank` to a configuration, the same that the first rank has.
+        on_orphaned: Called, in another thread, as soon as the executor is gone.
+    """
+
+    def __init__(
+        self, sock: socket.socket, resolve: Callable[[msgspec.Raw], EngineConfig], on_orphaned: Callable[[], None]
+    ) -> None:
+        self._channel = BlockingChannel(sock)
+        self._resolve = resolve
+        self._on_orphaned = on_orphaned
+        self._orders: SimpleQueue[StartRank | SchedulerOutput | None] = SimpleQueue()
+        """None: stop."""
+
+    def serve(self) -> bool:
+        """Load, run steps until told to stop, free everything. Returns whether all went well."""
+        threading.Thread(target=self._receive, name="sensorium-rank-receiver", daemon=True).start()
+        start = self._orders.get()
+        if start is None:
+            return True
+        assert isinstance(start, StartRank)
+        try:
+            self._run(start)
+            return True
+        except LostRankError:
+            logger.info("rank %d ends with another one", start.rank)
+        except SensoriumError as error:
+            self._tell(RankFailed(type(error).__name__, str(error)))
+        except Exception as error:
+            logger.exception("rank %d failed", start.rank)
+            self._tell(RankFailed(EngineDeadError.__name__, f"rank {start.rank}: {type(error).__name__}: {error}"))
+        finally:
+            self._channel.close()
+        return False
+
+    def _run(self, start: StartRank) -> None:
+        config = self._resolve(start.settings)
+        self._tell(Joining())
+        group = GlooGroup(Path(start.meeting_place), start.rank, start.size)
+        worker = Worker(config.as_rank_of(group))
+        try:
+            report = worker.load()
+            self._tell(RankReady(report.features, report.num_blocks))
+            self._run_steps(worker, config.scheduler_config.max_steps_in_flight)
+        finally:
+            worker.shutdown()
+            group.close()
+
+    def _run_steps(self, worker: Worker, max_in_flight: int) -> None:
+        """As many steps are in flight as the first rank has."""
+        in_flight: deque[PendingStep] = deque()
+        while (step := self._orders.get()) is not None:
+            assert isinstance(step, SchedulerOutput)
+            in_flight.append(worker.submit(step))
+            while len(in_flight) >= max_in_flight:
+                in_flight.popleft().result()
+
+    def _receive(self) -> None:
+        """The receiving thread: decodes, so that the main thread only computes."""
+        try:
+            for frame in self._channel.receive():
+                order = _order_of(frame)
+                self._orders.put(order)
+                if order is None:
+                    return
+        except Exception:
+            logger.exception("a message from the executor can't be read")
+        self._orders.put(None)
+        self._on_orphaned()
+
+    def _tell(self, message: msgspec.Struct) -> None:
+        try:
+            self._channel.send(encode(message))
+        except OSError:
+            logger.info("the executor is gone")
+
+
+def _order_of(frame: EncodedMessage) -> StartRank | SchedulerOutput | None:
+    message = to_rank.decode(frame.payload)
+    if isinstance(message, StartRank):
+        return message
+    if isinstance(message, RunStep):
+        fd, frame.fd = frame.fd, None
+        return decode_step(message.step, fd)
+    return None

@@ -1,0 +1,60 @@
+"""Ranks as threads of one process: quick, and without anything to end."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+from sensorium.distributed import TensorParallel, constructing_for
+from tests.helpers.waiting import HANG_S
+
+T = TypeVar("T")
+
+
+class _Meeting:
+    def __init__(self, size: int) -> None:
+        self.barrier = threading.Barrier(size)
+        self.tensors: list[torch.Tensor | None] = [None] * size
+
+
+class ThreadRank(TensorParallel):
+    """A rank that is a thread; what is exchanged lies in a list that all have."""
+
+    def __init__(self, meeting: _Meeting, rank: int, size: int) -> None:
+        self._meeting = meeting
+        self.rank = rank
+        self.size = size
+
+    def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.stack(self._exchanged(tensor)).sum(0)
+
+    def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
+        return torch.cat(self._exchanged(tensor), -1)
+
+    def _exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        self._meeting.tensors[self.rank] = tensor
+        self._meeting.barrier.wait(HANG_S)
+        tensors = [each for each in self._meeting.tensors if each is not None]
+        self._meeting.barrier.wait(HANG_S)
+        return tensors
+
+
+def on_ranks(size: int, call: Callable[[TensorParallel], T]) -> list[T]:
+    """What `call` returns on each of `size` ranks, for which it may construct layers."""
+    meeting = _Meeting(size)
+
+    def run(rank: int) -> T:
+        group = ThreadRank(meeting, rank, size)
+        try:
+            with constructing_for(group), torch.inference_mode():
+                return call(group)
+        except BaseException:
+            meeting.barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(size) as pool:
+        return list(pool.map(run, range(size)))
