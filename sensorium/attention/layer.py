@@ -203,7 +203,7 @@ class Attention(_AttentionBase):
             `(num_tokens, num_heads * head_size_v)`.
 
         Raises:
-            ModelError: `attn_type` is not supported, or there are neither keys nor a cache.
+            ModelError: `attn_type` is not supported, there are neither keys nor a cache, or not a sink for each head.
         """
         attn_type = self._attn_type if attn_type is None else attn_type
         backend = self._backend_for(query)
@@ -212,6 +212,11 @@ class Attention(_AttentionBase):
             raise ModelError(
                 f"attention type of {self._name()}: got {attn_type!r}, expected one of "
                 f"{', '.join(repr(each.value) for each in AttentionType)}. Change attn_type."
+            )
+        if sinks is not None and sinks.shape != (self.num_heads,):
+            raise ModelError(
+                f"sinks of {self._name()}: got a tensor of shape {tuple(sinks.shape)}, expected ({self.num_heads},). "
+                "Give one score for each of the layer's query heads."
             )
         rules = self.spec if attn_type == AttentionType.DECODER else self._both_ways
         if paged and kv_cache is not None and kv_cache.numel() > 0:

@@ -282,6 +282,7 @@ def write_kv(
         write(key, value, keys, values, slot_mapping)
         return
     assert slot_mapping.dtype == torch.int64
+    assert len(key) == len(value) == len(slot_mapping), "a slot for each key and value"
     key, value, slots = token_rows(key), token_rows(value), slot_mapping.contiguous()
     size = keys.element_size()
     (key_slot, key_head), (value_slot, value_head) = cache_strides(keys), cache_strides(values)

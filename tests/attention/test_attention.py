@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -28,6 +28,14 @@ from sensorium.attention.backend import (
     AttentionBackend,
     AttentionSpec,
     select_backend,
+)
+from sensorium.cache_spec import (
+    CacheSpec,
+    ChunkedAttentionSpec,
+    CrossAttentionSpec,
+    FullAttentionSpec,
+    SharedCacheSpec,
+    SlidingWindowSpec,
 )
 from sensorium.config import AttentionBackendName
 from sensorium.errors import ConfigError, ModelError
@@ -363,3 +371,35 @@ def test_a_forced_backend_serves_or_is_refused() -> None:
     capped = nn.ModuleList([Attention(4, 16, 0.25, logits_soft_cap=30.0)])
     with pytest.raises(ConfigError, match="it has no soft cap"):
         choose_backends(capped, "cpu", torch.float32, "torch_sdpa")
+
+
+def test_a_sink_for_each_head() -> None:
+    """Fewer would have been read behind the tensor's end."""
+    batch = Batch([(1, 5)])
+    with pytest.raises(ModelError, match=r"sinks of attention layer .*: got a tensor of shape \(2,\), expected \(4,\)"):
+        batch.layer(batch.q, batch.k, batch.v, batch.cache, batch.metadata, sinks=torch.zeros(2))
+
+
+@pytest.mark.parametrize(
+    ("options", "spec"),
+    [
+        ({}, FullAttentionSpec(2, 16, 16)),
+        ({"head_size_v": 8}, FullAttentionSpec(2, 16, 8)),
+        ({"per_layer_sliding_window": 7}, SlidingWindowSpec(2, 16, 16, 7)),
+        ({"attention_chunk_size": 9}, ChunkedAttentionSpec(2, 16, 16, 9)),
+        ({"attn_type": AttentionType.ENCODER_DECODER}, CrossAttentionSpec(2, 16, 16)),
+        ({"kv_sharing_target_layer_name": "layers.0.attn"}, SharedCacheSpec("layers.0.attn")),
+    ],
+)
+def test_what_a_layer_keeps(options: dict[str, Any], spec: CacheSpec) -> None:
+    assert Attention(4, 16, 0.25, 2, **options).cache_spec() == spec
+
+
+def test_a_layer_that_shares_a_cache_never_writes() -> None:
+    """Also where it is given keys, which a pass without a cache needs."""
+    batch = Batch([(3, 6), (1, 5)])
+    sharing = Attention(4, 16, 0.25, 2, kv_sharing_target_layer_name="layers.0.attn")
+    before = batch.cache.clone()
+    got = sharing(batch.q, batch.k + 1, batch.v + 1, batch.cache, batch.metadata)
+    assert torch.equal(batch.cache, before)
+    assert torch.equal(got, sharing(batch.q, None, None, batch.cache, batch.metadata))

@@ -226,14 +226,14 @@ def test_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         gathered_attention, "attend_gathered", lambda *args, **rules: seen.append(plain(*args, **rules))
     )
-    options: dict[str, Any] = {"heads": (16, 2, 64), "dtype": torch.float16}
-    lens = [(1, 90), (150, 210), (70, 70)]
+    options: dict[str, Any] = {"heads": (4, 2, 64), "dtype": torch.float16}
+    lens = [(1, 40), (30, 60), (20, 20)]
     check(paged(lens, **options))
-    assert [args and args[1:] for args in seen] == [(64, 8, (90, 210, 70)), None]
+    assert [args and args[1:] for args in seen] == [(64, 2, (40, 60, 20)), None]
     check(paged(lens, **options), is_recorded=True)
     for rules in (AttentionRules(0.2, window=400), AttentionRules(0.2, chunk=400), AttentionRules(0.2, softcap=9.0)):
         check(paged(lens, rules, **options))
-    for extras in ({"has_sinks": True}, {"spans": [[], [(100, 120)], []]}, {"value_size": 32}):
+    for extras in ({"has_sinks": True}, {"spans": [[], [(40, 50)], []]}, {"value_size": 32}):
         check(paged(lens, **options, **extras))
     assert len(seen) == 2
 
