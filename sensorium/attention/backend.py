@@ -142,11 +142,10 @@ BACKENDS: dict[AttentionBackendName, AttentionBackend] = {
 """By name, best first."""
 
 
-@lru_cache(maxsize=64)
 def select_backend(
     spec: AttentionSpec, device_type: str, dtype: torch.dtype, forced: AttentionBackendName | None = None
 ) -> AttentionBackend:
-    """The fastest backend for such a layer; the choice is logged once, with what spoke against the others.
+    """The fastest backend for such a layer; the choice is logged, with what spoke against the others.
 
     Args:
         spec: The layer's constants.
@@ -161,14 +160,18 @@ def select_backend(
     for backend in BACKENDS.values() if forced is None else (BACKENDS[forced],):
         reason = backend.refusal(spec, device_type, dtype)
         if reason is None:
-            passed_over = f" ({'; '.join(refusals)})" if refusals else ""
-            logger.info(
-                "Attention for head size %d, %s on %s: %s%s",
-                *(spec.head_size, str(dtype).removeprefix("torch."), device_type, backend.name, passed_over),
-            )
+            _log_choice(spec.head_size, device_type, dtype, backend.name, tuple(refusals))
             return backend
         refusals.append(f"not {backend.name}: {reason}")
     raise ConfigError(
         f"attention_backend: got {forced!r} for a layer with {spec.num_heads} heads of {spec.head_size} channels, "
         f"expected one that can run it: {refusals[0]}. Change attention_backend, or leave it out for the fastest."
     )
+
+
+@lru_cache(maxsize=64)
+def _log_choice(head_size: int, device_type: str, dtype: torch.dtype, name: str, refusals: tuple[str, ...]) -> None:
+    """Once for all layers alike."""
+    passed_over = f" ({'; '.join(refusals)})" if refusals else ""
+    kind = str(dtype).removeprefix("torch.")
+    logger.info("Attention for head size %d, %s on %s: %s%s", head_size, kind, device_type, name, passed_over)

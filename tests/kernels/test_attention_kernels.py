@@ -9,7 +9,9 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium.attention import AttentionMetadata, compute_row_spans
+from sensorium.attention import AttentionMetadata, AttentionSpec, compute_row_spans
+from sensorium.attention.backend import NATIVE_CPU, SDPA, select_backend
+from sensorium.kernels import native
 from sensorium.kernels.attention import (
     AttentionRules,
     paged_attention,
@@ -212,3 +214,13 @@ def test_without_native(without_native: None) -> None:
         paged_attention(*batch.arguments(), AttentionRules(0.25)),
         paged_attention_reference(*batch.arguments(), AttentionRules(0.25)),
     )
+
+
+def test_a_choice_is_made_anew(without_native: None) -> None:
+    """It was kept for the process: a layer made after a test without native kernels ran without them, too."""
+    spec = AttentionSpec(num_heads=4, num_kv_heads=2, head_size=16, scale=0.25)
+    assert select_backend(spec, "cpu", torch.float32) is SDPA
+    native._load.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.delenv("SENSORIUM_NATIVE")
+        assert select_backend(spec, "cpu", torch.float32) is NATIVE_CPU
