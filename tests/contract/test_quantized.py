@@ -186,8 +186,11 @@ def test_a_checkpoint_in_8_bit_floats_is_what_it_means(family: str, listed: str,
     torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
     (line,) = [each for each in engines[0].report.lines() if each.startswith("weights")]
     assert "fp8 weights, held in float32 on this device, in" in line
-    assert "self_attn.qkv_proj" in line
-    assert "lm_head" not in line
+    quantized, in_float = line.split("; in float: ")
+    assert "self_attn.qkv_proj" in quantized
+    assert "self_attn.qkv_proj" not in in_float
+    assert "lm_head" in in_float
+    assert "lm_head" not in quantized
 
 
 def test_fp8_at_load_is_near_float() -> None:

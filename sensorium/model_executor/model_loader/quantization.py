@@ -37,11 +37,18 @@ def weights_line(model: nn.Module, quant_config: QuantizationConfig | None) -> s
     floats = [(name, p) for name, p in model.named_parameters() if p.is_floating_point() and not p.is_meta]
     matrices = [name.removesuffix(".weight") for name, parameter in floats if parameter.dim() > 1]
     num_vectors = len(floats) - len(matrices)
+    matrices += _packed_names(model)
     done = [f"{kind} in {len(names)} layers ({_listing(names)})" for kind, names in quantized.items()]
     return (
         f"{', '.join(done or [f'{quant_config.name} weights in no layer'])}; in float: "
         f"{_listing(matrices) or 'no matrix'}, and {num_vectors} vectors (norms, biases){_plain_layers_note(model)}"
     )
+
+
+def _packed_names(model: nn.Module) -> list[str]:
+    """The names of float layers whose weights lie in the layout of the kernels, and are no parameters any more."""
+    layers = [(name, module) for name, module in model.named_modules() if isinstance(module, WeightedLayer)]
+    return [name for name, layer in layers if layer.loaded_by is FLOAT and layer.weight.is_meta]
 
 
 def _plain_layers_note(model: nn.Module) -> str:
