@@ -71,8 +71,6 @@ class AttentionMetadata:
     that reaches into a span must reach its end."""
     multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None
     """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
-    adapter_ids: torch.Tensor | None = None
-    """`(num_tokens,)` int64: each row's adapter, 0 for the base model; None where all rows are the base model's."""
     is_recorded: bool = False
     """The pass is recorded, to be repeated for other lengths: those on the host can't be read."""
     state_rows: torch.Tensor | None = None
@@ -158,7 +156,6 @@ class AttentionMetadata:
         slot_mapping: torch.Tensor,
         row_spans: torch.Tensor | None = None,
         multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
-        adapter_ids: torch.Tensor | None = None,
     ) -> AttentionMetadata:
         """Build from the lengths on the host, both `(num_seqs,)`, and what lies on the device already."""
         query_lens_host = tuple(query_lens.tolist())
@@ -181,7 +178,6 @@ class AttentionMetadata:
             has_decodes=num_decode_tokens > 0,
             row_spans=row_spans,
             multi_modal_placeholder_index_maps=multi_modal_placeholder_index_maps,
-            adapter_ids=adapter_ids,
         )
 
     @classmethod

@@ -183,7 +183,6 @@ class PassRunner:
                 block_table=block_tables[0],
                 slot_mapping=tensors.slot_mapping[0],
                 multi_modal_placeholder_index_maps=maps,
-                adapter_ids=tensors.adapter_ids,
             ).with_groups(self._batch.groups, block_tables, tensors.slot_mapping, tensors.state_rows),
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,

@@ -30,7 +30,9 @@ from sensorium.model_executor.layers.quantization.int8 import Int8Config
 from sensorium.model_executor.layers.quantization.layer import WeightedLayer
 from sensorium.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
+from sensorium.worker.worker import Worker
 from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.graphs import HostReplay
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
 
@@ -162,21 +164,30 @@ def adapted_engine(make: Callable[..., LLMEngine], family: str, adapters: dict[s
 WAYS: dict[str, dict[str, Any]] = {
     "chunks of 16": {"max_num_batched_tokens": 16},
     "preempted": {"num_blocks": 40, "block_size": 8, "max_num_batched_tokens": 64},
+    "recorded": {"max_steps_in_flight": 2},
 }
 
 
 @pytest.mark.usefixtures("native_kernels")
 @pytest.mark.parametrize(
     ("family", "way"),
-    [("llama", "preempted"), ("qwen2_vl", "preempted"), *((each, "chunks of 16") for each in ("llava", "qwen2_audio"))],
+    [
+        *(("llama", way) for way in WAYS),
+        *((each, "chunks of 16") for each in ("llava", "qwen2_audio")),
+        ("qwen2_vl", "preempted"),
+    ],
 )
-def test_requests_of_many_adapters_equal_each_alone(family: str, way: str) -> None:
+def test_requests_of_many_adapters_equal_each_alone(family: str, way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recorded passes are the base model's: steps of its requests alone replay them, others run call by call."""
     plan = random_plan(family, 16, random.Random(family), spread=2, aborts=0, max_tokens=80)
     adapters = {each.request_id: i % 3 for i, each in enumerate(plan)}
     single = adapted_engine(quiet_engine, family, adapters)
     reference = {
         each.request_id: serve(single, [replace(each, arrival_step=0)]).tokens(each.request_id) for each in plan
     }
+    capture = HostReplay()
+    if way == "recorded":
+        monkeypatch.setattr(Worker, "_graph_capture", lambda worker: capture)
     engine = adapted_engine(make_engine, family, adapters, **WAYS[way])
     for _ in range(2):  # the second time with everything cached
         served = serve(engine, plan)
@@ -185,6 +196,7 @@ def test_requests_of_many_adapters_equal_each_alone(family: str, way: str) -> No
             assert got == reference[each.request_id], differing(got, reference[each.request_id])
     assert engine.core.stats().num_prefix_hit_tokens > 0
     assert way != "preempted" or engine.core.stats().num_preemptions > 0
+    assert (way == "recorded") == (capture.num_replays > 0)
     engine.core.scheduler.check_idle()
 
 

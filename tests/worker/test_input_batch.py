@@ -49,6 +49,22 @@ def test_gathers_a_decode_and_a_prefill_chunk_into_one_flat_batch() -> None:
     assert batch.block_tables(arrays)[0][0].tolist() == [7, 2]
 
 
+def test_rows_have_the_adapter_of_their_request() -> None:
+    batch = make_batch()
+    chunks = [chunk("a", 0, 2, (1,)), chunk("b", 0, 3, (2,)), chunk("c", 0, 1, (3,))]
+    for each, adapter_id in zip(chunks, (0, 7, 2**40), strict=True):
+        batch.add(NewRequest(request(each.request_id, [1, 2, 3], adapter_id=adapter_id)))
+        batch.append_blocks(each)
+    adapter_ids = batch.gather(chunks).adapter_ids
+    assert adapter_ids is not None
+    assert adapter_ids.tolist() == [0, 0, 7, 7, 7, 2**40]
+    assert batch.gather(chunks[:1]).adapter_ids is None, "all rows are the base model's"
+    batch.remove("b"), batch.remove("c")
+    batch.add(NewRequest(request("d", [4])))
+    batch.append_blocks(chunk("d", 0, 1, (4,)))
+    assert batch.gather([chunk("d", 0, 1)]).adapter_ids is None, "a slot doesn't keep its last request's adapter"
+
+
 def test_a_freed_slot_is_given_to_the_next_request_without_its_past() -> None:
     batch = make_batch()
     batch.add(NewRequest(request("a", [1, 2, 3])))
