@@ -106,7 +106,13 @@ def test_a_preempted_request_goes_on_from_the_last_state_that_was_kept() -> None
 
 
 def test_blocks_behind_every_window_go_back_while_the_request_runs() -> None:
-    engine = make_engine(make_checkpoint("gemma3"), block_size=BLOCK_SIZE, max_num_batched_tokens=64, num_blocks=64)
+    engine = make_engine(
+        make_checkpoint("gemma3"),
+        block_size=BLOCK_SIZE,
+        max_num_batched_tokens=64,
+        num_blocks=64,
+        max_steps_in_flight=1,  # what a step in flight reads is held too
+    )
     engine.add_processed(engine.preprocess("a", LONG, plan("a", LONG, 100).params))
     manager = engine.core.scheduler._kv_cache
     full, window = manager.managers

@@ -122,11 +122,14 @@ class Gemma3DecoderLayer(nn.Module):
 class Gemma3Decoder(nn.Module):
     """Scaled token embeddings, the layers, and the final norm."""
 
+    embed_scale: torch.Tensor
+
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()
         text = config.model_config.hf_text_config
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size, prefix=f"{prefix}.embed_tokens")
-        self.embed_scale = text.hidden_size**0.5
+        # In the model's dtype, and on its device: a recorded pass can't bring it there.
+        self.register_buffer("embed_scale", torch.tensor(text.hidden_size**0.5), persistent=False)
         types = sorted(set(text.layer_types))
         self.rotary_embs = nn.ModuleDict({layer_type: rope_of(config, layer_type) for layer_type in types})
         self.layers = nn.ModuleList(
@@ -137,7 +140,7 @@ class Gemma3Decoder(nn.Module):
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Scaled token embeddings `(num_tokens, hidden_size)`; the factor is rounded to their dtype, as in training."""
         embeddings: torch.Tensor = self.embed_tokens(input_ids)
-        return embeddings * torch.tensor(self.embed_scale, dtype=embeddings.dtype, device=embeddings.device)
+        return embeddings * self.embed_scale
 
     def forward(
         self,
