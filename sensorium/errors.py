@@ -136,6 +136,20 @@ class ContextLengthError(InvalidRequestError):
 
     code = "context_length_exceeded"
 
+    @classmethod
+    def of_prompt(
+        cls, got: str, max_tokens: int, max_model_len: int, advice: str = "Shorten the prompt"
+    ) -> ContextLengthError:
+        """The error for a prompt that doesn't fit. `got`: the number of tokens, in words.
+
+        Clients tell such an error by the words "This model's maximum context length is" or "prompt is too long", if
+        not by its code.
+        """
+        return cls(
+            f"the prompt is too long to fit into the model: got {got} tokens, expected at most {max_tokens}. This "
+            f"model's maximum context length is {max_model_len} tokens. {advice}, or raise max_model_len."
+        )
+
 
 class InvalidTypeError(RequestError, TypeError):
     """A part of a request has a type that is not accepted."""

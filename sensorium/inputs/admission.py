@@ -23,20 +23,6 @@ if TYPE_CHECKING:
 # Prompts
 
 
-def prompt_too_long(
-    got: str, max_tokens: int, max_model_len: int, advice: str = "Shorten the prompt"
-) -> ContextLengthError:
-    """The error for a prompt that doesn't fit. `got`: the number of tokens, in words.
-
-    Clients tell such an error by the words "This model's maximum context length is" or "prompt is too long", if not
-    by its code.
-    """
-    return ContextLengthError(
-        f"the prompt is too long to fit into the model: got {got} tokens, expected at most {max_tokens}. This model's "
-        f"maximum context length is {max_model_len} tokens. {advice}, or raise max_model_len."
-    )
-
-
 def check_token_ids(token_ids: IntArray, max_token_id: int) -> None:
     """Refuse ids beyond the vocabulary. Negative ids pass: an input processor may know what they stand for."""
     if token_ids.max(initial=-1) > max_token_id:
@@ -64,8 +50,8 @@ def check_length(
         if rows
     ]
     if not shares:
-        raise prompt_too_long(str(num_tokens), most, max_model_len)
-    raise prompt_too_long(
+        raise ContextLengthError.of_prompt(str(num_tokens), most, max_model_len)
+    raise ContextLengthError.of_prompt(
         f"{num_tokens} ({', '.join(shares)})",
         most,
         max_model_len,

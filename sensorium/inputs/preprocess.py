@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
-from sensorium.errors import InvalidTypeError, ModelError, SensoriumError
+from sensorium.errors import ContextLengthError, InvalidTypeError, ModelError, SensoriumError
 from sensorium.inputs import INPUT_REGISTRY, InputRegistry, admission, token_inputs
 from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.prompts import ParsedPrompt, parse_prompt
@@ -219,7 +219,7 @@ class InputPreprocessor:
         max_model_len = self._model_config.max_model_len
         if parsed.token_ids is not None:
             if len(parsed.token_ids) > max_model_len:
-                raise admission.prompt_too_long(str(len(parsed.token_ids)), max_model_len, max_model_len)
+                raise ContextLengthError.of_prompt(str(len(parsed.token_ids)), max_model_len, max_model_len)
             return parsed.token_ids
         assert parsed.text is not None
         if self.encoder is None:

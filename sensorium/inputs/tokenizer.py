@@ -9,8 +9,7 @@ import threading
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from sensorium.errors import ConfigError
-from sensorium.inputs.admission import prompt_too_long
+from sensorium.errors import ConfigError, ContextLengthError
 
 if TYPE_CHECKING:
     from sensorium.config import ModelConfig
@@ -72,10 +71,10 @@ class TextEncoder:
         if len(text) > 8 * max_tokens:  # shorter texts are encoded quickly enough to count
             least = -(-len(text) // self.max_token_chars)
             if least > max_tokens:
-                raise prompt_too_long(f"at least {least}", max_tokens, max_tokens)
+                raise ContextLengthError.of_prompt(f"at least {least}", max_tokens, max_tokens)
         ids = self.encode(text, add_special_tokens=add_special_tokens)
         if len(ids) > max_tokens:
-            raise prompt_too_long(str(len(ids)), max_tokens, max_tokens)
+            raise ContextLengthError.of_prompt(str(len(ids)), max_tokens, max_tokens)
         return ids
 
     @cached_property

@@ -29,11 +29,7 @@ def check_request(
         raise InvalidRequestError("prompt: got 0 tokens, expected at least 1. Send a prompt that is not empty.")
     max_prompt_tokens = max_model_len if request.pooling else max_model_len - 1
     if num_prompt_tokens > max_prompt_tokens:
-        raise ContextLengthError(
-            f"the prompt is too long to fit into the model: got {num_prompt_tokens} tokens, expected at most "
-            f"{max_prompt_tokens}. This model's maximum context length is {max_model_len} tokens. Shorten the prompt, "
-            "or raise max_model_len."
-        )
+        raise ContextLengthError.of_prompt(str(num_prompt_tokens), max_prompt_tokens, max_model_len)
     _check_media(request, num_prompt_tokens)
     max_tokens = request.sampling_params.max_tokens
     longest = max_model_len if max_tokens is None else min(num_prompt_tokens + max_tokens, max_model_len)

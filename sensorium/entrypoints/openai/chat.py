@@ -56,7 +56,7 @@ class ChatRoutes:
         return JsonResponse(await while_connected(request, self._cost(request, body)))
 
     async def _cost(self, request: Request, body: TokenCostBody) -> dict[str, Any]:
-        prompt = await self._context.render(request, body.messages, **body.render_options())
+        prompt = await self._context.render(request, body.messages, **body.render_options(body.tool_request()))
         processed = await self._context.preprocess(request, prompt)
         return {
             "prompt_tokens": processed.num_prompt_tokens,
@@ -67,7 +67,7 @@ class ChatRoutes:
     async def _generate(self, turn: _Turn, kind: OutputKind) -> AsyncIterator[RequestOutput]:
         """Render the prompt, plan the answer, and open the generator of its outputs."""
         body = turn.body
-        prompt = await self._context.render(turn.http_request, body.messages, **body.render_options())
+        prompt = await self._context.render(turn.http_request, body.messages, **body.render_options(turn.tools))
         turn.plan = self._plan(body, turn.tools, prompt["prompt"])
         return self._context.generate(
             turn.http_request,

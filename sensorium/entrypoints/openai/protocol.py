@@ -194,9 +194,8 @@ class ChatPrompt(Body):
         tools = [each.tool(index) for index, each in enumerate(self.tools or ())]
         return tool_request(tools, choice, named, is_parallel=self.parallel_tool_calls is not False)
 
-    def render_options(self) -> dict[str, Any]:
-        """Options of `ChatRenderer.render`. Raises `RequestError`."""
-        request = self.tool_request()
+    def render_options(self, request: ToolRequest | None) -> dict[str, Any]:
+        """Options of `ChatRenderer.render`, with the functions of `tool_request`."""
         return {
             "tools": None if request is None else [tool.described() for tool in request.tools],
             "reasoning_effort": self.reasoning_effort,
