@@ -14,6 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from sensorium.distributed import TensorParallel, constructing_for
 from sensorium.errors import ConfigError, ModelError, WeightsError
 from sensorium.kernels import FP8, native
 from sensorium.model_executor.layers.linear import (
@@ -155,12 +156,12 @@ KINDS: dict[str, tuple[Callable[..., Any], dict[int | str | None, int]]] = {
 }
 
 
-def load(layer: WeightedLayer, way: Way, parts: dict[int | str | None, int]) -> torch.Tensor:
+def load(layer: WeightedLayer, way: Way, parts: dict[int | str | None, int], num_inputs: int = INPUTS) -> torch.Tensor:
     """Fill a layer from what a checkpoint has of its parts; returns the weight that this means."""
     rounded = []
     for seed, (shard, size) in enumerate(parts.items()):
         # Parts of very different magnitude, which share no scale.
-        tensors, means = way.stored(random_tensor(size, INPUTS, seed=seed) * 10.0**seed)
+        tensors, means = way.stored(random_tensor(size, num_inputs, seed=seed) * 10.0**seed)
         rounded.append(means)
         for name, tensor in tensors.items():
             parameter = layer.get_parameter(name)
@@ -199,6 +200,22 @@ def test_a_layer_is_the_product_with_the_weight_as_it_is_rounded(way: Way, kind:
     assert multiply(layer, x[:0]).shape == (0, len(weight))
 
 
+FUSED: dict[str, Callable[..., Any]] = {
+    "merged": partial(MergedColumnParallelLinear, INPUTS, [16, 8, 24]),
+    "qkv": partial(QKVParallelLinear, INPUTS, 8, 4, 1),
+}
+
+
+@pytest.mark.parametrize("kind", FUSED)
+def test_checkpoints_may_have_fused_tensors(way: Way, kind: str) -> None:
+    """With one scale for all parts, where a tensor has one; blocks end where parts do."""
+    layer = FUSED[kind](bias=False, quant_config=way.config)
+    weight = load(layer, way, {None: layer.output_size})
+    layer.process_weights_after_loading()
+    x = random_tensor(5, INPUTS, seed=5)
+    assert relative_rms(multiply(layer, x), F.linear(x, weight)) < way.error
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_narrow_dtypes_stay_as_they_are(way: Way, dtype: torch.dtype) -> None:
     layer = ReplicatedLinear(INPUTS, 37, params_dtype=dtype, quant_config=way.config)
@@ -219,6 +236,57 @@ def test_memory_is_given_back(way: Way) -> None:
     held = [t for t in (*layer.parameters(), *layer.buffers()) if not t.is_meta]
     assert held
     assert sum(t.nbytes for t in held) <= 64 * 48 * 4  # one weight, padded, and scales
+
+
+# Ranks
+
+
+class Rank(TensorParallel):
+    """One of two, whose sum over ranks is left to the test."""
+
+    size = 2
+
+    def __init__(self, rank: int) -> None:
+        self.rank = rank
+
+
+SHARED: dict[str, tuple[Callable[..., Any], dict[int | str | None, int]]] = {
+    "column": (partial(ColumnParallelLinear, 64, 48), {None: 48}),
+    "merged": (partial(MergedColumnParallelLinear, 64, [32, 16]), {0: 32, 1: 16}),
+    "qkv": (partial(QKVParallelLinear, 64, 16, 4, 2), {"q": 64, "k": 32, "v": 32}),
+    "qkv with fewer key heads than ranks": (partial(QKVParallelLinear, 64, 16, 4, 1), {"q": 64, "k": 16, "v": 16}),
+    "row": (partial(RowParallelLinear, 64, 48), {None: 48}),
+}
+
+
+@pytest.mark.parametrize("is_fused", [False, True])
+@pytest.mark.parametrize("kind", SHARED)
+def test_ranks_have_their_shares_of_weights_and_scales(way: Way, kind: str, is_fused: bool) -> None:
+    make, parts = SHARED[kind]
+    x, weights, results = random_tensor(5, 64, seed=5), [], []
+    for rank in (0, 1):
+        with constructing_for(Rank(rank)):
+            layer = make(bias=False, quant_config=way.config)
+        weights.append(load(layer, way, {None: sum(parts.values())} if is_fused else parts, num_inputs=64))
+        layer.process_weights_after_loading()
+        results.append(multiply(layer, x[:, rank * 32 : rank * 32 + 32] if kind == "row" else x))
+    assert torch.equal(*weights), "both read the same file"
+    if kind == "row":
+        assert relative_rms(results[0] + results[1], F.linear(x, weights[0])) < way.error
+        return
+    start = 0
+    for size, shares in zip(parts.values(), zip(*(layer_parts(r, kind) for r in results), strict=True), strict=True):
+        want = F.linear(x, weights[0][start : start + size])
+        got = torch.cat(shares, -1) if sum(share.shape[-1] for share in shares) == size else shares[0]
+        assert relative_rms(got, want) < way.error
+        assert len(shares) * shares[0].shape[-1] == size or torch.equal(*shares)
+        start += size
+
+
+def layer_parts(result: torch.Tensor, kind: str) -> list[torch.Tensor]:
+    """A rank's output, part by part."""
+    sizes = {"column": [24], "merged": [16, 8], "qkv": [32, 16, 16]}.get(kind, [32, 16, 16])
+    return list(torch.split(result, sizes, -1))
 
 
 # Heads that are the embeddings

@@ -110,7 +110,10 @@ class WeightedLayer(nn.Module):
                 "layer only; use one that treats all parts of a fused layer alike."
             )
         self._is_loading |= name in self._made
-        copy_weight(self.part_of(current, part), self.share_of(current, loaded_weight, part, shown), shown)
+        target, share = self.part_of(current, part), self.share_of(current, loaded_weight, part, shown)
+        if share.numel() == 1 and current.__dict__["axes"].output_block is None:
+            share = share.expand(target.shape)  # the one scale of a tensor that is fused in the checkpoint, too
+        copy_weight(target, share, shown)
 
     def reshaped(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
         """A checkpoint's tensor in the shape that the parameter `name` has, where formats differ in it."""
