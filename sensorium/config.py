@@ -187,8 +187,10 @@ class CacheConfig:
     block_size: BlockSize = 16
     """Tokens in one KV block."""
     num_blocks: Count | None = None
-    """KV blocks; overrides `kv_cache_bytes`."""
+    """KV blocks of layers that keep everything; overrides `kv_cache_bytes`. Layers with a window get as many, or fewer
+    where more would be of no use."""
     kv_cache_bytes: NumBytes | None = None
+    """Of all layers, states included."""
     memory_fraction: Fraction = 0.9
     """Share of the device's memory that the engine may use in all."""
     enable_prefix_caching: bool = True

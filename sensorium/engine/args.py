@@ -96,9 +96,10 @@ class EngineArgs:
     block_size: BlockSize | None = None
     """Tokens in a KV block."""
     num_blocks: Count | None = None
-    """KV blocks, instead of a size in bytes."""
+    """KV blocks of layers that keep everything, instead of a size in bytes; layers with a window get as many, or fewer
+    where more would be of no use."""
     kv_cache_bytes: NumBytes | None = None
-    """Memory for the KV cache; decided from what is free by default."""
+    """Memory for the KV cache of all layers, states included; decided from what is free by default."""
     memory_fraction: Fraction = 0.9
     """Share of the device's memory that the engine may use."""
     enable_prefix_caching: bool = True

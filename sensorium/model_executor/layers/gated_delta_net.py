@@ -4,7 +4,7 @@ What a sequence leaves behind is a state, which stands in a row of this layer's 
 convolution, and a matrix per head. A step reads each sequence's from one row and writes it into another (see
 `AttentionMetadata.state_rows`), so a step can be repeated.
 
-Source: Yang et al. 2024, "Gated Delta Networks"; `transformers` `Qwen3_5GatedDeltaNet`.
+Source: Yang et al. 2024, "Gated Delta Networks"; the layer of this name in `transformers.models.qwen3_5`.
 """
 
 from __future__ import annotations
