@@ -1,4 +1,4 @@
-"""Models without media."""
+"""Models whose `forward` does everything: without media, or with media that go through it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensorium.model_executor.drivers.base import EncodeJob, EncodeResult, StepI
 
 
 class TextDriver:
-    """Calls `forward` with ids."""
+    """Calls `forward` with ids, and with mapped media where a chunk has some."""
 
     embeds_media = False
 
@@ -34,5 +34,6 @@ class TextDriver:
             positions=inputs.positions,
             kv_caches=inputs.kv_caches,
             attn_metadata=inputs.attn_metadata,
+            **(inputs.media_kwargs or {}),
         )
         return hidden
