@@ -18,7 +18,7 @@ from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.cli.flags import field_docs
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.media.limits import MediaLimits
-from sensorium.settings import Form, flag_of, form_of
+from sensorium.settings import FieldType, field_type_of, flag_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
 
@@ -69,38 +69,38 @@ def rows(kind: type) -> Iterator[str]:
     yield "|---|---|---|---|---|"
     hints, helps = typing.get_type_hints(kind, include_extras=True), field_docs(kind)
     for field in fields(kind):
-        form = form_of(hints[field.name])
+        field_type = field_type_of(hints[field.name])
         text = helps[field.name][0].upper() + helps[field.name][1:]
-        cells = (f"`{field.name}`", flags(field, form), takes(form), default(field, form), text)
+        cells = (f"`{field.name}`", flags(field, field_type), takes(field_type), default(field, field_type), text)
         yield "| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |"
 
 
-def flags(field: Field[Any], form: Form) -> str:
+def flags(field: Field[Any], field_type: FieldType) -> str:
     """How a field is set on the command line."""
     if field.name == "model":
         return "first argument"
     flag = flag_of(field.metadata.get("flag", field.name))
-    return f"`{flag}`, `{flag.replace('--', '--no-', 1)}`" if form.kind is bool else f"`{flag}`"
+    return f"`{flag}`, `{flag.replace('--', '--no-', 1)}`" if field_type.kind is bool else f"`{flag}`"
 
 
-def takes(form: Form) -> str:
+def takes(field_type: FieldType) -> str:
     """What a field's value may be, in a few words."""
-    if form.choices:
-        return ", ".join(f"`{choice}`" for choice in form.choices)
-    if form.kind is bool:
+    if field_type.choices:
+        return ", ".join(f"`{choice}`" for choice in field_type.choices)
+    if field_type.kind is bool:
         return "true or false"
-    origin = typing.get_origin(form.kind)
+    origin = typing.get_origin(field_type.kind)
     if origin is not None:
-        (*_, inner) = [each for each in typing.get_args(form.kind) if each is not ...]
+        (*_, inner) = [each for each in typing.get_args(field_type.kind) if each is not ...]
         if issubclass(origin, Mapping):
-            return "JSON object" if inner is Any else f"JSON object of values: {takes(form_of(inner))}"
+            return "JSON object" if inner is Any else f"JSON object of values: {takes(field_type_of(inner))}"
         assert issubclass(origin, Sequence)
-        return f"{takes(form_of(inner))}, may be repeated"
-    bounds = [str(each) for each in form.bounds if each.low > -(2**62)]  # a seed may be any integer
-    return ", ".join([_NAMES[form.kind], *bounds])
+        return f"{takes(field_type_of(inner))}, may be repeated"
+    bounds = [str(each) for each in field_type.bounds if each.low > -(2**62)]  # a seed may be any integer
+    return ", ".join([_NAMES[field_type.kind], *bounds])
 
 
-def default(field: Field[Any], form: Form) -> str:
+def default(field: Field[Any], field_type: FieldType) -> str:
     """A field's default; empty if there is none, or if the description says it."""
     value = field.default
     if value is MISSING or value is None or value == ():
@@ -109,7 +109,7 @@ def default(field: Field[Any], form: Form) -> str:
         return str(value).lower()
     if "bytes" in field.name:
         return f"{value} ({size(value)})"
-    return f"`{value}`" if form.kind is str or form.choices else str(value)
+    return f"`{value}`" if field_type.kind is str or field_type.choices else str(value)
 
 
 def size(num_bytes: int) -> str:

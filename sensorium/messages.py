@@ -198,7 +198,7 @@ class ModelRunnerOutput:
 
 
 class EngineOutput(msgspec.Struct, frozen=True, eq=False):
-    """News of one request for the front: tokens since the last message, and how it ended if it did."""
+    """The outputs of one request for the front: tokens since the last message, and how it ended if it did."""
 
     request_id: str
     new_token_ids: Sequence[int] = ()

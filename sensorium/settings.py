@@ -77,18 +77,18 @@ def check_settings(settings: Any) -> None:
 
 def check_setting(name: str, value: Any, hint: Any) -> Any:
     """One value, checked by an annotation. Raises `ConfigError`."""
-    form = form_of(hint)
-    if value is None and form.is_optional:
+    field_type = field_type_of(hint)
+    if value is None and field_type.is_optional:
         return None
-    checked = _checked(name, value, form)
-    for bounds in form.bounds:
+    checked = _checked(name, value, field_type)
+    for bounds in field_type.bounds:
         if not bounds.holds(checked):
             raise wrong_setting(name, value, str(bounds))
     return checked
 
 
 def wrong_setting(name: str, value: object, expected: str) -> ConfigError:
-    """The error for a setting, in the one form that all have."""
+    """The error for a setting, in the format that all have."""
     return ConfigError(f"{name}: got {reprlib.repr(value)}, expected {expected}. Set {name} ({flag_of(name)}).")
 
 
@@ -104,7 +104,7 @@ def flag_of(name: str) -> str:
     return "--" + name.partition("[")[0].replace("_", "-")
 
 
-class Form(NamedTuple):
+class FieldType(NamedTuple):
     """An annotation, taken apart."""
 
     kind: Any
@@ -119,8 +119,8 @@ class Form(NamedTuple):
         return typing.get_args(self.kind) if typing.get_origin(self.kind) is Literal else ()
 
 
-def form_of(hint: Any) -> Form:
-    """An annotation's form."""
+def field_type_of(hint: Any) -> FieldType:
+    """The type of an annotation, taken apart."""
     is_optional = False
     notes: tuple[Any, ...] = ()
     while (origin := typing.get_origin(hint)) in (Annotated, types.UnionType, typing.Union):
@@ -131,7 +131,7 @@ def form_of(hint: Any) -> Form:
             is_optional = True
             (hint,) = [each for each in typing.get_args(hint) if each is not type(None)]
     bounds = tuple(note for note in notes if isinstance(note, Bounds))
-    return Form(hint, is_optional, bounds, any(isinstance(note, FileName) for note in notes))
+    return FieldType(hint, is_optional, bounds, any(isinstance(note, FileName) for note in notes))
 
 
 @cache
@@ -140,21 +140,21 @@ def _hints(kind: Any) -> Mapping[str, Any]:
     return {field.name: hints[field.name] for field in fields(kind)}
 
 
-def _checked(name: str, value: Any, form: Form) -> Any:
-    kind, origin = form.kind, typing.get_origin(form.kind)
-    if form.choices:
-        choice = choice_of(value, form.choices)
+def _checked(name: str, value: Any, field_type: FieldType) -> Any:
+    kind, origin = field_type.kind, typing.get_origin(field_type.kind)
+    if field_type.choices:
+        choice = choice_of(value, field_type.choices)
         if choice is None:
-            raise wrong_setting(name, value, _one_of(form))
+            raise wrong_setting(name, value, _one_of(field_type))
         return choice
     if kind is bool:
         return _of_type(name, value, bool, "true or false")
     if kind is int:
         return _whole_number(name, value)
     if kind is float:
-        return _number(name, value, form)
+        return _number(name, value, field_type)
     if kind is str:
-        return _text(name, value, form)
+        return _text(name, value, field_type)
     if origin is not None and issubclass(origin, Mapping):
         return _mapping(name, value, typing.get_args(kind)[1])
     if origin is not None and issubclass(origin, Sequence):
@@ -169,8 +169,8 @@ def choice_of(value: object, choices: Sequence[str]) -> str | None:
     return next((each for each in choices if each.lower() == value.lower()), None)
 
 
-def _one_of(form: Form) -> str:
-    names = [repr(each) for each in form.choices] + ["None"] * form.is_optional
+def _one_of(field_type: FieldType) -> str:
+    names = [repr(each) for each in field_type.choices] + ["None"] * field_type.is_optional
     listing = " or ".join(filter(None, (", ".join(names[:-1]), names[-1])))
     return f"one of {listing}" if len(names) > 2 else listing
 
@@ -190,26 +190,26 @@ def _whole_number(name: str, value: Any) -> int:
     raise wrong_setting(name, value, "a whole number")
 
 
-def _number(name: str, value: Any, form: Form) -> float:
-    expected = str(form.bounds[0]) if form.bounds else "a finite number"
+def _number(name: str, value: Any, field_type: FieldType) -> float:
+    expected = str(field_type.bounds[0]) if field_type.bounds else "a finite number"
     if isinstance(value, bool | str | bytes):
         raise wrong_setting(name, value, f"a number, {expected}")
     try:
         number = float(value)
     except (TypeError, ValueError, OverflowError):
         raise wrong_setting(name, value, f"a number, {expected}") from None
-    may_be_infinite = any(math.isinf(bounds.high) for bounds in form.bounds)
+    may_be_infinite = any(math.isinf(bounds.high) for bounds in field_type.bounds)
     if math.isnan(number) or (math.isinf(number) and not may_be_infinite):
         raise wrong_setting(name, value, f"a number, {expected}")
     return value if isinstance(value, int | float) else number
 
 
-def _text(name: str, value: Any, form: Form) -> str:
-    if form.is_file_name and isinstance(value, os.PathLike):
+def _text(name: str, value: Any, field_type: FieldType) -> str:
+    if field_type.is_file_name and isinstance(value, os.PathLike):
         value = os.fspath(value)
     if not isinstance(value, str):
         raise wrong_setting(name, value, "a text")
-    if "\0" in value or len(value) > _MAX_TEXT_CHARS or (form.is_file_name and not value.strip()):
+    if "\0" in value or len(value) > _MAX_TEXT_CHARS or (field_type.is_file_name and not value.strip()):
         raise wrong_setting(name, value, "a text that is neither empty nor huge, without null characters")
     return value
 

@@ -39,7 +39,7 @@ from sensorium.media.limits import MediaLimits
 from sensorium.parsing.detect import AUTO, NONE
 from sensorium.parsing.formats import FORMATS
 from sensorium.parsing.reasoning import REASONING_FORMATS
-from sensorium.settings import Bounds, FileName, check_setting, check_settings, form_of
+from sensorium.settings import Bounds, FileName, check_setting, check_settings, field_type_of
 from tests.helpers.checkpoints import make_checkpoint
 
 KINDS = (
@@ -50,7 +50,7 @@ KINDS = (
 
 def wrong_values(hint: Any) -> list[Any]:
     """What can't be meant for a field of this type."""
-    form = form_of(hint)
+    form = field_type_of(hint)
     origin = typing.get_origin(form.kind)
     wrong: list[Any] = [object(), b"x"]
     if not form.is_optional:
@@ -187,7 +187,7 @@ def test_the_command_line_takes_its_choices_from_closed_sets(kind: type, capsys:
     parser = LazyParser()
     add_flags(parser, kind, leave_out=["model"])
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
-        for choice in form_of(hint).choices:
+        for choice in field_type_of(hint).choices:
             flag = f"--{name.replace('_', '-')}"
             assert getattr(parser.parse_args([flag, choice.upper()]), name) == choice
             with pytest.raises(SystemExit):
@@ -227,8 +227,8 @@ def test_a_setting_that_names_a_file_takes_a_path(kind: type) -> None:
     named = ("file", "folder", "directory", "path")
     for name, hint in typing.get_type_hints(kind, include_extras=True).items():
         words = set(re.findall(r"[a-z]+", field_docs(kind).get(name, "").lower()))
-        if form_of(hint).kind is str and words & set(named) and not name.endswith("host"):
-            assert form_of(hint).is_file_name, name
+        if field_type_of(hint).kind is str and words & set(named) and not name.endswith("host"):
+            assert field_type_of(hint).is_file_name, name
     assert EngineArgs(Path("a"), plugins=[Path("b.py")]).plugins == ("b.py",)  # type: ignore[arg-type, list-item]
 
 

@@ -12,8 +12,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from sensorium.chat.answer_formats import AnswerFormats, AnswerFormatsFinder
 from sensorium.chat.content import MediaPart, Message, TextPart, parse_messages
-from sensorium.chat.forms import AnswerForms, FormsFinder
 from sensorium.chat.media import ChatMedia
 from sensorium.chat.named_media import NamedMedia
 from sensorium.chat.template import (
@@ -116,16 +116,16 @@ class ChatRenderer:
             if mm_registry.get_plugin(modality).has_input_mapper(model_config.model_class)
         ]
         self._probe = TemplateProbe(tokenizer, taken)
-        self._finder = FormsFinder(tokenizer, tool_parser, reasoning_parser)
+        self._finder = AnswerFormatsFinder(tokenizer, tool_parser, reasoning_parser)
 
-    def answer_forms(self, *, chat_template: str | None = None, has_tools: bool = False) -> AnswerForms:
+    def answer_formats(self, *, chat_template: str | None = None, has_tools: bool = False) -> AnswerFormats:
         """How answers to prompts of a template are parsed; `chat_template` as for `render`.
 
         Raises:
             RequestError: There is no such template.
         """
         template = self._template(chat_template, has_tools=has_tools)
-        return self._finder.forms_of(template) if has_tools else self._finder.reasoning_of(template)
+        return self._finder.formats_of(template) if has_tools else self._finder.reasoning_of(template)
 
     def hears_effort(self, *, chat_template: str | None = None, has_tools: bool = False) -> bool:
         """Whether `reasoning_effort` can be had with a template; `chat_template` as for `render`.
@@ -214,11 +214,11 @@ class ChatRenderer:
         self, messages: list[Message], tools: Sequence[Any] | None, template: str
     ) -> tuple[list[Message], Sequence[Any] | None]:
         """Messages and tools as the template takes them."""
-        forms = self._finder.forms_of(template)
-        if forms.shows_tools:
+        formats = self._finder.formats_of(template)
+        if formats.shows_tools:
             return messages, tools
         if tools:
-            forms.calls()  # or an error that says why there are none
+            formats.calls()  # or an error that says why there are none
         has_system = self._probe.format_of(template, MessageKind("system")).is_shown
         return with_tools_told(messages, tools, has_system=has_system), None
 

@@ -24,7 +24,7 @@ from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.codec import encode_add
 from sensorium.engine.core import within_blocks
-from sensorium.engine.core_messages import News, UseVocabulary
+from sensorium.engine.core_messages import CoreOutputs, UseVocabulary
 from sensorium.engine.core_process import CoreFactory
 from sensorium.engine.core_supervisor import CoreSupervisor
 from sensorium.engine.fair_turns import FairTurns
@@ -120,7 +120,7 @@ class AsyncLLMEngine:
         self._is_shutting_down = False
         self._all_closed = asyncio.Event()
         self._all_closed.set()
-        hub.on_news, hub.on_death = self._take_news, self._core_died
+        hub.on_outputs, hub.on_death = self._take_outputs, self._core_died
 
     @classmethod
     async def start(
@@ -150,7 +150,7 @@ class AsyncLLMEngine:
             EngineDeadError: The core ended while it was loading.
         """
         hub = _Hub()
-        core = CoreSupervisor(args, hub.news, hub.death, make=make_core, log=log, max_restarts=max_restarts)
+        core = CoreSupervisor(args, hub.outputs, hub.death, make=make_core, log=log, max_restarts=max_restarts)
         try:
             # Meanwhile the core imports and loads.
             config, tokenizer = await asyncio.to_thread(_resolve, args)
@@ -463,10 +463,10 @@ class AsyncLLMEngine:
             self._check_running()  # raised by a pool that has been shut down
             raise
 
-    def _take_news(self, news: News) -> None:
-        if news.stats is not None:
-            self.stats = news.stats
-        processed = self._outputs.process(news.outputs)
+    def _take_outputs(self, received: CoreOutputs) -> None:
+        if received.stats is not None:
+            self.stats = received.stats
+        processed = self._outputs.process(received.outputs)
         self._core.abort(processed.abort_ids)
         for output in processed.outputs:
             self._leave_line(output.request_id)
@@ -490,12 +490,12 @@ class _Hub:
     """The core's callbacks, which exist before the engine does."""
 
     def __init__(self) -> None:
-        self.on_news: Callable[[News], None] | None = None
+        self.on_outputs: Callable[[CoreOutputs], None] | None = None
         self.on_death: Callable[[EngineDeadError], None] | None = None
 
-    def news(self, news: News) -> None:
-        if self.on_news is not None:
-            self.on_news(news)
+    def outputs(self, received: CoreOutputs) -> None:
+        if self.on_outputs is not None:
+            self.on_outputs(received)
 
     def death(self, error: EngineDeadError) -> None:
         if self.on_death is not None:

@@ -18,7 +18,7 @@ import msgspec
 
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.codec import decode_to_front
-from sensorium.engine.core_messages import Abort, Died, News, Ready, Start, StartFailed, Stop
+from sensorium.engine.core_messages import Abort, CoreOutputs, Died, Ready, Start, StartFailed, Stop
 from sensorium.engine.core_process import CoreFactory, CoreServer, make_core
 from sensorium.errors import EngineDeadError, SensoriumError, error_named
 from sensorium.ipc.channel import AsyncChannel, channel_pair
@@ -36,7 +36,7 @@ class CoreClient:
 
     Args:
         args: settings, which the core resolves by itself.
-        on_news: called on the event loop with the outputs of each step.
+        on_outputs: called on the event loop with the outputs of each step.
         on_death: called once if the core ends unasked.
         make: makes the core, in a thread of this process; by default it gets a process of its own.
     """
@@ -44,13 +44,13 @@ class CoreClient:
     def __init__(
         self,
         args: EngineArgs,
-        on_news: Callable[[News], None],
+        on_outputs: Callable[[CoreOutputs], None],
         on_death: Callable[[EngineDeadError], None],
         *,
         make: CoreFactory | None = None,
         log: LogSettings = DEFAULT_LOG,
     ) -> None:
-        self._on_news = on_news
+        self._on_news = on_outputs
         self._on_death = on_death
         self._ready: asyncio.Future[LoadReport] = asyncio.get_running_loop().create_future()
         self._is_stopping = False
@@ -104,7 +104,7 @@ class CoreClient:
             logger.exception("a message from the engine core can't be read")
             self._fail(EngineDeadError("the engine core sent a message that can't be read. Restart the engine."))
             return
-        if isinstance(message, News):
+        if isinstance(message, CoreOutputs):
             self._on_news(message)
         elif isinstance(message, Ready):
             self._ready.set_result(message.report)

@@ -1,7 +1,7 @@
 """The messages between the front and the engine core.
 
     front  --Start, UseVocabulary, Add, Abort, Stop-->  core
-    front  <--Ready, StartFailed, News, Died--  core
+    front  <--Ready, StartFailed, CoreOutputs, Died--  core
 
 Values with a schema: `codec.py` decodes only these types.
 """
@@ -63,7 +63,7 @@ class StartFailed(msgspec.Struct, frozen=True, tag=True):
     message: str
 
 
-class News(msgspec.Struct, frozen=True, tag=True):
+class CoreOutputs(msgspec.Struct, frozen=True, tag=True):
     """The outputs of a step."""
 
     outputs: list[EngineOutput]
@@ -78,4 +78,4 @@ class Died(msgspec.Struct, frozen=True, tag=True):
 
 
 ToCore: TypeAlias = Start | UseVocabulary | Add | Abort | Stop
-ToFront: TypeAlias = Ready | StartFailed | News | Died
+ToFront: TypeAlias = Ready | StartFailed | CoreOutputs | Died

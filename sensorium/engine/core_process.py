@@ -25,8 +25,8 @@ from sensorium.engine.core import EngineCore
 from sensorium.engine.core_messages import (
     Abort,
     Add,
+    CoreOutputs,
     Died,
-    News,
     Ready,
     Start,
     StartFailed,
@@ -156,8 +156,8 @@ class CoreServer:
                 core.add_request(request)
             except SensoriumError as error:
                 failure = RequestFailure.of(error)
-                news = EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, failure=failure)
-                self._tell(core, [news])
+                output = EngineOutput(request.request_id, finish_reason=FinishReason.ERROR, failure=failure)
+                self._tell(core, [output])
 
     def _tell(self, core: EngineCore, outputs: list[EngineOutput]) -> None:
         now_s = time.monotonic()
@@ -165,7 +165,7 @@ class CoreServer:
         if is_due:
             self._stats_time_s = now_s
         if outputs or is_due:
-            self._send(News(outputs, core.stats() if is_due else None))
+            self._send(CoreOutputs(outputs, core.stats() if is_due else None))
 
     def _send(self, message: ToFront) -> None:
         self._channel.send(encode(message))

@@ -10,7 +10,7 @@ from dataclasses import replace
 from sensorium.config import ModelFeatures
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.core_client import CoreClient
-from sensorium.engine.core_messages import News
+from sensorium.engine.core_messages import CoreOutputs
 from sensorium.engine.core_process import CoreFactory
 from sensorium.errors import EngineDeadError, EngineRestartingError, SensoriumError
 from sensorium.ipc.codec import EncodedMessage
@@ -32,7 +32,7 @@ class CoreSupervisor:
 
     Args:
         args: settings, which each core resolves by itself.
-        on_news: called on the event loop with the outputs of each step.
+        on_outputs: called on the event loop with the outputs of each step.
         on_death: called with each death of a core that was ready, before a new one is started.
         make: makes cores in a thread of this process; by default each gets a process of its own.
         max_restarts: how many consecutive deaths lead to a new core.
@@ -42,7 +42,7 @@ class CoreSupervisor:
     def __init__(
         self,
         args: EngineArgs,
-        on_news: Callable[[News], None],
+        on_outputs: Callable[[CoreOutputs], None],
         on_death: Callable[[EngineDeadError], None],
         *,
         make: CoreFactory | None = None,
@@ -51,7 +51,7 @@ class CoreSupervisor:
         delay_s: float = _FIRST_DELAY_S,
     ) -> None:
         self._args = args
-        self._on_news = on_news
+        self._on_news = on_outputs
         self._on_death = on_death
         self._make = make
         self._log = log

@@ -149,8 +149,8 @@ class LLMEngine:
         """
         return self._process(self.core.step())
 
-    def _process(self, news: list[EngineOutput]) -> list[RequestOutput | PoolingRequestOutput]:
-        processed = self.outputs.process(news)
+    def _process(self, core_outputs: list[EngineOutput]) -> list[RequestOutput | PoolingRequestOutput]:
+        processed = self.outputs.process(core_outputs)
         if processed.abort_ids:
             self.core.abort(processed.abort_ids)
         return processed.outputs

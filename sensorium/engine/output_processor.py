@@ -115,12 +115,12 @@ class OutputProcessor:
         self.remove_request(request_id)
         return core_ids
 
-    def process(self, news: Sequence[EngineOutput]) -> ProcessedOutputs:
+    def process(self, core_outputs: Sequence[EngineOutput]) -> ProcessedOutputs:
         """Turn a round of core outputs into outputs, one for each request that changed."""
         now_s = self._clock()
         abort_ids: list[str] = []
         touched: dict[str, _Request] = {}
-        for each in news:
+        for each in core_outputs:
             child = self._children.get(each.request_id)
             if child is None:
                 continue
@@ -182,20 +182,20 @@ class _Request:
     def is_finished(self) -> bool:
         return self.num_running == 0
 
-    def update(self, news: EngineOutput, now_s: float, spelling: Spelling) -> None:
+    def update(self, output: EngineOutput, now_s: float, spelling: Spelling) -> None:
         """Store what concerns the request as a whole."""
         if self._scheduled_time_s is None:
-            self._scheduled_time_s = news.scheduled_time_s
-        if news.new_token_ids:
+            self._scheduled_time_s = output.scheduled_time_s
+        if output.new_token_ids:
             if self._first_token_time_s is None:
                 self._first_token_time_s = now_s
             self._last_token_time_s = now_s
         if self._prompt_logprobs is not None:
             # Rank 0 stands for ids outside the vocabulary, where media go.
-            self._prompt_logprobs += [_position(e, spelling) if e.rank else None for e in news.prompt_logprobs]
-        if news.pooled is not None:
-            self._pooled = news.pooled
-        self._num_cached_tokens = max(self._num_cached_tokens, news.num_cached_tokens)
+            self._prompt_logprobs += [_position(e, spelling) if e.rank else None for e in output.prompt_logprobs]
+        if output.pooled is not None:
+            self._pooled = output.pooled
+        self._num_cached_tokens = max(self._num_cached_tokens, output.num_cached_tokens)
 
     def fail(self, failure: RequestFailure) -> list[str]:
         """Set the error and end the outputs that still run; returns their ids."""
@@ -280,22 +280,22 @@ class _Child:
     def is_finished(self) -> bool:
         return self._finish_reason is not None
 
-    def update(self, news: EngineOutput, spelling: Spelling) -> None:
+    def update(self, output: EngineOutput, spelling: Spelling) -> None:
         """Take in new tokens, up to one that completes a stop string, and the end."""
-        num_tokens = len(news.new_token_ids)
+        num_tokens = len(output.new_token_ids)
         if self._text is not None and num_tokens:
             # The token that ended the output is no part of its text.
-            is_stop = news.finish_reason is FinishReason.STOP and not self._keeps_stop
-            num_tokens = self._text.update(news.new_token_ids[:-1] if is_stop else news.new_token_ids)
+            is_stop = output.finish_reason is FinishReason.STOP and not self._keeps_stop
+            num_tokens = self._text.update(output.new_token_ids[:-1] if is_stop else output.new_token_ids)
             num_tokens += is_stop and not self._has_met_stop_string
-        self._token_ids += news.new_token_ids[:num_tokens]
+        self._token_ids += output.new_token_ids[:num_tokens]
         if self._logprobs is not None:
-            for entry in news.logprobs[:num_tokens]:
+            for entry in output.logprobs[:num_tokens]:
                 self._logprobs.append(_position(entry, spelling))
                 self._cumulative_logprob += entry.logprob
         self.has_news |= num_tokens > 0
-        if news.finish_reason is not None or self._has_met_stop_string:
-            self.end(news.finish_reason or FinishReason.STOP, news.stop_reason)
+        if output.finish_reason is not None or self._has_met_stop_string:
+            self.end(output.finish_reason or FinishReason.STOP, output.stop_reason)
 
     def end(self, reason: FinishReason, stop_reason: int | str | None = None) -> None:
         if self._text is not None:

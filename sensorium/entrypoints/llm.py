@@ -159,7 +159,7 @@ class LLM:
 
         params = _per_prompt(sampling_params, len(conversations), "sampling_params", self.get_default_sampling_params())
         if tools:  # marks of calls may be special tokens
-            marks = renderer.answer_forms(chat_template=chat_template, has_tools=True).token_ids.values()
+            marks = renderer.answer_formats(chat_template=chat_template, has_tools=True).token_ids.values()
             params = [replace(each, visible_special_token_ids=sorted(marks)) for each in params]
         jobs = [Job(prompt_of(each), own) for each, own in zip(conversations, params, strict=True)]
         return self._run(jobs, use_tqdm, return_errors)
@@ -183,11 +183,11 @@ class LLM:
         Raises:
             RequestError: It isn't known how the model writes calls.
         """
-        forms = self._renderer().answer_forms(chat_template=chat_template, has_tools=bool(tools))
+        formats = self._renderer().answer_formats(chat_template=chat_template, has_tools=bool(tools))
         return AnswerParser(
-            reasoning=forms.reasoning,
-            is_reasoning_open=forms.is_reasoning_open(prompt),
-            tool_format=forms.calls() if tools else None,
+            reasoning=formats.reasoning,
+            is_reasoning_open=formats.is_reasoning_open(prompt),
+            tool_format=formats.calls() if tools else None,
             tools=Tools(Tool.from_description(tool) for tool in tools or ()),
         )
 

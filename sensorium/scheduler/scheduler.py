@@ -1,4 +1,4 @@
-"""The scheduler as the engine core sees it: requests in, steps out, results in, news out.
+"""The scheduler as the engine core sees it: requests in, steps out, results in, outputs out.
 
 Owns the life of every request from `add_request` to its one final output. What a step computes is the step planner's
 decision; which blocks and encoder rows are kept, that of the two cache managers. Used by one thread: `schedule`,
@@ -139,7 +139,7 @@ class Scheduler:
         )
 
     def update(self, step: SchedulerOutput, result: ModelRunnerOutput) -> list[EngineOutput]:
-        """Take in what the oldest step in flight brought; returns the news of its requests.
+        """Take in what the oldest step in flight brought; returns the outputs of its requests.
 
         A worker that lost a whole step reports a failure for each of its requests.
         """

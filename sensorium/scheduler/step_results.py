@@ -35,7 +35,7 @@ class StepResults:
         self._encoder_cache = encoder_cache
 
     def apply(self, plan: StepPlan, result: ModelRunnerOutput) -> list[EngineOutput]:
-        """The news of a step's requests, in the order of its chunks."""
+        """The outputs of a step's requests, in the order of its chunks."""
         outputs = []
         for (request, chunk), num_departures in zip(plan.chunks.items(), plan.num_departures, strict=True):
             failure = result.failures.get(request.request_id) if result.failures else None
@@ -49,7 +49,7 @@ class StepResults:
         return outputs
 
     def _advance(self, request: RequestState, chunk: ScheduledChunk, result: ModelRunnerOutput) -> EngineOutput | None:
-        """Count a chunk as settled, and take in what was sampled after it. None: no news."""
+        """Count a chunk as settled, and take in what was sampled after it. None: no output."""
         request.num_settled_tokens = chunk.num_computed_tokens + chunk.num_scheduled_tokens
         prompt_logprobs: Sequence[TokenLogprobs] = ()
         if result.prompt_logprobs:
@@ -111,12 +111,12 @@ class StepResults:
         return self._output(request, finish_reason=FinishReason.ERROR, failure=failure)
 
     @staticmethod
-    def _output(request: RequestState, **news: Any) -> EngineOutput:
+    def _output(request: RequestState, **fields: Any) -> EngineOutput:
         return EngineOutput(
             request.request_id,
             num_cached_tokens=request.num_cached_tokens,
             scheduled_time_s=request.scheduled_time_s,
-            **news,
+            **fields,
         )
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from sensorium import LLM, SamplingParams
-from sensorium.chat.forms import AnswerForms
+from sensorium.chat.answer_formats import AnswerFormats
 from sensorium.chat.renderer import ChatRenderer
 from sensorium.errors import ConfigError, UnsupportedFeatureError
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -46,17 +46,17 @@ def renderer(template: str, **options: str) -> ChatRenderer:
     return ChatRenderer(config, make_tokenizer(), chat_template=template, **options)  # type: ignore[arg-type]
 
 
-def forms(template: str, **options: str) -> AnswerForms:
-    return renderer(template, **options).answer_forms(has_tools=True)
+def formats(template: str, **options: str) -> AnswerFormats:
+    return renderer(template, **options).answer_formats(has_tools=True)
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_the_form_is_found_by_the_template(name: str) -> None:
-    found = forms(TEMPLATES[name])
+    found = formats(TEMPLATES[name])
     assert found.shows_tools
     assert found.calls().name == name.removesuffix("_thinking").removesuffix("_open")
     assert (found.reasoning is not None) == ("_" in name and name != "qwen3_coder")
-    without = renderer(TEMPLATES[name]).answer_forms()
+    without = renderer(TEMPLATES[name]).answer_formats()
     assert (without.tool_format, without.reasoning) == (None, found.reasoning)
 
 
@@ -68,12 +68,12 @@ def test_tools_calls_and_results_reach_the_template(name: str) -> None:
     assert "sunny" in prompt
     assert "None" not in prompt
     assert "'type'" not in prompt
-    assert forms(TEMPLATES[name]).is_reasoning_open(prompt) == name.endswith("_open")
+    assert formats(TEMPLATES[name]).is_reasoning_open(prompt) == name.endswith("_open")
 
 
 def test_an_operator_decides_against_the_template() -> None:
-    assert forms(TEMPLATES["hermes"], tool_parser="json").calls().name == "json"
-    found = forms(TEMPLATES["hermes_thinking"], tool_parser="none", reasoning_parser="none")
+    assert formats(TEMPLATES["hermes"], tool_parser="json").calls().name == "json"
+    found = formats(TEMPLATES["hermes_thinking"], tool_parser="none", reasoning_parser="none")
     assert found.reasoning is None
     with pytest.raises(UnsupportedFeatureError, match="switched off"):
         found.calls()
@@ -89,14 +89,14 @@ def test_a_form_that_nobody_knows_is_an_error_that_says_what_to_set() -> None:
     template = "{{ tools | tojson if tools }}{% for m in messages %}{{ m.content }}{% endfor %}"
     assert "Tells" in renderer(template).render(CHAT[:1], tools=[TOOL])["prompt"]
     with pytest.raises(UnsupportedFeatureError, match="--tool-parser"):
-        forms(template).calls()
+        formats(template).calls()
 
 
 @pytest.mark.parametrize("template", [NO_TOOLS, PARTS_ONLY], ids=["strings and turns", "parts"])
 def test_a_template_without_tools_is_told_of_them_in_messages(template: str) -> None:
     chat = [*CHAT, {**CHAT[2], "content": "also"}, {"role": "user", "content": "So?"}]
     prompt = renderer(template).render(chat, tools=[TOOL])["prompt"]
-    assert forms(template).calls().name == "hermes"
+    assert formats(template).calls().name == "hermes"
     assert json.dumps(TOOL) in prompt
     assert '[assistant]<tool_call>\n{"name": "weather", "arguments": {"city": "Paris"}}\n</tool_call>[user]' in prompt
     results = "".join(f"<tool_response>\n{each}\n</tool_response>\n" for each in ("sunny", "also"))
@@ -144,7 +144,7 @@ def test_marks_that_are_tokens_are_known() -> None:
         {"additional_special_tokens": ["<tool_call>", "</think>"]}, replace_extra_special_tokens=False
     )
     config = make_engine_config(str(make_checkpoint("llama"))).model_config
-    found = ChatRenderer(config, tokenizer, chat_template=TEMPLATES["hermes_thinking"]).answer_forms(has_tools=True)
+    found = ChatRenderer(config, tokenizer, chat_template=TEMPLATES["hermes_thinking"]).answer_formats(has_tools=True)
     ids = {mark: tokenizer.convert_tokens_to_ids(mark) for mark in ("<tool_call>", "</think>")}
     assert found.token_ids == ids
     assert found.reasoning_end_id() == ids["</think>"]

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol, Self, TypeVar
 
 from sensorium.errors import ConfigError
-from sensorium.settings import choice_of, form_of
+from sensorium.settings import choice_of, field_type_of
 
 _T = TypeVar("_T")
 
@@ -99,7 +99,7 @@ def add_flags(
                 dest=field.name,
                 default=argparse.SUPPRESS,
                 help=text + default,
-                **_form(hints[field.name]),
+                **_argument(hints[field.name]),
             )
             accept_in_config(parser, field.name, hints[field.name], _flag(field))
 
@@ -176,24 +176,24 @@ def _default(field: Field[Any]) -> Any:
     return None if field.default is MISSING else field.default
 
 
-def _form(hint: Any) -> dict[str, Any]:
+def _argument(hint: Any) -> dict[str, Any]:
     """Arguments of `add_argument` for a field's type."""
-    form = form_of(hint)
-    hint, origin = form.kind, typing.get_origin(form.kind)
-    if form.choices:
+    field_type = field_type_of(hint)
+    hint, origin = field_type.kind, typing.get_origin(field_type.kind)
+    if field_type.choices:
         # A value that matches no choice is returned unchanged, and argparse's error names the flag.
-        return {"type": lambda text: choice_of(text, form.choices) or text, "choices": form.choices}
+        return {"type": lambda text: choice_of(text, field_type.choices) or text, "choices": field_type.choices}
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is not None and issubclass(origin, Mapping):
         return {"type": _json_object, "metavar": "JSON"}
     if origin is not None and issubclass(origin, Sequence):
-        return {"action": "append", **_form(typing.get_args(hint)[0])}
+        return {"action": "append", **_argument(typing.get_args(hint)[0])}
     if hint in (int, float, str):
         return {"type": hint, "metavar": hint.__name__.upper()}
     if hasattr(hint, "parse"):
         return {"type": _as_argument(hint), "metavar": hint.__name__.upper()}
-    raise TypeError(f"a field of type {hint} has no form as a flag")
+    raise TypeError(f"a field of type {hint} can't be given as a flag")
 
 
 def _as_argument(kind: type[Parsed]) -> Callable[[str], Parsed]:
@@ -218,9 +218,9 @@ def _json_object(text: str) -> dict[str, Any]:
 
 def _as_given(name: str, value: Any, hint: Any) -> Any:
     """A value of a YAML file, checked as a flag would be."""
-    form = form_of(hint)
-    plain, origin = form.kind, typing.get_origin(form.kind)
-    if form.choices or (value is None and form.is_optional):
+    field_type = field_type_of(hint)
+    plain, origin = field_type.kind, typing.get_origin(field_type.kind)
+    if field_type.choices or (value is None and field_type.is_optional):
         return value  # choices are checked where the settings are made
     if origin is not None and issubclass(origin, Sequence):
         (kind, *_) = typing.get_args(plain)

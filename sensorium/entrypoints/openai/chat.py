@@ -80,9 +80,9 @@ class ChatRoutes:
         )
 
     def _plan(self, body: ChatBody, request: ToolRequest | None, prompt: str) -> AnswerPlan:
-        forms = self._context.chat().answer_forms(chat_template=body.chat_template, has_tools=request is not None)
+        formats = self._context.chat().answer_formats(chat_template=body.chat_template, has_tools=request is not None)
         tokenizer, is_continued = self._context.tokenizer(), body.continue_final_message
-        return AnswerPlan(forms, request, prompt, tokenizer, is_continued=is_continued)
+        return AnswerPlan(formats, request, prompt, tokenizer, is_continued=is_continued)
 
     async def _whole(self, turn: _Turn) -> RequestOutput:
         return await only(await self._generate(turn, OutputKind.FINAL_ONLY))

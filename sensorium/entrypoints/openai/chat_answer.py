@@ -113,7 +113,7 @@ class ChatAnswer:
 
     def _usage_body(self) -> dict[str, Any]:
         body = self._usage.body()
-        if self._plan.forms.reasoning is not None:
+        if self._plan.formats.reasoning is not None:
             num_tokens = sum(reader.num_reasoning_tokens for reader in self._readers.values())
             body["completion_tokens_details"] = {"reasoning_tokens": num_tokens}
         return body

@@ -152,8 +152,8 @@ class ResponseRoutes:
         """Render the prompt, plan the answer, and open the generator of its outputs."""
         body, tools = turn.body, turn.tools
         prompt = await self._render(request, turn)
-        forms = self._context.chat().answer_forms(has_tools=tools is not None)
-        turn.plan = AnswerPlan(forms, tools, prompt["prompt"], self._context.tokenizer())
+        formats = self._context.chat().answer_formats(has_tools=tools is not None)
+        turn.plan = AnswerPlan(formats, tools, prompt["prompt"], self._context.tokenizer())
         return self._context.generate(
             request,
             prompt,

@@ -1,6 +1,6 @@
 """How one request's answers are constrained and parsed.
 
-plan = AnswerPlan(forms, request, prompt, tokenizer)
+plan = AnswerPlan(formats, request, prompt, tokenizer)
 outputs = generate(prompt, plan.params(params))
 reader = plan.reader()                       # one for each choice
 events = reader.push(output) ...
@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
-from sensorium.chat.forms import AnswerForms
+from sensorium.chat.answer_formats import AnswerFormats
 from sensorium.entrypoints.openai.structured_outputs import reason_of
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, RequestError
@@ -34,7 +34,7 @@ class AnswerPlan:
     """The plan for a request's answers, made before there are any.
 
     Args:
-        forms: how the model marks reasoning and calls.
+        formats: how the model marks reasoning and calls.
         request: the functions that it may call, if any.
         prompt: the rendered prompt, which shows whether the answer begins within reasoning.
         tokenizer: counts the tokens of reasoning whose end is no token of its own.
@@ -46,22 +46,22 @@ class AnswerPlan:
 
     def __init__(
         self,
-        forms: AnswerForms,
+        formats: AnswerFormats,
         request: ToolRequest | None,
         prompt: str,
         tokenizer: Any,
         *,
         is_continued: bool = False,
     ) -> None:
-        self.forms = forms
+        self.formats = formats
         self.request = request
         self.tokenizer = tokenizer
-        self.tool_format = forms.calls() if request is not None else None
-        self.is_reasoning_open = forms.is_reasoning_open(prompt, is_continued=is_continued)
+        self.tool_format = formats.calls() if request is not None else None
+        self.is_reasoning_open = formats.is_reasoning_open(prompt, is_continued=is_continued)
         self._has_grammar = False
         self._has_schema = False
         self._format_field: str | None = None
-        self._may_reason = forms.reasoning is not None and not prompt.rstrip().endswith(forms.reasoning.end)
+        self._may_reason = formats.reasoning is not None and not prompt.rstrip().endswith(formats.reasoning.end)
 
     def params(self, params: SamplingParams, format_field: str | None = None) -> SamplingParams:
         """Sampling parameters that keep marks in the text, and have the constraint on answers.
@@ -72,8 +72,8 @@ class AnswerPlan:
             InvalidRequestError: An output can't be held to functions and to the other at once.
         """
         self._format_field = format_field
-        if self.forms.token_ids:
-            visible = {*params.visible_special_token_ids, *self.forms.token_ids.values()}
+        if self.formats.token_ids:
+            visible = {*params.visible_special_token_ids, *self.formats.token_ids.values()}
             params = replace(params, visible_special_token_ids=sorted(visible))
         held_to = self._held_to(params.structured_outputs)
         return params if held_to is params.structured_outputs else replace(params, structured_outputs=held_to)
@@ -111,11 +111,11 @@ class AnswerPlan:
     def _held_to(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
         """The constraint on answers: calls, the requested output, or either; after reasoning."""
         request = self.request
-        reasoning = self.forms.reasoning if self._may_reason and not self.is_reasoning_open else None
+        reasoning = self.formats.reasoning if self._may_reason and not self.is_reasoning_open else None
         if request is None or not (request.is_forced or request.is_strict or asked):
             if asked is None or reasoning is None or asked.kind not in _JSON_KINDS or asked.start_after is not None:
                 return self._behind_reasoning(asked)
-            return self._grammar(json_grammar(_schema(asked), self.forms.token_ids, reasoning))
+            return self._grammar(json_grammar(_schema(asked), self.formats.token_ids, reasoning))
         schema = None
         if asked is not None and not request.is_forced:
             if asked.kind not in _JSON_KINDS:
@@ -128,7 +128,7 @@ class AnswerPlan:
         grammar = answer_grammar(
             self.tool_format,
             request.callable,
-            self.forms.token_ids,
+            self.formats.token_ids,
             held=held,
             is_parallel=request.is_parallel,
             schema=schema,
@@ -147,8 +147,8 @@ class AnswerPlan:
     def _behind_reasoning(self, held_to: StructuredOutputs | None) -> StructuredOutputs | None:
         if held_to is None or not self.is_reasoning_open or held_to.start_after is not None:
             return held_to
-        assert self.forms.reasoning is not None
-        return replace(held_to, start_after=self.forms.reasoning.end)
+        assert self.formats.reasoning is not None
+        return replace(held_to, start_after=self.formats.reasoning.end)
 
 
 class AnswerReader:
@@ -158,7 +158,7 @@ class AnswerReader:
         request = plan.request
         self._plan = plan
         self._parser = AnswerParser(
-            reasoning=plan.forms.reasoning,
+            reasoning=plan.formats.reasoning,
             is_reasoning_open=plan.is_reasoning_open,
             tool_format=plan.tool_format,
             tools=None if request is None else request.callable,
@@ -189,12 +189,12 @@ class AnswerReader:
         """Tokens of reasoning, with the one that ends it."""
         if not self._reasoning:
             return 0
-        if self._plan.forms.reasoning_end_id() is not None:
+        if self._plan.formats.reasoning_end_id() is not None:
             return self._num_tokens
         return len(self._plan.tokenizer.encode("".join(self._reasoning), add_special_tokens=False))
 
     def _count(self, token_ids: Sequence[int]) -> None:
-        end_id = self._plan.forms.reasoning_end_id()
+        end_id = self._plan.formats.reasoning_end_id()
         for token_id in token_ids:
             if self._has_end:
                 return

@@ -21,7 +21,7 @@ _MAX_TEMPLATES = 64
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class AnswerForms:
+class AnswerFormats:
     """What to look for in the answers to prompts of one template."""
 
     tool_format: ToolFormat | None
@@ -48,7 +48,7 @@ class AnswerForms:
         return None if self.reasoning is None else self.token_ids.get(self.reasoning.end)
 
 
-class FormsFinder:
+class AnswerFormatsFinder:
     """Finds the formats of templates, and caches them. Safe to call from several threads.
 
     Args:
@@ -65,16 +65,16 @@ class FormsFinder:
         self._tokenizer = tokenizer
         self._tool_parser = tool_parser
         self._reasoning_parser = reasoning_parser
-        self.forms_of = lru_cache(maxsize=_MAX_TEMPLATES)(self._forms_of)
+        self.formats_of = lru_cache(maxsize=_MAX_TEMPLATES)(self._formats_of)
         self.reasoning_of = lru_cache(maxsize=_MAX_TEMPLATES)(self._reasoning_of)
 
-    def _reasoning_of(self, template: str) -> AnswerForms:
-        """The forms for requests without tools; renders nothing."""
+    def _reasoning_of(self, template: str) -> AnswerFormats:
+        """The formats for requests without tools; renders nothing."""
         reasoning = find_reasoning_format(template, self._reasoning_parser)
-        return AnswerForms(None, reasoning, False, self._token_ids(None, reasoning))
+        return AnswerFormats(None, reasoning, False, self._token_ids(None, reasoning))
 
-    def _forms_of(self, template: str) -> AnswerForms:
-        """The forms for requests with tools."""
+    def _formats_of(self, template: str) -> AnswerFormats:
+        """The formats for requests with tools."""
 
         def render_probe(messages: Sequence[Mapping[str, Any]], tools: Sequence[Mapping[str, Any]]) -> str | None:
             try:
@@ -97,7 +97,7 @@ class FormsFinder:
             tool_format = None if why else FALLBACK
         elif tool_format is None:
             why = "it isn't known how this model writes calls. The operator can set --tool-parser."
-        found = AnswerForms(tool_format, reasoning, has_place, self._token_ids(tool_format, reasoning), why)
+        found = AnswerFormats(tool_format, reasoning, has_place, self._token_ids(tool_format, reasoning), why)
         logger.info(
             "chat template: tools %s, calls as %s, reasoning as %s",
             "have a place" if has_place else "are told of in messages",
