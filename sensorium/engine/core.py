@@ -29,6 +29,7 @@ from sensorium.scheduler import Scheduler, SchedulerStats
 
 logger = get_logger(__name__)
 
+_IDLE_CHECK_S = 1.0
 _GRAMMAR_WAIT_S = 0.02
 """How long a step that has nothing to do waits for a grammar that is being compiled."""
 
@@ -187,6 +188,11 @@ class EngineCore:
         if self.scheduler.has_releases:
             self._submit()
             self._collect()
+
+    @property
+    def idle_check_s(self) -> float | None:
+        """How often to call `use_idle_time` while there is nothing to do, to notice a rank that ended; None: never."""
+        return None if self.config.parallel_config.tensor_parallel_size == 1 else _IDLE_CHECK_S
 
     def use_idle_time(self) -> bool:
         """Called while no request is unfinished: prepare for later ones, for a short time. False: nothing is left to

@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import replace
-from queue import SimpleQueue
+from queue import Empty, SimpleQueue
 from typing import cast
 
 from sensorium import logger as package_logger
@@ -138,7 +138,7 @@ class CoreServer:
     def _take_orders(self, core: EngineCore) -> bool:
         """Handle all received messages; wait for one if there is nothing else to do. False: stop."""
         while not self._orders.empty() or not core.has_unfinished_requests():
-            order = self._orders.get()
+            order = self._next_order(core)
             if isinstance(order, Stop):
                 return False
             if isinstance(order, UseVocabulary):
@@ -149,6 +149,14 @@ class CoreServer:
             else:
                 self._add(core, order.requests)
         return True
+
+    def _next_order(self, core: EngineCore) -> _Order:
+        """Wait for a message, and notice meanwhile if the core can't go on. Raises `EngineDeadError`."""
+        while True:
+            try:
+                return self._orders.get(timeout=core.idle_check_s)
+            except Empty:
+                core.use_idle_time()
 
     def _add(self, core: EngineCore, requests: list[EngineRequest]) -> None:
         for request in requests:

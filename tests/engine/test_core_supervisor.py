@@ -72,6 +72,7 @@ class FakeCore:
     """As much of a core as one needs that never gets a request."""
 
     report = LoadReport(ModelFeatures(), full_attention(8, 16), {}, {})
+    idle_check_s = None
 
     def has_unfinished_requests(self) -> bool:
         return False

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -15,13 +16,16 @@ from typing import Any
 import psutil
 import pytest
 
-from sensorium import LLMEngine, SamplingParams, StructuredOutputs
+from sensorium import EngineArgs, LLMEngine, SamplingParams, StructuredOutputs
+from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.errors import ConfigError, EngineDeadError, ModelError
 from sensorium.executor import MultiProcessExecutor
+from tests.engine.async_helpers import SETTINGS as SERVED
+from tests.engine.async_helpers import greedy, last
 from tests.helpers.checkpoints import make_checkpoint
-from tests.helpers.mixed_requests import limits, random_plan
+from tests.helpers.mixed_requests import limits, picture, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
-from tests.helpers.waiting import until
+from tests.helpers.waiting import auntil, until
 
 SMALL: dict[str, Any] = {"block_size": 8, "max_num_batched_tokens": 40, "device": "cpu"}
 """Requests are cut into chunks, and with few blocks preempted."""
@@ -177,3 +181,26 @@ def test_ranks_end_with_the_engines_process(tmp_path: Path) -> None:
         assert psutil.pid_exists(pid)
         process.kill()
         until(lambda: not psutil.pid_exists(pid))
+
+
+def test_a_server_starts_its_ranks_anew() -> None:
+    """A rank may end while nobody asks for anything: that is noticed, and the next request is answered as before."""
+    prompt = {"prompt": "<|vision_start|><|image_pad|><|vision_end|> a", "multi_modal_data": {"image": picture(3)}}
+
+    async def run() -> None:
+        args = EngineArgs(str(make_checkpoint("qwen2_vl")), tensor_parallel_size=2, **{**SERVED, "num_blocks": 64})
+        engine = await AsyncLLMEngine.start(args, max_restarts=1)
+        try:
+            before = await last(engine.generate(prompt, greedy()))
+            (rank,) = psutil.Process(engine.core_pid).children()
+            rank.kill()
+            await auntil(lambda: engine.num_restarts == 1)
+            after = await last(engine.generate(prompt, greedy()))
+            assert after.outputs[0].token_ids == before.outputs[0].token_ids
+            family = [engine.core_pid, *(child.pid for child in psutil.Process(engine.core_pid).children())]
+            assert len(family) == 2
+        finally:
+            await engine.shutdown()
+        assert not any(psutil.pid_exists(pid) for pid in family)
+
+    asyncio.run(run())
