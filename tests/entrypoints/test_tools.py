@@ -267,7 +267,7 @@ def test_logprobs_cover_every_token(client: openai.OpenAI, script: Script) -> No
     assert len(streamed) == len(whole.choices[0].logprobs.content) == whole.usage.completion_tokens
 
 
-def field_type_of(client: openai.OpenAI, script: Script, template: str | None = None, **options: Any) -> Any:
+def form_of(client: openai.OpenAI, script: Script, template: str | None = None, **options: Any) -> Any:
     script.texts = [ANSWERS["hermes"]]
     ask(client, template, **options)
     params: SamplingParams = script.params[-1]
@@ -275,16 +275,16 @@ def field_type_of(client: openai.OpenAI, script: Script, template: str | None = 
 
 
 def test_what_must_be_called_is_held_to_by_a_grammar(client: openai.OpenAI, script: Script) -> None:
-    required = field_type_of(client, script, tools=TOOLS, tool_choice="required")
+    required = form_of(client, script, tools=TOOLS, tool_choice="required")
     assert "weather" in required.grammar
     assert "now" in required.grammar
-    named = field_type_of(client, script, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}})
+    named = form_of(client, script, tools=TOOLS, tool_choice={"type": "function", "function": {"name": "now"}})
     assert "weather" not in named.grammar
     assert "weather" in script.prompts[-1]
-    assert field_type_of(client, script, tools=TOOLS) is None
-    strict = field_type_of(client, script, tools=[WEATHER])
+    assert form_of(client, script, tools=TOOLS) is None
+    strict = form_of(client, script, tools=[WEATHER])
     assert "TEXT" in strict.grammar
-    opened = field_type_of(client, script, "hermes_open", tools=TOOLS, tool_choice="required")
+    opened = form_of(client, script, "hermes_open", tools=TOOLS, tool_choice="required")
     assert (required.start_after, opened.start_after) == (None, "</think>")
 
 

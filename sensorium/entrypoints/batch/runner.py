@@ -15,7 +15,7 @@ from starlette.routing import Route
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.entrypoints.batch.output_file import BatchOutput
 from sensorium.entrypoints.batch.records import BatchLine, Record, Response, custom_id_of, parse_line
-from sensorium.entrypoints.batch.uploads import UPLOAD_PATHS, field_type_of
+from sensorium.entrypoints.batch.uploads import UPLOAD_PATHS, form_of
 from sensorium.entrypoints.openai.errors import error_body
 from sensorium.errors import EngineDeadError, InvalidRequestError, RequestError
 from sensorium.media import MediaLoader
@@ -130,7 +130,7 @@ class BatchRunner:
         try:
             content: dict[str, Any] = {"content": bytes(line.body), "headers": {"Content-Type": "application/json"}}
             if line.url in UPLOAD_PATHS:
-                content = await field_type_of(line.body, self._loader)
+                content = await form_of(line.body, self._loader)
         except RequestError as error:
             return Response(error.status, "", msgspec.Raw(msgspec.json.encode(error_body(error))))
         response = await self._client.post(line.url, **content)

@@ -17,7 +17,7 @@ from sensorium.media import MediaLoader
 UPLOAD_PATHS = ("/v1/audio/transcriptions",)
 
 
-async def field_type_of(body: msgspec.Raw, loader: MediaLoader) -> dict[str, Any]:
+async def form_of(body: msgspec.Raw, loader: MediaLoader) -> dict[str, Any]:
     """Arguments of `httpx.AsyncClient.post` for a body. Raises `RequestError`."""
     fields: dict[str, Any] = msgspec.json.decode(body)
     source = fields.pop("file_url", None) if "file" not in fields else fields.pop("file")

@@ -183,26 +183,26 @@ def test_the_setting_of_reasoning_reaches_the_template(client: openai.OpenAI, sc
     assert "<think>" not in script.prompts[-1]
 
 
-def field_type_of(client: openai.OpenAI, script: Script, **options: Any) -> Any:
+def form_of(client: openai.OpenAI, script: Script, **options: Any) -> Any:
     script.texts = [CALLS]
     ask(client, **options)
     return script.params[-1].structured_outputs
 
 
 def test_what_must_be_called_is_held_to_by_a_grammar(client: openai.OpenAI, script: Script) -> None:
-    assert field_type_of(client, script, tools=TOOLS) is None
-    required = field_type_of(client, script, tools=TOOLS, tool_choice="required")
+    assert form_of(client, script, tools=TOOLS) is None
+    required = form_of(client, script, tools=TOOLS, tool_choice="required")
     assert "weather" in required.grammar
     assert "now" in required.grammar
-    named = field_type_of(client, script, tools=TOOLS, tool_choice={"type": "function", "name": "now"})
+    named = form_of(client, script, tools=TOOLS, tool_choice={"type": "function", "name": "now"})
     allowed = {"type": "allowed_tools", "mode": "required", "tools": [{"type": "function", "name": "now"}]}
-    for form in (named, field_type_of(client, script, tools=TOOLS, tool_choice=allowed)):
+    for form in (named, form_of(client, script, tools=TOOLS, tool_choice=allowed)):
         assert "weather" not in form.grammar
         assert "weather" in script.prompts[-1], "the model knows all"
-    assert field_type_of(client, script, tools=TOOLS, tool_choice={**allowed, "mode": "auto"}) is None
-    assert field_type_of(client, script, tools=TOOLS, tool_choice="none") is None
+    assert form_of(client, script, tools=TOOLS, tool_choice={**allowed, "mode": "auto"}) is None
+    assert form_of(client, script, tools=TOOLS, tool_choice="none") is None
     assert "weather" not in script.prompts[-1]
-    assert field_type_of(client, script, tools=[{**WEATHER, "strict": True}]) is not None
+    assert form_of(client, script, tools=[{**WEATHER, "strict": True}]) is not None
 
 
 def test_one_call_at_a_time(client: openai.OpenAI, script: Script) -> None:
