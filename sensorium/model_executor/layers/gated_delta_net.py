@@ -110,20 +110,19 @@ class GatedDeltaNet(nn.Module):
         before: Sequence[torch.Tensor],
         query_lens: Sequence[int],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Any number of tokens of each sequence: those of one token together, the others one by one."""
+        """Any number of tokens of each sequence: leading ones of one token (decodes) together, others one by one."""
         mixed = inputs.new_empty(len(inputs), self.num_value_heads, self.value_size)
         after = [torch.empty_like(states) for states in before]
-        ends = list(accumulate(query_lens))
-        single = [i for i, count in enumerate(query_lens) if count == 1]
-        if single:
-            seqs = torch.tensor(single, device=inputs.device)
-            rows = torch.tensor([ends[i] - 1 for i in single], device=inputs.device)
-            states = [each[seqs] for each in before]
-            mixed[rows], updated = self._step(inputs[rows], decays[rows], rates[rows], states)
+        num_single = next((i for i, count in enumerate(query_lens) if count != 1), len(query_lens))
+        if num_single:
+            first = slice(0, num_single)  # of the rows and of the sequences
+            mixed[first], updated = self._step(
+                inputs[first], decays[first], rates[first], [each[first] for each in before]
+            )
             for target, source in zip(after, updated, strict=True):
-                target[seqs] = source.to(target.dtype)
-        for i, (count, end) in enumerate(zip(query_lens, ends, strict=True)):
-            if count > 1:
+                target[first] = source.to(target.dtype)
+        for i, (count, end) in enumerate(zip(query_lens, accumulate(query_lens), strict=True)):
+            if i >= num_single and count:
                 chunk = slice(end - count, end)
                 window = torch.cat((before[0][i], inputs[chunk].t()), dim=1)
                 convolved = F.silu(F.conv1d(window[None], self.conv1d.weight, groups=len(window))[0].t())
