@@ -3,6 +3,9 @@ beside each other, what they compute alone."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 import torch
 
 from sensorium.config import EngineConfig, ModelFeatures
@@ -12,6 +15,7 @@ from sensorium.model_executor.drivers import TextDriver
 from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.models.transformers.by_request import ByRequestWay
 from sensorium.model_executor.models.transformers.model import Tier, TransformersForCausalLM
+from sensorium.model_executor.models.transformers.packing import SetAside
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.kv_cache import CacheLayout
@@ -40,6 +44,8 @@ def choose_tier(model: TransformersForCausalLM, config: EngineConfig, device: to
             reasons[tier.name] = f"it fails: {told_to_author(raised)}"
             continue
         if error <= TOLERANCE[config.model_config.dtype]:
+            if is_checked:
+                _use_kernels(model, partial(_error, model, config, device, references), config.model_config.dtype)
             return ModelFeatures(tier=tier.name, notes=(*_notes(model, error, is_checked), *_not(reasons, tier)))
         reasons[tier.name] = f"logits differ by {error:.1e} of their spread from those of the untouched modules"
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
@@ -58,6 +64,23 @@ def _error(
     finally:
         if isinstance(model.way, ByRequestWay):
             model.way.states.clear()
+
+
+def _use_kernels(model: TransformersForCausalLM, check: Callable[[], float], dtype: torch.dtype) -> None:
+    """Let linear layers run by this engine's kernels, where the model computes the same without their weights in place.
+
+    `check`: the error of the model as it runs.
+    """
+    weights = SetAside(model, check)
+    try:
+        is_equal = check() <= TOLERANCE[dtype]
+    except Exception as raised:  # noqa: BLE001  whatever modules raise on a weight that isn't there
+        logger.info("Linear layers run by torch: a module reads their weights itself (%s)", told_to_author(raised))
+        is_equal = False
+    if is_equal:
+        weights.pack()
+    else:
+        weights.restore()
 
 
 def _notes(model: TransformersForCausalLM, error: float, is_checked: bool) -> tuple[str, ...]:

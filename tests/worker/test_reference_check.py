@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from sensorium.errors import ConfigError, ModelError, WeightsError
+from sensorium.kernels.native import native_library
 from sensorium.model_executor.models.transformers import mask_rules
 from sensorium.model_executor.models.transformers.flat import FlatWay
 from sensorium.model_executor.models.transformers.mask_rules import MaskRule
@@ -121,9 +122,9 @@ def test_dummy_weights_are_seeded_and_leave_the_generator_alone(tmp_path: Path) 
     second, _ = load_generic(tmp_path, load_format="dummy", seed=3)
     other, _ = load_generic(tmp_path, load_format="dummy", seed=4)
     assert torch.equal(torch.get_rng_state(), state)
-    head = [model.hf_model.lm_head.weight for model in (first, second, other)]
-    assert torch.equal(head[0], head[1])
-    assert not torch.equal(head[0], head[2])
+    tables = [model.hf_model.model.embed_tokens.weight for model in (first, second, other)]
+    assert torch.equal(tables[0], tables[1])
+    assert not torch.equal(tables[0], tables[2])
 
 
 def test_quantization_at_load_is_refused(tmp_path: Path) -> None:
@@ -140,3 +141,37 @@ def test_the_error_of_a_position_is_in_units_of_its_spread() -> None:
     forbidden = torch.tensor([[1.0, 3.0, -torch.inf]])
     assert position_error(forbidden.clone(), forbidden) == 0
     assert position_error(torch.tensor([[1.0, 3.0, 0.0]]), forbidden) == float("inf")
+
+
+def test_linear_layers_run_by_the_kernels_of_this_engine(tmp_path: Path) -> None:
+    """Their weights are laid out for it, and held once."""
+    save_tiny("qwen3", tmp_path)
+    model, _ = load_generic(tmp_path)
+    layer = model.hf_model.model.layers[0].mlp.up_proj
+    assert layer.weight.is_meta == (native_library() is not None)
+
+
+def test_a_weight_that_a_module_reads_itself_stays_where_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers.models.qwen3.modeling_qwen3 import Qwen3MLP
+
+    def forward(self: Any, x: torch.Tensor) -> torch.Tensor:
+        gated = self.act_fn(self.gate_proj(x)) * torch.nn.functional.linear(x, self.up_proj.weight)
+        return self.down_proj(gated) + 0 * self.up_proj(x).sum(-1, keepdim=True)
+
+    save_tiny("qwen3", tmp_path)
+    monkeypatch.setattr(Qwen3MLP, "forward", forward)
+    model, report = load_generic(tmp_path)
+    assert report.features.tier == FLAT
+    assert not any(parameter.is_meta for parameter in model.hf_model.parameters())
+    assert model.reference_logits([5, 6, 7]).isfinite().all()
+
+
+def test_a_row_alone_is_the_same_row_beside_others(tmp_path: Path) -> None:
+    """To the bit: linear layers, norms and attention don't depend on how many rows there are."""
+    save_tiny("llama", tmp_path)
+    model, _ = load_generic(tmp_path)
+    if native_library() is None:
+        pytest.skip("plain torch rounds by the number of rows")
+    layer = model.hf_model.model.layers[0].mlp.up_proj
+    rows = torch.randn(9, layer.in_features, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(layer(rows)[3:4], layer(rows[3:4]))
