@@ -1,8 +1,8 @@
-"""Writes docs/settings.md from the fields of the settings' classes: name, flag, what it takes, default, help.
+"""Writes docs/settings.md from the fields of the settings' classes, and docs/models.md from the table of models.
 
     python -m scripts.make_docs
 
-A test fails while the page and the classes differ.
+Tests fail while a page and what it is made of differ.
 """
 
 from __future__ import annotations
@@ -15,12 +15,14 @@ from typing import Any
 
 from scripts.wrap import wrap
 from sensorium.engine.args import EngineArgs
+from sensorium.entrypoints import model_table
 from sensorium.entrypoints.cli.flags import field_docs
 from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.media.limits import MediaLimits
 from sensorium.settings import FieldType, field_type_of, flag_of
 
 PAGE = Path(__file__).parents[1] / "docs" / "settings.md"
+MODELS_PAGE = PAGE.with_name("models.md")
 
 INTRODUCTION = """\
 # Settings
@@ -120,3 +122,4 @@ def size(num_bytes: int) -> str:
 
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
+    MODELS_PAGE.write_text(model_table.markdown(model_table.rows()), encoding="utf-8")

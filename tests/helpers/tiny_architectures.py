@@ -70,7 +70,10 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         for name in ("bamba", "granitemoehybrid")
     },
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
-    **{name: {"per_layer_config": None} for name in ("gemma4_text", "gemma4_unified_text")},
+    **{
+        name: {"per_layer_config": {at: {"head_dim": 32} for at in ("01", "03")}}
+        for name in ("gemma4_text", "gemma4_unified_text")
+    },
     "deepseek_v2": {"head_dim": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},

@@ -21,6 +21,7 @@ _COMMANDS = {
     "chat": (f"{_HERE}.chat", "chat in the terminal, with a model or with a server"),
     "generate": (f"{_HERE}.generate", "answer prompts in this process"),
     "run-batch": (f"{_HERE}.run_batch", "answer a file of requests in OpenAI's batch format"),
+    "models": (f"{_HERE}.models", "list the architectures that run, and how"),
     "verify": (f"{_HERE}.verify", "compare what a model computes here with what Hugging Face computes"),
     "bench": (f"{_HERE}.bench", "measure a server, or a model in this process"),
     "env": (f"{_HERE}.env", "print versions and the machine, for reports of errors"),

@@ -1,0 +1,43 @@
+"""docs/models.md is what `sensorium models` shows, for the versions that it was made with."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+from pathlib import Path
+
+import pytest
+
+from sensorium.entrypoints import model_table
+from sensorium.entrypoints.cli.main import main
+from sensorium.model_executor.models.registry import IN_TREE
+
+PAGE = Path(__file__).parents[2] / "docs" / "models.md"
+
+
+def test_the_page_is_what_the_table_says() -> None:
+    made_with = model_table.recorded()["versions"]["transformers"]
+    if importlib.metadata.version("transformers") != made_with:
+        pytest.skip(f"another transformers has other architectures; the page was made with {made_with}")
+    assert PAGE.read_text() == model_table.markdown(model_table.rows()), "run scripts/make_docs.py"
+
+
+def test_every_architecture_has_one_row_and_one_way() -> None:
+    table = model_table.rows()
+    names = [row.architecture for row in table]
+    assert len(names) == len(set(names))
+    assert set(IN_TREE) <= {row.architecture for row in table if row.way == model_table.NATIVE}
+    assert sum(model_table.counts(table).values()) == len(table)
+
+
+def test_what_is_recorded_as_flat_and_equal_is_most_of_the_text_architectures() -> None:
+    found = model_table.counts(model_table.rows())
+    assert found[model_table.FLAT] >= 80
+    assert found[model_table.BY_REQUEST] >= 30
+
+
+def test_the_command_shows_rows_by_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["models", "gptoss", "--json"]) == 0
+    [row] = json.loads(capsys.readouterr().out)
+    assert (row["architecture"], row["way"], row["is_verified"]) == ("GptOssForCausalLM", "flat", True)
+    assert main(["models", "nobodys"]) == 1
