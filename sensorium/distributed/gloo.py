@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -28,7 +28,7 @@ class GlooGroup(TensorParallel):
     """Not thread-safe: collectives belong to the thread that runs passes.
 
     Args:
-        meeting_place: A file that all ranks name, in a directory of this user's alone; it does not exist before.
+        meeting_fd: An open file without a name that all ranks have, empty at first. The caller closes it.
         rank: This process, from 0.
         size: All of them. The constructor waits for them.
 
@@ -36,7 +36,7 @@ class GlooGroup(TensorParallel):
         LostRankError: Another rank did not come, or has ended.
     """
 
-    def __init__(self, meeting_place: Path, rank: int, size: int) -> None:
+    def __init__(self, meeting_fd: int, rank: int, size: int) -> None:
         self.rank = rank
         self.size = size
         self.is_lost = False
@@ -46,8 +46,9 @@ class GlooGroup(TensorParallel):
         options = _c10d.ProcessGroupGloo._Options()  # noqa: SLF001 -- torch has no other way to choose a device
         options._timeout = timedelta(seconds=MAX_WAIT_S)  # noqa: SLF001
         options._devices = [_c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # noqa: SLF001
+        self._meeting_fd = os.dup(meeting_fd)
         with self._noticing_losses():
-            self._store = _c10d.FileStore(str(meeting_place), size)
+            self._store: Any = _c10d.FileStore(f"/dev/fd/{self._meeting_fd}", size)
             self._group: Any = _c10d.ProcessGroupGloo(self._store, rank, size, options)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -93,7 +94,9 @@ class GlooGroup(TensorParallel):
 
     def close(self) -> None:
         """See `TensorParallel.close`."""
-        self._group = None
+        if self._group is not None:
+            self._group = self._store = None
+            os.close(self._meeting_fd)
 
     @property
     def _members(self) -> Any:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from typing import TypeVar
 
 import msgspec
 
+from sensorium.anonymous_file import anonymous_file
 from sensorium.config import EngineConfig
 from sensorium.distributed.gloo import GlooGroup
 from sensorium.errors import EngineDeadError, LostRankError, SensoriumError, error_named
@@ -58,7 +57,6 @@ class MultiProcessExecutor:
         self._size = config.parallel_config.tensor_parallel_size
         self._module = module
         self._settings = msgspec.Raw(settings)
-        self._directory: tempfile.TemporaryDirectory[str] | None = None
         self._ranks: list[_Rank] = []
         self._group: GlooGroup | None = None
         self._worker: Worker | None = None
@@ -82,14 +80,7 @@ class MultiProcessExecutor:
             LostRankError: A rank ended without saying why.
         """
         with self._ended_together():
-            self._directory = tempfile.TemporaryDirectory(prefix="sensorium-ranks-")
-            meeting_place = Path(self._directory.name) / "meeting"
-            for rank in range(1, self._size):
-                start = StartRank(self._settings, rank, self._size, str(meeting_place))
-                self._ranks.append(_Rank(self._module, start))
-            for each in self._ranks:
-                each.expect(Joining)
-            self._group = GlooGroup(meeting_place, 0, self._size)
+            self._group = self._met()
             self._worker = Worker(self._config.as_rank_of(self._group))
             report = self._worker.load()
             for each in self._ranks:
@@ -119,9 +110,19 @@ class MultiProcessExecutor:
             self._group.close()
         for rank in self._ranks:
             rank.wait()
-        if self._directory is not None:
-            self._directory.cleanup()
         self._ranks = []
+
+    def _met(self) -> GlooGroup:
+        """Start the other ranks, and meet them."""
+        meeting_fd = anonymous_file()
+        try:
+            for rank in range(1, self._size):
+                self._ranks.append(_Rank(self._module, StartRank(self._settings, rank, self._size), meeting_fd))
+            for each in self._ranks:
+                each.expect(Joining)
+            return GlooGroup(meeting_fd, 0, self._size)
+        finally:
+            os.close(meeting_fd)
 
     @contextmanager
     def _ended_together(self) -> Iterator[None]:
@@ -140,7 +141,7 @@ class MultiProcessExecutor:
 class _Rank:
     """A rank's process, with nothing inherited but its socket. It ends when that closes, however it does."""
 
-    def __init__(self, module: str, start: StartRank) -> None:
+    def __init__(self, module: str, start: StartRank, meeting_fd: int) -> None:
         self.rank = start.rank
         own, other = channel_pair()
         self._socket = own
@@ -154,7 +155,7 @@ class _Rank:
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
-        self._send(encode(start))
+        self._send(EncodedMessage(encode(start).payload, os.dup(meeting_fd)))
 
     @property
     def pid(self) -> int:

@@ -16,14 +16,12 @@ from sensorium.config import ModelFeatures
 
 
 class StartRank(msgspec.Struct, frozen=True, tag=True):
-    """Load a share of the model. The first message, and sent once."""
+    """Load a share of the model. The first message, and sent once; with it comes the file of `GlooGroup`."""
 
     settings: msgspec.Raw
     """The engine's settings, as its own room reads them."""
     rank: int
     size: int
-    meeting_place: str
-    """See `GlooGroup`."""
 
 
 class RunStep(msgspec.Struct, frozen=True, tag=True):

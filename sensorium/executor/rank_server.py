@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import threading
 from collections import deque
 from collections.abc import Callable
-from pathlib import Path
 from queue import SimpleQueue
 
 import msgspec
@@ -15,7 +15,7 @@ from sensorium.config import EngineConfig
 from sensorium.distributed.gloo import GlooGroup
 from sensorium.errors import EngineDeadError, LostRankError, SensoriumError
 from sensorium.executor.base import PendingStep
-from sensorium.executor.rank_messages import Joining, RankFailed, RankReady, RunStep, StartRank, to_rank
+from sensorium.executor.rank_messages import Joining, RankFailed, RankReady, RunStep, StartRank, StopRank, to_rank
 from sensorium.ipc.channel import BlockingChannel
 from sensorium.ipc.codec import EncodedMessage, decode_step, encode
 from sensorium.logger import get_logger
@@ -40,6 +40,7 @@ class RankServer:
         self._channel = BlockingChannel(sock)
         self._resolve = resolve
         self._on_orphaned = on_orphaned
+        self._meeting_fd = -1
         self._orders: SimpleQueue[StartRank | SchedulerOutput | None] = SimpleQueue()
         """None: stop."""
 
@@ -67,7 +68,8 @@ class RankServer:
     def _run(self, start: StartRank) -> None:
         config = self._resolve(start.settings)
         self._tell(Joining())
-        group = GlooGroup(Path(start.meeting_place), start.rank, start.size)
+        group = GlooGroup(self._meeting_fd, start.rank, start.size)
+        os.close(self._meeting_fd)
         worker = Worker(config.as_rank_of(group))
         try:
             report = worker.load()
@@ -90,7 +92,7 @@ class RankServer:
         """The receiving thread: decodes, so that the main thread only computes."""
         try:
             for frame in self._channel.receive():
-                order = _order_of(frame)
+                order = self._order_of(frame)
                 self._orders.put(order)
                 if order is None:
                     return
@@ -99,18 +101,19 @@ class RankServer:
         self._orders.put(None)
         self._on_orphaned()
 
+    def _order_of(self, frame: EncodedMessage) -> StartRank | SchedulerOutput | None:
+        message = to_rank.decode(frame.payload)
+        if isinstance(message, StopRank):
+            return None
+        fd, frame.fd = frame.fd, None
+        if isinstance(message, RunStep):
+            return decode_step(message.step, fd)
+        assert fd is not None
+        self._meeting_fd = fd
+        return message
+
     def _tell(self, message: msgspec.Struct) -> None:
         try:
             self._channel.send(encode(message))
         except OSError:
             logger.info("the executor is gone")
-
-
-def _order_of(frame: EncodedMessage) -> StartRank | SchedulerOutput | None:
-    message = to_rank.decode(frame.payload)
-    if isinstance(message, StartRank):
-        return message
-    if isinstance(message, RunStep):
-        fd, frame.fd = frame.fd, None
-        return decode_step(message.step, fd)
-    return None
