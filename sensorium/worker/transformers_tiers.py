@@ -31,6 +31,7 @@ def choose_tier(model: TransformersForCausalLM, config: EngineConfig, device: to
     """
     is_checked = config.model_config.load_check != "off"
     references = reference_logits(model) if is_checked else []
+    _check_width(references, config)
     reasons: dict[str, str] = {}
     for tier in model.tiers():
         try:
@@ -53,6 +54,16 @@ def choose_tier(model: TransformersForCausalLM, config: EngineConfig, device: to
         f"{config.model_config.architecture} by the modules of transformers: got none that runs as in transformers "
         f"({listed}). Register a class for it."
     )
+
+
+def _check_width(references: list[torch.Tensor], config: EngineConfig) -> None:
+    """Refuse logits of another width than the vocabulary's, which every request would fail on."""
+    width, vocab_size = (references[0].shape[-1] if references else None), config.model_config.vocab_size
+    if width not in (None, vocab_size):
+        raise ModelError(
+            f"{config.model_config.architecture} of transformers: got logits of width {width}, expected {vocab_size}, "
+            "the vocab_size of its config. Correct config.json, or set vocab_size in hf_overrides (--hf-overrides)."
+        )
 
 
 def _error(

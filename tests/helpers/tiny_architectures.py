@@ -47,7 +47,7 @@ _SIZES: Mapping[str, int] = {
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), NUM_LAYERS),
     **dict.fromkeys(("encoder_layers",), NUM_LAYERS),
     **dict.fromkeys(("hidden_size_per_layer_input",), 16),
-    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input"), VOCAB_SIZE),
+    **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCAB_SIZE),
     **dict.fromkeys(("index_n_heads",), 2),
     **dict.fromkeys(("index_topk",), 8),
     **dict.fromkeys(("time_step_rank", "dt_rank", "mamba_dt_rank"), 8),

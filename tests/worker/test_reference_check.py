@@ -103,6 +103,13 @@ def test_rotations_that_depend_on_the_longest_sequence_of_a_batch_are_refused(tm
     assert report.features.tier == FLAT
 
 
+def test_logits_of_another_width_than_the_vocabulary_are_an_error_of_loading(tmp_path: Path) -> None:
+    """Marian's decoder has a vocabulary of its own, and every request to it failed."""
+    save_tiny("marian", tmp_path, decoder_vocab_size=330, share_encoder_decoder_embeddings=False)
+    with pytest.raises(ModelError, match="logits of width 330, expected 320"):
+        load_generic(tmp_path)
+
+
 def test_a_missing_tensor_is_an_error_of_loading(tmp_path: Path) -> None:
     from safetensors.torch import load_file, save_file
 
