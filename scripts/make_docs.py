@@ -120,6 +120,11 @@ def size(num_bytes: int) -> str:
     return f"{num_bytes >> power} {_UNITS[power]}"
 
 
+def models_page() -> str:
+    """The whole page of models."""
+    return wrap(model_table.markdown(model_table.rows()))
+
+
 if __name__ == "__main__":
     PAGE.write_text(page(), encoding="utf-8")
-    MODELS_PAGE.write_text(model_table.markdown(model_table.rows()), encoding="utf-8")
+    MODELS_PAGE.write_text(models_page(), encoding="utf-8")

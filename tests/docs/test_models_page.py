@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
-from pathlib import Path
 
 import pytest
 
+from scripts import make_docs
 from sensorium.entrypoints import model_table
 from sensorium.entrypoints.cli.main import main
 from sensorium.model_executor.models.registry import IN_TREE
-
-PAGE = Path(__file__).parents[2] / "docs" / "models.md"
 
 
 def test_the_page_is_what_the_table_says() -> None:
     made_with = model_table.recorded()["versions"]["transformers"]
     if importlib.metadata.version("transformers") != made_with:
         pytest.skip(f"another transformers has other architectures; the page was made with {made_with}")
-    assert PAGE.read_text() == model_table.markdown(model_table.rows()), "run scripts/make_docs.py"
+    assert make_docs.MODELS_PAGE.read_text() == make_docs.models_page(), "run: python -m scripts.make_docs"
 
 
 def test_every_architecture_has_one_row_and_one_way() -> None:
