@@ -16,8 +16,8 @@ from torch.nn import functional as F
 
 from sensorium import LLMEngine, SamplingParams
 from sensorium.config import LoRAConfig
-from sensorium.engine.codec import decode_request, encode_request
 from sensorium.errors import ConfigError
+from sensorium.ipc.codec import decode_request, encode_request
 from sensorium.kernels import native_refusal
 from sensorium.messages import EngineRequest
 from sensorium.model_executor.adapter_rows import adapter_ids_of_rows, current_adapter_ids, split_rows

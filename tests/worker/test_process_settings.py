@@ -12,7 +12,7 @@ import torch
 
 from sensorium import LLM
 from sensorium.errors import WeightsError
-from sensorium.worker import process_settings
+from sensorium.worker import process_settings, worker
 from sensorium.worker.process_settings import ProcessSettings
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.direct import engine_config
@@ -21,7 +21,9 @@ SMALL: dict[str, Any] = {"device": "cpu", "num_blocks": 16, "max_model_len": 64}
 
 
 @pytest.fixture
-def three_threads() -> Iterator[None]:
+def three_threads(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """A process of three threads that no engine of another test has settings in."""
+    monkeypatch.setattr(worker, "PROCESS_SETTINGS", ProcessSettings())
     before = torch.get_num_threads()
     torch.set_num_threads(3)
     yield
