@@ -41,6 +41,11 @@ class AttentionRules:
     causal: bool = True
     """Whether a position sees only itself and earlier ones, and the queries are a sequence's last positions."""
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether nothing but causality applies."""
+        return self.causal and self.window is None and self.softcap is None and self.chunk is None
+
 
 class PagedBatch(Protocol):
     """A step's sequences, and where their cached keys lie. `sensorium.attention.AttentionMetadata` is one."""

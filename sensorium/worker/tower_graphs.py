@@ -79,6 +79,8 @@ class TowerGraphs:
             return None
         if size in self._asked:
             return self._try(size)
+        if len(self._asked) >= MAX_GRAPHS:
+            del self._asked[next(iter(self._asked))]  # the oldest: sizes that nobody comes back with don't pile up
         self._asked[size] = (plan, width)
         return None
 

@@ -133,7 +133,7 @@ def _can_be_gathered(
     """Whether the host knows the lengths, no rule but causality applies, and gathering pays."""
     if batch.is_recorded or batch.max_seqlen_q <= 1 or keys.shape != values.shape:
         return False
-    if rules != AttentionRules(rules.scale) or sinks is not None or batch.row_spans is not None:
+    if not rules.is_plain or sinks is not None or batch.row_spans is not None:
         return False
     num_kv_heads, head_size = keys.shape[2:]
     group = query.shape[1] // (num_kv_heads * head_size)

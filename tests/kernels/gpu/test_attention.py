@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 
+from sensorium.attention.backend import AttentionSpec
 from sensorium.kernels.attention import (
     AttentionRules,
     split_cache,
@@ -230,12 +231,15 @@ def test_long_chunks_are_gathered(monkeypatch: pytest.MonkeyPatch) -> None:
     lens = [(1, 40), (30, 60), (20, 20)]
     check(paged(lens, **options))
     assert [args and args[1:] for args in seen] == [(64, 2, (40, 60, 20)), None]
+    # A layer's rules are an `AttentionSpec`, which no `AttentionRules` equals: layers once never got here.
+    check(paged(lens, AttentionSpec(0.2, num_heads=4, num_kv_heads=2, head_size=64), **options))
+    assert len(seen) == 4
     check(paged(lens, **options), is_recorded=True)
     for rules in (AttentionRules(0.2, window=400), AttentionRules(0.2, chunk=400), AttentionRules(0.2, softcap=9.0)):
         check(paged(lens, rules, **options))
     for extras in ({"has_sinks": True}, {"spans": [[], [(40, 50)], []]}, {"value_size": 32}):
         check(paged(lens, **options, **extras))
-    assert len(seen) == 2
+    assert len(seen) == 4
 
 
 def test_when_gathering_pays() -> None:

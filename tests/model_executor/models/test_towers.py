@@ -17,6 +17,7 @@ from sensorium.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer
 from sensorium.model_executor.models.qwen2_audio import Qwen2AudioEncoder, num_rows_of
 from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer
 from sensorium.model_executor.models.siglip import SiglipVisionModel
+from sensorium.worker import tower_graphs
 from sensorium.worker.tower_graphs import TowerGraphs
 from tests.helpers.checkpoints import make_hf_model
 from tests.helpers.direct import relative_error
@@ -120,6 +121,21 @@ def test_a_size_is_recorded_when_asked_for_again() -> None:
     assert graphs.record_next()
     assert len(graphs) == 2
     assert not graphs.record_next()
+
+
+def test_sizes_that_nobody_comes_back_with_do_not_pile_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of the last ones, as many as may be recorded are remembered."""
+    monkeypatch.setattr(tower_graphs, "MAX_GRAPHS", 2)
+    reference = make_hf_model("qwen2_vl").model.visual
+    ours = filled(Qwen2VisionTransformer(reference.config), reference)
+    graphs = TowerGraphs(HostReplay(), ours, torch.device("cpu"), torch.float32)
+    ours.recorder = graphs
+    patches = noise(96, 3 * 2 * 14 * 14)
+    for num_frames in (1, 2, 4, 8):
+        ours(patches[: 4 * num_frames], [(num_frames, 2, 2)])
+        assert len(graphs._asked) <= 2
+    ours(patches[:4], [(1, 2, 2)])  # forgotten meanwhile
+    assert len(graphs) == 0
 
 
 def test_a_tower_that_cannot_be_recorded_runs_call_by_call() -> None:
