@@ -171,8 +171,8 @@ def _run_full_tower(
     device: torch.device, config: EngineConfig, tower: RecordableTower, features: ModelFeatures
 ) -> None:
     """A tower's pass over as many rows as a step may encode, or over the largest item if that has more."""
-    num_rows = max(config.scheduler_config.max_num_encoder_rows, *features.max_item_rows.values(), 1)
-    num_rows = min(num_rows, config.model_config.max_model_len)
+    # More than one request's: a step encodes items of several, however short each must be.
+    num_rows = max(config.scheduler_config.max_num_encoder_rows, *features.max_item_rows.values())
     side = isqrt(num_rows - 1) + 1
     grid = (1, tower.merge_size * side, tower.merge_size * side)
     pixels = torch.zeros(grid[1] * grid[2], tower.patch_width, dtype=config.model_config.dtype, device=device)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from sensorium import EngineArgs, LLMEngine
+from sensorium.model_executor.layers.tower import RecordableTower
 from sensorium.worker import memory
 from tests.helpers.checkpoints import make_checkpoint
 
@@ -24,6 +25,8 @@ def engine(request: pytest.FixtureRequest) -> Any:
         max_num_seqs=4,
         limit_mm_per_prompt=limits,
         encoder_cache_rows=100,
+        max_model_len=512,
+        max_num_encoder_rows=600,
     )
     return LLMEngine.from_engine_args(args)
 
@@ -68,6 +71,18 @@ def test_what_is_left_is_for_the_kv_cache(engine: LLMEngine, monkeypatch: pytest
     # A tenth of the GPU stays free, and 1 GiB is others'.
     assert made.available == 9 * GIB - 2 * GIB - GIB - GIB // 2 - logits - rows
     assert sum(made.parts().values()) == GIB // 2 + logits + rows
+
+
+def test_a_tower_is_run_on_a_whole_steps_rows(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They may be more than one request has, since a step encodes items of several."""
+    seen: list[int] = []
+    monkeypatch.setattr(
+        RecordableTower, "forward", lambda tower, pixels, _: seen.append(len(pixels) // tower.merge_size**2)
+    )
+    plan(engine, monkeypatch, peak=0, records=False)
+    towers = memory.towers_of(engine.core.executor.worker.model)  # type: ignore[attr-defined]
+    assert len(seen) == len(towers)
+    assert all(rows >= 600 for rows in seen)
 
 
 def test_recorded_passes_take_their_part(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
