@@ -2,8 +2,9 @@
 are managed.
 
 A layer has a method `cache_spec()`; the worker asks every module of a model that has one, in module order. Layers whose
-specs follow one rule (kind and reach) form a `CacheGroup`: a request has one block table in it, whatever the layers'
-sizes, and all its layers' blocks are given out and given back together. Free of torch; a leaf, importable by all.
+specs follow one rule (kind, reach, and what they make of two-way spans) form a `CacheGroup`: a request has one block
+table in it, whatever the layers' sizes, and all its layers' blocks are given out and given back together. Free of
+torch; a leaf, importable by all.
 
 Worked example, Gemma 3 with 26 layers, of which every sixth sees everything and the others 512 positions: two groups,
 `full attention` with 4 layers and `sliding window of 512` with 22. A request of 32,000 tokens holds 2,000 blocks of 16
@@ -12,7 +13,7 @@ in the first, and 34 in the second.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import StrEnum
 from math import prod
 from typing import ClassVar, TypeAlias
@@ -37,6 +38,17 @@ class CacheKind(StrEnum):
     """The same amount whatever the length."""
 
 
+class SpanRule(StrEnum):
+    """What a layer makes of a request's two-way spans (`EngineRequest.two_way_spans`)."""
+
+    SEEN = "seen"
+    """Positions of a span see all of it, whatever else the layer's rules say."""
+    WITHIN_REACH = "within reach"
+    """The same, but no farther back than the layer's window reaches."""
+    IGNORED = "ignored"
+    """Nothing: every position sees earlier ones only."""
+
+
 @dataclass(frozen=True, slots=True)
 class FullAttentionSpec:
     """Keys and values of every position.
@@ -45,11 +57,13 @@ class FullAttentionSpec:
         num_kv_heads: Key/value heads.
         key_size: Channels of a head's key.
         value_size: Channels of a head's value; 0 where the key is all that is kept (the latent vector of MLA).
+        spans: What the layer makes of two-way spans.
     """
 
     num_kv_heads: int
     key_size: int
     value_size: int
+    spans: SpanRule = field(default=SpanRule.SEEN, kw_only=True)
     kind: ClassVar[CacheKind] = CacheKind.FULL
 
     @property
@@ -116,6 +130,7 @@ class StateSpec:
 
     tensors: tuple[StateTensor, ...]
     kind: ClassVar[CacheKind] = CacheKind.STATE
+    spans: ClassVar[SpanRule] = SpanRule.IGNORED
 
     @property
     def reach(self) -> None:
@@ -160,6 +175,7 @@ class CacheGroup:
     layers: tuple[str, ...] = ()
     """Names of the layers whose caches these are, in module order; of layers that share one, only the owner's."""
     num_bytes: int = 0
+    spans: SpanRule = SpanRule.SEEN
 
     @property
     def is_paged(self) -> bool:

@@ -332,7 +332,9 @@ class ModelFeatures:
     splits_media: bool = True
     """Media rows are computed apart from the decoder and fed chunk by chunk. False: atomic mode."""
     atomic_items: bool = False
-    """A chunk may not end inside an item (bidirectional attention within it, or atomic mode)."""
+    """A chunk may not end inside an item (the class asks for it, or atomic mode)."""
+    two_way: frozenset[str] = frozenset()
+    """Modalities whose rows see one another both ways, or `WHOLE_PROMPT`; see `sensorium.spans.two_way_spans`."""
     shares_items: bool = True
     """An item's rows depend on the item alone, so requests may share them. False: identity covers the whole prompt."""
     maps_items_alone: bool = True

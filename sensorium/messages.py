@@ -22,7 +22,7 @@ from sensorium.cache_spec import CacheGroup
 from sensorium.config import ModelFeatures
 from sensorium.errors import SensoriumError
 from sensorium.sampling_params import SamplingParams
-from sensorium.spans import Span
+from sensorium.spans import Range, Span
 from sensorium.token_masks import StepMasks
 
 
@@ -53,6 +53,8 @@ class EngineRequest:
     """Ids that end the output unless `ignore_eos`."""
     media: tuple[MediaItem, ...] = ()
     """In order of offset; spans don't overlap."""
+    two_way_spans: tuple[Range, ...] = ()
+    """Ranges of the prompt whose positions see one another both ways, in order; they don't overlap."""
     mrope_positions: np.ndarray[Any, np.dtype[np.int64]] | None = None
     """`(3, prompt length)` for models with M-RoPE."""
     mrope_delta: int = 0

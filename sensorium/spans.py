@@ -6,13 +6,17 @@ which cuts prompts into chunks, and by the worker, which puts rows into a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import numpy as np
 
 IntArray: TypeAlias = np.ndarray[Any, np.dtype[np.int64]]
+Range: TypeAlias = tuple[int, int]
+"""First position, and last position + 1."""
+WHOLE_PROMPT = "prompt"
+"""Beside names of modalities: all positions of a prompt."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -98,3 +102,37 @@ class Span:
         if self.row_offsets is None:
             return np.arange(self.offset + first, self.offset + last)
         return self.row_offsets[first:last] + self.offset
+
+
+def two_way_spans(
+    seen: frozenset[str], media: Iterable[tuple[Collection[str], Span]], num_prompt_tokens: int
+) -> tuple[Range, ...]:
+    """Ranges of a prompt whose positions see one another both ways, apart from each other and in order.
+
+    Worked example: images of 3 rows each at positions 2, 5 and 9 give (2, 8) and (9, 12), since rows that follow each
+    other can't be told apart by a model that looks at the ids.
+
+    Args:
+        seen: Modalities whose rows see one another, run by run; or `WHOLE_PROMPT`.
+        media: Of each item, or group of items, the modalities and the span.
+        num_prompt_tokens: Tokens of the expanded prompt.
+    """
+    if WHOLE_PROMPT in seen:
+        return ((0, num_prompt_tokens),)
+    rows = [span.positions() for modalities, span in media if not seen.isdisjoint(modalities)] if seen else []
+    if not rows or not (positions := np.sort(np.concatenate(rows))).size:
+        return ()
+    ends = np.flatnonzero(np.diff(positions) > 1)
+    begins = positions[np.concatenate(([0], ends + 1))]
+    return tuple(zip(begins.tolist(), (positions[np.append(ends, -1)] + 1).tolist(), strict=True))
+
+
+def merged(ranges: Iterable[Range]) -> list[Range]:
+    """The same positions in ranges that share none, in order. Ranges that only touch stay apart."""
+    result: list[Range] = []
+    for begin, end in sorted(ranges):
+        if result and begin < result[-1][1]:
+            result[-1] = (result[-1][0], max(result[-1][1], end))
+        else:
+            result.append((begin, end))
+    return result

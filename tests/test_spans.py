@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sensorium.spans import Span
+from sensorium.spans import WHOLE_PROMPT, Span, merged, two_way_spans
 
 OFFSETS = st.integers(0, 12)
 MASKS = st.lists(st.booleans(), min_size=1, max_size=12) | st.integers(1, 12).map(lambda length: [True] * length)
@@ -75,3 +75,25 @@ def test_a_span_without_rows() -> None:
 def test_a_span_is_a_value(span: Span) -> None:
     with pytest.raises(AttributeError):
         span.offset = 4  # type: ignore[misc]
+
+
+@given(st.lists(st.tuples(st.sampled_from(["image", "audio"]), MASKS), max_size=4), st.sampled_from(["image", "audio"]))
+def test_two_way_spans_are_the_runs_of_rows(items: list[tuple[str, list[bool]]], seen: str) -> None:
+    offset, media, rows = 0, [], set[int]()
+    for modality, mask in items:
+        media.append(([modality], Span.of_mask(offset, mask)))
+        rows |= set(counted(offset, mask)) if modality == seen else set()
+        offset += len(mask)
+    spans = two_way_spans(frozenset({seen}), media, offset)
+    assert [p for begin, end in spans for p in range(begin, end)] == sorted(rows)
+    assert all(one[1] < other[0] for one, other in itertools.pairwise(spans)), "runs that touch are one"
+    assert two_way_spans(frozenset(), media, offset) == ()
+    assert two_way_spans(frozenset({WHOLE_PROMPT, seen}), media, offset) == ((0, offset),)
+
+
+@given(st.lists(st.tuples(POSITIONS, st.integers(1, 9)).map(lambda each: (each[0], sum(each))), max_size=6))
+def test_merged_ranges_share_no_position(ranges: list[tuple[int, int]]) -> None:
+    result = merged(ranges)
+    assert sorted({p for each in ranges for p in range(*each)}) == [p for each in result for p in range(*each)]
+    inner_cuts = {p for each in result for p in range(each[0] + 1, each[1])}
+    assert inner_cuts == {p for each in ranges for p in range(each[0] + 1, each[1])}, "no cut is lost or made up"

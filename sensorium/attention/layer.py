@@ -19,10 +19,12 @@ from sensorium.cache_spec import (
     FullAttentionSpec,
     SharedCacheSpec,
     SlidingWindowSpec,
+    SpanRule,
 )
 from sensorium.config import AttentionBackendName
 from sensorium.errors import ModelError
 from sensorium.kernels import Rotation, rotary_embedding, rotate_and_write_kv, split_cache, write_kv
+from sensorium.kernels.attention import key_ranges
 
 if TYPE_CHECKING:
     from sensorium.model_executor.layers.quantization import QuantizationConfig
@@ -102,6 +104,7 @@ class Attention(_AttentionBase):
         attn_type: See `AttentionType`.
         kv_sharing_target_layer_name: The layer whose cache this one reads, by its name in the model; `None`: it has one
             of its own.
+        spans: What it makes of spans whose positions see one another both ways.
 
     Raises:
         ModelError: An option is not supported.
@@ -125,6 +128,7 @@ class Attention(_AttentionBase):
         head_size_v: int | None = None,
         attn_type: str = AttentionType.DECODER,
         kv_sharing_target_layer_name: str | None = None,
+        spans: SpanRule = SpanRule.SEEN,
     ) -> None:
         for name, option in (("alibi_slopes", alibi_slopes), ("blocksparse_params", blocksparse_params)):
             if option is not None:
@@ -160,6 +164,7 @@ class Attention(_AttentionBase):
         self._cache: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
         self._shared_layer = kv_sharing_target_layer_name
+        self._spans = spans
 
     def cache_spec(self) -> CacheSpec:
         """What this layer keeps of a sequence."""
@@ -169,8 +174,10 @@ class Attention(_AttentionBase):
         if self._attn_type == AttentionType.ENCODER_DECODER:
             return CrossAttentionSpec(*sizes)
         if self.spec.window is not None:
-            return SlidingWindowSpec(*sizes, self.spec.window)
-        return FullAttentionSpec(*sizes) if self.spec.chunk is None else ChunkedAttentionSpec(*sizes, self.spec.chunk)
+            return SlidingWindowSpec(*sizes, self.spec.window, spans=self._spans)
+        if self.spec.chunk is not None:
+            return ChunkedAttentionSpec(*sizes, self.spec.chunk, spans=self._spans)
+        return FullAttentionSpec(*sizes, spans=self._spans)
 
     def forward(
         self,
@@ -247,10 +254,23 @@ class Attention(_AttentionBase):
                 batch = replace(batch, block_table=_rows_as_blocks(batch))
                 out = backend.paged(q, k[:, None], v[:, None], batch, rules, sinks)
             else:
-                spans = attn_metadata.row_spans if rules.causal else None
                 starts = attn_metadata.cu_seqlens_q
+                spans = self._spans_of(attn_metadata) if rules.causal else None
                 out = backend.varlen(q, k, v, starts, rules, sinks=sinks, row_spans=spans)
         return out if out.dim() == 2 else out.flatten(1)
+
+    def _spans_of(self, metadata: AttentionMetadata) -> torch.Tensor | None:
+        """The spans of a batch that nothing is cached of, after the layer's rule. In others, the worker applied it."""
+        spans = metadata.row_spans
+        if spans is None or self._spans is SpanRule.IGNORED:
+            return None
+        if self._spans is SpanRule.SEEN:
+            return spans
+        starts, counts = metadata.cu_seqlens_q[:-1], metadata.cu_seqlens_q.diff()
+        rows = torch.arange(metadata.num_tokens, dtype=spans.dtype, device=spans.device)
+        positions = rows - starts.repeat_interleave(counts, output_size=metadata.num_tokens)
+        first_seen, _ = key_ranges(positions, metadata.num_tokens, self.spec)
+        return torch.stack((torch.maximum(spans[0], first_seen), spans[1]))
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of this layer's cache, which is the same in every step."""

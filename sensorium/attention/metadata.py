@@ -67,8 +67,8 @@ class AttentionMetadata:
     row_spans: torch.Tensor | None = None
     """`(2, num_tokens)` int32: first position, and last position + 1, of the span that a row's position belongs to and
     whose positions see one another both ways, beside what else the layer's rules let them see (`compute_row_spans`).
-    Zeros for rows of none; `None` where no row is in a span. A span's keys must all be cached, so a chunk of a prompt
-    that reaches into a span must reach its end."""
+    Zeros for rows of none, or anything that ends before them; `None` where no row is in a span. A span's keys must all
+    be cached, so a chunk of a prompt that reaches into a span must reach its end."""
     multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None
     """Per modality, which embedding rows fill which rows of this batch; for models that merge by themselves."""
     is_recorded: bool = False
@@ -89,6 +89,7 @@ class AttentionMetadata:
         block_tables: Sequence[torch.Tensor],
         slot_mapping: torch.Tensor,
         state_rows: torch.Tensor | None,
+        row_spans: torch.Tensor | None = None,
     ) -> AttentionMetadata:
         """The same batch with what each group has of its own. This one has what is the first group's.
 
@@ -97,11 +98,13 @@ class AttentionMetadata:
             block_tables: Of each group with blocks, `(num_seqs, max_blocks)`.
             slot_mapping: `(num groups with blocks, num_tokens)`.
             state_rows: `(2, num_seqs)` of the group with a state.
+            row_spans: `(num groups with blocks, 2, num_tokens)`.
         """
+        spans = [None] * len(groups) if row_spans is None else row_spans.unbind()
         if len(groups) == 1 and groups[0].is_paged:
-            return self
+            return self if row_spans is None else replace(self, row_spans=spans[0])
         parts = [
-            replace(self, block_table=block_tables[i], slot_mapping=slot_mapping[i])
+            replace(self, block_table=block_tables[i], slot_mapping=slot_mapping[i], row_spans=spans[i])
             if group.is_paged
             else replace(self, state_rows=state_rows)
             for i, group in enumerate(groups)

@@ -14,9 +14,10 @@ import numpy as np
 
 from sensorium.errors import ContextLengthError, InvalidRequestError
 from sensorium.multimodal.placeholders import BoolArray, is_placeholder
-from sensorium.spans import IntArray
+from sensorium.spans import IntArray, Range, Span
 
 if TYPE_CHECKING:
+    from sensorium.config import CacheConfig, SchedulerConfig
     from sensorium.sampling_params import SamplingParams
 
 
@@ -83,6 +84,39 @@ def check_special_tokens(
             f"prompt: got the placeholder token {int(token_ids[position])} at position {position}, where no media "
             f"stands, expected one placeholder for each media item. Remove it from the text, or add the media."
         )
+
+
+def check_two_way(
+    two_way: Sequence[Range], media: Sequence[Span], scheduler: SchedulerConfig, cache: CacheConfig
+) -> None:
+    """Refuse what no step could compute: spans that can't be parted and are larger than a step.
+
+    Args:
+        two_way: Ranges of the prompt whose positions see one another both ways.
+        media: Of each item, or group of items.
+        scheduler: The budgets of a step.
+        cache: Where encoded items are kept.
+    """
+    if not scheduler.enable_chunked_prefill:
+        return  # a prompt is one chunk, however long it is
+    most = scheduler.max_num_batched_tokens
+    most_rows = scheduler.max_num_encoder_rows
+    if cache.encoder_cache_rows is not None:
+        most_rows = min(most_rows, cache.encoder_cache_rows)
+    for begin, end in two_way:
+        if end - begin > most:
+            raise InvalidRequestError(
+                f"prompt: got {end - begin} tokens at position {begin} that see one another both ways, expected at "
+                f"most {most}, since such tokens are computed in one step. Send smaller media or a shorter prompt, or "
+                "raise max_num_batched_tokens."
+            )
+        rows = [span.num_rows for span in media if span.rows_in(begin, end)]
+        if len(rows) > 1 and sum(rows) > most_rows:
+            raise InvalidRequestError(
+                f"prompt: got {len(rows)} media items with {sum(rows)} rows in all that see one another both ways, "
+                f"expected at most {most_rows} rows, since such items are computed in one step. Send fewer items, or "
+                "raise max_num_encoder_rows and encoder_cache_rows."
+            )
 
 
 # Sampling

@@ -35,7 +35,7 @@ from sensorium.multimodal.processor_cache import ProcessorCache
 from sensorium.multimodal.request_media import MediaStage, RequestMedia
 from sensorium.multimodal.video_sampling import CheckpointSampling
 from sensorium.sampling_defaults import read_end_ids
-from sensorium.spans import IntArray
+from sensorium.spans import IntArray, Range, two_way_spans
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelConfig, ModelFeatures
@@ -69,6 +69,7 @@ class _Prepared(NamedTuple):
     token_ids: list[int]
     sampling_params: SamplingParams
     items: tuple[MediaItem, ...]
+    two_way_spans: tuple[Range, ...]
     mrope_positions: IntArray | None
     mrope_delta: int
 
@@ -159,6 +160,7 @@ class InputPreprocessor:
             sampling_params=prepared.sampling_params,
             eos_token_ids=self._eos_token_ids,
             media=prepared.items,
+            two_way_spans=prepared.two_way_spans,
             mrope_positions=prepared.mrope_positions,
             mrope_delta=prepared.mrope_delta,
             priority=priority,
@@ -208,11 +210,11 @@ class InputPreprocessor:
         prompt = Prompt(before, before if after == ids else np.array(after, dtype=np.int64))
         media = RequestMedia(self._stage, given, processed, kwargs, cache_salt) if given else None
         placements = media.place(prompt) if media else []
-        self._admit(prompt, placements, pooling=pooling)
+        two_way = self._admit(prompt, placements, pooling=pooling)
         sampling_params = self._resolve_sampling(sampling_params, len(after), pooling=pooling)
         items = media.items(placements, prompt.after) if media else ()
         positions, delta = self._mrope(after, items)
-        return _Prepared(after, sampling_params, items, positions, delta)
+        return _Prepared(after, sampling_params, items, two_way, positions, delta)
 
     def _encode(self, parsed: ParsedPrompt) -> list[int]:
         """Token ids of the prompt as given: those the caller sent, checked, or those of its text."""
@@ -272,8 +274,8 @@ class InputPreprocessor:
             "multi_modal_placeholders": result["mm_placeholders"],
         }
 
-    def _admit(self, prompt: Prompt, placements: Sequence[Placement], *, pooling: bool) -> None:
-        """Refuse what doesn't fit, before anything is mapped for it."""
+    def _admit(self, prompt: Prompt, placements: Sequence[Placement], *, pooling: bool) -> tuple[Range, ...]:
+        """Refuse what doesn't fit, before anything is mapped for it. Returns the prompt's two-way spans."""
         rows: dict[str, list[int]] = {}
         for placement in placements:
             rows.setdefault("+".join(placement.modalities), []).append(placement.span.num_rows)
@@ -281,8 +283,13 @@ class InputPreprocessor:
         admission.check_length(num_tokens, rows, self._model_config.max_model_len, pooling=pooling)
         for placement in placements:
             check_span(placement.counts, placement.span, self.config, self.features)
+        media = [(placement.modalities, placement.span) for placement in placements]
+        two_way = two_way_spans(self.features.two_way, media, num_tokens)
+        spans = [span for _, span in media]
+        admission.check_two_way(two_way, spans, self.config.scheduler_config, self.config.cache_config)
         is_media = media_mask((placement.span for placement in placements), num_tokens)
         admission.check_special_tokens(prompt.after, is_media, self._placeholder_ids, self._vocab_size)
+        return two_way
 
     def _mrope(self, token_ids: list[int], items: Sequence[MediaItem]) -> tuple[IntArray | None, int]:
         """M-RoPE positions and delta; none for a model without."""

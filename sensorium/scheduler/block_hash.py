@@ -8,6 +8,9 @@ only the row index tells the splits apart.
 Worked example, block size 4, an image of 6 rows at offset 3: block 0 holds its row 0, block 1 its rows 1 to 4, block 2
 its row 5. Their hashes cover (key, 0), (key, 1) and (key, 5).
 
+Of a span whose positions see one another both ways, the KV of each depends on all of it, behind the block too. So the
+hash of a block that it touches covers the whole span.
+
 The digest has 256 bits and is never shortened.
 """
 
@@ -52,6 +55,24 @@ def media_identity(request: RequestState, begin: int, end: int) -> bytes:
     return b"".join(parts)
 
 
+def two_way_identity(request: RequestState, begin: int, end: int) -> bytes:
+    """What positions `[begin, end)` see behind them: the two-way spans that they touch, whole."""
+    spans = request.message.two_way_spans
+    if len(request.span_digests) < len(spans):
+        request.span_digests = [_span_digest(request, *span) for span in spans]
+    parts = []
+    for (first, last), digest in zip(spans, request.span_digests, strict=True):
+        if first < end and begin < last:
+            parts += [(first - begin).to_bytes(8, "little", signed=True), (last - begin).to_bytes(8, "little"), digest]
+    return b"two ways" + b"".join(parts) if parts else b""
+
+
+def _span_digest(request: RequestState, begin: int, end: int) -> bytes:
+    digest = blake2b(array("q", request.token_ids[begin:end]).tobytes(), digest_size=DIGEST_BYTES)
+    digest.update(media_identity(request, begin, end))
+    return digest.digest()
+
+
 def extend_block_hashes(request: RequestState, num_blocks: int, block_size: int) -> None:
     """Append to `request.block_hashes` until it covers the first `num_blocks` blocks, which must be full."""
     hashes = request.block_hashes
@@ -64,11 +85,15 @@ def extend_block_hashes(request: RequestState, num_blocks: int, block_size: int)
     block_bytes = 8 * block_size
     media = request.message.media
     last_media = media[-1].span.end if media else 0
+    two_way = request.message.two_way_spans
+    last_two_way = two_way[-1][1] if two_way else 0
     for i in range(num_blocks - first):
         digest = blake2b(parent, digest_size=DIGEST_BYTES)
         digest.update(tokens[i * block_bytes : (i + 1) * block_bytes])
         begin = (first + i) * block_size
         if begin < last_media:
             digest.update(media_identity(request, begin, begin + block_size))
+        if begin < last_two_way:
+            digest.update(two_way_identity(request, begin, begin + block_size))
         parent = digest.digest()
         hashes.append(parent)

@@ -1,4 +1,7 @@
-"""Where a chunk may end: at a budget, before media that isn't encoded, never inside an item that must stay whole.
+"""Where a chunk may end: at a budget, before media that isn't encoded, never inside a piece that must stay whole.
+
+A *piece* is a range of a prompt that no chunk may cut: a span whose positions see one another both ways, since the
+first of them needs the last one's key; and, where a model takes items whole, an item.
 
 Decides without changing anything; the step planner carries out what a draft says.
 
@@ -11,6 +14,7 @@ Worked example, chunk limit 8, an image at positions 5 to 11 that isn't encoded:
 from __future__ import annotations
 
 import enum
+from bisect import bisect_right
 from dataclasses import dataclass, field
 
 from sensorium.config import ModelFeatures
@@ -18,7 +22,7 @@ from sensorium.messages import EngineRequest, MediaItem
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.request import RequestState
 from sensorium.scheduler.step_plan import StepPlan
-from sensorium.spans import Span
+from sensorium.spans import Range, Span, merged
 
 
 class Shortage(enum.Enum):
@@ -38,6 +42,8 @@ class ChunkDraft:
 
     start: int
     end: int
+    least_end: int
+    """Where it ends at the earliest."""
     encode: list[MediaItem] = field(default_factory=list)
     """Items to encode in this step."""
     hold: list[MediaItem] = field(default_factory=list)
@@ -56,13 +62,14 @@ class ChunkDraft:
 class ChunkPlanner:
     """Drafts chunks after the rules of one model and one configuration.
 
-    Where a chunk may end goes by three flags, of the model and the configuration:
+    Where a chunk may end goes by three flags, of the model and the configuration, and by the request's two-way spans:
 
         encodes  keeps items whole  keeps prompts whole   a chunk ends
         yes      no                 no                    anywhere but at a row that isn't encoded and can't be
         yes      yes                no                    outside of items, before the first that can't be encoded
         no       yes (always)       no                    outside of items; `forward` takes them whole
         any      any                yes                   at the prompt's end
+        any      any                no                    outside of two-way spans, whatever else
 
     A chunk that must be whole may be larger than any step's budget (`may_exceed_budget`): then it gets a step alone.
 
@@ -71,8 +78,9 @@ class ChunkPlanner:
         is_encoder_closed       not if it takes room in the cache: somebody ahead waits for that
         is_alone                yes, if prompts are kept whole; room in the cache that others hold is still lacking
         no rows in it yet       however many rows the item has; else no more than `rows_left`
-        no prefill in it yet    however long it takes, if prompts are kept whole, or if there are no rows yet either and
-                                the tokens before the item leave time; else only if its rows and its least tokens do
+        no prefill in it yet    however long it takes, if the chunk can't end before the item, or if there are no rows
+                                yet either and the tokens before it leave time; else only if its rows and its least
+                                tokens do
     """
 
     def __init__(
@@ -87,39 +95,45 @@ class ChunkPlanner:
         self._encodes = features.splits_media
         self.keeps_items_whole = features.atomic_items or not features.splits_media
         self.keeps_prompts_whole = not enable_chunked_prefill
+        self._has_two_way = bool(features.two_way)
         self._cache = encoder_cache
         self._snapshot_block_size = None if self.keeps_prompts_whole else snapshot_block_size
 
     @property
     def may_exceed_budget(self) -> bool:
         """Whether there are chunks that can't be cut down to any budget."""
-        return self.keeps_items_whole or self.keeps_prompts_whole
+        return self.keeps_items_whole or self.keeps_prompts_whole or self._has_two_way
 
     def least_chunk_tokens(self, request: EngineRequest) -> int:
         """Tokens of the largest piece of a request that can't be parted."""
         if self.keeps_prompts_whole:
             return len(request.prompt_token_ids)
-        if self.keeps_items_whole:
-            return max((item.span.length for item in request.media), default=1)
-        return 1
+        return max((end - begin for begin, end in self._pieces_of(request)), default=1)
 
     def min_chunk(self, request: RequestState, start: int) -> int:
         """Fewest tokens that a chunk from `start` on may have."""
         if self.keeps_prompts_whole:
             return request.num_tokens - start
-        if self.keeps_items_whole:
-            item = next(request.media_from(start), None)
-            if item is not None and item.span.offset <= start:
-                return item.span.end - start
-        return 1
+        return self._uncut(request, start + 1)[1] - start
 
     def round_prefix(self, request: RequestState, num_tokens: int, block_size: int) -> int:
-        """The longest prefix of whole blocks within `num_tokens` that ends inside no item that must stay whole."""
-        if self.keeps_items_whole:
-            for item in reversed(request.message.media):
-                if item.span.offset < num_tokens < item.span.end:
-                    num_tokens = item.span.offset // block_size * block_size
+        """The longest prefix of whole blocks within `num_tokens` that ends inside no piece."""
+        while (begin := self._uncut(request, num_tokens)[0]) < num_tokens:
+            num_tokens = begin // block_size * block_size
         return num_tokens
+
+    def _pieces_of(self, request: EngineRequest) -> list[Range]:
+        items = [(item.span.offset, item.span.end) for item in request.media] if self.keeps_items_whole else []
+        return merged((*items, *request.two_way_spans))
+
+    def _uncut(self, request: RequestState, position: int) -> Range:
+        """The piece in whose middle a position is; nothing at the position where a chunk may end there."""
+        if request.pieces is None:
+            request.pieces = self._pieces_of(request.message)
+        at = bisect_right(request.pieces, position, key=_end_of)
+        if at < len(request.pieces) and request.pieces[at][0] < position:
+            return request.pieces[at]
+        return position, position
 
     def draft(self, request: RequestState, plan: StepPlan, *, start: int, max_tokens: int) -> ChunkDraft | Shortage:
         """The longest chunk from `start` on that this step has room for, in a table of `max_tokens` tokens."""
@@ -137,8 +151,8 @@ class ChunkPlanner:
             size = max_tokens - start
             if size < least:
                 return Shortage.BLOCKS
-        draft = ChunkDraft(start, self._to_snapshot(request, start + least, start + size))
-        self._fit_media(request, draft, plan)
+        end = self._to_snapshot(request, start + least, start + size)
+        draft = self._fit_media(request, ChunkDraft(start, self._cut(request, end), start + least), plan)
         if draft.end - start < least:
             return Shortage.ENCODER_CACHE if draft.lacks_cache else Shortage.BUDGET
         return draft
@@ -157,26 +171,35 @@ class ChunkPlanner:
             cut = (end - 1) // self._snapshot_block_size * self._snapshot_block_size
         return cut if cut >= least_end else end
 
-    def _fit_media(self, request: RequestState, draft: ChunkDraft, plan: StepPlan) -> None:
-        """Shorten a draft to what the media in it allow."""
+    def _cut(self, request: RequestState, end: int) -> int:
+        """Where a chunk that could reach to `end` may end."""
+        return end if self.keeps_prompts_whole else self._uncut(request, end)[0]
+
+    def _fit_media(self, request: RequestState, draft: ChunkDraft, plan: StepPlan) -> ChunkDraft:
+        """A draft shortened to what the media in it allow."""
+        last_row = draft.start - 1
         for item in request.media_from(draft.start):
             span = item.span
             if span.offset >= draft.end:
-                break
-            if self.keeps_items_whole and span.end > draft.end:
-                draft.end = span.offset
                 break
             row = span.first_row_from(draft.start) if self._encodes else None
             if row is None or row >= draft.end:
                 continue
             if not self._cover(request, item, row, draft, plan):
-                draft.end = span.offset if self.keeps_items_whole else row
-                break
+                end = self._cut(request, row)
+                if last_row < end:
+                    draft.end = end
+                    break
+                # A piece holds this item and others before it, which aren't needed without it.
+                shorter = ChunkDraft(draft.start, end, draft.least_end, lacks_cache=draft.lacks_cache)
+                return self._fit_media(request, shorter, plan)
+            last_row = row
             if draft.encode and draft.encode[-1] is item and not self.keeps_prompts_whole:
                 # Encoding takes time that the chunk's tokens no longer have.
-                least_end = span.end if self.keeps_items_whole else row + 1
                 paced_end = draft.start + plan.pace.token_room(draft.num_rows)
-                draft.end = min(draft.end, max(paced_end, least_end))
+                least_end = self._uncut(request, row + 1)[1]
+                draft.end = min(draft.end, max(self._cut(request, paced_end), least_end))
+        return draft
 
     def _cover(self, request: RequestState, item: MediaItem, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Take an item into the draft, if it is encoded or can be in this step."""
@@ -189,7 +212,7 @@ class ChunkPlanner:
                     draft.lacks_cache = True
                     return False
             if item.key not in self._cache:
-                if not self._may_encode(item.span, row, draft, plan):
+                if not self._may_encode(request, item.span, row, draft, plan):
                     return False
                 draft.encode.append(item)
                 draft.num_rows += item.span.num_rows
@@ -204,11 +227,11 @@ class ChunkPlanner:
             return True
         return self._lifts_limits(plan) and self._cache.is_held_only_by(request.request_id)
 
-    def _may_encode(self, span: Span, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
+    def _may_encode(self, request: RequestState, span: Span, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Whether the step has rows and time for an item.
 
-        The first item of a step may have any number of rows. An item at the very beginning of a step's first prefill
-        may take any time: there must be progress.
+        The first item of a step may have any number of rows. An item that a step's first prefill can't do without may
+        take any time: there must be progress.
         """
         if self._lifts_limits(plan):
             return True
@@ -217,14 +240,18 @@ class ChunkPlanner:
         if num_rows > plan.rows_left and not is_first:
             return False
         if not plan.num_prefill_tokens:
-            if self.keeps_prompts_whole:
+            if row < draft.least_end:
                 return True
             if is_first:
-                num_tokens_before = (span.offset if self.keeps_items_whole else row) - draft.start
+                num_tokens_before = self._cut(request, row) - draft.start
                 return num_tokens_before < plan.pace.token_room(num_rows)  # which is never 0 here
-        least_end = draft.end if self.keeps_prompts_whole else span.end if self.keeps_items_whole else row + 1
+        least_end = draft.end if self.keeps_prompts_whole else self._uncut(request, row + 1)[1]
         return plan.pace.admits_rows(num_rows, least_end - draft.start)
 
     def _lifts_limits(self, plan: StepPlan) -> bool:
         """Whether a step must take all media of a prompt, however much that is."""
         return plan.is_alone and self.keeps_prompts_whole
+
+
+def _end_of(piece: Range) -> int:
+    return piece[1]

@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.scheduler.stopping import StopRule
+from sensorium.spans import Range
 
 Order: TypeAlias = tuple[int, int, int]
 """A request's place among others: its priority, where it starts in its tenant's share, and its arrival."""
@@ -55,9 +56,11 @@ class RequestState:
         "num_registered_blocks",
         "num_settled_tokens",
         "order",
+        "pieces",
         "pooling",
         "request_id",
         "scheduled_time_s",
+        "span_digests",
         "status",
         "stop",
         "token_ids",
@@ -97,6 +100,10 @@ class RequestState:
         self.num_prompt_logprobs = 0
         """Prompt positions whose log probabilities went out."""
         self._media_ends = [item.span.end for item in message.media]
+        self.pieces: list[Range] | None = None
+        """A field of the chunk planner: ranges of the prompt that no chunk may cut; None: not known yet."""
+        self.span_digests: list[bytes] = []
+        """Of each two-way span, what it holds; filled when a block hash needs one."""
         # Fields of the KV-cache manager.
         self.num_allocated_tokens = 0
         """Tokens up to which it can go on without anything new; 0 where every step needs something."""

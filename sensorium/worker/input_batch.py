@@ -13,7 +13,8 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from sensorium.cache_spec import NO_BLOCK, CacheGroup
+from sensorium.attention import compute_row_spans
+from sensorium.cache_spec import NO_BLOCK, CacheGroup, CacheKind, SpanRule
 from sensorium.messages import EngineRequest, MediaItem, NewRequest, RequestFailure, ScheduledChunk
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.kv_cache import zero_row
@@ -30,7 +31,7 @@ class SlotState:
     failure: RequestFailure | None = None
     """Why the request can't go on. Steps that were planned before that was known may still hold chunks of it."""
     media_end: int = 0
-    """First position behind the last media span."""
+    """First position behind the last media span and the last two-way span."""
     num_blocks: list[int] = field(default_factory=list)
     """Length of its block table in each group."""
 
@@ -40,7 +41,7 @@ class SlotState:
         return cls(
             request,
             slot,
-            media_end=max((item.span.end for item in request.media), default=0),
+            media_end=max((*(item.span.end for item in request.media), *(end for _, end in request.two_way_spans), 0)),
         )
 
 
@@ -71,6 +72,9 @@ class StepArrays:
     are known."""
     adapter_ids: Int64Array | None = None
     """`(num_tokens,)`: each row's adapter, 0 for the base model; None where all rows are the base model's."""
+    row_spans: npt.NDArray[np.int32] | None = None
+    """`(num_tables, 2, num_tokens)`: the span that each row sees both ways in each group with blocks, see
+    `AttentionMetadata.row_spans`; None where no row is in one."""
 
 
 def num_tables(groups: Sequence[CacheGroup]) -> int:
@@ -105,10 +109,12 @@ class InputBatch:
         """Per slot: the rows that the chunk which was taken in last reads its state from and writes it to."""
         self._mrope_delta = np.zeros(max_num_seqs, dtype=np.int64)
         self._media_end = np.zeros(max_num_seqs, dtype=np.int64)
-        """Per slot: first position behind the last media span."""
+        """Per slot: first position behind the last media span and the last two-way span."""
         self._adapter_ids = np.zeros(max_num_seqs, dtype=np.int64)
         self._num_adapted = 0
         """Requests here that have an adapter."""
+        self._num_two_way = 0
+        """Requests here that have two-way spans."""
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
         """Per slot: leading tokens of the sequence that are known."""
         self._states: dict[str, SlotState] = {}
@@ -140,6 +146,7 @@ class InputBatch:
         self._mrope_delta[slot] = request.mrope_delta
         self._adapter_ids[slot] = request.adapter_id
         self._num_adapted += request.adapter_id != 0
+        self._num_two_way += bool(request.two_way_spans)
         self._num_known[slot] = num_tokens
         state = SlotState.create(request, slot)
         state.num_blocks = [0] * len(self.groups)
@@ -153,6 +160,7 @@ class InputBatch:
         if state is not None:
             self._free_slots.append(state.slot)
             self._num_adapted -= state.request.adapter_id != 0
+            self._num_two_way -= bool(state.request.two_way_spans)
         return state
 
     def append_blocks(self, chunk: ScheduledChunk) -> None:
@@ -228,6 +236,9 @@ class InputBatch:
             state_rows=None if self._state_rows is None else self._state_rows[:, slots],
             pending_slots=np.where(is_pending, row_slots, -1) if is_pending.any() else None,
             adapter_ids=self._adapter_ids_of(row_slots),
+            row_spans=self._row_spans(chunks, lens, seq_lens, positions)
+            if self._num_two_way and (computed < self._media_end[slots]).any()
+            else None,
         )
 
     def _adapter_ids_of(self, row_slots: Int64Array) -> Int64Array | None:
@@ -235,6 +246,18 @@ class InputBatch:
             return None
         adapter_ids = self._adapter_ids[row_slots]
         return adapter_ids if adapter_ids.any() else None
+
+    def _row_spans(
+        self, chunks: Sequence[ScheduledChunk], lens: Int64Array, seq_lens: npt.NDArray[np.int32], positions: Int64Array
+    ) -> npt.NDArray[np.int32] | None:
+        spans = [
+            state.request.two_way_spans if chunk.num_computed_tokens < state.media_end else ()
+            for chunk, state in zip(chunks, self.states(chunks), strict=True)
+        ]
+        rows = compute_row_spans(spans, lens, seq_lens)
+        if rows is None:
+            return None
+        return np.stack([_spans_in(group, rows, positions) for group in self.groups if group.is_paged])
 
     def block_tables(self, arrays: StepArrays) -> list[npt.NDArray[np.int32]]:
         """The block tables of a step's chunks in each group with blocks, `(num_chunks, max_blocks)`."""
@@ -283,3 +306,16 @@ class MediaSlice:
     chunk_rows: npt.NDArray[np.intp]
     first: int
     last: int
+
+
+def _spans_in(group: CacheGroup, row_spans: npt.NDArray[np.int32], positions: Int64Array) -> npt.NDArray[np.int32]:
+    """`(2, num_tokens)`: the rows' spans as a group's layers see them."""
+    if group.spans is SpanRule.IGNORED:
+        return np.zeros_like(row_spans)
+    if group.spans is SpanRule.SEEN or group.reach is None:
+        return row_spans
+    is_window = group.kind is CacheKind.WINDOW
+    first_seen = positions - (group.reach - 1) if is_window else positions // group.reach * group.reach
+    bounded = row_spans.copy()
+    np.maximum(row_spans[0], first_seen, out=bounded[0], casting="same_kind")
+    return bounded

@@ -32,6 +32,7 @@ from sensorium.cache_spec import (
     CrossAttentionSpec,
     OwnCacheSpec,
     SharedCacheSpec,
+    SpanRule,
     StateSpec,
 )
 from sensorium.config import EngineConfig
@@ -64,13 +65,13 @@ class CacheLayout:
         self.layers = tuple(layers)
         self._dtype = config.model_config.dtype
         self._block_size = config.cache_config.block_size
-        rules = {layer.group: (layer.spec.kind, layer.spec.reach) for layer in layers}
+        rules = {layer.group: _rule(layer.spec) for layer in layers}
         self._rules = [rules[index] for index in sorted(rules)]
 
     @property
     def kinds(self) -> list[CacheKind]:
         """Of the groups."""
-        return [kind for kind, _ in self._rules]
+        return [kind for kind, _, _ in self._rules]
 
     @classmethod
     def of(cls, model: nn.Module, config: EngineConfig) -> CacheLayout:
@@ -89,13 +90,13 @@ class CacheLayout:
             )
         owners = {name: _owner(name, specs) for name in specs}
         own = {name: spec for name, spec in specs.items() if not isinstance(spec, SharedCacheSpec)}
-        rules = list(dict.fromkeys((spec.kind, spec.reach) for spec in own.values()))
+        rules = list(dict.fromkeys(map(_rule, own.values())))
         rules.sort(key=lambda rule: _KINDS.index(rule[0]))
         layers = []
         for name in specs:
             spec = own[owners[name]]
             module = found[name][0]
-            group = rules.index((spec.kind, spec.reach))
+            group = rules.index(_rule(spec))
             module.group_index = group
             layers.append(CacheLayer(name, module, owners[name], spec, group))
         return cls(layers, config)
@@ -110,8 +111,9 @@ class CacheLayout:
                 reach,
                 tuple(layer.name for layer in self._owners(index)),
                 self._bytes(index, count),
+                spans,
             )
-            for index, ((kind, reach), count) in enumerate(zip(self._rules, num_blocks, strict=True))
+            for index, ((kind, reach, spans), count) in enumerate(zip(self._rules, num_blocks, strict=True))
         )
 
     def plan(self, config: EngineConfig, available_bytes: int) -> tuple[CacheGroup, ...]:
@@ -125,7 +127,7 @@ class CacheLayout:
             ConfigError: Not even one block, or the states of as many requests as may run at once, fit.
         """
         useful = [self._useful(group, config) for group in self.groups([0] * len(self._rules))]
-        most = max((useful[i] for i, (kind, _) in enumerate(self._rules) if kind is not CacheKind.STATE), default=1)
+        most = max((useful[i] for i, kind in enumerate(self.kinds) if kind is not CacheKind.STATE), default=1)
         if (asked := config.cache_config.num_blocks) is not None:
             return self._sized(asked, useful)
         kv_bytes = config.cache_config.kv_cache_bytes
@@ -149,7 +151,7 @@ class CacheLayout:
     def _sized(self, num_blocks: int, useful: Sequence[int]) -> tuple[CacheGroup, ...]:
         """The groups for one number of blocks. What is asked for is given to those that keep everything."""
         counts = []
-        for (kind, reach), most in zip(self._rules, useful, strict=True):
+        for (kind, reach, _), most in zip(self._rules, useful, strict=True):
             if kind is CacheKind.STATE:
                 counts.append(most)
             else:
@@ -240,6 +242,11 @@ def zero_row(group: CacheGroup) -> int:
 def unread_row(group: CacheGroup) -> int:
     """The row of a state group that takes what nobody reads."""
     return group.num_blocks + 1
+
+
+def _rule(spec: OwnCacheSpec) -> tuple[CacheKind, int | None, SpanRule]:
+    """Layers with equal ones form a group."""
+    return spec.kind, spec.reach, spec.spans
 
 
 def _declared(module: nn.Module) -> CacheSpec | None:

@@ -153,6 +153,8 @@ class PassRunner:
     def _trunk_for(self, arrays: StepArrays, pieces: Pieces) -> TrunkGraph | None:
         if self.trunks is None or arrays.adapter_ids is not None or arrays.seq_lens.max() > MAX_CONTEXT:
             return None
+        if arrays.row_spans is not None:  # recorded passes see earlier positions only
+            return None
         if pieces and not (self._splits_media and self._driver.embeds_media):
             return None
         return self.trunks.recorded.graph_for(len(arrays.token_ids))
@@ -183,7 +185,9 @@ class PassRunner:
                 block_table=block_tables[0],
                 slot_mapping=tensors.slot_mapping[0],
                 multi_modal_placeholder_index_maps=maps,
-            ).with_groups(self._batch.groups, block_tables, tensors.slot_mapping, tensors.state_rows),
+            ).with_groups(
+                self._batch.groups, block_tables, tensors.slot_mapping, tensors.state_rows, tensors.row_spans
+            ),
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,
         )

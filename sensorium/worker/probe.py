@@ -27,7 +27,12 @@ from sensorium.model_executor.drivers import (
     TextDriver,
 )
 from sensorium.model_executor.drivers.carrier import Carrier, find_candidates
-from sensorium.model_executor.models.interfaces import EMBED_INPUT_METHODS, EMBED_MULTIMODAL_METHODS, find_override
+from sensorium.model_executor.models.interfaces import (
+    EMBED_INPUT_METHODS,
+    EMBED_MULTIMODAL_METHODS,
+    find_override,
+    two_way_spans_of,
+)
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.multimodal.mrope import token_id_of
 from sensorium.worker.dummy_media import DummyMedia, NoDummyMediaError, make_dummy_media, unexpanded_note
@@ -47,6 +52,13 @@ def probe_model(
     Raises:
         ModelError: The class fails on text or on its own dummy data, or they break their rules.
     """
+    driver, features = _probe(model, config, layout, device)
+    return driver, replace(features, two_way=two_way_spans_of(model, config.model_config))
+
+
+def _probe(
+    model: nn.Module, config: EngineConfig, layout: CacheLayout, device: torch.device
+) -> tuple[ModelDriver, ModelFeatures]:
     steps = DummySteps(config, layout, device)
     trial = Trial(model, config, steps)
     if not config.model_config.is_multimodal_model:

@@ -51,6 +51,7 @@ class StepTensors:
     """`(num_tokens,)` int64: the slot whose last sampled token stands in this row, -1 where the host knew the token;
     None where it knew all."""
     adapter_ids: torch.Tensor | None = None
+    row_spans: torch.Tensor | None = None
 
 
 def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int64Array) -> dict[str, HostArray]:
@@ -71,6 +72,8 @@ def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int
         fields["pending_slots"] = arrays.pending_slots
     if arrays.adapter_ids is not None:
         fields["adapter_ids"] = arrays.adapter_ids
+    if arrays.row_spans is not None:
+        fields["row_spans"] = arrays.row_spans
     return fields
 
 

@@ -5,6 +5,8 @@ Short steps with prefills in them (a cached prompt with a new question, a few ar
 less time than the host needs to launch them. Long ones don't, and are not recorded. Embedding, putting media rows in
 their places, and what comes behind the hidden states run call by call: they are few launches.
 
+Passes with rows of a two-way span run call by call too: they hold a whole picture, and so are not the shortest.
+
 Padding rows belong to no sequence: they write no KV, nothing attends to them, and what becomes of them is not read.
 Sequences that aren't there have no rows.
 """

@@ -36,6 +36,7 @@ from sensorium.cache_spec import (
     FullAttentionSpec,
     SharedCacheSpec,
     SlidingWindowSpec,
+    SpanRule,
 )
 from sensorium.config import AttentionBackendName
 from sensorium.errors import ConfigError, ModelError
@@ -340,6 +341,23 @@ def test_rules_reach_the_backend() -> None:
     alone = AttentionMetadata.without_cache([12], row_spans=spans[:, :12])
     got = layer(batch.q[:12], batch.k[:12], batch.v[:12], None, alone, sinks=sinks)
     torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("rule", list(SpanRule))
+def test_a_layer_without_a_cache_keeps_its_rule_of_spans(rule: SpanRule) -> None:
+    """With one, the worker gives the layer's group the spans as they are to be seen."""
+    batch = Batch([(3, 3), (12, 12)])
+    layer = Attention(4, 16, 0.25, 2, per_layer_sliding_window=4, spans=rule)
+    assert layer.cache_spec().spans is rule
+    spans = compute_row_spans([[], [(2, 9)]], batch.query_lens, batch.seq_lens)
+    heads = batch.q.view(-1, 4, 16), batch.k.view(-1, 2, 16), batch.v.view(-1, 2, 16)
+    mask = mask_of(12, 12, layer.spec, [] if rule is SpanRule.IGNORED else [(2, 9)])
+    if rule is SpanRule.WITHIN_REACH:  # what `sliding_window_overlay` of `transformers` hides
+        mask &= ~torch.ones(12, 12, dtype=torch.bool).tril(-4)
+    want = dense(*(x[3:] for x in heads), mask, layer.spec, None).flatten(1)
+    alone = AttentionMetadata.without_cache([3, 12], row_spans=spans)
+    got = layer(batch.q, batch.k, batch.v, None, alone)
+    torch.testing.assert_close(got[3:], want, atol=1e-5, rtol=1e-5)
 
 
 def test_unknown_attention_type() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -147,6 +148,23 @@ def test_items_that_must_stay_whole_fit_a_step() -> None:
     front.images(picture(4))
     with pytest.raises(InvalidRequestError, match=r"got 5 tokens, expected at most 4.*max_num_batched_tokens"):
         front.images(picture(5))
+
+
+def test_what_sees_itself_both_ways_fits_a_step() -> None:
+    """No chunk may end in it, so that a request with more could never run."""
+    scheduler = SchedulerConfig(max_num_batched_tokens=4, max_num_encoder_rows=6)
+    engine = {"scheduler_config": scheduler}
+    front = Front(features=features_of(two_way=frozenset({"image"})), engine=engine)
+    assert front.images(picture(4)).engine_request.two_way_spans == ((0, 4),)
+    with pytest.raises(InvalidRequestError, match=r"got 5 tokens at position 0 .* at most 4.*max_num_batched_tokens"):
+        front.images(picture(5))
+    roomy = {"scheduler_config": replace(scheduler, max_num_batched_tokens=40)}
+    front = Front(features=features_of(two_way=frozenset({"prompt"})), engine=roomy)
+    assert front.images(picture(7)).engine_request.two_way_spans == ((0, 8),), "one item has a step alone"
+    with pytest.raises(InvalidRequestError, match=r"2 media items with 7 rows .* at most 6 rows.*max_num_encoder_rows"):
+        front.images(picture(4), picture(3, 1))
+    whole = {"scheduler_config": replace(scheduler, enable_chunked_prefill=False)}
+    Front(features=features_of(two_way=frozenset({"prompt"})), engine=whole).images(picture(4), picture(3, 1))
 
 
 # Embeddings as input

@@ -64,6 +64,7 @@ class TrueSequence:
         self.token_ids = list(request.prompt_token_ids)
         self.row_at = {p: (item, row) for item in request.media for p, row in media_rows(item).items()}
         self.states: list[int] = []
+        self.spans = {p: span for span in request.two_way_spans for p in range(*span)}
 
     def value(self, position: int) -> Value:
         if position in self.row_at:
@@ -75,8 +76,16 @@ class TrueSequence:
         """The state after `position`; `ROOT` before the first."""
         while len(self.states) <= position:
             parent = self.states[-1] if self.states else ROOT
-            self.states.append(step_hash(parent, self.value(len(self.states))))
+            at = len(self.states)
+            self.states.append(self.next_state(parent, at, self.value(at)))
         return self.states[position] if position >= 0 else ROOT
+
+    def next_state(self, parent: int, position: int, value: Value) -> int:
+        """The state after `position`; within a two-way span it depends on all of the span."""
+        if position in self.spans:
+            begin, end = self.spans[position]
+            parent = hash((parent, position - begin, *map(self.value, range(begin, end))))
+        return step_hash(parent, value)
 
 
 def expected_output(request: EngineRequest, max_model_len: int) -> list[int]:
@@ -207,6 +216,9 @@ class FakeWorker:
         assert chunk.is_last == (end == known)
         for index, group in enumerate(self.groups):
             self._check_history(chunk, slot, index, group)
+        for first, last in slot.sequence.request.two_way_spans:
+            assert not first < begin < last, "a chunk begins inside a two-way span"
+            assert not first < end < last, "a chunk ends inside a two-way span"
         if self.keeps_items_whole:
             for item in slot.sequence.request.media:
                 assert not item.span.offset < begin < item.span.end, "a chunk begins inside an item"
@@ -292,7 +304,7 @@ class FakeWorker:
             return
         state = slot.sequence.state(begin - 1)  # as `_check_history` has found it
         for position in range(begin, end):
-            state = step_hash(state, self._input(slot, position))
+            state = slot.sequence.next_state(state, position, self._input(slot, position))
             assert state == slot.sequence.state(position)
             self._write(slot, position, state)
         slot.computed = end
@@ -321,7 +333,7 @@ class FakeWorker:
         tokens = []
         for _ in range(self.rng.randint(1, self.max_sampled)):
             tokens.append(next_token(state))
-            state = step_hash(state, (0, tokens[-1], 0))
+            state = step_hash(state, (0, tokens[-1], 0))  # no two-way span has tokens of the output
         slot.sequence.token_ids += tokens
         slot.has_sampled = True
         result.sampled_token_ids[chunk.request_id] = tokens  # type: ignore[index]

@@ -23,7 +23,7 @@ from sensorium.messages import (
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
 from sensorium.scheduler.pacing import Pacer
-from sensorium.spans import Span
+from sensorium.spans import Span, two_way_spans
 from tests.scheduler.fake_worker import EOS, FakeWorker, TrueSequence, expected_output, expected_prompt_logprobs
 
 Parts = Sequence[Sequence[Any]]
@@ -64,6 +64,7 @@ def make_request(
     tenant: str = "",
     pooling: bool = False,
     cache_salt: str | None = None,
+    two_way: frozenset[str] = frozenset(),
     **params: object,
 ) -> EngineRequest:
     tokens, media = build_prompt(parts)
@@ -73,6 +74,7 @@ def make_request(
         SamplingParams(max_tokens=max_tokens, **params),  # type: ignore[arg-type]
         frozenset({EOS}),
         media,
+        two_way_spans=two_way_spans(two_way, [((item.modality,), item.span) for item in media], len(tokens)),
         priority=priority,
         tenant=tenant,
         pooling=pooling,
@@ -260,7 +262,8 @@ class Simulation:
         unfinished = self.scheduler._table.by_id
         missing = {name for name in missing if name in unfinished and not unfinished[name].awaits_result}
         if missing and self.worker.max_sampled == 1 and self._has_free_blocks():
-            may_run_alone = self.worker.keeps_items_whole or not self.limits.scheduler.enable_chunked_prefill
+            may_run_alone = self.worker.keeps_items_whole or bool(self.limits.features.two_way)
+            may_run_alone |= not self.limits.scheduler.enable_chunked_prefill
             assert may_run_alone, f"streams without a token: {missing}"
             assert len(step.chunks) == 1
             assert not self._last_step_was_for_one, "two steps without the streams"

@@ -19,8 +19,14 @@ from tests.scheduler.fake_worker import TrueSequence
 from tests.scheduler.simulation import PLACEHOLDER, Parts, make_request
 
 
-def hashes(parts: Parts, block_size: int = 4, salt: str | None = None, adapter_id: int = 0) -> list[bytes]:
-    message = replace(make_request("r", parts, cache_salt=salt), adapter_id=adapter_id)
+def hashes(
+    parts: Parts,
+    block_size: int = 4,
+    salt: str | None = None,
+    adapter_id: int = 0,
+    two_way: frozenset[str] = frozenset(),
+) -> list[bytes]:
+    message = replace(make_request("r", parts, cache_salt=salt, two_way=two_way), adapter_id=adapter_id)
     state = RequestState(message, (0, 0, 0), 10_000)
     extend_block_hashes(state, state.num_tokens // block_size, block_size)
     return state.block_hashes
@@ -50,6 +56,22 @@ def test_an_adapter_shares_no_block_with_another_or_none() -> None:
     chains = [hashes(parts, salt=salt, adapter_id=each) for salt in (None, "s") for each in (0, 1, 2, 2**40)]
     assert all(not set(one) & set(other) for one, other in combinations(chains, 2))
     assert hashes(parts, adapter_id=2) == chains[2]
+
+
+def test_a_block_in_a_span_that_sees_itself_both_ways_covers_all_of_the_span() -> None:
+    """Of two prompts that begin alike and end differently, no block is shared where the beginning sees the end."""
+    prompt, images = frozenset({"prompt"}), frozenset({"image"})
+    plain = [hashes([[1] * length]) for length in (8, 10, 12)]
+    whole = [hashes([[1] * length], two_way=prompt) for length in (8, 10, 12)]
+    assert plain[0] == plain[2][:2]
+    assert all(not set(one) & set(other) for one, other in combinations([*whole, plain[2]], 2))
+    assert not set(hashes([[1] * 9 + [2]], two_way=prompt)) & set(whole[1])
+    assert hashes([[1] * 10], two_way=prompt) == whole[1]
+    first, second = ([[1] * 6, image("a", 4), image(key, 4), [1] * 4] for key in ("b", "c"))
+    one, other = hashes(first, two_way=images), hashes(second, two_way=images)
+    assert one[0] == other[0] == hashes(first)[0]
+    assert not set(one[1:]) & set(other[1:]), "items side by side see one another"
+    assert hashes(first)[1] == hashes(second)[1]
 
 
 def test_a_partial_block_has_no_hash() -> None:

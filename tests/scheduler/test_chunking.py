@@ -17,8 +17,8 @@ from tests.scheduler.simulation import Parts, make_request
 ANOTHER = ("another", 0)
 
 
-def make_state(parts: Parts) -> RequestState:
-    return RequestState(make_request("r", parts), (0, 0, 0), 1000)
+def make_state(parts: Parts, two_way: frozenset[str] = frozenset()) -> RequestState:
+    return RequestState(make_request("r", parts, two_way=two_way), (0, 0, 0), 1000)
 
 
 def make_planner(
@@ -163,6 +163,52 @@ def test_whole_items(splits_media: bool) -> None:
     assert [planner.min_chunk(state, p) for p in (0, 5, 11, 13, 17)] == [1, 6, 1, 4, 1]
 
 
+IMAGES = frozenset({"image"})
+PROMPT = frozenset({"prompt"})
+
+
+def test_a_span_that_sees_itself_both_ways_is_computed_in_one_chunk() -> None:
+    """Its first position needs the last one's key, which a later chunk would bring."""
+    planner, _ = make_planner()
+    state = make_state(MIXED, IMAGES)
+    assert draft(planner, state, 8) == (5, [])
+    assert draft(planner, state, 11) == (11, [0])
+    assert draft(planner, state, 16) == (13, [0])
+    assert draft(planner, state, 5, start=5) is Shortage.BUDGET
+    assert draft(planner, state, 20, start=5, max_tokens=10) is Shortage.BLOCKS
+    assert [planner.min_chunk(state, p) for p in (0, 5, 11, 13, 17)] == [1, 6, 1, 4, 1]
+    assert [planner.round_prefix(state, n, 4) for n in (0, 4, 8, 12, 16, 20)] == [0, 4, 4, 12, 12, 20]
+    assert planner.least_chunk_tokens(state.message) == 6
+
+
+def test_only_the_rows_of_an_item_see_one_another_and_not_its_markers() -> None:
+    planner, _ = make_planner()
+    parts = [[1] * 2, ("a", (False, True, True, True, False, True, True))]  # rows at 3 to 5 and at 7 to 8
+    assert draft(planner, make_state(parts, IMAGES), 3) == (3, [])
+    assert draft(planner, make_state(parts, IMAGES), 5) == (3, [])
+    assert draft(planner, make_state(parts, IMAGES), 6) == (6, [0])
+    assert draft(planner, make_state(parts, IMAGES), 8) == (7, [0])
+
+
+def test_items_of_one_span_are_encoded_in_one_step_or_not_yet() -> None:
+    """Rows that follow each other are one span, and a whole prompt is one: without the last item none is of use."""
+    planner, cache = make_planner()
+    parts = [[1] * 4, image(3, "a"), image(3, "b"), [1] * 2]
+    assert draft(planner, make_state(parts, IMAGES), 20, rows=3) == (4, [])
+    assert draft(planner, make_state(parts, IMAGES), 20, rows=6) == (12, [0, 1])
+    assert draft(planner, make_state(MIXED, PROMPT), 19) is Shortage.BUDGET
+    assert draft(planner, make_state(MIXED, PROMPT), 20, rows=9) is Shortage.BUDGET
+    assert draft(planner, make_state(MIXED, PROMPT), 20) == (20, [0, 1])
+    cache.hold("x", 92, ANOTHER)
+    assert draft(planner, make_state(MIXED, PROMPT), 20) is Shortage.ENCODER_CACHE
+
+
+def test_a_first_prefill_takes_the_time_of_all_items_that_it_can_not_do_without() -> None:
+    planner, _ = make_planner()
+    slow = StepPace(1.0, token_s=0.01, row_s=1.0)
+    assert draft(planner, make_state(MIXED, PROMPT), 100, pace=slow) == (20, [0, 1])
+
+
 def test_whole_items_are_cut_before_the_span_and_not_before_its_first_row() -> None:
     planner, _ = make_planner(atomic_items=True)
     parts = [image(6, "a"), ("b", (False, False, True, True))]
@@ -175,7 +221,7 @@ def test_a_prefix_ends_inside_no_whole_item() -> None:
     rounded = [planner.round_prefix(state, n, 4) for n in (0, 4, 8, 12, 16, 20)]
     assert rounded == [0, 4, 4, 12, 12, 20]
     split, _ = make_planner()
-    assert split.round_prefix(state, 8, 4) == 8
+    assert split.round_prefix(make_state(MIXED), 8, 4) == 8
 
 
 def test_rounding_may_land_in_the_item_before() -> None:

@@ -24,6 +24,7 @@ def make_simulation(
     policy: str = "fcfs",
     splits_media: bool = True,
     atomic_items: bool = False,
+    two_way: frozenset[str] = frozenset(),
     max_sampled: int = 1,
 ) -> Simulation:
     scheduler = SchedulerConfig(
@@ -35,7 +36,7 @@ def make_simulation(
         max_token_gap_s=1e9,
     )
     cache = CacheConfig(block_size=4, enable_prefix_caching=prefix_caching, encoder_cache_rows=cache_rows)
-    features = ModelFeatures(splits_media=splits_media, atomic_items=atomic_items)
+    features = ModelFeatures(splits_media=splits_media, atomic_items=atomic_items, two_way=two_way)
     limits = Limits(scheduler, cache, features, blocks, max_model_len=4 * blocks)
     return Simulation(limits, max_sampled=max_sampled)
 
@@ -180,6 +181,32 @@ def test_a_cached_prefix_ends_inside_no_item_that_must_stay_whole(variant: dict[
     simulation.add(make_request("b", [[1] * 5, image(17), [3] * 3], max_tokens=1))
     assert chunks(simulation.step()) == {"b": (4, 21)}, "20 tokens are cached, but the item ends at 22"
     simulation.finish()
+
+
+def test_blocks_of_a_span_that_sees_itself_both_ways_are_found_only_with_the_same_span() -> None:
+    """A block within a span was once identified by what stands up to its end, though its KV depends on what follows.
+
+    The first block of both prompts holds `a` alone. If they shared it, the third request would go on from the second's
+    later blocks behind the first one's first.
+    """
+    images = frozenset({"image"})
+    simulation = make_simulation(two_way=images)
+    for i, key in enumerate("bccb"):
+        simulation.add(make_request(f"r{i}", [image(4, "a"), image(4, key), [1] * 8], max_tokens=1, two_way=images))
+        simulation.finish()
+    cached = [outcome.final.num_cached_tokens for outcome in simulation.outcomes.values() if outcome.final]
+    assert cached == [0, 0, 12, 12]
+
+
+def test_a_prompt_that_sees_all_of_itself_goes_on_after_a_preemption_and_finds_no_other() -> None:
+    prompt = frozenset({"prompt"})
+    simulation = make_simulation(two_way=prompt, blocks=8, tokens=16)
+    for i in range(3):
+        simulation.add(make_request(f"r{i}", [[1] * (10 + i % 2)], max_tokens=12, ignore_eos=True, two_way=prompt))
+    simulation.finish()
+    assert simulation.scheduler.stats().num_preemptions > 0
+    cached = [outcome.final.num_cached_tokens for outcome in simulation.outcomes.values() if outcome.final]
+    assert cached == [0, 0, 0]
 
 
 def test_requests_with_different_salts_share_nothing() -> None:

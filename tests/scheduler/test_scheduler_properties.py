@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 
 from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
+from sensorium.errors import InvalidRequestError
+from sensorium.inputs.admission import check_two_way
 from sensorium.messages import EngineRequest
 from sensorium.scheduler.pacing import Pacer
 from tests.scheduler.simulation import Limits, Simulation, make_request
@@ -59,6 +61,7 @@ class Scenario:
     policy: str
     splits_media: bool
     atomic_items: bool
+    two_way: frozenset[str]
     failure_rate: float
     abort_rate: float
     max_sampled: int
@@ -74,9 +77,8 @@ class Scenario:
         if reach is None or not self.is_tight or not self.enable_chunked_prefill:
             return CacheGroup(kind, self.num_blocks, self.block_size, reach)
         keeps_items_whole = self.atomic_items or not self.splits_media
-        least = CacheGroup(kind, 0, self.block_size, reach).blocks_within_reach(
-            40 if keeps_items_whole else self.max_sampled
-        )
+        largest = max(40 if keeps_items_whole else 1, self.max_num_batched_tokens if self.two_way else 1)
+        least = CacheGroup(kind, 0, self.block_size, reach).blocks_within_reach(max(largest, self.max_sampled))
         return CacheGroup(kind, least + self.seed % 3, self.block_size, reach)
 
     @property
@@ -94,7 +96,7 @@ class Scenario:
             enable_prefix_caching=self.enable_prefix_caching,
             encoder_cache_rows=self.encoder_cache_rows,
         )
-        features = ModelFeatures(splits_media=self.splits_media, atomic_items=self.atomic_items)
+        features = ModelFeatures(splits_media=self.splits_media, atomic_items=self.atomic_items, two_way=self.two_way)
         groups = tuple(self.group(*rule) for rule in self.rules)
         return Limits(scheduler, cache, features, self.num_blocks, self.num_blocks * self.block_size, groups)
 
@@ -120,6 +122,7 @@ scenarios = st.builds(
     policy=st.sampled_from(["fcfs", "priority"]),
     splits_media=st.booleans(),
     atomic_items=st.booleans(),
+    two_way=st.sampled_from([frozenset(), frozenset({"image"}), frozenset({"prompt"})]),
     failure_rate=st.sampled_from([0.0, 0.0, 0.01, 0.1]),
     abort_rate=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
     max_sampled=st.sampled_from([1, 1, 3]),
@@ -130,7 +133,7 @@ scenarios = st.builds(
 )
 
 
-def random_request(rng: Random, request_id: str, max_len: int, kinds: Sequence[str]) -> EngineRequest | None:
+def random_request(rng: Random, request_id: str, limits: Limits, kinds: Sequence[str]) -> EngineRequest | None:
     """A request that shares prefixes and media with others; None if it came out too long."""
     parts: list[Sequence[Any]] = [rng.choice(PREFIXES if len(kinds) > 3 else PREFIXES[:2])]
     for _ in range(rng.randint(0, 3)):
@@ -140,11 +143,12 @@ def random_request(rng: Random, request_id: str, max_len: int, kinds: Sequence[s
     parts.append([rng.randint(0, 49) for _ in range(rng.randint(0, 12))])
     length = sum(len(part if isinstance(part, list) else part[1]) for part in parts)
     max_tokens = rng.choice([1, 2, 8, 30])
-    if length == 0 or length + max_tokens > max_len:
+    if length == 0 or length + max_tokens > limits.max_model_len:
         return None
-    return make_request(
+    request = make_request(
         request_id,
         parts,
+        two_way=limits.features.two_way,
         max_tokens=max_tokens,
         min_tokens=rng.choice([0, 0, max_tokens // 2]),
         ignore_eos=rng.random() < 0.5,
@@ -155,6 +159,11 @@ def random_request(rng: Random, request_id: str, max_len: int, kinds: Sequence[s
         pooling=rng.random() < 0.1,
         repetition_penalty=1.1 if rng.random() < 0.1 else 1.0,
     )
+    try:
+        check_two_way(request.two_way_spans, [item.span for item in request.media], limits.scheduler, limits.cache)
+    except InvalidRequestError:
+        return None
+    return request
 
 
 def play(scenario: Scenario) -> Simulation:
@@ -168,8 +177,7 @@ def play(scenario: Scenario) -> Simulation:
         pacer=scenario.pacer,
     )
     kinds = rng.sample(list(MASKS), rng.randint(1, len(MASKS)))
-    max_len = scenario.limits.max_model_len
-    arrivals = [random_request(rng, f"r{i}", max_len, kinds) for i in range(scenario.num_requests)]
+    arrivals = [random_request(rng, f"r{i}", scenario.limits, kinds) for i in range(scenario.num_requests)]
     pending = [request for request in arrivals if request is not None]
     num_tokens = sum(len(r.prompt_token_ids) + (r.sampling_params.max_tokens or 0) for r in pending)
     while pending or simulation.scheduler.has_unfinished_requests():

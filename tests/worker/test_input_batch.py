@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from sensorium.cache_spec import CacheGroup, CacheKind, SpanRule
 from sensorium.messages import EngineRequest, MediaItem, NewRequest, ScheduledChunk
 from sensorium.sampling_params import SamplingParams
 from sensorium.spans import Span
@@ -63,6 +64,32 @@ def test_rows_have_the_adapter_of_their_request() -> None:
     batch.add(NewRequest(request("d", [4])))
     batch.append_blocks(chunk("d", 0, 1, (4,)))
     assert batch.gather([chunk("d", 0, 1)]).adapter_ids is None, "a slot doesn't keep its last request's adapter"
+
+
+def test_rows_know_the_span_that_they_see_both_ways_in_each_group() -> None:
+    """A window of 3 may bound what a span adds, or a group may not look at spans at all."""
+    kinds = [(CacheKind.FULL, None, SpanRule.SEEN), (CacheKind.WINDOW, 3, SpanRule.WITHIN_REACH)]
+    kinds += [(CacheKind.WINDOW, 3, SpanRule.SEEN), (CacheKind.CHUNK, 4, SpanRule.WITHIN_REACH)]
+    kinds += [(CacheKind.FULL, None, SpanRule.IGNORED)]
+    groups = [CacheGroup(kind, 16, 4, reach, spans=rule) for kind, reach, rule in kinds]
+    batch = InputBatch(4, 64, groups, uses_mrope=False)
+    batch.add(NewRequest(request("a", [1] * 9, two_way_spans=((2, 7),)), output_token_ids=(14,)))
+    batch.add(NewRequest(request("b", [2] * 4)))
+    for each in ("a", "b"):
+        batch.append_blocks(ScheduledChunk(each, 0, 1, ((1, 2, 3),) * 5, is_last=False))
+
+    spans = batch.gather([chunk("b", 3, 1), chunk("a", 1, 7)]).row_spans
+
+    assert spans is not None
+    seen, within, beyond, chunked, ignored = spans.tolist()
+    assert seen == beyond == [[0, 0, 2, 2, 2, 2, 2, 0], [0, 0, 7, 7, 7, 7, 7, 0]]
+    assert within[0][2:7] == [2, 2, 2, 3, 4]
+    assert chunked[0][2:7] == [2, 2, 4, 4, 4]
+    assert within[1] == chunked[1] == seen[1]
+    assert not any(map(any, ignored))
+    assert batch.gather([chunk("b", 3, 1), chunk("a", 7, 2)]).row_spans is None, "no row is in a span"
+    assert not batch.is_all_decodes(batch.gather([chunk("a", 6, 1)])), "a span's last row is no decode"
+    assert batch.is_all_decodes(batch.gather([chunk("a", 9, 1)]))
 
 
 def test_a_freed_slot_is_given_to_the_next_request_without_its_past() -> None:

@@ -7,7 +7,7 @@ counts. No torch at import.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, TypeVar, runtime_checkable
 
 from sensorium.errors import ModelError
@@ -32,6 +32,7 @@ __all__ = [
     "SupportsMultiModal",
     "SupportsPP",
     "SupportsTranscription",
+    "SupportsTwoWaySpans",
     "check_supports_multimodal",
     "find_override",
     "has_inner_state",
@@ -42,6 +43,7 @@ __all__ = [
     "supports_lora",
     "supports_multimodal",
     "supports_pp",
+    "two_way_spans_of",
 ]
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -156,6 +158,38 @@ class SupportsTranscription(Protocol):
     def get_transcription_style(cls, model_config: ModelConfig) -> TranscriptionStyle:
         """How it is asked and how it answers. Called once, in the front process."""
         ...
+
+
+@runtime_checkable
+class SupportsTwoWaySpans(Protocol):
+    """A model in which some positions of a prompt see later ones too: those of a picture, or the whole prompt.
+
+    No chunk ends inside such a span, and attention gets them as `AttentionMetadata.row_spans`; what a layer makes of
+    them says its `Attention(..., spans=...)`.
+    """
+
+    @classmethod
+    def get_two_way_spans(cls, model_config: ModelConfig) -> Collection[str]:
+        """Modalities whose rows see one another both ways, run by run of rows that follow each other; or
+        `sensorium.spans.WHOLE_PROMPT`. Called once, at load."""
+        ...
+
+
+def two_way_spans_of(model: object, model_config: ModelConfig) -> frozenset[str]:
+    """What a model, or its class, says as `SupportsTwoWaySpans`; nothing if it doesn't.
+
+    Raises `ModelError` (a `TypeError`) if it says something else.
+    """
+    model_class = model if isinstance(model, type) else type(model)
+    if not issubclass(model_class, SupportsTwoWaySpans):
+        return frozenset()
+    named = model_class.get_two_way_spans(model_config)
+    if isinstance(named, str) or not all(isinstance(each, str) for each in named):
+        raise ModelError(
+            f"get_two_way_spans of {model_class.__name__}: got {named!r}, expected a collection of names. Return those "
+            "of modalities, such as ['image'], or ['prompt'] for all of a prompt."
+        )
+    return frozenset(named)
 
 
 def _has_flag(model: object, flag: str) -> bool:
