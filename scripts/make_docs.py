@@ -95,6 +95,8 @@ def takes(field_type: FieldType) -> str:
     if origin is not None:
         (*_, inner) = [each for each in typing.get_args(field_type.kind) if each is not ...]
         if issubclass(origin, Mapping):
+            if field_type_of(inner).kind is str:
+                return "names and texts, `name=text`"
             return "JSON object" if inner is Any else f"JSON object of values: {takes(field_type_of(inner))}"
         assert issubclass(origin, Sequence)
         return f"{takes(field_type_of(inner))}, may be repeated"

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from sensorium.engine.llm_engine import LLMEngine
     from sensorium.entrypoints.llm import LLM
     from sensorium.entrypoints.verification.run import verify
+    from sensorium.lora import LoRARequest
     from sensorium.model_executor.models.registry import ModelRegistry
     from sensorium.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
     from sensorium.sampling_params import SamplingParams
@@ -32,6 +33,7 @@ _HOMES = {
     "LLMEngine": "sensorium.engine.llm_engine",
     "AsyncLLMEngine": "sensorium.engine.async_llm_engine",
     "EngineArgs": "sensorium.engine.args",
+    "LoRARequest": "sensorium.lora",
     "ModelRegistry": "sensorium.model_executor.models.registry",
     "SamplingParams": "sensorium.sampling_params",
     "StructuredOutputs": "sensorium.structured_outputs",
@@ -47,6 +49,7 @@ __all__ = [
     "CompletionOutput",
     "EngineArgs",
     "LLMEngine",
+    "LoRARequest",
     "ModelRegistry",
     "PoolingRequestOutput",
     "RequestOutput",

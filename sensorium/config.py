@@ -12,12 +12,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, Annotated, Any, Literal, TypeAlias, get_args
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.errors import ConfigError
 from sensorium.sampling_defaults import SamplingDefaults
-from sensorium.settings import MAX_BYTES, Bounds, check_setting, check_settings
+from sensorium.settings import MAX_BYTES, Bounds, FileName, check_setting, check_settings
 
 if TYPE_CHECKING:
     import torch
@@ -63,6 +63,9 @@ WaitingBound: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
 NumRanks: TypeAlias = Annotated[int, Bounds(1, 1024)]
 StepsInFlight: TypeAlias = Annotated[int, Bounds(1, 16)]
 Limits: TypeAlias = Mapping[str, Amount]
+DEFAULT_LORA_RANK = 16
+"""`max_lora_rank`, unless set."""
+FilePath: TypeAlias = Annotated[str, FileName()]
 
 
 @dataclass(frozen=True, slots=True)
@@ -263,13 +266,15 @@ class LoadConfig:
 
 @dataclass(frozen=True, slots=True)
 class LoRAConfig:
-    """Bounds of the low-rank adapters that requests may choose among."""
+    """The low-rank adapters that requests may choose among, and their bounds."""
 
-    max_lora_rank: Count = 16
-    max_loras: Count = 1
-    """Adapters that rows of one step may have."""
-    lora_dtype: Dtype | None = None
-    """The type of adapters' weights; None: the model's."""
+    modules: Mapping[str, FilePath] = field(default_factory=dict)
+    """The folder of each adapter, by its name. Their places, counted from 1, are `EngineRequest.adapter_id`."""
+    max_lora_rank: Count = DEFAULT_LORA_RANK
+    max_loras: Count | None = None
+    """Adapters that requests running at once may have; None: all of them."""
+    lora_extra_vocab_size: ClassVar[int] = 0
+    """Rows that adapters add to the vocabulary: none. Classes written for V0 read it."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -305,7 +310,7 @@ class EngineConfig:
     quant_config: QuantizationConfig | None = None
     """How layers hold their weights; None: in the model's dtype."""
     lora_config: LoRAConfig | None = None
-    """Bounds of adapters; None: none are served."""
+    """Adapters that lie over the model; None: none are served."""
     engine_args: EngineArgs | None = None
     """The settings that this was resolved from, for other processes to resolve them again; None: made by hand."""
 

@@ -233,6 +233,8 @@ class LoadReport:
     """What the weights are stored as, if not all in the model's dtype."""
     steps: str = ""
     """How steps are given to the device, if there is a choice."""
+    adapters: str = ""
+    """Which adapters requests may choose, if any."""
     sampling: str = ""
     """Sampling values of requests that leave them out, if the checkpoint has any."""
     kernels: str = ""
@@ -259,6 +261,7 @@ class LoadReport:
             f"{self.model}: tier {features.tier}",
             *([f"weights: {self.weights}"] if self.weights else []),
             *([f"steps: {self.steps}"] if self.steps else []),
+            *([f"adapters: {self.adapters}"] if self.adapters else []),
             *([f"kernels: {self.kernels}"] if self.kernels else []),
             *([f"sampling defaults of the checkpoint: {self.sampling}"] if self.sampling else []),
             *([f"processors: {self.processors}"] if self.processors else []),

@@ -45,6 +45,7 @@ LEAVES = (
     "structured_outputs",
     "outputs",
     "plugins",
+    "lora",
     "checkpoint",
     "sequence",
     "settings",

@@ -83,6 +83,15 @@ class EngineArgs:
     trusts that they fit."""
     hf_overrides: Mapping[str, Any] = field(default_factory=dict)
     """Values that replace those of the checkpoint's config."""
+    enable_lora: bool = False
+    """Serve the adapters that `lora_modules` names beside the model."""
+    lora_modules: Mapping[str, Name] = field(default_factory=dict)
+    """Low-rank adapters that requests may choose by name: for each its folder, as PEFT saved it, or its name on the
+    hub."""
+    max_loras: Count | None = None
+    """Adapters that requests running at once may have; all by default."""
+    max_lora_rank: Count | None = None
+    """Largest rank that an adapter may have; 16 by default."""
     plugins: tuple[Name, ...] = field(default=(), metadata={"flag": "plugin"})
     """A Python file, or a module, that registers models; imported by every process of the engine. May be repeated."""
 

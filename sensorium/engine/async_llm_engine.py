@@ -47,6 +47,7 @@ from sensorium.inputs.tokenizer import get_tokenizer
 from sensorium.inputs.warm_up import warm_up
 from sensorium.ipc.codec import EncodedMessage, encode, encode_request
 from sensorium.logger import DEFAULT_LOG, LogSettings, get_logger
+from sensorium.lora import LoRARequest
 from sensorium.media import MediaLease, MediaLoader
 from sensorium.messages import LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -248,6 +249,7 @@ class AsyncLLMEngine:
         cache_salt: str | None = None,
         tenant: str = "",
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRARequest | str | None = None,
     ) -> AsyncIterator[RequestOutput]:
         """Generate for one prompt; yields outputs, the last of which is `finished`.
 
@@ -262,6 +264,7 @@ class AsyncLLMEngine:
             cache_salt: Only requests with the same salt share caches.
             tenant: Who sent it: waiting tenants share the slots evenly.
             mm_processor_kwargs: For the model's input processor and mappers.
+            lora_request: The adapter to answer with, or its name; the model alone if not given.
 
         Raises:
             RequestError: The prompt, its media or the parameters are wrong, or the engine has too much to do.
@@ -279,6 +282,7 @@ class AsyncLLMEngine:
             cache_salt=cache_salt,
             tenant=tenant,
             mm_processor_kwargs=mm_processor_kwargs,
+            lora_request=lora_request,
         )
         stream = self._open(name, kind, tenant)
         try:
@@ -303,6 +307,7 @@ class AsyncLLMEngine:
         priority: int = 0,
         cache_salt: str | None = None,
         tenant: str = "",
+        lora_request: LoRARequest | str | None = None,
     ) -> PoolingRequestOutput:
         """Pool one prompt into a vector `(hidden_size,)`.
 
@@ -320,6 +325,7 @@ class AsyncLLMEngine:
             cache_salt=cache_salt,
             tenant=tenant,
             pooling=True,
+            lora_request=lora_request,
         )
         stream = self._open(name, OutputKind.FINAL_ONLY, tenant)
         try:

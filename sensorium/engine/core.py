@@ -53,6 +53,7 @@ class EngineCore:
             self.report.features,
             cache_groups=self.report.cache_groups,
             max_model_len=self.config.model_config.max_model_len,
+            max_loras=None if config.lora_config is None else config.lora_config.max_loras,
         )
         self._max_in_flight = self.config.scheduler_config.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, PendingStep]] = deque()

@@ -20,6 +20,7 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.preprocess import InputPreprocessor, ProcessedRequest
 from sensorium.inputs.tokenizer import get_tokenizer
+from sensorium.lora import LoRARequest
 from sensorium.media import MediaLoader
 from sensorium.messages import EngineOutput, LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -65,6 +66,7 @@ class LLMEngine:
         arrival_time_s: float | None = None,
         cache_salt: str | None = None,
         pooling: bool = False,
+        lora_request: LoRARequest | str | None = None,
     ) -> ProcessedRequest:
         """Tokenize a prompt, process its media, admit it. Safe in any thread; nothing is queued yet.
 
@@ -79,6 +81,7 @@ class LLMEngine:
             arrival_time_s=time.monotonic() if arrival_time_s is None else arrival_time_s,
             cache_salt=cache_salt,
             pooling=pooling,
+            lora_request=lora_request,
         )
 
     def add_processed(self, processed: ProcessedRequest, kind: OutputKind = OutputKind.CUMULATIVE) -> None:
@@ -110,6 +113,7 @@ class LLMEngine:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_request: LoRARequest | str | None = None,
     ) -> None:
         """Process and queue one prompt.
 
@@ -121,6 +125,7 @@ class LLMEngine:
             arrival_time: Monotonic seconds; now if not given.
             priority: Lower goes first under the priority policy.
             cache_salt: Only requests with the same salt share caches.
+            lora_request: The adapter to answer with, or its name; the model alone if not given.
 
         Raises:
             RequestError: See `preprocess` and `add_processed`.
@@ -128,7 +133,11 @@ class LLMEngine:
         if self.outputs.has_request(request_id):
             raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
         processed = self.preprocess(
-            request_id, prompt, params, priority=priority, arrival_time_s=arrival_time, cache_salt=cache_salt
+            *(request_id, prompt, params),
+            priority=priority,
+            arrival_time_s=arrival_time,
+            cache_salt=cache_salt,
+            lora_request=lora_request,
         )
         self.add_processed(processed)
 

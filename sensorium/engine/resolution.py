@@ -12,10 +12,12 @@ from typing import Any
 from sensorium.chat.template import check_template, read_template
 from sensorium.checkpoint import check_tokenizer_names, read_json
 from sensorium.config import (
+    DEFAULT_LORA_RANK,
     CacheConfig,
     DeviceConfig,
     EngineConfig,
     LoadConfig,
+    LoRAConfig,
     ModelConfig,
     MultiModalConfig,
     ParallelConfig,
@@ -35,6 +37,7 @@ from sensorium.engine.hf_config import (
 from sensorium.engine.loading import LOADING
 from sensorium.errors import ConfigError
 from sensorium.logger import get_logger
+from sensorium.lora import read_adapter
 from sensorium.plugins import check_plugins, load_general_plugins, load_plugins
 from sensorium.sampling_defaults import FILE_NAME, read_defaults, read_end_ids
 from sensorium.settings import wrong_setting
@@ -67,6 +70,10 @@ def check_files(args: EngineArgs) -> None:
     if args.chat_template is not None:
         check_template(read_template(args.chat_template))
     check_plugins(args.plugins)
+    for name, path in args.lora_modules.items():
+        folder = local_path(_adapter_setting(name), path)
+        if folder is not None:
+            read_adapter(name, folder, _max_lora_rank(args))
 
 
 def resolve(args: EngineArgs) -> EngineConfig:
@@ -117,6 +124,7 @@ def _resolve(args: EngineArgs) -> EngineConfig:
     path = resolve_model_path(args.model, args.revision)
     checkpoint = load_hf_config(path, args.trust_remote_code, args.code_revision, args.hf_overrides)
     quant_config = resolve_quantization(args.quantization, checkpoint.hf_config, device_type)
+    lora_config = _lora_config(args)
     return EngineConfig(
         model_config=_model_config(args, path, checkpoint),
         cache_config=cache,
@@ -130,6 +138,7 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         load_config=LoadConfig(load_format=args.load_format),
         parallel_config=parallel,
         quant_config=quant_config,
+        lora_config=lora_config,
         engine_args=args,
     )
 
@@ -141,6 +150,25 @@ def _parallel_config(args: EngineArgs, device: str) -> ParallelConfig:
             "on CPUs only; leave tensor_parallel_size out, or set device to 'cpu'."
         )
     return ParallelConfig(tensor_parallel_size=args.tensor_parallel_size)
+
+
+def _lora_config(args: EngineArgs) -> LoRAConfig | None:
+    """The adapters to serve. Raises `ConfigError` for one that can't be."""
+    if not args.enable_lora:
+        return None
+    folders = {name: resolve_model_path(path, None, _adapter_setting(name)) for name, path in args.lora_modules.items()}
+    for name, folder in folders.items():
+        read_adapter(name, folder, _max_lora_rank(args))
+    modules = {name: str(folder) for name, folder in folders.items()}
+    return LoRAConfig(modules, _max_lora_rank(args), args.max_loras)
+
+
+def _adapter_setting(name: str) -> str:
+    return f"lora_modules[{name!r}]"
+
+
+def _max_lora_rank(args: EngineArgs) -> int:
+    return DEFAULT_LORA_RANK if args.max_lora_rank is None else args.max_lora_rank
 
 
 def _num_threads(args: EngineArgs) -> int | None:
@@ -165,6 +193,18 @@ def _check_together(args: EngineArgs) -> None:
         raise ConfigError(
             f"revision: got {args.revision!r} for a directory, expected None. A directory has no revisions; give "
             "the model's name on the hub, or leave revision out."
+        )
+    given = {"lora_modules": dict(args.lora_modules), "max_loras": args.max_loras, "max_lora_rank": args.max_lora_rank}
+    for name, value in given.items():
+        if value and not args.enable_lora:
+            raise ConfigError(
+                f"{name}: got {value!r:.120} without enable_lora, expected none. Set enable_lora (--enable-lora), or "
+                f"leave {name} out."
+            )
+    if args.enable_lora and not args.lora_modules:
+        raise ConfigError(
+            "enable_lora: got true without lora_modules, expected adapters to load with the model. Name them in "
+            "lora_modules (--lora-modules name=folder)."
         )
     for name in ("tokenizer", "chat_template"):
         if args.skip_tokenizer_init and getattr(args, name) is not None:

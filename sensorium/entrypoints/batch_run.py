@@ -17,6 +17,7 @@ from typing import Any, Protocol
 from sensorium.engine.llm_engine import LLMEngine
 from sensorium.errors import RequestError
 from sensorium.inputs.preprocess import ProcessedRequest
+from sensorium.lora import LoRARequest
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
@@ -34,6 +35,7 @@ class Job:
     params: SamplingParams
     priority: int = 0
     pooling: bool = False
+    lora_request: LoRARequest | str | None = None
 
 
 class Progress(Protocol):
@@ -98,7 +100,10 @@ class BatchRun:
         job = self._jobs[index]
         prompt = job.prompt() if callable(job.prompt) else job.prompt
         return self._engine.preprocess(
-            self._request_id(index), prompt, job.params, priority=job.priority, pooling=job.pooling
+            *(self._request_id(index), prompt, job.params),
+            priority=job.priority,
+            pooling=job.pooling,
+            lora_request=job.lora_request,
         )
 
     def _request_id(self, index: int) -> str:

@@ -16,6 +16,7 @@ from sensorium.entrypoints.batch_run import BatchRun, Job, Output
 from sensorium.entrypoints.progress import ProgressBar
 from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError
 from sensorium.inputs.preprocess import ProcessedRequest
+from sensorium.lora import LoRARequest
 from sensorium.media import FetchPolicy, MediaLimits, MediaLoader
 from sensorium.messages import LoadReport
 from sensorium.outputs import PoolingRequestOutput, RequestOutput
@@ -24,6 +25,7 @@ from sensorium.sampling_params import SamplingParams
 from sensorium.settings import unknown_setting
 
 Conversation = Sequence[Mapping[str, Any]]
+LoRAChoice = LoRARequest | str | Sequence[LoRARequest | str | None] | None
 
 
 class LLM:
@@ -85,6 +87,7 @@ class LLM:
         *,
         use_tqdm: bool | None = None,
         priority: Sequence[int] | None = None,
+        lora_request: LoRAChoice = None,
         return_errors: bool = False,
     ) -> list[RequestOutput]:
         """Generate for one prompt or a list of prompts; outputs come in the order of the prompts.
@@ -95,6 +98,7 @@ class LLM:
             sampling_params: One for all, or one per prompt; `get_default_sampling_params()` if not given.
             use_tqdm: Show a progress bar; by default on runs of several prompts in a terminal.
             priority: One per prompt, for the priority policy; lower goes first.
+            lora_request: The adapter, or its name, for all or one per prompt; None: the model alone.
             return_errors: A prompt that can't be served gets an output with `error` set. Otherwise the first such
                 error is raised once the other prompts have finished.
 
@@ -105,7 +109,11 @@ class LLM:
         each = _as_list(prompts)
         params = _per_prompt(sampling_params, len(each), "sampling_params", self.get_default_sampling_params())
         priorities = _per_prompt(priority, len(each), "priority", 0)
-        jobs = [Job(*job) for job in zip(each, params, priorities, strict=True)]
+        adapters = _per_prompt(lora_request, len(each), "lora_request", None)
+        jobs = [
+            Job(prompt, own, own_priority, lora_request=adapter)
+            for prompt, own, own_priority, adapter in zip(each, params, priorities, adapters, strict=True)
+        ]
         return self._run(jobs, use_tqdm, return_errors)
 
     def chat(
@@ -120,6 +128,7 @@ class LLM:
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
         mm_processor_kwargs: Mapping[str, Any] | None = None,
+        lora_request: LoRAChoice = None,
         return_errors: bool = False,
     ) -> list[RequestOutput]:
         """Answer one conversation or a list of conversations in the OpenAI message format.
@@ -138,6 +147,7 @@ class LLM:
                 `answer_parser` takes them apart.
             chat_template_kwargs: More variables for the template.
             mm_processor_kwargs: For the model's input processor and mappers.
+            lora_request: As in `generate`.
             return_errors: As in `generate`.
 
         Raises:
@@ -161,7 +171,11 @@ class LLM:
         if tools:  # marks of calls may be special tokens
             marks = renderer.answer_formats(chat_template=chat_template, has_tools=True).token_ids.values()
             params = [replace(each, visible_special_token_ids=sorted(marks)) for each in params]
-        jobs = [Job(prompt_of(each), own) for each, own in zip(conversations, params, strict=True)]
+        adapters = _per_prompt(lora_request, len(conversations), "lora_request", None)
+        jobs = [
+            Job(prompt_of(each), own, lora_request=adapter)
+            for each, own, adapter in zip(conversations, params, adapters, strict=True)
+        ]
         return self._run(jobs, use_tqdm, return_errors)
 
     def answer_parser(
@@ -204,14 +218,18 @@ class LLM:
         prompt = self._renderer().render(messages, **options)
         return self.engine.preprocess("preview", prompt, sampling_params)
 
-    def encode(self, prompts: Any, *, use_tqdm: bool | None = None) -> list[PoolingRequestOutput]:
-        """Pool one prompt or a list of prompts into vectors `(hidden_size,)`.
+    def encode(
+        self, prompts: Any, *, use_tqdm: bool | None = None, lora_request: LoRAChoice = None
+    ) -> list[PoolingRequestOutput]:
+        """Pool one prompt or a list of prompts into vectors `(hidden_size,)`; `lora_request` as in `generate`.
 
         Raises:
             RequestError: A prompt or its media are wrong.
         """
         params = SamplingParams(max_tokens=1, detokenize=False)
-        jobs = [Job(prompt, params, pooling=True) for prompt in _as_list(prompts)]
+        each = _as_list(prompts)
+        adapters = _per_prompt(lora_request, len(each), "lora_request", None)
+        jobs = [Job(prompt, params, pooling=True, lora_request=own) for prompt, own in zip(each, adapters, strict=True)]
         return self._run(jobs, use_tqdm, return_errors=False)
 
     def shutdown(self) -> None:
@@ -256,7 +274,7 @@ def _as_list(prompts: Any) -> list[Any]:
 def _per_prompt(values: Any, count: int, name: str, default: Any) -> list[Any]:
     if values is None:
         return [default] * count
-    if not isinstance(values, Sequence):
+    if isinstance(values, str) or not isinstance(values, Sequence):
         return [values] * count
     if len(values) != count:
         raise InvalidRequestError(f"{name}: got {len(values)}, expected {count}, one per prompt.")

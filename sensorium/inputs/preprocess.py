@@ -23,6 +23,7 @@ from sensorium.inputs.tokenizer import TextEncoder
 from sensorium.inputs.transcription import transcription_style
 from sensorium.inputs.vocabulary import vocabulary_of
 from sensorium.logger import get_logger
+from sensorium.lora import LoRARequest, adapter_id
 from sensorium.messages import EngineRequest, MediaItem, Vocabulary
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.item_checks import check_span
@@ -100,6 +101,7 @@ class InputPreprocessor:
         self.features = features
         self.encoder = None if tokenizer is None else TextEncoder(tokenizer)
         self._model_config = config.model_config
+        self._adapters: Mapping[str, str] = {} if config.lora_config is None else config.lora_config.modules
         self._vocab_size = config.model_config.vocab_size
         self._uses_mrope = config.model_config.uses_mrope
         sampling = CheckpointSampling(config.model_config)
@@ -132,6 +134,7 @@ class InputPreprocessor:
         tenant: str = "",
         mm_processor_kwargs: Mapping[str, Any] | None = None,
         pooling: bool = False,
+        lora_request: LoRARequest | str | None = None,
     ) -> ProcessedRequest:
         """Check and prepare one request.
 
@@ -139,11 +142,13 @@ class InputPreprocessor:
         `multi_modal_uuids`. `cache_salt`: requests share cached media and blocks only with the same salt.
         `tenant`: who sends it, for the scheduler.
         `mm_processor_kwargs`: used where the prompt has none of the same name.
+        `lora_request`: the adapter, or its name; none for the model alone.
 
         Raises:
             RequestError: Something about the request is wrong; the message is for its caller.
             ModelError: The model's input processor or mapper breaks its rules.
         """
+        own_adapter = adapter_id(self._adapters, lora_request)
         try:
             parsed = parse_prompt(prompt)
             kwargs = {**(mm_processor_kwargs or {}), **parsed.mm_processor_kwargs}
@@ -168,6 +173,7 @@ class InputPreprocessor:
             cache_salt=cache_salt,
             tenant=tenant,
             pooling=pooling,
+            adapter_id=own_adapter,
         )
         counts: dict[str, tuple[int, ...]] = {}
         for item in prepared.items:

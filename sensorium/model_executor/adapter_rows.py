@@ -10,36 +10,78 @@ items are shared across adapters, and blocks are not (`scheduler.block_hash.root
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 
 import torch
 
-_current: ContextVar[torch.Tensor | None] = ContextVar("adapter_ids_of_rows", default=None)
+
+class AdapterRows:
+    """The adapters of a pass's rows.
+
+    Args:
+        ids: `(num_rows,)` int64: each row's adapter, 0 for the base model.
+        present: The adapters among them, and maybe others: the host must not ask a device for them.
+    """
+
+    def __init__(self, ids: torch.Tensor, present: Sequence[int]) -> None:
+        self.ids = ids
+        self.present = tuple(present)
+        self._others: dict[int, torch.Tensor] = {}
+
+    def others(self, adapter_id: int) -> torch.Tensor:
+        """`(num_rows, 1)`: which rows are not this adapter's."""
+        if adapter_id not in self._others:
+            self._others[adapter_id] = (self.ids != adapter_id).unsqueeze(1)
+        return self._others[adapter_id]
+
+    def of(self, ids: torch.Tensor) -> AdapterRows:
+        """The same for some of the rows, whose ids these are."""
+        return AdapterRows(ids, self.present)
 
 
-def current_adapter_ids() -> torch.Tensor | None:
-    """`(num_rows,)` int64: each row's adapter, 0 for the base model; None where all rows are the base model's."""
+_current: ContextVar[AdapterRows | None] = ContextVar("adapter_rows", default=None)
+
+
+def current_adapters() -> AdapterRows | None:
+    """The adapters of the rows; None where all rows are the base model's."""
     return _current.get()
 
 
 @contextmanager
-def adapter_ids_of_rows(adapter_ids: torch.Tensor | None) -> Iterator[None]:
-    """Within it, the rows that go through layers have these adapters."""
-    token = _current.set(adapter_ids)
-    try:
+def adapter_ids_of_rows(adapter_ids: torch.Tensor | None, present: Sequence[int] | None = None) -> Iterator[None]:
+    """Within it, the rows that go through layers have these adapters. `present`: see `AdapterRows`; found out if not
+    given."""
+    if adapter_ids is not None and present is None:
+        present = sorted({*adapter_ids.tolist()} - {0})
+    with _adapters(None if adapter_ids is None else AdapterRows(adapter_ids, present or ())):
         yield
-    finally:
-        _current.reset(token)
+
+
+@contextmanager
+def adapters_of_selected(rows: torch.Tensor) -> Iterator[None]:
+    """Within it, only these of the rows, by their indices `(num_selected,)`, go through layers."""
+    current = _current.get()
+    with _adapters(None if current is None else current.of(current.ids.index_select(0, rows))):
+        yield
 
 
 def split_rows(x: torch.Tensor, size: int) -> Iterator[torch.Tensor]:
     """`torch.split(x, size)`; while a piece is in use, the rows that go through layers are its own."""
-    adapter_ids = _current.get()
-    if adapter_ids is None:
+    current = _current.get()
+    if current is None:
         yield from torch.split(x, size)
         return
-    for piece, ids in zip(torch.split(x, size), torch.split(adapter_ids, size), strict=True):
-        with adapter_ids_of_rows(ids):
+    for piece, ids in zip(torch.split(x, size), torch.split(current.ids, size), strict=True):
+        with _adapters(current.of(ids)):
             yield piece
+
+
+@contextmanager
+def _adapters(rows: AdapterRows | None) -> Iterator[None]:
+    token = _current.set(rows)
+    try:
+        yield
+    finally:
+        _current.reset(token)

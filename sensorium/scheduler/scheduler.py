@@ -38,6 +38,7 @@ class Scheduler:
         cache_groups: What the worker keeps of requests, and has room for.
         max_model_len: Most tokens of prompt and output together.
         pacer: Costs of steps; measured from scratch unless given.
+        max_loras: Adapters that running requests may have; None: any number.
     """
 
     def __init__(
@@ -49,6 +50,7 @@ class Scheduler:
         cache_groups: Sequence[CacheGroup],
         max_model_len: int,
         pacer: Pacer | None = None,
+        max_loras: int | None = None,
     ) -> None:
         self._config = scheduler_config
         self._groups = tuple(cache_groups)
@@ -74,7 +76,9 @@ class Scheduler:
             enable_chunked_prefill=is_chunked,
             snapshot_block_size=self._kv_cache.block_size if self._kv_cache.makes_snapshots else None,
         )
-        self._planner = StepPlanner(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters)
+        self._planner = StepPlanner(
+            *(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters), max_loras
+        )
         self._results = StepResults(self._table, self._kv_cache, self._encoder_cache)
         self._in_flight: deque[StepPlan] = deque()
 

@@ -44,7 +44,9 @@ class StepPlanner:
         chunks: ChunkPlanner,
         pacer: Pacer,
         counters: Counters,
+        max_loras: int | None = None,
     ) -> None:
+        self._max_loras = max_loras
         self._max_num_tokens = config.max_num_batched_tokens
         self._max_num_rows = config.max_num_encoder_rows
         self._max_num_running = config.max_num_seqs
@@ -163,7 +165,7 @@ class StepPlanner:
 
     def _consider(self, request: RequestState, plan: StepPlan) -> _Admission:
         """Let a request in if there is a slot, memory for all its known tokens, and room for a chunk in this step."""
-        if not self._has_slot(request):
+        if not self._has_slot(request) or not self._adapter_fits(request):
             plan.is_admission_closed = True
             return _Admission.REFUSED
         hit = self._find_prefix(request)
@@ -180,6 +182,14 @@ class StepPlanner:
         """Whether there is a slot, or one that the request's priority gets it."""
         running = self._table.running
         return len(running) < self._max_num_running or may_displace(request, running[-1])
+
+    def _adapter_fits(self, request: RequestState) -> bool:
+        """Whether the request's adapter may run beside those of running requests. It waits until enough have ended."""
+        own = request.message.adapter_id
+        if self._max_loras is None or own == 0:
+            return True
+        running = {each.message.adapter_id for each in self._table.running} - {0}
+        return own in running or len(running) < self._max_loras
 
     def _find_prefix(self, request: RequestState) -> PrefixHit:
         """The longest prefix that is there and ends where a chunk may begin."""

@@ -76,6 +76,11 @@ class StepArrays:
     """`(num_tables, 2, num_tokens)`: the span that each row sees both ways in each group with blocks, see
     `AttentionMetadata.row_spans`; None where no row is in one."""
 
+    @property
+    def adapters(self) -> tuple[int, ...]:
+        """The adapters that some row has."""
+        return () if self.adapter_ids is None else tuple(np.unique(self.adapter_ids[self.adapter_ids != 0]).tolist())
+
 
 def num_tables(groups: Sequence[CacheGroup]) -> int:
     """Block tables that a request has; one that means nothing where no group has blocks."""

@@ -354,7 +354,7 @@ class ModelRunner:
             hidden = hidden[tensors.sampled_rows]
         metadata = SamplingMetadata(len(sampling), state=self._sampling, slots=sampled_slots)
         adapter_ids = None if tensors.adapter_ids is None else tensors.adapter_ids[tensors.sampled_rows]
-        with adapter_ids_of_rows(adapter_ids):
+        with adapter_ids_of_rows(adapter_ids, arrays.adapters):
             logits = self._model.compute_logits(hidden, metadata)
         states = self._batch.states([chunks[i] for i in sampling])
         rows = self._sample(states, sampled_slots, arrays.seq_lens[sampling].astype(np.int64), logits, pending.masks)
@@ -443,7 +443,7 @@ class ModelRunner:
             metadata = SamplingMetadata(len(targets))
             adapter_id = request.adapter_id
             ids = torch.full((len(followed),), adapter_id, device=self._device) if adapter_id else None
-            with adapter_ids_of_rows(ids):
+            with adapter_ids_of_rows(ids, (adapter_id,)):
                 logits = self._model.compute_logits(followed, metadata)
             pending.prompt_logprobs[chunk.request_id] = PromptLogprobs(logits, targets, top)
 

@@ -142,7 +142,7 @@ class PassRunner:
         if graph is None:
             tensors = self._buffers.upload(fields)
             inputs = self._inputs(chunks, arrays, tensors, pieces)
-            with adapter_ids_of_rows(tensors.adapter_ids):
+            with adapter_ids_of_rows(tensors.adapter_ids, arrays.adapters):
                 return _hidden_states(self._driver.forward(inputs)), tensors
         assert self.trunks is not None
         tensors = self.trunks.upload(graph, fields)

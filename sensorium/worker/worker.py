@@ -19,10 +19,13 @@ from sensorium.kernels import native_refusal
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, SchedulerOutput
 from sensorium.model_executor.drivers import ModelDriver, TextDriver
+from sensorium.model_executor.lora.loader import LoadedAdapters
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
 from sensorium.multimodal.hf_processors import describe_backend
+from sensorium.worker.adapters import lay_adapters, try_adapters
+from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.kv_cache import CacheLayout
 from sensorium.worker.memory import MemoryPlan, plan_memory, tensor_bytes
@@ -78,6 +81,10 @@ class Worker:
                 f"{type(self._model).__name__}: got dummy encoder data, expected a model without cross-attention. "
                 "Models with an encoder sequence of their own are not served yet."
             )
+        adapters = LoadedAdapters({})
+        if config.lora_config is not None:
+            with self._stage("load adapters"):
+                adapters = lay_adapters(self._model, config)
         features = None
         if isinstance(self._model, TransformersForCausalLM):
             with self._stage("choose tier"):
@@ -97,6 +104,7 @@ class Worker:
                 self._driver, features = probe_model(self._model, config, layout, self._device)
             else:
                 self._driver = TextDriver(self._model)
+        try_adapters(*(adapters, config, self._model, self._driver, DummySteps(config, layout, self._device), features))
         capture = self._graph_capture()
         with self._stage("allocate"):
             memory = plan_memory(
@@ -118,7 +126,7 @@ class Worker:
         if capture is not None:
             with self._stage("record"):
                 self._runner.passes.prepare()
-        return self._report(features, groups, memory)
+        return self._report(features, groups, memory, adapters)
 
     def _graph_capture(self) -> GraphCapture | None:
         """What records passes on this device; None: every pass runs call by call."""
@@ -126,18 +134,26 @@ class Worker:
             return None
         return CudaGraphCapture()
 
-    def _report(self, features: ModelFeatures, groups: tuple[CacheGroup, ...], memory: MemoryPlan) -> LoadReport:
+    def _report(
+        self, features: ModelFeatures, groups: tuple[CacheGroup, ...], memory: MemoryPlan, adapters: LoadedAdapters
+    ) -> LoadReport:
         model_config = self._config.model_config
         kv_bytes = sum(group.num_bytes for group in groups)
         return LoadReport(
             features=features,
             cache_groups=groups,
-            memory_bytes={"weights": tensor_bytes(self.model), "KV cache": kv_bytes, **memory.parts()},
+            memory_bytes={
+                "weights": tensor_bytes(self.model),
+                **({"adapters": adapters.num_bytes} if adapters.methods else {}),
+                "KV cache": kv_bytes,
+                **memory.parts(),
+            },
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}{self._ranks()}",
             weights=weights_line(self.model, self._config.quant_config),
             processors=describe_backend(model_config) if model_config.is_multimodal_model else "",
             steps=self._steps_line(),
+            adapters=self._adapters_line(),
             sampling=model_config.sampling_defaults.line(),
             kernels=_kernels_line(self._device),
         )
@@ -155,6 +171,14 @@ class Worker:
         if refusals := self.runner.passes.refusals:
             return f"{in_flight}, call by call, because passes can't be recorded: {refusals[0]}"
         return f"{in_flight}, decodes and short mixed passes as CUDA graphs"
+
+    def _adapters_line(self) -> str:
+        lora = self._config.lora_config
+        if lora is None:
+            return ""
+        alone = "" if self.runner.passes.decodes is None else "; passes with rows of one run call by call"
+        most = "" if lora.max_loras is None else f", at most {lora.max_loras} at once"
+        return f"{', '.join(lora.modules)}{most}{alone}"
 
     @contextmanager
     def _stage(self, name: str) -> Iterator[None]:

@@ -20,7 +20,7 @@ from sensorium.errors import ConfigError
 from sensorium.ipc.codec import decode_request, encode_request
 from sensorium.kernels import native_refusal
 from sensorium.messages import EngineRequest
-from sensorium.model_executor.adapter_rows import adapter_ids_of_rows, current_adapter_ids, split_rows
+from sensorium.model_executor.adapter_rows import adapter_ids_of_rows, current_adapters, split_rows
 from sensorium.model_executor.layers import decoder
 from sensorium.model_executor.layers.linear import MergedColumnParallelLinear, ReplicatedLinear
 from sensorium.model_executor.layers.logits_processor import LogitsProcessor
@@ -55,9 +55,10 @@ class ToyAdapters(LinearMethod):
 
     def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         out = self.inner.apply(layer, x, bias)
-        adapter_ids = current_adapter_ids()
-        if adapter_ids is None:
+        adapters = current_adapters()
+        if adapters is None:
             return out
+        adapter_ids = adapters.ids
         assert adapter_ids.shape == x.shape[:1], f"{layer.prefix}: {len(x)} rows, {len(adapter_ids)} adapters"
         rows = zip(out, x, adapter_ids.tolist(), strict=True)
         return torch.stack([row + self.delta(layer, given, adapter_id) for row, given, adapter_id in rows])
@@ -100,7 +101,7 @@ def test_rows_of_many_adapters_equal_each_alone(make: Callable[..., Any], config
             torch.testing.assert_close(multiply(x[i : i + 1])[0], together[i])
     changed = (together != base).any(-1)
     assert changed.tolist() == [False, True, True, True, False, True]
-    assert current_adapter_ids() is None
+    assert current_adapters() is None
 
 
 def test_who_takes_a_part_of_the_rows_takes_their_adapters_along(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -127,7 +128,7 @@ def test_who_takes_a_part_of_the_rows_takes_their_adapters_along(monkeypatch: py
 
 def test_pieces_without_adapters_are_plain_pieces() -> None:
     assert [len(piece) for piece in split_rows(torch.zeros(5, 2), 2)] == [2, 2, 1]
-    assert current_adapter_ids() is None
+    assert current_adapters() is None
 
 
 def test_bounds_of_adapters_are_checked() -> None:

@@ -3,6 +3,7 @@
 max_model_len: int | None = None          -->   --max-model-len INT
 enable_prefix_caching: bool = True        -->   --enable-prefix-caching, --no-enable-prefix-caching
 limit_mm_per_prompt: Mapping[str, int]    -->   --limit-mm-per-prompt '{"image": 4}'
+lora_modules: Mapping[str, str]           -->   --lora-modules sql=FOLDER chat=FOLDER, or a JSON object
 api_key: tuple[str, ...]                  -->   --api-key A --api-key B
 scheduling_policy: Literal["fcfs", ...]   -->   --scheduling-policy {fcfs,priority}
 plugins, with a metadata "flag"           -->   --plugin A --plugin B, where a flag takes one of several
@@ -186,6 +187,8 @@ def _argument(hint: Any) -> dict[str, Any]:
     if hint is bool:
         return {"action": argparse.BooleanOptionalAction}
     if origin is not None and issubclass(origin, Mapping):
+        if field_type_of(typing.get_args(hint)[1]).kind is str:
+            return {"type": _named_texts, "action": _Merge, "nargs": "+", "metavar": "NAME=TEXT"}
         return {"type": _json_object, "metavar": "JSON"}
     if origin is not None and issubclass(origin, Sequence):
         return {"action": "append", **_argument(typing.get_args(hint)[0])}
@@ -204,6 +207,31 @@ def _as_argument(kind: type[Parsed]) -> Callable[[str], Parsed]:
             raise argparse.ArgumentTypeError(str(error)) from error
 
     return parse
+
+
+class _Merge(argparse.Action):
+    """Puts several mappings together, of one flag or of a repeated one."""
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        merged = dict(getattr(namespace, self.dest, {}))
+        for each in values:
+            for name, value in each.items():
+                if name in merged:
+                    parser.error(f"argument {option}: got {name!r} twice, expected each name once")
+                merged[name] = value
+        setattr(namespace, self.dest, merged)
+
+
+def _named_texts(text: str) -> dict[str, Any]:
+    """`name=text`, or a JSON object of several."""
+    if text.lstrip().startswith("{"):
+        return _json_object(text)
+    name, equals, value = text.partition("=")
+    if not (name and equals and value):
+        raise argparse.ArgumentTypeError(f"got {text!r}, expected NAME=TEXT or a JSON object")
+    return {name: value}
 
 
 def _json_object(text: str) -> dict[str, Any]:

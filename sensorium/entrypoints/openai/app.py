@@ -110,7 +110,7 @@ class PlainRoutes:
 
     async def models(self, request: Request) -> Response:
         """`GET /v1/models`."""
-        return JsonResponse({"object": "list", "data": [self._model(name) for name in self._context.model_names]})
+        return JsonResponse({"object": "list", "data": [self._model(name) for name in self._context.all_names]})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/<name>`."""
@@ -174,6 +174,7 @@ class PlainRoutes:
             "owned_by": "sensorium",
             "max_model_len": self._context.engine.config.model_config.max_model_len,
             "limit_mm_per_prompt": self._media_limits(),
+            "parent": None if self._context.adapter_of(name) is None else self._context.model_names[0],
         }
 
     def _media_limits(self) -> dict[str, int]:

@@ -74,6 +74,7 @@ class ChatRoutes:
             prompt,
             turn.plan.params(turn.params, body.constraint_field()),
             kind,
+            model=body.model,
             priority=body.priority,
             cache_salt=body.cache_salt,
             in_own_terms=lambda error: body.in_own_terms(turn.plan.blame(error)),

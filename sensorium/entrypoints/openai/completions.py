@@ -53,7 +53,7 @@ class CompletionRoutes:
         """`POST /v1/embeddings`."""
         body = await read_body(request, EmbeddingBody)
         name, prompts = self._context.check_model(body.model), body.prompts()
-        outputs = await while_connected(request, self._pool(request, prompts))
+        outputs = await while_connected(request, self._pool(request, prompts, body.model))
         _check_dimensions(body.dimensions, outputs)
         num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
         data = [
@@ -63,14 +63,14 @@ class CompletionRoutes:
         usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
         return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
 
-    async def _pool(self, request: Request, prompts: list[Any]) -> list[PoolingRequestOutput]:
+    async def _pool(self, request: Request, prompts: list[Any], model: str | None) -> list[PoolingRequestOutput]:
         """All vectors in order. At most as many texts are in flight as a step may have: a body may have thousands."""
         self._context.check_accepts(request)
         places = asyncio.Semaphore(self._context.engine.config.scheduler_config.max_num_seqs)
 
         async def pool(prompt: Any) -> PoolingRequestOutput:
             async with places:
-                return await self._context.encode(request, prompt)
+                return await self._context.encode(request, prompt, model)
 
         tasks = [asyncio.ensure_future(pool(prompt)) for prompt in prompts]
         try:
@@ -92,6 +92,7 @@ class CompletionRoutes:
                     _prompt(prompt, body) | kwargs,
                     params,
                     kind,
+                    model=body.model,
                     priority=body.priority,
                     cache_salt=body.cache_salt,
                     in_own_terms=body.in_own_terms,

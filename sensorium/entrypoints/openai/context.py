@@ -36,6 +36,8 @@ class ServerContext:
     """Answers have the first."""
     metrics: ServerMetrics
     media_loader: MediaLoader
+    adapter_names: tuple[str, ...] = ()
+    """Adapters, which requests name as they name a model."""
     allow_mm_processor_kwargs: bool = False
     strict_reasoning_effort: bool = False
     share_caches: bool = False
@@ -45,20 +47,29 @@ class ServerContext:
     created_s: int = field(default_factory=lambda: int(time.time()))
 
     @property
+    def all_names(self) -> tuple[str, ...]:
+        """What requests may give as their model."""
+        return self.model_names + self.adapter_names
+
+    @property
     def sampling_defaults(self) -> SamplingDefaults:
         """Sampling values of requests that leave them out."""
         return self.engine.config.model_config.sampling_defaults
 
     def check_model(self, name: str | None) -> str:
         """The model name for the answer; no name means the only model. Raises `HttpError`."""
-        if name is not None and name not in self.model_names:
+        if name is not None and name not in self.all_names:
             raise HttpError(
                 404,
-                f"model: got {name!r:.120}, expected one of {list(self.model_names)}. See /v1/models.",
+                f"model: got {name!r:.120}, expected one of {list(self.all_names)}. See /v1/models.",
                 code="model_not_found",
                 param="model",
             )
         return name or self.model_names[0]
+
+    def adapter_of(self, name: str | None) -> str | None:
+        """The adapter that a checked model name stands for; None for the model itself."""
+        return name if name in self.adapter_names else None
 
     def check_kwargs(self, kwargs: dict[str, Any] | None) -> None:
         """Raises `UnsupportedFeatureError` where requests may not choose how media are processed."""
@@ -129,10 +140,10 @@ class ServerContext:
             return given
         return tenant.hex() if given is None else f"{tenant.hex()}/{given}"
 
-    async def encode(self, request: Request, prompt: Any) -> PoolingRequestOutput:
-        """`AsyncLLMEngine.encode` for the tenant that sent a request."""
-        tenant = tenant_of(request).hex()
-        return await self.engine.encode(prompt, cache_salt=self.salt(request), tenant=tenant)
+    async def encode(self, request: Request, prompt: Any, model: str | None) -> PoolingRequestOutput:
+        """`AsyncLLMEngine.encode` by a checked model name, for the tenant that sent a request."""
+        tenant, adapter = tenant_of(request).hex(), self.adapter_of(model)
+        return await self.engine.encode(prompt, cache_salt=self.salt(request), tenant=tenant, lora_request=adapter)
 
     async def preprocess(self, request: Request, prompt: Any) -> ProcessedRequest:
         """`AsyncLLMEngine.preprocess` of a prompt whose answer has no bound, for the tenant that sent a request."""
@@ -146,11 +157,12 @@ class ServerContext:
         params: SamplingParams,
         kind: OutputKind,
         *,
+        model: str | None,
         priority: int = 0,
         cache_salt: str | None = None,
         in_own_terms: Callable[[RequestError], RequestError] = lambda error: error,
     ) -> AsyncIterator[RequestOutput]:
-        """`AsyncLLMEngine.generate` for the tenant that sent a request, counted.
+        """`AsyncLLMEngine.generate` by a checked model name, for the tenant that sent a request, counted.
 
         `in_own_terms`: makes of an error what the client is told, in the terms of what it sent.
         """
@@ -163,6 +175,7 @@ class ServerContext:
             priority=priority,
             cache_salt=self.salt(request, cache_salt),
             tenant=tenant_of(request).hex(),
+            lora_request=self.adapter_of(model),
         )
         del prompt  # the media that it holds
         try:

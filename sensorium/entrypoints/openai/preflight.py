@@ -10,6 +10,7 @@ from sensorium.engine.resolution import check_files
 from sensorium.entrypoints.extras import require
 from sensorium.entrypoints.openai.listening import check_certificate
 from sensorium.entrypoints.openai.server_args import ServerArgs
+from sensorium.errors import ConfigError
 from sensorium.media.policy import FetchPolicy
 
 
@@ -28,6 +29,11 @@ def check_settings(command: str, engine_args: EngineArgs, args: ServerArgs) -> N
     check_certificate(args)
     fetch_policy(engine_args, args)
     check_files(engine_args)
+    for name in engine_args.lora_modules.keys() & set(args.served_model_name or (engine_args.model,)):
+        raise ConfigError(
+            f"lora_modules: got the name {name!r:.120}, which is the model's in requests, expected another. Change it, "
+            "or set served_model_name (--served-model-name)."
+        )
 
 
 def fetch_policy(engine_args: EngineArgs, args: ServerArgs) -> FetchPolicy:

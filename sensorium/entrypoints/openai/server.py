@@ -129,6 +129,7 @@ def _app(
         args.served_model_name or (engine_args.model,),
         ServerMetrics(engine),
         loader,
+        adapter_names=tuple(engine_args.lora_modules),
         allow_mm_processor_kwargs=args.allow_mm_processor_kwargs,
         share_caches=args.share_caches,
         min_priority=args.min_priority,

@@ -84,7 +84,7 @@ class TranscriptionRoutes:
         await transcript.measure(self._context.media_loader)
         prompt = await self._context.render(request, transcript.messages())
         transcript.forget_sound()
-        outputs = self._context.generate(request, prompt, params, kind)
+        outputs = self._context.generate(request, prompt, params, kind, model=transcript.form.model)
         del prompt  # the media that it holds
         async with aclosing(outputs):  # type: ignore[type-var]
             async for output in outputs:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensorium.model_executor.adapter_rows import adapter_ids_of_rows, current_adapter_ids
+from sensorium.model_executor.adapter_rows import adapters_of_selected
 from sensorium.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
 
@@ -50,8 +50,7 @@ class LogitsProcessor(nn.Module):
         """
         rows = getattr(sampling_metadata, "selected_token_indices", None)
         if rows is not None:
-            adapter_ids = current_adapter_ids()
-            with adapter_ids_of_rows(None if adapter_ids is None else adapter_ids.index_select(0, rows)):
+            with adapters_of_selected(rows):
                 return self._logits(lm_head, hidden_states.index_select(0, rows))
         return self._logits(lm_head, hidden_states)
 

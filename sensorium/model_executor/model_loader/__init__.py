@@ -1,6 +1,6 @@
 """Loading models: from an engine configuration to a module with checked weights."""
 
-from sensorium.model_executor.model_loader.loader import fill_model, finish_loading, load_model
+from sensorium.model_executor.model_loader.loader import build_without_memory, fill_model, finish_loading, load_model
 from sensorium.model_executor.model_loader.weight_utils import (
     default_weight_loader,
     load_fused_weights,
@@ -8,6 +8,7 @@ from sensorium.model_executor.model_loader.weight_utils import (
 )
 
 __all__ = [
+    "build_without_memory",
     "default_weight_loader",
     "fill_model",
     "finish_loading",

@@ -61,10 +61,17 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 
 def build_empty(construct: Callable[[], nn.Module], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
-    """Construct a model whose parameters have memory but no values yet.
+    """Construct a model whose parameters have memory but no values yet."""
+    model = build_on_meta(construct, dtype=dtype, device=device)
+    allocate(model, device)
+    return model
+
+
+def build_on_meta(construct: Callable[[], nn.Module], *, dtype: torch.dtype, device: torch.device) -> nn.Module:
+    """Construct a model whose parameters have no memory.
 
     A constructor that needs the values of an empty tensor, or keeps one that isn't a parameter, is run a
-    second time with real memory throughout.
+    second time with real memory throughout, and the parameters have it.
     """
     with default_dtype(dtype), device, torch.no_grad():
         try:
@@ -76,7 +83,6 @@ def build_empty(construct: Callable[[], nn.Module], *, dtype: torch.dtype, devic
         if reason:
             logger.info("Model constructed with its own initialisation: %s", reason)
             model = construct()
-    allocate(model, device)
     return model
 
 

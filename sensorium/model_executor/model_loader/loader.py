@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -18,7 +19,7 @@ from sensorium.errors import ConfigError, ModelError, SensoriumError, WeightsErr
 from sensorium.logger import get_logger
 from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.layers.quantization.layer import WeightedLayer
-from sensorium.model_executor.model_loader.initialize import build_empty, fill_with_random
+from sensorium.model_executor.model_loader.initialize import build_empty, build_on_meta, fill_with_random
 from sensorium.model_executor.model_loader.output_head import HEAD, ties_head, with_actual_head
 from sensorium.model_executor.model_loader.weight_utils import safetensors_weights
 from sensorium.model_executor.weight_tracking import LoadTracker
@@ -89,12 +90,35 @@ def load_model(config: EngineConfig, model_class: type | None = None) -> nn.Modu
     return model
 
 
+def build_without_memory(config: EngineConfig) -> nn.Module:
+    """The model that `load_model` builds from a checkpoint, as a float one would have it, without memory for its
+    parameters. Raises what `load_model` raises.
+    """
+    model_class = config.model_config.model_class
+    assert model_class is not None, "the model itself has been loaded"
+    config = replace(config, quant_config=None)
+    if config.load_config.load_format != "dummy":
+        files = weight_files(Path(config.model_config.model))
+        config = with_actual_head(config, model_class, safetensors_weights(files))
+    return _constructed(model_class, config, build_on_meta)
+
+
 def _build(model_class: type, config: EngineConfig) -> nn.Module:
-    """The model without values. What its constructor raises is an error of loading that names the class."""
+    """The model without values."""
+    model = _constructed(model_class, config, build_empty)
+    for module in model.modules():
+        if isinstance(module, WeightedLayer):
+            module.share_given_weight()
+    _check_divided(model, config.parallel_config.group)
+    return model
+
+
+def _constructed(model_class: type, config: EngineConfig, build: Callable[..., nn.Module]) -> nn.Module:
+    """What `build` makes of the class. What its constructor raises is an error of loading that names the class."""
     device, group = torch.device(config.device_config.device), config.parallel_config.group
     try:
         with constructing_for(group):
-            model = build_empty(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
+            return build(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
     except (SensoriumError, MemoryError, torch.OutOfMemoryError):
         raise
     except Exception as error:
@@ -102,11 +126,6 @@ def _build(model_class: type, config: EngineConfig) -> nn.Module:
             f"{model_class.__name__}: its constructor failed: {told_to_author(error)}. Expected a module for what "
             f"config.json describes. Correct the constructor, or give config.json what it reads."
         ) from error
-    for module in model.modules():
-        if isinstance(module, WeightedLayer):
-            module.share_given_weight()
-    _check_divided(model, group)
-    return model
 
 
 def _check_divided(model: nn.Module, group: TensorParallel) -> None:

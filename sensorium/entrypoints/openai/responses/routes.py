@@ -159,6 +159,7 @@ class ResponseRoutes:
             prompt,
             turn.plan.params(params, body.constraint_field()),
             OutputKind.DELTA,
+            model=body.model,
             priority=body.priority,
             cache_salt=body.cache_salt,
             in_own_terms=lambda error: body.in_own_terms(turn.plan.blame(error)),
