@@ -6,10 +6,9 @@ media. At most twice `max_num_seqs` prompts are preprocessed and not yet queued,
 
 from __future__ import annotations
 
-import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -22,9 +21,6 @@ from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
 Output = RequestOutput | PoolingRequestOutput
-
-_IDLE_WAIT_S = 0.002
-"""How long to wait for a prompt when the engine has nothing to step."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -80,7 +76,7 @@ class BatchRun:
                 if self._engine.has_unfinished_requests():
                     self._step()
                 elif self._pending:
-                    self._wait(self._pending[0][1])
+                    wait([self._pending[0][1]])
         if self._progress is not None:
             self._progress.close()
         return [self._results[i] if i in self._results else self._errors[i] for i in range(len(self._jobs))]
@@ -124,11 +120,6 @@ class BatchRun:
                 self._results[int(output.request_id.rsplit("-", 1)[1])] = output
                 if self._progress is not None:
                     self._progress.finished(output)
-
-    @staticmethod
-    def _wait(future: Future[ProcessedRequest]) -> None:
-        while not future.done():
-            time.sleep(_IDLE_WAIT_S)
 
     def _abort_all(self) -> None:
         done = self._results.keys() | self._errors.keys()

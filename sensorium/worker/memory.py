@@ -18,7 +18,6 @@ from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.logger import get_logger
 from sensorium.model_executor.drivers import EmbeddingsDriver, ModelDriver, StepInputs
-from sensorium.model_executor.drivers.media_arguments import batch_kwargs
 from sensorium.model_executor.layers.tower import RecordableTower, towers_of
 from sensorium.worker.decode_graphs import graph_sizes
 from sensorium.worker.dummy_media import NoDummyMediaError, make_dummy_media
@@ -82,7 +81,7 @@ def plan_memory(
     for tower in towers:
         _run_full_tower(device, config, tower, features)
     if isinstance(driver, EmbeddingsDriver) and not towers:
-        _run_dummy_media(device, config, driver, features)
+        _run_dummy_media(config, driver, features)
     torch.cuda.synchronize(device)
     # Since the model was loaded: what it was tried on counts too, such as a plug-in's dummy media.
     activations = torch.cuda.max_memory_allocated(device) - at_rest + _logits_bytes(config)
@@ -179,9 +178,7 @@ def _run_full_tower(
     tower(pixels, [grid])
 
 
-def _run_dummy_media(
-    device: torch.device, config: EngineConfig, driver: EmbeddingsDriver, features: ModelFeatures
-) -> None:
+def _run_dummy_media(config: EngineConfig, driver: EmbeddingsDriver, features: ModelFeatures) -> None:
     """The encoder over as many of the model's dummy items, which are its largest, as a step may encode."""
     try:
         dummy = make_dummy_media(config)
@@ -191,7 +188,7 @@ def _run_dummy_media(
     for modality, items in dummy.items.items():
         rows_each = max(features.max_item_rows.get(modality, 1), 1)
         count = max(config.scheduler_config.max_num_encoder_rows // rows_each, 1) if driver.batchable else 1
-        driver.call_encoder(batch_kwargs([items[0]] * count, device, config.model_config.dtype))
+        driver.call_encoder(driver.encoder_kwargs([items[0]] * count))
 
 
 def tensor_bytes(model: nn.Module) -> int:

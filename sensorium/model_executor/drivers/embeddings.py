@@ -28,6 +28,9 @@ class EmbeddingsDriver:
 
     `merges_itself`: the model's own merge does more than put rows at their places, so it is used for every chunk.
     `batchable`: one encoder call takes items of several requests.
+
+    What the model's Python code reads of an item, such as the size of its grid, may stay on the host
+    (`mm_host_kwargs`): reading it off the device would wait for all the work that was given to it before.
     """
 
     embeds_media = True
@@ -50,6 +53,7 @@ class EmbeddingsDriver:
         self._encode_parameters = inspect.signature(self._encode).parameters
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in self._encode_parameters.values())
         self.batchable: bool = getattr(model, "mm_encoder_batchable", True)
+        self._on_host: frozenset[str] = frozenset(getattr(model, "mm_host_kwargs", ()))
         self._vocab_size = vocab_size
         self._dtype = dtype
         self._device = device
@@ -67,13 +71,16 @@ class EmbeddingsDriver:
 
     def _encode_batch(self, jobs: list[EncodeJob]) -> list[EncodeResult]:
         try:
-            kwargs = batch_kwargs([job.item.kwargs or {} for job in jobs], self._device, self._dtype)
-            output = self.call_encoder(kwargs)
+            output = self.call_encoder(self.encoder_kwargs([job.item.kwargs or {} for job in jobs]))
             return [rows.to(self._dtype) for rows in split_rows(output, [job.item.span.num_rows for job in jobs])]
         except Exception as error:  # noqa: BLE001  what a model's code raises is its item's error
             if len(jobs) == 1:
                 return [encoding_error(jobs[0], error)]
         return [result for job in jobs for result in self._encode_batch([job])]
+
+    def encoder_kwargs(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        """The mapped media of items as arguments of one call, where the encoder wants them."""
+        return batch_kwargs(items, self._device, self._dtype, self._on_host)
 
     def call_encoder(self, kwargs: Mapping[str, Any]) -> Any:
         """The model's encoder on batched kwargs, with the keywords that it takes."""

@@ -4,7 +4,7 @@ stand, for models that merge by map instead of by token id.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -23,14 +23,23 @@ def kwargs_of_items(items: Iterable[MediaItem], device: torch.device, dtype: tor
     return {name: value for batch in batches for name, value in batch.items()}
 
 
-def batch_kwargs(items: Sequence[Mapping[str, Any]], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def batch_kwargs(
+    items: Sequence[Mapping[str, Any]], device: torch.device, dtype: torch.dtype, on_host: Collection[str] = ()
+) -> dict[str, Any]:
     """Batch items by the rules of `MultiModalKwargs.batch`; every leaf gets a leading batch axis.
 
     Floating-point leaves are cast to the model's dtype: Hugging Face processors return float32 whatever the weights
     are, and a convolution over bfloat16 weights would refuse that.
+
+    Args:
+        items: The mapped media of each item.
+        device: Where leaves go.
+        dtype: The model's.
+        on_host: Names of arguments that stay where they are.
     """
     batched = MultiModalKwargs.batch([MultiModalKwargs(item) for item in items])
-    moved = MultiModalKwargs.as_kwargs(batched, device=device)
+    there = {name: value for name, value in batched.items() if name not in on_host}
+    moved = {**batched, **MultiModalKwargs.as_kwargs(MultiModalKwargs(there), device=device)}
     return {name: _cast(value, dtype) for name, value in moved.items()}
 
 

@@ -32,7 +32,7 @@ def pixel_table(processor: Any) -> torch.Tensor | None:
         ramp = np.resize(np.arange(256, dtype=np.uint8), (side, side * -(-256 // side**2)))
         known = Image.fromarray(np.repeat(ramp[:, :, None], NUM_CHANNELS, axis=2))
         table = torch.zeros(NUM_CHANNELS, 256)
-        patches, _ = _cut(np.asarray(known), processor.patch_size, processor.merge_size)
+        patches, _ = _cut(_pixels_of(known), processor.patch_size, processor.merge_size)
         values = _processed(processor, known, do_resize=False)
         by_channel = values.view(len(patches), NUM_CHANNELS, processor.temporal_patch_size, -1)[:, :, 0]
         for channel in range(NUM_CHANNELS):
@@ -74,7 +74,12 @@ def cut_into_patches(
         least, most = processor.size["shortest_edge"], processor.size["longest_edge"]
         height, width = smart_resize(picture.height, picture.width, patch * merge, least, most)
         picture = picture.resize((width, height), resample=processor.resample)
-    return _cut(np.asarray(picture), patch, merge)
+    return _cut(_pixels_of(picture), patch, merge)
+
+
+def _pixels_of(picture: Image.Image) -> np.ndarray[Any, np.dtype[np.uint8]]:
+    """`(height, width, channels)`: as `numpy.asarray` says it, in a quarter of the time."""
+    return np.frombuffer(picture.tobytes(), np.uint8).reshape(picture.height, picture.width, NUM_CHANNELS)
 
 
 def _cut(

@@ -27,6 +27,8 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
     """From the checkpoint's names, in every layout that is in use, to the module's."""
     language_model: Any
     """Embeds ids, runs the layers, and computes logits, as `LlamaForCausalLM` does."""
+    mm_host_kwargs: ClassVar[Sequence[str]] = ()
+    """Arguments of `encode_media` that Python code reads, and which therefore stay on the host."""
 
     def encode_media(self, **kwargs: Any) -> Mapping[int, Sequence[torch.Tensor]]:
         """Rows `(num_rows, hidden_size)` of each item, by the id of the placeholder token that they stand

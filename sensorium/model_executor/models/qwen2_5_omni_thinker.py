@@ -303,6 +303,7 @@ class Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5_VLForConditionalGenerat
         },
     )
     tower_class = ThinkerVisionTransformer
+    mm_host_kwargs = (*Qwen2_5_VLForConditionalGeneration.mm_host_kwargs, "feature_attention_mask")
     config_part = "thinker_config"
     """Where a whole Qwen2.5-Omni checkpoint describes its thinker."""
 

@@ -194,6 +194,7 @@ class Qwen2AudioForConditionalGeneration(MediaLanguageModel):
             "lm_head.": "language_model.lm_head.",
         },
     )
+    mm_host_kwargs = ("feature_attention_mask",)
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()

@@ -167,6 +167,7 @@ class Qwen2VLForConditionalGeneration(MediaLanguageModel):
         }
     )
     tower_class: ClassVar[type[Qwen2VisionTransformer]] = Qwen2VisionTransformer
+    mm_host_kwargs: ClassVar[Sequence[str]] = ("image_grid_thw", "video_grid_thw")
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()
