@@ -341,6 +341,15 @@ OMNI_FILES: dict[str, Mapping[str, Any]] = {
 
 LLAVA = "LlavaForConditionalGeneration"
 FAMILIES: dict[str, Family] = {
+    "gemma": Family("GemmaForCausalLM", lambda: transformers.GemmaConfig(**text_settings(head_dim=24))),
+    "gemma2": Family(
+        "Gemma2ForCausalLM",
+        lambda: transformers.Gemma2Config(
+            **text_settings(head_dim=24, query_pre_attn_scalar=20, sliding_window=24),
+            attn_logit_softcapping=2.0,
+            final_logit_softcapping=5.0,
+        ),
+    ),
     "gemma3": Family("Gemma3ForCausalLM", gemma3_config),
     "llama": Family("LlamaForCausalLM", lambda: transformers.LlamaConfig(**text_settings())),
     "llama_biased": Family(

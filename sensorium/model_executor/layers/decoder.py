@@ -11,14 +11,15 @@ Source: Touvron et al. 2023; `transformers` `LlamaModel`.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
-from sensorium.attention import Attention, AttentionMetadata
+from sensorium.attention import Attention, AttentionMetadata, LayerCache
+from sensorium.cache_spec import SpanRule
 from sensorium.config import EngineConfig, rope_parameters
 from sensorium.kernels import Rotation
 from sensorium.model_executor.adapter_rows import split_rows
@@ -53,6 +54,26 @@ class DecoderOptions:
     mlp_bias: bool = False
     qk_norm: bool = False
     """A norm over each head of queries and keys before they are rotated, as `q_norm` and `k_norm`."""
+    output_gate: bool = False
+    """Each query head has a gate beside it in `q_proj`, which scales what the head brings (Qwen3.5)."""
+    query_scale: float | None = None
+    """Factor on the scores of attention; None: the root of a head's channels, inverted."""
+    spans: SpanRule = SpanRule.SEEN
+    """What attention makes of spans whose positions see one another both ways."""
+    norm: type[RMSNorm] = RMSNorm
+    """The kind of all norms."""
+    output_norms: bool = False
+    """What attention and MLP bring is normed too, before it is added: four norms a layer (Gemma 2)."""
+    embed_scale: float | None = None
+    """Factor on token embeddings."""
+    rope_by_layer_type: bool = False
+    """Each of the config's `layer_types` has rotary settings of its own."""
+    make_mlp: Callable[[EngineConfig, int, str], nn.Module] | None = None
+    """Makes the feed-forward part of the layer of an index, in the place of a `GatedMLP`. The last argument is its name
+    in the model."""
+    mixers: Mapping[str, tuple[str, Callable[[EngineConfig, str], nn.Module]]] = field(default_factory=dict)
+    """For those of the config's `layer_types` that have something else than attention: its name in the layer, and what
+    makes it, given its name in the model. It is called with hidden states, the layer's cache, and the step's batch."""
 
 
 class DecoderAttention(nn.Module):
@@ -70,10 +91,12 @@ class DecoderAttention(nn.Module):
         head_size = head_size_of(text)
         num_heads = text.num_attention_heads
         num_kv_heads = getattr(text, "num_key_value_heads", None) or num_heads
+        self.has_gate = options.output_gate
+        num_parts = 2 if self.has_gate else 1
         self.qkv_proj = QKVParallelLinear(
             text.hidden_size,
             head_size,
-            num_heads,
+            num_parts * num_heads,  # a gate is as if it were one more head
             num_kv_heads,
             bias=options.qkv_bias,
             quant_config=config.quant_config,
@@ -88,17 +111,19 @@ class DecoderAttention(nn.Module):
         )
         self.q_norm = self.k_norm = None
         if options.qk_norm:
-            self.q_norm = RMSNorm(head_size, eps=text.rms_norm_eps)
-            self.k_norm = RMSNorm(head_size, eps=text.rms_norm_eps)
+            self.q_norm = options.norm(head_size, eps=text.rms_norm_eps)
+            self.k_norm = options.norm(head_size, eps=text.rms_norm_eps)
         self.attn = Attention(
-            self.qkv_proj.num_heads,
+            self.qkv_proj.num_heads // num_parts,
             head_size,
-            head_size**-0.5,
+            head_size**-0.5 if options.query_scale is None else options.query_scale,
             num_kv_heads=self.qkv_proj.num_kv_heads,
             cache_config=config.cache_config,
             quant_config=config.quant_config,
+            logits_soft_cap=getattr(text, "attn_logit_softcapping", None),
             per_layer_sliding_window=sliding_window_of(text, layer),
             prefix=f"{prefix}.attn",
+            spans=options.spans,
         )
 
     def forward(
@@ -111,9 +136,14 @@ class DecoderAttention(nn.Module):
         """`(num_tokens, hidden_size)` to the same, given the step's rotation."""
         qkv, _ = self.qkv_proj.forward(hidden_states)
         query, key, value = self.qkv_proj.split_heads(qkv)
+        gate = None
+        if self.has_gate:
+            query, gate = query[:, 0::2], query[:, 1::2]
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm.forward(query), self.k_norm.forward(key)
         attended: torch.Tensor = self.attn(query, key, value, kv_cache, attn_metadata, rotation=rotation)
+        if gate is not None:
+            attended = attended * torch.sigmoid(gate).flatten(1)
         return self.o_proj.forward(attended)[0]
 
 
@@ -158,6 +188,13 @@ class GatedMLP(nn.Module):
         return self.down_proj.forward(self.act_fn.forward(gate_up))[0]
 
 
+def mlp_of(config: EngineConfig, prefix: str, *, bias: bool = False) -> GatedMLP:
+    """The MLP of a layer that a text config describes."""
+    text = config.model_config.hf_text_config
+    activation = getattr(text, "hidden_activation", None) or text.hidden_act
+    return GatedMLP(text.hidden_size, text.intermediate_size, activation, bias, config.quant_config, prefix)
+
+
 class DecoderLayer(nn.Module):
     """Attention and MLP, each behind a norm and around it a residual that is added in the next norm."""
 
@@ -170,24 +207,29 @@ class DecoderLayer(nn.Module):
     ) -> None:
         super().__init__()
         text = config.model_config.hf_text_config
-        self.self_attn = DecoderAttention(config, options, layer, f"{prefix}.self_attn")
-        self.mlp = GatedMLP(
-            text.hidden_size,
-            text.intermediate_size,
-            text.hidden_act,
-            bias=options.mlp_bias,
-            quant_config=config.quant_config,
-            prefix=f"{prefix}.mlp",
-        )
-        self.input_layernorm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
-        self.post_attention_layernorm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        mixer = options.mixers.get(text.layer_types[layer]) if options.mixers else None
+        self.mixer_name = None if mixer is None else mixer[0]
+        if mixer is None:
+            self.self_attn = DecoderAttention(config, options, layer, f"{prefix}.self_attn")
+        else:
+            self.add_module(mixer[0], mixer[1](config, f"{prefix}.{mixer[0]}"))
+        if options.make_mlp is None:
+            self.mlp: nn.Module = mlp_of(config, f"{prefix}.mlp", bias=options.mlp_bias)
+        else:
+            self.mlp = options.make_mlp(config, layer, f"{prefix}.mlp")
+        self.input_layernorm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
+        self.post_attention_layernorm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
+        self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
+        if options.output_norms:
+            self.pre_feedforward_layernorm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
+            self.post_feedforward_layernorm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
 
     def forward(
         self,
         rotation: Rotation,
         hidden_states: torch.Tensor,
         residual: torch.Tensor | None,
-        kv_cache: torch.Tensor,
+        kv_cache: Any,
         attn_metadata: AttentionMetadata,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The layer's output, and the residual that is still to be added to it."""
@@ -196,9 +238,16 @@ class DecoderLayer(nn.Module):
             hidden_states = self.input_layernorm.forward(hidden_states)
         else:
             hidden_states, residual = self.input_layernorm.forward(hidden_states, residual)
-        hidden_states = self.self_attn.forward(rotation, hidden_states, kv_cache, attn_metadata)
-        hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
-        return self.mlp.forward(hidden_states), residual
+        if self.mixer_name is None:
+            hidden_states = self.self_attn.forward(rotation, hidden_states, kv_cache, attn_metadata)
+        else:
+            hidden_states = self.get_submodule(self.mixer_name)(hidden_states, kv_cache, attn_metadata)
+        if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
+            hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
+            return self.mlp.forward(hidden_states), residual
+        hidden_states = self.post_attention_layernorm.forward(hidden_states)
+        hidden_states, residual = self.pre_feedforward_layernorm.forward(hidden_states, residual)
+        return self.post_feedforward_layernorm.forward(self.mlp.forward(hidden_states)), residual
 
 
 class Decoder(nn.Module):
@@ -210,27 +259,35 @@ class Decoder(nn.Module):
         prefix: The module's name in the model.
     """
 
+    embed_scale: torch.Tensor | None
+
     def __init__(self, *, config: EngineConfig, options: DecoderOptions | None = None, prefix: str = "") -> None:
         super().__init__()
         text = config.model_config.hf_text_config
         options = options or DecoderOptions()
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size, prefix=f"{prefix}.embed_tokens")
-        self.rotary_emb = rope_of(config)
+        # In the model's dtype, and on its device: a recorded pass can't bring it there.
+        scale = None if options.embed_scale is None else torch.tensor(options.embed_scale)
+        self.register_buffer("embed_scale", scale, persistent=False)
+        types = text.layer_types if options.rope_by_layer_type else ["every"] * text.num_hidden_layers
+        self._rope_names: list[str] = types
+        ropes = {each: rope_of(config, each if options.rope_by_layer_type else None) for each in sorted(set(types))}
+        self.rotary_embs = nn.ModuleDict(ropes)
         self.layers = nn.ModuleList(
             DecoderLayer(config, options, layer, f"{prefix}.layers.{layer}") for layer in range(text.num_hidden_layers)
         )
-        self.norm = RMSNorm(text.hidden_size, eps=text.rms_norm_eps)
+        self.norm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings `(num_tokens, hidden_size)`."""
+        """Token embeddings `(num_tokens, hidden_size)`; a factor on them is rounded to their dtype, as in training."""
         embeddings: torch.Tensor = self.embed_tokens(input_ids)
-        return embeddings
+        return embeddings if self.embed_scale is None else embeddings * self.embed_scale
 
     def forward(
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        kv_caches: Sequence[torch.Tensor],
+        kv_caches: Sequence[LayerCache],
         attn_metadata: AttentionMetadata,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,
@@ -240,7 +297,7 @@ class Decoder(nn.Module):
         Args:
             input_ids: `(num_tokens,)`; not needed with `inputs_embeds`.
             positions: `(num_tokens,)`, or `(3, num_tokens)` for a model with M-RoPE.
-            kv_caches: One tensor per layer, `(2, num_blocks, block_size, num_kv_heads, head_size)`.
+            kv_caches: An entry per layer, see `sensorium.worker.kv_cache`.
             attn_metadata: The step's batch.
             intermediate_tensors: Of an earlier pipeline stage; there is none.
             inputs_embeds: `(num_tokens, hidden_size)`, used in the place of the ids' embeddings.
@@ -250,9 +307,9 @@ class Decoder(nn.Module):
             inputs_embeds = self.get_input_embeddings(input_ids)
         hidden_states = inputs_embeds
         residual: torch.Tensor | None = None
-        rotation = self.rotary_emb.rotation(positions)
-        for layer, kv_cache in zip(self.layers, kv_caches, strict=True):
-            hidden_states, residual = layer(rotation, hidden_states, residual, kv_cache, attn_metadata)
+        rotations = {name: cast(RotaryEmbedding, rope).rotation(positions) for name, rope in self.rotary_embs.items()}
+        for layer, name, kv_cache in zip(self.layers, self._rope_names, kv_caches, strict=True):
+            hidden_states, residual = layer(rotations[name], hidden_states, residual, kv_cache, attn_metadata)
         normed: torch.Tensor = self.norm(hidden_states, residual)[0]
         return normed
 

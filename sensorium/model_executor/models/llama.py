@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
-from sensorium.attention import AttentionMetadata
+from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.config import EngineConfig
 from sensorium.model_executor.layers.decoder import Decoder, DecoderOptions
 from sensorium.model_executor.layers.logits_processor import LogitsProcessor
@@ -32,11 +32,12 @@ class LlamaForCausalLM(nn.Module):
         self.lm_head = ParallelLMHead(text.vocab_size, text.hidden_size, prefix=maybe_prefix(prefix, "lm_head"))
         if getattr(text, "tie_word_embeddings", False):
             self.lm_head.tie_weights(self.model.embed_tokens)
-        self.logits_processor = LogitsProcessor(text.vocab_size)
+        soft_cap = getattr(text, "final_logit_softcapping", None)
+        self.logits_processor = LogitsProcessor(text.vocab_size, soft_cap=soft_cap)
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """Which projections have biases."""
+        """Where the decoder differs from Llama's; here, which projections have biases."""
         attention_bias = bool(getattr(text_config, "attention_bias", False))
         return DecoderOptions(
             qkv_bias=attention_bias,
@@ -52,7 +53,7 @@ class LlamaForCausalLM(nn.Module):
         self,
         input_ids: torch.Tensor | None,
         positions: torch.Tensor,
-        kv_caches: Sequence[torch.Tensor],
+        kv_caches: Sequence[LayerCache],
         attn_metadata: AttentionMetadata,
         intermediate_tensors: Any = None,
         inputs_embeds: torch.Tensor | None = None,

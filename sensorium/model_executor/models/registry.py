@@ -27,7 +27,9 @@ _MODELS = "sensorium.model_executor.models"
 
 IN_TREE: dict[str, str] = {
     # Text
-    "Gemma3ForCausalLM": f"{_MODELS}.gemma3:Gemma3ForCausalLM",
+    "GemmaForCausalLM": f"{_MODELS}.gemma:GemmaForCausalLM",
+    "Gemma2ForCausalLM": f"{_MODELS}.gemma:Gemma2ForCausalLM",
+    "Gemma3ForCausalLM": f"{_MODELS}.gemma:Gemma3ForCausalLM",
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",

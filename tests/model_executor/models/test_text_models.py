@@ -17,7 +17,9 @@ from sensorium.attention import AttentionMetadata, compute_slot_mapping
 from tests.helpers.checkpoints import make_checkpoint, make_hf_model
 from tests.helpers.direct import DirectRun, hf_logits, load, relative_error
 
-TEXT_FAMILIES = ["gemma3", "llama", "llama_biased", "mistral", "qwen2", "qwen2_windowed", "qwen3", "qwen3_5"]
+TEXT_FAMILIES = [
+    *("gemma", "gemma2", "gemma3", "llama", "llama_biased", "mistral", "qwen2", "qwen2_windowed", "qwen3", "qwen3_5"),
+]
 TOLERANCE = 1e-5
 
 

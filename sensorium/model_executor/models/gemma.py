@@ -1,0 +1,68 @@
+"""Gemma 1 to 3: Llama's decoder with scaled embeddings, norms with weights around zero, and a GELU in the MLP's gate.
+
+Gemma 2 norms attention and MLP before and after, has a window in every other layer, and caps the scores of attention
+and the logits. Gemma 3 norms queries and keys per head instead of capping, and has a window in five layers of six, with
+rotary frequencies of their own.
+
+Papers: Gemma team 2024, "Gemma"; 2024, "Gemma 2"; 2025, "Gemma 3 Technical Report", section 2. Reference:
+`transformers` `GemmaForCausalLM`, `Gemma2ForCausalLM`, `Gemma3ForCausalLM`. Text only; `gemma3.py` and `paligemma.py`
+add pictures.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from sensorium.cache_spec import SpanRule
+from sensorium.config import EngineConfig
+from sensorium.errors import ModelError
+from sensorium.model_executor.layers.decoder import DecoderOptions
+from sensorium.model_executor.layers.layernorm import ZeroCenteredRMSNorm
+from sensorium.model_executor.models.llama import LlamaForCausalLM
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+class GemmaForCausalLM(LlamaForCausalLM):
+    """A decoder and its output head, which mostly is the embeddings.
+
+    Raises:
+        ModelError: The config asks for attention in both directions, as embedding models of this family have it.
+    """
+
+    def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
+        if getattr(config.model_config.hf_text_config, "use_bidirectional_attention", False):
+            raise ModelError(
+                "use_bidirectional_attention of config.json: got true, expected false. Serve a model that generates."
+            )
+        super().__init__(config=config, prefix=prefix)
+
+    @staticmethod
+    def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
+        """What all three have in common."""
+        bias = bool(text_config.attention_bias)
+        return DecoderOptions(
+            qkv_bias=bias, output_bias=bias, norm=ZeroCenteredRMSNorm, embed_scale=text_config.hidden_size**0.5
+        )
+
+
+class Gemma2ForCausalLM(GemmaForCausalLM):
+    """A decoder and its output head."""
+
+    @staticmethod
+    def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
+        """Four norms a layer, and scores with a factor of their own."""
+        options = GemmaForCausalLM.decoder_options(text_config)
+        return replace(options, output_norms=True, query_scale=text_config.query_pre_attn_scalar**-0.5)
+
+
+class Gemma3ForCausalLM(Gemma2ForCausalLM):
+    """A decoder and its output head. Where the rows of a picture see one another both ways, a window still holds."""
+
+    @staticmethod
+    def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
+        """Normed queries and keys, and two kinds of rotary frequencies."""
+        options = Gemma2ForCausalLM.decoder_options(text_config)
+        return replace(options, qk_norm=True, rope_by_layer_type=True, spans=SpanRule.WITHIN_REACH)
