@@ -227,6 +227,10 @@ def _model_config(args: EngineArgs, path: Path, config: CheckpointConfig) -> Mod
     )
     hf_config = config_of_part(config.hf_config, getattr(model_class, "config_part", None))
     check_values(hf_config)
+    if hasattr(model_class, "for_checkpoint"):
+        model_class = model_class.for_checkpoint(
+            str(path), hf_config, trust_remote_code=args.trust_remote_code, revision=args.revision
+        )
     check_supports_multimodal(model_class)
     is_multimodal = supports_multimodal(model_class)
     if not is_multimodal:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
@@ -46,6 +46,8 @@ if TYPE_CHECKING:
 logger = get_logger(__name__)
 
 _MROPE_HOOK = "get_mrope_input_positions"
+_EXPANSION_HOOK = "expand_by_items"
+"""Of classes whose items say by themselves what they become in a prompt."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -213,8 +215,12 @@ class InputPreprocessor:
             admission.check_token_ids(before, self._max_token_id(before))
         processed = self._run_processor(parsed, ids, given, kwargs)
         after = _processed_ids(processed)
-        prompt = Prompt(before, before if after == ids else np.array(after, dtype=np.int64))
         media = RequestMedia(self._stage, given, processed, kwargs, cache_salt) if given else None
+        expand = getattr(self._model_config.model_class, _EXPANSION_HOOK, None)
+        if media is not None and expand is not None and processed.get("multi_modal_inputs") is None:
+            with request_errors("processor", "prompt"):
+                after = media.expanded(partial(expand, self._model_config), after)
+        prompt = Prompt(before, before if after == ids else np.array(after, dtype=np.int64))
         placements = media.place(prompt) if media else []
         two_way = self._admit(prompt, placements, pooling=pooling)
         sampling_params = self._resolve_sampling(sampling_params, len(after), pooling=pooling)
@@ -306,7 +312,10 @@ class InputPreprocessor:
         kwargs = JoinedKwargs([item.kwargs or {} for item in items])
         hf_config = self._model_config.hf_config
         hook = getattr(self._model_config.model_class, _MROPE_HOOK, None)
+        of_outer_model = getattr(self._model_config.model_class, "mrope_positions_of", None)
         with request_errors(_MROPE_HOOK, "prompt"):
+            if of_outer_model is not None:
+                return checked_positions(of_outer_model(self._model_config, token_ids, kwargs), len(token_ids))
             if hook is None:
                 return positions_from_kwargs(token_ids, hf_config, kwargs)
             return checked_positions(hook(token_ids, hf_config, kwargs), len(token_ids))

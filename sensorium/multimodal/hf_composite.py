@@ -60,7 +60,7 @@ def load_processor(
 def _load(name: str, trust_remote_code: bool, revision: str | None, backend: Backend) -> Any:
     settle_torchvision(name, revision, backend)
     try:
-        processor_class = None if backend == "torchvision" else _find_class(name, trust_remote_code, revision)
+        processor_class = None if backend == "torchvision" else find_class(name, trust_remote_code, revision)
         if processor_class is None or not set(processor_class.get_attributes()) <= set(_PARTS):
             from transformers import AutoProcessor
 
@@ -79,7 +79,7 @@ def _load(name: str, trust_remote_code: bool, revision: str | None, backend: Bac
         ) from exc
 
 
-def _find_class(name: str, trust_remote_code: bool, revision: str | None) -> Any:
+def find_class(name: str, trust_remote_code: bool, revision: str | None) -> Any:
     """The processor's class in transformers, by the checkpoint's files or its model type.
 
     None if it isn't there, or if the checkpoint brings a class of its own that is trusted.

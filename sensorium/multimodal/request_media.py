@@ -5,9 +5,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
@@ -33,6 +33,11 @@ from sensorium.spans import Span
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelFeatures
     from sensorium.multimodal.registry import MultiModalRegistry
+
+Expansion: TypeAlias = Callable[
+    [Sequence[int], Mapping[str, Sequence[Mapping[str, Any]]]], tuple[list[int], Mapping[str, Any]]
+]
+"""A prompt and, per modality, the mapped items, to the expanded prompt and, per modality, the items' ranges in it."""
 
 _PLAIN = (int, float, str, bool, bytes, type(None))
 
@@ -177,6 +182,12 @@ class RequestMedia:
             mapper = ()
         kwargs = {**(model_config.mm_processor_kwargs or {}), **self._kwargs}
         return modality, model_config.model, model_config.revision, kwargs, mapper, self._salt
+
+    def expanded(self, expand: Expansion, token_ids: Sequence[int]) -> list[int]:
+        """The prompt as `expand` makes it of the mapped items, whose ranges are noted. Raises what it raises."""
+        mapped = {modality: self._map_items(media) for modality, media in self._media.items()}
+        after, self._ranges = expand(token_ids, mapped)
+        return after
 
     # Placing
 

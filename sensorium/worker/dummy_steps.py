@@ -49,10 +49,12 @@ class DummySteps:
         *,
         media: MediaRows | None = None,
         maps: Mapping[str, Any] | None = None,
+        places: Sequence[IdArray | None] = (),
     ) -> StepInputs:
         """One step of pieces `(token_ids, start, end)`: those tokens of each sequence, in the cache's order.
 
-        `media`: rows of the batch. `maps`: for models that merge by `multi_modal_placeholder_index_maps`.
+        `media`: rows of the batch. `maps`: for models that merge by `multi_modal_placeholder_index_maps`. `places`: of
+        each sequence the positions `(3, num_tokens)`; None, or left out: its tokens are counted.
         """
         query_lens = np.array([end - start for _, start, end in pieces], dtype=np.int32)
         seq_lens = np.array([end for _, _, end in pieces], dtype=np.int32)
@@ -61,6 +63,11 @@ class DummySteps:
         positions = np.concatenate([np.arange(start, end, dtype=np.int64) for _, start, end in pieces])
         if self._uses_mrope:
             positions = np.tile(positions, (3, 1))
+            row = 0
+            for (_, start, end), given in zip(pieces, places, strict=False):
+                if given is not None:
+                    positions[:, row : row + end - start] = given[:, start:end]
+                row += end - start
         ids = np.concatenate([ids[start:end] for ids, start, end in pieces])
         groups = self._groups(table.size)
         metadata = AttentionMetadata.from_numpy(

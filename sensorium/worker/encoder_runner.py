@@ -12,7 +12,7 @@ import torch
 from sensorium.distributed import TensorParallel
 from sensorium.errors import LostRankError, ProcessorError, SensoriumError
 from sensorium.messages import EncoderInput
-from sensorium.model_executor.drivers import EncodeJob, ModelDriver
+from sensorium.model_executor.drivers import EncodeJob, ItemRows, ModelDriver
 from sensorium.worker.input_batch import InputBatch, MediaSlice
 
 
@@ -22,7 +22,7 @@ class EncoderRunner:
     def __init__(self, driver: ModelDriver, group: TensorParallel) -> None:
         self._driver = driver
         self._group = group
-        self._rows: dict[str, torch.Tensor] = {}
+        self._rows: dict[str, ItemRows] = {}
         self.errors: dict[str, SensoriumError] = {}
         """By key: why there are no rows. A step that was planned before that was known may still ask for them."""
 
@@ -52,22 +52,25 @@ class EncoderRunner:
         requests = [batch[each.request_id].request for each in inputs]
         jobs = [EncodeJob(request, request.media[each.item]) for each, request in zip(inputs, requests, strict=True)]
         for job, result in zip(jobs, self._driver.encode(jobs), strict=True):
-            error = result if isinstance(result, SensoriumError) else _row_error(job, result)
+            if isinstance(result, SensoriumError):
+                self.errors[job.item.key] = result
+                continue
+            rows = ItemRows(result) if isinstance(result, torch.Tensor) else result
+            error = _row_error(job, rows)
             if error is not None:
                 self.errors[job.item.key] = error
             else:
-                assert isinstance(result, torch.Tensor)
-                self._rows[job.item.key] = result
+                self._rows[job.item.key] = rows
         if len(self.errors) > num_errors and not self._group.have_all_failed():
             raise LostRankError("encoding media: got a failure that not all ranks had. Restart the engine.")
 
-    def rows(self, piece: MediaSlice) -> torch.Tensor | None:
-        """The rows of a slice `(last - first, hidden_size)`; None where the item was not encoded."""
+    def rows(self, piece: MediaSlice) -> ItemRows | None:
+        """The rows of a slice; None where the item was not encoded."""
         rows = self._rows.get(piece.item.key)
-        return None if rows is None else rows[piece.first : piece.last]
+        return None if rows is None else rows.part(piece.first, piece.last)
 
 
-def _row_error(job: EncodeJob, rows: torch.Tensor) -> ProcessorError | None:
+def _row_error(job: EncodeJob, rows: ItemRows) -> ProcessorError | None:
     if len(rows) == job.item.span.num_rows:
         return None
     return ProcessorError(

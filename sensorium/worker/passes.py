@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -200,16 +199,12 @@ class PassRunner:
         return torch.where(tensors.pending_slots >= 0, sampled, tensors.token_ids)
 
     def _gather_media(self, pieces: Sequence[tuple[int, MediaSlice]]) -> MediaRows:
-        index, rows = [], []
+        placed = []
         for start, piece in pieces:
             encoded = self._encoder.rows(piece)
             assert encoded is not None, f"rows of {piece.item.key} are scheduled but were not encoded"
-            index.append(piece.chunk_rows + start)
-            rows.append(encoded)
-        flat_index = torch.from_numpy(np.concatenate(index).astype(np.int64, copy=False))
-        if self._device.type != "cpu":
-            flat_index = flat_index.pin_memory().to(self._device, non_blocking=True)
-        return MediaRows(flat_index, rows[0] if len(rows) == 1 else torch.cat(rows))
+            placed.append((piece.chunk_rows + start, encoded))
+        return MediaRows.of(placed, self._device)
 
 
 def _hidden_states(output: Any) -> torch.Tensor:

@@ -7,12 +7,17 @@ flat batch, cut into chunks, over a paged cache. The logits of every position mu
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
-from sensorium.model_executor.drivers import ModelDriver
+from sensorium.model_executor.drivers import ItemRows, MediaRows, ModelDriver
+from sensorium.model_executor.models.transformers.media_model import TransformersForConditionalGeneration
+from sensorium.model_executor.models.transformers.media_prompts import MediaPrompt
 from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
+from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.worker.dummy_steps import DummySteps, IdArray
 
@@ -51,6 +56,73 @@ def check_prompts(model: TransformersForCausalLM) -> list[IdArray]:
 def reference_logits(model: TransformersForCausalLM) -> list[torch.Tensor]:
     """Logits of `check_prompts` by the untouched modules, `(num_tokens, vocab_size)` each."""
     return [model.reference_logits(prompt.tolist()) for prompt in check_prompts(model)]
+
+
+def largest_media_error(
+    model: TransformersForConditionalGeneration,
+    driver: ModelDriver,
+    steps: DummySteps,
+    references: Sequence[torch.Tensor],
+) -> float:
+    """The same for the model's prompts with media: each is cut through its items, which are captured one by one, and
+    runs beside a prompt of text."""
+    errors = [
+        _media_error(model, driver, steps, prompt, mask, reference)
+        for prompt, mask, reference in zip(model.media_prompts, model.media_masks, references, strict=True)
+    ]
+    return max(errors, default=0.0)
+
+
+def media_references(model: TransformersForConditionalGeneration) -> list[torch.Tensor]:
+    """Logits of the compared positions of each prompt with media, by the untouched modules."""
+    return [model.reference_media_logits(prompt)[compared_rows(prompt)] for prompt in model.media_prompts]
+
+
+def compared_rows(prompt: MediaPrompt) -> torch.Tensor:
+    """The positions of a long prompt whose logits are compared: the last ones, and some from all over it."""
+    count = len(prompt.token_ids)
+    return torch.from_numpy(np.unique([*range(0, count, count // 24 + 1), *range(max(count - 8, 0), count)]))
+
+
+def _media_error(
+    model: TransformersForConditionalGeneration,
+    driver: ModelDriver,
+    steps: DummySteps,
+    prompt: MediaPrompt,
+    mask: npt.NDArray[np.bool_],
+    reference: torch.Tensor,
+) -> float:
+    captured = [(part.start + np.flatnonzero(mask[part.start : part.end]), part) for part in prompt.parts]
+    items = [
+        (places, model.capture_part(prompt, part, places - part.start)) for places, part in captured if len(places)
+    ]
+    if sum(len(places) for places, _ in items) != mask.sum():
+        raise CannotRunError("media change rows outside of what stands for them")
+    ids, text = prompt.token_ids, check_prompts(model)[0]
+    positions = model.media_positions(prompt)
+    caches = steps.caches(max(len(ids), len(text)), num_sequences=2)
+    wanted, got = compared_rows(prompt), []
+    bounds = [0, 2 * len(ids) // 5, 3 * len(ids) // 5, len(ids)]
+    beside = np.linspace(0, len(text), len(bounds)).astype(int).tolist()
+    for (start, end), (begin, stop) in zip(pairwise(bounds), pairwise(beside), strict=True):
+        pieces = [(text, begin, stop), (ids, start, end)]
+        media = _media_of(items, start, end, stop - begin, steps.device)
+        hidden = driver.forward(steps.step(pieces, caches, media=media, places=(None, positions)))
+        rows = wanted[(wanted >= start) & (wanted < end)] - start + stop - begin
+        got.append(model.compute_logits(hidden[rows.to(hidden.device)], SamplingMetadata(len(rows))))
+    return position_error(torch.cat(got), reference)
+
+
+def _media_of(
+    items: Sequence[tuple[IdArray, ItemRows]], start: int, end: int, shift: int, device: torch.device
+) -> MediaRows | None:
+    """The media rows of positions `[start, end)`, which stand in a batch from row `shift` on."""
+    placed = []
+    for places, item in items:
+        first, last = np.searchsorted(places, [start, end]).tolist()
+        if last > first:
+            placed.append((places[first:last] - start + shift, item.part(first, last)))
+    return MediaRows.of(placed, device) if placed else None
 
 
 def _steps_of(prompts: Sequence[IdArray]) -> Iterator[list[tuple[IdArray, int, int]]]:

@@ -117,8 +117,9 @@ class _SplitCheck:
 
     @staticmethod
     def _media_dependent_argument(plain: Captured, full: Captured) -> str | None:
-        for name in plain.others.keys() | full.others.keys():
-            one, other = plain.others.get(name), full.others.get(name)
+        before, after = plain.tensors(), full.tensors()
+        for name in before.keys() | after.keys():
+            one, other = before.get(name), after.get(name)
             if one is None or other is None or one.shape != other.shape or not torch.equal(one, other):
                 return name
         return None

@@ -4,34 +4,60 @@ beside each other, what they compute alone."""
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
 
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ModelError
+from sensorium.errors import ModelError, SensoriumError
 from sensorium.logger import get_logger
-from sensorium.model_executor.drivers import TextDriver
+from sensorium.model_executor.drivers import ModelDriver, TextDriver
+from sensorium.model_executor.drivers.captured import CapturedDriver
 from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.models.transformers.by_request import ByRequestWay
+from sensorium.model_executor.models.transformers.media_model import TransformersForConditionalGeneration
 from sensorium.model_executor.models.transformers.model import Tier, TransformersForCausalLM
 from sensorium.model_executor.models.transformers.packing import SetAside
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
+from sensorium.multimodal.hf_items import hf_items
 from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.kv_cache import CacheLayout
-from sensorium.worker.reference_check import TOLERANCE, largest_error, reference_logits
+from sensorium.worker.reference_check import (
+    TOLERANCE,
+    largest_error,
+    largest_media_error,
+    media_references,
+    reference_logits,
+)
 
 logger = get_logger(__name__)
 
 
-def choose_tier(model: TransformersForCausalLM, config: EngineConfig, device: torch.device) -> ModelFeatures:
-    """Let a model run by its best tier that is right; returns what the load report says of it.
+@dataclass(frozen=True, slots=True, eq=False)
+class _References:
+    """What the untouched modules compute, of text and of media; empty where nothing is checked."""
+
+    text: list[torch.Tensor] = field(default_factory=list)
+    media: list[torch.Tensor] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, model: TransformersForCausalLM) -> _References:
+        if not isinstance(model, TransformersForConditionalGeneration):
+            return cls(reference_logits(model))
+        return cls(reference_logits(model), media_references(model))
+
+
+def choose_tier(
+    model: TransformersForCausalLM, config: EngineConfig, device: torch.device
+) -> tuple[ModelDriver, ModelFeatures]:
+    """Let a model run by its best tier that is right; returns what drives it, and what the load report says of it.
 
     Raises `ModelError` (a `TypeError`) if none is, with the reason for each.
     """
     is_checked = config.model_config.load_check != "off"
-    references = reference_logits(model) if is_checked else []
-    _check_width(references, config)
+    references = _references(model, config) if is_checked else _References()
+    _check_width(references.text, config)
     reasons: dict[str, str] = {}
     for tier in model.tiers():
         try:
@@ -47,13 +73,29 @@ def choose_tier(model: TransformersForCausalLM, config: EngineConfig, device: to
         if error <= TOLERANCE[config.model_config.dtype]:
             if is_checked:
                 _use_kernels(model, partial(_error, model, config, device, references), config.model_config.dtype)
-            return ModelFeatures(tier=tier.name, notes=(*_notes(model, error, is_checked), *_not(reasons, tier)))
+            notes = (*_notes(model, error, is_checked), *_not(reasons, tier))
+            features = ModelFeatures(tier=tier.name, notes=notes)
+            return _driver(model, config, device), _with_media(model, features)
         reasons[tier.name] = f"logits differ by {error:.1e} of their spread from those of the untouched modules"
     listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ModelError(
         f"{config.model_config.architecture} by the modules of transformers: got none that runs as in transformers "
         f"({listed}). Register a class for it."
     )
+
+
+def _references(model: TransformersForCausalLM, config: EngineConfig) -> _References:
+    """Raises `ModelError` (a `TypeError`) where the untouched modules can't be run."""
+    try:
+        return _References.of(model)
+    except SensoriumError:
+        raise
+    except Exception as raised:  # whatever modules and processors raise
+        raise ModelError(
+            f"{config.model_config.architecture} of transformers: got a failure of its untouched modules on a few "
+            f"tokens ({told_to_author(raised)}), expected logits. Check that the files of the checkpoint belong "
+            "together, or set load_check (--load-check) to 'off'."
+        ) from raised
 
 
 def _check_width(references: list[torch.Tensor], config: EngineConfig) -> None:
@@ -66,12 +108,37 @@ def _check_width(references: list[torch.Tensor], config: EngineConfig) -> None:
         )
 
 
+def _driver(model: TransformersForCausalLM, config: EngineConfig, device: torch.device) -> ModelDriver:
+    if not isinstance(model, TransformersForConditionalGeneration):
+        return TextDriver(model)
+    vocab_size = config.model_config.vocab_size
+    return CapturedDriver(model, vocab_size=vocab_size, device=device, embeds_media=model.brings_rows_only)
+
+
+def _with_media(model: TransformersForCausalLM, features: ModelFeatures) -> ModelFeatures:
+    """What was found out about media beside."""
+    if not isinstance(model, TransformersForConditionalGeneration):
+        return features
+    refused = hf_items(model.model_config).refusals
+    refusals = tuple(f"no {modality} items: {reason}" for modality, reason in refused.items())
+    return replace(
+        features,
+        placeholder_token_ids=model.placeholder_token_ids(),
+        shares_items=not model.takes_prompts,
+        notes=(*features.notes, *refusals),
+    )
+
+
 def _error(
-    model: TransformersForCausalLM, config: EngineConfig, device: torch.device, references: list[torch.Tensor]
+    model: TransformersForCausalLM, config: EngineConfig, device: torch.device, references: _References
 ) -> float:
     steps = DummySteps(config, CacheLayout.of(model, config), device)
+    driver = _driver(model, config, device)
     try:
-        return largest_error(model, TextDriver(model), steps, references)
+        error = largest_error(model, driver, steps, references.text)
+        if isinstance(model, TransformersForConditionalGeneration) and error <= TOLERANCE[steps.dtype]:
+            error = max(error, largest_media_error(model, driver, steps, references.media))
+        return error
     finally:
         if isinstance(model.way, ByRequestWay):
             model.way.states.clear()

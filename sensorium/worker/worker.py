@@ -18,7 +18,7 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.kernels import native_refusal
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, SchedulerOutput
-from sensorium.model_executor.drivers import ModelDriver, TextDriver
+from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.lora.loader import LoadedAdapters
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
@@ -88,7 +88,7 @@ class Worker:
         features = None
         if isinstance(self._model, TransformersForCausalLM):
             with self._stage("choose tier"):
-                features = choose_tier(self._model, config, self._device)
+                self._driver, features = choose_tier(self._model, config, self._device)
         layout = CacheLayout.of(self._model, config)
         if not hasattr(self._model, "compute_logits"):
             raise ModelError(
@@ -100,10 +100,8 @@ class Worker:
         if device_type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading may need more than any step
         with self._stage("probe"):
-            if features is None:
+            if self._driver is None or features is None:
                 self._driver, features = probe_model(self._model, config, layout, self._device)
-            else:
-                self._driver = TextDriver(self._model)
         try_adapters(*(adapters, config, self._model, self._driver, DummySteps(config, layout, self._device), features))
         capture = self._graph_capture()
         with self._stage("allocate"):

@@ -15,7 +15,7 @@ VOCAB_SIZE = 320
 NUM_LAYERS = 4
 MAX_POSITION = 512
 
-_SIZES: Mapping[str, int] = {
+SIZES: Mapping[str, int] = {
     **dict.fromkeys(("hidden_size", "d_model", "n_embd", "dim", "model_dim", "embed_dim", "hidden_dim"), 64),
     **dict.fromkeys(("emb_dim", "embedding_size", "word_embed_proj_dim", "embedding_dim"), 64),
     **dict.fromkeys(("intermediate_size", "ffn_dim", "decoder_ffn_dim", "encoder_ffn_dim", "n_inner", "d_ff"), 96),
@@ -102,7 +102,7 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         default = config_class()
-        values = _shrunk(default.to_dict(), _num_layers(default)) | _SETTINGS.get(model_type, {}) | settings
+        values = shrunk(default.to_dict(), _num_layers(default)) | _SETTINGS.get(model_type, {}) | settings
         if "qk_rope_head_dim" in values and "head_dim" in values:
             values["head_dim"] = values["qk_rope_head_dim"]
         if "kv_lora_rank" in values and "num_key_value_heads" in values:
@@ -116,7 +116,8 @@ def _num_layers(config: Any) -> int:
     return int(getattr(config, "num_hidden_layers", 0) or 0)
 
 
-def _shrunk(values: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
+def shrunk(values: Mapping[str, Any], num_layers: int, sizes: Mapping[str, int] = SIZES) -> dict[str, Any]:
+    """Values of a config, those that are larger than `sizes` in the place of their own."""
     small: dict[str, Any] = {}
     for name, value in values.items():
         if name in ("transformers_version", "model_type", "architectures", "auto_map", "dtype"):
@@ -125,12 +126,12 @@ def _shrunk(values: Mapping[str, Any], num_layers: int) -> dict[str, Any]:
             small[name] = _SPECIAL_IDS[name]
         elif isinstance(value, bool) or value is None:
             small[name] = value
-        elif name in _SIZES and isinstance(value, int):
-            small[name] = min(_SIZES[name], value)
+        elif name in sizes and isinstance(value, int):
+            small[name] = min(sizes[name], value)
         elif isinstance(value, list) and num_layers and len(value) == num_layers:
             small[name] = _few(value)
         elif isinstance(value, dict) and name.endswith("_config"):
-            small[name] = _shrunk(value, int(value.get("num_hidden_layers") or 0))
+            small[name] = shrunk(value, int(value.get("num_hidden_layers") or 0), sizes)
         else:
             small[name] = value
     return small

@@ -7,7 +7,15 @@ out at load by the worker's probe.
 
 from sensorium.model_executor.drivers.atomic import AtomicDriver
 from sensorium.model_executor.drivers.auto_split import AutoSplitDriver
-from sensorium.model_executor.drivers.base import EncodeJob, EncodeResult, MediaRows, ModelDriver, StepInputs
+from sensorium.model_executor.drivers.base import (
+    EncodeJob,
+    EncodeResult,
+    ItemRows,
+    MediaRows,
+    ModelDriver,
+    PlacedRows,
+    StepInputs,
+)
 from sensorium.model_executor.drivers.embeddings import EmbeddingsDriver
 from sensorium.model_executor.drivers.text import TextDriver
 
@@ -17,8 +25,10 @@ __all__ = [
     "EmbeddingsDriver",
     "EncodeJob",
     "EncodeResult",
+    "ItemRows",
     "MediaRows",
     "ModelDriver",
+    "PlacedRows",
     "StepInputs",
     "TextDriver",
 ]

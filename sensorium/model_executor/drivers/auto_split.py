@@ -69,10 +69,10 @@ class AutoSplitDriver:
 
     def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
         """One pass up to the carrier per item, or per request where rows depend on their neighbours."""
-        passes: dict[str, EncodeResult] = {}
+        passes: dict[str, torch.Tensor | SensoriumError] = {}
         return [self._encode_one(job, passes) for job in jobs]
 
-    def _encode_one(self, job: EncodeJob, passes: dict[str, EncodeResult]) -> EncodeResult:
+    def _encode_one(self, job: EncodeJob, passes: dict[str, torch.Tensor | SensoriumError]) -> EncodeResult:
         start, end = self._window(job) if self.shares_items else (0, len(job.request.prompt_token_ids))
         key = f"{job.request.request_id}:{start}"
         if key not in passes:

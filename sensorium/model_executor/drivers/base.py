@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
 from sensorium.attention import AttentionMetadata, LayerCache
@@ -16,6 +18,35 @@ from sensorium.model_executor.failures import told_to_caller
 
 logger = get_logger(__name__)
 
+IndexArray = npt.NDArray[np.intp]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ItemRows:
+    """What an encoder makes of one media item."""
+
+    rows: torch.Tensor
+    """`(num_rows, hidden_size)`: what enters the decoder."""
+    others: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    """`(num_rows, ...)` each: what the decoder gets of the same rows elsewhere, such as behind its first layers."""
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def part(self, first: int, last: int) -> ItemRows:
+        """Rows `[first, last)`."""
+        return ItemRows(self.rows[first:last], {name: each[first:last] for name, each in self.others.items()})
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PlacedRows:
+    """`rows[i]` belongs to row `index[i]` of a batch."""
+
+    index: torch.Tensor
+    """`(num_rows,)` int64"""
+    rows: torch.Tensor
+    """`(num_rows, ...)`"""
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaRows:
@@ -25,6 +56,26 @@ class MediaRows:
     """`(num_media_rows,)` int64"""
     rows: torch.Tensor
     """`(num_media_rows, hidden_size)` in the model's dtype"""
+    others: Mapping[str, PlacedRows] = field(default_factory=dict)
+    """The rows of `ItemRows.others`, by name, of the items that have some."""
+
+    @classmethod
+    def of(cls, placed: Sequence[tuple[IndexArray, ItemRows]], device: torch.device) -> MediaRows:
+        """The rows of a batch from those of parts of items, in their order, each with the rows where it stands."""
+        rows = _placed([(index, item.rows) for index, item in placed], device)
+        others = {
+            name: _placed([(index, item.others[name]) for index, item in placed if name in item.others], device)
+            for name in dict.fromkeys(name for _, item in placed for name in item.others)
+        }
+        return cls(rows.index, rows.rows, others)
+
+
+def _placed(parts: Sequence[tuple[IndexArray, torch.Tensor]], device: torch.device) -> PlacedRows:
+    index = torch.from_numpy(np.concatenate([each for each, _ in parts]).astype(np.int64, copy=False))
+    if device.type != "cpu":
+        index = index.pin_memory().to(device, non_blocking=True)
+    rows = [each for _, each in parts]
+    return PlacedRows(index, rows[0] if len(rows) == 1 else torch.cat(rows))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -53,8 +104,8 @@ class EncodeJob:
     item: MediaItem
 
 
-EncodeResult = torch.Tensor | SensoriumError
-"""Rows `(item.span.num_rows, hidden_size)` of one item, or why there are none."""
+EncodeResult = torch.Tensor | ItemRows | SensoriumError
+"""Rows `(item.span.num_rows, hidden_size)` of one item, alone or with others, or why there are none."""
 
 
 class ModelDriver(Protocol):

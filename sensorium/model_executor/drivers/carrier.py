@@ -32,10 +32,14 @@ class PassCaptured(BaseException):
 
 @dataclass(slots=True, eq=False)
 class Captured:
-    """What the carrier was given: the rows, and its other tensor arguments by name."""
+    """What the carrier was given: the rows, and all else but token ids by its argument's name."""
 
     rows: torch.Tensor
-    others: dict[str, torch.Tensor]
+    others: dict[str, Any]
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Those of the others that are tensors."""
+        return {name: value for name, value in self.others.items() if isinstance(value, torch.Tensor)}
 
 
 class Carrier:
@@ -89,18 +93,21 @@ class Carrier:
         if rows is None:
             rows = self._embed(bound.arguments)
         if self._capturing:
-            others = {
-                key: value
-                for key, value in bound.arguments.items()
-                if isinstance(value, torch.Tensor) and key != name and key not in _IDS
-            }
-            self._captured = Captured(_two_dimensional(rows).clone(), others)
+            self._captured = Captured(_two_dimensional(rows).clone(), self._others(bound.arguments, name))
             raise PassCaptured
         assert self._inject is not None
         flat = _two_dimensional(rows)
         written = flat.index_copy(0, self._inject.index, self._inject.rows.to(flat.dtype))
         bound.arguments[name] = written.reshape(rows.shape)
         return bound.args, bound.kwargs
+
+    def _others(self, arguments: dict[str, Any], rows_name: str) -> dict[str, Any]:
+        """All arguments but rows and ids, those that a `**kwargs` takes included."""
+        found: dict[str, Any] = {}
+        for key, value in arguments.items():
+            is_rest = self._signature.parameters[key].kind is inspect.Parameter.VAR_KEYWORD
+            found |= value if is_rest else {key: value}
+        return {key: value for key, value in found.items() if key != rows_name and key not in _IDS}
 
     def _rows_argument(self, arguments: dict[str, Any]) -> str | None:
         """The argument that holds the rows: `inputs_embeds`, or a layer's first floating-point tensor."""

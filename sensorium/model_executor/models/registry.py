@@ -15,7 +15,12 @@ from typing import TYPE_CHECKING, Any
 from sensorium.config import ModelImpl
 from sensorium.errors import ConfigError, ModelError
 from sensorium.logger import get_logger
-from sensorium.model_executor.models.transformers.architectures import TEXT_CLASS, text_architectures
+from sensorium.model_executor.models.transformers.architectures import (
+    MEDIA_CLASS,
+    TEXT_CLASS,
+    media_architectures,
+    text_architectures,
+)
 from sensorium.plugins import HOW_TO_ADD, failed_plugins
 
 if TYPE_CHECKING:
@@ -108,9 +113,10 @@ class _ModelRegistry:
             for name in names:
                 if name in self._models:
                     return self._load(name, self._models[name]), name
-        generic = names if is_remote else [name for name in names if name in text_architectures()]
+        text, media = text_architectures(), media_architectures()
+        generic = names if is_remote else [name for name in names if name in text | media]
         if generic and model_impl != "native":
-            return self._load(generic[0], TEXT_CLASS), generic[0]
+            return self._load(generic[0], MEDIA_CLASS if generic[0] in media else TEXT_CLASS), generic[0]
         raise self._unknown(names, model_impl, has_generic=bool(generic))
 
     def _unknown(self, names: Sequence[str], model_impl: ModelImpl, *, has_generic: bool) -> ConfigError:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 TEXT_CLASS = "sensorium.model_executor.models.transformers.model:TransformersForCausalLM"
 """What serves architectures of text."""
+MEDIA_CLASS = "sensorium.model_executor.models.transformers.media_model:TransformersForConditionalGeneration"
+"""What serves architectures that take media."""
 
 
 def text_architectures() -> frozenset[str]:

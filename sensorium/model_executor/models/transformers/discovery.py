@@ -48,21 +48,28 @@ class Discovery:
     """Holds all attention calls, and takes token ids and their positions."""
     settings: Mapping[str, Any]
     """What the outer model gives to its trunk beside tensors of the tokens."""
+    takes_rows: bool = False
+    """The trunk gets embedded rows from the outer model instead of token ids."""
 
 
-def discover(model: nn.Module, token_ids: Sequence[int], max_position: int, device: torch.device) -> Discovery:
-    """Run a Hugging Face model of text on a few tokens, and look on.
+def discover(
+    model: nn.Module, token_ids: Sequence[int], max_position: int, device: torch.device, *, takes_rows: bool = False
+) -> Discovery:
+    """Run a Hugging Face model on a few tokens of text, and look on.
+
+    `takes_rows`: the trunk wanted is the innermost module that gets embedded rows, in front of which media are merged;
+    otherwise the outermost within the model that takes token ids.
 
     Raises:
         CannotRunError: It does something that a flat batch over a paged cache has no counterpart for.
     """
     half = len(token_ids) // 2
     ids, positions = torch.tensor([list(token_ids)], device=device), torch.arange(len(token_ids), device=device)[None]
-    found, rows = _look_on(model, ids, positions, half, max_position)
+    found, rows = _look_on(model, ids, positions, half, max_position, takes_rows)
     # Other tokens in the first half, as far from the others as those of another request may be.
     ids[0, :half] = ids[0, :half].flip(0)
     positions[0, :half] += max_position - half + 1
-    _, same = _look_on(model, ids, positions, half, max_position)
+    _, same = _look_on(model, ids, positions, half, max_position, takes_rows)
     if not all(map(_are_equal, rows, same)):
         raise CannotRunError(
             "its rows meet outside of attention, as in layers that keep a state of what came before, or where the "
@@ -72,11 +79,11 @@ def discover(model: nn.Module, token_ids: Sequence[int], max_position: int, devi
 
 
 def _look_on(
-    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, half: int, max_position: int
+    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, half: int, max_position: int, takes_rows: bool
 ) -> tuple[Discovery, list[torch.Tensor]]:
     """What a pass shows, and all that it computes of the rows from `half` on."""
     recorder = _Recorder(max_position, half)
-    watch = _TrunkWatch(model, recorder)
+    watch = _TrunkWatch(model, recorder, takes_rows)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     try:
         with attending(recorder):
@@ -97,7 +104,7 @@ def _look_on(
         raise CannotRunError("its attention can't be reached through transformers' AttentionInterface")
     trunk, settings, output = watch.found()
     rows = [*recorder.rows, hidden_states(output)[:, half:]]
-    return Discovery(tuple(recorder.calls), trunk, settings), rows
+    return Discovery(tuple(recorder.calls), trunk, settings, takes_rows), rows
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -178,15 +185,16 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 
 
 class _TrunkWatch:
-    """Finds the outermost module within the model that holds all attention calls."""
+    """Finds a module within the model that holds all attention calls: see `discover`."""
 
-    def __init__(self, model: nn.Module, recorder: _Recorder) -> None:
+    def __init__(self, model: nn.Module, recorder: _Recorder, takes_rows: bool) -> None:
         self._recorder = recorder
-        self._found: tuple[nn.Module, dict[str, Any], Any] | None = None
+        self._takes_rows = takes_rows
         self._total_at: list[tuple[nn.Module, int]] = []
         self._handles = []
+        is_candidate = takes_embeddings if takes_rows else takes_tokens
         for module in model.modules():
-            if module is not model and takes_tokens(module):
+            if module is not model and is_candidate(module):
                 self._handles.append(module.register_forward_pre_hook(self._enter, with_kwargs=True))
                 self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
         self._candidates: list[tuple[nn.Module, int, int, dict[str, Any], Any]] = []
@@ -200,10 +208,13 @@ class _TrunkWatch:
         """The trunk, what it was given beside tensors of tokens, and what it returned."""
         total = len(self._recorder.calls)
         whole = [each for each in self._candidates if each[1] == 0 and each[2] == total]
+        if self._takes_rows:
+            whole = [each for each in whole if each[3].get("inputs_embeds") is not None]
         if not whole:
-            raise CannotRunError("no module of it takes token ids with positions and holds all attention")
-        module, _, _, given, output = whole[-1]  # modules are left from the inside out
-        return module, _settings(given), output
+            what = "embedded rows" if self._takes_rows else "token ids with positions"
+            raise CannotRunError(f"no module of it takes {what} and holds all attention")
+        module, _, _, given, output = whole[0 if self._takes_rows else -1]  # modules are left from the inside out
+        return module, _settings({**given, "inputs_embeds": None} if self._takes_rows else given), output
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._total_at.append((module, len(self._recorder.calls)))
@@ -225,8 +236,16 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 def takes_tokens(module: nn.Module) -> bool:
     """Whether a module takes token ids with their positions."""
+    return {"input_ids", "position_ids"} <= _parameter_names(module)
+
+
+def takes_embeddings(module: nn.Module) -> bool:
+    """Whether a module takes embedded rows."""
+    return "inputs_embeds" in _parameter_names(module)
+
+
+def _parameter_names(module: nn.Module) -> frozenset[str]:
     try:
-        names = inspect.signature(module.forward).parameters
+        return frozenset(inspect.signature(module.forward).parameters)
     except (TypeError, ValueError):
-        return False
-    return "input_ids" in names and "position_ids" in names
+        return frozenset()

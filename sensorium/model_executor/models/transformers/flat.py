@@ -12,8 +12,10 @@ import torch
 from torch import nn
 
 from sensorium.attention import Attention, AttentionMetadata, LayerCache
+from sensorium.model_executor.drivers import MediaRows
 from sensorium.model_executor.models.transformers.discovery import AttentionCall, Discovery
 from sensorium.model_executor.models.transformers.interface import attending
+from sensorium.model_executor.models.transformers.media_rows import TrunkInputs
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk, hidden_states
 
@@ -29,10 +31,12 @@ class FlatWay(nn.Module):
         found: What a pass has shown.
         trunk: Of the same model.
         mask_form: One of `MASK_FORMS`.
+        inputs: Makes what the trunk gets, where that is embedded rows; None: it gets token ids.
     """
 
-    def __init__(self, found: Discovery, trunk: Trunk, mask_form: str) -> None:
+    def __init__(self, found: Discovery, trunk: Trunk, mask_form: str, inputs: TrunkInputs | None = None) -> None:
         super().__init__()
+        self._inputs = inputs
         self._calls = found.calls
         self._settings = dict(found.settings)
         self.trunk = trunk
@@ -51,18 +55,33 @@ class FlatWay(nn.Module):
         positions: torch.Tensor,
         kv_caches: Sequence[LayerCache],
         attn_metadata: AttentionMetadata,
+        media: MediaRows | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `(num_tokens, hidden_size)` as they leave the trunk."""
-        shape = (1, 1, 1, 1) if self._mask_form == MASK_FORMS[0] else (1, len(input_ids))
+        """Hidden states `(num_tokens, hidden_size)` as they leave the trunk.
+
+        `inputs_embeds`: the rows of these tokens, media in their places, if they were made before.
+        """
+        num_tokens = len(input_ids)
+        shape = (1, 1, 1, 1) if self._mask_form == MASK_FORMS[0] else (1, num_tokens)
+        given = self._settings | self._rows(input_ids, positions, media, inputs_embeds)
         with attending(_PagedStep(self._calls, self.attention_calls, kv_caches, attn_metadata)):
-            output = self.trunk.forward(
-                input_ids=input_ids[None],
-                # Rows of text have the same position in time, height and width.
-                position_ids=positions[None] if positions.dim() == 1 else positions[:1],
-                attention_mask=input_ids.new_ones(shape),
-                **self._settings,
-            )
+            output = self.trunk.forward(attention_mask=input_ids.new_ones(shape), **given)
         return hidden_states(output)[0]
+
+    def _rows(
+        self, input_ids: torch.Tensor, positions: torch.Tensor, media: MediaRows | None, embeds: torch.Tensor | None
+    ) -> dict[str, Any]:
+        if self._inputs is None:
+            # Rows of text have the same position in time, height and width.
+            position_ids = positions[None] if positions.dim() == 1 else positions[:1]
+            return {"input_ids": input_ids[None], "position_ids": position_ids}
+        rows = self._inputs.embed(input_ids, media) if embeds is None else embeds
+        return {
+            "inputs_embeds": rows[None],
+            "position_ids": positions[None] if positions.dim() == 1 else positions[:, None],
+            **self._inputs.arguments(media, len(input_ids)),
+        }
 
 
 class _PagedStep:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -47,7 +48,7 @@ class TransformersForCausalLM(nn.Module):
     def __init__(self, *, config: EngineConfig, hf_model: nn.Module) -> None:
         super().__init__()
         self.hf_model: Any = hf_model
-        self._model_config = config.model_config
+        self.model_config = config.model_config
         self._device = torch.device(config.device_config.device)
         self._configs = _configs_of(hf_model)
         self._own_attention = [getattr(each, _IMPLEMENTATION) for each in self._configs]
@@ -112,7 +113,7 @@ class TransformersForCausalLM(nn.Module):
     def _discovery(self) -> Discovery | CannotRunError:
         ids = self.text_token_ids(NUM_TOKENS)
         try:
-            return discover(self.hf_model, ids, self._model_config.max_model_len - 1, self._device)
+            return discover(self.hf_model, ids, self.model_config.max_model_len - 1, self._device)
         except CannotRunError as reason:
             return reason
 
@@ -142,7 +143,7 @@ class TransformersForCausalLM(nn.Module):
 
     def text_token_ids(self, count: int) -> list[int]:
         """Token ids of a text that means nothing; see `text_token_ids`."""
-        return text_token_ids(self._model_config, count)
+        return text_token_ids(self.model_config, count)
 
     # The untouched model
 
@@ -155,13 +156,19 @@ class TransformersForCausalLM(nn.Module):
         if "position_ids" in parameters:  # as `generate` gives them; by themselves some models count otherwise
             given["position_ids"] = torch.arange(len(token_ids), device=self._device)[None]
         given = {name: value for name, value in given.items() if name in parameters}
+        with self._eager():
+            logits: torch.Tensor = self.hf_model(**given, use_cache=False).logits[0]
+        return logits
+
+    @contextmanager
+    def _eager(self) -> Iterator[None]:
+        """Within it, the modules run with transformers' eager attention."""
         before = [getattr(each, _IMPLEMENTATION) for each in self._configs]
         self._set_attention([_EAGER] * len(self._configs))
         try:
-            logits: torch.Tensor = self.hf_model(**given, use_cache=False).logits[0]
+            yield
         finally:
             self._set_attention(before)
-        return logits
 
     def _set_attention(self, names: Sequence[str]) -> None:
         for each, name in zip(self._configs, names, strict=True):

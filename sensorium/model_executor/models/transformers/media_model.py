@@ -1,0 +1,320 @@
+"""The classes that serve architectures with media which have no file of their own here.
+
+The checkpoint's processor says what stands for an item in a prompt and makes its tensors, one item at a time
+(`sensorium.multimodal.hf_items`). There is one class for each set of modalities, since registrations belong to classes.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property, partial
+from itertools import combinations
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+
+from sensorium.attention import AttentionMetadata, LayerCache
+from sensorium.config import EngineConfig, ModelConfig
+from sensorium.errors import ModelError
+from sensorium.inputs import INPUT_REGISTRY, InputContext, TokenInputs
+from sensorium.model_executor.drivers import ItemRows, MediaRows
+from sensorium.model_executor.models.media_common import as_items
+from sensorium.model_executor.models.transformers import interface
+from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover
+from sensorium.model_executor.models.transformers.flat import MASK_FORMS, FlatWay
+from sensorium.model_executor.models.transformers.media_prompts import ItemPart, MediaPrompt, make_media_prompts
+from sensorium.model_executor.models.transformers.media_rows import TrunkInputs, on_device
+from sensorium.model_executor.models.transformers.model import FLAT, Tier, TransformersForCausalLM
+from sensorium.model_executor.models.transformers.refusal import CannotRunError
+from sensorium.model_executor.models.transformers.trunk import Trunk
+from sensorium.model_executor.models.transformers.weights import hf_class_of
+from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs, PlaceholderRange
+from sensorium.multimodal.hf_items import (
+    ARGUMENTS,
+    Processed,
+    as_kwargs,
+    expand,
+    hf_items,
+    of_item,
+    processor_modalities,
+    segment_of,
+)
+from sensorium.multimodal.resize_limits import check_picture
+from sensorium.spans import IntArray
+
+
+class TransformersForConditionalGeneration(TransformersForCausalLM):
+    """A model with media of transformers. It runs once a tier was chosen by `use`."""
+
+    supports_multimodal: ClassVar[bool] = True
+    modalities: ClassVar[tuple[str, ...]] = ()
+
+    def __init__(self, *, config: EngineConfig, hf_model: torch.nn.Module) -> None:
+        super().__init__(config=config, hf_model=hf_model)
+        self._inputs: TrunkInputs | None = None
+
+    @classmethod
+    def for_checkpoint(cls, model: str, hf_config: Any, *, trust_remote_code: bool, revision: str | None) -> type:
+        """The class for the modalities that a checkpoint's processor takes; the one of text where it has none.
+
+        Raises `ModelError` (a `TypeError`) for an architecture of another kind.
+        """
+        if getattr(hf_config, "is_encoder_decoder", False):
+            raise ModelError(
+                f"{(hf_config.architectures or ['the model'])[0]}: got an encoder with cross-attention, expected a "
+                "decoder alone. Models of transformers with an encoder sequence of their own are not served yet."
+            )
+        modalities = processor_modalities(model, trust_remote_code, revision)
+        return CLASSES.get(frozenset(modalities), TransformersForCausalLM)
+
+    # Prompts
+
+    @classmethod
+    def expand_by_items(
+        cls, model_config: ModelConfig, token_ids: Sequence[int], mapped: Mapping[str, Sequence[Mapping[str, Any]]]
+    ) -> tuple[list[int], dict[str, list[PlaceholderRange]]]:
+        """The prompt with each placeholder expanded as its item wants it, and where items stand in it.
+
+        Raises `InvalidRequestError` (a `ValueError`) if there are more or fewer placeholders than items.
+        """
+        segments = {modality: [segment_of(each) for each in items] for modality, items in mapped.items()}
+        ids = np.asarray(token_ids, dtype=np.int64)
+        expanded, ranges = expand(ids, hf_items(model_config).placeholders, segments)
+        return expanded.tolist(), ranges
+
+    @classmethod
+    def mrope_positions_of(
+        cls, model_config: ModelConfig, token_ids: Sequence[int], mm_kwargs: Mapping[str, Any]
+    ) -> tuple[IntArray, int]:
+        """M-RoPE positions `(3, num_tokens)` of an expanded prompt as the outer model computes them, and their delta.
+
+        Raises whatever it raises.
+        """
+        tensors, _ = of_item(mm_kwargs)
+        ids = torch.tensor([list(token_ids)])
+        tensors |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        create = getattr(hf_items(model_config).processor, "create_mm_token_type_ids", None)
+        if create is not None:
+            tensors["mm_token_type_ids"] = torch.tensor(create([list(token_ids)]))
+        indexer = _rope_indexer(model_config)
+        names = inspect.signature(indexer).parameters
+        positions, _ = indexer(**{name: value for name, value in tensors.items() if name in names})
+        found: IntArray = positions[-3:, 0].numpy().astype(np.int64)
+        return found, int(found.max()) + 1 - len(token_ids)
+
+    # Tiers
+
+    def tiers(self) -> Iterator[Tier]:
+        """The ways to run it, the best first."""
+        for form in MASK_FORMS:
+            yield Tier(FLAT, partial(self._flat, form))
+
+    def use(self, tier: Tier) -> None:
+        """See `TransformersForCausalLM`."""
+        if self._inputs is not None:
+            self._inputs.remove()
+            self._inputs = None
+        super().use(tier)
+
+    def _flat(self, mask_form: str) -> FlatWay:
+        self._set_attention([interface.NAME] * len(self._configs))
+        found = self._discovery
+        if isinstance(found, CannotRunError):
+            raise found
+        self._inputs = self._trunk_inputs(found.trunk)
+        trunk = Trunk(self.hf_model, found.trunk)
+        self._set_attention(self._own_attention)
+        hidden = trunk.run(self._few_tokens)[0]
+        trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
+        self._set_attention([interface.NAME] * len(self._configs))
+        return FlatWay(found, trunk, mask_form, self._inputs)
+
+    def _trunk_inputs(self, trunk: torch.nn.Module) -> TrunkInputs:
+        inputs = TrunkInputs(self.hf_model, trunk, self.model_config.vocab_size)
+        try:
+            captures = [
+                inputs.compared(self._on_device(prompt.token_ids), self._tensors(prompt.tensors))
+                for prompt in self.media_prompts
+            ]
+            inputs.learn(captures)
+        except BaseException:
+            inputs.remove()
+            raise
+        self.media_masks = [capture.media.cpu().numpy() for capture in captures]
+        """Of each of `media_prompts`: which rows are media's."""
+        return inputs
+
+    @cached_property
+    def _discovery(self) -> Discovery | CannotRunError:
+        ids, last = self.text_token_ids(NUM_TOKENS), self.model_config.max_model_len - 1
+        try:
+            return discover(self.hf_model, ids, last, self._device, takes_rows=True)
+        except CannotRunError as reason:
+            return reason
+
+    @cached_property
+    def media_prompts(self) -> list[MediaPrompt]:
+        """Prompts with media, to find out how the model takes them."""
+        return make_media_prompts(self.model_config, self.modalities)
+
+    @property
+    def takes_prompts(self) -> bool:
+        """Whether its processor takes whole prompts, so that items can't be told apart."""
+        return hf_items(self.model_config).takes_prompts
+
+    def placeholder_token_ids(self) -> dict[str, frozenset[int]]:
+        """Per modality, the ids that stand where rows of media go, and nowhere else."""
+        found = {}
+        for prompt, mask in zip(self.media_prompts, self.media_masks, strict=True):
+            ids = frozenset(prompt.token_ids[mask].tolist())
+            found[prompt.modality] = ids - frozenset(prompt.token_ids[~mask].tolist())
+        return {modality: ids for modality, ids in found.items() if ids}
+
+    def media_positions(self, prompt: MediaPrompt) -> IntArray | None:
+        """Positions `(3, num_tokens)` of one of `media_prompts`, with M-RoPE."""
+        if not self.model_config.uses_mrope:
+            return None
+        kwargs = as_kwargs(Processed(prompt.token_ids, prompt.tensors))
+        return self.mrope_positions_of(self.model_config, prompt.token_ids.tolist(), kwargs)[0]
+
+    def capture_part(self, prompt: MediaPrompt, part: ItemPart, places: IntArray) -> ItemRows:
+        """Captures an item of one of `media_prompts`, whose rows stand at `places` of its part."""
+        ids = self._on_device(prompt.token_ids[part.start : part.end])
+        return self.capture(ids, part.tensors, torch.from_numpy(places).to(self._device))
+
+    def _on_device(self, token_ids: IntArray) -> torch.Tensor:
+        return torch.from_numpy(np.ascontiguousarray(token_ids)).to(self._device)
+
+    def _tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+        return on_device(tensors, self._device, self.model_config.dtype)
+
+    # What the engine calls
+
+    @property
+    def brings_rows_only(self) -> bool:
+        """Whether media bring nothing but rows to the decoder."""
+        return self._inputs is not None and not self._inputs.extras
+
+    def capture(self, token_ids: torch.Tensor, tensors: Mapping[str, Any], media: torch.Tensor) -> ItemRows:
+        """See `drivers.captured.CapturesMedia`."""
+        assert self._inputs is not None, "use() was not called"
+        return self._inputs.item_rows(token_ids, self._tensors(tensors), media)
+
+    def embed(self, token_ids: torch.Tensor, media: MediaRows | None) -> torch.Tensor:
+        """See `drivers.captured.CapturesMedia`."""
+        assert self._inputs is not None, "use() was not called"
+        return self._inputs.embed(token_ids, media)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor,
+        positions: torch.Tensor,
+        kv_caches: Sequence[LayerCache],
+        attn_metadata: AttentionMetadata,
+        media: MediaRows | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Hidden states `(num_tokens, hidden_size)` of a flat batch."""
+        assert self.way is not None, "use() was not called"
+        hidden: torch.Tensor = self.way(input_ids, positions, kv_caches, attn_metadata, media, inputs_embeds)
+        return hidden
+
+    # The untouched model
+
+    @torch.inference_mode()
+    def reference_media_logits(self, prompt: MediaPrompt) -> torch.Tensor:
+        """Logits `(num_tokens, vocab_size)` of a whole prompt with media by transformers alone."""
+        ids = self._on_device(prompt.token_ids)[None]
+        with self._eager():
+            output = self.hf_model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self._tensors(prompt.tensors)
+            )
+        logits: torch.Tensor = output.logits[0]
+        return logits
+
+
+def _rope_indexer(model_config: ModelConfig) -> Any:
+    """`get_rope_index` of the class within the architecture's that has it, which reads nothing but the config."""
+    hf_class = hf_class_of(model_config)
+    module = inspect.getmodule(hf_class)
+    config_class = type(model_config.hf_config)
+    for candidate in (hf_class, *vars(module).values()):
+        method = getattr(candidate, "get_rope_index", None)
+        if method is None or not issubclass(getattr(candidate, "config_class", None) or object, config_class):
+            continue
+        empty = candidate.__new__(candidate)
+        torch.nn.Module.__init__(empty)
+        empty.config = model_config.hf_config
+        return empty.get_rope_index
+    raise ModelError(f"{model_config.architecture}: got M-RoPE without get_rope_index, expected it in transformers.")
+
+
+# Registrations
+
+
+def map_images(ctx: InputContext, data: Any) -> MultiModalKwargs:
+    """What the checkpoint's processor makes of a picture."""
+    processor = getattr(hf_items(ctx.model_config).processor, "image_processor", None)
+    for picture in as_items(data):
+        if hasattr(picture, "height"):
+            check_picture(processor, picture.height, picture.width)
+    return _map("image", ctx, data)
+
+
+def map_videos(ctx: InputContext, data: Any) -> MultiModalKwargs:
+    """What the checkpoint's processor makes of a clip."""
+    return _map("video", ctx, data)
+
+
+def map_sounds(ctx: InputContext, data: Any) -> MultiModalKwargs:
+    """What the checkpoint's processor makes of a sound."""
+    return _map("audio", ctx, data)
+
+
+def _map(modality: str, ctx: InputContext, data: Any) -> MultiModalKwargs:
+    (item,) = as_items(data)
+    return MultiModalKwargs(as_kwargs(hf_items(ctx.model_config).process_item(modality, item), modality))
+
+
+def max_rows(ctx: InputContext) -> int:
+    """Rows of an item at most: what follows from its size is known to the processor only."""
+    return max(ctx.model_config.max_model_len - 1, 1)
+
+
+def process_whole(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
+    """Expand a prompt by a processor that takes whole prompts; others expand it item by item, from mapped items."""
+    data: Mapping[str, Any] = inputs.get("multi_modal_data") or {}
+    if not data or not hf_items(ctx.model_config).takes_prompts:
+        return inputs
+    items = hf_items(ctx.model_config)
+    text = inputs.get("prompt") or items.processor.tokenizer.decode(inputs["prompt_token_ids"])
+    processed = items.process(text, {modality: as_items(each) for modality, each in data.items()})
+    whole: Any = inputs
+    whole["prompt_token_ids"] = processed.token_ids.tolist()
+    whole["multi_modal_inputs"] = as_kwargs(processed)
+    return inputs
+
+
+_MAPPERS = {"image": map_images, "video": map_videos, "audio": map_sounds}
+
+
+def _class_for(modalities: Sequence[str]) -> type[TransformersForConditionalGeneration]:
+    name = f"Transformers{''.join(each.capitalize() for each in modalities)}ForConditionalGeneration"
+    made = type(
+        name, (TransformersForConditionalGeneration,), {"modalities": tuple(modalities), "__module__": __name__}
+    )
+    for modality in modalities:
+        MULTIMODAL_REGISTRY.register_input_mapper(modality, _MAPPERS[modality])(made)
+        MULTIMODAL_REGISTRY.register_max_multimodal_tokens(modality, max_rows)(made)
+    INPUT_REGISTRY.register_input_processor(process_whole)(made)
+    return made
+
+
+CLASSES: Mapping[frozenset[str], type[TransformersForConditionalGeneration]] = {
+    frozenset(chosen): _class_for(chosen)
+    for size in range(1, len(ARGUMENTS) + 1)
+    for chosen in combinations(ARGUMENTS, size)
+}
+"""By the modalities that they take."""

@@ -1,0 +1,31 @@
+"""Architectures with media without a file here run by the modules of transformers, to transformers' own tokens."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.helpers.generic_media import (
+    generated_media_tokens,
+    hf_items,
+    media_requests,
+    model_config_of,
+    served_media_tokens,
+)
+from tests.helpers.tiny_media import save_tiny_media
+
+FLAT = ("llava", "llava_next", "idefics3")
+"""Types whose decoders run in a flat batch over the paged cache, media captured item by item."""
+
+
+@pytest.mark.parametrize("model_type", FLAT)
+def test_tokens_equal_those_of_generate(model_type: str, tmp_path: Path) -> None:
+    """Two rounds: the second finds items and prefixes in the caches."""
+    model = save_tiny_media(model_type, tmp_path)
+    items = hf_items(model_config_of(tmp_path))
+    assert items.placeholders
+    for modality in items.placeholders:
+        requests = media_requests(items, modality)
+        expected = generated_media_tokens(model, items, requests)
+        assert served_media_tokens(tmp_path, requests, num_rounds=2) == expected * 2

@@ -1,0 +1,211 @@
+"""Tiny checkpoints of architectures that take media, with processors: transformers' own defaults, shrunk by the names
+of values, and a tokenizer of a few words that has every special token that the processor's source names."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import json
+import re
+import warnings
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
+
+from tests.helpers.tiny_architectures import SIZES, shrunk, spread
+
+IMAGE_SIZE, PATCH_SIZE = 28, 14
+WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "what", "is", "this", "?", ".", "1", "2", "x")
+_FIRST_SPECIAL = 100
+"""Ids of special tokens begin here; below are words of no meaning."""
+_SPECIAL = re.compile(r"""["'](<[^"'\s{}]{1,48}>|\[[A-Z_]{3,}\]|<[^"'\s{}]*\|>)["']""")
+_SIZES: Mapping[str, Any] = {
+    "vocab_size": 320,
+    "depth": 2,
+    "max_position_embeddings": 4096,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+    "num_image_tokens": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+}
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+"""What shrinking by name doesn't get right in a config, by type; nested parts by their name."""
+_IMAGE_SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+_PROCESSOR_SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+
+
+def media_types() -> dict[str, str]:
+    """Model types with the class that takes their media."""
+    from transformers.models.auto import modeling_auto
+
+    found: dict[str, str] = {}
+    for table in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ"):
+        for name, value in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items():
+            found.setdefault(name, value if isinstance(value, str) else value[0])
+    return found
+
+
+def media_config(model_type: str) -> PretrainedConfig:
+    """The defaults of a type with sizes of some dozens."""
+    config_class = CONFIG_MAPPING[model_type]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        default = config_class()
+        values = _merged(shrunk(default.to_dict(), 0, {**SIZES, **_SIZES}), _SETTINGS.get(model_type, {}))
+        return config_class(**_with_sections(values))
+
+
+def _with_sections(values: dict[str, Any]) -> dict[str, Any]:
+    """Sections of M-RoPE that add up to half of a tiny head."""
+    for name, value in values.items():
+        if name == "mrope_section":
+            values[name] = [2, 3, 3]
+        elif isinstance(value, dict):
+            _with_sections(value)
+    return values
+
+
+def _merged(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(values)
+    for name, value in settings.items():
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), dict)
+        merged[name] = _merged(merged[name], value) if nested else value
+    return merged
+
+
+def media_tokenizer(processor_class: Any) -> PreTrainedTokenizerFast:
+    """A tokenizer with the special tokens that a processor's module names."""
+    source = inspect.getsource(importlib.import_module(processor_class.__module__))
+    special = [text for text in dict.fromkeys(_SPECIAL.findall(source)) if text not in WORDS]
+    vocabulary = {word: i for i, word in enumerate(WORDS)}
+    vocabulary |= {f"w{i}": i for i in range(len(WORDS), _FIRST_SPECIAL)}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        pad_token="<pad>",
+        extra_special_tokens=_named_tokens(special),
+    )
+    fast.add_special_tokens({"additional_special_tokens": special})
+    return fast
+
+
+def _named_tokens(special: list[str]) -> dict[str, str]:
+    """Attributes under which processors ask their tokenizer for special tokens."""
+
+    def first(*parts: str) -> str | None:
+        return next((text for part in parts for text in special if part in text.lower()), None)
+
+    found = {
+        "image_token": first("image_soft", "image_pad", "<image>", "image", "img"),
+        "boi_token": first("start_of_image", "boi", "image_start"),
+        "eoi_token": first("end_of_image", "eoi", "image_end"),
+        "video_token": first("video_pad", "<video>", "video"),
+        "audio_token": first("audio_soft", "audio_pad", "<audio>", "audio"),
+    }
+    return {name: text for name, text in found.items() if text is not None}
+
+
+def save_tiny_media(model_type: str, folder: Path, seed: int = 0) -> PreTrainedModel:
+    """Write a tiny checkpoint with its processor; returns the model."""
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    config = media_config(model_type)
+    processor_class = PROCESSOR_MAPPING[type(config)]
+    tokenizer = media_tokenizer(processor_class)
+    _agree(config, tokenizer)
+    torch.manual_seed(seed)
+    model: PreTrainedModel = getattr(transformers, media_types()[model_type])(config).eval()
+    spread(model, seed)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    parts = {name: _part(name, config) for name in processor_class.get_attributes() if not name.endswith("tokenizer")}
+    settings = {"processor_class": processor_class.__name__, **parts, **_processor_settings(model_type, config)}
+    (folder / "processor_config.json").write_text(json.dumps(settings, default=str))
+    return model
+
+
+def _agree(config: Any, tokenizer: Any) -> None:
+    """Give the config the ids of the tokenizer's special tokens, by the names of both."""
+    names = {"image": "image_token", "video": "video_token", "audio": "audio_token"}
+    for modality, name in names.items():
+        text = getattr(tokenizer, name, None)
+        for field in (f"{modality}_token_id", f"{modality}_token_index"):
+            if text is not None and hasattr(config, field):
+                setattr(config, field, tokenizer.convert_tokens_to_ids(text))
+    for field, parts in _MARKS.items():
+        if hasattr(config, field):
+            text = next((each for part in parts for each in tokenizer.get_added_vocab() if part in each.lower()), None)
+            if text is not None:
+                setattr(config, field, tokenizer.convert_tokens_to_ids(text))
+
+
+_MARKS: Mapping[str, tuple[str, ...]] = {
+    "vision_start_token_id": ("vision_start", "begin_of_image"),
+    "vision_end_token_id": ("vision_end", "end_of_image"),
+    "image_start_token_id": ("begin_of_image", "image_start"),
+    "image_end_token_id": ("end_of_image", "image_end"),
+    "boi_token_id": ("start_of_image", "boi"),
+    "eoi_token_id": ("end_of_image", "eoi"),
+    "audio_start_token_id": ("audio_start", "audio_bos"),
+    "audio_end_token_id": ("audio_end", "audio_eos"),
+}
+
+
+def _part(name: str, config: PretrainedConfig) -> dict[str, Any]:
+    """The settings of an image processor, a video processor or a feature extractor of a type."""
+    from transformers.models.auto.auto_mappings import FEATURE_EXTRACTOR_MAPPING_NAMES, VIDEO_PROCESSOR_MAPPING_NAMES
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    model_type = config.model_type
+    if name == "image_processor":
+        classes = IMAGE_PROCESSOR_MAPPING[type(config)]
+        small = _IMAGE_SETTINGS.get(model_type) or _small(classes["pil"]())
+        made = classes["pil"](**small)
+        return {**made.to_dict(), "image_processor_type": type(made).__name__.removesuffix("Pil")}
+    if name == "video_processor":
+        kind = VIDEO_PROCESSOR_MAPPING_NAMES[model_type]
+        return {"video_processor_type": kind if isinstance(kind, str) else next(iter(kind.values()))}
+    extractor = getattr(transformers, FEATURE_EXTRACTOR_MAPPING_NAMES[model_type])()
+    return {**extractor.to_dict(), "feature_extractor_type": type(extractor).__name__}
+
+
+def _small(processor: Any) -> dict[str, Any]:
+    """Settings that make pictures as large as tiny towers take them."""
+    values: dict[str, Any] = {}
+    size = dict(processor.size or {})
+    if {"height", "width"} <= size.keys():
+        values["size"] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    elif "shortest_edge" in size and "longest_edge" in size and size["longest_edge"] > 100_000:  # pixels in all
+        values["size"] = {"shortest_edge": 28 * 28, "longest_edge": 28 * 28 * 16}
+    elif "shortest_edge" in size:
+        values["size"] = {"shortest_edge": IMAGE_SIZE}
+    elif "longest_edge" in size:
+        values["size"] = {"longest_edge": 2 * IMAGE_SIZE}
+    if getattr(processor, "crop_size", None):
+        values["crop_size"] = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+    if getattr(processor, "patch_size", None):
+        values["patch_size"] = PATCH_SIZE
+    return values
+
+
+def _processor_settings(model_type: str, config: Any) -> dict[str, Any]:
+    values = {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
+    processor_class = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING[
+        type(config)
+    ]
+    names = inspect.signature(processor_class.__init__).parameters
+    chosen = {name: value for name, value in values.items() if name in names}
+    if "vision_feature_select_strategy" in chosen and hasattr(config, "vision_feature_select_strategy"):
+        chosen["vision_feature_select_strategy"] = config.vision_feature_select_strategy
+    return {**chosen, **_PROCESSOR_SETTINGS.get(model_type, {})}
