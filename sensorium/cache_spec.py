@@ -176,11 +176,23 @@ class CacheGroup:
     """Names of the layers whose caches these are, in module order; of layers that share one, only the owner's."""
     num_bytes: int = 0
     spans: SpanRule = SpanRule.SEEN
+    max_rows: int = 0
+    """Of cross-attention: most rows that one request's items have together."""
 
     @property
     def is_paged(self) -> bool:
-        """Whether it keeps positions in blocks."""
+        """Whether it keeps what it keeps in blocks."""
         return self.kind is not CacheKind.STATE
+
+    @property
+    def keeps_positions(self) -> bool:
+        """Whether what it keeps grows with a request's tokens."""
+        return self.kind not in (CacheKind.STATE, CacheKind.CROSS)
+
+    @property
+    def blocks_of_rows(self) -> int:
+        """Of cross-attention: most blocks that one request holds."""
+        return -(-self.max_rows // self.block_size)
 
     def first_visible(self, position: int) -> int:
         """The first position that one at `position` sees."""
@@ -200,7 +212,7 @@ class CacheGroup:
 
     def max_tokens(self, num_new_tokens: int = 1) -> int | None:
         """The longest request that it can hold in chunks of `num_new_tokens`; None: any."""
-        if self.kind in (CacheKind.STATE, CacheKind.CROSS):
+        if not self.keeps_positions:
             return None
         if self.reach is not None and self.blocks_within_reach(num_new_tokens) <= self.num_blocks:
             return None
@@ -209,7 +221,8 @@ class CacheGroup:
     def line(self) -> str:
         """The group for people."""
         rule = self.kind.value if self.reach is None else f"{self.kind.value} of {self.reach:,}"
-        room = f"{self.num_blocks:,} blocks of {self.block_size} tokens = {self.num_blocks * self.block_size:,} tokens"
+        unit = "rows" if self.kind is CacheKind.CROSS else "tokens"
+        room = f"{self.num_blocks:,} blocks of {self.block_size} {unit} = {self.num_blocks * self.block_size:,} {unit}"
         if not self.is_paged:
             room = f"{self.num_blocks:,} rows"
         layers = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)}"

@@ -39,6 +39,19 @@ class MediaItem:
     """The mapped keyword arguments of this item, leaves without batch axes; only the worker looks inside."""
     index: int = 0
     """The item's position among the request's items of its modality."""
+    cross_rows: int = 0
+    """Where decoder layers attend to the item by cross-attention: its rows, which stand in a cache of their own. The
+    span is then the place in the prompt from which on the item is seen, and nothing is put there. Else 0."""
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that the encoder makes of the item."""
+        return self.cross_rows or self.span.num_rows
+
+    @property
+    def rows_end(self) -> int:
+        """Tokens of the prompt after which nobody reads the encoder's rows any more."""
+        return self.span.end if self.cross_rows else self.span.rows_end
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -114,6 +127,8 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     Of a state: the rows that the chunk reads it from and writes it to. Empty where nothing is new in any group."""
     is_last: bool
     """The chunk reaches the end of the known tokens, so that a token is sampled after it."""
+    cross_items: tuple[int, ...] = ()
+    """`request.media` whose rows this chunk writes into the caches of cross-attention."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -245,7 +260,7 @@ class LoadReport:
     @property
     def num_blocks(self) -> int:
         """KV blocks of the group that has most: what the setting `num_blocks` would have to be for the same caches."""
-        return max((group.num_blocks for group in self.cache_groups if group.is_paged), default=1)
+        return max((group.num_blocks for group in self.cache_groups if group.keeps_positions), default=1)
 
     @property
     def block_size(self) -> int:

@@ -9,6 +9,7 @@ from sensorium.attention.layer import Attention, AttentionType, MultiHeadAttenti
 from sensorium.attention.metadata import (
     NO_SLOT,
     AttentionMetadata,
+    CrossBatch,
     LayerCache,
     compute_row_spans,
     compute_slot_mapping,
@@ -21,6 +22,7 @@ __all__ = [
     "AttentionMetadata",
     "AttentionSpec",
     "AttentionType",
+    "CrossBatch",
     "LayerCache",
     "MultiHeadAttention",
     "choose_backends",

@@ -238,10 +238,7 @@ class Attention(_AttentionBase):
             # Flat or not: with a cache at hand, backends know the head size.
             out = backend.paged(query, keys, values, batch, rules, sinks)
         elif key is None or value is None:
-            raise ModelError(
-                f"{self._name()}: got neither a cache nor keys and values, expected one of them. In a pass without a "
-                "cache, give a layer that shares another's cache that layer's key and value."
-            )
+            out = self._without_keys(query, attn_type)
         else:
             q = query.reshape(-1, self.num_heads, self.head_size)
             k = key.reshape(-1, self.num_kv_heads, self.head_size)
@@ -271,6 +268,15 @@ class Attention(_AttentionBase):
         positions = rows - starts.repeat_interleave(counts, output_size=metadata.num_tokens)
         first_seen, _ = key_ranges(positions, metadata.num_tokens, self.spec)
         return torch.stack((torch.maximum(spans[0], first_seen), spans[1]))
+
+    def _without_keys(self, query: torch.Tensor, attn_type: str) -> torch.Tensor:
+        """With neither a cache nor keys: zeros of cross-attention, as without media; else raises `ModelError`."""
+        if attn_type == AttentionType.ENCODER_DECODER:
+            return query.new_zeros(len(query), self.num_heads * self.spec.value_size)
+        raise ModelError(
+            f"{self._name()}: got neither a cache nor keys and values, expected one of them. In a pass without a "
+            "cache, give a layer that shares another's cache that layer's key and value."
+        )
 
     def _split(self, kv_cache: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """The keys and values of this layer's cache, which is the same in every step."""

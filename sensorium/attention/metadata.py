@@ -25,13 +25,27 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sensorium.cache_spec import CacheGroup
+from sensorium.cache_spec import CacheGroup, CacheKind
 
 IntArray = npt.NDArray[np.integer[Any]]
 LayerCache: TypeAlias = torch.Tensor | tuple[torch.Tensor, ...]
 """An entry of `kv_caches`: what one layer keeps, see `sensorium.worker.kv_cache`."""
 NO_SLOT = -1
 """Slot of a token whose key and value are not to be written."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class CrossBatch:
+    """A step's batch as layers of cross-attention see it: the rows of each sequence's media items are the keys."""
+
+    seq_lens: torch.Tensor
+    """`(num_seqs,)` int32: rows that each sequence's tokens of this step see, from the first on."""
+    seq_lens_host: tuple[int, ...]
+    max_seq_len: int
+    block_table: torch.Tensor
+    """`(num_seqs, max_blocks)` int32"""
+    slot_mapping: torch.Tensor
+    """`(num_rows,)` int64: where the rows go that are written in this step."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +104,7 @@ class AttentionMetadata:
         slot_mapping: torch.Tensor,
         state_rows: torch.Tensor | None,
         row_spans: torch.Tensor | None = None,
+        cross: CrossBatch | None = None,
     ) -> AttentionMetadata:
         """The same batch with what each group has of its own. This one has what is the first group's.
 
@@ -99,17 +114,34 @@ class AttentionMetadata:
             slot_mapping: `(num groups with blocks, num_tokens)`.
             state_rows: `(2, num_seqs)` of the group with a state.
             row_spans: `(num groups with blocks, 2, num_tokens)`.
+            cross: Of the group of cross-attention.
         """
         spans = [None] * len(groups) if row_spans is None else row_spans.unbind()
-        if len(groups) == 1 and groups[0].is_paged:
+        if len(groups) == 1 and groups[0].keeps_positions:
             return self if row_spans is None else replace(self, row_spans=spans[0])
-        parts = [
-            replace(self, block_table=block_tables[i], slot_mapping=slot_mapping[i], row_spans=spans[i])
-            if group.is_paged
-            else replace(self, state_rows=state_rows)
-            for i, group in enumerate(groups)
-        ]
+        parts = []
+        for i, group in enumerate(groups):
+            if group.kind is CacheKind.STATE:
+                parts.append(replace(self, state_rows=state_rows))
+            elif group.kind is CacheKind.CROSS:
+                assert cross is not None
+                parts.append(self._of_rows(cross))
+            else:
+                table, slots = block_tables[i], slot_mapping[i]
+                parts.append(replace(self, block_table=table, slot_mapping=slots, row_spans=spans[i]))
         return replace(parts[0], groups=tuple(parts))
+
+    def _of_rows(self, cross: CrossBatch) -> AttentionMetadata:
+        """The same queries with the rows of media items for keys."""
+        return replace(
+            self,
+            seq_lens=cross.seq_lens,
+            seq_lens_host=cross.seq_lens_host,
+            max_seq_len=cross.max_seq_len,
+            block_table=cross.block_table,
+            slot_mapping=cross.slot_mapping,
+            row_spans=None,
+        )
 
     @property
     def query_start_loc(self) -> torch.Tensor:

@@ -39,7 +39,7 @@ _BOUNDS: Mapping[str, Bounds] = {
     **dict.fromkeys(("num_attention_heads", "num_key_value_heads", "encoder_attention_heads", "num_heads"), _SIZE),
     **dict.fromkeys(("head_dim", "patch_size", "image_size", "temporal_patch_size", "spatial_merge_size"), _SIZE),
     "vocab_size": Bounds(1, 1 << 26),
-    **dict.fromkeys(("max_position_embeddings", "max_source_positions"), _COUNT),
+    **dict.fromkeys(("max_position_embeddings", "max_source_positions", "max_target_positions"), _COUNT),
     **dict.fromkeys(("sliding_window", "attention_chunk_size", "window_size"), _COUNT),
     **dict.fromkeys(("rms_norm_eps", "layer_norm_eps"), _EPSILON),
 }
@@ -337,12 +337,14 @@ def resolve_dtype(dtype: str, config: CheckpointConfig, hf_config: Any, path: Pa
 
 def resolve_max_model_len(asked: int | None, hf_config: Any) -> int:
     """The context length: as asked, at most the model's own."""
-    own = getattr(hf_config.get_text_config(), "max_position_embeddings", None)
+    text = hf_config.get_text_config()
+    name = "max_position_embeddings" if hasattr(text, "max_position_embeddings") else "max_target_positions"
+    own = getattr(text, name, None)
     if asked is None:
         return int(own) if own else 4096
     if own and asked > own:
         raise ConfigError(
-            f"max_model_len: got {asked}, expected at most {own}, the model's max_position_embeddings. "
+            f"max_model_len: got {asked}, expected at most {own}, the model's {name}. "
             "Lower max_model_len, or raise the limit in hf_overrides if you know that the model can do more."
         )
     return asked

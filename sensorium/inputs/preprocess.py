@@ -241,7 +241,9 @@ class InputPreprocessor:
                 "prompt: got text, expected token ids, since the engine runs without a tokenizer. "
                 "Send prompt_token_ids, or leave out skip_tokenizer_init."
             )
-        return self.encoder.encode_bounded(parsed.text, max_model_len, add_special_tokens=parsed.add_special_tokens)
+        # A decoder with an encoder begins with what the prompt says, and nothing else.
+        adds = parsed.add_special_tokens and not getattr(self._model_config.hf_config, "is_encoder_decoder", False)
+        return self.encoder.encode_bounded(parsed.text, max_model_len, add_special_tokens=adds)
 
     def _max_token_id(self, token_ids: IntArray) -> int:
         """The largest id that a caller may send: of the model's vocabulary, or of the tokenizer's, which may

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
-from sensorium.errors import ProcessorError
+from sensorium.errors import InvalidRequestError, ProcessorError
 from sensorium.messages import MediaItem
 from sensorium.multimodal.alignment import align_items
 from sensorium.multimodal.hashing import Identity, callable_identity, derive, group_identity, key_of
@@ -287,8 +287,9 @@ class RequestMedia:
     def _item(self, placement: Placement, kwargs: Mapping[str, Any], key: str) -> MediaItem:
         modality, span = "+".join(placement.modalities), placement.span
         accepted = self._stage.accept_embeddings
+        cross_rows = self._cross_rows(placement, kwargs)
         # Of several modalities in one span, some may be embeddings and some not: their rows can't be counted here.
-        num_rows = span.num_rows if len(placement.modalities) == 1 else None
+        num_rows = (cross_rows or span.num_rows) if len(placement.modalities) == 1 else None
         check_embeddings(modality, kwargs, num_rows, self._stage.hidden_size, accepted=accepted)
         return MediaItem(
             modality=modality,
@@ -296,7 +297,27 @@ class RequestMedia:
             span=span,
             kwargs=kwargs,
             index=placement.indices[0][0],
+            cross_rows=cross_rows,
         )
+
+    def _cross_rows(self, placement: Placement, kwargs: Mapping[str, Any]) -> int:
+        """Rows that cross-attention keeps of an item; 0 for other models.
+
+        Raises `InvalidRequestError` (a `ValueError`) for more than an item may have.
+        """
+        model_config = self._stage.config.model_config
+        if not getattr(model_config.model_class, "supports_cross_attention", False):
+            return 0
+        (modality,) = placement.modalities
+        model_class: Any = model_config.model_class
+        num_rows = int(model_class.get_num_encoder_rows(model_config, modality, kwargs))
+        most = self._stage.features.max_item_rows.get(modality, num_rows) * sum(map(len, placement.indices))
+        if not 0 < num_rows <= most:
+            raise InvalidRequestError(
+                f"{modality} item: got {num_rows} rows for cross-attention, expected 1 to {most}. Send a smaller one, "
+                "or correct register_max_multimodal_tokens of the model class."
+            )
+        return num_rows
 
     def _map(self, placement: Placement) -> Mapping[str, Any]:
         if self._premapped is not None:

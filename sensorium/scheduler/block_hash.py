@@ -97,3 +97,16 @@ def extend_block_hashes(request: RequestState, num_blocks: int, block_size: int)
             digest.update(two_way_identity(request, begin, begin + block_size))
         parent = digest.digest()
         hashes.append(parent)
+
+
+def cross_block_hashes(request: RequestState, num_blocks: int) -> list[bytes]:
+    """Hashes of the blocks that hold the rows of a request's items for cross-attention, one item behind the other.
+
+    These rows depend on nothing but the items and the adapter that they go through.
+    """
+    root = blake2b(request.message.adapter_id.to_bytes(8, "little"), digest_size=DIGEST_BYTES)
+    for item in request.message.media:
+        root.update(_lengthened(item.key.encode("utf-8", "surrogatepass")))
+        root.update(item.cross_rows.to_bytes(8, "little"))
+    digest = root.digest()
+    return [blake2b(digest + i.to_bytes(8, "little"), digest_size=DIGEST_BYTES).digest() for i in range(num_blocks)]

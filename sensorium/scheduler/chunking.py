@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_right
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from sensorium.config import ModelFeatures
@@ -22,7 +23,7 @@ from sensorium.messages import EngineRequest, MediaItem
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.request import RequestState
 from sensorium.scheduler.step_plan import StepPlan
-from sensorium.spans import Range, Span, merged
+from sensorium.spans import Range, merged
 
 
 class Shortage(enum.Enum):
@@ -51,6 +52,8 @@ class ChunkDraft:
     num_rows: int = 0
     """Rows of `encode`."""
     num_newly_held_rows: int = 0
+    cross_items: list[MediaItem] = field(default_factory=list)
+    """Of `hold`: items whose rows the chunk writes into the caches of cross-attention."""
     lacks_cache: bool = False
     """The chunk was cut because the encoder cache is full of entries in use."""
 
@@ -90,13 +93,16 @@ class ChunkPlanner:
         *,
         enable_chunked_prefill: bool,
         snapshot_block_size: int | None = None,
+        has_cross_rows: Callable[[RequestState], bool] = lambda _request: False,
     ) -> None:
-        """`snapshot_block_size`: where what chunks leave behind is kept for others if they end at a block's end."""
+        """`snapshot_block_size`: where what chunks leave behind is kept for others if they end at a block's end.
+        `has_cross_rows`: whether the rows of a request's items for cross-attention are there."""
         self._encodes = features.splits_media
         self.keeps_items_whole = features.atomic_items or not features.splits_media
         self.keeps_prompts_whole = not enable_chunked_prefill
         self._has_two_way = bool(features.two_way)
         self._cache = encoder_cache
+        self._has_cross_rows = has_cross_rows
         self._snapshot_block_size = None if self.keeps_prompts_whole else snapshot_block_size
 
     @property
@@ -185,6 +191,13 @@ class ChunkPlanner:
             row = span.first_row_from(draft.start) if self._encodes else None
             if row is None or row >= draft.end:
                 continue
+            if item.cross_rows:
+                if self._has_cross_rows(request):
+                    break
+                if row > draft.start:  # tokens before it don't see the item
+                    draft.end = row
+                    break
+                draft.cross_items.append(item)
             if not self._cover(request, item, row, draft, plan):
                 end = self._cut(request, row)
                 if last_row < end:
@@ -204,7 +217,7 @@ class ChunkPlanner:
     def _cover(self, request: RequestState, item: MediaItem, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Take an item into the draft, if it is encoded or can be in this step."""
         if not draft.has_key(item.key):
-            newly_held = 0 if self._cache.is_held(item.key) else item.span.num_rows
+            newly_held = 0 if self._cache.is_held(item.key) else item.num_rows
             if newly_held:
                 if plan.is_encoder_closed:
                     return False
@@ -212,10 +225,10 @@ class ChunkPlanner:
                     draft.lacks_cache = True
                     return False
             if item.key not in self._cache:
-                if not self._may_encode(request, item.span, row, draft, plan):
+                if not self._may_encode(request, item, row, draft, plan):
                     return False
                 draft.encode.append(item)
-                draft.num_rows += item.span.num_rows
+                draft.num_rows += item.num_rows
             draft.num_newly_held_rows += newly_held
         draft.hold.append(item)
         return True
@@ -227,7 +240,7 @@ class ChunkPlanner:
             return True
         return self._lifts_limits(plan) and self._cache.is_held_only_by(request.request_id)
 
-    def _may_encode(self, request: RequestState, span: Span, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
+    def _may_encode(self, request: RequestState, item: MediaItem, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Whether the step has rows and time for an item.
 
         The first item of a step may have any number of rows. An item that a step's first prefill can't do without may
@@ -235,7 +248,7 @@ class ChunkPlanner:
         """
         if self._lifts_limits(plan):
             return True
-        num_rows = draft.num_rows + span.num_rows
+        num_rows = draft.num_rows + item.num_rows
         is_first = plan.num_rows + draft.num_rows == 0
         if num_rows > plan.rows_left and not is_first:
             return False

@@ -1,8 +1,8 @@
 """Gives requests their blocks, group by group, and finds prefixes that are computed already.
 
-Owns one manager per group of layers that keep alike (`PagedManager`, `StateManager`) and, in each request's state, the
-fields that are marked as its own. Blocks are shared only when full, so no request writes into a block that another
-reads, and nothing is copied.
+Owns one manager per group of layers that keep alike (`PagedManager`, `CrossManager`, `StateManager`) and, in each
+request's state, the fields that are marked as its own. Blocks are shared only when full, so no request writes into a
+block that another reads, and nothing is copied.
 
 A prefix hit is what all groups have. Worked example, blocks of 4 tokens, a prompt of 23: full attention finds blocks
 0 to 3; a window of 5, in which position 16 sees 12 to 16, needs block 3 alone; a state has a snapshot behind 12 tokens
@@ -13,12 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import TypeAlias
 
-from sensorium.cache_spec import CacheGroup
+from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.scheduler.block_hash import extend_block_hashes
+from sensorium.scheduler.cross_manager import CrossManager
 from sensorium.scheduler.paged_manager import PagedManager
 from sensorium.scheduler.request import RequestState
 from sensorium.scheduler.state_manager import StateManager
+
+_Manager: TypeAlias = PagedManager | CrossManager | StateManager
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,24 +50,28 @@ class KVCacheManager:
     ) -> None:
         self.block_size = groups[0].block_size
         self.enable_prefix_caching = enable_prefix_caching
-        self.managers: list[PagedManager | StateManager] = [
-            PagedManager(group, max_chunk_tokens)
-            if group.is_paged
-            else StateManager(group, max_num_seqs, keeps_snapshots=enable_prefix_caching)
-            for group in groups
-        ]
+        self.managers: list[_Manager] = []
+        for group in groups:
+            if group.kind is CacheKind.STATE:
+                self.managers.append(StateManager(group, max_num_seqs, keeps_snapshots=enable_prefix_caching))
+            elif group.kind is CacheKind.CROSS:
+                self.managers.append(CrossManager(group, shares=enable_prefix_caching))
+            else:
+                self.managers.append(PagedManager(group, max_chunk_tokens))
         self.paged = [each for each in self.managers if isinstance(each, PagedManager)]
-        self.keeps_state = len(self.paged) < len(self.managers)
+        self._states = [each for each in self.managers if isinstance(each, StateManager)]
+        self._cross = [each for each in self.managers if isinstance(each, CrossManager)]
+        self.keeps_state = bool(self._states)
         self.makes_snapshots = self.keeps_state and enable_prefix_caching
         self.pools = [each.pool for each in self.managers]
-        self._states = [each for each in self.managers if isinstance(each, StateManager)]
         self._within_reach = [each for each in self.paged if each.gives_back]
         self._no_hit = PrefixHit(0, 0, tuple([] for _ in self.managers))
 
     @property
     def usage(self) -> float:
         """Share of the blocks that requests use, 0 to 1, in the group of which least is free."""
-        return max(1.0 - each.pool.num_free / each.pool.num_blocks for each in self.paged or self.managers)
+        counted: list[_Manager] = [*self.paged, *self._cross]
+        return max(1.0 - each.pool.num_free / each.pool.num_blocks for each in counted or self.managers)
 
     # Prefixes
 
@@ -85,8 +93,30 @@ class KVCacheManager:
         block_ids = tuple(each.hit(request, num_blocks) for each in self.managers)
         return PrefixHit(num_blocks, num_blocks * self.block_size, block_ids)
 
-    def full_block_hashes(self, request: RequestState, begin: int, end: int) -> Sequence[bytes]:
-        """Hashes of the blocks that others find when tokens `[begin, end)` are computed; none if nothing is shared."""
+    def has_cross_rows(self, request: RequestState) -> bool:
+        """Whether what cross-attention needs of the request's items is there, or soon will be for others."""
+        return all(each.has_rows(request) for each in self._cross)
+
+    def next_hashes(self, request: RequestState, index: int) -> list[bytes]:
+        """What the request, whose first `index` blocks are there, would compute first and could wait for: the hashes
+        of its next block and of its items' rows."""
+        wanted = []
+        if index < min(len(request.block_hashes), request.max_cached_tokens // self.block_size):
+            wanted.append(request.block_hashes[index])
+        for each in self._cross:
+            if not each.has_rows(request):
+                wanted += each.hashes(request)[:1]
+        return wanted
+
+    def hashes_of_chunk(self, request: RequestState, begin: int, end: int) -> list[bytes]:
+        """Hashes of what others find when tokens `[begin, end)` are computed; none if nothing is shared."""
+        hashes = list(self._full_block_hashes(request, begin, end))
+        if request.message.media and begin <= request.message.media[0].span.offset < end:
+            for each in self._cross:
+                hashes += each.hashes(request)[:1]
+        return hashes
+
+    def _full_block_hashes(self, request: RequestState, begin: int, end: int) -> Sequence[bytes]:
         if not (self.enable_prefix_caching and request.is_cacheable):
             return ()
         if self.keeps_state and end % self.block_size:
@@ -106,22 +136,13 @@ class KVCacheManager:
     # Room
 
     def has_room(self, request: RequestState, hit: PrefixHit, running: Sequence[RequestState]) -> bool:
-        """Whether all known tokens fit behind a prefix, beside what running requests need to go on for a while.
+        """Whether all known tokens, and the rows of all items, fit behind a prefix, beside what running requests need
+        to go on for a while.
 
-        Running requests need the rest of their prefills and a block each to grow; without these they would be
-        preempted soon, and prefilled again.
+        Without that these would be preempted soon, and prefilled again.
         """
-        for each, block_ids in zip(self.managers, hit.block_ids, strict=True):
-            if not isinstance(each, PagedManager):
-                continue  # as many rows as slots: always
-            num_free = each.num_free_beside(block_ids)
-            num_needed = each.num_needed(request.num_tokens, block_ids) + len(running)
-            for other in running:
-                if not other.is_caught_up:
-                    num_needed += max(each.num_blocks_for(other.num_tokens) - each.num_held(other), 0)
-            if num_needed > num_free:
-                return False
-        return True
+        pairs = zip(self.managers, hit.block_ids, strict=True)
+        return all(each.has_room(request, block_ids, running) for each, block_ids in pairs)
 
     def max_tokens_behind(self, hit: PrefixHit) -> int | None:
         """Most tokens that a first chunk behind a prefix may reach to, where there is room for all known tokens
@@ -165,6 +186,8 @@ class KVCacheManager:
         num_full = request.num_settled_tokens // self.block_size
         if num_full > request.num_registered_blocks and self.enable_prefix_caching and request.is_cacheable:
             self._commit(request, request.num_registered_blocks, num_full)
+        for cross in self._cross:
+            cross.settled(request)
         for each in self._within_reach:
             each.give_back(request)
 
@@ -184,9 +207,8 @@ class KVCacheManager:
 
     def discard(self, request: RequestState) -> None:
         """Remove the hashes of what a failed request computed. Its blocks are still to be released."""
-        for digest in request.block_hashes:
-            for each in self.managers:
-                each.pool.forget_content(digest)
+        for each in self.managers:
+            each.discard(request)
 
     def reset_prefix_cache(self, running: Iterable[RequestState]) -> None:
         """Forget all content; what running requests computed, or will, stays theirs alone."""

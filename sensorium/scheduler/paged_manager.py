@@ -119,6 +119,16 @@ class PagedManager:
         first = block_ids.count(NO_BLOCK) if self.gives_back else 0
         return self.pool.num_free - self.pool.num_unused(block_ids[first:] if first else block_ids)
 
+    def has_room(self, request: RequestState, block_ids: Sequence[int], running: Sequence[RequestState]) -> bool:
+        """Whether all known tokens fit behind a prefix, beside what running requests need to go on for a while: the
+        rest of their prefills, and a block each to grow."""
+        num_free = self.num_free_beside(block_ids)
+        num_needed = self.num_needed(request.num_tokens, block_ids) + len(running)
+        for other in running:
+            if not other.is_caught_up:
+                num_needed += max(self.num_blocks_for(other.num_tokens) - self.num_held(other), 0)
+        return num_needed <= num_free
+
     def max_tokens(self, request: RequestState) -> int:
         """Most tokens that the request's table could hold with all free blocks added."""
         return (len(self._tables[request].block_ids) + self.pool.num_free) * self._block_size
@@ -153,6 +163,11 @@ class PagedManager:
         table = self._tables[request]
         for i in range(max(first, table.num_given_back), num_full):
             self.pool.register(table.block_ids[i], request.block_hashes[i])
+
+    def discard(self, request: RequestState) -> None:
+        """Let nobody find what a failed request computed."""
+        for digest in request.block_hashes:
+            self.pool.forget_content(digest)
 
     def stop_sharing(self, request: RequestState) -> None:
         """Nothing is kept for that: what was computed is offered at `commit`, or not."""

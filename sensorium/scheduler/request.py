@@ -40,6 +40,7 @@ class RequestState:
     __slots__ = (
         "_media_ends",
         "block_hashes",
+        "cross_hashes",
         "held_media",
         "is_cacheable",
         "is_caught_up",
@@ -109,6 +110,8 @@ class RequestState:
         """Tokens up to which it can go on without anything new; 0 where every step needs something."""
         self.block_hashes: list[bytes] = []
         """Hashes of the leading full blocks, as far as they were needed; they stay valid for the request's life."""
+        self.cross_hashes: list[bytes] = []
+        """Hashes of the blocks with the rows of its items for cross-attention, once they were needed."""
         self.num_registered_blocks = 0
         """Leading blocks that came from the prefix cache or were offered to it."""
         self.is_cacheable = True

@@ -119,13 +119,13 @@ class RequestTable:
                 self._counters.num_encoder_queries += 1
                 self._counters.num_encoder_hits += item.key in cache
                 request.held_media.append(item)
-            cache.hold(item.key, item.span.num_rows, (request.request_id, item.span.offset))
+            cache.hold(item.key, item.num_rows, (request.request_id, item.span.offset))
 
     def release_computed_media(self, request: RequestState) -> None:
         """Let go of the encoder entries whose rows are all in the KV cache."""
         still_held = []
         for item in request.held_media:
-            if item.span.rows_end <= request.num_settled_tokens:
+            if item.rows_end <= request.num_settled_tokens:
                 self._encoder_cache.release(item.key, (request.request_id, item.span.offset))
             else:
                 still_held.append(item)

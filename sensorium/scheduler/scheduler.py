@@ -75,6 +75,7 @@ class Scheduler:
             self._encoder_cache,
             enable_chunked_prefill=is_chunked,
             snapshot_block_size=self._kv_cache.block_size if self._kv_cache.makes_snapshots else None,
+            has_cross_rows=self._kv_cache.has_cross_rows,
         )
         self._planner = StepPlanner(
             *(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters), max_loras

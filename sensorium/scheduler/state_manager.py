@@ -91,6 +91,13 @@ class StateManager:
         self.pool.acquire(block_ids)
         self._rows[request] = _Rows(block_ids[0] if block_ids else NO_BLOCK, request.num_computed_tokens)
 
+    # Room
+
+    def has_room(self, request: RequestState, block_ids: Sequence[int], running: Sequence[RequestState]) -> bool:
+        """Always: there are as many rows as slots."""
+        del request, block_ids, running
+        return True
+
     # Steps
 
     def allocate(self, request: RequestState, num_tokens: int) -> tuple[int, ...]:
@@ -133,6 +140,11 @@ class StateManager:
         """Whether this is a block end from which an equal prompt, or one that begins with this one, goes on."""
         num_prompt_tokens = request.num_prompt_tokens
         return end == num_prompt_tokens or end == (num_prompt_tokens - 1) // self._block_size * self._block_size
+
+    def discard(self, request: RequestState) -> None:
+        """Let nobody find what a failed request computed."""
+        for digest in request.block_hashes:
+            self.pool.forget_content(digest)
 
     def stop_sharing(self, request: RequestState) -> None:
         """Make no snapshots of what is computed already."""

@@ -55,11 +55,18 @@ class StepPlan:
         """Tokens of all chunks."""
         return self._token_budget - self.tokens_left
 
-    def add_chunk(self, request: RequestState, num_tokens: int, new_block_ids: tuple[tuple[int, ...], ...]) -> None:
-        """Add a request's next `num_tokens` tokens."""
+    def add_chunk(
+        self,
+        request: RequestState,
+        num_tokens: int,
+        new_block_ids: tuple[tuple[int, ...], ...],
+        cross_items: Sequence[MediaItem] = (),
+    ) -> None:
+        """Add a request's next `num_tokens` tokens, which write the rows of these items for cross-attention."""
         begin = request.num_computed_tokens
         is_last = begin + num_tokens == request.num_expected_tokens
-        self.chunks[request] = ScheduledChunk(request.request_id, begin, num_tokens, new_block_ids, is_last)
+        written = tuple(map(request.message.media.index, cross_items)) if cross_items else ()
+        self.chunks[request] = ScheduledChunk(request.request_id, begin, num_tokens, new_block_ids, is_last, written)
         self.tokens_left -= num_tokens
 
     def cancel(self, request: RequestState) -> None:
@@ -78,7 +85,7 @@ class StepPlan:
     def add_encoder_input(self, request: RequestState, item: MediaItem) -> None:
         """Encode an item in this step."""
         self.encoder_inputs.append(EncoderInput(request.request_id, request.message.media.index(item)))
-        num_rows = item.span.num_rows
+        num_rows = item.num_rows
         self.num_rows += num_rows
         self.rows_left -= num_rows
         self.pace.add(0, num_rows)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 
 from sensorium.config import SchedulerConfig
 from sensorium.messages import NewRequest
@@ -157,8 +157,8 @@ class StepPlanner:
         self._counters.num_encoded_rows += draft.num_rows
         new_block_ids = self._kv_cache.allocate(request, draft.end)
         num_tokens = draft.end - draft.start
-        plan.add_chunk(request, num_tokens, new_block_ids)
-        hashes = self._kv_cache.full_block_hashes(request, draft.start, draft.end)
+        plan.add_chunk(request, num_tokens, new_block_ids, draft.cross_items)
+        hashes = self._kv_cache.hashes_of_chunk(request, draft.start, draft.end)
         plan.add_prefill(num_tokens, hashes)
 
     # The line
@@ -169,7 +169,7 @@ class StepPlanner:
             plan.is_admission_closed = True
             return _Admission.REFUSED
         hit = self._find_prefix(request)
-        if self._next_block_is_computing(request, hit.num_blocks, plan):
+        if self._is_computing(self._kv_cache.next_hashes(request, hit.num_blocks), plan):
             return _Admission.HELD_BACK
         draft = self._draft_first_chunk(request, hit, plan)
         if draft is None:
@@ -200,15 +200,12 @@ class StepPlanner:
                 return hit
             hit = self._kv_cache.find_prefix(request, num_tokens)
 
-    def _next_block_is_computing(self, request: RequestState, index: int, plan: StepPlan) -> bool:
-        """Whether another request computes what this one would compute first, in this step or one in flight.
+    def _is_computing(self, hashes: Sequence[bytes], plan: StepPlan) -> bool:
+        """Whether another request computes something of this, in this step or one in flight.
 
         After that step it is there for both: `n` outputs of one prompt cost one prefill.
         """
-        if index >= min(len(request.block_hashes), request.max_cached_tokens // self._kv_cache.block_size):
-            return False
-        block_hash = request.block_hashes[index]
-        return block_hash in plan.computing or any(block_hash in each.computing for each in self._in_flight)
+        return any(each in step.computing for each in hashes for step in (plan, *self._in_flight))
 
     def _draft_first_chunk(self, request: RequestState, hit: PrefixHit, plan: StepPlan) -> ChunkDraft | None:
         """A chunk for a waiting request, with memory made for it where its priority allows; None: it keeps waiting."""

@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.attention import NO_SLOT, AttentionMetadata, LayerCache
-from sensorium.cache_spec import CacheGroup
+from sensorium.attention import NO_SLOT, AttentionMetadata, CrossBatch, LayerCache
+from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.kernels import largest
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.model_executor.layers.sampler import SamplerOutput
@@ -148,12 +148,26 @@ class DecodeGraphs:
             query_lens_host=UNREADABLE,
             seq_lens_host=UNREADABLE,
             is_recorded=True,
-        ).with_groups(self._groups, block_tables, tensors["slot_mapping"], tensors.get("state_rows"))
+        ).with_groups(
+            self._groups,
+            block_tables,
+            tensors["slot_mapping"],
+            tensors.get("state_rows"),
+            cross=self._cross_batch(tensors, block_tables),
+        )
         hidden = self._driver.forward(StepInputs(token_ids, tensors["positions"], self._kv_caches, metadata))
         logits = self._model.compute_logits(hidden, SamplingMetadata(size))
         best_ids, best_logits = largest(logits)
         self._last_tokens.index_copy_(0, tensors["slots"], best_ids)
         return logits, best_ids, best_logits
+
+    def _cross_batch(self, tensors: dict[str, torch.Tensor], block_tables: list[torch.Tensor]) -> CrossBatch | None:
+        """What layers of cross-attention see, which write nothing here; None where there are none."""
+        for group, table in zip(self._groups, block_tables, strict=False):
+            if group.kind is CacheKind.CROSS:
+                nothing = tensors["slots"][:0]
+                return CrossBatch(tensors["cross_lens"], UNREADABLE, group.max_rows, table, nothing)
+        return None
 
     def _padded(self, arrays: StepArrays | None, size: int) -> dict[str, HostArray]:
         """The arrays of a step by name, with padding rows after its own; None: nothing but these."""
@@ -169,7 +183,11 @@ class DecodeGraphs:
         }
         if (state_rows := nobodys_rows(self._groups, size)) is not None:
             fields["state_rows"] = state_rows
+        if any(group.kind is CacheKind.CROSS for group in self._groups):
+            fields["cross_lens"] = np.ones(size, dtype=np.int32)
         if arrays is not None:
+            if arrays.cross_lens is not None:
+                fields["cross_lens"][:num_rows] = arrays.cross_lens
             for name in ("token_ids", "positions", "slot_mapping", "seq_lens", "slots"):
                 fields[name][..., :num_rows] = getattr(arrays, name)
             if arrays.state_rows is not None:

@@ -9,7 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sensorium.attention import AttentionMetadata, LayerCache, compute_slot_mapping
+from sensorium.attention import AttentionMetadata, CrossBatch, LayerCache, compute_slot_mapping
 from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import EngineConfig
 from sensorium.model_executor.drivers import MediaRows, StepInputs
@@ -87,9 +87,15 @@ class DummySteps:
                 [metadata.block_table] * len(groups),
                 metadata.slot_mapping.expand(len(groups), -1),
                 self._state_rows(groups, [start for _, start, _ in pieces]),
+                cross=self._no_rows(len(pieces)) if CacheKind.CROSS in self._layout.kinds else None,
             ),
             media=media,
         )
+
+    def _no_rows(self, num_seqs: int) -> CrossBatch:
+        """Cross-attention to nothing."""
+        lens = torch.zeros(num_seqs, dtype=torch.int32, device=self.device)
+        return CrossBatch(lens, (0,) * num_seqs, 0, lens[:, None][:, :0], lens.long()[:0])
 
     def _state_rows(self, groups: Sequence[CacheGroup], starts: Sequence[int]) -> torch.Tensor:
         """Each sequence's own row, read from where it goes on."""

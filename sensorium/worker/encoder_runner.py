@@ -64,6 +64,10 @@ class EncoderRunner:
         if len(self.errors) > num_errors and not self._group.have_all_failed():
             raise LostRankError("encoding media: got a failure that not all ranks had. Restart the engine.")
 
+    def all_rows(self, key: str) -> torch.Tensor:
+        """The rows of an item that was encoded, `(num_rows, hidden_size)`."""
+        return self._rows[key].rows
+
     def rows(self, piece: MediaSlice) -> ItemRows | None:
         """The rows of a slice; None where the item was not encoded."""
         rows = self._rows.get(piece.item.key)
@@ -71,8 +75,13 @@ class EncoderRunner:
 
 
 def _row_error(job: EncodeJob, rows: ItemRows) -> ProcessorError | None:
-    if len(rows) == job.item.span.num_rows:
+    if len(rows) == job.item.num_rows:
         return None
+    if job.item.cross_rows:
+        return ProcessorError(
+            f"{job.item.modality} item {job.item.index}: got {len(rows)} rows from the model's encoder, expected "
+            f"{job.item.cross_rows}, as get_num_encoder_rows of the model says. Correct one of them."
+        )
     return ProcessorError(
         f"Attempted to assign {len(rows)} = {len(rows)} multimodal tokens to {job.item.span.num_rows} placeholders. "
         f"{job.item.modality} item {job.item.index} has another size in the prompt than in the model."

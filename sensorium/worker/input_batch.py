@@ -75,6 +75,11 @@ class StepArrays:
     row_spans: npt.NDArray[np.int32] | None = None
     """`(num_tables, 2, num_tokens)`: the span that each row sees both ways in each group with blocks, see
     `AttentionMetadata.row_spans`; None where no row is in one."""
+    cross_lens: npt.NDArray[np.int32] | None = None
+    """`(num_chunks,)`: rows of media items that each chunk's tokens see by cross-attention; None where no layer does
+    that."""
+    cross_slots: Int64Array | None = None
+    """`(num_rows,)`: places in the cache of cross-attention of the rows that the chunks write."""
 
     @property
     def adapters(self) -> tuple[int, ...]:
@@ -85,6 +90,11 @@ class StepArrays:
 def num_tables(groups: Sequence[CacheGroup]) -> int:
     """Block tables that a request has; one that means nothing where no group has blocks."""
     return max(sum(group.is_paged for group in groups), 1)
+
+
+def max_blocks_of(groups: Sequence[CacheGroup], max_model_len: int) -> int:
+    """Most blocks that one request has in any of these groups."""
+    return max(-(-max_model_len // groups[0].block_size), *(group.blocks_of_rows for group in groups))
 
 
 class InputBatch:
@@ -104,7 +114,10 @@ class InputBatch:
         self.groups = tuple(groups)
         self.block_size = groups[0].block_size
         self.uses_mrope = uses_mrope
-        max_blocks = -(-max_model_len // self.block_size)
+        max_blocks = max_blocks_of(groups, max_model_len)
+        kinds = [group.kind for group in groups]
+        self._cross_index = kinds.index(CacheKind.CROSS) if CacheKind.CROSS in kinds else None
+        """The group of cross-attention, if there is one, and its table."""
         # Zero pages are not touched until a request is long enough to need them.
         self._token_ids = np.zeros((max_num_seqs, max_model_len + 1), dtype=np.int64)
         self._block_tables = np.zeros((num_tables(groups), max_num_seqs, max_blocks + 1), dtype=np.int32)
@@ -226,6 +239,7 @@ class InputBatch:
         block_index, block_offset = np.divmod(positions, self.block_size)
         seq_lens = (computed + lens).astype(np.int32)
         is_pending = positions >= self._num_known[row_slots]
+        cross_lens, cross_slots = self._cross_rows(chunks)
         return StepArrays(
             token_ids=self._token_ids[row_slots, positions],
             positions=self._mrope_positions(chunks, positions, row_slots, cu_seqlens_q)
@@ -244,7 +258,31 @@ class InputBatch:
             row_spans=self._row_spans(chunks, lens, seq_lens, positions)
             if self._num_two_way and (computed < self._media_end[slots]).any()
             else None,
+            cross_lens=cross_lens,
+            cross_slots=cross_slots,
         )
+
+    def _cross_rows(self, chunks: Sequence[ScheduledChunk]) -> tuple[npt.NDArray[np.int32] | None, Int64Array | None]:
+        """`StepArrays.cross_lens` and `cross_slots`."""
+        if self._cross_index is None:
+            return None, None
+        lens, slots = np.zeros(len(chunks), dtype=np.int32), [np.empty(0, dtype=np.int64)]
+        for i, (chunk, state) in enumerate(zip(chunks, self.states(chunks), strict=True)):
+            end = chunk.num_computed_tokens + chunk.num_scheduled_tokens
+            for index, item in enumerate(state.request.media):
+                if item.span.offset >= end:
+                    break
+                if index in chunk.cross_items:
+                    rows = np.arange(lens[i], lens[i] + item.cross_rows, dtype=np.int64)
+                    blocks = self._block_tables[self._cross_index, state.slot, rows // self.block_size]
+                    slots.append(blocks * np.int64(self.block_size) + rows % self.block_size)
+                lens[i] += item.cross_rows
+        return lens, np.concatenate(slots)
+
+    def written_items(self, chunk: ScheduledChunk) -> list[MediaItem]:
+        """Items whose rows a chunk writes into the caches of cross-attention."""
+        media = self._states[chunk.request_id].request.media
+        return [media[index] for index in chunk.cross_items]
 
     def _adapter_ids_of(self, row_slots: Int64Array) -> Int64Array | None:
         if not self._num_adapted:
@@ -266,7 +304,15 @@ class InputBatch:
 
     def block_tables(self, arrays: StepArrays) -> list[npt.NDArray[np.int32]]:
         """The block tables of a step's chunks in each group with blocks, `(num_chunks, max_blocks)`."""
-        return [table[arrays.slots, : arrays.max_blocks] for table in self._block_tables]
+        widths = self.table_widths(arrays)
+        return [table[arrays.slots, :width] for table, width in zip(self._block_tables, widths, strict=True)]
+
+    def table_widths(self, arrays: StepArrays) -> list[int]:
+        """Blocks of the longest sequence in each group with blocks."""
+        widths = [arrays.max_blocks] * len(self._block_tables)
+        if self._cross_index is not None and arrays.cross_lens is not None:
+            widths[self._cross_index] = -(-int(arrays.cross_lens.max(initial=0)) // self.block_size)
+        return widths
 
     def _mrope_positions(
         self,
@@ -295,7 +341,7 @@ class InputBatch:
             return []
         slices = []
         for item in state.request.media:
-            if item.span.offset >= end:
+            if item.span.offset >= end or item.cross_rows:
                 break
             rows = item.span.rows_in(start, end)
             if rows:

@@ -12,7 +12,8 @@ How memory is split: each group has a pool of its own. All groups that keep ever
 has a group with a reach (a window or chunk), but no more than can be of use to it: what the requests that run at once
 hold within their reach beside the tokens of steps in flight, and the same again for prefix hits. The number is as large
 as the budget allows. A state group has two rows per request that may run, one to read and one to write, and one more
-for snapshots.
+for snapshots. A group of cross-attention has as many blocks as those that keep everything, or as many as the items of
+the requests need that are long enough to fill these, and at least as many as one request's items need.
 """
 
 from __future__ import annotations
@@ -35,8 +36,9 @@ from sensorium.cache_spec import (
     SpanRule,
     StateSpec,
 )
-from sensorium.config import EngineConfig
+from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ConfigError, ModelError
+from sensorium.model_executor.models.interfaces import supports_cross_attention
 
 DEFAULT_CPU_BYTES = 4 << 30
 """The cache takes at most this on a CPU by default. Pages are touched only as they are used, but in time all are."""
@@ -88,6 +90,11 @@ class CacheLayout:
                 "sensorium.attention.Attention, or another module with a method cache_spec(). The engine keeps the KV "
                 "cache, so attention must be its own layer."
             )
+        if not supports_cross_attention(model) and any(isinstance(each, CrossAttentionSpec) for each in specs.values()):
+            raise ModelError(
+                f"{type(model).__name__}: got a layer of cross-attention, expected none in a class without "
+                "SupportsCrossAttention. Add that, so that the engine gives forward the rows of its encoder."
+            )
         owners = {name: _owner(name, specs) for name in specs}
         own = {name: spec for name, spec in specs.items() if not isinstance(spec, SharedCacheSpec)}
         rules = list(dict.fromkeys(map(_rule, own.values())))
@@ -101,8 +108,9 @@ class CacheLayout:
             layers.append(CacheLayer(name, module, owners[name], spec, group))
         return cls(layers, config)
 
-    def groups(self, num_blocks: Sequence[int]) -> tuple[CacheGroup, ...]:
-        """The groups with so many blocks, or rows, each."""
+    def groups(self, num_blocks: Sequence[int], max_cross_rows: int = 0) -> tuple[CacheGroup, ...]:
+        """The groups with so many blocks, or rows, each. `max_cross_rows`: rows that one request's items have at most,
+        which layers of cross-attention keep."""
         return tuple(
             CacheGroup(
                 kind,
@@ -112,51 +120,47 @@ class CacheLayout:
                 tuple(layer.name for layer in self._owners(index)),
                 self._bytes(index, count),
                 spans,
+                max_cross_rows if kind is CacheKind.CROSS else 0,
             )
             for index, ((kind, reach, spans), count) in enumerate(zip(self._rules, num_blocks, strict=True))
         )
 
-    def plan(self, config: EngineConfig, available_bytes: int) -> tuple[CacheGroup, ...]:
+    def plan(self, config: EngineConfig, available_bytes: int, max_cross_rows: int = 0) -> tuple[CacheGroup, ...]:
         """The groups with as many blocks as were asked for, or as fit and can be of use.
 
         Args:
             config: Its `num_blocks` or `kv_cache_bytes` decide if given.
             available_bytes: Memory left for all caches.
+            max_cross_rows: See `groups`.
 
         Raises:
             ConfigError: Not even one block, or the states of as many requests as may run at once, fit.
         """
-        useful = [self._useful(group, config) for group in self.groups([0] * len(self._rules))]
-        most = max((useful[i] for i, kind in enumerate(self.kinds) if kind is not CacheKind.STATE), default=1)
+        empty = self.groups([0] * len(self._rules), max_cross_rows)
+        sizes = _Sizes(empty, [self._useful(group, config) for group in empty], config.model_config.max_model_len)
         if (asked := config.cache_config.num_blocks) is not None:
-            return self._sized(asked, useful)
+            return self._sized(asked, sizes)
         kv_bytes = config.cache_config.kv_cache_bytes
         budget = available_bytes if kv_bytes is None else kv_bytes
-        least = sum(group.num_bytes for group in self._sized(1, useful))
+        least = sum(group.num_bytes for group in self._sized(1, sizes))
         if budget < least:
             raise ConfigError(
                 f"KV cache: got {budget} bytes, expected at least {least} for one block"
-                f"{self._state_note(useful)}. Raise kv_cache_bytes or memory_fraction, or choose a smaller model"
-                f"{', or lower max_num_seqs' if self._state_note(useful) else ''}."
+                f"{self._state_note(sizes)}. Raise kv_cache_bytes or memory_fraction, or choose a smaller model"
+                f"{', or lower max_num_seqs' if self._state_note(sizes) else ''}."
             )
-        low, high = 1, most
+        low, high = 1, sizes.most
         while low < high:
             middle = (low + high + 1) // 2
-            if sum(group.num_bytes for group in self._sized(middle, useful)) <= budget:
+            if sum(group.num_bytes for group in self._sized(middle, sizes)) <= budget:
                 low = middle
             else:
                 high = middle - 1
-        return self._sized(low, useful)
+        return self._sized(low, sizes)
 
-    def _sized(self, num_blocks: int, useful: Sequence[int]) -> tuple[CacheGroup, ...]:
-        """The groups for one number of blocks. What is asked for is given to those that keep everything."""
-        counts = []
-        for (kind, reach, _), most in zip(self._rules, useful, strict=True):
-            if kind is CacheKind.STATE:
-                counts.append(most)
-            else:
-                counts.append(num_blocks if reach is None else min(num_blocks, most))
-        return self.groups(counts)
+    def _sized(self, num_blocks: int, sizes: _Sizes) -> tuple[CacheGroup, ...]:
+        """The groups for one number of blocks."""
+        return self.groups(sizes.counts(num_blocks), max((group.max_rows for group in sizes.groups), default=0))
 
     def _useful(self, group: CacheGroup, config: EngineConfig) -> int:
         """Blocks beyond which more are of no use to a group."""
@@ -164,6 +168,8 @@ class CacheLayout:
         num_seqs = scheduler.max_num_seqs
         if group.kind is CacheKind.STATE:
             return (3 if config.cache_config.enable_prefix_caching else 2) * num_seqs
+        if group.kind is CacheKind.CROSS:
+            return 2 * num_seqs * group.blocks_of_rows
         whole = num_seqs * -(-max_model_len // group.block_size)
         if group.reach is None:
             return 2 * whole
@@ -174,8 +180,8 @@ class CacheLayout:
         within = num_seqs * group.blocks_within_reach(num_steps) + num_steps * -(-step // group.block_size)
         return 2 * min(whole, within)
 
-    def _state_note(self, useful: Sequence[int]) -> str:
-        states = [group for group in self._sized(1, useful) if not group.is_paged]
+    def _state_note(self, sizes: _Sizes) -> str:
+        states = [group for group in self._sized(1, sizes) if not group.is_paged]
         size = sum(group.num_bytes for group in states)
         return f" beside {size} for {states[0].num_blocks} states" if states else ""
 
@@ -230,8 +236,44 @@ class CacheLayout:
         return _zeros((*shape, spec.key_size + spec.value_size), self._dtype, device)
 
 
+@dataclass(frozen=True, slots=True, eq=False)
+class _Sizes:
+    """How the numbers of blocks of a model's groups depend on one another."""
+
+    groups: Sequence[CacheGroup]
+    useful: Sequence[int]
+    """Of each group, blocks beyond which more are of no use."""
+    max_model_len: int
+
+    @property
+    def most(self) -> int:
+        """The number of blocks that leaves nobody in want of more."""
+        paged = [count for group, count in zip(self.groups, self.useful, strict=True) if group.keeps_positions]
+        return max(paged, default=1)
+
+    def counts(self, num_blocks: int) -> list[int]:
+        """Of each group, where those that keep everything get `num_blocks`."""
+        return [self._count(group, most, num_blocks) for group, most in zip(self.groups, self.useful, strict=True)]
+
+    def _count(self, group: CacheGroup, most: int, num_blocks: int) -> int:
+        if group.kind is CacheKind.STATE:
+            return most
+        if group.kind is CacheKind.CROSS:
+            num_requests = -(-num_blocks * group.block_size // self.max_model_len)
+            return min(max(num_blocks, num_requests * group.blocks_of_rows), most)
+        return num_blocks if group.reach is None else min(num_blocks, most)
+
+
 _NUM_RESERVED_ROWS = 2
 """Behind the rows of a state group: one of zeros, and one that nobody reads."""
+
+
+def max_rows_of_request(config: EngineConfig, features: ModelFeatures) -> int:
+    """Rows that the items of one request have at most, as far as the model says."""
+    limits = config.model_config.multimodal_config
+    if limits is None:
+        return 0
+    return sum(rows * limits.limit_per_prompt.get(modality, 1) for modality, rows in features.max_item_rows.items())
 
 
 def zero_row(group: CacheGroup) -> int:
@@ -256,11 +298,6 @@ def _declared(module: nn.Module) -> CacheSpec | None:
         raise ModelError(
             f"cache_spec() of {type(module).__name__}: got a {type(spec).__name__}, expected a spec of "
             "sensorium.cache_spec. Return what the layer keeps, or None."
-        )
-    if isinstance(spec, CrossAttentionSpec):
-        raise ModelError(
-            f"cache_spec() of {type(module).__name__}: got {spec.kind.value}, expected self-attention or a state. "
-            "Models with an encoder sequence of their own are not served."
         )
     return spec
 

@@ -17,7 +17,7 @@ from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.logger import get_logger
-from sensorium.model_executor.drivers import EmbeddingsDriver, ModelDriver, StepInputs
+from sensorium.model_executor.drivers import MediaEncoder, ModelDriver, StepInputs
 from sensorium.model_executor.layers.tower import RecordableTower, towers_of
 from sensorium.worker.decode_graphs import graph_sizes
 from sensorium.worker.dummy_media import NoDummyMediaError, make_dummy_media
@@ -80,7 +80,7 @@ def plan_memory(
     towers = towers_of(model)
     for tower in towers:
         _run_full_tower(device, config, tower, features)
-    if isinstance(driver, EmbeddingsDriver) and not towers:
+    if isinstance(driver, MediaEncoder) and not towers:
         _run_dummy_media(config, driver, features)
     torch.cuda.synchronize(device)
     # Since the model was loaded: what it was tried on counts too, such as a plug-in's dummy media.
@@ -178,7 +178,7 @@ def _run_full_tower(
     tower(pixels, [grid])
 
 
-def _run_dummy_media(config: EngineConfig, driver: EmbeddingsDriver, features: ModelFeatures) -> None:
+def _run_dummy_media(config: EngineConfig, driver: MediaEncoder, features: ModelFeatures) -> None:
     """The encoder over as many of the model's dummy items, which are its largest, as a step may encode."""
     try:
         dummy = make_dummy_media(config)

@@ -46,7 +46,7 @@ from sensorium.token_masks import StepMasks
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.graph_capture import GraphCapture
-from sensorium.worker.input_batch import InputBatch, Int64Array, SlotState, StepArrays, num_tables
+from sensorium.worker.input_batch import InputBatch, Int64Array, SlotState, StepArrays, max_blocks_of, num_tables
 from sensorium.worker.passes import PassRunner
 from sensorium.worker.pooling import Pooler
 from sensorium.worker.step_buffers import host_fields
@@ -136,7 +136,7 @@ class ModelRunner:
         """By slot: the token that was sampled last. The entry behind the slots is for rows that stand for nobody."""
         self._block_tables: DeviceBlockTables | None = None
         if device.type != "cpu" or graph_capture is not None:
-            max_blocks = -(-model_config.max_model_len // groups[0].block_size) + 1
+            max_blocks = max_blocks_of(groups, model_config.max_model_len) + 1
             self._block_tables = DeviceBlockTables(num_tables(groups), max_num_seqs, max_blocks, device)
         self._batch = InputBatch(
             max_num_seqs,

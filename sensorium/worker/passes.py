@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensorium.attention import AttentionMetadata, LayerCache
+from sensorium.attention import AttentionMetadata, CrossBatch, LayerCache
+from sensorium.cache_spec import CacheKind
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.messages import ScheduledChunk
@@ -92,9 +93,11 @@ class PassRunner:
                 uses_mrope=uses_mrope,
                 max_model_len=model_config.max_model_len,
             )
-            self.trunks = TrunkGraphs(
-                capture, driver, kv_caches, self._buffers, tables, groups=batch.groups, uses_mrope=uses_mrope
-            )
+            # What chunks write into the caches of cross-attention has sizes of its own: no two passes are alike.
+            if not any(group.kind is CacheKind.CROSS for group in batch.groups):
+                self.trunks = TrunkGraphs(
+                    capture, driver, kv_caches, self._buffers, tables, groups=batch.groups, uses_mrope=uses_mrope
+                )
             for tower in towers_of(model):
                 tower.recorder = graphs = TowerGraphs(capture, tower, self._device, self._dtype)
                 self.towers.append(graphs)
@@ -167,11 +170,7 @@ class PassRunner:
             items = [piece.item for _, piece in pieces]
             maps = index_maps(items, chunks[0].num_computed_tokens)
             kwargs = kwargs_of_items(items, self._device, self._dtype)
-        if self._block_tables is None:
-            block_tables = [torch.from_numpy(table) for table in self._batch.block_tables(arrays)]
-        else:
-            tables = self._block_tables.tables
-            block_tables = [table[:, : arrays.max_blocks].index_select(0, tensors.slots) for table in tables]
+        block_tables = self._tables_of(arrays, tensors)
         return StepInputs(
             input_ids=self._input_ids(tensors),
             positions=tensors.positions,
@@ -185,11 +184,29 @@ class PassRunner:
                 slot_mapping=tensors.slot_mapping[0],
                 multi_modal_placeholder_index_maps=maps,
             ).with_groups(
-                self._batch.groups, block_tables, tensors.slot_mapping, tensors.state_rows, tensors.row_spans
+                self._batch.groups,
+                block_tables,
+                tensors.slot_mapping,
+                tensors.state_rows,
+                tensors.row_spans,
+                cross=_cross_batch(arrays, tensors, block_tables),
             ),
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,
+            encoder_outputs=self._encoder_outputs(chunks),
         )
+
+    def _tables_of(self, arrays: StepArrays, tensors: StepTensors) -> list[torch.Tensor]:
+        """The chunks' block tables in each group with blocks."""
+        if self._block_tables is None:
+            return [torch.from_numpy(table) for table in self._batch.block_tables(arrays)]
+        tables = zip(self._block_tables.tables, self._batch.table_widths(arrays), strict=True)
+        return [table[:, :width].index_select(0, tensors.slots) for table, width in tables]
+
+    def _encoder_outputs(self, chunks: Sequence[ScheduledChunk]) -> torch.Tensor | None:
+        """The rows that the chunks write into the caches of cross-attention, in the order of their places."""
+        items = [item for chunk in chunks if chunk.cross_items for item in self._batch.written_items(chunk)]
+        return torch.cat([self._encoder.all_rows(item.key) for item in items]) if items else None
 
     def _input_ids(self, tensors: StepTensors) -> torch.Tensor:
         """The rows' token ids, those that the host hasn't seen included."""
@@ -205,6 +222,15 @@ class PassRunner:
             assert encoded is not None, f"rows of {piece.item.key} are scheduled but were not encoded"
             placed.append((piece.chunk_rows + start, encoded))
         return MediaRows.of(placed, self._device)
+
+
+def _cross_batch(arrays: StepArrays, tensors: StepTensors, block_tables: Sequence[torch.Tensor]) -> CrossBatch | None:
+    """What layers of cross-attention see; None where there are none."""
+    if arrays.cross_lens is None or tensors.cross_lens is None or tensors.cross_slots is None:
+        return None
+    lens = tuple(arrays.cross_lens.tolist())
+    # The group stands behind those that keep positions.
+    return CrossBatch(tensors.cross_lens, lens, max(lens, default=0), block_tables[-1], tensors.cross_slots)
 
 
 def _hidden_states(output: Any) -> torch.Tensor:

@@ -22,6 +22,7 @@ from sensorium.model_executor.adapter import ForwardAdapter
 from sensorium.model_executor.drivers import (
     AtomicDriver,
     AutoSplitDriver,
+    CrossDriver,
     EmbeddingsDriver,
     ModelDriver,
     TextDriver,
@@ -31,6 +32,7 @@ from sensorium.model_executor.models.interfaces import (
     EMBED_INPUT_METHODS,
     EMBED_MULTIMODAL_METHODS,
     find_override,
+    supports_cross_attention,
     two_way_spans_of,
 )
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -70,6 +72,8 @@ def _probe(
         placeholder_token_ids=MULTIMODAL_REGISTRY.get_placeholder_tokens(config.model_config),
         max_item_rows={modality: rows for modality, rows in max_rows.items() if rows},
     )
+    if supports_cross_attention(model):
+        return _probe_tier_x(model, config, features, trial, steps)
     encode = find_override(type(model), EMBED_MULTIMODAL_METHODS)
     embed = find_override(type(model), EMBED_INPUT_METHODS)
     adapter = ForwardAdapter(model)
@@ -121,6 +125,23 @@ def _probe_tier_one(
         atomic_items=features.atomic_items or observed.merges_itself,
         notes=features.notes + _mapping_note(dummy) + observed.notes + unexpanded_note(config, dummy, ids),
     )
+
+
+def _probe_tier_x(
+    model: nn.Module, config: EngineConfig, features: ModelFeatures, trial: Trial, steps: DummySteps
+) -> tuple[ModelDriver, ModelFeatures]:
+    """A decoder that attends to an encoder's rows by cross-attention."""
+    encode = find_override(type(model), EMBED_MULTIMODAL_METHODS)
+    if encode is None or not ForwardAdapter(model).accepts("encoder_outputs"):
+        raise ModelError(
+            f"{type(model).__name__}: got SupportsCrossAttention without "
+            f"{'get_multimodal_embeddings' if encode is None else 'a parameter encoder_outputs of forward'}, expected "
+            "both. Encode media in the former, and turn the rows that forward gets into keys and values."
+        )
+    driver = CrossDriver(model, encode_method=encode, dtype=steps.dtype, device=steps.device)
+    dummy = None if is_own_class(model) else _dummy_or_reason(config)
+    notes = trial.run_text(driver, _not_text(config, features, dummy))
+    return driver, replace(features, tier="X", notes=notes)
 
 
 def _probe_tier_zero(

@@ -52,6 +52,8 @@ class StepTensors:
     None where it knew all."""
     adapter_ids: torch.Tensor | None = None
     row_spans: torch.Tensor | None = None
+    cross_lens: torch.Tensor | None = None
+    cross_slots: torch.Tensor | None = None
 
 
 def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int64Array) -> dict[str, HostArray]:
@@ -70,10 +72,9 @@ def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int
         fields["state_rows"] = arrays.state_rows
     if arrays.pending_slots is not None:
         fields["pending_slots"] = arrays.pending_slots
-    if arrays.adapter_ids is not None:
-        fields["adapter_ids"] = arrays.adapter_ids
-    if arrays.row_spans is not None:
-        fields["row_spans"] = arrays.row_spans
+    for name in ("adapter_ids", "row_spans", "cross_lens", "cross_slots"):
+        if (array := getattr(arrays, name)) is not None:
+            fields[name] = array
     return fields
 
 

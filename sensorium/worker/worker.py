@@ -22,12 +22,13 @@ from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.lora.loader import LoadedAdapters
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
+from sensorium.model_executor.models.interfaces import supports_cross_attention
 from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
 from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker.adapters import lay_adapters, try_adapters
 from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
-from sensorium.worker.kv_cache import CacheLayout
+from sensorium.worker.kv_cache import CacheLayout, max_rows_of_request
 from sensorium.worker.memory import MemoryPlan, plan_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.probe import probe_model
@@ -76,10 +77,10 @@ class Worker:
         self._release.atexit = False
         with self._stage("load weights"):
             self._model = load_model(config).eval()
-        if INPUT_REGISTRY.has_dummy_encoder_data(type(self._model)):
+        if INPUT_REGISTRY.has_dummy_encoder_data(type(self._model)) and not supports_cross_attention(self._model):
             raise ModelError(
-                f"{type(self._model).__name__}: got dummy encoder data, expected a model without cross-attention. "
-                "Models with an encoder sequence of their own are not served yet."
+                f"{type(self._model).__name__}: got dummy encoder data, expected a class with SupportsCrossAttention, "
+                "whose forward takes encoder_outputs. Prompts for an encoder of their own are not served."
             )
         adapters = LoadedAdapters({})
         if config.lora_config is not None:
@@ -109,7 +110,8 @@ class Worker:
                 *(self._device, config, self._model, self._driver, layout, features), records=capture is not None
             )
             # Ranks give out the same blocks, so none may count on more memory than the others have.
-            groups = layout.plan(config, group.least(memory.available))
+            max_cross_rows = max_rows_of_request(config, features)
+            groups = layout.plan(config, group.least(memory.available), max_cross_rows)
             caches = layout.allocate(groups, self._device)
         try:
             self._runner = ModelRunner(
@@ -168,6 +170,8 @@ class Worker:
             return f"{in_flight}, call by call"
         if refusals := self.runner.passes.refusals:
             return f"{in_flight}, call by call, because passes can't be recorded: {refusals[0]}"
+        if self.runner.passes.trunks is None:
+            return f"{in_flight}, decodes as CUDA graphs, others call by call, since they write what an encoder made"
         return f"{in_flight}, decodes and short mixed passes as CUDA graphs"
 
     def _adapters_line(self) -> str:

@@ -19,7 +19,15 @@ from tests.helpers.graphs import HostReplay
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
 
-NUM_REQUESTS = {"qwen2_vl": 60, "llava": 25, "qwen2_audio": 35, "qwen2_5_vl": 20, "gemma3": 30, "qwen3_5": 30}
+NUM_REQUESTS = {
+    "qwen2_vl": 40,
+    "llava": 25,
+    "qwen2_audio": 35,
+    "qwen2_5_vl": 20,
+    "gemma3": 30,
+    "qwen3_5": 30,
+    "whisper": 20,
+}
 """Per family; two hundred in all."""
 
 SETTINGS: dict[str, dict[str, Any]] = {
@@ -47,11 +55,16 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 
-SMALLER_POOLS = {("llava", "chunks of 512, small encoder cache"): {"num_blocks": 34}}
+SMALLER_POOLS = {
+    ("llava", "chunks of 512, small encoder cache"): {"num_blocks": 34},
+    ("whisper", "chunks of 512, small encoder cache"): {"num_blocks": 26},
+}
 """For families whose requests are so short that the setting's pool has room for all of them."""
 PREEMPTS = ("chunks of 100, priorities", "chunks of 512, small encoder cache", "two steps in flight, priorities")
 READS_LENGTHS = ("qwen3_5",)
 """Families whose prefills go sequence by sequence, and so can't be recorded."""
+ATTENDS_ACROSS = ("whisper",)
+"""Families of which only decodes are recorded, since prefills write the rows of encoders."""
 REPLAYS = "three steps in flight, decodes replayed"
 
 
@@ -98,6 +111,6 @@ def test_survivors_are_undisturbed(family: str, settings: str, monkeypatch: pyte
             assert "reads lengths of sequences on the host" in runner.passes.trunks.recorded.refusal
         else:
             assert runner.passes.refusals == []
-            assert len(runner.passes.trunks.recorded) > 3
+            assert family in ATTENDS_ACROSS or len(runner.passes.trunks.recorded) > 3
     if settings in PREEMPTS:
         assert engine.core.stats().num_preemptions > 0, "the pool is meant to be too small"

@@ -23,7 +23,10 @@ from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
 
 TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5")
-MULTIMODAL = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+CROSS = ("whisper",)
+"""Whose decoders attend to media by cross-attention."""
+PLACED = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+MULTIMODAL = (*PLACED, *CROSS)
 FAMILIES = (*TEXT, *MULTIMODAL)
 
 WAYS: dict[str, dict[str, Any]] = {
@@ -134,11 +137,11 @@ def test_placeholders_and_encoder_rows_agree(family: str) -> None:
             jobs = [EncodeJob(request, item) for item in request.media]
             for job, rows in zip(jobs, worker.runner.encoder._driver.encode(jobs), strict=True):
                 assert isinstance(rows, torch.Tensor), rows
-                assert len(rows) == job.item.span.num_rows
-                assert job.item.span.num_rows <= engine.core.features.max_item_rows[job.item.modality]
+                assert len(rows) == job.item.num_rows
+                assert job.item.num_rows <= engine.core.features.max_item_rows[job.item.modality]
 
 
-@pytest.mark.parametrize("family", MULTIMODAL)
+@pytest.mark.parametrize("family", PLACED)
 def test_dummy_data_is_the_worst_legal_input(family: str) -> None:
     """Allowed one item of a modality, the dummy prompt holds one of the largest size that the model declares."""
     for modality in limits(family):

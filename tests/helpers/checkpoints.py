@@ -14,7 +14,7 @@ import json
 import math
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -66,7 +66,7 @@ def _root() -> Path:
 # --- tokenizer ---
 
 
-def make_tokenizer() -> PreTrainedTokenizerFast:
+def make_tokenizer(extra_tokens: Sequence[str] = ()) -> PreTrainedTokenizerFast:
     """One token per byte, and the special tokens of all families behind them."""
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(alphabet)}, merges=[]))
@@ -75,7 +75,7 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=core, eos_token="<|im_end|>", pad_token="<|endoftext|>", model_max_length=2048
     )
-    tokenizer.add_special_tokens({"additional_special_tokens": list(SPECIAL_TOKENS)})
+    tokenizer.add_special_tokens({"additional_special_tokens": [*SPECIAL_TOKENS, *extra_tokens]})
     return tokenizer
 
 
@@ -99,6 +99,10 @@ class Family:
     """Prefix of a module's name to the prefix on the hub; the first that matches applies."""
     placeholders: Mapping[str, str] = field(default_factory=dict)
     processor_files: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    extra_tokens: tuple[str, ...] = ()
+    """Special tokens behind those of all families."""
+    generation: Callable[[], Mapping[str, Any]] = dict
+    """What its generation config says beside the ends."""
 
 
 def text_settings(**settings: Any) -> dict[str, Any]:
@@ -328,6 +332,66 @@ AUDIO_FILES: dict[str, Mapping[str, Any]] = {
     },
 }
 
+WHISPER_TOKENS = (
+    *("<|startoftranscript|>", "<|en|>", "<|de|>", "<|translate|>", "<|transcribe|>", "<|startofprev|>"),
+    *("<|nospeech|>", "<|notimestamps|>"),
+    *(f"<|{index * 0.02:.2f}|>" for index in range(51)),
+)
+"""The last are the times of a window of a second."""
+
+
+@functools.cache
+def whisper_ids() -> dict[str, int]:
+    """Ids of Whisper's tokens."""
+    tokenizer = make_tokenizer(WHISPER_TOKENS)
+    return {token: tokenizer.convert_tokens_to_ids(token) for token in WHISPER_TOKENS}
+
+
+def whisper_config() -> transformers.PretrainedConfig:
+    """Windows of a second, which are 50 rows."""
+    ids = token_ids()
+    return transformers.WhisperConfig(
+        vocab_size=len(make_tokenizer(WHISPER_TOKENS)),
+        num_mel_bins=16,
+        encoder_layers=2,
+        encoder_attention_heads=2,
+        encoder_ffn_dim=48,
+        decoder_layers=3,
+        decoder_attention_heads=4,
+        decoder_ffn_dim=96,
+        d_model=HIDDEN_SIZE,
+        max_source_positions=50,
+        max_target_positions=448,
+        decoder_start_token_id=whisper_ids()["<|startoftranscript|>"],
+        bos_token_id=ids["<|endoftext|>"],
+        pad_token_id=ids["<|endoftext|>"],
+        eos_token_id=ids["<|im_end|>"],
+        begin_suppress_tokens=None,
+    )
+
+
+def whisper_generation() -> Mapping[str, Any]:
+    """What `generate` needs to know of languages, tasks and times."""
+    ids = whisper_ids()
+    return {
+        "decoder_start_token_id": ids["<|startoftranscript|>"],
+        "lang_to_id": {"<|en|>": ids["<|en|>"], "<|de|>": ids["<|de|>"]},
+        "task_to_id": {"transcribe": ids["<|transcribe|>"], "translate": ids["<|translate|>"]},
+        "no_timestamps_token_id": ids["<|notimestamps|>"],
+        "prev_sot_token_id": ids["<|startofprev|>"],
+        "is_multilingual": True,
+        "max_initial_timestamp_index": 20,
+        "max_length": 448,
+    }
+
+
+WHISPER_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        **AUDIO_FILES["preprocessor_config.json"],
+        "processor_class": "WhisperProcessor",
+        "return_attention_mask": False,
+    },
+}
 OMNI_NAMES = {**QWEN_VL_NAMES, "model.audio_tower.": "audio_tower."}
 OMNI_FILES: dict[str, Mapping[str, Any]] = {
     **QWEN_VL_FILES,
@@ -400,6 +464,13 @@ FAMILIES: dict[str, Family] = {
         {"AUDIO": "<|audio_bos|><|AUDIO|><|audio_eos|>"},
         AUDIO_FILES,
     ),
+    "whisper": Family(
+        "WhisperForConditionalGeneration",
+        whisper_config,
+        processor_files=WHISPER_FILES,
+        extra_tokens=WHISPER_TOKENS,
+        generation=whisper_generation,
+    ),
     "qwen2_5_omni_thinker": Family(
         "Qwen2_5OmniThinkerForConditionalGeneration",
         qwen2_5_omni_thinker_config,
@@ -469,9 +540,9 @@ def make_checkpoint(
         save_tensors(unfinished, model, names, num_files=3 if sharded else 1, tied=tied)
     ids = token_ids()
     transformers.GenerationConfig(
-        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False
+        eos_token_id=ids["<|im_end|>"], pad_token_id=ids["<|endoftext|>"], do_sample=False, **made.generation()
     ).save_pretrained(unfinished)
-    tokenizer = make_tokenizer()
+    tokenizer = make_tokenizer(made.extra_tokens)
     tokenizer.chat_template = chat_template(made.placeholders)
     tokenizer.save_pretrained(unfinished)
     for name, content in made.processor_files.items():

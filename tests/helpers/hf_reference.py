@@ -10,6 +10,7 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import GenerationMixin
 
 from sensorium.messages import EngineRequest
 from sensorium.model_executor.models.byte_patches import as_processed
@@ -22,6 +23,12 @@ TEMPORAL_PATCH_SIZE = 2
 def hf_inputs(request: EngineRequest) -> dict[str, Any]:
     """The request as keyword arguments of Hugging Face's `generate`, a batch of one."""
     ids = torch.tensor([list(request.prompt_token_ids)])
+    if any(item.cross_rows for item in request.media):  # the prompt is the decoder's
+        [item] = request.media
+        return {
+            "decoder_input_ids": ids,
+            **{name: torch.as_tensor(value) for name, value in (item.kwargs or {}).items()},
+        }
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     by_name: dict[str, list[torch.Tensor]] = {}
     for item in request.media:
@@ -43,6 +50,7 @@ def hf_greedy(model: Any, request: EngineRequest, num_tokens: int) -> list[int]:
     if "mm_token_type_ids" not in inspect.signature(model.forward).parameters:
         inputs.pop("mm_token_type_ids", None)
     model.generation_config.eos_token_id = None
-    output = model.generate(**inputs, max_new_tokens=num_tokens, do_sample=False)
-    tokens: list[int] = output[0, inputs["input_ids"].shape[1] :].tolist()
+    # Whisper's own adds tokens in front of those that it is given; what it adds is shown apart from this.
+    output = GenerationMixin.generate(model, **inputs, max_new_tokens=num_tokens, do_sample=False)
+    tokens: list[int] = output[0, len(request.prompt_token_ids) :].tolist()
     return tokens

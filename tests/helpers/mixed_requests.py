@@ -67,6 +67,7 @@ class Media:
     placeholder: str
     make: Callable[[int], Any]
     max_items: int
+    min_items: int = 0
 
 
 QWEN_VL = {
@@ -85,13 +86,13 @@ MEDIA: dict[str, dict[str, Media]] = {
     "qwen2_5_vl": QWEN_VL,
     "qwen2_audio": {"audio": AUDIO},
     "qwen2_5_omni_thinker": {**QWEN_VL, "audio": AUDIO},
+    "whisper": {"audio": Media("<|startoftranscript|><|en|><|transcribe|><|notimestamps|>", sound, 1, min_items=1)},
 }
-LIMITS = {"image": 3, "video": 2, "audio": 2}
 
 
 def limits(family: str) -> dict[str, int]:
     """`limit_mm_per_prompt` that the requests of a family need."""
-    return {modality: LIMITS[modality] for modality in MEDIA[family]}
+    return {modality: media.max_items for modality, media in MEDIA[family].items()}
 
 
 def random_prompt(family: str, rng: random.Random) -> Any:
@@ -99,7 +100,7 @@ def random_prompt(family: str, rng: random.Random) -> Any:
     parts: list[str] = []
     data: dict[str, list[Any]] = {}
     for modality, media in MEDIA[family].items():
-        for _ in range(rng.choice([0, 0, 1, 1, media.max_items])):
+        for _ in range(max(rng.choice([0, 0, 1, 1, media.max_items]), media.min_items)):
             parts.append(media.placeholder)
             data.setdefault(modality, []).append(media.make(rng.randrange(6)))
     order = list(range(len(parts)))

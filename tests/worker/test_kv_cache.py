@@ -140,7 +140,10 @@ def test_states_take_their_memory_first() -> None:
         ([FULL, SharedCacheSpec("7")], "layer 1: got '7' as the layer whose cache it shares, expected one of 0"),
         ([SharedCacheSpec("1"), SharedCacheSpec("0")], "expected one of those with a cache"),
         (["window"], "got a str, expected a spec of sensorium.cache_spec"),
-        ([CrossAttentionSpec(2, 8, 8)], "got cross-attention, expected self-attention or a state"),
+        (
+            [CrossAttentionSpec(2, 8, 8)],
+            "got a layer of cross-attention, expected none in a class without Sup",
+        ),
     ],
 )
 def test_what_can_not_be_kept_is_an_error_of_loading(specs: list[Any], message: str) -> None:

@@ -129,7 +129,7 @@ def _verify_dtype(job: _Job, dtype: str) -> tuple[str, list[Result]]:
         config = llm.engine.config
     truths = _truths(job, config, settings, asked, requests)
     longest = max(len(request.prompt_token_ids) for request in requests)
-    rows = max((item.span.num_rows for request in requests for item in request.media), default=1)
+    rows = max((item.num_rows for request in requests for item in request.media), default=1)
     results = []
     for engine in engines(longest, job.num_new_tokens, rows):
         with running({**settings, **engine.settings}) as llm:

@@ -1,8 +1,8 @@
 """How the worker runs a model: one driver per tier of the extension API, behind one interface.
 
-`base` has the interface, `text` the driver of models without media, `embeddings` tier 1 and 2, `auto_split` and
-`atomic` tier 0. `encoder_outputs` brings what encoders return into one shape. Which driver a model gets is found
-out at load by the worker's probe.
+`base` has the interface, `text` the driver of models without media, `embeddings` tier 1 and 2, `cross` tier X,
+`auto_split` and `atomic` tier 0. `media_encoder` calls encoders, `encoder_outputs` brings what they return into one
+shape. Which driver a model gets is found out at load by the worker's probe.
 """
 
 from sensorium.model_executor.drivers.atomic import AtomicDriver
@@ -16,16 +16,20 @@ from sensorium.model_executor.drivers.base import (
     PlacedRows,
     StepInputs,
 )
+from sensorium.model_executor.drivers.cross import CrossDriver
 from sensorium.model_executor.drivers.embeddings import EmbeddingsDriver
+from sensorium.model_executor.drivers.media_encoder import MediaEncoder
 from sensorium.model_executor.drivers.text import TextDriver
 
 __all__ = [
     "AtomicDriver",
     "AutoSplitDriver",
+    "CrossDriver",
     "EmbeddingsDriver",
     "EncodeJob",
     "EncodeResult",
     "ItemRows",
+    "MediaEncoder",
     "MediaRows",
     "ModelDriver",
     "PlacedRows",

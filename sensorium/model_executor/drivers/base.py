@@ -92,6 +92,9 @@ class StepInputs:
     media: MediaRows | None = None
     media_kwargs: Mapping[str, Any] | None = None
     """Atomic mode only: the mapped media that lie within this batch, as the model's `forward` takes them."""
+    encoder_outputs: torch.Tensor | None = None
+    """`(num_rows, hidden_size)`: rows of items that layers of cross-attention write into their caches in this step, one
+    item behind the other; None: there are none."""
     inputs_embeds: torch.Tensor | None = None
     """What the driver's `embed` made of the same batch, if that was asked before: `(num_tokens, hidden_size)`."""
 
@@ -105,7 +108,7 @@ class EncodeJob:
 
 
 EncodeResult = torch.Tensor | ItemRows | SensoriumError
-"""Rows `(item.span.num_rows, hidden_size)` of one item, alone or with others, or why there are none."""
+"""Rows `(item.num_rows, hidden_size)` of one item, alone or with others, or why there are none."""
 
 
 class ModelDriver(Protocol):
@@ -142,6 +145,6 @@ def encoding_error(job: EncodeJob, error: BaseException) -> SensoriumError:
         return error
     return ProcessorError(
         f"{job.item.modality} item {job.item.index} could not be encoded by the model ({told_to_caller(error)}), with "
-        f"{job.item.span.num_rows} placeholders for its rows in the prompt. Check that the item is valid for this "
+        f"{job.item.num_rows} places for its rows. Check that the item is valid for this "
         f"model, and that its input processor writes one placeholder for each row."
     )

@@ -27,6 +27,7 @@ __all__ = [
     "HasInnerState",
     "IsAttentionFree",
     "IsHybrid",
+    "SupportsCrossAttention",
     "SupportsCrossEncoding",
     "SupportsLoRA",
     "SupportsMultiModal",
@@ -39,6 +40,7 @@ __all__ = [
     "is_attention_free",
     "is_hybrid",
     "overrides",
+    "supports_cross_attention",
     "supports_cross_encoding",
     "supports_lora",
     "supports_multimodal",
@@ -148,6 +150,25 @@ class SupportsCrossEncoding(Protocol):
 
 
 @runtime_checkable
+class SupportsCrossAttention(Protocol):
+    """A model whose decoder attends to the rows of an encoder by cross-attention, beside its own tokens.
+
+    Its layers of cross-attention are `Attention(..., attn_type="encoder_decoder")`. Its encoder is
+    `get_multimodal_embeddings`, as of every model that takes media, and `forward` takes `encoder_outputs`: rows of
+    items, one item behind the other, in the step that first sees them, which these layers turn into keys and values;
+    None in all others. An item is seen from its place in the prompt on, which the input processor returns as
+    `multi_modal_placeholders`.
+    """
+
+    supports_cross_attention: ClassVar[Literal[True]] = True
+
+    @classmethod
+    def get_num_encoder_rows(cls, model_config: ModelConfig, modality: str, kwargs: Mapping[str, Any]) -> int:
+        """Rows that the encoder makes of an item, given what the mapper made of it. Called in the front process."""
+        ...
+
+
+@runtime_checkable
 class SupportsTranscription(Protocol):
     """A model that is asked in its own words to transcribe, or that hears only sounds of a certain length whole.
 
@@ -220,6 +241,11 @@ def is_attention_free(model: object) -> bool:
 def is_hybrid(model: object) -> bool:
     """Whether a model, or its class, has `IsHybrid`'s flag."""
     return _has_flag(model, "is_hybrid")
+
+
+def supports_cross_attention(model: object) -> bool:
+    """Whether a model, or its class, has `SupportsCrossAttention`'s flag."""
+    return _has_flag(model, "supports_cross_attention")
 
 
 def supports_cross_encoding(model: object) -> bool:

@@ -22,16 +22,15 @@ from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInput
 from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.model_executor.layers.linear import ReplicatedLinear
 from sensorium.model_executor.layers.quantization import QuantizationConfig
+from sensorium.model_executor.models.audio_common import feature_extractor, max_audio_s
 from sensorium.model_executor.models.media_common import as_items, expand_placeholders, stacked
 from sensorium.model_executor.models.qwen2_5_vl import (
     Qwen2_5_VisionTransformer,
     Qwen2_5_VLForConditionalGeneration,
 )
 from sensorium.model_executor.models.qwen2_audio import (
-    feature_extractor,
     given_rows,
     map_sounds,
-    max_audio_s,
     max_audio_tokens,
     num_rows_of,
     num_rows_of_sound,

@@ -45,6 +45,7 @@ IN_TREE: dict[str, str] = {
     "Qwen2AudioForConditionalGeneration": f"{_MODELS}.qwen2_audio:Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+    "WhisperForConditionalGeneration": f"{_MODELS}.whisper:WhisperForConditionalGeneration",
     **dict.fromkeys(
         ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"),
         f"{_MODELS}.qwen2_5_omni_thinker:Qwen2_5OmniThinkerForConditionalGeneration",
