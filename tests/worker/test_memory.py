@@ -50,7 +50,7 @@ def plan(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch, *, peak: int, recor
     """The plan of a fake GPU, with everything run that it runs there."""
     FakeDevice(monkeypatch, peak)
     worker: Any = engine.core.executor.worker  # type: ignore[attr-defined]
-    for name in ("_run_full_step", "_run_full_tower", "_run_dummy_media"):
+    for name in ("_run_full_step", "_run_full_tower"):
         plain = getattr(memory, name)
         on_cpu = lambda _, *args, plain=plain: plain(torch.device("cpu"), *args)  # noqa: E731
         monkeypatch.setattr(memory, name, on_cpu)
