@@ -194,6 +194,11 @@ class CacheGroup:
         """Of cross-attention: most blocks that one request holds."""
         return -(-self.max_rows // self.block_size)
 
+    @property
+    def can_go_back(self) -> bool:
+        """Whether a request may drop its last positions and go on from the ones before."""
+        return self.kind is not CacheKind.STATE
+
     def first_visible(self, position: int) -> int:
         """The first position that one at `position` sees."""
         if self.kind is CacheKind.WINDOW and self.reach is not None:

@@ -11,13 +11,13 @@ The attribute names of `ModelConfig` and `EngineConfig` are those that model cla
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.errors import ConfigError
 from sensorium.sampling_defaults import SamplingDefaults
-from sensorium.settings import MAX_BYTES, Bounds, FileName, check_setting, check_settings
+from sensorium.settings import MAX_BYTES, Bounds, FileName, check_setting, check_settings, wrong_setting
 
 if TYPE_CHECKING:
     import torch
@@ -43,6 +43,8 @@ ProcessorBackend: TypeAlias = Literal["auto", "pil", "torchvision"]
 PoolingType: TypeAlias = Literal["last", "mean", "cls"]
 ToolParser: TypeAlias = Literal["auto", "none", "qwen3_coder", "glm", "hermes", "mistral", "llama3", "json"]
 """How calls of functions are written: names of `sensorium.parsing.FORMATS`, none, or as the chat template shows."""
+SpeculativeMethod: TypeAlias = Literal["ngram"]
+"""Where guesses of next tokens come from: from what followed the same tokens before, in prompt and output."""
 ReasoningParser: TypeAlias = Literal["auto", "none", "seed", "mistral", "think"]
 """The same for reasoning, of `sensorium.parsing.REASONING_FORMATS`."""
 Count: TypeAlias = Annotated[int, Bounds(1)]
@@ -62,6 +64,8 @@ EncoderRows: TypeAlias = Annotated[int, Bounds(1, 1 << 28)]
 WaitingBound: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
 NumRanks: TypeAlias = Annotated[int, Bounds(1, 1024)]
 StepsInFlight: TypeAlias = Annotated[int, Bounds(1, 16)]
+NumDrafts: TypeAlias = Annotated[int, Bounds(1, 64)]
+NgramLength: TypeAlias = Annotated[int, Bounds(1, 64)]
 Limits: TypeAlias = Mapping[str, Amount]
 DEFAULT_LORA_RANK = 16
 """`max_lora_rank`, unless set."""
@@ -234,6 +238,47 @@ class SchedulerConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class SpeculativeConfig:
+    """Speculation: guesses of a request's next tokens, its drafts, which one step checks all at once. No output depends
+    on them.
+
+    The names are vLLM's. A setting by itself, `speculative_config`: a mapping with these fields.
+    """
+
+    method: SpeculativeMethod = "ngram"
+    """"ngram": what followed the last tokens where they stood before."""
+    num_speculative_tokens: NumDrafts = 4
+    """Most drafts of a request in one step."""
+    prompt_lookup_max: NgramLength = 4
+    """How many of the last tokens are compared with what stood before; more in common is better."""
+    prompt_lookup_min: NgramLength | None = None
+    """How many of them must be the same for there to be a draft; None: 2, or `prompt_lookup_max` if that is less."""
+
+    def __post_init__(self) -> None:
+        check_settings(self, within="speculative_config")
+        if self.prompt_lookup_min is not None and self.prompt_lookup_min > self.prompt_lookup_max:
+            raise wrong_setting(
+                "speculative_config['prompt_lookup_min']",
+                self.prompt_lookup_min,
+                f"at most prompt_lookup_max ({self.prompt_lookup_max})",
+            )
+
+    @classmethod
+    def of(cls, values: Mapping[str, Any]) -> SpeculativeConfig:
+        """From the setting. Raises `ConfigError`."""
+        names = [each.name for each in fields(cls)]
+        for name in values:
+            if name not in names:
+                raise wrong_setting(f"speculative_config[{name!r}]", values[name], f"one of {', '.join(names)}")
+        return cls(**values)
+
+    @property
+    def least_ngram(self) -> int:
+        """`prompt_lookup_min`, or what it is by default."""
+        return min(2, self.prompt_lookup_max) if self.prompt_lookup_min is None else self.prompt_lookup_min
+
+
+@dataclass(frozen=True, slots=True)
 class DeviceConfig:
     """Where tensors live: "cpu", or "cuda" with an index."""
 
@@ -311,8 +356,21 @@ class EngineConfig:
     """How layers hold their weights; None: in the model's dtype."""
     lora_config: LoRAConfig | None = None
     """Adapters that lie over the model; None: none are served."""
+    speculative_config: SpeculativeConfig | None = None
+    """How next tokens are guessed; None: they aren't."""
     engine_args: EngineArgs | None = None
     """The settings that this was resolved from, for other processes to resolve them again; None: made by hand."""
+
+    @property
+    def max_drafts(self) -> int:
+        """Most guesses of next tokens that a chunk may carry."""
+        return 0 if self.speculative_config is None else self.speculative_config.num_speculative_tokens
+
+    @property
+    def max_sampled_rows(self) -> int:
+        """Most rows of a step after which a token is sampled."""
+        scheduler = self.scheduler_config
+        return scheduler.max_num_seqs + min(scheduler.max_num_seqs * self.max_drafts, scheduler.max_num_batched_tokens)
 
     def as_rank_of(self, group: TensorParallel) -> EngineConfig:
         """The same configuration for one rank of a group."""

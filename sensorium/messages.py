@@ -129,6 +129,9 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     """The chunk reaches the end of the known tokens, so that a token is sampled after it."""
     cross_items: tuple[int, ...] = ()
     """`request.media` whose rows this chunk writes into the caches of cross-attention."""
+    draft_token_ids: tuple[int, ...] = ()
+    """Guesses of the next tokens, which stand in the chunk's last rows. After the row before them and after each of
+    them a token is sampled, and counts as long as those before it are what was guessed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,6 +198,7 @@ class ModelRunnerOutput:
     """What a step brought. Requests without an entry sampled nothing (their chunk was not the last)."""
 
     sampled_token_ids: Mapping[str, Sequence[int]]
+    """One token each, and one more for each draft that was right."""
     logprobs: Mapping[str, Sequence[TokenLogprobs]] = field(default_factory=dict)
     prompt_logprobs: Mapping[str, Sequence[TokenLogprobs]] = field(default_factory=dict)
     """For this step's chunk: the log probabilities of the prompt tokens that follow its rows."""
@@ -250,6 +254,8 @@ class LoadReport:
     """How steps are given to the device, if there is a choice."""
     adapters: str = ""
     """Which adapters requests may choose, if any."""
+    drafts: str = ""
+    """Where guesses of next tokens come from, or why there are none, if they were asked for."""
     sampling: str = ""
     """Sampling values of requests that leave them out, if the checkpoint has any."""
     kernels: str = ""
@@ -277,6 +283,7 @@ class LoadReport:
             *([f"weights: {self.weights}"] if self.weights else []),
             *([f"steps: {self.steps}"] if self.steps else []),
             *([f"adapters: {self.adapters}"] if self.adapters else []),
+            *([f"drafts: {self.drafts}"] if self.drafts else []),
             *([f"kernels: {self.kernels}"] if self.kernels else []),
             *([f"sampling defaults of the checkpoint: {self.sampling}"] if self.sampling else []),
             *([f"processors: {self.processors}"] if self.processors else []),

@@ -56,8 +56,10 @@ class FileName:
     """A text that names a file, a folder or a model: not empty; a path object is taken as its text."""
 
 
-def check_settings(settings: Any) -> None:
+def check_settings(settings: Any, *, within: str | None = None) -> None:
     """Check all fields of a dataclass by their annotations, and put numbers into their field's own type.
+
+    `within`: the setting whose value, a mapping, has these fields.
 
     Raises:
         ConfigError: A value has the wrong type, is out of bounds, or is not one of the choices. It names the field.
@@ -66,7 +68,8 @@ def check_settings(settings: Any) -> None:
     for field in fields(settings):
         value = getattr(settings, field.name)
         try:
-            checked = check_setting(field.name, value, hints[field.name])
+            name = field.name if within is None else f"{within}[{field.name!r}]"
+            checked = check_setting(name, value, hints[field.name])
         except ConfigError as error:
             if "flag" in field.metadata:  # a flag of another name than the field's
                 raise ConfigError(str(error).replace(flag_of(field.name), flag_of(field.metadata["flag"]))) from None

@@ -96,6 +96,7 @@ class MaskRow(msgspec.Struct, frozen=True):
     """Which row of the memory an output has."""
 
     row: int
+    """Its mask for the next token. The rows behind it have those for tokens behind drafts, as many as there are."""
     begun: int
     """The first order for this output. Results of earlier orders belong to another output."""
 

@@ -135,6 +135,9 @@ class EngineArgs:
     max_steps_in_flight: StepsInFlight | None = None
     """Steps submitted before the results of the first are in; 2 on CUDA, where the host plans one while the device runs
     another, 1 on a CPU."""
+    speculative_config: Mapping[str, Any] | None = None
+    """Guess next tokens and check several in one step, such as {"method": "ngram", "num_speculative_tokens": 4,
+    "prompt_lookup_max": 4, "prompt_lookup_min": 2}, which goes by what stood before in prompt and output."""
     enforce_eager: bool = False
     """On CUDA, run every step call by call, without recording graphs."""
     attention_backend: AttentionBackendName | None = None

@@ -26,6 +26,7 @@ from sensorium.messages import (
     Vocabulary,
 )
 from sensorium.scheduler import Scheduler, SchedulerStats
+from sensorium.scheduler.drafting import drafters_of
 
 logger = get_logger(__name__)
 
@@ -54,13 +55,15 @@ class EngineCore:
             cache_groups=self.report.cache_groups,
             max_model_len=self.config.model_config.max_model_len,
             max_loras=None if config.lora_config is None else config.lora_config.max_loras,
+            make_drafter=drafters_of(config.speculative_config, config.model_config.vocab_size),
         )
         self._max_in_flight = self.config.scheduler_config.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, PendingStep]] = deque()
         scheduler_config = config.scheduler_config
-        self._grammars = GrammarCompiler(scheduler_config.max_num_seqs, scheduler_config.max_grammar_compile_s)
+        max_num_seqs, max_drafts = scheduler_config.max_num_seqs, config.max_drafts
+        self._grammars = GrammarCompiler(max_num_seqs * (1 + max_drafts), scheduler_config.max_grammar_compile_s)
         self._grammar_queue = GrammarQueue(self._grammars.compile)
-        self._constrained = ConstrainedRequests(self._grammars, scheduler_config.max_num_seqs)
+        self._constrained = ConstrainedRequests(self._grammars, max_num_seqs, max_drafts)
         self._failure: BaseException | None = None
 
     @property

@@ -23,6 +23,7 @@ from sensorium.config import (
     ParallelConfig,
     PoolerConfig,
     SchedulerConfig,
+    SpeculativeConfig,
 )
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.hf_config import (
@@ -64,6 +65,7 @@ def check_files(args: EngineArgs) -> None:
         ConfigError: One can't.
     """
     _check_together(args)
+    _speculative_config(args)
     local_path("model", args.model)
     if args.tokenizer is not None:
         local_path("tokenizer", args.tokenizer)
@@ -139,6 +141,7 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         parallel_config=parallel,
         quant_config=quant_config,
         lora_config=lora_config,
+        speculative_config=_speculative_config(args),
         engine_args=args,
     )
 
@@ -169,6 +172,10 @@ def _adapter_setting(name: str) -> str:
 
 def _max_lora_rank(args: EngineArgs) -> int:
     return DEFAULT_LORA_RANK if args.max_lora_rank is None else args.max_lora_rank
+
+
+def _speculative_config(args: EngineArgs) -> SpeculativeConfig | None:
+    return None if args.speculative_config is None else SpeculativeConfig.of(args.speculative_config)
 
 
 def _num_threads(args: EngineArgs) -> int | None:

@@ -45,7 +45,7 @@ class GrammarCompiler:
     """One pair of grammar processes at a time. `compile` may be called from any thread."""
 
     def __init__(self, num_rows: int, deadline_s: float) -> None:
-        """`num_rows`: outputs that may be held to grammars at once. `deadline_s`: most seconds that a compile takes."""
+        """`num_rows`: masks that there may be at once. `deadline_s`: most seconds that a compile takes."""
         self._num_rows = num_rows
         self._deadline_s = deadline_s
         self._vocabulary: Vocabulary | None = None

@@ -10,10 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from sensorium.grammar.compiler import GrammarCompiler
-from sensorium.grammar.messages import AddRow, AppendToken, RemoveRow, RowUpdate
+from sensorium.grammar.messages import AddRow, AppendToken, LookAhead, RemoveRow, RowUpdate
 from sensorium.grammar.service import GrammarService
 from sensorium.logger import get_logger
-from sensorium.messages import EngineOutput, NewRequest, SchedulerOutput
+from sensorium.messages import EngineOutput, NewRequest, ScheduledChunk, SchedulerOutput
 from sensorium.token_masks import MaskRow, StepMasks
 
 logger = get_logger(__name__)
@@ -30,12 +30,12 @@ class ConstrainedRequests:
     """Invariant: a constrained request is here from the step that gives it a slot to the one that frees that slot,
     whatever happens to the processes meanwhile."""
 
-    def __init__(self, compiler: GrammarCompiler, num_rows: int) -> None:
-        """`num_rows`: requests that run at once."""
+    def __init__(self, compiler: GrammarCompiler, num_requests: int, max_drafts: int = 0) -> None:
+        """`num_requests`: that run at once. `max_drafts`: that a chunk may carry; the compiler has a row for each."""
         self._compiler = compiler
         self._service: GrammarService | None = None
         self._requests: dict[str, _Constrained] = {}
-        self._free_rows = list(range(num_rows - 1, -1, -1))
+        self._free_rows = [i * (1 + max_drafts) for i in range(num_requests - 1, -1, -1)]
         self._updates: list[RowUpdate] = []
 
     def __len__(self) -> int:
@@ -47,6 +47,8 @@ class ConstrainedRequests:
             self._remove(request_id)
         for new in step.new_requests:
             self._add(new)
+        if self._requests:
+            self._look_ahead(step.chunks)
         self._flush()
         if not self._requests:
             return None
@@ -66,6 +68,13 @@ class ConstrainedRequests:
                 row = constrained.row.row
                 self._updates += [AppendToken(row, token_id) for token_id in output.new_token_ids]
         self._flush()
+
+    def _look_ahead(self, chunks: Iterable[ScheduledChunk]) -> None:
+        for chunk in chunks:
+            if chunk.draft_token_ids:
+                constrained = self._requests.get(chunk.request_id)
+                if constrained is not None and constrained.service is self._service:
+                    self._updates.append(LookAhead(constrained.row.row, list(chunk.draft_token_ids)))
 
     def give_up(self, source_id: int) -> None:
         """Do without processes that don't answer as they should; the requests that they follow can't go on."""

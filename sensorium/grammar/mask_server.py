@@ -20,6 +20,7 @@ from sensorium.grammar.messages import (
     AddRow,
     AppendToken,
     LoadGrammar,
+    LookAhead,
     RowUpdate,
     RowUpdates,
     Verdict,
@@ -43,7 +44,6 @@ class MaskServer:
         self._memory = memory
         self._outputs: dict[int, RowMatcher] = {}
         """By row."""
-        self._hides_end: set[int] = set()
         self._without_ends = _mask_without(end_token_ids, memory.masks.shape[1])
         num_threads = min(max((os.cpu_count() or 1) // 4, 1), _MAX_THREADS)
         self._executor = LLExecutor(num_threads) if num_threads > 1 else None
@@ -52,7 +52,11 @@ class MaskServer:
         """Follow the rows, and compute the masks of those that changed."""
         failures: dict[int, RowFailure] = {}
         touched: dict[int, None] = {}
+        looks = []
         for update in message.updates:
+            if isinstance(update, LookAhead):
+                looks.append(update)
+                continue
             touched[update.row] = None
             self._update(update, failures)
         outputs = {row: self._outputs[row] for row in touched if row in self._outputs}
@@ -63,7 +67,29 @@ class MaskServer:
             self._memory.states[row] = output.state
         for row in failures:
             self._memory.states[row] = RowState.FAILED
+        for each in looks:
+            self._look_ahead(each)
         return RowsDone(message.number, failures)
+
+    def _look_ahead(self, look: LookAhead) -> None:
+        """Masks behind drafts. Behind one that may not come there is none, since nobody gets there."""
+        states, output = self._memory.states, self._outputs.get(look.row)
+        states[look.row + 1 : look.row + 1 + len(look.token_ids)] = RowState.FAILED
+        ahead = None if output is None or output.state is RowState.FAILED else output.copy()
+        for row, token_id in enumerate(look.token_ids, look.row + 1):
+            if ahead is None or not self._may_come(row - 1, token_id):
+                return
+            ahead.append(token_id)
+            self._compute({row: ahead} if ahead.state is RowState.HELD else {})
+            states[row] = ahead.state
+
+    def _may_come(self, row: int, token_id: int) -> bool:
+        """Whether a row's mask, if it has one, allows a token."""
+        if self._memory.states[row] == RowState.FREE:
+            return True
+        if self._memory.states[row] != RowState.HELD:
+            return False
+        return bool(self._memory.masks[row, token_id // 32] >> token_id % 32 & 1)
 
     def _update(self, update: RowUpdate, failures: dict[int, RowFailure]) -> None:
         row = update.row
@@ -72,7 +98,6 @@ class MaskServer:
                 self._outputs[row].append(update.token_id)
             return
         self._outputs.pop(row, None)
-        self._hides_end.discard(row)
         failures.pop(row, None)
         if not isinstance(update, AddRow):
             return
@@ -84,9 +109,9 @@ class MaskServer:
         if matcher is None:
             failures[row] = _GRAMMAR_IS_GONE
             return
-        output = self._outputs[row] = RowMatcher(update.grammar, self._store.tokenizer, matcher)
-        if update.hides_end:
-            self._hides_end.add(row)
+        output = self._outputs[row] = RowMatcher(
+            update.grammar, self._store.tokenizer, matcher, hides_end=update.hides_end
+        )
         for token_id in update.token_ids:
             output.append(token_id)
 
@@ -98,7 +123,7 @@ class MaskServer:
     def _is_settled(self, row: int, output: RowMatcher) -> bool:
         if not output.check_mask() and output.state is RowState.HELD:
             return False
-        if row in self._hides_end:
+        if output.hides_end:
             self._memory.masks[row] &= self._without_ends
         return True
 

@@ -74,7 +74,15 @@ class AppendToken(msgspec.Struct, frozen=True, tag=True):
     token_id: int
 
 
-RowUpdate: TypeAlias = AddRow | RemoveRow | AppendToken
+class LookAhead(msgspec.Struct, frozen=True, tag=True):
+    """Write the masks behind drafts of a row into the rows that follow it: into the first what may follow the first
+    draft."""
+
+    row: int
+    token_ids: list[int]
+
+
+RowUpdate: TypeAlias = AddRow | RemoveRow | AppendToken | LookAhead
 
 
 class RowUpdates(msgspec.Struct, frozen=True):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 from llguidance import LLMatcher, LLTokenizer
 
 from sensorium.errors import InvalidRequestError
@@ -21,8 +23,11 @@ class RowMatcher:
     depends on others, one that hits a bound goes on with a matcher of its own.
     """
 
-    def __init__(self, grammar: StructuredOutputs, tokenizer: LLTokenizer, matcher: LLMatcher) -> None:
-        """`matcher`: at the beginning of the grammar, and this row's alone."""
+    def __init__(
+        self, grammar: StructuredOutputs, tokenizer: LLTokenizer, matcher: LLMatcher, *, hides_end: bool = False
+    ) -> None:
+        """`matcher`: at the beginning of the grammar, and this row's alone. `hides_end`: see `AddRow`."""
+        self.hides_end = hides_end
         self._grammar = grammar
         self._tokenizer = tokenizer
         self._matcher = matcher
@@ -39,6 +44,18 @@ class RowMatcher:
     def matcher(self) -> LLMatcher:
         """For computing masks; only while `state` is HELD."""
         return self._matcher
+
+    def copy(self) -> RowMatcher:
+        """The same output, to look ahead with: it fails where this one would be built anew."""
+        other = copy.copy(self)
+        other.unshare()
+        return other
+
+    def unshare(self) -> None:
+        """Begin to differ from the one that this is a shallow copy of, for fewer tokens than a new matcher is for."""
+        self._matcher = self._matcher.deep_copy()
+        self._token_ids = []
+        self._is_shared, self._num_at_start = False, 0
 
     def append(self, token_id: int) -> None:
         """Take one token of the output into account."""

@@ -7,6 +7,7 @@ not with the vocabulary. Owned by `SamplingState`, applied by `Sampler`.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -48,6 +49,11 @@ class PenalisedTokens:
         self._counts[i] += 1
         self._subtracted[i] = self._presence_penalty + self._frequency_penalty * self._counts[i]
 
+    def unshare(self) -> None:
+        """Begin to differ from the one that this is a shallow copy of."""
+        self._index, self._counts = dict(self._index), list(self._counts)
+        self._ids, self._subtracted = self._ids.copy(), self._subtracted.copy()
+
     def _add(self, token_id: int) -> None:
         if self._size == len(self._ids):
             self._ids = np.concatenate([self._ids, np.zeros_like(self._ids)])
@@ -77,6 +83,10 @@ class BadWords:
         self._last_ids = {prefix: np.array(ids, dtype=np.int64) for prefix, ids in last_ids.items()}
         self._prefix_lens = sorted({len(prefix) for prefix in last_ids})
         self._tail: list[int] = []
+
+    def unshare(self) -> None:
+        """Begin to differ from the one that this is a shallow copy of."""
+        self._tail = list(self._tail)
 
     def append(self, token_id: int) -> None:
         """Take one more token of prompt or output into account."""
@@ -127,6 +137,21 @@ class LogitEdits:
             self.penalised.append(token_id)
         if self._bad_words is not None:
             self._bad_words.append(token_id)
+
+    def behind(self, token_id: int) -> LogitEdits:
+        """The edits behind a token that may be the next. These here stay as they are."""
+        other = copy.copy(self)
+        other.unshare()
+        other.advance()
+        other.append(token_id)
+        return other
+
+    def unshare(self) -> None:
+        """Begin to differ from the one that this is a shallow copy of."""
+        self.penalised, self._bad_words = copy.copy(self.penalised), copy.copy(self._bad_words)
+        for part in (self.penalised, self._bad_words):
+            if part is not None:
+                part.unshare()
 
     @property
     def is_over(self) -> bool:

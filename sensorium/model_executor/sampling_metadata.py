@@ -19,7 +19,49 @@ from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
 
 IntArray: TypeAlias = "np.ndarray[Any, np.dtype[np.integer[Any]]]"
+BoolArray: TypeAlias = "np.ndarray[Any, np.dtype[np.bool_]]"
 NO_LOGPROBS = -1
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class DraftRows:
+    """Which rows stand behind drafts. A request's rows follow each other: the first behind its last token, each other
+    behind one more draft.
+
+    Worked example: a request with the drafts 5 and 6, then one without: offsets `[0, 1, 2, 0]`, token ids
+    `[., 5, 6, .]`.
+    """
+
+    offsets: IntArray
+    """`(num_rows,)`: drafts between the request's last token and what is sampled from the row."""
+    token_ids: IntArray
+    """`(num_rows,)`: the last of these; any id where there is none."""
+
+    @property
+    def first_rows(self) -> IntArray:
+        """`(num_requests,)`: the first row of each request."""
+        return np.flatnonzero(self.offsets == 0)
+
+    @property
+    def num_rows(self) -> IntArray:
+        """`(num_requests,)`: rows of each request."""
+        return np.diff(self.first_rows, append=len(self.offsets))
+
+    def accepted(self, sampled_ids: IntArray, blocked_rows: Collection[int]) -> BoolArray:
+        """`(num_rows,)`: whether what was sampled in a row counts, because all drafts before it were.
+
+        `blocked_rows`, in which no token could be sampled, don't count, but for the first row of a request.
+        """
+        is_right = np.ones(len(self.offsets), dtype=np.bool_)
+        is_right[1:] = self.token_ids[1:] == sampled_ids[:-1]
+        if blocked_rows:
+            blocked = np.fromiter(blocked_rows, dtype=np.int64)
+            is_right[blocked] = False
+            is_right[blocked[blocked + 1 < len(is_right)] + 1] = False
+        # Wrong ones are counted from the request's first row on, which is never wrong.
+        num_wrong = np.cumsum(~is_right & (self.offsets > 0))
+        accepted: BoolArray = num_wrong == np.repeat(num_wrong[self.first_rows], self.num_rows)
+        return accepted
 
 
 class SamplingState:
@@ -81,8 +123,9 @@ class SamplingState:
         self.is_plain[slot] = True
 
     def advance(self, slots: IntArray) -> None:
-        """A token is being sampled in each of these slots `(num_rows,)`; which one may not be known yet."""
-        self.num_output[slots] += 1
+        """A token is being sampled in each of these slots `(num_rows,)`, in one that comes twice two; which ones may
+        not be known yet."""
+        np.add.at(self.num_output, slots, 1)
         if self._edits:
             for slot in slots.tolist():
                 edits = self._edits.get(slot)
@@ -102,11 +145,15 @@ class SamplingState:
                 if edits is not None:
                     edits.append(token_id)
 
-    def edits(self, slots: IntArray) -> EditBatch | None:
+    def edits(self, slots: IntArray, drafts: DraftRows | None = None) -> EditBatch | None:
         """The edits of the rows that these slots stand in; None if there are none."""
         if not self._edits:
             return None
         rows = [(row, self._edits[slot]) for row, slot in enumerate(slots.tolist()) if slot in self._edits]
+        if drafts is not None:
+            for i, (row, _) in enumerate(rows):
+                if drafts.offsets[row]:
+                    rows[i] = (row, rows[i - 1][1].behind(int(drafts.token_ids[row])))
         return EditBatch.gather(rows, self.vocab_size) if rows else None
 
     def _drop_finished_edits(self, slot: int, edits: LogitEdits) -> None:

@@ -61,17 +61,19 @@ class StepPace:
 
     def token_room(self, extra_rows: int = 0) -> int:
         """Prefill tokens that can be added if `extra_rows` encoder rows are. Few beside rows of unknown cost."""
+        return max(self.spare_tokens(extra_rows), 0 if self.num_tokens else MIN_PREFILL_TOKENS)
+
+    def spare_tokens(self, extra_rows: int = 0) -> int:
+        """Tokens that nothing depends on, such as drafts, for which there is time; less than 0 if there is none."""
         if self._seconds is None:
             return UNBOUNDED
         num_rows = self.num_rows + extra_rows
         if num_rows and self._row_s is None:
-            room = 0
-        elif self._token_s is None:
-            room = UNMEASURED_TOKENS - self.num_tokens
-        else:
-            seconds = self._seconds - (self._row_s or 0.0) * num_rows
-            room = int(seconds / self._token_s) - self.num_tokens
-        return max(room, 0 if self.num_tokens else MIN_PREFILL_TOKENS)
+            return 0
+        if self._token_s is None:
+            return UNMEASURED_TOKENS - self.num_tokens
+        seconds = self._seconds - (self._row_s or 0.0) * num_rows
+        return int(seconds / self._token_s) - self.num_tokens
 
     def admits_rows(self, num_rows: int, num_tokens: int) -> bool:
         """Whether `num_rows` encoder rows and `num_tokens` tokens can be added.
@@ -119,8 +121,11 @@ class Pacer:
         seconds = SAFETY * self._max_token_gap_s - (self.decode_s.value or 0.0)
         return StepPace(max(seconds, 0.0), self.token_s.value, self.row_s.value)
 
-    def observe(self, num_prefill_tokens: int, num_rows: int, encode_s: float, forward_s: float) -> None:
-        """Learn from a step's times."""
+    def observe(
+        self, num_prefill_tokens: int, num_rows: int, encode_s: float, forward_s: float, num_draft_tokens: int = 0
+    ) -> None:
+        """Learn from a step's times. A draft is taken to cost what a prefill token does."""
+        forward_s -= num_draft_tokens * (self.token_s.value or 0.0)
         if num_rows:
             self.row_s.observe(encode_s / num_rows)
         if num_prefill_tokens == 0:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from sensorium.messages import EngineRequest, MediaItem
+from sensorium.scheduler.drafting import Drafter
 from sensorium.scheduler.stopping import StopRule
 from sensorium.spans import Range
 
@@ -31,7 +32,8 @@ class RequestState:
     """One request from `add_request` to its final output.
 
     Steps are planned while others are in flight, so a request may be ahead of what is known of it: tokens count as
-    computed as soon as their step is on its way, and the tokens that such steps sample count as pending.
+    computed as soon as their step is on its way, and the tokens that such steps sample count as pending. So do drafts,
+    as if all were right, until the result is in.
 
     Invariant: `num_settled_tokens <= num_computed_tokens <= num_expected_tokens`; while WAITING, it has no blocks and
     nothing is computed or pending.
@@ -41,6 +43,7 @@ class RequestState:
         "_media_ends",
         "block_hashes",
         "cross_hashes",
+        "drafter",
         "held_media",
         "is_cacheable",
         "is_caught_up",
@@ -67,7 +70,9 @@ class RequestState:
         "token_ids",
     )
 
-    def __init__(self, message: EngineRequest, order: Order, max_model_len: int) -> None:
+    def __init__(
+        self, message: EngineRequest, order: Order, max_model_len: int, drafter: Drafter | None = None
+    ) -> None:
         self.message = message
         self.request_id = message.request_id
         self.pooling = message.pooling
@@ -85,12 +90,14 @@ class RequestState:
         self.num_settled_tokens = 0
         """Tokens whose KV was written by steps that are known to have succeeded."""
         self.num_pending_tokens = 0
-        """Output tokens that steps in flight sample."""
+        """Output tokens that steps in flight sample, at most."""
         self.num_departures = 0
         """How often it left the running requests: preempted, or ended. What a step in flight brings counts only if that
         did not happen meanwhile."""
-        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens
-        """Its next token can be sampled only after the host has seen the last."""
+        self.drafter = drafter
+        """Guesses its next tokens, if anybody does."""
+        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens or drafter is not None
+        """Its next token can be sampled, or guessed, only after the host has seen the last."""
         self.is_caught_up = False
         """A step that samples a token for it was planned since it got its slot: from then on its share of a step is a
         decode."""
@@ -125,7 +132,7 @@ class RequestState:
 
     @property
     def num_expected_tokens(self) -> int:
-        """Known tokens and those that steps in flight sample."""
+        """Known tokens and those that steps in flight sample, at most."""
         return len(self.token_ids) + self.num_pending_tokens
 
     @property
@@ -136,6 +143,11 @@ class RequestState:
         if not self.num_pending_tokens:
             return False
         return self.needs_sampled_tokens or self.num_expected_tokens >= self.stop.max_total_tokens
+
+    @property
+    def max_drafts(self) -> int:
+        """Most drafts that a decode may carry, given the output's length: the last token isn't guessed but sampled."""
+        return self.stop.max_total_tokens - self.num_tokens - 1
 
     def media_from(self, position: int) -> Iterator[MediaItem]:
         """The media items whose spans end behind `position`, in order."""

@@ -8,7 +8,7 @@ submit, and in the same order `update`. Several steps may be in flight between t
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from sensorium.cache_spec import CacheGroup
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
@@ -16,6 +16,7 @@ from sensorium.errors import InvalidRequestError, OverloadedError
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
 from sensorium.scheduler.admission import check_request
 from sensorium.scheduler.chunking import ChunkPlanner
+from sensorium.scheduler.drafting import Drafter
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.fair_shares import FairShares
 from sensorium.scheduler.kv_cache_manager import KVCacheManager
@@ -39,6 +40,8 @@ class Scheduler:
         max_model_len: Most tokens of prompt and output together.
         pacer: Costs of steps; measured from scratch unless given.
         max_loras: Adapters that running requests may have; None: any number.
+        make_drafter: Makes what guesses a request's next tokens, or None for a request without guesses. Not asked where
+            a layer's cache can't go back.
     """
 
     def __init__(
@@ -51,6 +54,7 @@ class Scheduler:
         max_model_len: int,
         pacer: Pacer | None = None,
         max_loras: int | None = None,
+        make_drafter: Callable[[EngineRequest], Drafter | None] | None = None,
     ) -> None:
         self._config = scheduler_config
         self._groups = tuple(cache_groups)
@@ -80,7 +84,8 @@ class Scheduler:
         self._planner = StepPlanner(
             *(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters), max_loras
         )
-        self._results = StepResults(self._table, self._kv_cache, self._encoder_cache)
+        self._results = StepResults(self._table, self._kv_cache, self._encoder_cache, self._counters)
+        self._make_drafter = make_drafter if all(group.can_go_back for group in self._groups) else None
         self._in_flight: deque[StepPlan] = deque()
 
     def add_request(self, request: EngineRequest) -> None:
@@ -107,7 +112,8 @@ class Scheduler:
                 f"waiting requests: got {len(self._table.waiting)} already, expected fewer than {limit}. "
                 "Try again later, or raise max_waiting_requests."
             )
-        self._table.add(RequestState(request, self._shares.arrive(request), self._max_model_len))
+        drafter = None if self._make_drafter is None or request.pooling else self._make_drafter(request)
+        self._table.add(RequestState(request, self._shares.arrive(request), self._max_model_len, drafter))
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
         """End requests, also between `schedule` and `update`; ids that are unknown or finished are ignored."""
@@ -155,7 +161,9 @@ class Scheduler:
         self._counters.forward_s += result.forward_s
         self._counters.idle_s += result.idle_s
         if plan.chunks and not result.failures:
-            self._pacer.observe(plan.num_prefill_tokens, plan.num_rows, result.encode_s, result.forward_s)
+            self._pacer.observe(
+                plan.num_prefill_tokens, plan.num_rows, result.encode_s, result.forward_s, plan.num_draft_tokens
+            )
         return self._results.apply(plan, result)
 
     def has_unfinished_requests(self) -> bool:
@@ -195,6 +203,8 @@ class Scheduler:
             num_encoder_queries=counters.num_encoder_queries,
             num_encoder_hits=counters.num_encoder_hits,
             num_encoded_rows=counters.num_encoded_rows,
+            num_draft_tokens=counters.num_draft_tokens,
+            num_accepted_tokens=counters.num_accepted_tokens,
             encode_s=counters.encode_s,
             forward_s=counters.forward_s,
             idle_s=counters.idle_s,

@@ -33,6 +33,10 @@ class SchedulerStats:
     num_encoder_hits: int
     """Those of them that were there already."""
     num_encoded_rows: int
+    num_draft_tokens: int = 0
+    """Guesses of next tokens that were checked."""
+    num_accepted_tokens: int = 0
+    """Those of them that were right."""
     encode_s: float = 0.0
     """Time that steps spent in encoders."""
     forward_s: float = 0.0
@@ -52,6 +56,8 @@ class Counters:
     num_encoder_queries: int = 0
     num_encoder_hits: int = 0
     num_encoded_rows: int = 0
+    num_draft_tokens: int = 0
+    num_accepted_tokens: int = 0
     encode_s: float = 0.0
     forward_s: float = 0.0
     idle_s: float = 0.0

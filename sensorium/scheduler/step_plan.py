@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
+
+import msgspec
 
 from sensorium.messages import EncoderInput, MediaItem, NewRequest, ScheduledChunk, SchedulerOutput
 from sensorium.scheduler.pacing import StepPace
@@ -10,7 +13,8 @@ from sensorium.scheduler.request import RequestState
 
 
 class StepPlan:
-    """Invariant: `chunks` keeps the order of insertion, decodes first; only decode chunks are ever taken out again."""
+    """Invariant: `chunks` keeps the order of insertion, decodes first; only decode chunks are ever taken out again, and
+    get drafts when all chunks are there."""
 
     __slots__ = (
         "_token_budget",
@@ -22,6 +26,7 @@ class StepPlan:
         "is_encoder_closed",
         "new_requests",
         "num_departures",
+        "num_draft_tokens",
         "num_prefill_tokens",
         "num_rows",
         "pace",
@@ -39,6 +44,7 @@ class StepPlan:
         self.new_requests: list[NewRequest] = []
         self.encoder_inputs: list[EncoderInput] = []
         self.num_prefill_tokens = 0
+        self.num_draft_tokens = 0
         self.num_rows = 0
         """Encoder rows in the step."""
         self.computing: set[bytes] = set()
@@ -69,6 +75,23 @@ class StepPlan:
         self.chunks[request] = ScheduledChunk(request.request_id, begin, num_tokens, new_block_ids, is_last, written)
         self.tokens_left -= num_tokens
 
+    def add_drafts(
+        self, request: RequestState, token_ids: Sequence[int], new_block_ids: tuple[tuple[int, ...], ...]
+    ) -> None:
+        """Add guesses of what follows it to a decode chunk, and the blocks that they take on top."""
+        chunk = self.chunks[request]
+        blocks = chunk.new_block_ids or new_block_ids
+        if chunk.new_block_ids and new_block_ids:
+            blocks = tuple(map(operator.add, chunk.new_block_ids, new_block_ids))
+        self.chunks[request] = msgspec.structs.replace(
+            chunk,
+            num_scheduled_tokens=chunk.num_scheduled_tokens + len(token_ids),
+            new_block_ids=blocks,
+            draft_token_ids=tuple(token_ids),
+        )
+        self.tokens_left -= len(token_ids)
+        self.num_draft_tokens += len(token_ids)
+
     def cancel(self, request: RequestState) -> None:
         """Take out a decode chunk; nothing happens where the request has none."""
         chunk = self.chunks.pop(request, None)
@@ -96,7 +119,7 @@ class StepPlan:
             request.num_computed_tokens += chunk.num_scheduled_tokens
             if chunk.is_last:
                 request.is_caught_up = True
-                request.num_pending_tokens += not request.pooling
+                request.num_pending_tokens += 0 if request.pooling else 1 + len(chunk.draft_token_ids)
             self.num_departures.append(request.num_departures)
 
     def to_output(

@@ -1,8 +1,9 @@
 """Decides what a step computes: one token budget, no phases; computed tokens catch up with known ones.
 
 Requests that stream come first, with the token that each sampled last. Then, in the order of the policy, prefills that
-have begun and waiting requests. A request that lacks KV blocks, or room in the encoder cache, takes them from the worst
-running request behind it; the worst itself waits. So the best request can always run, and every other in its turn.
+have begun and waiting requests. What is left may go to drafts, guesses of how the streams go on. A request that lacks
+KV blocks, or room in the encoder cache, takes them from the worst running request behind it; the worst itself waits. So
+the best request can always run, and every other in its turn. Drafts take nothing from anyone.
 """
 
 from __future__ import annotations
@@ -69,6 +70,7 @@ class StepPlanner:
             has_streams = bool(plan.chunks) or any(request.is_caught_up for request in self._table.running)
             plan.pace = self._pacer.begin_step(has_streams=has_streams)
             self._add_prefills(plan)
+            self._add_drafts(plan)
         return plan
 
     # Streams
@@ -89,6 +91,22 @@ class StepPlanner:
                 plan.add_chunk(request, num_tokens, ())
             elif self._free_blocks_for(request, end, plan):
                 plan.add_chunk(request, num_tokens, self._kv_cache.allocate(request, end))
+
+    def _add_drafts(self, plan: StepPlan) -> None:
+        """Guesses of the tokens that streams go on with, best request first: as many as there are tokens, time and
+        blocks for that nothing else in the step needs."""
+        num_spare = plan.pace.spare_tokens()
+        for request in list(plan.chunks):
+            if request.drafter is None or not request.is_caught_up:
+                continue
+            room = min(plan.tokens_left, num_spare - plan.num_draft_tokens)
+            if room <= 0:
+                return
+            most = min(room, request.max_drafts, self._kv_cache.max_tokens(request) - request.num_expected_tokens)
+            drafts = request.drafter.propose(request.token_ids)[:most] if most > 0 else ()
+            if drafts:
+                end = request.num_expected_tokens + len(drafts)
+                plan.add_drafts(request, drafts, self._kv_cache.allocate(request, end))
 
     def _free_blocks_for(self, request: RequestState, num_tokens: int, plan: StepPlan) -> bool:
         """Preempt worse requests until the request's table can hold `num_tokens`."""

@@ -20,6 +20,7 @@ from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.kv_cache_manager import KVCacheManager
 from sensorium.scheduler.request import RequestState
 from sensorium.scheduler.request_table import RequestTable
+from sensorium.scheduler.stats import Counters
 from sensorium.scheduler.step_plan import StepPlan
 
 NO_RESULT = RequestFailure("The engine lost the result of this request. Send it again.")
@@ -29,7 +30,10 @@ class StepResults:
     """Applies results to requests. Those of a request that ended or was preempted while the step was in flight are
     ignored."""
 
-    def __init__(self, table: RequestTable, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager) -> None:
+    def __init__(
+        self, table: RequestTable, kv_cache: KVCacheManager, encoder_cache: EncoderCacheManager, counters: Counters
+    ) -> None:
+        self._counters = counters
         self._table = table
         self._kv_cache = kv_cache
         self._encoder_cache = encoder_cache
@@ -50,7 +54,8 @@ class StepResults:
 
     def _advance(self, request: RequestState, chunk: ScheduledChunk, result: ModelRunnerOutput) -> EngineOutput | None:
         """Count a chunk as settled, and take in what was sampled after it. None: no output."""
-        request.num_settled_tokens = chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        num_drafts = len(chunk.draft_token_ids)
+        request.num_settled_tokens = chunk.num_computed_tokens + chunk.num_scheduled_tokens - num_drafts
         prompt_logprobs: Sequence[TokenLogprobs] = ()
         if result.prompt_logprobs:
             prompt_logprobs = self._take_prompt_logprobs(request, chunk, result)
@@ -65,8 +70,10 @@ class StepResults:
         sampled = result.sampled_token_ids.get(request.request_id)
         if not sampled:
             return self._fail(request, NO_RESULT)
-        request.num_pending_tokens -= 1
+        request.num_pending_tokens -= 1 + num_drafts
         num_new, reason, stop_reason = _append(request, sampled)
+        if num_drafts:
+            self._settle_drafts(request, num_drafts, len(sampled) - 1, num_new - 1)
         self._settle(request)
         logprobs = result.logprobs.get(request.request_id, ()) if result.logprobs else ()
         if reason is not None:
@@ -82,6 +89,17 @@ class StepResults:
             request.num_cached_tokens,
             request.scheduled_time_s,
         )
+
+    def _settle_drafts(self, request: RequestState, num_drafts: int, num_right: int, num_kept: int) -> None:
+        """Count the drafts that were right as settled, as far as the output goes, and take the others back.
+
+        Worked example: of a request with 10 tokens, one step computes the last and 3 drafts, so that 13 count as
+        computed, 9 as settled and 4 as pending. The first draft was right: 2 tokens are new, and 11 of 12 are computed.
+        """
+        request.num_settled_tokens += num_kept
+        request.num_computed_tokens -= num_drafts - num_kept
+        self._counters.num_draft_tokens += num_drafts
+        self._counters.num_accepted_tokens += num_right
 
     def _settle(self, request: RequestState) -> None:
         """Offer full blocks to others, and release what is not needed any more."""

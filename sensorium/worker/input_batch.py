@@ -204,8 +204,15 @@ class InputBatch:
             return False
         return bool((arrays.seq_lens > self._media_end[arrays.slots]).all())
 
+    def write_drafts(self, chunk: ScheduledChunk) -> None:
+        """Put a chunk's drafts where its last rows read them, as if they were known; `append_sampled` says what is."""
+        slot, end = self._states[chunk.request_id].slot, chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        self._token_ids[slot, end - len(chunk.draft_token_ids) : end] = chunk.draft_token_ids
+        self._num_known[slot] = end
+
     def append_sampled(self, slots: Int64Array, positions: Int64Array, token_ids: Int64Array) -> None:
-        """Record one sampled token for each of these slots, at its position in the sequence; all `(num_rows,)`."""
+        """Record sampled tokens of these slots, each at its position in the sequence; all `(num_rows,)`. The last one
+        of a slot ends what is known of it."""
         self._token_ids[slots, positions] = token_ids
         self._num_known[slots] = positions + 1
 

@@ -96,7 +96,7 @@ def plan_memory(
 
 def _logits_bytes(config: EngineConfig) -> int:
     """Logits of all requests as the head gives them, and as float32 to be sampled from."""
-    num_rows = config.scheduler_config.max_num_seqs
+    num_rows = config.max_sampled_rows
     return num_rows * config.model_config.vocab_size * (config.model_config.dtype.itemsize + 4)
 
 

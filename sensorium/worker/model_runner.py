@@ -39,33 +39,22 @@ from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.failures import told_to_caller
 from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, SamplingState
-from sensorium.model_executor.sampling_metadata import SamplingMetadata
+from sensorium.model_executor.sampling_metadata import BoolArray, SamplingMetadata
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.structured_outputs import FIELD
 from sensorium.token_masks import StepMasks
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.graph_capture import GraphCapture
-from sensorium.worker.input_batch import InputBatch, Int64Array, SlotState, StepArrays, max_blocks_of, num_tables
+from sensorium.worker.input_batch import InputBatch, SlotState, StepArrays, max_blocks_of, num_tables
 from sensorium.worker.passes import PassRunner
 from sensorium.worker.pooling import Pooler
+from sensorium.worker.sampled_rows import SampledRows, WantedRows
 from sensorium.worker.step_buffers import host_fields
 from sensorium.worker.step_timer import StepClock, StepTimer
 from sensorium.worker.token_masks import MaskReader, RowMasks
 
 logger = get_logger(__name__)
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class _SampledRows:
-    """Rows of one pass after which a token was sampled, and what is still on its way."""
-
-    states: list[SlotState]
-    slots: Int64Array
-    positions: Int64Array
-    """Where each sampled token stands in its sequence."""
-    output: SamplerOutput
-    masks: RowMasks | None
 
 
 @dataclass(slots=True, eq=False)
@@ -76,7 +65,7 @@ class PendingStep:
     timer: StepTimer
     masks: StepMasks | None
     """Where the step's constrained requests have their masks."""
-    sampled: list[_SampledRows] = field(default_factory=list)
+    sampled: list[SampledRows] = field(default_factory=list)
     prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
     pooled: dict[str, HostCopy] = field(default_factory=dict)
     failures: dict[str, RequestFailure] = field(default_factory=dict)
@@ -203,8 +192,9 @@ class ModelRunner:
         logprobs: dict[str, list[TokenLogprobs]] = {}
         complete: set[str] = set()
         for rows in pending.sampled:
-            self._note_sampled(rows)
-            self._report_sampled(rows, sampled, logprobs, complete, pending.failures)
+            accepted = rows.accepted()
+            self._note_sampled(rows, accepted)
+            self._report_sampled(rows, accepted, sampled, logprobs, complete, pending.failures)
         prompt_logprobs = {name: entries.messages() for name, entries in pending.prompt_logprobs.items()}
         pooled = {name: copy.wait()[0].numpy() for name, copy in pending.pooled.items()}
         times = pending.timer.times()
@@ -223,21 +213,26 @@ class ModelRunner:
             idle_s=times.idle_s,
         )
 
-    def _note_sampled(self, rows: _SampledRows) -> None:
+    def _note_sampled(self, rows: SampledRows, accepted: BoolArray | None) -> None:
         """Remember tokens, of the requests that still have their slots.
 
         A row that failed gets a token here too; its request ends, so nobody reads it.
         """
-        slots, positions, token_ids = rows.slots, rows.positions, rows.output.token_ids
-        kept = self._batch.hold(rows.states)
-        if not all(kept):
+        slots, positions, token_ids = rows.wanted.slots, rows.wanted.positions, rows.output.token_ids
+        kept = np.array(self._batch.hold(rows.states), dtype=np.bool_)
+        drafts = rows.wanted.drafts
+        if drafts is not None and accepted is not None:
+            kept = accepted & np.repeat(kept, drafts.num_rows)
+            self._sampling.advance(slots[kept & (drafts.offsets > 0)])
+        if not kept.all():
             slots, positions, token_ids = slots[kept], positions[kept], token_ids[kept]
         self._batch.append_sampled(slots, positions, token_ids)
         self._sampling.append(slots, token_ids)
 
     @staticmethod
     def _report_sampled(
-        rows: _SampledRows,
+        rows: SampledRows,
+        accepted: BoolArray | None,
         sampled: dict[str, list[int]],
         logprobs: dict[str, list[TokenLogprobs]],
         complete: set[str],
@@ -245,16 +240,22 @@ class ModelRunner:
     ) -> None:
         """Sort what came of each row into the parts of a step's result."""
         masks, failed, reports = rows.masks, rows.output.failed_rows, rows.output.logprobs
-        for row, (state, token_id) in enumerate(zip(rows.states, rows.output.token_ids.tolist(), strict=True)):
+        token_ids = rows.output.token_ids.tolist()
+        firsts: Sequence[int] = range(len(token_ids))
+        ends: Sequence[int] = range(1, len(token_ids) + 1)
+        if rows.wanted.drafts is not None and accepted is not None:
+            first_rows = rows.wanted.drafts.first_rows
+            firsts, ends = first_rows.tolist(), (first_rows + np.add.reduceat(accepted, first_rows, dtype=int)).tolist()
+        for state, row, end in zip(rows.states, firsts, ends, strict=True):
             request_id = state.request.request_id
             if masks is not None and row in masks.complete_rows:
                 complete.add(request_id)
             elif row in failed or (masks is not None and row in masks.failures):
                 failures[request_id] = _row_failure(row, masks)
             else:
-                sampled[request_id] = [token_id]
-                if reports is not None and (entry := reports[row]) is not None:
-                    logprobs[request_id] = [entry]
+                sampled[request_id] = token_ids[row:end]
+                if reports is not None and reports[row] is not None:
+                    logprobs[request_id] = [entry for entry in reports[row:end] if entry is not None]
 
     def _take_in(self, step: SchedulerOutput) -> None:
         for request_id in step.freed_request_ids:
@@ -280,6 +281,8 @@ class ModelRunner:
         for chunk in step.chunks:
             if chunk.new_block_ids:
                 self._batch.append_blocks(chunk)
+            if chunk.draft_token_ids:
+                self._batch.write_drafts(chunk)
         self.encoder.free(step.free_encoder_keys)
 
     def _without_failed(self, chunks: Sequence[ScheduledChunk], pending: PendingStep) -> list[ScheduledChunk]:
@@ -339,9 +342,8 @@ class ModelRunner:
             return
         pools = [self._is_pooling(chunk) for chunk in chunks]
         sampling = [i for i, chunk in enumerate(chunks) if chunk.is_last and not pools[i]]
-        sampled_slots = arrays.slots[sampling]
-        sampled_rows = arrays.cu_seqlens_q[1:][sampling].astype(np.int64) - 1
-        fields = host_fields(arrays, sampled_rows, sampled_slots)
+        wanted = WantedRows.of(chunks, arrays, sampling)
+        fields = host_fields(arrays, wanted.rows, wanted.slots)
         hidden, tensors = self.passes.forward(chunks, arrays, fields)
         if self._reporting:
             self._report_prompt(chunks, arrays, hidden, pending)
@@ -350,14 +352,14 @@ class ModelRunner:
                 pending.pooled[chunk.request_id] = HostCopy([self._pooler.finish(chunk.request_id)])
         if not sampling:
             return
-        if len(sampling) != len(hidden):
+        if len(wanted.rows) != len(hidden):
             hidden = hidden[tensors.sampled_rows]
-        metadata = SamplingMetadata(len(sampling), state=self._sampling, slots=sampled_slots)
+        metadata = SamplingMetadata(len(hidden), state=self._sampling, slots=wanted.slots)
         adapter_ids = None if tensors.adapter_ids is None else tensors.adapter_ids[tensors.sampled_rows]
         with adapter_ids_of_rows(adapter_ids, arrays.adapters):
             logits = self._model.compute_logits(hidden, metadata)
         states = self._batch.states([chunks[i] for i in sampling])
-        rows = self._sample(states, sampled_slots, arrays.seq_lens[sampling].astype(np.int64), logits, pending.masks)
+        rows = self._sample(states, wanted, logits, pending.masks)
         if self._keeps_tokens:
             self._last_tokens.index_copy_(0, tensors.sampled_slots, rows.output.sampled_token_ids)
         pending.sampled.append(rows)
@@ -377,11 +379,11 @@ class ModelRunner:
         if decoded is None:
             return False
         states = self._batch.states(chunks)
-        positions = arrays.seq_lens.astype(np.int64)
+        wanted = WantedRows.of(chunks, arrays, range(len(chunks)))
         if pending.masks is None and self._group.size == 1 and self._sampling.is_plain[arrays.slots].all():
-            rows = self._begin_rows(states, arrays.slots, positions, decoded.best)
+            rows = self._begin_rows(states, wanted, decoded.best)
         else:
-            rows = self._sample(states, arrays.slots, positions, decoded.logits, pending.masks)
+            rows = self._sample(states, wanted, decoded.logits, pending.masks)
             self._last_tokens.index_copy_(0, decoded.slots, rows.output.sampled_token_ids)
         pending.sampled.append(rows)
         return True
@@ -389,39 +391,46 @@ class ModelRunner:
     def _sample(
         self,
         states: list[SlotState],
-        slots: Int64Array,
-        positions: Int64Array,
+        wanted: WantedRows,
         logits: torch.Tensor,
         step_masks: StepMasks | None,
-    ) -> _SampledRows:
-        """Sample a token for each of these requests, given its row of the logits and the token's position.
+    ) -> SampledRows:
+        """Sample a token in each row of the logits, for these requests.
 
         The first rank does, and tells the others.
         """
         if self._group.rank > 0:
-            output = SamplerOutput.of_another_rank(len(slots), logits.device)
+            output = SamplerOutput.of_another_rank(len(logits), logits.device)
             self._group.broadcast(output.sampled_token_ids)
-            return self._begin_rows(states, slots, positions, output)
-        masks: RowMasks | None = None
-        if step_masks is not None:  # computed while the model ran
-            masks = self._masks.read(step_masks, [state.request.request_id for state in states])
+            return self._begin_rows(states, wanted, output)
+        masks = None if step_masks is None else self._read_masks(states, wanted, step_masks)
         token_mask = None if masks is None else TokenMask(masks.rows, masks.words)
-        output = self._sampler.sample(logits, self._sampling, slots, token_mask)
+        output = self._sampler.sample(logits, self._sampling, wanted.slots, token_mask, wanted.drafts)
         self._group.broadcast(output.sampled_token_ids)
-        return self._begin_rows(states, slots, positions, output, masks)
+        return self._begin_rows(states, wanted, output, masks)
+
+    def _read_masks(self, states: list[SlotState], wanted: WantedRows, step_masks: StepMasks) -> RowMasks | None:
+        """The masks of the rows, which were computed while the model ran."""
+        request_ids, drafts = [state.request.request_id for state in states], wanted.drafts
+        if drafts is None:
+            return self._masks.read(step_masks, request_ids)
+        of_rows = [
+            name for name, count in zip(request_ids, drafts.num_rows.tolist(), strict=True) for _ in range(count)
+        ]
+        return self._masks.read(step_masks, of_rows, drafts.offsets.tolist())
 
     def _begin_rows(
         self,
         states: list[SlotState],
-        slots: Int64Array,
-        positions: Int64Array,
+        wanted: WantedRows,
         output: SamplerOutput,
         masks: RowMasks | None = None,
-    ) -> _SampledRows:
-        """Count the sampled tokens, and begin to bring them to the host."""
+    ) -> SampledRows:
+        """Count a token for each request, and begin to bring what was sampled to the host."""
         output.fetch()
-        self._sampling.advance(slots)
-        return _SampledRows(states, slots, positions, output, masks)
+        drafts = wanted.drafts
+        self._sampling.advance(wanted.slots if drafts is None else wanted.slots[drafts.first_rows])
+        return SampledRows(states, wanted, output, masks)
 
     def _report_prompt(
         self, chunks: Sequence[ScheduledChunk], arrays: StepArrays, hidden: torch.Tensor, pending: PendingStep

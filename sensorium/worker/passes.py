@@ -96,7 +96,10 @@ class PassRunner:
             # What chunks write into the caches of cross-attention has sizes of its own: no two passes are alike.
             if not any(group.kind is CacheKind.CROSS for group in batch.groups):
                 self.trunks = TrunkGraphs(
-                    capture, driver, kv_caches, self._buffers, tables, groups=batch.groups, uses_mrope=uses_mrope
+                    *(capture, driver, kv_caches, self._buffers, tables),
+                    groups=batch.groups,
+                    uses_mrope=uses_mrope,
+                    max_sampled_rows=config.max_sampled_rows,
                 )
             for tower in towers_of(model):
                 tower.recorder = graphs = TowerGraphs(capture, tower, self._device, self._dtype)

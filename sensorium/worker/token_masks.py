@@ -34,7 +34,7 @@ class RowMasks:
     words: Int32Array
     """`(num_held, num_words)`: a bit for each token that may come, the lowest first."""
     complete_rows: frozenset[int] = frozenset()
-    """Rows to whose output nothing may be added."""
+    """Rows to whose output nothing may be added, or nothing behind a draft."""
     failures: dict[int, RequestFailure] = field(default_factory=dict)
     """By row: outputs that can't go on."""
 
@@ -59,9 +59,19 @@ class MaskReader:
         if self._source is not None:
             self._source.take_in()
 
-    def read(self, masks: StepMasks, request_ids: Sequence[str]) -> RowMasks | None:
-        """What holds for a pass's rows, one for each of these requests; None where none is held. Waits for masks."""
-        own = [(row, each) for row, name in enumerate(request_ids) if (each := masks.rows.get(name)) is not None]
+    def read(
+        self, masks: StepMasks, request_ids: Sequence[str], num_drafts: Sequence[int] | None = None
+    ) -> RowMasks | None:
+        """What holds for a pass's rows; None where none is held. Waits for masks.
+
+        `request_ids`: each row's. `num_drafts`: how many drafts each row stands behind; None: none.
+        """
+        before = num_drafts or [0] * len(request_ids)
+        own = [
+            (row, each, before[row])
+            for row, name in enumerate(request_ids)
+            if (each := masks.rows.get(name)) is not None
+        ]
         failures = {row: _LOST for row, name in enumerate(request_ids) if name in masks.lost_request_ids}
         if not own and not failures:
             return None
@@ -70,7 +80,7 @@ class MaskReader:
             self._give_up()
             source = None
         if source is None:
-            return RowMasks(_NO_ROWS, _NO_WORDS, failures=failures | {row: _LOST for row, _ in own})
+            return RowMasks(_NO_ROWS, _NO_WORDS, failures=failures | {row: _LOST for row, *_ in own})
         return source.masks(own, failures)
 
     def close(self) -> None:
@@ -127,18 +137,19 @@ class _OpenSource:
         self._failures.update({row: (done.number, failure) for row, failure in done.failures.items()})
         return True
 
-    def masks(self, own: Sequence[tuple[int, MaskRow]], failures: dict[int, RequestFailure]) -> RowMasks:
-        """The masks of rows of a pass, given their rows in the memory."""
+    def masks(self, own: Sequence[tuple[int, MaskRow, int]], failures: dict[int, RequestFailure]) -> RowMasks:
+        """The masks of rows of a pass, given their requests' rows in the memory and how many drafts they stand
+        behind."""
         held, indices, complete = [], [], []
-        for row, mask_row in own:
+        for row, mask_row, num_drafts in own:
             number, failure = self._failures.get(mask_row.row, (0, None))
-            state = self._memory.states[mask_row.row]
+            state = self._memory.states[mask_row.row + num_drafts]
             if failure is not None and number >= mask_row.begun:
                 failures[row] = RequestFailure(failure.message, failure.status, field=FIELD)
             elif state == RowState.HELD:
                 held.append(row)
-                indices.append(mask_row.row)
-            elif state == RowState.COMPLETE:
+                indices.append(mask_row.row + num_drafts)
+            elif state == RowState.COMPLETE or (num_drafts and state == RowState.FAILED):
                 complete.append(row)
         words = self._memory.masks[indices] if indices else _NO_WORDS
         return RowMasks(np.array(held, dtype=np.int64), words, frozenset(complete), failures)

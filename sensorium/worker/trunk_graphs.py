@@ -71,7 +71,9 @@ class TrunkGraphs:
         *,
         groups: Sequence[CacheGroup],
         uses_mrope: bool,
+        max_sampled_rows: int,
     ) -> None:
+        self._max_sampled_rows = max_sampled_rows
         self._capture = capture
         self._driver = driver
         self._kv_caches = kv_caches
@@ -147,7 +149,7 @@ class TrunkGraphs:
         ).with_groups(self._groups, block_tables, tensors["slot_mapping"], tensors.get("state_rows"))
 
     def _padding(self, size: int) -> dict[str, HostArray]:
-        num_seqs = min(size, self._nobody)
+        num_seqs, num_sampled = min(size, self._nobody), min(size, self._max_sampled_rows)
         state_rows = nobodys_rows(self._groups, num_seqs)
         return {
             "token_ids": np.zeros(size, dtype=np.int64),
@@ -156,8 +158,8 @@ class TrunkGraphs:
             "cu_seqlens_q": np.zeros(num_seqs + 1, dtype=np.int32),
             "seq_lens": np.zeros(num_seqs, dtype=np.int32),
             "slots": np.full(num_seqs, self._nobody, dtype=np.int64),
-            "sampled_rows": np.zeros(num_seqs, dtype=np.int64),
-            "sampled_slots": np.full(num_seqs, self._nobody, dtype=np.int64),
+            "sampled_rows": np.zeros(num_sampled, dtype=np.int64),
+            "sampled_slots": np.full(num_sampled, self._nobody, dtype=np.int64),
             "pending_slots": np.full(size, -1, dtype=np.int64),
             **({} if state_rows is None else {"state_rows": state_rows}),
         }

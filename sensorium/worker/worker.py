@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -12,7 +12,7 @@ from torch import nn
 
 from sensorium.attention import choose_backends
 from sensorium.cache_spec import CacheGroup
-from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.config import EngineConfig, ModelFeatures, SpeculativeConfig
 from sensorium.errors import ConfigError, ModelError
 from sensorium.inputs import INPUT_REGISTRY
 from sensorium.kernels import native_refusal
@@ -154,6 +154,7 @@ class Worker:
             processors=describe_backend(model_config) if model_config.is_multimodal_model else "",
             steps=self._steps_line(),
             adapters=self._adapters_line(),
+            drafts=_drafts_line(self._config.speculative_config, groups),
             sampling=model_config.sampling_defaults.line(),
             kernels=_kernels_line(self._device),
         )
@@ -199,6 +200,15 @@ class Worker:
         self._model = self._driver = self._runner = None
         if self._release is not None:
             self._release()
+
+
+def _drafts_line(config: SpeculativeConfig | None, groups: Sequence[CacheGroup]) -> str:
+    """Where drafts come from, or why there are none; empty where nobody asked for them."""
+    if config is None:
+        return ""
+    if not all(group.can_go_back for group in groups):
+        return "none: the model keeps a state, from which nothing can be taken back"
+    return f"up to {config.num_speculative_tokens} a step, as the same tokens went on before"
 
 
 def _kernels_line(device: torch.device) -> str:

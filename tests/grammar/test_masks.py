@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 import re
@@ -13,7 +14,7 @@ from hypothesis import strategies as st
 from transformers import PreTrainedTokenizerFast
 
 from sensorium.grammar import matchers
-from sensorium.grammar.messages import AddRow, AppendToken, RemoveRow
+from sensorium.grammar.messages import AddRow, AppendToken, LookAhead, RemoveRow
 from sensorium.structured_outputs import StructuredOutputs
 from sensorium.token_masks import RowState
 from tests.grammar.schemas import check, random_schema
@@ -255,3 +256,52 @@ def test_a_row_whose_grammar_is_too_ambiguous_fails_alone() -> None:
     assert failures.keys() == {0}
     assert "the output can't go on" in failures[0].message
     assert rows.allowed(1) == [x]
+
+
+@pytest.mark.parametrize("name", ["bytes", "byte-level BPE"])
+def test_masks_behind_drafts_are_those_that_come_when_the_drafts_do(name: str) -> None:
+    rng, index = random.Random(name), INDEXES[name]
+    ends = tuple(index.eos_tokens)
+    forms = [
+        StructuredOutputs(json=random_schema(rng)),
+        StructuredOutputs(regex="[a-c]{3}(x|yz)"),
+        StructuredOutputs(choice=["aaa", "abc"], start_after="a"),
+    ]
+    for form, hides_end in itertools.product(forms * 3, (False, True)):
+        ahead, plain = Rows(index, 5, ends), Rows(index, 1, ends)
+        ahead.add(0, form, hides_end=hides_end)
+        plain.add(0, form, hides_end=hides_end)
+        for _ in range(6):
+            before = ahead.allowed(0)
+            drafts, found = [], list[tuple[RowState, list[int]]]()
+            for _ in range(4):
+                allowed = plain.allowed(0) if plain.state(0) is RowState.HELD else INDEXES[name].tokenize_str("ab")
+                if plain.state(0) is RowState.COMPLETE or not allowed or allowed == list(ends):
+                    break
+                drafts.append(rng.choice([each for each in allowed if each not in ends]))
+                plain.append(0, drafts[-1])
+                found.append((plain.state(0), plain.allowed(0)))
+            assert ahead.update(LookAhead(0, drafts)) == {}
+            assert ahead.allowed(0) == before, "the output itself goes nowhere"
+            for row, (state, allowed) in enumerate(found, 1):
+                assert ahead.state(row) is state
+                assert state is not RowState.HELD or ahead.allowed(row) == allowed
+            for token_id in drafts:
+                ahead.append(0, token_id)
+            if not drafts:
+                break
+
+
+def test_there_are_no_masks_behind_a_draft_that_may_not_come() -> None:
+    """And none is waited for: a matcher that takes in a wrong token would be built anew."""
+    tokenizer = TOKENIZERS["bytes"]
+    a, b, x = (tokenizer.convert_tokens_to_ids(char) for char in "abx")
+    rows = Rows(INDEXES["bytes"], 5)
+    rows.add(0, StructuredOutputs(regex="(ab){9}"))
+    rows.update(LookAhead(0, [a, b, x, a]))
+    assert rows.allowed(1) == [b]
+    assert rows.allowed(2) == [a]
+    assert [rows.state(row) for row in (3, 4)] == [RowState.FAILED] * 2
+    assert (rows.state(0), rows.allowed(0)) == (RowState.HELD, [a])
+    rows.update(RemoveRow(0), LookAhead(0, [a]))
+    assert rows.state(1) is RowState.FAILED

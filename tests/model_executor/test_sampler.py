@@ -26,7 +26,7 @@ from transformers import (
 from sensorium.errors import ModelError
 from sensorium.model_executor import sampling_ops
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, get_sampler
-from sensorium.model_executor.sampling_metadata import SamplingMetadata, SamplingState
+from sensorium.model_executor.sampling_metadata import DraftRows, SamplingMetadata, SamplingState
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
 
@@ -591,3 +591,79 @@ def test_prompt_logprobs() -> None:
         assert reports[i].logprob == pytest.approx(expected[i, token_ids[i]].item(), abs=1e-5)
         assert list(reports[i].top_token_ids) == expected[i].topk(2).indices.tolist()
     assert [(report.rank, report.logprob) for report in reports[70:]] == [(0, -math.inf)] * 2
+
+
+DRAFTED = [
+    GREEDY,
+    SamplingParams(temperature=1.0, seed=1, logprobs=2),
+    SamplingParams(temperature=0.7, seed=2, top_p=0.9, presence_penalty=1.5, frequency_penalty=0.5),
+    SamplingParams(temperature=0, repetition_penalty=1.8, min_tokens=4, logit_bias={EOS: 30.0}),
+    SamplingParams(temperature=1.0, seed=3, top_k=9, bad_words_token_ids=[[4], [5, 6], [6, 5, 7]]),
+]
+
+
+@pytest.mark.parametrize("num_drafts", [1, 3])
+def test_a_token_is_what_it_is_without_drafts(num_drafts: int) -> None:
+    """Rows of a request behind drafts, beside those of others, give the tokens, reports and edits that they give one
+    after the other; a draft that was wrong leaves no trace."""
+    tables = [_logits(12, VOCAB, seed=i, scale=3.0) for i in range(len(DRAFTED))]
+    alone, reports = list[list[int]](), list[list[Any]]()
+    for params, table in zip(DRAFTED, tables, strict=True):
+        state = _state(params)
+        alone.append([])
+        reports.append([])
+        for row in table:
+            output = _sample(row[None].clone(), state)
+            alone[-1].append(output[0])
+            reports[-1].append(output.logprobs and output.logprobs[0])
+            _append(state, 0, [output[0]])
+
+    rng, state = np.random.default_rng(0), _state(*DRAFTED)
+    tokens: list[list[int]] = [[] for _ in DRAFTED]
+    num_right = 0
+    while any(len(each) < 12 for each in tokens):
+        slots, offsets, ids, rows = list[int](), list[int](), list[int](), list[torch.Tensor]()
+        for slot, done in enumerate(tokens):
+            if len(done) == 12:
+                continue
+            right = alone[slot][len(done) : len(done) + int(rng.integers(0, num_drafts + 1))]
+            drafts = [each if rng.random() < 0.8 else (each + 1) % VOCAB for each in right][: 11 - len(done)]
+            for offset, token_id in enumerate([-1, *drafts]):
+                slots.append(slot)
+                offsets.append(offset)
+                ids.append(token_id)
+                rows.append(tables[slot][len(done) + offset])
+        drafted = DraftRows(np.array(offsets), np.array(ids))
+        output = _sample(torch.stack(rows), state, slots, drafts=drafted)
+        accepted = drafted.accepted(output.token_ids, ())
+        for row in np.flatnonzero(accepted).tolist():
+            slot, position = slots[row], len(tokens[slots[row]])
+            tokens[slot].append(output[row])
+            num_right += offsets[row] > 0
+            theirs, mine = reports[slot][position], output.logprobs and output.logprobs[row]
+            if theirs is None:
+                assert mine is None
+            else:
+                assert mine.rank == theirs.rank
+                assert mine.top_token_ids == theirs.top_token_ids
+            _append(state, slot, [output[row]])
+    assert tokens == alone
+    assert num_right > 5
+
+
+def test_tokens_count_up_to_the_first_wrong_guess() -> None:
+    drafts = DraftRows(np.array([0, 1, 2, 0, 0, 1, 2, 3]), np.array([0, 5, 6, 0, 0, 7, 8, 9]))
+    sampled = np.array([5, 6, 1, 3, 7, 2, 9, 4])
+    assert drafts.num_rows.tolist() == [3, 1, 4]
+    assert drafts.accepted(sampled, ()).tolist() == [True] * 3 + [True] + [True, True, False, False]
+    sampled[5] = 8
+    assert drafts.accepted(sampled, ()).tolist() == [True] * 8
+
+
+def test_no_token_counts_from_a_row_on_that_has_none() -> None:
+    """A row whose logits aren't numbers, or whose grammar is complete; the first of a request is its result."""
+    drafts = DraftRows(np.array([0, 1, 2, 0, 1]), np.array([0, 5, 6, 0, 7]))
+    sampled = np.array([5, 6, 1, 7, 7])
+    assert drafts.accepted(sampled, {1}).tolist() == [True, False, False, True, True]
+    assert drafts.accepted(sampled, {0, 3}).tolist() == [True, False, False, True, False]
+    assert drafts.accepted(sampled, {2, 4}).tolist() == [True, True, False, True, False]

@@ -131,7 +131,7 @@ class FakeWorker:
         max_num_seqs: int,
         splits_media: bool = True,
         keeps_items_whole: bool = False,
-        max_sampled: int = 1,
+        max_drafts: int = 0,
         failure_rate: float = 0.0,
         rng: Random | None = None,
     ) -> None:
@@ -140,7 +140,7 @@ class FakeWorker:
         self.max_num_seqs = max_num_seqs
         self.splits_media = splits_media
         self.keeps_items_whole = keeps_items_whole or not splits_media
-        self.max_sampled = max_sampled
+        self.max_drafts = max_drafts
         self.failure_rate = failure_rate
         self.rng = rng or Random(0)
         self.kv = [[[POISON] * group.block_size for _ in range(group.num_blocks)] for group in groups]
@@ -211,9 +211,10 @@ class FakeWorker:
         else:
             assert begin == slot.computed, "tokens are computed once, in order"
         self._take_blocks(slot, chunk)
-        known = len(slot.sequence.token_ids)
-        assert begin < end <= known
-        assert chunk.is_last == (end == known)
+        known, num_drafts = len(slot.sequence.token_ids), len(chunk.draft_token_ids)
+        assert begin < end - num_drafts <= known
+        assert chunk.is_last == (end - num_drafts == known)
+        assert num_drafts <= (self.max_drafts if slot.has_sampled else 0)
         for index, group in enumerate(self.groups):
             self._check_history(chunk, slot, index, group)
         for first, last in slot.sequence.request.two_way_spans:
@@ -241,7 +242,9 @@ class FakeWorker:
             assert state == slot.sequence.state(begin - 1), f"wrong state before {begin} of {chunk.request_id}"
             assert slot.source not in table, "a state is written where it is read, and couldn't be computed again"
             return
-        assert end <= len(table) * self.block_size < end + self.block_size, "blocks are allocated as needed"
+        room = len(table) * self.block_size
+        # Drafts that were wrong leave blocks behind that the next tokens need.
+        assert end <= room < end + self.block_size + self.max_drafts, "blocks are allocated as needed"
         visible = table[group.first_visible(begin) // self.block_size :]
         assert NO_BLOCK not in visible
         assert len(set(visible)) == len(visible)
@@ -303,12 +306,17 @@ class FakeWorker:
             result.failures[chunk.request_id] = RequestFailure("injected")  # type: ignore[index]
             return
         state = slot.sequence.state(begin - 1)  # as `_check_history` has found it
-        for position in range(begin, end):
+        first_draft = end - len(chunk.draft_token_ids)
+        for position in range(begin, first_draft):
             state = slot.sequence.next_state(state, position, self._input(slot, position))
             assert state == slot.sequence.state(position)
             self._write(slot, position, state)
-        slot.computed = end
-        self._report(chunk, slot, state, result)
+        states = [state]
+        for position, token_id in enumerate(chunk.draft_token_ids, first_draft):
+            states.append(step_hash(states[-1], (0, token_id, 0)))  # no two-way span has tokens of the output
+            self._write(slot, position, states[-1])
+        slot.computed = first_draft
+        self._report(chunk, slot, states, result)
 
     def _write(self, slot: Slot, position: int, state: int) -> None:
         block, offset = divmod(position, self.block_size)
@@ -318,7 +326,8 @@ class FakeWorker:
             else:
                 self.kv[index][slot.tables[index][0]][0] = state
 
-    def _report(self, chunk: ScheduledChunk, slot: Slot, state: int, result: ModelRunnerOutput) -> None:
+    def _report(self, chunk: ScheduledChunk, slot: Slot, states: Sequence[int], result: ModelRunnerOutput) -> None:
+        """`states`: behind the chunk's known tokens, and behind each of its drafts."""
         request = slot.sequence.request
         begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
         if request.sampling_params.prompt_logprobs is not None:
@@ -328,12 +337,15 @@ class FakeWorker:
         if not chunk.is_last:
             return
         if request.pooling:
-            result.pooled[chunk.request_id] = state  # type: ignore[index]
+            result.pooled[chunk.request_id] = states[0]  # type: ignore[index]
             return
         tokens = []
-        for _ in range(self.rng.randint(1, self.max_sampled)):
+        for state, draft in zip(states, [*chunk.draft_token_ids, None], strict=True):
             tokens.append(next_token(state))
-            state = step_hash(state, (0, tokens[-1], 0))  # no two-way span has tokens of the output
+            if tokens[-1] != draft:
+                break
         slot.sequence.token_ids += tokens
+        assert slot.computed is not None
+        slot.computed += len(tokens) - 1
         slot.has_sampled = True
         result.sampled_token_ids[chunk.request_id] = tokens  # type: ignore[index]

@@ -24,7 +24,16 @@ from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
 from sensorium.scheduler.pacing import Pacer
 from sensorium.spans import Span, two_way_spans
-from tests.scheduler.fake_worker import EOS, FakeWorker, TrueSequence, expected_output, expected_prompt_logprobs
+from tests.scheduler.fake_worker import (
+    EOS,
+    VOCAB_SIZE,
+    FakeWorker,
+    TrueSequence,
+    expected_output,
+    expected_prompt_logprobs,
+    next_token,
+    step_hash,
+)
 
 Parts = Sequence[Sequence[Any]]
 """Of a prompt: lists of token ids, and media as `(key, mask of rows)`."""
@@ -111,6 +120,27 @@ class Outcome:
     final: EngineOutput | None = None
 
 
+class HalfRightDrafter:
+    """Knows how a request goes on, and says it, with a wrong token now and then."""
+
+    def __init__(self, request: EngineRequest, max_drafts: int, rng: Random) -> None:
+        self._sequence = TrueSequence(request)
+        self._max_drafts = max_drafts
+        self._rng = rng
+
+    def propose(self, token_ids: Sequence[int]) -> list[int]:
+        sequence = self._sequence
+        assert sequence.token_ids == list(token_ids[: len(sequence.token_ids)])
+        sequence.token_ids += token_ids[len(sequence.token_ids) :]
+        state = sequence.state(len(token_ids) - 1)
+        drafts: list[int] = []
+        for _ in range(self._rng.randint(0, self._max_drafts)):
+            right = next_token(state)
+            drafts.append(right if self._rng.random() < 0.8 else (right + 1) % VOCAB_SIZE)
+            state = step_hash(state, (0, drafts[-1], 0))
+        return drafts
+
+
 class Simulation:
     """Invariants are checked after every step; `finish` checks the outcome of every request."""
 
@@ -119,10 +149,11 @@ class Simulation:
         limits: Limits,
         *,
         seed: int = 0,
-        max_sampled: int = 1,
+        max_drafts: int = 0,
         failure_rate: float = 0.0,
         pacer: Pacer | None = None,
     ) -> None:
+        rng = Random(seed + 1)
         self.limits = limits
         self.scheduler = Scheduler(
             limits.scheduler,
@@ -131,13 +162,14 @@ class Simulation:
             cache_groups=limits.groups,
             max_model_len=limits.max_model_len,
             pacer=pacer,
+            make_drafter=(lambda request: HalfRightDrafter(request, max_drafts, rng)) if max_drafts else None,
         )
         self.worker = FakeWorker(
             limits.groups,
             max_num_seqs=limits.scheduler.max_num_seqs,
             splits_media=limits.features.splits_media,
             keeps_items_whole=limits.features.atomic_items,
-            max_sampled=max_sampled,
+            max_drafts=max_drafts,
             failure_rate=failure_rate,
             rng=Random(seed),
         )
@@ -261,7 +293,7 @@ class Simulation:
         missing = streams - {chunk.request_id for chunk in step.chunks} - set(step.freed_request_ids)
         unfinished = self.scheduler._table.by_id
         missing = {name for name in missing if name in unfinished and not unfinished[name].awaits_result}
-        if missing and self.worker.max_sampled == 1 and self._has_free_blocks():
+        if missing and self._has_free_blocks():
             may_run_alone = self.worker.keeps_items_whole or bool(self.limits.features.two_way)
             may_run_alone |= not self.limits.scheduler.enable_chunked_prefill
             assert may_run_alone, f"streams without a token: {missing}"

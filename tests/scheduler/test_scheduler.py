@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
 
+from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import CacheConfig, ModelFeatures, SchedulerConfig
 from sensorium.messages import FinishReason, ModelRunnerOutput, SchedulerOutput
-from tests.scheduler.simulation import Limits, Simulation, make_request
+from sensorium.scheduler.pacing import Pacer
+from tests.scheduler.simulation import Limits, Simulation, full_attention, make_request
 
 
 def make_simulation(
@@ -25,7 +29,7 @@ def make_simulation(
     splits_media: bool = True,
     atomic_items: bool = False,
     two_way: frozenset[str] = frozenset(),
-    max_sampled: int = 1,
+    max_drafts: int = 0,
 ) -> Simulation:
     scheduler = SchedulerConfig(
         max_num_batched_tokens=tokens,
@@ -38,7 +42,7 @@ def make_simulation(
     cache = CacheConfig(block_size=4, enable_prefix_caching=prefix_caching, encoder_cache_rows=cache_rows)
     features = ModelFeatures(splits_media=splits_media, atomic_items=atomic_items, two_way=two_way)
     limits = Limits(scheduler, cache, features, blocks, max_model_len=4 * blocks)
-    return Simulation(limits, max_sampled=max_sampled)
+    return Simulation(limits, max_drafts=max_drafts)
 
 
 def chunks(step: SchedulerOutput) -> dict[str, tuple[int, int]]:
@@ -92,12 +96,76 @@ def test_more_slots_than_tokens_leave_no_stream_without_one() -> None:
     assert max(len(step.chunks) for step in simulation.steps) == 3
 
 
-def test_several_tokens_may_be_sampled_at_once() -> None:
-    simulation = make_simulation(max_sampled=4)
+def test_drafts_that_are_right_save_steps() -> None:
+    simulation = make_simulation(max_drafts=4)
     for name in "abc":
-        simulation.add(make_request(name, [[ord(name)] * 6], max_tokens=9, ignore_eos=True))
+        simulation.add(make_request(name, [[ord(name)] * 6], max_tokens=30, ignore_eos=True))
     simulation.finish()
-    assert len(simulation.steps) < 9
+    stats = simulation.scheduler.stats()
+    assert 0 < stats.num_accepted_tokens < stats.num_draft_tokens
+    num_tokens = sum(len(outcome.token_ids) for outcome in simulation.outcomes.values())
+    assert num_tokens == 90
+    decodes = [chunk for step in simulation.steps for chunk in step.chunks if chunk.num_computed_tokens >= 6]
+    assert len(decodes) + stats.num_accepted_tokens + 3 == 90, "a prompt's and a decode's token, and those on top"
+
+
+def test_drafts_take_what_nobody_else_needs() -> None:
+    """Tokens of a step go to streams, to prefills and then to drafts; blocks likewise, and nobody is preempted."""
+    simulation = make_simulation(tokens=8, blocks=20, max_drafts=4)
+    for name in "abcd":
+        simulation.add(make_request(name, [[ord(name)] * 2], max_tokens=14, ignore_eos=True))
+    for _ in range(3):
+        simulation.step()
+    simulation.add(make_request("long", [[1] * 10], max_tokens=4))
+    step = simulation.step()
+    assert chunks(step)["long"][1] == 4
+    assert not any(chunk.draft_token_ids for chunk in step.chunks)
+    simulation.finish()
+    assert simulation.scheduler.stats().num_accepted_tokens > 0
+    assert simulation.scheduler.stats().num_preemptions == 0
+
+
+def _seconds_at(token_s: float, step: SchedulerOutput) -> tuple[float, float]:
+    """Of a step in which each request has a token for the price of the step, and others cost `token_s`."""
+    return 0.0, 0.04 + token_s * (step.num_scheduled_tokens - len(step.chunks))
+
+
+def test_drafts_keep_to_the_token_gap() -> None:
+    requests = [make_request(name, [[ord(name)] * 4], max_tokens=40, ignore_eos=True) for name in "abcd"]
+    for token_s, most in ((0.01, 5), (1.0, 0), (1e-9, 16)):
+        limits = make_simulation().limits
+        scheduler = replace(limits.scheduler, max_token_gap_s=0.1)
+        pacer = Pacer(0.1, decode_s=0.04, token_s=token_s)
+        simulation = Simulation(replace(limits, scheduler=scheduler), max_drafts=4, pacer=pacer)
+        simulation.worker.seconds = partial(_seconds_at, token_s)
+        for request in requests:
+            simulation.add(request)
+        simulation.finish()
+        found = max(sum(len(chunk.draft_token_ids) for chunk in step.chunks) for step in simulation.steps)
+        assert found <= most
+        assert (found > 0) == (most > 0)
+
+
+def test_a_request_whose_layers_keep_a_state_gets_no_drafts() -> None:
+    """What a state took in can't be taken back."""
+    limits = make_simulation().limits
+    groups = (*full_attention(64, 4), CacheGroup(CacheKind.STATE, 24, 4))
+    simulation = Simulation(replace(limits, cache_groups=groups), max_drafts=4)
+    simulation.add(make_request("a", [[1] * 6], max_tokens=20, ignore_eos=True))
+    simulation.finish()
+    assert not any(chunk.draft_token_ids for step in simulation.steps for chunk in step.chunks)
+
+
+def test_others_go_on_while_a_request_with_drafts_waits_for_its_result() -> None:
+    limits = make_simulation().limits
+    scheduler = replace(limits.scheduler, max_steps_in_flight=3)
+    simulation = Simulation(replace(limits, scheduler=scheduler), max_drafts=4)
+    simulation.add(make_request("a", [[1] * 6], max_tokens=20, ignore_eos=True))
+    simulation.step()
+    simulation.add(make_request("b", [[2] * 100], max_tokens=4, ignore_eos=True))
+    simulation.step()
+    assert [set(chunks(step)) for step in simulation.steps] == [{"a"}, {"a", "b"}, {"b"}]
+    simulation.finish()
 
 
 def test_a_step_without_work_is_empty_and_tells_what_to_free() -> None:

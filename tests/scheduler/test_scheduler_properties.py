@@ -64,7 +64,7 @@ class Scenario:
     two_way: frozenset[str]
     failure_rate: float
     abort_rate: float
-    max_sampled: int
+    max_drafts: int
     max_steps_in_flight: int
     token_s: float | None
     rules: tuple[Rule, ...]
@@ -78,7 +78,7 @@ class Scenario:
             return CacheGroup(kind, self.num_blocks, self.block_size, reach)
         keeps_items_whole = self.atomic_items or not self.splits_media
         largest = max(40 if keeps_items_whole else 1, self.max_num_batched_tokens if self.two_way else 1)
-        least = CacheGroup(kind, 0, self.block_size, reach).blocks_within_reach(max(largest, self.max_sampled))
+        least = CacheGroup(kind, 0, self.block_size, reach).blocks_within_reach(largest)
         return CacheGroup(kind, least + self.seed % 3, self.block_size, reach)
 
     @property
@@ -89,7 +89,7 @@ class Scenario:
             max_num_encoder_rows=self.max_num_encoder_rows,
             enable_chunked_prefill=self.enable_chunked_prefill,
             policy=self.policy,
-            max_steps_in_flight=1 if self.max_sampled > 1 else self.max_steps_in_flight,
+            max_steps_in_flight=self.max_steps_in_flight,
         )
         cache = CacheConfig(
             block_size=self.block_size,
@@ -125,7 +125,7 @@ scenarios = st.builds(
     two_way=st.sampled_from([frozenset(), frozenset({"image"}), frozenset({"prompt"})]),
     failure_rate=st.sampled_from([0.0, 0.0, 0.01, 0.1]),
     abort_rate=st.sampled_from([0.0, 0.0, 0.05, 0.3]),
-    max_sampled=st.sampled_from([1, 1, 3]),
+    max_drafts=st.sampled_from([0, 0, 1, 5]),
     max_steps_in_flight=st.sampled_from([1, 2, 3]),
     token_s=st.sampled_from([None, 1e-4, 1e-2]),
     rules=st.just((FULL,)),
@@ -172,7 +172,7 @@ def play(scenario: Scenario) -> Simulation:
     simulation = Simulation(
         scenario.limits,
         seed=scenario.seed,
-        max_sampled=scenario.max_sampled,
+        max_drafts=scenario.max_drafts,
         failure_rate=scenario.failure_rate,
         pacer=scenario.pacer,
     )

@@ -148,3 +148,21 @@ def test_a_request_can_not_hold_two_slots() -> None:
     batch.add(NewRequest(request("a", [1])))
     with pytest.raises(AssertionError, match="already has a slot"):
         batch.add(NewRequest(request("a", [1])))
+
+
+def test_drafts_stand_behind_what_is_known_until_something_is_sampled() -> None:
+    batch = make_batch()
+    state = batch.add(NewRequest(request("a", [10, 11, 12])))
+    slots = np.array([state.slot])
+    drafted = ScheduledChunk("a", 2, 4, ((1, 2),), is_last=True, draft_token_ids=(20, 21, 22))
+    batch.append_blocks(drafted)
+    batch.write_drafts(drafted)
+    arrays = batch.gather([drafted])
+    assert arrays.token_ids.tolist() == [12, 20, 21, 22]
+    assert arrays.positions.tolist() == [2, 3, 4, 5]
+    assert arrays.pending_slots is None
+    batch.append_sampled(np.repeat(slots, 2), np.array([3, 4]), np.array([20, 30]))  # the first one was right
+    following = batch.gather([chunk("a", 4, 1, last=True)])
+    assert following.token_ids.tolist() == [30]
+    ahead = batch.gather([chunk("a", 5, 1, last=True)])
+    assert ahead.pending_slots is not None, "what stands behind is not known any more"

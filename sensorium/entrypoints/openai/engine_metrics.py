@@ -33,6 +33,8 @@ _COUNTERS = {
     "encoder_cache_queries": ("num_encoder_queries", "Media items that requests needed encoded."),
     "encoder_cache_hits": ("num_encoder_hits", "Those of them that were encoded already."),
     "encoded_rows": ("num_encoded_rows", "Rows that encoders computed."),
+    "draft_tokens": ("num_draft_tokens", "Guesses of next tokens that were checked."),
+    "accepted_draft_tokens": ("num_accepted_tokens", "Those of them that were right."),
 }
 
 

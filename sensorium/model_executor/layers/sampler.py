@@ -21,6 +21,7 @@ from sensorium.messages import TokenLogprobs
 from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.sampling_metadata import (
     NO_LOGPROBS,
+    DraftRows,
     IntArray,
     SamplingMetadata,
     SamplingState,
@@ -129,14 +130,17 @@ class Sampler(nn.Module):
         state: SamplingState,
         slots: IntArray,
         token_mask: TokenMask | None = None,
+        drafts: DraftRows | None = None,
     ) -> SamplerOutput:
-        """Choose a token for each row.
+        """Choose a token for each row: the one that it gets whatever rows stand beside it, and whether what came before
+        it was sampled or guessed.
 
         Args:
             logits: `(num_rows, vocab_size)`, any float type. May be changed in place.
             state: Parameters and histories by slot.
             slots: `(num_rows,)`: the slot of each row.
             token_mask: Which tokens may come in some of the rows.
+            drafts: Which rows stand behind drafts; None: none does.
 
         Raises:
             ModelError: The logits are not as wide as the vocabulary.
@@ -154,7 +158,7 @@ class Sampler(nn.Module):
         num_best = state.num_logprobs[slots]
         reporting = np.flatnonzero(num_best != NO_LOGPROBS)
         raw = _rows_of(logits, reporting)
-        edits = state.edits(slots)
+        edits = state.edits(slots, drafts)
         if edits is not None or token_mask is not None:
             logits = logits.clone() if raw is logits else logits.contiguous()
         if edits is not None:
@@ -165,7 +169,7 @@ class Sampler(nn.Module):
         drawing = np.flatnonzero(~state.is_greedy[slots])
         if drawing.size:
             rows = torch.from_numpy(drawing).to(logits.device)
-            token_ids[rows] = draw_tokens(_rows_of(logits, drawing), _row_params(state, slots[drawing]))
+            token_ids[rows] = draw_tokens(_rows_of(logits, drawing), _row_params(state, slots, drafts).rows(drawing))
         return SamplerOutput(token_ids, best, _report(raw, token_ids, reporting, num_best))
 
 
@@ -208,14 +212,15 @@ def _rows_of(logits: torch.Tensor, rows: IntArray) -> torch.Tensor:
     return logits if len(rows) == len(logits) else logits[torch.from_numpy(rows).to(logits.device)]
 
 
-def _row_params(state: SamplingState, slots: IntArray) -> RowParams:
+def _row_params(state: SamplingState, slots: IntArray, drafts: DraftRows | None) -> RowParams:
+    num_output = state.num_output[slots]
     return RowParams(
         temperature=state.temperature[slots],
         top_k=state.top_k[slots],
         top_p=state.top_p[slots],
         min_p=state.min_p[slots],
         key=state.key[slots],
-        position=state.num_output[slots],
+        position=num_output if drafts is None else num_output + drafts.offsets,
     )
 
 
