@@ -122,8 +122,9 @@ class EngineArgs:
     """Requests that run at once."""
     max_num_batched_tokens: Count | None = None
     """Decoder rows in one step."""
-    max_num_encoder_rows: EncoderRows = 4096
-    """Encoder output rows computed in one step."""
+    max_num_encoder_rows: EncoderRows | None = None
+    """Encoder output rows computed in one step; by default what `max_num_batched_tokens` has room for, and at least
+    4096."""
     enable_chunked_prefill: bool = True
     """Spread long prompts over steps."""
     scheduling_policy: SchedulingPolicy = "fcfs"

@@ -45,6 +45,9 @@ from sensorium.settings import wrong_setting
 
 logger = get_logger(__name__)
 
+_FEWEST_ENCODER_ROWS = 4096
+"""A step has room for a few large pictures, however few tokens it has room for."""
+
 DEFAULT_BLOCK_SIZE = 16
 DEMO_MODEL = "demo"
 """The name of the model that comes with the package."""
@@ -104,13 +107,13 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         enable_prefix_caching=args.enable_prefix_caching,
         mm_processor_cache_bytes=args.mm_processor_cache_bytes,
         encoder_cache_rows=(
-            4 * args.max_num_encoder_rows if args.encoder_cache_rows is None else args.encoder_cache_rows
+            4 * _max_num_encoder_rows(args, device) if args.encoder_cache_rows is None else args.encoder_cache_rows
         ),
     )
     scheduler = SchedulerConfig(
         max_num_batched_tokens=_max_num_batched_tokens(args, device),
         max_num_seqs=args.max_num_seqs,
-        max_num_encoder_rows=args.max_num_encoder_rows,
+        max_num_encoder_rows=_max_num_encoder_rows(args, device),
         enable_chunked_prefill=args.enable_chunked_prefill,
         policy=args.scheduling_policy,
         max_token_gap_s=args.max_token_gap_s,
@@ -216,6 +219,13 @@ def _check_together(args: EngineArgs) -> None:
     for name in ("tokenizer", "chat_template"):
         if args.skip_tokenizer_init and getattr(args, name) is not None:
             raise ConfigError(f"{name}: got a value beside skip_tokenizer_init, expected None. Leave one of them out.")
+
+
+def _max_num_encoder_rows(args: EngineArgs, device: str) -> int:
+    """As many as the decoder takes in: with fewer, its steps are filled by the few pictures that get their rows."""
+    if args.max_num_encoder_rows is not None:
+        return args.max_num_encoder_rows
+    return max(_FEWEST_ENCODER_ROWS, _max_num_batched_tokens(args, device))
 
 
 def _max_num_batched_tokens(args: EngineArgs, device: str) -> int:

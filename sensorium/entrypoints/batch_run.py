@@ -1,11 +1,13 @@
 """Runs a list of prompts through an engine: preprocessing in threads ahead of the steps, results in order.
 
 Worked example with two threads: while the engine steps the first requests, the threads decode and map the next ones'
-media. At most twice `max_num_seqs` prompts are preprocessed and not yet queued, which bounds memory.
+media. At most twice `max_num_seqs` prompts are preprocessed and not yet queued, which bounds memory. An engine without
+work waits a moment for more prompts than the first: see `_gather`.
 """
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -21,6 +23,9 @@ from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
 Output = RequestOutput | PoolingRequestOutput
+
+_GATHER_S = 0.1
+"""How long an idle engine waits for more prompts than the first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -72,11 +77,11 @@ class BatchRun:
                 while next_job < len(self._jobs) and len(self._pending) < self._lookahead:
                     self._pending.append((next_job, submit(next_job)))
                     next_job += 1
+                if self._pending and not self._engine.has_unfinished_requests():
+                    self._gather()
                 self._queue_ready()
                 if self._engine.has_unfinished_requests():
                     self._step()
-                elif self._pending:
-                    wait([self._pending[0][1]])
         if self._progress is not None:
             self._progress.close()
         return [self._results[i] if i in self._results else self._errors[i] for i in range(len(self._jobs))]
@@ -120,6 +125,22 @@ class BatchRun:
                 self._results[int(output.request_id.rsplit("-", 1)[1])] = output
                 if self._progress is not None:
                     self._progress.finished(output)
+
+    def _gather(self) -> None:
+        """Wait for a prompt, and then for a moment until as many are there as fill a step.
+
+        A step takes about as long for one request as for many, and the threads that prepare prompts are slowed down by
+        the steps as much as these are by them.
+        """
+        wait([self._pending[0][1]])
+        deadline = time.monotonic() + _GATHER_S
+        room = self._engine.config.scheduler_config.max_num_batched_tokens
+        for _, future in list(self._pending)[: self._engine.config.scheduler_config.max_num_seqs]:
+            if wait([future], deadline - time.monotonic()).not_done or future.exception() is not None:
+                return
+            room -= len(future.result().engine_request.prompt_token_ids)
+            if room <= 0:
+                return
 
     def _abort_all(self) -> None:
         done = self._results.keys() | self._errors.keys()
