@@ -54,7 +54,7 @@ _MARKS: Mapping[str, tuple[str, ...]] = {
 }
 """What the names of such tokens contain, where no attribute names them."""
 _IDS = "input_ids"
-_NOT_PASSED_ON = frozenset(("attention_mask", "special_tokens_mask", "offset_mapping", "length"))
+_NOT_PASSED_ON = frozenset(("attention_mask", "labels", "special_tokens_mask", "offset_mapping", "length"))
 MAX_TRIES = 12
 """Texts that are tried as a placeholder."""
 
@@ -159,21 +159,22 @@ class HFItems:
 
     def _find_placeholder(self, modality: str) -> Placeholder | None:
         """The first text that the processor takes an item for."""
-        reason = "nothing is known to stand for one in a text"
+        reasons: list[str] = []
         for text in list(self._candidates(modality))[:MAX_TRIES]:
             try:
                 processed = self.process(text, {modality: [dummy_item(modality, 0)]})
             except SensoriumError as error:
-                reason = str(error)
+                reasons.append(str(error))
                 continue
             except Exception as error:  # noqa: BLE001  a text that it doesn't know as a placeholder, or a missing part
-                reason = cause(error)
+                reasons.append(cause(error))
                 continue
             ids = tuple(self.processor.tokenizer(text, add_special_tokens=False)[_IDS])
             if ids and processed.tensors and len(processed.token_ids):
                 return Placeholder(text, ids)
-            reason = "it makes nothing of one"
-        self.refusals[modality] = reason
+            reasons.append("it makes nothing of one")
+        # The first text is the one that the processor names.
+        self.refusals[modality] = reason = reasons[0] if reasons else "nothing is known to stand for one in a text"
         logger.info("the processor can't be asked for %s items: %s", modality, reason)
         return None
 

@@ -9,10 +9,12 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from sensorium.attention import AttentionMetadata, CrossBatch, LayerCache, compute_slot_mapping
+from sensorium.attention import AttentionMetadata, CrossBatch, LayerCache, compute_row_spans, compute_slot_mapping
 from sensorium.cache_spec import CacheGroup, CacheKind
 from sensorium.config import EngineConfig
 from sensorium.model_executor.drivers import MediaRows, StepInputs
+from sensorium.spans import Range
+from sensorium.worker.input_batch import spans_in
 from sensorium.worker.kv_cache import CacheLayout, zero_row
 
 IdArray = npt.NDArray[np.int64]
@@ -50,17 +52,19 @@ class DummySteps:
         media: MediaRows | None = None,
         maps: Mapping[str, Any] | None = None,
         places: Sequence[IdArray | None] = (),
+        two_way: Sequence[Sequence[Range]] = (),
     ) -> StepInputs:
         """One step of pieces `(token_ids, start, end)`: those tokens of each sequence, in the cache's order.
 
         `media`: rows of the batch. `maps`: for models that merge by `multi_modal_placeholder_index_maps`. `places`: of
         each sequence the positions `(3, num_tokens)`; None, or left out: its tokens are counted.
+        `two_way`: of each sequence the spans whose positions see one another both ways.
         """
         query_lens = np.array([end - start for _, start, end in pieces], dtype=np.int32)
         seq_lens = np.array([end for _, _, end in pieces], dtype=np.int32)
         num_blocks = max(self._blocks_for(len(ids)) for ids, _, _ in pieces)
         table = np.arange(num_blocks * len(pieces), dtype=np.int32).reshape(len(pieces), num_blocks)
-        positions = np.concatenate([np.arange(start, end, dtype=np.int64) for _, start, end in pieces])
+        positions = indices = np.concatenate([np.arange(start, end, dtype=np.int64) for _, start, end in pieces])
         if self._uses_mrope:
             positions = np.tile(positions, (3, 1))
             row = 0
@@ -87,9 +91,19 @@ class DummySteps:
                 [metadata.block_table] * len(groups),
                 metadata.slot_mapping.expand(len(groups), -1),
                 self._state_rows(groups, [start for _, start, _ in pieces]),
+                self._row_spans(groups, compute_row_spans(two_way, query_lens, seq_lens), indices),
                 cross=self._no_rows(len(pieces)) if CacheKind.CROSS in self._layout.kinds else None,
             ),
             media=media,
+        )
+
+    def _row_spans(
+        self, groups: Sequence[CacheGroup], rows: npt.NDArray[np.int32] | None, indices: IdArray
+    ) -> torch.Tensor | None:
+        if rows is None:
+            return None
+        return torch.from_numpy(np.stack([spans_in(each, rows, indices) for each in groups if each.is_paged])).to(
+            self.device
         )
 
     def _no_rows(self, num_seqs: int) -> CrossBatch:

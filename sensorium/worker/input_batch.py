@@ -307,7 +307,7 @@ class InputBatch:
         rows = compute_row_spans(spans, lens, seq_lens)
         if rows is None:
             return None
-        return np.stack([_spans_in(group, rows, positions) for group in self.groups if group.is_paged])
+        return np.stack([spans_in(group, rows, positions) for group in self.groups if group.is_paged])
 
     def block_tables(self, arrays: StepArrays) -> list[npt.NDArray[np.int32]]:
         """The block tables of a step's chunks in each group with blocks, `(num_chunks, max_blocks)`."""
@@ -366,7 +366,7 @@ class MediaSlice:
     last: int
 
 
-def _spans_in(group: CacheGroup, row_spans: npt.NDArray[np.int32], positions: Int64Array) -> npt.NDArray[np.int32]:
+def spans_in(group: CacheGroup, row_spans: npt.NDArray[np.int32], positions: Int64Array) -> npt.NDArray[np.int32]:
     """`(2, num_tokens)`: the rows' spans as a group's layers see them."""
     if group.spans is SpanRule.IGNORED:
         return np.zeros_like(row_spans)

@@ -19,6 +19,7 @@ from sensorium.model_executor.models.transformers.media_prompts import MediaProm
 from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
+from sensorium.spans import Range, Span, two_way_spans
 from sensorium.worker.dummy_steps import DummySteps, IdArray
 
 TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
@@ -102,15 +103,25 @@ def _media_error(
     positions = model.media_positions(prompt)
     caches = steps.caches(max(len(ids), len(text)), num_sequences=2)
     wanted, got = compared_rows(prompt), []
-    bounds = [0, 2 * len(ids) // 5, 3 * len(ids) // 5, len(ids)]
+    span = Span.of_positions(np.flatnonzero(mask))
+    two_way = two_way_spans(model.two_way, [((prompt.modality,), span)], len(ids))
+    bounds = _bounds(len(ids), two_way)
     beside = np.linspace(0, len(text), len(bounds)).astype(int).tolist()
     for (start, end), (begin, stop) in zip(pairwise(bounds), pairwise(beside), strict=True):
         pieces = [(text, begin, stop), (ids, start, end)]
         media = _media_of(items, start, end, stop - begin, steps.device)
-        hidden = driver.forward(steps.step(pieces, caches, media=media, places=(None, positions)))
+        step = steps.step(pieces, caches, media=media, places=(None, positions), two_way=((), two_way))
+        hidden = driver.forward(step)
         rows = wanted[(wanted >= start) & (wanted < end)] - start + stop - begin
         got.append(model.compute_logits(hidden[rows.to(hidden.device)], SamplingMetadata(len(rows))))
     return position_error(torch.cat(got), reference)
+
+
+def _bounds(num_tokens: int, two_way: Sequence[Range]) -> list[int]:
+    """Where the chunks of a prompt begin and end: in the middle of items, but in no span that sees itself both ways."""
+    wanted = [2 * num_tokens // 5, 3 * num_tokens // 5]
+    ends = [next((end for begin, end in two_way if begin < at < end), at) for at in wanted]
+    return sorted({0, *ends, num_tokens})
 
 
 def _media_of(

@@ -125,6 +125,7 @@ def _with_media(model: TransformersForCausalLM, features: ModelFeatures) -> Mode
         features,
         placeholder_token_ids=model.placeholder_token_ids(),
         shares_items=not model.takes_prompts,
+        two_way=model.two_way,
         notes=(*features.notes, *refusals),
     )
 

@@ -19,6 +19,7 @@ from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
+from sensorium.multimodal.hf_processors import cached_get_processor
 from tests.helpers.tiny_architectures import SIZES, shrunk, spread
 
 IMAGE_SIZE, PATCH_SIZE = 28, 14
@@ -30,15 +31,39 @@ _SIZES: Mapping[str, Any] = {
     "vocab_size": 320,
     "depth": 2,
     "max_position_embeddings": 4096,
+    "max_source_positions": 1500,
+    **dict.fromkeys(("out_hidden_size", "output_dim", "projection_dim", "proj_hidden_size"), 64),
     "image_size": IMAGE_SIZE,
     "patch_size": PATCH_SIZE,
     "num_image_tokens": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    "mm_tokens_per_image": (IMAGE_SIZE // PATCH_SIZE) ** 2,
     "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
 }
-_SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+_MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+_GRIDS = [[28, 28], [28, 56], [56, 28]]
+_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    **{key: {"text_config": _MROPE} for key in ("qwen2_vl", "paddleocr_vl", "glm4v", "glm46v")},
+    "qwen2_5_vl": {"text_config": _MROPE, "vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
+    "qwen3_vl": {"text_config": _MROPE, "vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    "got_ocr2": {"vision_config": {"image_size": 128, "patch_size": 2}, "image_seq_length": 256},
+    "internvl": {"image_seq_length": 1, "vision_config": {"image_size": [28, 28], "patch_size": [14, 14]}},
+    "vipllava": {"vision_feature_layers": [-1, -2]},
+    "aya_vision": {"downsample_factor": 1},
+    **{key: {"image_grid_pinpoints": _GRIDS} for key in ("llava_next", "llava_onevision")},
+}
 """What shrinking by name doesn't get right in a config, by type; nested parts by their name."""
-_IMAGE_SETTINGS: Mapping[str, Mapping[str, Any]] = {}
-_PROCESSOR_SETTINGS: Mapping[str, Mapping[str, Any]] = {}
+_IMAGE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "paligemma": {"image_seq_length": 4},
+    "got_ocr2": {"size": {"height": 128, "width": 128}},
+    "idefics2": {"size": {"shortest_edge": 28, "longest_edge": 56}},
+    "llava_next": {"image_grid_pinpoints": _GRIDS},
+    "llava_onevision": {"image_grid_pinpoints": _GRIDS, "size": {"height": 28, "width": 28}},
+}
+"""Of an image processor, beside its small sizes."""
+_PROCESSOR_SETTINGS: Mapping[str, Mapping[str, Any]] = {
+    "aya_vision": {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
+    "internvl": {"image_seq_length": 1},
+}
 
 
 def media_types() -> dict[str, str]:
@@ -83,7 +108,8 @@ def _merged(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, An
 def media_tokenizer(processor_class: Any) -> PreTrainedTokenizerFast:
     """A tokenizer with the special tokens that a processor's module names."""
     source = inspect.getsource(importlib.import_module(processor_class.__module__))
-    special = [text for text in dict.fromkeys(_SPECIAL.findall(source)) if text not in WORDS]
+    named = _named_tokens(source)
+    special = [text for text in dict.fromkeys(_SPECIAL.findall(source)) if text not in (*WORDS, *named.values())]
     vocabulary = {word: i for i, word in enumerate(WORDS)}
     vocabulary |= {f"w{i}": i for i in range(len(WORDS), _FIRST_SPECIAL)}
     tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
@@ -94,60 +120,63 @@ def media_tokenizer(processor_class: Any) -> PreTrainedTokenizerFast:
         bos_token="<s>",
         eos_token="</s>",
         pad_token="<pad>",
-        extra_special_tokens=_named_tokens(special),
+        extra_special_tokens=named,
     )
     fast.add_special_tokens({"additional_special_tokens": special})
     return fast
 
 
-def _named_tokens(special: list[str]) -> dict[str, str]:
-    """Attributes under which processors ask their tokenizer for special tokens."""
-
-    def first(*parts: str) -> str | None:
-        return next((text for part in parts for text in special if part in text.lower()), None)
-
-    found = {
-        "image_token": first("image_soft", "image_pad", "<image>", "image", "img"),
-        "boi_token": first("start_of_image", "boi", "image_start"),
-        "eoi_token": first("end_of_image", "eoi", "image_end"),
-        "video_token": first("video_pad", "<video>", "video"),
-        "audio_token": first("audio_soft", "audio_pad", "<audio>", "audio"),
+def _named_tokens(source: str) -> dict[str, str]:
+    """Attributes under which a processor asks its tokenizer for special tokens."""
+    names = set(re.findall(r"tokenizer\.(\w+_token)(?:_id)?\b", source)) - {
+        "pad_token",
+        "bos_token",
+        "eos_token",
+        "unk_token",
     }
-    return {name: text for name, text in found.items() if text is not None}
+    usual = {"image_token": "<image>", "video_token": "<video>", "audio_token": "<audio>"}
+    return {name: usual.get(name, f"<{name}>") for name in sorted(names)}
 
 
 def save_tiny_media(model_type: str, folder: Path, seed: int = 0) -> PreTrainedModel:
     """Write a tiny checkpoint with its processor; returns the model."""
-    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
-
     config = media_config(model_type)
-    processor_class = PROCESSOR_MAPPING[type(config)]
+    processor_class = _processor_class(config)
     tokenizer = media_tokenizer(processor_class)
-    _agree(config, tokenizer)
+    tokenizer.save_pretrained(folder)
+    parts = {name: _part(name, config) for name in processor_class.get_attributes() if not name.endswith("tokenizer")}
+    settings = {"processor_class": processor_class.__name__, **parts, **_processor_settings(config)}
+    (folder / "processor_config.json").write_text(json.dumps(settings, default=str))
+    config.save_pretrained(folder)
+    _agree(config, cached_get_processor(str(folder)), tokenizer)
     torch.manual_seed(seed)
     model: PreTrainedModel = getattr(transformers, media_types()[model_type])(config).eval()
     spread(model, seed)
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    parts = {name: _part(name, config) for name in processor_class.get_attributes() if not name.endswith("tokenizer")}
-    settings = {"processor_class": processor_class.__name__, **parts, **_processor_settings(model_type, config)}
-    (folder / "processor_config.json").write_text(json.dumps(settings, default=str))
     return model
 
 
-def _agree(config: Any, tokenizer: Any) -> None:
-    """Give the config the ids of the tokenizer's special tokens, by the names of both."""
-    names = {"image": "image_token", "video": "video_token", "audio": "audio_token"}
-    for modality, name in names.items():
-        text = getattr(tokenizer, name, None)
+def _processor_class(config: PretrainedConfig) -> Any:
+    from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
+
+    return PROCESSOR_MAPPING[type(config)]
+
+
+def _agree(config: Any, processor: Any, tokenizer: Any) -> None:
+    """Give the config the ids of special tokens, by the names of both."""
+    for modality in ("image", "video", "audio"):
+        token_id = getattr(tokenizer, f"{modality}_token_id", getattr(processor, f"{modality}_token_id", None))
+        text = getattr(processor, f"{modality}_token", None)
+        if token_id is None and text is not None:
+            token_id = tokenizer.convert_tokens_to_ids(str(text))
         for field in (f"{modality}_token_id", f"{modality}_token_index"):
-            if text is not None and hasattr(config, field):
-                setattr(config, field, tokenizer.convert_tokens_to_ids(text))
-    for field, parts in _MARKS.items():
-        if hasattr(config, field):
-            text = next((each for part in parts for each in tokenizer.get_added_vocab() if part in each.lower()), None)
-            if text is not None:
-                setattr(config, field, tokenizer.convert_tokens_to_ids(text))
+            if token_id is not None and hasattr(config, field):
+                setattr(config, field, token_id)
+    added = tokenizer.get_added_vocab()
+    for field, marks in _MARKS.items():
+        text = next((each for mark in marks for each in added if mark in each.lower()), None)
+        if hasattr(config, field) and text is not None:
+            setattr(config, field, added[text])
 
 
 _MARKS: Mapping[str, tuple[str, ...]] = {
@@ -170,14 +199,21 @@ def _part(name: str, config: PretrainedConfig) -> dict[str, Any]:
     model_type = config.model_type
     if name == "image_processor":
         classes = IMAGE_PROCESSOR_MAPPING[type(config)]
-        small = _IMAGE_SETTINGS.get(model_type) or _small(classes["pil"]())
+        small = {**_small(classes["pil"]()), **_IMAGE_SETTINGS.get(model_type, {})}
         made = classes["pil"](**small)
         return {**made.to_dict(), "image_processor_type": type(made).__name__.removesuffix("Pil")}
     if name == "video_processor":
         kind = VIDEO_PROCESSOR_MAPPING_NAMES[model_type]
-        return {"video_processor_type": kind if isinstance(kind, str) else next(iter(kind.values()))}
-    extractor = getattr(transformers, FEATURE_EXTRACTOR_MAPPING_NAMES[model_type])()
+        pictures = IMAGE_PROCESSOR_MAPPING.get(type(config), None) or {}
+        small = {**_small(pictures["pil"]()), **_IMAGE_SETTINGS.get(model_type, {})} if "pil" in pictures else {}
+        return {**small, "video_processor_type": kind if isinstance(kind, str) else next(iter(kind.values()))}
+    made_with = {"feature_size": mels} if (mels := getattr(_audio_config(config), "num_mel_bins", None)) else {}
+    extractor = getattr(transformers, FEATURE_EXTRACTOR_MAPPING_NAMES[model_type])(**made_with)
     return {**extractor.to_dict(), "feature_extractor_type": type(extractor).__name__}
+
+
+def _audio_config(config: Any) -> Any:
+    return getattr(config, "audio_config", None) or getattr(config, "encoder_config", None)
 
 
 def _small(processor: Any) -> dict[str, Any]:
@@ -199,13 +235,16 @@ def _small(processor: Any) -> dict[str, Any]:
     return values
 
 
-def _processor_settings(model_type: str, config: Any) -> dict[str, Any]:
-    values = {"patch_size": PATCH_SIZE, "vision_feature_select_strategy": "default", "num_additional_image_tokens": 1}
-    processor_class = importlib.import_module("transformers.models.auto.processing_auto").PROCESSOR_MAPPING[
-        type(config)
-    ]
-    names = inspect.signature(processor_class.__init__).parameters
+def _processor_settings(config: Any) -> dict[str, Any]:
+    """Settings of a processor itself that follow from the config's sizes."""
+    values = {
+        "patch_size": PATCH_SIZE,
+        "vision_feature_select_strategy": getattr(config, "vision_feature_select_strategy", "default"),
+        "num_additional_image_tokens": 1,
+        "mm_tokens_per_image": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+        "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+        "num_image_tokens": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    }
+    names = inspect.signature(_processor_class(config).__init__).parameters
     chosen = {name: value for name, value in values.items() if name in names}
-    if "vision_feature_select_strategy" in chosen and hasattr(config, "vision_feature_select_strategy"):
-        chosen["vision_feature_select_strategy"] = config.vision_feature_select_strategy
-    return {**chosen, **_PROCESSOR_SETTINGS.get(model_type, {})}
+    return {**chosen, **_PROCESSOR_SETTINGS.get(config.model_type, {})}

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sensorium.cache_spec import SpanRule
 from sensorium.model_executor.models.transformers.interface import RuledMask, attending
 from sensorium.model_executor.models.transformers.mask_rules import MaskRule, read_rule
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
@@ -37,6 +38,8 @@ class AttentionCall:
     rule: MaskRule = field(default_factory=MaskRule)
     softcap: float | None = None
     sinks: torch.Tensor | None = None
+    spans: SpanRule = SpanRule.SEEN
+    """What it makes of spans whose positions see one another both ways."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

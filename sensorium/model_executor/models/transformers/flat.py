@@ -133,5 +133,6 @@ def _attention_for(call: AttentionCall, index: int) -> Attention:
         num_kv_heads=call.num_kv_heads,
         logits_soft_cap=call.softcap,
         per_layer_sliding_window=call.rule.window,
+        spans=call.spans,
         prefix=f"attention call {index}",
     )

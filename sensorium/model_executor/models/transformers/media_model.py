@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import cached_property, partial
 from itertools import combinations
 from typing import Any, ClassVar
@@ -26,9 +27,10 @@ from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, D
 from sensorium.model_executor.models.transformers.flat import MASK_FORMS, FlatWay
 from sensorium.model_executor.models.transformers.media_prompts import ItemPart, MediaPrompt, make_media_prompts
 from sensorium.model_executor.models.transformers.media_rows import TrunkInputs, on_device
-from sensorium.model_executor.models.transformers.model import FLAT, Tier, TransformersForCausalLM
+from sensorium.model_executor.models.transformers.model import FLAT, Tier, TransformersForCausalLM, configs_of
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk
+from sensorium.model_executor.models.transformers.two_way import MaskRecorder, SeenPrompt, read_two_way
 from sensorium.model_executor.models.transformers.weights import hf_class_of
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs, PlaceholderRange
 from sensorium.multimodal.hf_items import (
@@ -54,6 +56,8 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def __init__(self, *, config: EngineConfig, hf_model: torch.nn.Module) -> None:
         super().__init__(config=config, hf_model=hf_model)
         self._inputs: TrunkInputs | None = None
+        self.two_way: frozenset[str] = frozenset()
+        """Modalities whose rows see one another both ways, or `WHOLE_PROMPT`."""
 
     @classmethod
     def for_checkpoint(cls, model: str, hf_config: Any, *, trust_remote_code: bool, revision: str | None) -> type:
@@ -124,6 +128,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         if isinstance(found, CannotRunError):
             raise found
         self._inputs = self._trunk_inputs(found.trunk)
+        found = self._with_two_way(found)
         trunk = Trunk(self.hf_model, found.trunk)
         self._set_attention(self._own_attention)
         hidden = trunk.run(self._few_tokens)[0]
@@ -145,6 +150,32 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         self.media_masks = [capture.media.cpu().numpy() for capture in captures]
         """Of each of `media_prompts`: which rows are media's."""
         return inputs
+
+    def _with_two_way(self, found: Discovery) -> Discovery:
+        """The same, with what its calls make of media that see one another both ways."""
+        in_trunk = {id(config) for config in configs_of(found.trunk)}
+        names = [
+            interface.NAME if id(config) in in_trunk else own
+            for config, own in zip(self._configs, self._own_attention, strict=True)
+        ]
+        self._set_attention(names)
+        prompts = [
+            SeenPrompt(prompt.modality, mask, self._sights(prompt))
+            for prompt, mask in zip(self.media_prompts, self.media_masks, strict=True)
+        ]
+        self.two_way, spans = read_two_way(prompts, [call.rule for call in found.calls])
+        calls = [replace(call, spans=each) for call, each in zip(found.calls, spans, strict=True)]
+        return replace(found, calls=tuple(calls))
+
+    def _sights(self, prompt: MediaPrompt) -> tuple[torch.Tensor, ...]:
+        """What each attention call sees of a prompt, when the outer model runs on it."""
+        recorder = MaskRecorder()
+        ids = self._on_device(prompt.token_ids)[None]
+        with interface.attending(recorder):
+            self.hf_model(
+                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self._tensors(prompt.tensors)
+            )
+        return tuple(recorder.sights)
 
     @cached_property
     def _discovery(self) -> Discovery | CannotRunError:

@@ -50,7 +50,7 @@ class TransformersForCausalLM(nn.Module):
         self.hf_model: Any = hf_model
         self.model_config = config.model_config
         self._device = torch.device(config.device_config.device)
-        self._configs = _configs_of(hf_model)
+        self._configs = configs_of(hf_model)
         self._own_attention = [getattr(each, _IMPLEMENTATION) for each in self._configs]
         self.way: FlatWay | ByRequestWay | None = None
         interface.register()
@@ -175,7 +175,7 @@ class TransformersForCausalLM(nn.Module):
             setattr(each, _IMPLEMENTATION, name)
 
 
-def _configs_of(model: nn.Module) -> list[Any]:
+def configs_of(model: nn.Module) -> list[Any]:
     """The configs that a model's modules ask for the attention function, each once."""
     configs = {id(each): each for module in model.modules() if (each := getattr(module, "config", None)) is not None}
     return [each for each in configs.values() if hasattr(each, _IMPLEMENTATION)]
