@@ -21,6 +21,7 @@ _FIELDS: Mapping[str, str] = {
     "max_new_tokens": "max_tokens",
     "min_new_tokens": "min_tokens",
     "stop_strings": "stop",
+    "begin_suppress_tokens": "begin_suppress_tokens",
 }
 """Names in the file, and those of `SamplingParams`."""
 _FORBIDDEN = ("bad_words_ids", "suppress_tokens")
@@ -30,7 +31,7 @@ _NOT_FOLLOWED: Mapping[str, tuple[Any, ...]] = {
     **dict.fromkeys(("encoder_repetition_penalty", "guidance_scale"), (1,)),
     **dict.fromkeys(("epsilon_cutoff", "eta_cutoff", "diversity_penalty", "penalty_alpha", "min_length"), (0,)),
     **dict.fromkeys(("no_repeat_ngram_size", "encoder_no_repeat_ngram_size"), (0,)),
-    **dict.fromkeys(("begin_suppress_tokens", "sequence_bias", "exponential_decay_length_penalty"), ([], {})),
+    **dict.fromkeys(("sequence_bias", "exponential_decay_length_penalty"), ([], {})),
     **dict.fromkeys(("forced_bos_token_id", "forced_eos_token_id", "force_words_ids", "constraints"), ([],)),
     "max_length": (20,),  # which the library writes where nobody has set it
     **dict.fromkeys(("top_h", "max_time", "watermarking_config", "dola_layers"), ()),

@@ -16,6 +16,7 @@ from typing import Any
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.structured_outputs import StructuredOutputs
+from sensorium.timestamps import TimestampRules
 
 MAX_N = 128
 """Most outputs for one prompt: each occupies a slot and its own KV blocks."""
@@ -94,6 +95,12 @@ class SamplingParams:
     """Words that must not be generated; they take effect through the ids that `with_bad_word_ids` adds."""
     bad_words_token_ids: Sequence[Sequence[int]] = ()
     """Token sequences that must not be completed."""
+    begin_suppress_tokens: Sequence[int] = ()
+    """Token ids that must not be generated first."""
+    allowed_token_ids: Sequence[int] = ()
+    """The only token ids that may be generated; empty: all."""
+    timestamps: TimestampRules | None = None
+    """How tokens that tell times stand in the output, of a model that has them."""
     structured_outputs: StructuredOutputs | None = None
     """What the output is held to: JSON, a schema, a grammar and the like."""
     detokenize: bool = True
@@ -148,7 +155,8 @@ class SamplingParams:
     @property
     def needs_sampled_tokens(self) -> bool:
         """Whether the host must have seen every token before the next one can be sampled."""
-        return self.has_penalties or bool(self.bad_words_token_ids) or self.structured_outputs is not None
+        follows_tokens = bool(self.bad_words_token_ids) or self.timestamps is not None
+        return self.has_penalties or follows_tokens or self.structured_outputs is not None
 
     def end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """All token ids that end the output of a model with these end-of-sequence ids."""
@@ -187,6 +195,8 @@ class SamplingParams:
         """Check what depends on the model. Raises `InvalidRequestError`."""
         _check_ids("stop_token_ids", self.stop_token_ids, vocab_size)
         _check_ids("logit_bias", self.logit_bias, vocab_size)
+        _check_ids("begin_suppress_tokens", self.begin_suppress_tokens, vocab_size)
+        _check_ids("allowed_token_ids", self.allowed_token_ids, vocab_size)
         for sequence in self.bad_words_token_ids:
             _check_ids("bad_words_token_ids", sequence, vocab_size)
         room = max_model_len - num_prompt_tokens
@@ -363,6 +373,12 @@ def _biases(name: str, value: Any) -> dict[int, float]:
     return biases
 
 
+def _timestamps(name: str, value: Any) -> TimestampRules | None:
+    if value is not None and not isinstance(value, TimestampRules):
+        raise _wrong_type(name, value, "TimestampRules")
+    return value
+
+
 def _structured_outputs(name: str, value: Any) -> StructuredOutputs | None:
     if value is not None and not isinstance(value, StructuredOutputs):
         raise _wrong_type(name, value, "StructuredOutputs")
@@ -399,6 +415,9 @@ _CHECKS: dict[str, _Check] = {
     "logit_bias": _biases,
     "bad_words": _strings(MAX_BAD_WORDS, MAX_BAD_WORD_CHARS),
     "bad_words_token_ids": _token_sequences,
+    "begin_suppress_tokens": _token_ids(MAX_STOP_TOKEN_IDS),
+    "allowed_token_ids": _token_ids(MAX_STOP_TOKEN_IDS),
+    "timestamps": _timestamps,
     "structured_outputs": _structured_outputs,
     "detokenize": _flag,
     "skip_special_tokens": _flag,

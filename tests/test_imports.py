@@ -42,6 +42,7 @@ LEAVES = (
     "distributed",
     "sampling_defaults",
     "sampling_params",
+    "timestamps",
     "structured_outputs",
     "outputs",
     "plugins",

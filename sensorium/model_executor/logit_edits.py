@@ -102,7 +102,20 @@ class BadWords:
 class LogitEdits:
     """All sparse edits of one request, for its next token."""
 
-    __slots__ = ("_bad_words", "_end_ids", "_min_tokens", "_num_output", "bias_ids", "bias_values", "penalised")
+    __slots__ = (
+        "_bad_words",
+        "_begin_ids",
+        "_end_ids",
+        "_min_tokens",
+        "_num_output",
+        "_output",
+        "_vocab_size",
+        "allowed_ids",
+        "bias_ids",
+        "bias_values",
+        "penalised",
+        "timestamps",
+    )
 
     def __init__(
         self,
@@ -115,6 +128,13 @@ class LogitEdits:
         self._num_output = 0
         self._min_tokens = params.min_tokens
         self._end_ids: Ids = np.fromiter((i for i in end_token_ids if 0 <= i < vocab_size), dtype=np.int64)
+        self._begin_ids: Ids = np.array(params.begin_suppress_tokens, dtype=np.int64)
+        self.allowed_ids: Ids = np.array(params.allowed_token_ids, dtype=np.int64)
+        """The only ids that may come, if there are any here."""
+        self.timestamps = params.timestamps
+        self._vocab_size = vocab_size
+        self._output: list[int] = []
+        """Tokens so far, where the rules of times look at them."""
         self.bias_ids: Ids = np.fromiter(params.logit_bias, dtype=np.int64)
         self.bias_values: Floats = np.fromiter(params.logit_bias.values(), dtype=np.float32)
         self.penalised = PenalisedTokens(params, prompt_token_ids, vocab_size) if params.has_penalties else None
@@ -133,6 +153,8 @@ class LogitEdits:
 
     def append(self, token_id: int) -> None:
         """Take into account which token was generated."""
+        if self.timestamps is not None:
+            self._output.append(token_id)
         if self.penalised is not None:
             self.penalised.append(token_id)
         if self._bad_words is not None:
@@ -156,15 +178,22 @@ class LogitEdits:
     @property
     def is_over(self) -> bool:
         """Whether no later token of the request can be touched any more."""
-        waits = self._num_output < self._min_tokens
-        return not (waits or self.bias_ids.size or self.penalised or self._bad_words)
+        waits = self._num_output < self._min_tokens or (self._begin_ids.size and not self._num_output)
+        lasts = self.bias_ids.size or self.penalised or self._bad_words or self.allowed_ids.size or self.timestamps
+        return not (waits or lasts)
 
     def forbidden(self) -> list[Ids]:
         """Arrays of ids that may not come next."""
         banned = self._bad_words.forbidden() if self._bad_words is not None else []
         if self._num_output < self._min_tokens:
             banned.append(self._end_ids)
+        if not self._num_output:
+            banned.append(self._begin_ids)
         return banned
+
+    def forbidden_ranges(self) -> list[tuple[int, int]]:
+        """Ranges of ids that may not come next, after the rules of times."""
+        return [] if self.timestamps is None else self.timestamps.forbidden(self._output, self._vocab_size)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -177,6 +206,10 @@ class EditBatch:
     repetition_penalty: Floats
     subtracted: Floats
     forbidden_index: Ids
+    allowed: Sequence[tuple[int, Ids]] = ()
+    """Rows in which only some ids may come, and these."""
+    times: Sequence[tuple[int, int, list[tuple[int, int]]]] = ()
+    """Rows whose output tells times: the first id that is a time, and ranges of ids that may not come."""
 
     @classmethod
     def gather(cls, rows: Sequence[tuple[int, LogitEdits]], vocab_size: int) -> EditBatch:
@@ -191,10 +224,17 @@ class EditBatch:
             repetition_penalty=np.concatenate([_NO_FLOATS, *factors]),
             subtracted=np.concatenate([_NO_FLOATS, *(tokens.subtracted for _, tokens in penalised)]),
             forbidden_index=_joined([(row, ids) for row, edits in rows for ids in edits.forbidden()], vocab_size),
+            allowed=[(row, edits.allowed_ids) for row, edits in rows if edits.allowed_ids.size],
+            times=[
+                (row, edits.timestamps.first_id, edits.forbidden_ranges())
+                for row, edits in rows
+                if edits.timestamps is not None
+            ],
         )
 
     def apply_(self, logits: torch.Tensor) -> None:
-        """Edit `logits` `(num_rows, vocab_size)`, contiguous, in place: biases, then penalties, then bans."""
+        """Edit `logits` `(num_rows, vocab_size)`, contiguous, in place: biases, penalties, bans, and last the rules of
+        times, which compare what is left."""
         flat, device = logits.view(-1), logits.device
         if self.bias_index.size:
             flat.index_add_(0, _to(self.bias_index, device), _to(self.bias, device))
@@ -205,6 +245,20 @@ class EditBatch:
             flat.scatter_(0, index, value - _to(self.subtracted, device))
         if self.forbidden_index.size:
             flat.index_fill_(0, _to(self.forbidden_index, device), -torch.inf)
+        for row, ids in self.allowed:
+            index = _to(ids, device)
+            kept = logits[row].take(index)
+            logits[row].fill_(-torch.inf).scatter_(0, index, kept)
+        for row, first_time, ranges in self.times:
+            _hold_to_times(logits[row], first_time, ranges)
+
+
+def _hold_to_times(logits: torch.Tensor, first_time: int, ranges: Sequence[tuple[int, int]]) -> None:
+    """Forbid ranges of ids in one row `(vocab_size,)`; and text, where times together are likelier than any of it."""
+    for begin, end in ranges:
+        logits[begin:end] = -torch.inf
+    text, times = logits[:first_time], logits[first_time:]
+    text.masked_fill_(times.logsumexp(dim=0) > text.max(), -torch.inf)
 
 
 def _joined(parts: Sequence[tuple[int, Ids]], vocab_size: int) -> Ids:

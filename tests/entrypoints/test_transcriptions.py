@@ -103,7 +103,7 @@ def test_a_stream_says_the_same_in_pieces(server: Served) -> None:
         ({"response_format": "srt"}, "response_format: got 'srt'"),
         ({"response_format": "vtt"}, "response_format: got 'vtt'"),
         ({"response_format": "text", "stream": "true"}, "response_format: got 'text' with stream"),
-        ({"timestamp_granularities[]": "word"}, "timestamp_granularities: got 'word', expected null"),
+        ({"timestamp_granularities[]": "word"}, "timestamp_granularities: got 'word', expected none"),
         ({"include[]": "logprobs"}, "include: got 'logprobs', expected some of"),
         ({"chunking_strategy": "auto"}, "chunking_strategy: got 'auto', expected null"),
         ({"made_up": "1"}, "made_up: got a field"),
@@ -195,9 +195,10 @@ def test_an_upload_that_breaks_off_and_a_sound_that_was_heard_leave_nothing(serv
     assert server.engine.load().num_media_bytes == 0
 
 
-def test_there_are_no_translations(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.NotFoundError):
-        client.post("/audio/translations", cast_to=object, body={})
+def test_a_model_that_is_asked_in_words_is_not_told_to_translate(http: httpx.Client) -> None:
+    response = http.post("/v1/audio/translations", files={"file": ("a.wav", spoken("one"))})
+    assert response.status_code == 400
+    assert "asked in words, expected a model of speech" in response.json()["error"]["message"]
 
 
 def test_any_model_that_hears_is_asked_as_the_operator_says() -> None:

@@ -38,6 +38,13 @@ def test_models_are_asked_about_the_media_that_they_take(family: str, media: tup
     assert asked == {"text", *media}
 
 
+def test_a_model_that_needs_a_sound_is_asked_with_one() -> None:
+    report = sensorium.verify(str(make_checkpoint("whisper")))
+    assert report.is_equal, "\n".join(report.lines())
+    assert report.tier == "X"
+    assert {result.case for result in report.results} == {f"sound with text of {count}" for count in (5, 37, 90)}
+
+
 def test_modules_of_transformers_are_verified_too(tmp_path: Path) -> None:
     save_tiny("qwen3_moe", tmp_path)
     report = sensorium.verify(str(tmp_path), max_model_len=64)

@@ -490,7 +490,8 @@ def redraw(model: PreTrainedModel, seed: int) -> PreTrainedModel:
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
         if parameter.dim() >= 2:
-            gain = 3.0 if "lm_head" in name else 1.0
+            # Cross-attention in which a sound matters, and not only that there is one.
+            gain = 3.0 if "lm_head" in name or "encoder_attn" in name else 1.0
             spread = 1.0 if "embed" in name and "patch" not in name else gain / math.sqrt(parameter[0].numel())
             parameter.normal_(0, spread, generator=generator)
         elif name.endswith("A_log"):

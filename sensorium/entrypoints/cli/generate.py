@@ -22,7 +22,10 @@ if TYPE_CHECKING:
     from sensorium.entrypoints.llm import LLM
     from sensorium.outputs import RequestOutput
 
-NO_FLAG = ("prompt_logprobs", "logprobs", "bad_words_token_ids", "structured_outputs", "detokenize")
+NO_FLAG = (
+    *("prompt_logprobs", "logprobs", "bad_words_token_ids", "begin_suppress_tokens", "allowed_token_ids"),
+    *("timestamps", "structured_outputs", "detokenize"),
+)
 """Sampling parameters that are only useful to programs."""
 DEFAULTS = {"max_tokens": 512}
 """Defaults where neither a flag nor the checkpoint sets a value."""

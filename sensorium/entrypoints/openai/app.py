@@ -69,6 +69,7 @@ def create_app(
         Route("/v1/completions", completions.completions, methods=["POST"]),
         Route("/v1/embeddings", completions.embeddings, methods=["POST"]),
         Route("/v1/audio/transcriptions", transcriptions.transcriptions, methods=["POST"]),
+        Route("/v1/audio/translations", transcriptions.translations, methods=["POST"]),
         *ResponseRoutes(context, ResponseStore(0, 0) if responses is None else responses).routes(),
         Route("/v1/models", plain.models),
         Route("/v1/models/{name:path}", plain.model),

@@ -217,7 +217,6 @@ _OF_OPENAI: dict[str, KnownField] = {
     "tools.cache_control": KnownField("an object", _is_object),
     # Transcriptions.
     "chunking_strategy": _EMPTY,
-    "timestamp_granularities": _EMPTY,
     "keywords": _EMPTY,
     "languages": _EMPTY,
     "known_speaker_names": _EMPTY,

@@ -332,7 +332,8 @@ class TranscriptionForm(Body):
     temperature: float | None = None
     stream: bool = False
     max_tokens: int | None = None
-    """Without it, a transcript that doesn't end is refused."""
+    """Without it, a transcript that doesn't end is refused. Of a model that hears windows: of each."""
+    timestamp_granularities: str | None = None
 
     @classmethod
     def values(cls, texts: dict[str, str]) -> dict[str, Any]:
@@ -343,12 +344,25 @@ class TranscriptionForm(Body):
         """
         return {name: _READERS.get(name, _read_other)(name, text) for name, text in texts.items() if text}
 
-    def check_format(self) -> None:
-        """Raises `UnsupportedFeatureError` for an unknown format of answer."""
-        if self.response_format not in ("json", "text", "verbose_json"):
+    def check_format(self, *, tells_times: bool) -> None:
+        """Raises `UnsupportedFeatureError` for an unknown format of answer, and for times of a model without any."""
+        formats = ("json", "text", "verbose_json", *(("srt", "vtt") if tells_times else ()))
+        if self.response_format not in formats:
+            expected = f"one of {list(formats)}" if tells_times else "'json', 'text' or 'verbose_json'"
             raise UnsupportedFeatureError(
-                f"response_format: got {self.response_format!r:.40}, expected 'json', 'text' or 'verbose_json'. "
-                "The model tells no times: change response_format."
+                f"response_format: got {self.response_format!r:.40}, expected {expected}"
+                f"{'' if tells_times else ', since the model tells no times'}. Change response_format."
+            )
+        granularity = self.timestamp_granularities
+        if granularity is not None and not (tells_times and granularity == "segment"):
+            expected = "'segment'" if tells_times else "none, since the model tells no times"
+            raise UnsupportedFeatureError(
+                f"timestamp_granularities: got {granularity!r:.40}, expected {expected}. Change it."
+            )
+        if granularity is not None and self.response_format != "verbose_json":
+            raise UnsupportedFeatureError(
+                f"timestamp_granularities: got {granularity!r:.40} with response_format {self.response_format!r:.40}, "
+                "expected it with 'verbose_json'. Change one of them."
             )
         if self.stream and self.response_format != "json":
             raise UnsupportedFeatureError(
@@ -393,7 +407,7 @@ def _read_other(_name: str, text: str) -> Any:
 
 
 _READERS: dict[str, Callable[[str, str], Any]] = {
-    **dict.fromkeys(("model", "language", "prompt", "response_format"), _read_text),
+    **dict.fromkeys(("model", "language", "prompt", "response_format", "timestamp_granularities"), _read_text),
     "temperature": read_number,
     "max_tokens": read_count,
     "stream": _read_flag,

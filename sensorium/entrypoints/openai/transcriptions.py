@@ -1,7 +1,8 @@
-"""`/v1/audio/transcriptions`: a sound as a file, its words as text.
+"""`/v1/audio/transcriptions` and `/v1/audio/translations`: a sound as a file, its words as text.
 
-A model that takes audio is asked to write down what is said; see `inputs.transcription`. A sound longer than the
-model's limit is refused, and so is a transcript that doesn't end.
+A model of speech is told by tokens what to write down, window by window; see `windows`. Any other model that takes
+audio is asked for it; see `inputs.transcription`. Of that a sound longer than the model's limit is refused, and so is a
+transcript that doesn't end.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.http import EventStream, JsonResponse, only, tenant_of, while_connected, with_first
 from sensorium.entrypoints.openai.multipart import read_form
 from sensorium.entrypoints.openai.protocol import TranscriptionForm, parse_body
+from sensorium.entrypoints.openai.windows import WindowedTranscript
 from sensorium.errors import ContextLengthError, UnsupportedFeatureError
+from sensorium.inputs.speech import SpeechTokens, Task, speech_tokens
 from sensorium.inputs.transcription import TranscriptionStyle, TranscriptReader, transcription_style
 from sensorium.media import AudioClip, EncodedMedia, MediaLoader
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -39,9 +42,18 @@ class TranscriptionRoutes:
         self._context = context
         self._settings = {"instruction": instruction, "answer": answer}
         self._known_style: TranscriptionStyle | None = None
+        self._known_speech: SpeechTokens | None = None
+        self._knows_speech = False
 
     async def transcriptions(self, request: Request) -> Response:
         """`POST /v1/audio/transcriptions`."""
+        return await self._answer(request, "transcribe")
+
+    async def translations(self, request: Request) -> Response:
+        """`POST /v1/audio/translations`: into English, by a model of speech."""
+        return await self._answer(request, "translate")
+
+    async def _answer(self, request: Request, task: Task) -> Response:
         self._check_hears()
         loader = self._context.media_loader
         upload = await read_form(
@@ -49,9 +61,17 @@ class TranscriptionRoutes:
         )
         form = parse_body(TranscriptionForm, TranscriptionForm.values(upload.fields))
         self._context.check_model(form.model)
-        form.check_format()
+        speech = await self._speech()
+        form.check_format(tells_times=speech is not None and speech.no_times is not None)
         salt = b"" if self._context.share_caches else tenant_of(request)
         sound = replace(loader.encoded("audio", upload.file), salt=salt)
+        if speech is not None:
+            return await WindowedTranscript(self._context, speech, form, task, sound).respond(request)
+        if task != "transcribe":
+            raise UnsupportedFeatureError(
+                f"model: got {self._context.model_names[0]!r}, which is asked in words, expected a model of speech, "
+                "which is told to translate. Use /v1/audio/transcriptions, and a prompt."
+            )
         transcript = _Transcript(form, await self._style(), sound)
         del upload, sound  # the sound is released once the core has it
         if form.stream:
@@ -66,6 +86,13 @@ class TranscriptionRoutes:
             raise UnsupportedFeatureError(
                 f"model: got {self._context.model_names[0]!r}, which takes no audio, expected a model that hears."
             )
+
+    async def _speech(self) -> SpeechTokens | None:
+        if not self._knows_speech:
+            config = self._context.engine.config.model_config
+            self._known_speech = await self._context.engine.in_pool(lambda: speech_tokens(config))
+            self._knows_speech = True
+        return self._known_speech
 
     async def _style(self) -> TranscriptionStyle:
         if self._known_style is None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from sensorium.errors import RequestError
+from sensorium.inputs.speech import SpeechTokens, speech_tokens
 from sensorium.logger import get_logger
 from sensorium.model_executor.models.transformers.model import text_token_ids
 
@@ -42,9 +43,13 @@ def cases(llm: LLM, num_new_tokens: int) -> Iterator[Case]:
     most = model_config.max_model_len - num_new_tokens
     lengths = sorted({min(length, most) for length in TEXT_LENGTHS})
     ids, begin = text_token_ids(model_config, sum(lengths)), 0
+    tokens = speech_tokens(model_config)
     for length in lengths:
-        yield _text_case(ids[begin : begin + length])
+        part = ids[begin : begin + length]
+        yield _text_case(part) if tokens is None else _spoken_case(part, tokens)
         begin += length
+    if tokens is not None:
+        return  # of no use without a sound, and asked nothing in words
     if not model_config.is_multimodal_model or llm.get_tokenizer() is None:
         return
     for case in _media_cases():
@@ -59,6 +64,15 @@ def _text_case(ids: list[int]) -> Case:
     )
 
 
+def _spoken_case(ids: list[int], tokens: SpeechTokens) -> Case:
+    """A sound, other ones for texts of other lengths, and a text of which the first token is the decoder's first."""
+    sound = _sound(np.random.default_rng(len(ids)))
+    prompt = {"prompt_token_ids": [tokens.begin, *ids[1:]], "multi_modal_data": {"audio": sound}}
+    return Case(
+        f"sound with text of {len(ids)}", lambda llm, params: llm.engine.preprocess("verify", dict(prompt), params)
+    )
+
+
 def _media_cases() -> Iterator[Case]:
     rng = np.random.default_rng(0)
     for width, height in _SIZES:
@@ -66,9 +80,14 @@ def _media_cases() -> Iterator[Case]:
         yield _chat_case(f"picture of {width} x {height}", {"type": "image", "image": picture})
     frames = np.stack([np.asarray(_picture(rng, 84, 56)) for _ in range(_NUM_FRAMES)])
     yield _chat_case(f"clip of {_NUM_FRAMES} frames", {"type": "video", "video": frames})
+    yield _chat_case("sound of 0.5 s", {"type": "audio", "audio": _sound(rng)})
+
+
+def _sound(rng: np.random.Generator) -> tuple[np.ndarray[Any, Any], int]:
+    """A tone in noise, and its rate."""
     seconds = np.arange(_SAMPLE_RATE // 2) / _SAMPLE_RATE
-    sound = (0.3 * np.sin(2 * np.pi * 440 * seconds) + 0.05 * rng.standard_normal(len(seconds))).astype(np.float32)
-    yield _chat_case("sound of 0.5 s", {"type": "audio", "audio": (sound, _SAMPLE_RATE)})
+    samples = 0.3 * np.sin(2 * np.pi * 440 * seconds) + 0.05 * rng.standard_normal(len(seconds))
+    return samples.astype(np.float32), _SAMPLE_RATE
 
 
 def _picture(rng: np.random.Generator, width: int, height: int) -> Any:

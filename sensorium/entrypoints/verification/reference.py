@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -57,11 +58,17 @@ class Reference:
     @torch.inference_mode()
     def ask(self, request: EngineRequest, num_new_tokens: int) -> Truth:
         """The truth about a prompt that an engine has admitted."""
+        from transformers import GenerationMixin
+
         inputs = self._inputs(request)
         settings = self.model.generation_config
         settings.eos_token_id = settings.forced_eos_token_id = None
         settings.pad_token_id = 0
-        generated = self.model.generate(
+        settings.suppress_tokens = settings.begin_suppress_tokens = None
+        # A model with an encoder may have a way of its own, which writes the decoder's prompt itself.
+        is_decoders = "decoder_input_ids" in inputs
+        generate: Any = partial(GenerationMixin.generate, self.model) if is_decoders else self.model.generate
+        generated = generate(
             **inputs,
             max_new_tokens=num_new_tokens,
             do_sample=False,
@@ -79,6 +86,10 @@ class Reference:
     def _inputs(self, request: EngineRequest) -> dict[str, Any]:
         """A request as keyword arguments of `generate`."""
         ids = torch.tensor([list(request.prompt_token_ids)], device=self._device)
+        if self._config.hf_config.is_encoder_decoder:
+            [item] = request.media
+            kwargs = {name: value.to(self._device) for name, value in (item.kwargs or {}).items()}
+            return {"decoder_input_ids": ids, **kwargs}
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         by_name: dict[str, list[torch.Tensor]] = {}
         for item in request.media:
@@ -105,8 +116,8 @@ class Reference:
     def _for_forward(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """The same for `forward`, with the positions that `generate` gives to a model of text."""
         names = inspect.signature(self.model.forward).parameters
-        ids = inputs["input_ids"]
-        if "position_ids" in names and set(inputs) == {"input_ids", "attention_mask"}:
+        ids = inputs.get("input_ids")
+        if ids is not None and "position_ids" in names and set(inputs) == {"input_ids", "attention_mask"}:
             inputs = inputs | {"position_ids": torch.arange(ids.shape[1], device=self._device)[None]}
         return {name: value for name, value in inputs.items() if name in names}
 

@@ -172,7 +172,10 @@ class SupportsCrossAttention(Protocol):
 class SupportsTranscription(Protocol):
     """A model that is asked in its own words to transcribe, or that hears only sounds of a certain length whole.
 
-    Models without it are asked in the default words.
+    Models without it are asked in the default words. A model of speech, which is told by tokens what to write down, has
+    two methods more: `get_speech_tokens(model_config)` returns a `sensorium.inputs.speech.SpeechTokens`, and
+    `get_spectrogram(model_config, samples, rate)` the spectrogram `(mel bins, frames)` of a sound of any length, of
+    which its mapper takes pieces in the place of sounds.
     """
 
     @classmethod

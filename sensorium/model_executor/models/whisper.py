@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -18,9 +19,12 @@ from torch import nn
 from transformers import PretrainedConfig
 
 from sensorium.attention import Attention, AttentionMetadata, AttentionType
+from sensorium.checkpoint import read_json
 from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import InvalidRequestError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
+from sensorium.inputs.speech import SpeechTokens
+from sensorium.inputs.transcription import TranscriptionStyle
 from sensorium.model_executor.layers.activation import get_act_fn
 from sensorium.model_executor.layers.linear import (
     ColumnParallelLinear,
@@ -32,12 +36,13 @@ from sensorium.model_executor.layers.logits_processor import LogitsProcessor
 from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, load_fused_weights
-from sensorium.model_executor.models.audio_common import Sound, checked, feature_extractor, heard_samples
+from sensorium.model_executor.models.audio_common import Sound, checked, feature_extractor, heard_samples, max_audio_s
 from sensorium.model_executor.models.interfaces import SupportsCrossAttention, SupportsMultiModal
 from sensorium.model_executor.models.media_common import as_items, stacked
 from sensorium.model_executor.models.utils import AutoWeightsLoader, WeightsMapper, maybe_prefix
 from sensorium.model_executor.models.whisper_encoder import WhisperEncoder, with_key_biases
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs, PlaceholderRange
+from sensorium.multimodal.audio import resample_audio
 from sensorium.sequence import SequenceData
 
 # Input processor and mapper
@@ -54,7 +59,8 @@ def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
         raise InvalidRequestError(
             f"audio: got {len(sounds)} sounds, expected one, which the model writes down. Add it to multi_modal_data."
         )
-    checked(sounds[0], feature_extractor(ctx.model_config))
+    if not is_spectrogram(sounds[0]):
+        checked(sounds[0], feature_extractor(ctx.model_config))
     begin, token_ids = ctx.get_hf_config().decoder_start_token_id, inputs["prompt_token_ids"]
     inputs["prompt_token_ids"] = token_ids if begin in token_ids else [begin, *token_ids]
     inputs["multi_modal_placeholders"] = {"audio": [PlaceholderRange(offset=0, length=1)]}
@@ -69,16 +75,51 @@ def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) ->
     return DummyData(tokens, {"audio": [sound]} if mm_counts["audio"] else None)
 
 
-def map_sounds(ctx: InputContext, data: Sound | list[Sound]) -> MultiModalKwargs:
-    """`input_features` `(sounds, mel bins, frames)`, of full length."""
-    extractor = feature_extractor(ctx.model_config)
+def is_spectrogram(sound: Any) -> bool:
+    """Whether a sound comes as a piece of `spectrogram`, `(mel bins, frames)`."""
+    return isinstance(sound, np.ndarray) and sound.ndim == 2
+
+
+def spectrogram(samples: np.ndarray[Any, Any], rate: float, extractor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
+    """The spectrogram `(mel bins, frames)` of a sound: filled up to a whole window, or of its own length if longer."""
+    resampled = resample_audio(samples.astype(np.float32), orig_sr=rate, target_sr=extractor.sampling_rate)
     features = extractor(
-        [heard_samples(sound, extractor) for sound in as_items(data)],
+        resampled,
         sampling_rate=extractor.sampling_rate,
-        padding="max_length",
-        return_tensors="pt",
+        padding="max_length" if len(resampled) <= extractor.n_samples else "longest",
+        truncation=False,
+        return_tensors="np",
     )
-    return MultiModalKwargs({"input_features": features["input_features"]})
+    frames: np.ndarray[Any, np.dtype[np.float32]] = features["input_features"][0]
+    return frames
+
+
+def map_sounds(ctx: InputContext, data: Sound | list[Sound]) -> MultiModalKwargs:
+    """`input_features` `(sounds, mel bins, frames)`, of full length.
+
+    Raises:
+        InvalidRequestError: A spectrogram of another size.
+    """
+    extractor, shape = feature_extractor(ctx.model_config), (ctx.get_hf_config().num_mel_bins, window_frames(ctx))
+    windows = []
+    for sound in as_items(data):
+        if is_spectrogram(sound):
+            frames = sound
+        else:
+            frames = spectrogram(heard_samples(sound, extractor), extractor.sampling_rate, extractor)
+        if len(frames) != shape[0] or not 0 < frames.shape[1] <= shape[1]:
+            raise InvalidRequestError(
+                f"audio: got a spectrogram of shape {frames.shape}, expected {shape}, or fewer frames. Cut it."
+            )
+        padded = np.zeros(shape, dtype=np.float32)
+        padded[:, : frames.shape[1]] = frames
+        windows.append(padded)
+    return MultiModalKwargs({"input_features": torch.from_numpy(np.stack(windows))})
+
+
+def window_frames(ctx: InputContext) -> int:
+    """Frames of a spectrogram that the tower hears; its second convolution halves them."""
+    return 2 * max_audio_tokens(ctx)
 
 
 def max_audio_tokens(ctx: InputContext) -> int:
@@ -252,6 +293,33 @@ class WhisperForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsCro
         """See `SupportsCrossAttention`. A sound is filled up to full length with silence, which the model hears too."""
         del modality, kwargs
         return int(model_config.hf_config.max_source_positions)
+
+    @classmethod
+    def get_transcription_style(cls, model_config: ModelConfig) -> TranscriptionStyle:
+        """See `SupportsTranscription`. How long a sound may be where it isn't cut into windows."""
+        return TranscriptionStyle(max_audio_s=max_audio_s(model_config))
+
+    @classmethod
+    def get_speech_tokens(cls, model_config: ModelConfig) -> SpeechTokens:
+        """See `SupportsTranscription`; most of it stands in `generation_config.json`."""
+        config, generation = model_config.hf_config, read_json(Path(model_config.model) / "generation_config.json")
+        languages = generation.get("lang_to_id") if generation.get("is_multilingual", True) else None
+        return SpeechTokens(
+            begin=config.decoder_start_token_id,
+            end=config.eos_token_id,
+            window_frames=2 * config.max_source_positions,
+            max_prompt_tokens=config.max_target_positions // 2 - 1,
+            no_times=generation.get("no_timestamps_token_id"),
+            previous=generation.get("prev_sot_token_id"),
+            languages=languages and {name.strip("<|>"): token_id for name, token_id in languages.items()},
+            tasks=languages and generation.get("task_to_id"),
+            max_first_time=generation.get("max_initial_timestamp_index"),
+        )
+
+    @classmethod
+    def get_spectrogram(cls, model_config: ModelConfig, samples: Any, rate: float) -> Any:
+        """See `SupportsTranscription`."""
+        return spectrogram(samples, rate, feature_extractor(model_config))
 
     def get_multimodal_embeddings(self, input_features: Any = None, **kwargs: Any) -> list[torch.Tensor]:
         """Rows `(max_source_positions, d_model)` of each sound, given spectrograms `(..., mel bins, frames)`."""
