@@ -8,6 +8,7 @@ from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_an
 from sensorium.kernels.argmax import greedy_argmax, largest
 from sensorium.kernels.attention import AttentionRules, paged_attention, split_cache, varlen_attention, write_kv
 from sensorium.kernels.fp8_linear import FP8, Fp8Weight, dequantize_fp8, fp8_linear, fp8_refusal, quantize_fp8_rows
+from sensorium.kernels.grouped_linear import RowGroups, grouped_linear
 from sensorium.kernels.linear import PackedWeight, pack, packed_linear, plain_linear
 from sensorium.kernels.native import native_refusal
 from sensorium.kernels.norm import add_rms_norm, rms_norm
@@ -21,6 +22,7 @@ __all__ = [
     "PackedWeight",
     "QuantizedWeight",
     "Rotation",
+    "RowGroups",
     "add_rms_norm",
     "dequantize_fp8",
     "fp8_linear",
@@ -28,6 +30,7 @@ __all__ = [
     "gelu",
     "gelu_and_mul",
     "greedy_argmax",
+    "grouped_linear",
     "largest",
     "native_refusal",
     "pack",

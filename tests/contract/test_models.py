@@ -22,7 +22,7 @@ from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
 
-TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5")
+TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5", "qwen3_moe")
 CROSS = ("whisper",)
 """Whose decoders attend to media by cross-attention."""
 PLACED = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")

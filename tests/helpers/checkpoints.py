@@ -135,6 +135,17 @@ def gemma3_config() -> transformers.PretrainedConfig:
     return transformers.Gemma3TextConfig(**settings)
 
 
+def expert_settings(**settings: Any) -> dict[str, Any]:
+    """Eight experts, of which three serve a token."""
+    return text_settings(num_experts_per_tok=3, **settings)
+
+
+def qwen3_moe_config() -> transformers.PretrainedConfig:
+    """A layer of experts, one with an MLP, and one of experts."""
+    experts = {"num_experts": 8, "moe_intermediate_size": 40, "mlp_only_layers": [1], "norm_topk_prob": True}
+    return transformers.Qwen3MoeConfig(**expert_settings(head_dim=24, **experts))
+
+
 def qwen3_5_config() -> transformers.PretrainedConfig:
     """Two linear layers around one of attention; two value heads for a key head, and heads of other sizes."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
@@ -421,6 +432,8 @@ FAMILIES: dict[str, Family] = {
         lambda: transformers.LlamaConfig(**text_settings(attention_bias=True, mlp_bias=True, head_dim=24)),
     ),
     "mistral": Family("MistralForCausalLM", lambda: transformers.MistralConfig(**text_settings(sliding_window=24))),
+    "mixtral": Family("MixtralForCausalLM", lambda: transformers.MixtralConfig(**expert_settings(num_local_experts=8))),
+    "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe_config),
     "qwen2": Family("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**text_settings())),
     "qwen3_5": Family("Qwen3_5ForCausalLM", qwen3_5_config),
     "qwen2_windowed": Family(

@@ -81,6 +81,7 @@ MEDIA: dict[str, dict[str, Media]] = {
     "qwen2": {},
     "qwen3": {},
     "qwen3_5": {},
+    "qwen3_moe": {},
     "llava": {"image": Media("<image>", picture, 3)},
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,

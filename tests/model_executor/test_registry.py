@@ -56,17 +56,17 @@ def test_a_string_is_imported_only_when_needed(models: registry._ModelRegistry) 
 
 def test_a_registered_class_wins_over_modules_of_transformers(models: registry._ModelRegistry) -> None:
     models.register_model("Olmo2ForCausalLM", Model)
-    generic, name = models.resolve(["Qwen3MoeForCausalLM"])
-    assert (generic.__name__, name) == ("TransformersForCausalLM", "Qwen3MoeForCausalLM")
+    generic, name = models.resolve(["Qwen2MoeForCausalLM"])
+    assert (generic.__name__, name) == ("TransformersForCausalLM", "Qwen2MoeForCausalLM")
     assert models.resolve(["Olmo2ForCausalLM"]) == (Model, "Olmo2ForCausalLM")
-    assert models.resolve(["Qwen3MoeForCausalLM", "Olmo2ForCausalLM"]) == (Model, "Olmo2ForCausalLM")
+    assert models.resolve(["Qwen2MoeForCausalLM", "Olmo2ForCausalLM"]) == (Model, "Olmo2ForCausalLM")
     assert models.resolve(["Olmo2ForCausalLM"], "transformers") == (generic, "Olmo2ForCausalLM")
     assert models.resolve(["MyRemoteModel"], is_remote=True) == (generic, "MyRemoteModel")
 
 
 def test_who_asks_for_one_kind_of_class_is_told_that_there_is_another(models: registry._ModelRegistry) -> None:
     with pytest.raises(ConfigError, match="to run the modules of transformers"):
-        models.resolve(["Qwen3MoeForCausalLM"], "native")
+        models.resolve(["Qwen2MoeForCausalLM"], "native")
     with pytest.raises(ConfigError, match="model_impl: got 'transformers'"):
         models.resolve(["Known"], "transformers")
 

@@ -24,7 +24,7 @@ from sensorium.distributed import WHOLE, Shard, current_tensor_parallel
 from sensorium.errors import ConfigError
 from sensorium.model_executor.layers.parameters import Axes, new_parameter
 from sensorium.model_executor.layers.quantization import QuantizationConfig
-from sensorium.model_executor.layers.quantization.layer import WeightedLayer
+from sensorium.model_executor.layers.quantization.layer import ShardId, WeightedLayer
 
 LinearOutput = tuple[torch.Tensor, nn.Parameter | None]
 
@@ -241,7 +241,7 @@ class QKVParallelLinear(ColumnParallelLinear):
             output_shards=(heads, kv_heads, kv_heads),
         )
 
-    def part_index(self, shard_id: int | str) -> int:
+    def part_index(self, shard_id: ShardId) -> int:
         """Parts are named "q", "k" and "v"."""
         names = ("q", "k", "v")
         return super().part_index(names.index(shard_id) if shard_id in names else shard_id)

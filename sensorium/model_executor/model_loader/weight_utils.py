@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -62,27 +62,44 @@ def load_fused_weights(
     targets.update(persistent_buffers(module))
     filled = set()
     for name, tensor in weights:
-        target_name, shard_id = fused_target(name, fused)
-        if target_name not in targets:
-            target_name, shard_id = name, ()
-        if target_name not in targets:
+        candidates = (fused_target(name, fused), (name, ()), (stacked_target(name), ()))
+        found = next((each for each in candidates if each[0] in targets), None)
+        if found is None:
             raise WeightsError(
                 f"checkpoint key: got {name!r}, expected a parameter of {type(module).__name__}. "
                 "Map or ignore it in the model's load_weights."
             )
+        target_name, shard_id = found
         load_parameter(targets[target_name], tensor, *shard_id)
         filled.add(target_name)
     return filled
 
 
-def fused_target(name: str, fused: Mapping[str, tuple[str, int | str]]) -> tuple[str, tuple[()] | tuple[int | str]]:
-    """The fused parameter's name and the shard id for the name of a part; the name itself for any other."""
+Part: TypeAlias = tuple[()] | tuple[int | str | tuple[int, int]]
+"""A shard id, where there is one."""
+
+
+def fused_target(name: str, fused: Mapping[str, tuple[str, int | str]]) -> tuple[str, Part]:
+    """The fused parameter's name and the shard id for the name of a part; the name itself for any other.
+
+    The experts of a mixture are one layer, too: of `experts.3.up_proj.weight`, `experts.gate_up_proj.weight` is filled
+    with the shard id `(3, 1)`, and of `experts.3.down_proj.weight`, `experts.down_proj.weight` with `(3, 0)`.
+    """
     parts = name.split(".")
+    expert = next((i for i, part in enumerate(parts) if part.isdigit() and parts[i - 1] == "experts"), None)
+    index = None if expert is None else int(parts.pop(expert))
     for position, part in enumerate(parts):
         if part in fused:
-            layer, shard_id = fused[part]
-            return ".".join([*parts[:position], layer, *parts[position + 1 :]]), (shard_id,)
-    return name, ()
+            parts[position], shard_id = fused[part]
+            if index is None:
+                return ".".join(parts), (shard_id,)
+            return ".".join(parts), ((index, int(shard_id)),)
+    return ".".join(parts), () if index is None else ((index, 0),)
+
+
+def stacked_target(name: str) -> str:
+    """The parameter's name for a tensor that has the weights, or biases, of all experts and is named as their layer."""
+    return f"{name.removesuffix('_bias')}.bias" if name.endswith("_bias") else f"{name}.weight"
 
 
 def persistent_buffers(module: nn.Module) -> dict[str, torch.Tensor]:

@@ -38,7 +38,9 @@ IN_TREE: dict[str, str] = {
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",
+    "MixtralForCausalLM": f"{_MODELS}.mixtral:MixtralForCausalLM",
     "Qwen3ForCausalLM": f"{_MODELS}.qwen3:Qwen3ForCausalLM",
+    "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
     "Qwen3_5ForCausalLM": f"{_MODELS}.qwen3_5:Qwen3_5ForCausalLM",
     # Images, videos, sounds
     "LlavaForConditionalGeneration": f"{_MODELS}.llava:LlavaForConditionalGeneration",

@@ -17,6 +17,7 @@ from sensorium.kernels.gpu import (
     decode_attention,
     fp8,
     gathered_attention,
+    grouped_linear,
     linear,
     norm,
     rotary,
@@ -71,6 +72,18 @@ def main() -> None:
     rules = {**values, **head, "sinks": None}
     compiled(norm._rms_norm, 4, SIZE=2048, BLOCK=2048, ROWS=1, HAS_RESIDUAL=True, ROUND_FIRST=True)
     compiled(linear._linear, 4, SIZE=2048, ROWS=1, BLOCK_N=4, BLOCK_K=1024, HAS_BIAS=True)
+    for num_rows, has_units in ((8, False), (100_000, True)):
+        tile = grouped_linear.grouped_config(num_rows, 128, 2)
+        grouped = compiled(
+            *(grouped_linear._grouped_linear, tile.num_warps, tile.num_stages),
+            types={"ends": "*i32"},
+            GROUPS=128,
+            HAS_BIAS=True,
+            BLOCK_M=tile.block_m,
+            BLOCK_N=tile.block_n,
+            BLOCK_K=tile.block_k,
+        )
+        assert ("wgmma" in grouped.asm["ptx"]) is has_units
     rows = {"values": "*fp8e4nv", "scales": "*fp32", "input_scale": "*fp32"}
     compiled(fp8._quantize_rows, 16, SIZE=18944, WIDTH=18944, BLOCK=32768, HAS_SCALE=False, types=rows)
     compiled(argmax._find, 8, BLOCK=4096, IS_SPLIT=True)

@@ -18,7 +18,8 @@ from tests.helpers.checkpoints import make_checkpoint, make_hf_model
 from tests.helpers.direct import DirectRun, hf_logits, load, relative_error
 
 TEXT_FAMILIES = [
-    *("gemma", "gemma2", "gemma3", "llama", "llama_biased", "mistral", "qwen2", "qwen2_windowed", "qwen3", "qwen3_5"),
+    *("gemma", "gemma2", "gemma3", "llama", "llama_biased", "mistral", "mixtral"),
+    *("qwen2", "qwen2_windowed", "qwen3", "qwen3_5", "qwen3_moe"),
 ]
 TOLERANCE = 1e-5
 

@@ -11,7 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
-from sensorium.errors import ConfigError
+from sensorium.errors import ConfigError, ModelError
 
 if TYPE_CHECKING:
     import torch
@@ -44,6 +44,21 @@ class LinearMethod(ABC):
     def after_loading(self, layer: WeightedLayer) -> None:
         """All values are there: lay them out for `apply`. A layer may be given on to another method, by
         setting `layer.method`; for a float weight, `unquantized.lay_out` does."""
+
+    def float_weight(self, layer: WeightedLayer) -> torch.Tensor:
+        """The weight `(output_size, input_size)` in the model's dtype. Asked in the place of `after_loading` by layers
+        whose kernels take nothing else, as those of experts on a GPU.
+
+        Raises:
+            ModelError: This method can't give it.
+        """
+        if not self.loads_float:
+            raise ModelError(
+                f"quantization of {layer.prefix}: got {self.name!r} for experts on {layer.weight.device.type}, "
+                "expected weights that can be held in float there. Use the checkpoint that it was made from, or "
+                "device='cpu'."
+            )
+        return layer.weight.detach()
 
     @abstractmethod
     def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

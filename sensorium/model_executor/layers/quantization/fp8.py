@@ -91,6 +91,10 @@ class StoredFp8Method(LinearMethod):
         layer.weight = nn.Parameter(values, requires_grad=False)
         hold(layer, values, scales, input_scale)
 
+    def float_weight(self, layer: WeightedLayer) -> torch.Tensor:
+        """See `LinearMethod`."""
+        return dequantize_fp8(layer.weight.detach(), self.scales_of(layer), layer.params_dtype)
+
     def scales_of(self, layer: WeightedLayer) -> torch.Tensor:
         """The scales `(output_size, 1)`, or, of blocks, `(output_size, input_size)`."""
         stored = layer.get_parameter("weight_scale").detach()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from torch import nn
@@ -16,6 +16,10 @@ from sensorium.model_executor.layers.parameters import Axes, copy_weight, new_pa
 from sensorium.model_executor.layers.quantization.base_config import LinearMethod, QuantizationConfig
 from sensorium.model_executor.layers.quantization.unquantized import FLOAT
 from sensorium.model_executor.weight_tracking import parameter_replaced
+
+ShardId: TypeAlias = int | str | tuple[int, int]
+"""How a model's `load_weights` names a part of a fused layer: its index or its name; of experts, the expert's index and
+that of the part."""
 
 
 class WeightedLayer(nn.Module):
@@ -91,7 +95,7 @@ class WeightedLayer(nn.Module):
     # Loading
 
     def weight_loader(
-        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: int | str | None = None
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId | None = None
     ) -> None:
         """Fill `param` from a checkpoint's tensor, or only the part that `loaded_shard_id` names.
 
@@ -124,7 +128,7 @@ class WeightedLayer(nn.Module):
             return loaded.reshape([1] * wanted.dim())
         return loaded.reshape(-1, *[1] * (wanted.dim() - 1)) if loaded.dim() != wanted.dim() else loaded
 
-    def part_index(self, shard_id: int | str) -> int:
+    def part_index(self, shard_id: ShardId) -> int:
         """Which part of the output a shard id means. Raises `WeightsError` for one that means none."""
         if isinstance(shard_id, int) and 0 <= shard_id < len(self.output_sizes):
             return shard_id
@@ -161,6 +165,32 @@ class WeightedLayer(nn.Module):
         pieces = zip(loaded.split_with_sizes(whole, axes.output), self.output_shards, self.output_sizes, strict=True)
         shares = [_share(piece, axes.output, shard, size, block, what) for piece, shard, size in pieces]
         return shares[0] if len(shares) == 1 else torch.cat(shares, axes.output)
+
+    def layer_of_parts(self, first: int, last: int) -> WeightedLayer:
+        """A layer whose output are the parts `[first, last)` of this one's, before its loading is finished.
+
+        Its parameters are views of this one's.
+        """
+        with torch.device("meta"):
+            layer = WeightedLayer(
+                self.input_size,
+                self.output_sizes[first:last],
+                self.params_dtype,
+                None,
+                f"{self.prefix}[{first}:{last}]",
+            )
+        layer.drop_parameters()
+        layer.method = self.method
+        layer.keeps_weight = self.keeps_weight
+        for name in self._made:
+            parameter: nn.Parameter = getattr(self, name)
+            axes: Axes = parameter.__dict__["axes"]
+            entries = [axes.entries(size) for size in self.output_sizes[:last]]
+            begin = sum(entries[:first])
+            own = parameter.data.narrow(axes.output, begin, sum(entries[first:]))
+            setattr(layer, name, nn.Parameter(own, requires_grad=False))
+            layer._made.append(name)
+        return layer
 
     def start_over(self, method: LinearMethod) -> None:
         """Hold the weight by another method. For `LinearMethod.before_loading`.
@@ -222,6 +252,10 @@ class WeightedLayer(nn.Module):
 
     # Running
 
+    def multiply(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        """`x @ weight.T + bias`: `(..., input_size)` to `(..., output_size)`."""
+        return self._multiply(self, x, bias)
+
     def _multiply_unfinished(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         """Until loading is finished: as a layer of torch, whose weight may still change."""
         assert layer is self
@@ -232,7 +266,7 @@ class WeightedLayer(nn.Module):
             )
         return F.linear(x, self.weight, bias)
 
-    def _shown(self, name: str, shard: int | str | None = None) -> str:
+    def _shown(self, name: str, shard: ShardId | None = None) -> str:
         """A parameter's name for messages."""
         name = f"{self.prefix or type(self).__name__}.{name}"
         return name if shard is None else f"{name} (part {shard!r})"

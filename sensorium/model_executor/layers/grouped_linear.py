@@ -1,0 +1,176 @@
+"""A linear layer for each of many groups of rows: the weights of a mixture's experts.
+
+All groups' weights are the parts of one layer `(num_groups * output_size, input_size)`, so that they load, and are
+shared by ranks, as those of any fused layer. On a GPU they stay together, and one launch multiplies all rows
+(`sensorium.kernels.grouped_linear`). On a CPU each becomes a layer of its own, held by whatever method there is, of
+which only those are asked that have rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+from sensorium.distributed import WHOLE, Shard
+from sensorium.errors import ModelError, WeightsError
+from sensorium.kernels import RowGroups, grouped_linear
+from sensorium.model_executor.layers.parameters import Axes, new_parameter, without_memory
+from sensorium.model_executor.layers.quantization import LinearMethod, QuantizationConfig
+from sensorium.model_executor.layers.quantization.layer import ShardId, WeightedLayer
+from sensorium.model_executor.layers.quantization.unquantized import FLOAT
+
+
+class GroupedLinear(WeightedLayer):
+    """`x[i] @ weight[g].T + bias[g]` for each row `i` of group `g`.
+
+    Checkpoints have the groups apart, or stacked in one tensor `(num_groups, output_size, input_size)`, of which the
+    last two axes may be exchanged: their sizes tell, where they differ.
+
+    Args:
+        num_groups: How many there are.
+        input_size: Channels in, of all ranks.
+        output_sizes: Channels out of each part that checkpoints may have apart, of all ranks.
+        bias: Whether there is a bias.
+        quant_config: How the weight is held. `None`: as the model that is being constructed says.
+        prefix: The layer's name in the model.
+        input_shard: Which input channels are this rank's.
+        output_shard: Which output channels of each part are.
+        is_transposed: Stacked float weights are `(num_groups, input_size, output_size)`, whatever the sizes.
+        is_interleaved: In stacked tensors the parts' output channels take turns.
+    """
+
+    def __init__(
+        self,
+        num_groups: int,
+        input_size: int,
+        output_sizes: Sequence[int],
+        *,
+        bias: bool = False,
+        quant_config: QuantizationConfig | None = None,
+        prefix: str = "",
+        input_shard: Shard = WHOLE,
+        output_shard: Shard = WHOLE,
+        is_transposed: bool = False,
+        is_interleaved: bool = False,
+    ) -> None:
+        self.num_groups = num_groups
+        self.num_parts = len(output_sizes)
+        self.is_transposed = is_transposed
+        self.is_interleaved = is_interleaved
+        shares = [output_shard.of(size, f"output channels of {prefix}") for size in output_sizes]
+        super().__init__(
+            *(input_shard.of(input_size, f"input channels of {prefix}"), shares * num_groups),
+            None,
+            quant_config,
+            prefix,
+            input_shard=input_shard,
+            output_shards=[output_shard] * (self.num_parts * num_groups),
+        )
+        self.bias = None
+        if bias:
+            self.bias = new_parameter(self.output_size, loader=self.weight_loader, axes=Axes(), name="bias")
+        self.layers: tuple[WeightedLayer, ...] = ()
+        """Each group's own, on a CPU, once loading is finished."""
+
+    # Loading
+
+    def part_index(self, shard_id: ShardId) -> int:
+        """Parts are named by their group's index and their own."""
+        if isinstance(shard_id, tuple):
+            group, part = shard_id
+            if 0 <= group < self.num_groups and 0 <= part < self.num_parts:
+                return group * self.num_parts + part
+        raise WeightsError(
+            f"part of {self._shown('weight')}: got {shard_id!r}, expected the index of one of {self.num_groups} "
+            f"experts and of one of {self.num_parts} parts. Check that config.json belongs to these weights."
+        )
+
+    def weight_loader(
+        self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId | None = None
+    ) -> None:
+        """Fill `param` from the stacked tensor of all groups, or the part that `loaded_shard_id` names."""
+        if loaded_shard_id is None:
+            loaded_weight = self._unstacked(param.__dict__["param_name"], loaded_weight)
+        super().weight_loader(param, loaded_weight, loaded_shard_id)
+
+    def _unstacked(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
+        """All groups' tensors of a stack one behind the other, as this layer has them."""
+        if loaded.dim() < 2 or len(loaded) != self.num_groups:
+            return loaded  # which doesn't fit, as the copy will say
+        inputs = self.input_size * self.input_shard.count
+        is_matrix = name == "weight" and loaded.is_floating_point() and loaded.dim() == 3
+        if is_matrix and (self.is_transposed or (loaded.shape[2] != inputs and loaded.shape[1] == inputs)):
+            loaded = loaded.transpose(1, 2)
+        if self.is_interleaved:
+            pairs = loaded.reshape(len(loaded), -1, self.num_parts, *loaded.shape[2:])
+            loaded = pairs.transpose(1, 2).flatten(1, 2)
+        return loaded.flatten(0, 1)
+
+    def process_weights_after_loading(self) -> None:
+        """Lay the weights out for the kernels."""
+        self.finish_loading()
+
+    def finish_loading(self) -> None:
+        """See `WeightedLayer`."""
+        if self.weight.is_cuda:
+            self._hold_together()
+        else:
+            self._hold_apart()
+
+    def _hold_together(self) -> None:
+        """Hold all weights in float in one tensor, which is what the device's kernel takes."""
+        weight = self.method.float_weight(self)
+        self.loaded_by = FLOAT if self.method.loads_float else self.method
+        if not self.method.loads_float:
+            self.drop_parameters()
+            self.register_buffer("packed_weight", weight, persistent=False)
+            self.weight = without_memory(nn.Parameter(weight, requires_grad=False))
+        self.method, self.packed = FLOAT, self._stacked(weight)
+
+    def _hold_apart(self) -> None:
+        """Let the method lay out each group's weights."""
+        layers = []
+        for group in range(self.num_groups):
+            layer = self.layer_of_parts(group * self.num_parts, (group + 1) * self.num_parts)
+            layer.finish_loading()
+            layers.append(layer)
+        self.loaded_by, self.method = layers[0].loaded_by, layers[0].method
+        for layer in layers:
+            layer.loaded_by = None  # they are told of as one
+        weight = without_memory(self.weight)
+        self.drop_parameters()
+        self.weight = weight
+        self.layers = tuple(layers)
+        self.packed = self.groups = nn.ModuleList(layers)
+
+    def _stacked(self, flat: torch.Tensor) -> torch.Tensor:
+        """`(num_groups * n, ...)` as `(num_groups, n, ...)`."""
+        return flat.view(self.num_groups, -1, *flat.shape[1:])
+
+    def wrap_method(self, wrap: Callable[[LinearMethod], LinearMethod]) -> NoReturn:
+        """Refused: rows come here in the order of their experts, and so without their adapters."""
+        raise ModelError(
+            f"adapter of {self.prefix}: got one for the experts of a mixture, expected none. Leave the experts out of "
+            "the adapter's target modules."
+        )
+
+    # Running
+
+    def forward(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
+        """`(num_rows, input_size)`, sorted by group, to `(num_rows, output_size / num_groups)`."""
+        bias = None if self.bias is None else self._stacked(self.bias)
+        if not self.layers:
+            weight = self._stacked(self.weight) if self.packed is None else self.packed
+            return grouped_linear(x, weight, groups, bias)
+        products = [
+            self.layers[group].multiply(x[begin:end], None if bias is None else bias[group])
+            for group, begin, end in groups.present()
+        ]
+        return torch.cat(products) if products else x.new_empty(0, self.output_size // self.num_groups)
+
+    def extra_repr(self) -> str:
+        """What `print(model)` shows."""
+        return f"{self.num_groups} x ({self.input_size} -> {self.output_size // self.num_groups}), {self.method.name}"
