@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
+from torch import nn
 
 from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError, SensoriumError
@@ -25,6 +26,7 @@ from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.kv_cache import CacheLayout
 from sensorium.worker.reference_check import (
     TOLERANCE,
+    check_prompts,
     largest_error,
     largest_media_error,
     media_references,
@@ -137,12 +139,22 @@ def _error(
     driver = _driver(model, config, device)
     try:
         error = largest_error(model, driver, steps, references.text)
+        if isinstance(model.way, ByRequestWay):
+            model.way.states.measure([len(prompt) for prompt in check_prompts(model)])
         if isinstance(model, TransformersForConditionalGeneration) and error <= TOLERANCE[steps.dtype]:
             error = max(error, largest_media_error(model, driver, steps, references.media))
         return error
     finally:
         if isinstance(model.way, ByRequestWay):
             model.way.states.clear()
+
+
+def request_cache_bytes(model: nn.Module, config: EngineConfig) -> dict[str, int]:
+    """For the memory report: what caches of Hugging Face take at most, which no plan bounds; none for other models."""
+    if not isinstance(model, TransformersForCausalLM) or not isinstance(model.way, ByRequestWay):
+        return {}
+    each = model.way.states.bytes_of(config.model_config.max_model_len)
+    return {"caches of requests (at most, unplanned)": each * config.scheduler_config.max_num_seqs}
 
 
 def _use_kernels(model: TransformersForCausalLM, check: Callable[[], float], dtype: torch.dtype) -> None:

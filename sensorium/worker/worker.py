@@ -33,7 +33,7 @@ from sensorium.worker.memory import MemoryPlan, plan_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.probe import probe_model
 from sensorium.worker.process_settings import PROCESS_SETTINGS
-from sensorium.worker.transformers_tiers import choose_tier
+from sensorium.worker.transformers_tiers import choose_tier, request_cache_bytes
 
 logger = get_logger(__name__)
 
@@ -147,6 +147,7 @@ class Worker:
                 **({"adapters": adapters.num_bytes} if adapters.methods else {}),
                 "KV cache": kv_bytes,
                 **memory.parts(),
+                **request_cache_bytes(self.model, self._config),
             },
             seconds=dict(self._seconds),
             model=f"{model_config.architecture} {model_config.dtype_name} on {self._device}{self._ranks()}",

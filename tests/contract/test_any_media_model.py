@@ -17,10 +17,12 @@ from tests.helpers.tiny_media import save_tiny_media
 
 FLAT = ("llava_next", "idefics3", "gemma3", "paligemma", "qwen3_vl", "llava_onevision", "glmasr")
 """Types whose decoders run in a flat batch over the paged cache, media captured item by item."""
+BY_REQUEST = ("lfm3_vl",)
+"""Types whose decoders keep a state: request by request, with transformers' own cache."""
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # transformers itself
-@pytest.mark.parametrize("model_type", FLAT)
+@pytest.mark.parametrize("model_type", [*FLAT, *BY_REQUEST])
 def test_tokens_equal_those_of_generate(model_type: str, tmp_path: Path) -> None:
     """Two rounds: the second finds items and prefixes in the caches."""
     model = save_tiny_media(model_type, tmp_path)

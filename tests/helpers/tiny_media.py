@@ -40,11 +40,13 @@ _SIZES: Mapping[str, Any] = {
     "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
+_PARTIAL_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
 _GRIDS = [[28, 28], [28, 56], [56, 28]]
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     **{key: {"text_config": _MROPE} for key in ("qwen2_vl", "paddleocr_vl", "glm4v", "glm46v")},
     "qwen2_5_vl": {"text_config": _MROPE, "vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
     "qwen3_vl": {"text_config": _MROPE, "vision_config": {"deepstack_visual_indexes": [0, 1]}},
+    **{name: {"text_config": _PARTIAL_MROPE} for name in ("qwen3_5", "qwen3_5_moe")},
     "got_ocr2": {"vision_config": {"image_size": 128, "patch_size": 2}, "image_seq_length": 256},
     "internvl": {"image_seq_length": 1, "vision_config": {"image_size": [28, 28], "patch_size": [14, 14]}},
     "vipllava": {"vision_feature_layers": [-1, -2]},

@@ -182,3 +182,12 @@ def test_a_row_alone_is_the_same_row_beside_others(tmp_path: Path) -> None:
     layer = model.hf_model.model.layers[0].mlp.up_proj
     rows = torch.randn(9, layer.in_features, generator=torch.Generator().manual_seed(0))
     assert torch.equal(layer(rows)[3:4], layer(rows[3:4]))
+
+
+def test_caches_of_requests_are_told_of_in_the_memory_report(tmp_path: Path) -> None:
+    """They grow outside of what is planned. Keys and values of 4 layers, 128 tokens and 4 requests."""
+    model = save_tiny("bloom", tmp_path)
+    _, report = load_generic(tmp_path)
+    size = report.memory_bytes["caches of requests (at most, unplanned)"]
+    expected = 4 * 128 * 2 * 4 * model.config.hidden_size * model.config.n_layer
+    assert 0.9 * expected <= size <= 1.3 * expected

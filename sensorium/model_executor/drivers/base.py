@@ -47,6 +47,11 @@ class PlacedRows:
     rows: torch.Tensor
     """`(num_rows, ...)`"""
 
+    def part(self, begin: int, end: int) -> PlacedRows:
+        """Those of rows `[begin, end)` of the batch, counted from `begin`."""
+        inside = (self.index >= begin) & (self.index < end)
+        return PlacedRows(self.index[inside] - begin, self.rows[inside])
+
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaRows:
@@ -68,6 +73,12 @@ class MediaRows:
             for name in dict.fromkeys(name for _, item in placed for name in item.others)
         }
         return cls(rows.index, rows.rows, others)
+
+    def part(self, begin: int, end: int) -> MediaRows:
+        """The rows that stand in rows `[begin, end)` of the batch, of a batch of those alone."""
+        rows = PlacedRows(self.index, self.rows).part(begin, end)
+        others = {name: each.part(begin, end) for name, each in self.others.items()}
+        return MediaRows(rows.index, rows.rows, {name: each for name, each in others.items() if len(each.index)})
 
 
 def _placed(parts: Sequence[tuple[IndexArray, torch.Tensor]], device: torch.device) -> PlacedRows:

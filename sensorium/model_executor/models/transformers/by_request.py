@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -16,6 +17,8 @@ from torch import nn
 
 from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.cache_spec import CacheSpec, StateSpec, StateTensor
+from sensorium.model_executor.drivers import MediaRows
+from sensorium.model_executor.models.transformers.media_rows import TrunkInputs
 from sensorium.model_executor.models.transformers.trunk import Trunk, hidden_states
 
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")
@@ -31,6 +34,8 @@ class RequestStates(nn.Module):
         super().__init__()
         self.group_index = 0
         self._caches: dict[int, Any] = {}
+        self._base = self._slope = 0.0
+        """Bytes of a cache: a constant, and so many more with each token."""
 
     def cache_spec(self) -> CacheSpec:
         """A state of a few bytes; what rows stand for lies here."""
@@ -48,6 +53,42 @@ class RequestStates(nn.Module):
         """Forget everything."""
         self._caches.clear()
 
+    def measure(self, lengths: Sequence[int]) -> None:
+        """Take the caches of sequences of these lengths, by row, for examples of what a cache takes."""
+        sizes = {length: _num_bytes(self._caches[row]) for row, length in enumerate(lengths) if row in self._caches}
+        if len(sizes) > 1:
+            (short, least), (long, most) = min(sizes.items()), max(sizes.items())
+            self._slope = max((most - least) / (long - short), 0.0)
+            self._base = max(least - self._slope * short, 0.0)
+
+    def bytes_of(self, num_tokens: int) -> int:
+        """Memory that the cache of a sequence takes, as measured; 0 if that wasn't."""
+        return int(self._base + self._slope * num_tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Chunk:
+    """Tokens of one request, from its position `start` on."""
+
+    start: int
+    ids: torch.Tensor
+    """`(num_tokens,)`"""
+    positions: torch.Tensor
+    """`(num_tokens,)`, or `(3, num_tokens)` with M-RoPE."""
+    rows: torch.Tensor | None = None
+    """`(num_tokens, hidden_size)`, embedded, media in their places; None: the model embeds ids itself."""
+    media: MediaRows | None = None
+
+    def part(self, begin: int, end: int) -> _Chunk:
+        """Its tokens `[begin, end)`."""
+        return _Chunk(
+            self.start + begin,
+            self.ids[begin:end],
+            self.positions[..., begin:end],
+            None if self.rows is None else self.rows[begin:end],
+            None if self.media is None else self.media.part(begin, end),
+        )
+
 
 class ByRequestWay(nn.Module):
     """Runs a model request by request.
@@ -56,14 +97,18 @@ class ByRequestWay(nn.Module):
         model: Of transformers, untouched.
         trunk: Of the same model; None where it has none, so that what stands for hidden states are logits.
         token_by_token: Whether a sequence goes on with one token at a time. Some mixers can't go on with more.
+        inputs: Makes what the trunk gets, where that is embedded rows; None: the outer model runs on token ids.
     """
 
-    def __init__(self, model: nn.Module, trunk: Trunk | None, *, token_by_token: bool) -> None:
+    def __init__(
+        self, model: nn.Module, trunk: Trunk | None, *, token_by_token: bool, inputs: TrunkInputs | None = None
+    ) -> None:
         super().__init__()
+        self._inputs = inputs
         self._model = (model,)  # no submodule: its parameters are the whole's
         self.trunk = trunk
         self._token_by_token = token_by_token
-        names = inspect.signature(model.forward).parameters
+        names = inspect.signature(model.forward if inputs is None or trunk is None else trunk.forward).parameters
         self._takes_positions = "position_ids" in names
         self._takes_mask = "attention_mask" in names
         self._cache_name = next((name for name in _CACHE_NAMES if name in names), None)
@@ -80,49 +125,90 @@ class ByRequestWay(nn.Module):
         positions: torch.Tensor,
         kv_caches: Sequence[LayerCache],
         attn_metadata: AttentionMetadata,
+        media: MediaRows | None = None,
+        inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `(num_tokens, hidden_size)`, or logits in their place."""
+        """Hidden states `(num_tokens, hidden_size)`, or logits in their place.
+
+        `inputs_embeds`: the rows of these tokens, media in their places, if they were made before.
+        """
         batch = attn_metadata.of_group(self.states.group_index)
         lens = list(zip(batch.query_lens_host, batch.seq_lens_host, strict=True))
         rows = [(None, None)] * len(lens) if batch.state_rows is None else batch.state_rows.T.tolist()
+        if self._inputs is not None and inputs_embeds is None:
+            inputs_embeds = self._inputs.embed(input_ids, media)
+        step = _Chunk(0, input_ids, positions, inputs_embeds, media)
         parts, begin = [], 0
         for (num_tokens, end), (read, write) in zip(lens, rows, strict=True):
-            ids = input_ids[begin : begin + num_tokens]
             start = end - num_tokens
-            hidden, cache = self._run(ids, start, None if start == 0 or read is None else self.states.read(read))
+            chunk = replace(step.part(begin, begin + num_tokens), start=start)
+            hidden, cache = self._run(chunk, None if start == 0 or read is None else self.states.read(read))
             parts.append(hidden)
             begin += num_tokens
             if write is not None:
                 self.states.write(write, cache)
         return torch.cat(parts)
 
-    def _run(self, ids: torch.Tensor, start: int, cache: Any) -> tuple[torch.Tensor, Any]:
-        if start == 0 or not self._token_by_token:
-            return self._pass(ids, start, cache)
+    def _run(self, chunk: _Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
+        if chunk.start == 0 or not self._token_by_token:
+            return self._pass(chunk, cache)
         parts = []
-        for i in range(len(ids)):
-            hidden, cache = self._pass(ids[i : i + 1], start + i, cache)
+        for i in range(len(chunk.ids)):
+            hidden, cache = self._pass(chunk.part(i, i + 1), cache)
             parts.append(hidden)
         return torch.cat(parts), cache
 
-    def _pass(self, ids: torch.Tensor, start: int, cache: Any) -> tuple[torch.Tensor, Any]:
-        end = start + len(ids)
-        given: dict[str, Any] = {"input_ids": ids[None], "use_cache": True}
-        if self._takes_mask and start == 0:  # later nothing is padding either, and mixers misread a longer mask
-            given["attention_mask"] = ids.new_ones(1, end)
-        if self._takes_positions:
-            given["position_ids"] = torch.arange(start, end, device=ids.device)[None]
+    def _pass(self, chunk: _Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
+        given = self._arguments(chunk)
+        if self._takes_mask and chunk.start == 0:  # later nothing is padding, and mixers misread a longer mask
+            given["attention_mask"] = chunk.ids.new_ones(1, len(chunk.ids))
         if self._cache_name is not None and cache is not None:
             given[self._cache_name] = cache
         if self.trunk is None:
             output = self._model[0](**given)
             return output.logits[0], _cache_in(output)
-        output = self.trunk.run(given)
+        output = self.trunk.run(given) if chunk.rows is None else self.trunk.forward(**given)
         return hidden_states(output)[0], _cache_in(output)
+
+    def _arguments(self, chunk: _Chunk) -> dict[str, Any]:
+        """What a pass gets beside mask and cache."""
+        num_tokens = len(chunk.ids)
+        if self._inputs is None:
+            given: dict[str, Any] = {"input_ids": chunk.ids[None], "use_cache": True}
+            positions = torch.arange(chunk.start, chunk.start + num_tokens, device=chunk.ids.device)
+        else:
+            assert chunk.rows is not None
+            given = {"inputs_embeds": chunk.rows[None], "use_cache": True}
+            given |= self._inputs.arguments(chunk.media, num_tokens)
+            positions = chunk.positions
+        if self._takes_positions:
+            given["position_ids"] = positions[None] if positions.dim() == 1 else positions[:, None]
+        return given
 
 
 def _cache_in(output: Mapping[str, Any]) -> Any:
     return next((output[name] for name in _CACHE_NAMES if output.get(name) is not None), None)
+
+
+def _num_bytes(cache: Any) -> int:
+    """Memory behind the tensors of a cache; what they share counts once."""
+    storages: dict[int, int] = {}
+    _collect_storages(cache, storages)
+    return sum(storages.values())
+
+
+def _collect_storages(value: Any, storages: dict[int, int]) -> None:
+    """Sizes of the storages behind the tensors of a cache, by address."""
+    if isinstance(value, torch.Tensor):
+        storage = value.untyped_storage()
+        storages[storage.data_ptr()] = storage.nbytes()
+    elif isinstance(value, list | tuple):
+        for each in value:
+            _collect_storages(each, storages)
+    elif isinstance(value, dict):
+        _collect_storages(list(value.values()), storages)
+    elif "Cache" in type(value).__name__ or type(value).__name__.endswith("Layer"):
+        _collect_storages(vars(value), storages)
 
 
 def fork(cache: Any) -> Any:

@@ -237,6 +237,37 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
     return kept | {"use_cache": False}
 
 
+def find_rows_trunk(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
+    """The innermost module with layers that gets embedded rows in a pass with these arguments.
+
+    Raises:
+        CannotRunError: There is none.
+    """
+    found: list[nn.Module] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], _output: Any) -> None:
+        given = inspect.signature(module.forward).bind(*args, **kwargs).arguments
+        if given.get("inputs_embeds") is not None:
+            found.append(module)
+
+    candidates = [
+        module
+        for module in model.modules()
+        if module is not model
+        and takes_embeddings(module)
+        and any(isinstance(each, nn.ModuleList) for each in module.modules())
+    ]
+    handles = [module.register_forward_hook(note, with_kwargs=True) for module in candidates]
+    try:
+        model(**arguments)
+    finally:
+        for handle in handles:
+            handle.remove()
+    if not found:
+        raise CannotRunError("no module of it takes embedded rows")
+    return found[0]
+
+
 def takes_tokens(module: nn.Module) -> bool:
     """Whether a module takes token ids with their positions."""
     return {"input_ids", "position_ids"} <= _parameter_names(module)

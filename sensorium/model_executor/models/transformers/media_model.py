@@ -23,11 +23,18 @@ from sensorium.inputs import INPUT_REGISTRY, InputContext, TokenInputs
 from sensorium.model_executor.drivers import ItemRows, MediaRows
 from sensorium.model_executor.models.media_common import as_items
 from sensorium.model_executor.models.transformers import interface
-from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover
+from sensorium.model_executor.models.transformers.by_request import ByRequestWay
+from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover, find_rows_trunk
 from sensorium.model_executor.models.transformers.flat import MASK_FORMS, FlatWay
 from sensorium.model_executor.models.transformers.media_prompts import ItemPart, MediaPrompt, make_media_prompts
 from sensorium.model_executor.models.transformers.media_rows import TrunkInputs, on_device
-from sensorium.model_executor.models.transformers.model import FLAT, Tier, TransformersForCausalLM, configs_of
+from sensorium.model_executor.models.transformers.model import (
+    BY_REQUEST,
+    FLAT,
+    Tier,
+    TransformersForCausalLM,
+    configs_of,
+)
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk
 from sensorium.model_executor.models.transformers.two_way import MaskRecorder, SeenPrompt, read_two_way
@@ -114,6 +121,8 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         """The ways to run it, the best first."""
         for form in MASK_FORMS:
             yield Tier(FLAT, partial(self._flat, form))
+        for token_by_token in (False, True):
+            yield Tier(BY_REQUEST, partial(self._by_request, token_by_token))
 
     def use(self, tier: Tier) -> None:
         """See `TransformersForCausalLM`."""
@@ -135,6 +144,16 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
         self._set_attention([interface.NAME] * len(self._configs))
         return FlatWay(found, trunk, mask_form, self._inputs)
+
+    def _by_request(self, token_by_token: bool) -> ByRequestWay:
+        self._set_attention(self._own_attention)
+        module = find_rows_trunk(self.hf_model, self._few_tokens)
+        self.two_way = frozenset()
+        self._inputs = self._trunk_inputs(module)
+        trunk = Trunk(self.hf_model, module)
+        hidden = trunk.run(self._few_tokens)[0]
+        trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
+        return ByRequestWay(self.hf_model, trunk, token_by_token=token_by_token, inputs=self._inputs)
 
     def _trunk_inputs(self, trunk: torch.nn.Module) -> TrunkInputs:
         inputs = TrunkInputs(self.hf_model, trunk, self.model_config.vocab_size)
