@@ -87,10 +87,16 @@ def nobodys_rows(groups: Sequence[CacheGroup], count: int) -> Int64Array | None:
 
 
 class StepBuffers:
-    """Invariant: what a call returned stays as it is until the next call's copy, which the device does in order."""
+    """Invariant: what a call returned stays as it is until the next call's copy, which the device does in order.
 
-    def __init__(self, device: torch.device) -> None:
+    Args:
+        device: Where arrays go.
+        num_host_buffers: Copies that may be on their way. One more waits for the first of them.
+    """
+
+    def __init__(self, device: torch.device, num_host_buffers: int = NUM_HOST_BUFFERS) -> None:
         self._device = device
+        self._num_host_buffers = num_host_buffers
         self._target = torch.empty(0, dtype=torch.uint8, device=device)
         self._staging: list[_HostBuffer] = []
         self._next = 0
@@ -115,7 +121,7 @@ class StepBuffers:
 
     def _free_staging(self, num_bytes: int) -> _HostBuffer:
         """Wait for the buffer that was used longest ago, and make it large enough."""
-        if len(self._staging) < NUM_HOST_BUFFERS:
+        if len(self._staging) < self._num_host_buffers:
             self._staging.append(_HostBuffer(self._device))
         staging = self._staging[self._next % len(self._staging)]
         self._next += 1

@@ -1,8 +1,9 @@
 """Passes of vision towers, recorded by their numbers of patches, frames and windows.
 
 A size is recorded in idle time once it was asked for, or when it is asked for again: pictures of one size come in
-numbers, and a size that never comes back isn't worth the time. Larger passes keep the device busy for longer than it
-takes to launch them, and run call by call.
+numbers, and a size that never comes back isn't worth the time. Items that are larger together go through several
+passes. A single one that is larger keeps the device busy for longer than it takes to launch its pass, which runs call
+by call.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ logger = get_logger(__name__)
 MAX_PATCHES = 8192
 MAX_GRAPHS = 32
 """Each holds its patches and its rows, some 25 MB for a picture of a million pixels."""
+NUM_HOST_BUFFERS = 32
+"""The passes of a few steps: none waits for the step before."""
 
 
 @dataclass(slots=True, eq=False)
@@ -49,10 +52,11 @@ class TowerGraphs:
         self._tower = tower
         self._device = device
         self._dtype = dtype
-        self._buffers = StepBuffers(device)
+        self._buffers = StepBuffers(device, NUM_HOST_BUFFERS)
         self._graphs: dict[TowerSize, _Graph] = {}
         self._asked: dict[TowerSize, tuple[TowerPlan, int]] = {}
         """Sizes that were asked for and aren't recorded: a plan of this size, and the width of a patch."""
+        self.max_patches = MAX_PATCHES
         self.refusal: str | None = None
         """Why nothing is recorded any more."""
 
@@ -61,7 +65,7 @@ class TowerGraphs:
 
     def run(self, pixel_values: torch.Tensor, plan: TowerPlan) -> torch.Tensor | None:
         """See `TowerRecorder.run`."""
-        if plan.num_patches > MAX_PATCHES:
+        if plan.num_patches > self.max_patches:
             return None
         size = plan.size()
         graph = self._graphs.get(size) or self._record_if_asked_again(size, plan, pixel_values.shape[1])

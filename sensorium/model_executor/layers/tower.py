@@ -77,6 +77,9 @@ def _rounded(num_patches: int) -> int:
 class TowerRecorder(Protocol):
     """Repeats recorded passes of one tower."""
 
+    max_patches: int
+    """Of a pass that is recorded."""
+
     def run(self, pixel_values: torch.Tensor, plan: TowerPlan) -> torch.Tensor | None:
         """The rows of a pass; None: run it call by call."""
 
@@ -107,6 +110,33 @@ class RecordableTower(nn.Module):
                 patches of each square that is merged stand together.
             grids: The items' sizes.
         """
+        sizes = [t * h * w for t, h, w in grids]
+        rows, first, begin = [], 0, 0
+        for count in self._items_of_passes(sizes):
+            end = begin + sum(sizes[first : first + count])
+            rows.append(self._pass(pixel_values[begin:end], grids[first : first + count]))
+            first, begin = first + count, end
+        return rows[0] if len(rows) == 1 else torch.cat(rows)
+
+    def _items_of_passes(self, sizes: Sequence[int]) -> list[int]:
+        """How many of the items, of so many patches each, go through each pass: as many as a recorded one has room for.
+
+        A long pass that isn't recorded takes the host about as long to launch as the device to run, and a recorded
+        one of a few thousand patches keeps the device as busy.
+        """
+        if self.recorder is None:
+            return [len(sizes)]
+        counts: list[int] = []
+        room = 0
+        for size in sizes:
+            if not counts or size > room:
+                counts.append(0)
+                room = self.recorder.max_patches
+            counts[-1] += 1
+            room -= size
+        return counts
+
+    def _pass(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
         plan = self.plan(grids)
         if self.recorder is not None:
             rows = self.recorder.run(pixel_values, plan)

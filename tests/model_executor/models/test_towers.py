@@ -105,6 +105,26 @@ def test_recorded_passes_give_the_same_rows(family: str, tower: Any) -> None:
     assert capture.num_replays >= len(GRIDS)
 
 
+@pytest.mark.parametrize(("family", "tower"), QWEN_TOWERS)
+@torch.inference_mode()
+def test_many_items_go_through_several_recorded_passes(
+    family: str, tower: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two pictures of a million pixels were more than a recorded pass takes, and were launched call by call."""
+    monkeypatch.setattr(tower_graphs, "MAX_PATCHES", 90)
+    reference = make_hf_model(family).model.visual
+    ours = filled(tower(reference.config), reference)
+    grids = [(1, 6, 10), (1, 2, 12), (1, 8, 4), (1, 10, 14), (1, 4, 4), (1, 2, 2)]
+    patches = noise(sum(t * h * w for t, h, w in grids), 3 * 2 * 14 * 14)
+    expected = ours(patches, grids)
+    capture = HostReplay()
+    ours.recorder = TowerGraphs(capture, ours, torch.device("cpu"), torch.float32)
+    for _ in range(3):
+        assert relative_error(ours(patches, grids), expected) < TOLERANCE
+    # 60 + 24, 32, 140 (too large for any), 16 + 4: recorded when they come again.
+    assert capture.num_replays == 2 * 3
+
+
 def test_a_size_is_recorded_when_asked_for_again() -> None:
     """Or in idle time, once it was asked for; never a size that nobody wants."""
     reference = make_hf_model("qwen2_vl").model.visual
