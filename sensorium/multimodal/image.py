@@ -58,7 +58,7 @@ class ImagePlugin(MultiModalPlugin):
             return preprocess(processor, data)
         if isinstance(data, torch.Tensor) or is_list_of(data, torch.Tensor, check="all"):
             return MultiModalKwargs({"image_embeds": data})
-        if isinstance(data, Mapping) and "pixel_values" in data:
+        if isinstance(data, Mapping) and ("pixel_values" in data or "image_embeds" in data):
             return MultiModalKwargs(data)
         raise InvalidTypeError(
             f"Invalid image type: got {type_name(data)}, expected a PIL image or a list of them, or a tensor of "

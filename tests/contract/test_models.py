@@ -25,7 +25,8 @@ from tests.helpers.serving import Planned, differing, make_engine, quiet_engine,
 TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5", "qwen3_moe")
 CROSS = ("whisper",)
 """Whose decoders attend to media by cross-attention."""
-PLACED = ("llava", "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+TILES = ("llava_next", "llava_onevision", "internvl", "llava_pixtral", "mistral3", "idefics3")
+PLACED = ("llava", *TILES, "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
 MULTIMODAL = (*PLACED, *CROSS)
 FAMILIES = (*TEXT, *MULTIMODAL)
 
@@ -120,7 +121,7 @@ def reference_logprobs(model: Any, request: Any) -> torch.Tensor:
     """Log probabilities `(prompt length, vocabulary)` by Hugging Face."""
     from tests.helpers.hf_reference import hf_inputs
 
-    logits = model(**hf_inputs(request)).logits[0].float()
+    logits = model(**hf_inputs(request, model)).logits[0].float()
     return torch.log_softmax(logits, dim=-1)
 
 

@@ -38,6 +38,8 @@ MAX_PIXELS = 24 * 28 * 28
 SPECIAL_TOKENS = (
     *("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|vision_start|>", "<|vision_end|>", "<|vision_pad|>"),
     *("<|image_pad|>", "<|video_pad|>", "<image>", "<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>"),
+    *("<video>", "[IMG]", "[IMG_BREAK]", "[IMG_END]", "<IMG_CONTEXT>", "<img>", "</img>"),
+    *("<fake_token_around_image>", "<global-img>", "<row_1_col_1>", "<row_1_col_2>", "<row_2_col_1>", "<row_2_col_2>"),
 )
 
 CHAT_TEMPLATE = """\
@@ -203,27 +205,83 @@ def qwen2_5_vl_config() -> transformers.PretrainedConfig:
     return transformers.Qwen2_5_VLConfig(text_config=qwen_text_settings(), vision_config=vision, **qwen_media_ids())
 
 
-def llava_config(tower: str = "clip", text: str = "llama", **settings: Any) -> transformers.PretrainedConfig:
-    vision = {
-        "hidden_size": 32,
-        "intermediate_size": 48,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 2,
-        "image_size": IMAGE_SIZE,
-        "patch_size": PATCH_SIZE,
-    }
-    vision_class = {"clip": transformers.CLIPVisionConfig, "siglip": transformers.SiglipVisionConfig}[tower]
-    text_class = {"llama": transformers.LlamaConfig, "qwen2": transformers.Qwen2Config}[text]
-    defaults = {
-        "image_token_index": token_ids()["<image>"],
-        "vision_feature_layer": -2,
+SMALL_TOWER = {
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "image_size": IMAGE_SIZE,
+    "patch_size": PATCH_SIZE,
+}
+
+
+def llava_parts(tower: str, text: str) -> dict[str, Any]:
+    """Settings of LLaVA and its kin."""
+    vision_class = {
+        "clip": transformers.CLIPVisionConfig,
+        "siglip": transformers.SiglipVisionConfig,
+        "pixtral": transformers.PixtralVisionConfig,
+    }[tower]
+    text_class = {
+        "llama": transformers.LlamaConfig,
+        "qwen2": transformers.Qwen2Config,
+        "mistral": transformers.MistralConfig,
+    }[text]
+    return {
+        "vision_config": vision_class(**SMALL_TOWER),
+        "text_config": text_class(**text_settings()),
+        "image_token_index": token_ids()["[IMG]" if tower == "pixtral" else "<image>"],
+        "vision_feature_layer": -1 if tower == "pixtral" else -2,
         "vision_feature_select_strategy": "default" if tower == "clip" else "full",
-        "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
     }
-    return transformers.LlavaConfig(
-        vision_config=vision_class(**vision),
-        text_config=text_class(**text_settings()),
-        **{**defaults, **settings},
+
+
+def llava_config(tower: str = "clip", text: str = "llama", **settings: Any) -> transformers.PretrainedConfig:
+    image_seq_length = (IMAGE_SIZE // PATCH_SIZE) ** 2
+    return transformers.LlavaConfig(**{**llava_parts(tower, text), "image_seq_length": image_seq_length, **settings})
+
+
+TILES = [[56, 112], [112, 56], [112, 112], [56, 168]]
+
+
+def llava_next_config() -> transformers.PretrainedConfig:
+    return transformers.LlavaNextConfig(**llava_parts("clip", "mistral"), image_grid_pinpoints=TILES)
+
+
+def llava_onevision_config() -> transformers.PretrainedConfig:
+    """Lines are shrunk to two tiles, so that most pictures of four are."""
+    parts = llava_parts("siglip", "qwen2") | {"vision_feature_layer": -1, "vision_aspect_ratio": "anyres_max_2"}
+    pinpoints = [[56, 56], *TILES]
+    return transformers.LlavaOnevisionConfig(
+        **parts, image_grid_pinpoints=pinpoints, video_token_index=token_ids()["<video>"]
+    )
+
+
+def internvl_config(text: str = "qwen2", **vision: Any) -> transformers.PretrainedConfig:
+    text_class = {"qwen2": transformers.Qwen2Config, "qwen3": transformers.Qwen3Config}[text]
+    return transformers.InternVLConfig(
+        vision_config=transformers.InternVLVisionConfig(**SMALL_TOWER | vision),
+        text_config=text_class(**text_settings(head_dim=16)),
+        image_token_id=token_ids()["<IMG_CONTEXT>"],
+        image_seq_length=4,
+    )
+
+
+def mistral3_config() -> transformers.PretrainedConfig:
+    """Squares of 2 x 2 patches of 14 pixels become a row."""
+    parts = llava_parts("pixtral", "mistral")
+    parts.pop("vision_feature_select_strategy")
+    return transformers.Mistral3Config(**parts, spatial_merge_size=2, multimodal_projector_bias=False)
+
+
+def idefics3_config(kind: str = "Idefics3") -> transformers.PretrainedConfig:
+    vision = getattr(transformers.models, kind.lower())
+    vision_class = getattr(vision, f"{kind}VisionConfig")
+    return getattr(transformers, f"{kind}Config")(
+        vision_config=vision_class(**SMALL_TOWER),
+        text_config=transformers.LlamaConfig(**text_settings()),
+        image_token_id=token_ids()["<image>"],
+        scale_factor=2,
     )
 
 
@@ -287,6 +345,8 @@ LLAVA_NAMES = {
     "model.multi_modal_projector.": "multi_modal_projector.",
     "model.vision_tower.": "vision_tower.vision_model.",
 }
+PIXTRAL_NAMES = {**LLAVA_NAMES, "model.vision_tower.": "vision_tower."}
+LLAVA_NEXT_NAMES = {**LLAVA_NAMES, "model.image_newline": "image_newline"}
 AUDIO_NAMES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -326,6 +386,30 @@ LLAVA_FILES: dict[str, Mapping[str, Any]] = {
         "vision_feature_select_strategy": "default",
     },
 }
+SQUARE = {"height": IMAGE_SIZE, "width": IMAGE_SIZE}
+
+
+def picture_files(kind: str, **settings: Any) -> dict[str, Mapping[str, Any]]:
+    """The file of an image processor."""
+    return {"preprocessor_config.json": {"image_processor_type": f"{kind}ImageProcessor", **settings}}
+
+
+LLAVA_NEXT_FILES = picture_files(
+    "LlavaNext", image_grid_pinpoints=TILES, size={"shortest_edge": IMAGE_SIZE}, crop_size=SQUARE
+)
+LLAVA_ONEVISION_FILES = {
+    **picture_files("LlavaOnevision", image_grid_pinpoints=[[56, 56], *TILES], size=SQUARE),
+    "video_preprocessor_config.json": {"video_processor_type": "LlavaOnevisionVideoProcessor", "size": SQUARE},
+}
+INTERNVL_FILES = {
+    **picture_files("GotOcr2", size=SQUARE, max_patches=5),
+    "video_preprocessor_config.json": {"video_processor_type": "InternVLVideoProcessor", "size": SQUARE},
+}
+PIXTRAL_FILES = picture_files(
+    "Pixtral", size={"longest_edge": 112}, patch_size={"height": PATCH_SIZE, "width": PATCH_SIZE}
+)
+IDEFICS3_FILES = picture_files("Idefics3", size={"longest_edge": 112}, max_image_size={"longest_edge": IMAGE_SIZE})
+SMOLVLM_FILES = picture_files("SmolVLM", size={"longest_edge": 112}, max_image_size={"longest_edge": IMAGE_SIZE})
 AUDIO_FILES: dict[str, Mapping[str, Any]] = {
     "preprocessor_config.json": {
         "feature_extractor_type": "WhisperFeatureExtractor",
@@ -455,6 +539,50 @@ FAMILIES: dict[str, Family] = {
         LLAVA_NAMES,
         {"IMAGE": "<image>"},
         LLAVA_FILES,
+    ),
+    "llava_pixtral": Family(
+        LLAVA, lambda: llava_config("pixtral", "mistral"), PIXTRAL_NAMES, {"IMAGE": "[IMG]"}, PIXTRAL_FILES
+    ),
+    "llava_next": Family(
+        "LlavaNextForConditionalGeneration",
+        llava_next_config,
+        LLAVA_NEXT_NAMES,
+        {"IMAGE": "<image>"},
+        LLAVA_NEXT_FILES,
+    ),
+    "llava_onevision": Family(
+        "LlavaOnevisionForConditionalGeneration",
+        llava_onevision_config,
+        LLAVA_NEXT_NAMES,
+        {"IMAGE": "<image>", "VIDEO": "<video>"},
+        LLAVA_ONEVISION_FILES,
+    ),
+    "internvl": Family(
+        "InternVLForConditionalGeneration",
+        internvl_config,
+        PIXTRAL_NAMES,
+        {"IMAGE": "<IMG_CONTEXT>", "VIDEO": "<video>"},
+        INTERNVL_FILES,
+    ),
+    "internvl_normed": Family(
+        "InternVLForConditionalGeneration",
+        lambda: internvl_config(
+            "qwen3", use_qk_norm=True, norm_type="rms_norm", attention_bias=True, use_mean_pooling=False
+        ),
+        PIXTRAL_NAMES,
+        {"IMAGE": "<IMG_CONTEXT>", "VIDEO": "<video>"},
+        INTERNVL_FILES,
+    ),
+    "mistral3": Family(
+        "Mistral3ForConditionalGeneration", mistral3_config, PIXTRAL_NAMES, {"IMAGE": "[IMG]"}, PIXTRAL_FILES
+    ),
+    "idefics3": Family("Idefics3ForConditionalGeneration", idefics3_config, {}, {"IMAGE": "<image>"}, IDEFICS3_FILES),
+    "smolvlm": Family(
+        "SmolVLMForConditionalGeneration",
+        lambda: idefics3_config("SmolVLM"),
+        {},
+        {"IMAGE": "<image>"},
+        SMOLVLM_FILES,
     ),
     "qwen2_vl": Family(
         "Qwen2VLForConditionalGeneration",

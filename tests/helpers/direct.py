@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,11 @@ from sensorium.engine.args import EngineArgs
 from sensorium.inputs import INPUT_REGISTRY, token_inputs
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.models.byte_patches import as_processed
+from sensorium.model_executor.models.byte_pictures import joined
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 from sensorium.worker.kv_cache import CacheLayout, zero_row
 from tests.helpers.checkpoints import make_tokenizer
-from tests.helpers.hf_reference import TEMPORAL_PATCH_SIZE
+from tests.helpers.hf_reference import TEMPORAL_PATCH_SIZE, in_frames
 
 
 def engine_config(path: Path, **settings: Any) -> EngineConfig:
@@ -137,7 +139,7 @@ def prepare(
     token_ids, kwargs = inputs["prompt_token_ids"], {}
     for modality, items in (inputs.get("multi_modal_data") or {}).items():
         plugin = MULTIMODAL_REGISTRY.get_plugin(modality)
-        kwargs |= plugin.map_input(model_config, items, mm_processor_kwargs)
+        kwargs |= plugin.map_input(model_config, items, inputs.get("mm_processor_kwargs") or mm_processor_kwargs)
     positions, delta = np.arange(len(token_ids)), 0
     if model_config.uses_mrope:
         hook: Any = model_config.model_class
@@ -153,5 +155,10 @@ def hf_logits(reference: Any, token_ids: list[int], kwargs: dict[str, Any]) -> t
         config = reference.config
         types = (ids == config.image_token_id) * 1 + (ids == config.video_token_id) * 2
         kwargs = {**as_processed(kwargs, TEMPORAL_PATCH_SIZE), "mm_token_type_ids": types[None]}
+    else:
+        kwargs = {name: joined([value]) for name, value in as_processed(kwargs, TEMPORAL_PATCH_SIZE).items()}
+    if "pixel_values_videos" not in inspect.signature(reference.forward).parameters and "pixel_values_videos" in kwargs:
+        kwargs = {**kwargs, "pixel_values": in_frames(kwargs["pixel_values_videos"])}
+        kwargs.pop("pixel_values_videos")
     logits: torch.Tensor = reference(ids[None], **kwargs).logits[0]
     return logits

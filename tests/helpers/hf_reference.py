@@ -14,14 +14,20 @@ from transformers import GenerationMixin
 
 from sensorium.messages import EngineRequest
 from sensorium.model_executor.models.byte_patches import as_processed
+from sensorium.model_executor.models.byte_pictures import joined
 from tests.helpers.checkpoints import token_ids
 
 TEMPORAL_PATCH_SIZE = 2
 """Of every checkpoint that takes pictures as bytes."""
 
 
-def hf_inputs(request: EngineRequest) -> dict[str, Any]:
-    """The request as keyword arguments of Hugging Face's `generate`, a batch of one."""
+def hf_inputs(request: EngineRequest, model: Any = None) -> dict[str, Any]:
+    """The request as keyword arguments of Hugging Face's `generate`, a batch of one.
+
+    `model`: its class may take clips as pictures, in the order of the prompt.
+    """
+    takes_clips = model is None or "pixel_values_videos" in inspect.signature(model.forward).parameters
+    merged = {} if takes_clips else {"pixel_values_videos": "pixel_values"}
     ids = torch.tensor([list(request.prompt_token_ids)])
     if any(item.cross_rows for item in request.media):  # the prompt is the decoder's
         [item] = request.media
@@ -30,11 +36,11 @@ def hf_inputs(request: EngineRequest) -> dict[str, Any]:
             **{name: torch.as_tensor(value) for name, value in (item.kwargs or {}).items()},
         }
     inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-    by_name: dict[str, list[torch.Tensor]] = {}
+    by_name: dict[str, list[Any]] = {}
     for item in request.media:
         for name, value in as_processed(item.kwargs or {}, TEMPORAL_PATCH_SIZE).items():
-            by_name.setdefault(name, []).append(torch.as_tensor(value))
-    inputs |= {name: torch.cat(values) for name, values in by_name.items()}
+            by_name.setdefault(merged.get(name, name), []).append(in_frames(value) if name in merged else value)
+    inputs |= {name: joined(values) for name, values in by_name.items()}
     if "image_grid_thw" in inputs or "video_grid_thw" in inputs:
         types = torch.zeros_like(ids)
         types[ids == token_ids()["<|image_pad|>"]] = 1
@@ -43,10 +49,16 @@ def hf_inputs(request: EngineRequest) -> dict[str, Any]:
     return inputs
 
 
+def in_frames(clips: Any) -> torch.Tensor:
+    """Clips `(..., frames, channels, height, width)` as so many pictures."""
+    clip = torch.as_tensor(clips)
+    return clip.flatten(0, clip.dim() - 4)
+
+
 @torch.inference_mode()
 def hf_greedy(model: Any, request: EngineRequest, num_tokens: int) -> list[int]:
     """`num_tokens` greedy tokens, past any end-of-sequence token."""
-    inputs = hf_inputs(request)
+    inputs = hf_inputs(request, model)
     if "mm_token_type_ids" not in inspect.signature(model.forward).parameters:
         inputs.pop("mm_token_type_ids", None)
     model.generation_config.eos_token_id = None

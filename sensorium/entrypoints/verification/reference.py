@@ -15,6 +15,7 @@ from sensorium.config import EngineConfig
 from sensorium.errors import ModelError
 from sensorium.messages import EngineRequest
 from sensorium.model_executor.models.byte_patches import as_processed
+from sensorium.model_executor.models.byte_pictures import joined
 from sensorium.model_executor.models.transformers.weights import load_hf_model
 from sensorium.multimodal.mrope import token_id_of
 
@@ -91,15 +92,23 @@ class Reference:
             kwargs = {name: value.to(self._device) for name, value in (item.kwargs or {}).items()}
             return {"decoder_input_ids": ids, **kwargs}
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        by_name: dict[str, list[torch.Tensor]] = {}
+        by_name: dict[str, list[Any]] = {}
         for item in request.media:
             kwargs = as_processed(item.kwargs or {}, self._frames_a_patch())
             for name, value in kwargs.items():
-                by_name.setdefault(name, []).append(torch.as_tensor(value).to(self._device))
-        inputs |= {name: torch.cat(values) for name, values in by_name.items()}
+                by_name.setdefault(name, []).append(value)
+        inputs |= self._as_taken({name: joined(values) for name, values in by_name.items()})
         if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters and request.media:
             inputs["mm_token_type_ids"] = self._token_types(ids)
         return inputs
+
+    def _as_taken(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """On the device; clips go by the name of pictures to a class that doesn't tell them apart."""
+        if "pixel_values_videos" not in inspect.signature(self.model.forward).parameters:
+            clips = media.pop("pixel_values_videos", None)
+            if clips is not None:
+                media["pixel_values"] = clips.flatten(0, -4)
+        return {name: tensor.to(self._device) for name, tensor in media.items()}
 
     def _frames_a_patch(self) -> int:
         vision = getattr(self._config.hf_config, "vision_config", None)

@@ -12,6 +12,8 @@ Source: Dosovitskiy et al. 2020, section 3.1, with the norms before the sub-laye
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import nn
 
@@ -27,6 +29,7 @@ from sensorium.model_executor.layers.linear import (
     RowParallelLinear,
     widen_inner,
 )
+from sensorium.model_executor.layers.parameters import new_parameter
 from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.rotary_embedding import CosSin
 
@@ -58,7 +61,17 @@ def image_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
 
 
 class EncoderAttention(nn.Module):
-    """Bidirectional self-attention within each sequence, with rotary angles where the tower has them."""
+    """Bidirectional self-attention within each sequence, with rotary angles where the tower has them.
+
+    Args:
+        hidden_size: Channels.
+        num_heads: Heads, of `hidden_size / num_heads` channels each.
+        bias: Whether the projections have biases.
+        quant_config: How linear layers hold their weights.
+        prefix: The module's name in the model.
+        output_bias: Whether the output projection has one, where that differs.
+        make_qk_norm: Makes the norms of queries and of keys, over all heads together.
+    """
 
     def __init__(
         self,
@@ -67,6 +80,8 @@ class EncoderAttention(nn.Module):
         bias: bool = True,
         quant_config: QuantizationConfig | None = None,
         prefix: str = "",
+        output_bias: bool | None = None,
+        make_qk_norm: Callable[[], nn.Module] | None = None,
     ) -> None:
         super().__init__()
         self.head_size = hidden_size // num_heads
@@ -78,8 +93,14 @@ class EncoderAttention(nn.Module):
                 prefix=f"{prefix}.qkv_proj",
             )
             self.out_proj = RowParallelLinear(
-                hidden_size, hidden_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.out_proj"
+                hidden_size,
+                hidden_size,
+                bias=bias if output_bias is None else output_bias,
+                quant_config=quant_config,
+                prefix=f"{prefix}.out_proj",
             )
+        self.q_norm = None if make_qk_norm is None else make_qk_norm()
+        self.k_norm = None if make_qk_norm is None else make_qk_norm()
         self.attn = MultiHeadAttention(num_heads, self.head_size, self.head_size**-0.5)
 
     def forward(
@@ -92,6 +113,8 @@ class EncoderAttention(nn.Module):
         """`(B, S, hidden_size)` or, flat, `(T, hidden_size)` to the same."""
         qkv, _ = self.qkv_proj(hidden_states)
         query, key, value = self.qkv_proj.split(qkv)
+        if self.q_norm is not None and self.k_norm is not None:
+            query, key = self.q_norm(query), self.k_norm(key)
         if cos_sin is not None:
             num_tokens = query.shape[0]
             query, key = rotary_embedding(
@@ -142,14 +165,28 @@ class EncoderMLP(nn.Module):
 
 
 class EncoderLayer(nn.Module):
-    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`."""
+    """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`.
 
-    def __init__(self, attn: EncoderAttention, mlp: nn.Module, norm1: nn.Module, norm2: nn.Module) -> None:
+    With `scaled_size`, the two are multiplied by a vector of so many channels each, `scale1` and `scale2`, before they
+    are added. Source: Touvron et al. 2021, section 2 (LayerScale).
+    """
+
+    def __init__(
+        self,
+        attn: EncoderAttention,
+        mlp: nn.Module,
+        norm1: nn.Module,
+        norm2: nn.Module,
+        scaled_size: int | None = None,
+    ) -> None:
         super().__init__()
         self.norm1 = norm1
         self.attn = attn
         self.norm2 = norm2
         self.mlp = mlp
+        self.scale1 = self.scale2 = None
+        if scaled_size is not None:
+            self.scale1, self.scale2 = new_parameter(scaled_size), new_parameter(scaled_size)
 
     def forward(
         self,
@@ -159,6 +196,7 @@ class EncoderLayer(nn.Module):
         key_lens: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """See `EncoderAttention.forward`."""
-        hidden_states = hidden_states + self.attn(self.norm1(hidden_states), cos_sin, cu_seqlens, key_lens)
-        output: torch.Tensor = hidden_states + self.mlp(self.norm2(hidden_states))
-        return output
+        attended = self.attn(self.norm1(hidden_states), cos_sin, cu_seqlens, key_lens)
+        hidden_states = hidden_states + (attended if self.scale1 is None else attended * self.scale1)
+        output: torch.Tensor = self.mlp(self.norm2(hidden_states))
+        return hidden_states + (output if self.scale2 is None else output * self.scale2)

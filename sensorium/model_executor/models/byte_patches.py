@@ -19,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from sensorium.model_executor.models import byte_pictures
 from sensorium.multimodal.smart_resize import smart_resize
 
 NUM_CHANNELS = 3
@@ -115,10 +116,13 @@ def as_processed(kwargs: Mapping[str, Any], num_frames: int) -> dict[str, Any]:
     """Mapped keyword arguments of some pictures as the processor returns them: with `pixel_values` for bytes."""
     others = dict(kwargs)
     patches, tables = others.pop("pixel_bytes", None), others.pop("pixel_table", None)
-    if patches is not None:
-        sizes = torch.as_tensor(kwargs["image_grid_thw"]).reshape(-1, 3).prod(-1).tolist()
-        others["pixel_values"] = all_normalised(torch.as_tensor(patches), torch.as_tensor(tables), sizes, num_frames)
-    return others
+    if patches is None:
+        return others
+    if "image_grid_thw" not in kwargs:
+        return others | {"pixel_values": byte_pictures.as_numbers(patches, torch.as_tensor(tables))}
+    sizes = torch.as_tensor(kwargs["image_grid_thw"]).reshape(-1, 3).prod(-1).tolist()
+    pixel_values = all_normalised(torch.as_tensor(patches), torch.as_tensor(tables), sizes, num_frames)
+    return others | {"pixel_values": pixel_values}
 
 
 def _processed(processor: Any, picture: Image.Image, **settings: Any) -> torch.Tensor:

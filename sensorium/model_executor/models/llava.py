@@ -1,43 +1,41 @@
-"""LLaVA-1.5: a CLIP or SigLIP tower, two linear layers, and any registered decoder.
+"""LLaVA-1.5: a CLIP, SigLIP or Pixtral tower, two linear layers, and any registered decoder.
 
 Paper: Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning". Reference: `transformers`
 `LlavaForConditionalGeneration`.
-Placeholders: each `<image>` token becomes as many as the tower has patches.
+Placeholders: each `<image>` token becomes as many as the tower has patches; with a Pixtral tower see there.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Sequence
+from typing import Any, TypeAlias
 
 import torch
-from PIL import Image
+from torch import nn
 
 from sensorium.config import EngineConfig
-from sensorium.errors import ModelError
-from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
+from sensorium.errors import InvalidRequestError, ModelError
+from sensorium.inputs import InputContext
 from sensorium.model_executor.layers.encoder import EncoderMLP
+from sensorium.model_executor.layers.quantization import QuantizationConfig
+from sensorium.model_executor.models.byte_pictures import pictures_of
 from sensorium.model_executor.models.clip import CLIPVisionModel
-from sensorium.model_executor.models.media_common import (
-    as_items,
-    check_embeddings,
-    expand_placeholders,
-    language_config,
-    stacked,
-)
+from sensorium.model_executor.models.media_common import Pieces, each_item, language_config
+from sensorium.model_executor.models.media_inputs import MediaInputs, PictureInputs, Size, takes_media
 from sensorium.model_executor.models.media_language_model import MediaLanguageModel
+from sensorium.model_executor.models.pixtral import PixtralPictures, PixtralVisionModel
 from sensorium.model_executor.models.siglip import SiglipVisionModel
 from sensorium.model_executor.models.utils import WeightsMapper, init_registered_model, maybe_prefix
-from sensorium.multimodal import MULTIMODAL_REGISTRY
-from sensorium.sequence import SequenceData
 
-TOWERS: dict[str, type[CLIPVisionModel | SiglipVisionModel]] = {
+Tower: TypeAlias = CLIPVisionModel | SiglipVisionModel | PixtralVisionModel
+TOWERS: dict[str, type[Tower]] = {
     "clip_vision_model": CLIPVisionModel,
     "siglip_vision_model": SiglipVisionModel,
+    "pixtral": PixtralVisionModel,
 }
 
 
-def tower_of(hf_config: Any) -> type[CLIPVisionModel | SiglipVisionModel]:
+def tower_of(hf_config: Any) -> type[Tower]:
     """The class of the config's vision tower."""
     model_type = hf_config.vision_config.model_type
     if model_type not in TOWERS:
@@ -50,58 +48,56 @@ def drops_first_row(hf_config: Any) -> int:
     return int(hf_config.vision_feature_select_strategy == "default")
 
 
-def rows_per_image(ctx: InputContext) -> int:
-    """Decoder rows of an image, of whatever size."""
-    hf_config = ctx.get_hf_config()
-    vision = hf_config.vision_config
-    num_rows: int = (vision.image_size // vision.patch_size) ** 2 + tower_of(hf_config).num_class_tokens
-    return num_rows - drops_first_row(hf_config)
+def feature_layers_of(hf_config: Any) -> list[int]:
+    """Whose outputs the projector gets."""
+    layers = hf_config.vision_feature_layer
+    return [layers] if isinstance(layers, int) else list(layers)
 
 
-def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
-    """Repeat each image token once per row."""
-    data = inputs.get("multi_modal_data") or {}
-    if "image" not in data:
-        return inputs
-    token_id, num_rows = ctx.get_hf_config().image_token_id, rows_per_image(ctx)
-    counts = [num_images_of(item, num_rows, ctx) for item in as_items(data["image"])]
-    token_ids, ranges = expand_placeholders(
-        inputs["prompt_token_ids"],
-        {token_id: [num_rows] * sum(counts)},
-        {token_id: "image"},
-        ctx.model_config.max_model_len,
-    )
-    inputs["prompt_token_ids"] = token_ids
-    if len(ranges[token_id]) == len(counts):  # otherwise an item has several ranges, which are found by their tokens
-        inputs["multi_modal_placeholders"] = {"image": ranges[token_id]}
-    return inputs
+def patches_per_side(hf_config: Any) -> int:
+    """Rows and columns of patches of a picture of the tower's size."""
+    side: int = hf_config.vision_config.image_size // hf_config.vision_config.patch_size
+    return side
 
 
-def num_images_of(item: Any, num_rows: int, ctx: InputContext) -> int:
-    """1; for given rows `(images, rows, hidden_size)` the number of images."""
-    if not isinstance(item, torch.Tensor):
-        return 1
-    num_images = len(item) if item.dim() == 3 else 1
-    check_embeddings(item, num_images * num_rows, ctx.get_hf_config().get_text_config().hidden_size, "image_embeds")
-    return num_images
+class LlavaPictures(PictureInputs):
+    """Pictures of whatever size take the same number of rows."""
+
+    placeholder = "<image>"
+    settings = ("size",)
+    maps_by_default = True
+
+    @classmethod
+    def of_model(cls, ctx: InputContext, **settings: Any) -> MediaInputs:
+        """With a Pixtral tower, pictures as Pixtral has them."""
+        is_pixtral = tower_of(ctx.get_hf_config()) is PixtralVisionModel
+        return PixtralPictures(ctx, **settings) if is_pixtral else cls(ctx, **settings)
+
+    def pieces_of_size(self, size: Size) -> Pieces:
+        """See `MediaInputs`."""
+        num_rows = patches_per_side(self.config) ** 2 + tower_of(self.config).num_class_tokens
+        return ((self.row_id, num_rows - drops_first_row(self.config)),)
+
+    def pieces_of_rows(self, num_rows: int) -> Pieces:
+        """See `MediaInputs`; the numbers must agree."""
+        pieces = self.pieces_of_size(())
+        if self.num_rows(pieces) != num_rows:
+            raise InvalidRequestError(
+                f"image_embeds: got {num_rows} rows, expected {self.num_rows(pieces)}. Pass as many rows as the item "
+                "has placeholders."
+            )
+        return pieces
+
+    def size_of(self, item: Any) -> Size:
+        """See `MediaInputs`; the mapper looks at what it is."""
+        return ()
+
+    def sizes(self) -> Iterable[Size]:
+        """See `MediaInputs`."""
+        return [(self.config.vision_config.image_size,) * 2]
 
 
-def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
-    """As many images as the limit allows, then zeros."""
-    num_images, size = mm_counts["image"], ctx.get_hf_config().vision_config.image_size
-    num_tokens = rows_per_image(ctx) * num_images
-    tokens = SequenceData.from_prompt_token_counts(
-        (ctx.get_hf_config().image_token_id, num_tokens), (0, max(seq_len - num_tokens, 0))
-    )
-    return DummyData(tokens, {"image": [Image.new("RGB", (size, size))] * num_images} if num_images else None)
-
-
-@MULTIMODAL_REGISTRY.register_image_input_mapper()
-@MULTIMODAL_REGISTRY.register_max_image_tokens(rows_per_image)
-@MULTIMODAL_REGISTRY.register_placeholder_tokens("image", lambda ctx: ctx.get_hf_config().image_token_id)
-@MULTIMODAL_REGISTRY.register_placeholder_str("image", "<image>")
-@INPUT_REGISTRY.register_dummy_data(dummy_data)
-@INPUT_REGISTRY.register_input_processor(input_processor)
+@takes_media(LlavaPictures)
 class LlavaForConditionalGeneration(MediaLanguageModel):
     """Tower, projector and decoder."""
 
@@ -116,23 +112,29 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()
-        self.config = hf_config = config.model_config.hf_config
-        layers = hf_config.vision_feature_layer
-        layers = [layers] if isinstance(layers, int) else list(layers)
-        self.vision_tower = tower_of(hf_config)(
-            hf_config.vision_config, layers, config.quant_config, prefix=maybe_prefix(prefix, "vision_tower")
-        )
-        width = hf_config.get_text_config().hidden_size
-        self.multi_modal_projector = EncoderMLP(
-            hf_config.vision_config.hidden_size * len(layers),
-            width,
-            hf_config.projector_hidden_act,
-            bias=hf_config.multimodal_projector_bias,
-            output_size=width,
-            prefix=maybe_prefix(prefix, "multi_modal_projector"),
-        )
+        self.config = config.model_config.hf_config
+        self.vision_tower: Any = self.make_tower(config.quant_config, maybe_prefix(prefix, "vision_tower"))
+        self.multi_modal_projector = self.make_projector(maybe_prefix(prefix, "multi_modal_projector"))
         self.language_model = init_registered_model(
             language_config(config), prefix=maybe_prefix(prefix, "language_model")
+        )
+
+    def make_tower(self, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
+        """The vision tower."""
+        return tower_of(self.config)(
+            self.config.vision_config, feature_layers_of(self.config), quant_config, prefix=prefix
+        )
+
+    def make_projector(self, prefix: str) -> nn.Module:
+        """What makes the decoder's rows of the tower's."""
+        width = self.config.get_text_config().hidden_size
+        return EncoderMLP(
+            self.config.vision_config.hidden_size * len(feature_layers_of(self.config)),
+            width,
+            self.config.projector_hidden_act,
+            bias=self.config.multimodal_projector_bias,
+            output_size=width,
+            prefix=prefix,
         )
 
     def placeholder_token_ids(self) -> list[int]:
@@ -140,14 +142,39 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
         return [self.config.image_token_id]
 
     def encode_media(
-        self, pixel_values: Any = None, image_embeds: Any = None, **kwargs: Any
+        self,
+        *,
+        pixel_values: Any = None,
+        pixel_bytes: Any = None,
+        pixel_table: Any = None,
+        image_sizes: Any = None,
+        image_embeds: Any = None,
+        **kwargs: Any,
     ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; images `(..., channels, image_size, image_size)`, or given rows."""
+        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or given rows."""
         if image_embeds is not None:
-            return {self.config.image_token_id: list(stacked(image_embeds, 2))}
-        if pixel_values is None:
+            return {self.config.image_token_id: each_item(image_embeds, 2)}
+        if pixel_values is None and pixel_bytes is None:
             return {}
-        features = self.vision_tower(stacked(pixel_values, 3))
-        return {
-            self.config.image_token_id: list(self.multi_modal_projector(features[:, drops_first_row(self.config) :]))
-        }
+        pixels = (pixel_values, pixel_bytes, pixel_table)
+        return {self.config.image_token_id: self.encode_pictures(pictures_of(*pixels), image_sizes)}
+
+    def encode_pictures(self, pictures: Sequence[torch.Tensor], image_sizes: Any) -> Sequence[torch.Tensor]:
+        """Rows of each picture.
+
+        Args:
+            pictures: `(tiles, channels, height, width)` each.
+            image_sizes: Height and width of each picture in pixels, where the processor tells them.
+        """
+        if isinstance(self.vision_tower, PixtralVisionModel):
+            features, grids = self.vision_tower.encode(pictures, image_sizes)
+            rows = self.multi_modal_projector(features)
+            num_merged = self.vision_tower.square**2
+            return torch.split(rows, [height * width // num_merged for _, height, width in grids])
+        return list(self.project(torch.cat(list(pictures))))
+
+    def project(self, pixel_values: torch.Tensor) -> torch.Tensor:
+        """Pictures or tiles of the tower's size `(B, channels, height, width)` to `(B, rows, text hidden_size)`."""
+        features = self.vision_tower(pixel_values)[:, drops_first_row(self.config) :]
+        rows: torch.Tensor = self.multi_modal_projector(features)
+        return rows

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from sensorium.config import EngineConfig
 from sensorium.errors import InvalidRequestError, InvalidTypeError
@@ -13,6 +13,9 @@ from sensorium.multimodal import PlaceholderRange
 
 if TYPE_CHECKING:
     import torch
+
+Pieces: TypeAlias = tuple[tuple[int, int], ...]
+"""What stands for an item in an expanded prompt: token ids, each with how often it stands there in a row."""
 
 
 def language_config(config: EngineConfig) -> EngineConfig:
@@ -36,58 +39,113 @@ def expand_placeholders(
 ) -> tuple[list[int], dict[int, list[PlaceholderRange]]]:
     """Replace the k-th occurrence of each placeholder token by as many as its item has rows.
 
-    A prompt that comes with all its placeholders already (as many as there are rows) is left as it is. For
-    example, with counts `{9: [2, 3]}`, `[1, 9, 5, 9]` becomes `[1, 9, 9, 5, 9, 9, 9]` with the ranges (1, 2)
-    and (4, 3).
+    For example, with counts `{9: [2, 3]}`, `[1, 9, 5, 9]` becomes `[1, 9, 9, 5, 9, 9, 9]` with the ranges (1, 2)
+    and (4, 3). See `expand_items`.
+    """
+    pieces = {token_id: [((token_id, count),) for count in counts] for token_id, counts in row_counts.items()}
+    return expand_items(token_ids, pieces, names, max_model_len)
+
+
+def expand_items(
+    token_ids: Sequence[int],
+    expansions: Mapping[int, Sequence[Pieces]],
+    names: Mapping[int, str],
+    max_model_len: int,
+) -> tuple[list[int], dict[int, list[PlaceholderRange]]]:
+    """Replace the k-th occurrence of each placeholder token by what stands for its item.
+
+    A prompt that comes expanded already (with as many placeholder tokens as all its items have) is left as it is. For
+    example, with `{9: [((9, 2), (7, 1))]}`, `[1, 9, 5]` becomes `[1, 9, 9, 7, 5]` with the range (1, 3).
 
     Args:
         token_ids: The prompt.
-        row_counts: Placeholder token id to the number of rows of each item.
+        expansions: Placeholder token id to the tokens of each item.
         names: Placeholder token id to the modality's name, for error messages.
-        max_model_len: Nothing is expanded beyond this, however many rows are asked for.
+        max_model_len: Nothing is expanded beyond this, however much is asked for.
 
     Raises:
-        InvalidRequestError: The number of placeholders fits neither the items nor their rows, or the prompt would be
-            too long.
+        InvalidRequestError: The number of placeholders fits neither the items nor their expansions, or the prompt would
+            be too long.
     """
-    pending = {}
-    num_text = sum(1 for token_id in token_ids if token_id not in row_counts)
-    rows = {names[token_id]: counts for token_id, counts in row_counts.items()}
-    check_length(num_text + sum(map(sum, row_counts.values())), rows, max_model_len, pooling=True)
-    for token_id, counts in row_counts.items():
-        found = sum(1 for each in token_ids if each == token_id)
-        if found == len(counts):
-            pending[token_id] = [(count, 1) for count in counts]
-        elif found == sum(counts):
-            pending[token_id] = [(count, count) for count in counts]
-        else:
-            raise InvalidRequestError(
-                f"{names[token_id]} placeholders in the prompt: got {found}, expected {len(counts)}, one "
-                "for each "
-                f"item (or {sum(counts)} already expanded). Put a placeholder where each item stands."
-            )
-        pending[token_id].reverse()
+    waiting = {
+        token_id: _Waiting(token_ids, token_id, pieces, names[token_id]) for token_id, pieces in expansions.items()
+    }
+    lengths = {names[token_id]: [length_of(each) for each in pieces] for token_id, pieces in expansions.items()}
+    num_more = sum(sum(lengths[names[kind]]) - len(expansions[kind]) for kind, it in waiting.items() if not it.is_there)
+    check_length(len(token_ids) + num_more, lengths, max_model_len, pooling=True)
+    begins = {each.begins_with: token_id for token_id, each in waiting.items()}
     expanded: list[int] = []
-    ranges: dict[int, list[PlaceholderRange]] = {token_id: [] for token_id in row_counts}
+    ranges: dict[int, list[PlaceholderRange]] = {token_id: [] for token_id in expansions}
     position = 0
     while position < len(token_ids):
-        token_id = token_ids[position]
-        if token_id not in pending:
-            expanded.append(token_id)
+        kind = begins.get(token_ids[position])
+        taken = None if kind is None else waiting[kind].take(position)
+        if kind is None or taken is None:
+            expanded.append(token_ids[position])
             position += 1
             continue
-        num_rows, width = pending[token_id].pop()
-        if any(each != token_id for each in token_ids[position : position + width]):
-            raise InvalidRequestError(
-                f"{names[token_id]} placeholders in the prompt: got a run shorter than {width} tokens, "
-                "expected the "
-                "rows of an item together. Expand each placeholder as often as its item has rows, or not at "
-                "all."
-            )
-        ranges[token_id].append(PlaceholderRange(offset=len(expanded), length=num_rows))
-        expanded.extend([token_id] * num_rows)
+        item, width = taken
+        ranges[kind].append(PlaceholderRange(offset=len(expanded), length=len(item)))
+        expanded.extend(item)
         position += width
+    for each in waiting.values():
+        each.check_empty()
     return expanded, ranges
+
+
+def length_of(pieces: Pieces) -> int:
+    """Tokens of an item."""
+    return sum(count for _, count in pieces)
+
+
+def num_tokens_of(pieces: Pieces, token_id: int) -> int:
+    """How many of an item's tokens are of this id."""
+    return sum(count for piece, count in pieces if piece == token_id)
+
+
+class _Waiting:
+    """The items of a modality that a prompt hasn't come to yet."""
+
+    def __init__(self, token_ids: Sequence[int], token_id: int, items: Sequence[Pieces], name: str) -> None:
+        self._prompt = token_ids
+        self._token_id = token_id
+        self._items = list(reversed(items))
+        self._name = name
+        found = sum(1 for each in token_ids if each == token_id)
+        num_expanded = sum(num_tokens_of(pieces, token_id) for pieces in items)
+        self.is_there = found != len(items)
+        """Whether the prompt holds what its items expand to, rather than a placeholder for each."""
+        if found not in (len(items), num_expanded):
+            raise InvalidRequestError(
+                f"{name} placeholders in the prompt: got {found}, expected {len(items)}, one for each item (or "
+                f"{num_expanded} already expanded). Put a placeholder where each item stands."
+            )
+
+    @property
+    def begins_with(self) -> int:
+        """The token that shows that an item may begin here."""
+        return self._items[-1][0][0] if self.is_there and self._items else self._token_id
+
+    def take(self, position: int) -> tuple[list[int], int] | None:
+        """The tokens of the next item, and how many of the prompt's they replace; None: no item begins here."""
+        if not self._items:
+            return None
+        item = [token_id for token_id, count in self._items[-1] for _ in range(count)]
+        if self.is_there and list(self._prompt[position : position + len(item)]) != item:
+            if self._prompt[position] != self._token_id:
+                return None
+            self.check_empty()
+        self._items.pop()
+        return item, len(item) if self.is_there else 1
+
+    def check_empty(self) -> None:
+        """Raise `InvalidRequestError` (a `ValueError`) if there are items whose tokens the prompt doesn't have."""
+        if self._items:
+            raise InvalidRequestError(
+                f"{self._name} placeholders in the prompt: got a run shorter than {length_of(self._items[-1])} tokens, "
+                "or others, expected the tokens of an item together. Expand each placeholder as its item's size says, "
+                "or not at all."
+            )
 
 
 def check_embeddings(embeddings: Any, num_rows: int | None, hidden_size: int, name: str) -> torch.Tensor:
@@ -138,3 +196,12 @@ def stacked(value: Any, item_dims: int) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.reshape(-1, *value.shape[value.dim() - item_dims :])
     return torch.cat([stacked(each, item_dims) for each in value])
+
+
+def each_item(value: Any, item_dims: int) -> list[torch.Tensor]:
+    """As `stacked`, without joining: tensors of `item_dims` axes, of whatever sizes, in order."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return list(value.reshape(-1, *value.shape[value.dim() - item_dims :]))
+    return [item for each in value for item in each_item(each, item_dims)]

@@ -43,10 +43,16 @@ IN_TREE: dict[str, str] = {
     "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
     "Qwen3_5ForCausalLM": f"{_MODELS}.qwen3_5:Qwen3_5ForCausalLM",
     # Images, videos, sounds
+    "Idefics3ForConditionalGeneration": f"{_MODELS}.idefics3:Idefics3ForConditionalGeneration",
+    "InternVLForConditionalGeneration": f"{_MODELS}.internvl:InternVLForConditionalGeneration",
     "LlavaForConditionalGeneration": f"{_MODELS}.llava:LlavaForConditionalGeneration",
+    "LlavaNextForConditionalGeneration": f"{_MODELS}.llava_next:LlavaNextForConditionalGeneration",
+    "LlavaOnevisionForConditionalGeneration": f"{_MODELS}.llava_onevision:LlavaOnevisionForConditionalGeneration",
+    "Mistral3ForConditionalGeneration": f"{_MODELS}.mistral3:Mistral3ForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration": f"{_MODELS}.qwen2_audio:Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
+    "SmolVLMForConditionalGeneration": f"{_MODELS}.idefics3:Idefics3ForConditionalGeneration",
     "WhisperForConditionalGeneration": f"{_MODELS}.whisper:WhisperForConditionalGeneration",
     **dict.fromkeys(
         ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"),

@@ -6,7 +6,7 @@ Paper: Zhai et al. 2023. Reference: `transformers` `SiglipVisionModel`. Used by 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import nn
@@ -35,7 +35,12 @@ class SiglipVisionEmbeddings(nn.Module):
     def forward(self, pixel_values: torch.Tensor) -> torch.Tensor:
         """`(B, channels, image_size, image_size)` to `(B, patches, hidden_size)`."""
         patches: torch.Tensor = self.patch_embedding(image_patches(pixel_values, self.patch_size))[0]
-        return patches + self.position_embedding.weight
+        rows, columns = (side // self.patch_size for side in pixel_values.shape[-2:])
+        return patches + self.positions(rows, columns)
+
+    def positions(self, rows: int, columns: int) -> torch.Tensor:
+        """Embeddings of the places of a grid of patches, `(rows * columns, hidden_size)`."""
+        return self.position_embedding.weight
 
 
 class SiglipVisionModel(nn.Module):
@@ -49,6 +54,7 @@ class SiglipVisionModel(nn.Module):
     """
 
     num_class_tokens = 0
+    embeddings_class: ClassVar[type[SiglipVisionEmbeddings]] = SiglipVisionEmbeddings
 
     def __init__(
         self,
@@ -58,7 +64,7 @@ class SiglipVisionModel(nn.Module):
         prefix: str = "",
     ) -> None:
         super().__init__()
-        self.embeddings = SiglipVisionEmbeddings(config, prefix=f"{prefix}.embeddings")
+        self.embeddings = self.embeddings_class(config, prefix=f"{prefix}.embeddings")
         self.encoder = FeatureEncoder(config, feature_layers or (-1,), quant_config, prefix=f"{prefix}.encoder")
         self.post_layernorm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if feature_layers is None else None

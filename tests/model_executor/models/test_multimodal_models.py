@@ -13,6 +13,7 @@ import torch
 from sensorium.multimodal import MultiModalKwargs
 from tests.helpers.checkpoints import make_checkpoint, make_hf_model
 from tests.helpers.direct import DirectRun, Prepared, hf_logits, load, prepare, relative_error
+from tests.helpers.mixed_requests import MEDIA
 from tests.helpers.processors import make_image, make_video
 
 TOLERANCE = 1e-5
@@ -51,6 +52,14 @@ LLAVA_CASES = [
     Case("<image>\nWhat is it?", {"image": IMAGES[:1]}),
     Case("<image><image> and <image>", {"image": IMAGES}),
 ]
+FRAMES = [make_video(5, 60, 90, seed=1)]
+
+
+def tile_case(placeholder: str, num_images: int = 3) -> Case:
+    """Pictures of odd sizes, each cut in another way."""
+    return Case("Look: " + f"{placeholder} and ".join([""] * num_images) + placeholder, {"image": IMAGES[:num_images]})
+
+
 AUDIO_CASES = [
     Case("No sound at all.", {}),
     Case(f"Listen: {SOUND} What is it?", {"audio": [make_sound(9000)]}),
@@ -66,7 +75,18 @@ CASES = [
     *[("llava_siglip", case) for case in LLAVA_CASES],
     *[("llava_many_features", case) for case in LLAVA_CASES[1:]],
     *[("qwen2_audio", case) for case in AUDIO_CASES],
+    ("llava_pixtral", tile_case("[IMG]")),
+    ("llava_next", tile_case("<image>")),
+    ("llava_onevision", tile_case("<image>", 1)),
+    ("llava_onevision", Case("Watch <video>!", {"video": FRAMES})),
+    ("internvl", tile_case("<IMG_CONTEXT>")),
+    ("internvl", Case("Watch <video>!", {"video": FRAMES})),
+    ("internvl_normed", tile_case("<IMG_CONTEXT>")),
+    ("mistral3", tile_case("[IMG]")),
+    ("idefics3", tile_case("<image>")),
 ]
+WITH_SEPARATORS = ("mistral3", "idefics3")
+"""Families in which the size of a picture says what stands between its rows."""
 WITH_MEDIA = [(family, case) for family, case in CASES if case.data]
 
 
@@ -91,6 +111,19 @@ def test_whole_prompt_with_media_in_forward(family: str, case: Case) -> None:
     expected = hf_logits(make_hf_model(family), prepared.token_ids, prepared.kwargs)
     logits = DirectRun(model, config).step(prepared.token_ids, prepared.positions, **prepared.batched)
     assert relative_error(logits, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize(
+    ("family", "case"),
+    [
+        ("llava_onevision", tile_case("<image>", 2)),  # pictures that aren't cut
+        ("llava_onevision", Case("<video> or <image>", {"image": IMAGES[:1], "video": FRAMES})),
+        ("smolvlm", tile_case("<image>", 2)),
+    ],
+    ids=str,
+)
+def test_whole_prompts_of_models_that_share_all_else(family: str, case: Case) -> None:
+    test_whole_prompt_with_media_in_forward(family, case)
 
 
 @pytest.mark.parametrize(("family", "case"), WITH_MEDIA, ids=str)
@@ -119,15 +152,19 @@ def test_media_rows_of_items_together_equal_those_of_items_alone(family: str, ca
             one = prepare(config, case_prompt(modality, family), {modality: [item]})
             with torch.inference_mode():
                 alone += model.get_multimodal_embeddings(**one.batched)
-            counts += [each["length"] for each in one.placeholders[modality]]
+            counts.append(sum(token in model.placeholder_token_ids() for token in one.token_ids))
     assert [len(rows) for rows in together] == counts
     for rows, expected in zip(together, alone, strict=True):
         assert relative_error(rows, expected) < TOLERANCE
 
 
 def case_prompt(modality: str, family: str) -> str:
+    if family in MEDIA and not family.startswith("qwen"):
+        return MEDIA[family][modality].placeholder
     if "llava" in family:
         return "<image>"
+    if "internvl" in family:
+        return "<IMG_CONTEXT>"
     return {"image": IMAGE, "video": VIDEO, "audio": SOUND}[modality]
 
 
@@ -148,7 +185,7 @@ def test_items_of_several_requests_in_one_call(family: str, case: Case) -> None:
             assert relative_error(rows, model.get_multimodal_embeddings(**each.batched)[0]) < TOLERANCE
 
 
-@pytest.mark.parametrize(("family", "case"), WITH_MEDIA, ids=str)
+@pytest.mark.parametrize(("family", "case"), [each for each in WITH_MEDIA if each[0] != "llava_pixtral"], ids=str)
 def test_given_rows_take_the_place_of_media(family: str, case: Case) -> None:
     """Rows that a caller computed give the logits that the media themselves give."""
     model, config, prepared = loaded(family, case)
@@ -156,7 +193,9 @@ def test_given_rows_take_the_place_of_media(family: str, case: Case) -> None:
         by_token = {token: list(rows) for token, rows in model.encode_media(**prepared.batched).items()}
     data = {}
     for (modality, items), rows in zip(case.data.items(), by_token.values(), strict=True):
-        data[modality] = [given(modality, prepared, index, rows[index]) for index in range(len(items))]
+        data[modality] = [
+            given(family, modality, prepared, index, rows[index], items[index]) for index in range(len(items))
+        ]
     again = prepare(config, case.prompt, data)
     assert again.token_ids == prepared.token_ids
     assert np.array_equal(again.positions, prepared.positions)
@@ -166,15 +205,17 @@ def test_given_rows_take_the_place_of_media(family: str, case: Case) -> None:
     assert relative_error(logits, expected) < TOLERANCE
 
 
-def given(modality: str, prepared: Prepared, index: int, rows: torch.Tensor) -> Any:
+def given(family: str, modality: str, prepared: Prepared, index: int, rows: torch.Tensor, item: Any) -> Any:
     """An item as rows, in the form that its model takes."""
     grids = prepared.kwargs.get(f"{modality}_grid_thw")
     if grids is None:
+        if family in WITH_SEPARATORS:
+            return {"image_embeds": rows, "image_sizes": torch.tensor([[item.height, item.width]])}
         return rows
-    item = {f"{modality}_embeds": rows, f"{modality}_grid_thw": grids[index]}
+    as_dict = {f"{modality}_embeds": rows, f"{modality}_grid_thw": grids[index]}
     if modality == "video" and "second_per_grid_ts" in prepared.kwargs:
-        item["second_per_grid_ts"] = prepared.kwargs["second_per_grid_ts"][index]
-    return item
+        as_dict["second_per_grid_ts"] = prepared.kwargs["second_per_grid_ts"][index]
+    return as_dict
 
 
 def test_one_dict_may_hold_the_rows_of_several_images() -> None:

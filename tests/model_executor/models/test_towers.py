@@ -13,6 +13,7 @@ from sensorium.errors import ModelError
 from sensorium.model_executor.layers.tower import TowerPlan, frame_starts, patch_positions
 from sensorium.model_executor.model_loader import fill_model, finish_loading
 from sensorium.model_executor.models.clip import CLIPVisionModel
+from sensorium.model_executor.models.pixtral import PixtralVisionModel
 from sensorium.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer, windows_of
 from sensorium.model_executor.models.qwen2_audio import Qwen2AudioEncoder, num_rows_of
 from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer
@@ -123,6 +124,28 @@ def test_many_items_go_through_several_recorded_passes(
         assert relative_error(ours(patches, grids), expected) < TOLERANCE
     # 60 + 24, 32, 140 (too large for any), 16 + 4: recorded when they come again.
     assert capture.num_replays == 2 * 3
+
+
+@pytest.mark.parametrize("square", [1, 2])
+@torch.inference_mode()
+def test_pixtrals_pictures_of_many_sizes(square: int) -> None:
+    """In one call, alone, and by a recorded pass of another size; patches stand square by square."""
+    reference = make_hf_model("llava_pixtral").model.vision_tower
+    ours = filled(PixtralVisionModel(reference.config, square=square), reference)
+    graphs = TowerGraphs(HostReplay(), ours, torch.device("cpu"), torch.float32)
+    for sizes in ([(28, 28)], [(84, 140), (28, 168), (112, 56)], [(56, 28), (28, 28), (28, 56), (168, 84)]) * 2:
+        pictures = [noise(1, 3, *size, seed=seed) for seed, size in enumerate(sizes)]
+        ours.recorder = None
+        rows, grids = ours.encode(pictures, torch.tensor(sizes))
+        for picture, part, grid in zip(pictures, rows.split([h * w for _, h, w in grids]), grids, strict=True):
+            order = patch_positions(grid, square) @ np.array([grid[2], 1])
+            expected = reference(picture).last_hidden_state[0][order]
+            assert relative_error(part, expected) < TOLERANCE
+        ours.recorder = graphs
+        for graph in graphs._graphs.values():
+            graph.pixels.fill_(torch.nan)
+        assert relative_error(ours.encode(pictures, torch.tensor(sizes))[0], rows) < TOLERANCE
+    assert len(graphs) > 0
 
 
 def test_a_size_is_recorded_when_asked_for_again() -> None:
