@@ -22,7 +22,7 @@ from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
 
-TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5", "qwen3_moe")
+TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5", "qwen3_moe", "gpt_oss")
 CROSS = ("whisper",)
 """Whose decoders attend to media by cross-attention."""
 TILES = ("llava_next", "llava_onevision", "internvl", "llava_pixtral", "mistral3", "idefics3")

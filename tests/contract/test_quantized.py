@@ -244,7 +244,7 @@ def test_quantized_tensors_without_a_word_in_the_config_are_refused(
 def test_other_schemes_and_devices_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     model = str(make_checkpoint("llama"))
     with pytest.raises(
-        ConfigError, match="quantization: got 'int4', expected 'compressed-tensors', 'fp8', 'int8' or None"
+        ConfigError, match="quantization: got 'int4', expected 'compressed-tensors', 'fp8', 'int8', 'mxfp4' or None"
     ):
         EngineArgs(model=model, device="cpu", quantization="int4").create_engine_config()
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

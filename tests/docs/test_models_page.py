@@ -35,7 +35,7 @@ def test_what_is_recorded_as_flat_and_equal_is_most_of_the_text_architectures() 
 
 
 def test_the_command_shows_rows_by_name(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["models", "gptoss", "--json"]) == 0
+    assert main(["models", "olmoe", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)
-    assert (row["architecture"], row["way"], row["is_verified"]) == ("GptOssForCausalLM", "flat", True)
+    assert (row["architecture"], row["way"], row["is_verified"]) == ("OlmoeForCausalLM", "flat", True)
     assert main(["models", "nobodys"]) == 1

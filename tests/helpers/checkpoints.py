@@ -139,13 +139,23 @@ def gemma3_config() -> transformers.PretrainedConfig:
 
 def expert_settings(**settings: Any) -> dict[str, Any]:
     """Eight experts, of which three serve a token."""
-    return text_settings(num_experts_per_tok=3, **settings)
+    return text_settings(**{"num_experts_per_tok": 3, **settings})
 
 
 def qwen3_moe_config() -> transformers.PretrainedConfig:
     """A layer of experts, one with an MLP, and one of experts."""
     experts = {"num_experts": 8, "moe_intermediate_size": 40, "mlp_only_layers": [1], "norm_topk_prob": True}
     return transformers.Qwen3MoeConfig(**expert_settings(head_dim=24, **experts))
+
+
+def gpt_oss_config() -> transformers.PretrainedConfig:
+    """A window on two layers of three, stretched frequencies, gates that are often cut off, and square matrices, whose
+    sizes don't tell their axes."""
+    types = ["sliding_attention", "full_attention", "sliding_attention"]
+    rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "truncate": False}
+    rope |= {"rope_theta": 1e4, "beta_fast": 32.0, "beta_slow": 1.0}
+    own = {"num_local_experts": 8, "head_dim": 24, "sliding_window": 24, "layer_types": types, "swiglu_limit": 1.5}
+    return transformers.GptOssConfig(**expert_settings(rope_parameters=rope, intermediate_size=HIDDEN_SIZE, **own))
 
 
 def qwen3_5_config() -> transformers.PretrainedConfig:
@@ -517,6 +527,7 @@ FAMILIES: dict[str, Family] = {
     ),
     "mistral": Family("MistralForCausalLM", lambda: transformers.MistralConfig(**text_settings(sliding_window=24))),
     "mixtral": Family("MixtralForCausalLM", lambda: transformers.MixtralConfig(**expert_settings(num_local_experts=8))),
+    "gpt_oss": Family("GptOssForCausalLM", gpt_oss_config),
     "qwen3_moe": Family("Qwen3MoeForCausalLM", qwen3_moe_config),
     "qwen2": Family("Qwen2ForCausalLM", lambda: transformers.Qwen2Config(**text_settings())),
     "qwen3_5": Family("Qwen3_5ForCausalLM", qwen3_5_config),

@@ -82,6 +82,7 @@ MEDIA: dict[str, dict[str, Media]] = {
     "qwen3": {},
     "qwen3_5": {},
     "qwen3_moe": {},
+    "gpt_oss": {},
     "llava": {"image": Media("<image>", picture, 3)},
     "llava_pixtral": {"image": Media("[IMG]", picture, 3)},
     "llava_next": {"image": Media("<image>", picture, 3)},

@@ -41,6 +41,25 @@ class GeluAndMul(nn.Module):
         return gelu_and_mul(x, self.approximate)
 
 
+class ClampedSwigluAndMul(nn.Module):
+    """`gate * sigmoid(alpha * gate) * (up + 1)` for `x = [gate, up]`, both cut off at `limit`, the gate only above:
+    `(..., 2 * d)` to `(..., d)`.
+
+    Source: `transformers` `GptOssExperts`.
+    """
+
+    def __init__(self, alpha: float, limit: float) -> None:
+        super().__init__()
+        self.alpha = alpha
+        self.limit = limit
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """See the class. Computed in float32, rounded once."""
+        gate, up = x.float().chunk(2, dim=-1)
+        gate, up = gate.clamp(max=self.limit), up.clamp(-self.limit, self.limit)
+        return (gate * torch.sigmoid(self.alpha * gate) * (up + 1.0)).to(x.dtype)
+
+
 class GELU(nn.Module):
     """`x * Phi(x)`.
 

@@ -21,6 +21,7 @@ from torch import nn
 from sensorium.attention import Attention, AttentionMetadata, LayerCache
 from sensorium.cache_spec import SpanRule
 from sensorium.config import EngineConfig, rope_parameters
+from sensorium.distributed import current_tensor_parallel
 from sensorium.kernels import Rotation
 from sensorium.model_executor.adapter_rows import split_rows
 from sensorium.model_executor.layers.activation import get_act_and_mul_fn
@@ -31,6 +32,7 @@ from sensorium.model_executor.layers.linear import (
     RowParallelLinear,
     widen_inner,
 )
+from sensorium.model_executor.layers.parameters import copy_weight, new_parameter
 from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.layers.rotary_embedding import RotaryEmbedding, get_rope
 from sensorium.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
@@ -60,6 +62,8 @@ class DecoderOptions:
     """Factor on the scores of attention; None: the root of a head's channels, inverted."""
     spans: SpanRule = SpanRule.SEEN
     """What attention makes of spans whose positions see one another both ways."""
+    sinks: bool = False
+    """Each query head has a learned score that takes part in its softmax without a value (GPT-OSS)."""
     norm: type[RMSNorm] = RMSNorm
     """The kind of all norms."""
     output_norms: bool = False
@@ -113,6 +117,7 @@ class DecoderAttention(nn.Module):
         if options.qk_norm:
             self.q_norm = options.norm(head_size, eps=text.rms_norm_eps)
             self.k_norm = options.norm(head_size, eps=text.rms_norm_eps)
+        self.sinks = per_head_parameter(num_heads, "sinks") if options.sinks else None
         self.attn = Attention(
             self.qkv_proj.num_heads // num_parts,
             head_size,
@@ -141,10 +146,24 @@ class DecoderAttention(nn.Module):
             query, gate = query[:, 0::2], query[:, 1::2]
         if self.q_norm is not None and self.k_norm is not None:
             query, key = self.q_norm.forward(query), self.k_norm.forward(key)
-        attended: torch.Tensor = self.attn(query, key, value, kv_cache, attn_metadata, rotation=rotation)
+        attended: torch.Tensor = self.attn(
+            query, key, value, kv_cache, attn_metadata, rotation=rotation, sinks=self.sinks
+        )
         if gate is not None:
             attended = attended * torch.sigmoid(gate).flatten(1)
         return self.o_proj.forward(attended)[0]
+
+
+def per_head_parameter(num_heads: int, name: str) -> nn.Parameter:
+    """`(heads,)`: a number for each of this rank's share of a layer's query heads."""
+    shard = current_tensor_parallel().shard
+    num_own = shard.of(num_heads, "attention heads")
+
+    def load(parameter: torch.Tensor, loaded: torch.Tensor) -> None:
+        own = loaded[shard.index * num_own :][:num_own] if len(loaded) == num_heads else loaded
+        copy_weight(parameter, own, name)
+
+    return new_parameter(num_own, loader=load)
 
 
 class GatedMLP(nn.Module):

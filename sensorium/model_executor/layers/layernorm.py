@@ -43,6 +43,14 @@ class RMSNorm(nn.Module):
         return f"{self.weight.shape[0]}, eps={self.variance_epsilon}"
 
 
+class WideRMSNorm(RMSNorm):
+    """`RMSNorm` whose weight is applied in float32, before the result is rounded. Source: `transformers`
+    `GptOssRMSNorm`."""
+
+    def __init__(self, hidden_size: int, eps: float = 1e-6) -> None:
+        super().__init__(hidden_size, eps, torch.float32)
+
+
 class ZeroCenteredRMSNorm(RMSNorm):
     """`RMSNorm` whose weight is stored less 1 and applied in float32.
 

@@ -35,6 +35,7 @@ IN_TREE: dict[str, str] = {
     "GemmaForCausalLM": f"{_MODELS}.gemma:GemmaForCausalLM",
     "Gemma2ForCausalLM": f"{_MODELS}.gemma:Gemma2ForCausalLM",
     "Gemma3ForCausalLM": f"{_MODELS}.gemma:Gemma3ForCausalLM",
+    "GptOssForCausalLM": f"{_MODELS}.gpt_oss:GptOssForCausalLM",
     "LlamaForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "MistralForCausalLM": f"{_MODELS}.llama:LlamaForCausalLM",
     "Qwen2ForCausalLM": f"{_MODELS}.qwen2:Qwen2ForCausalLM",

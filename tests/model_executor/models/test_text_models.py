@@ -11,14 +11,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
+from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from sensorium.attention import AttentionMetadata, compute_slot_mapping
+from sensorium.distributed import TensorParallel
+from sensorium.model_executor.model_loader import load_model
 from tests.helpers.checkpoints import make_checkpoint, make_hf_model
-from tests.helpers.direct import DirectRun, hf_logits, load, relative_error
+from tests.helpers.direct import DirectRun, engine_config, hf_logits, load, relative_error
+from tests.helpers.ranks import on_ranks
 
 TEXT_FAMILIES = [
-    *("gemma", "gemma2", "gemma3", "llama", "llama_biased", "mistral", "mixtral"),
+    *("gemma", "gemma2", "gemma3", "llama", "llama_biased", "mistral", "mixtral", "gpt_oss"),
     *("qwen2", "qwen2_windowed", "qwen3", "qwen3_5", "qwen3_moe"),
 ]
 TOLERANCE = 1e-5
@@ -96,6 +101,42 @@ def test_scaled_rotary_positions(rope: dict[str, Any], tmp_path: Path) -> None:
     ids = prompt(80)
     expected = hf_logits(AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager"), ids, {})
     assert relative_error(DirectRun(*load(path)).step(ids), expected) < TOLERANCE
+
+
+def test_experts_in_4_bit_floats(tmp_path: Path) -> None:
+    """GPT-OSS as it stands on the hub: experts in blocks, outputs first. Equal to the checkpoint of their values, also
+    for ranks, which have whole blocks."""
+    tensors = load_file(make_checkpoint("gpt_oss") / "model.safetensors")
+    stored, meant = {}, {}
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in tensors.items():
+        stored[name] = meant[name] = tensor
+        if name.endswith(("gate_up_proj", "down_proj")):
+            experts, inputs, outputs = tensor.shape
+            shape = (experts, outputs, inputs // 32)
+            blocks = torch.randint(0, 256, (*shape, 16), generator=generator, dtype=torch.uint8)
+            scales = torch.randint(121, 126, shape, generator=generator, dtype=torch.uint8)
+            del stored[name]
+            stored |= {f"{name}_blocks": blocks, f"{name}_scales": scales}
+            meant[name] = convert_moe_packed_tensors(blocks, scales, dtype=torch.float32).contiguous()
+    paths = []
+    for folder, content in (("stored", stored), ("meant", meant)):
+        paths.append(shutil.copytree(make_checkpoint("gpt_oss"), tmp_path / folder))
+        save_file(content, paths[-1] / "model.safetensors")
+    config = json.loads((paths[0] / "config.json").read_text())
+    config["quantization_config"] = {"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]}
+    (paths[0] / "config.json").write_text(json.dumps(config))
+    ids = prompt(40)
+    logits, expected = (DirectRun(*load(path)).step(ids) for path in paths)
+    assert torch.equal(logits, expected)
+
+    config_of_ranks = engine_config(paths[0], tensor_parallel_size=2)
+
+    def on_rank(group: TensorParallel) -> torch.Tensor:
+        return DirectRun(load_model(config_of_ranks.as_rank_of(group)), config_of_ranks).step(ids)
+
+    for of_rank in on_ranks(2, on_rank):
+        assert relative_error(of_rank, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])

@@ -14,6 +14,7 @@ _CLASSES: dict[str, str | type[QuantizationConfig]] = {
     "compressed-tensors": f"{_HERE}.compressed_tensors:CompressedTensorsConfig",
     "fp8": f"{_HERE}.fp8:Fp8Config",
     "int8": f"{_HERE}.int8:Int8Config",
+    "mxfp4": f"{_HERE}.mxfp4:Mxfp4Config",
 }
 """A class, or its name as `"module:Class"`, which is imported when it is needed."""
 

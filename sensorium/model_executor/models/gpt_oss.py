@@ -1,0 +1,59 @@
+"""GPT-OSS: experts with biases and a clamped gate, a learned sink for each head, windows on every other layer.
+
+Paper: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card", section 2. Reference: `transformers` `GptOssForCausalLM`.
+Text only. A router's softmax is over the chosen experts' logits alone, which is that over all, normalised. Checkpoints
+with experts in MXFP4 are read, and held in the model's dtype.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+
+from sensorium.config import EngineConfig
+from sensorium.model_executor.layers.activation import ClampedSwigluAndMul
+from sensorium.model_executor.layers.decoder import DecoderOptions
+from sensorium.model_executor.layers.layernorm import WideRMSNorm
+from sensorium.model_executor.layers.mixture_of_experts import Experts, MixtureOfExperts, Routing
+from sensorium.model_executor.models.llama import LlamaForCausalLM
+from sensorium.model_executor.models.utils import AutoWeightsLoader, WeightsMapper
+
+if TYPE_CHECKING:
+    from transformers import PretrainedConfig
+
+
+def make_mlp(config: EngineConfig, _layer: int, prefix: str) -> nn.Module:
+    """The experts of a layer, in whose checkpoints gate and up take turns, behind the inputs."""
+    text = config.model_config.hf_text_config
+    # Older versions of transformers have the first as a constant.
+    act_fn = ClampedSwigluAndMul(getattr(text, "swiglu_alpha", 1.702), text.swiglu_limit)
+    experts = Experts(
+        *(text.num_local_experts, text.hidden_size, text.intermediate_size, act_fn),
+        bias=True,
+        quant_config=config.quant_config,
+        prefix=f"{prefix}.experts",
+        is_transposed=True,
+        is_interleaved=True,
+    )
+    return MixtureOfExperts(
+        experts, Routing(text.num_experts_per_tok), text.hidden_size, router_bias=True, prefix=prefix
+    )
+
+
+class GptOssForCausalLM(LlamaForCausalLM):
+    """A decoder and its output head."""
+
+    names = WeightsMapper(orig_to_new_substr={".mlp.router.": ".mlp.gate."})
+
+    @staticmethod
+    def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
+        """Where it differs from Llama."""
+        bias = bool(text_config.attention_bias)
+        return DecoderOptions(qkv_bias=bias, output_bias=bias, sinks=True, norm=WideRMSNorm, make_mlp=make_mlp)
+
+    def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
+        """Fill the parameters."""
+        return AutoWeightsLoader(self).load_weights(weights, mapper=self.names)
