@@ -32,37 +32,58 @@ extension API catch, so `except ValueError` written for another engine keeps wor
 
 from __future__ import annotations
 
+import re
+
 
 class SensoriumError(Exception):
     """Base of all errors that Sensorium raises on purpose.
 
+    Its text is `field: message`, or the message alone. Nobody reads the text to find out what an error is about: that
+    is what the attributes are for.
+
     Args:
         args: the message.
         code: instead of the class's `code`.
-        param: see there.
         field: see there.
+        param: see there.
+        reason: see there.
     """
 
     status: int = 500
     """HTTP status of the answer."""
     code: str = "server_error"
     """What kind of error it is, for programs: OpenAI's word where there is one."""
-    param: str | None = None
-    """The field of the request that is at fault, where it isn't the one that the message begins with."""
     field: str | None = None
-    """What the engine calls the field at fault, where callers may have sent it under another name and are to be told of
-    that: `structured_outputs`, `reasoning_effort`."""
+    """The field of the request that is at fault, with the path into it, such as `messages[0].content`; as the engine
+    calls it, until a route that takes it under another name renames it."""
+    param: str | None = None
+    """What the client is told is at fault, where it isn't a field that the route has."""
+    reason: str | None = None
+    """What is wrong, in a clause, for those who build a sentence of their own from it."""
 
     def __init__(
-        self, *args: object, code: str | None = None, param: str | None = None, field: str | None = None
+        self,
+        *args: object,
+        code: str | None = None,
+        field: str | None = None,
+        param: str | None = None,
+        reason: str | None = None,
     ) -> None:
         super().__init__(*args)
-        if code is not None:
-            self.code = code
-        if param is not None:
-            self.param = param
-        if field is not None:
-            self.field = field
+        given = {"code": code, "field": field, "param": param, "reason": reason}
+        self.__dict__.update({name: value for name, value in given.items() if value is not None})
+
+    def __str__(self) -> str:
+        return self.message if self.field is None else f"{self.field}: {self.message}"
+
+    @property
+    def message(self) -> str:
+        """The text without the field."""
+        return str(self.args[0]) if self.args else ""
+
+    def is_about(self, name: str) -> bool:
+        """Whether a field, or something in it, is at fault."""
+        return self.field is not None and root_of(self.field) == name
 
 
 class ConfigError(SensoriumError, ValueError):
@@ -79,9 +100,6 @@ class DummyDataError(ModelError, AssertionError):
 
 class ModelLookupError(ModelError, KeyError):
     """A name or a model that is not registered."""
-
-    def __str__(self) -> str:  # KeyError would show the message's repr
-        return str(self.args[0]) if self.args else ""
 
 
 class WeightsError(SensoriumError, ValueError):
@@ -168,9 +186,6 @@ class UnregisteredModalityError(RequestError, KeyError):
 
     code = "unsupported_modality"
 
-    def __str__(self) -> str:  # KeyError would show the message's repr
-        return str(self.args[0]) if self.args else ""
-
 
 class UnsupportedFeatureError(RequestError, NotImplementedError):
     """A feature that exists in the interface but not for this model or build."""
@@ -233,6 +248,11 @@ class OverloadedError(RequestError, RuntimeError):
     def __init__(self, message: str, *, retry_after_s: float = 1.0, field: str | None = None) -> None:
         super().__init__(message, field=field)
         self.retry_after_s = retry_after_s
+
+
+def root_of(field: str) -> str:
+    """The field of a path into it: `messages` of `messages[0].content`."""
+    return re.split(r"[.\[]", field, maxsplit=1)[0]
 
 
 def error_named(name: str, message: str) -> SensoriumError:

@@ -178,13 +178,15 @@ def adapter_id(modules: Mapping[str, str], request: LoRARequest | str | None) ->
     if asked.lora_name not in modules:
         known = f"one of {list(modules)}" if modules else "None, since the engine has no adapters"
         raise InvalidRequestError(
-            f"lora_request: got {asked.lora_name!r:.120}, expected {known}. Adapters are loaded with the model: name "
-            "it in lora_modules (--lora-modules)."
+            f"got {asked.lora_name!r:.120}, expected {known}. Adapters are loaded with the model: name "
+            "it in lora_modules (--lora-modules).",
+            field="lora_request",
         )
     own = modules[asked.lora_name]
     if asked.lora_path is not None and Path(asked.lora_path).expanduser().resolve() != Path(own).resolve():
         raise InvalidRequestError(
-            f"lora_request: got another path for {asked.lora_name!r:.120} than lora_modules has, expected the same. "
-            "Leave lora_path out, or give the other adapter a name of its own in lora_modules."
+            f"got another path for {asked.lora_name!r:.120} than lora_modules has, expected the same. "
+            "Leave lora_path out, or give the other adapter a name of its own in lora_modules.",
+            field="lora_request",
         )
     return list(modules).index(asked.lora_name) + 1

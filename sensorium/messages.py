@@ -178,7 +178,7 @@ class TokenLogprobs(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class RequestFailure:
-    """The worker could not go on with one request. `message` is fit for the caller."""
+    """The worker could not go on with one request. `message` is fit for the caller, as `SensoriumError.message` is."""
 
     message: str
     status: int = 500
@@ -186,11 +186,13 @@ class RequestFailure:
     """That of the error, where there was one of our own."""
     field: str | None = None
     """Likewise."""
+    reason: str | None = None
+    """Likewise."""
 
     @classmethod
     def of(cls, error: SensoriumError) -> RequestFailure:
         """A failure by an error of our own, whose message is fit for the caller."""
-        return cls(str(error), error.status, error.code, error.field)
+        return cls(error.message, error.status, error.code, error.field, error.reason)
 
 
 @dataclass(frozen=True, slots=True, eq=False)

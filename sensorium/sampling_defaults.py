@@ -119,9 +119,8 @@ def _checked(name: str, value: Any, target: str, given: Any) -> Any:
     try:
         return getattr(SamplingParams(**{"max_tokens": None, target: value}), target)
     except RequestError as error:
-        reason = str(error).partition("expected ")[2].partition(". ")[0]
         raise ModelError(
-            f"{name} in {FILE_NAME}: got {given!r:.120}, expected {reason}. Correct the file, or set "
+            f"{name} in {FILE_NAME}: got {given!r:.120}, {error.reason or error.message}. Correct the file, or set "
             "generation_config (--generation-config) to 'none'."
         ) from error
 

@@ -119,13 +119,15 @@ class SamplingParams:
             object.__setattr__(self, "top_k", 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise InvalidRequestError(
-                f"min_tokens: got {self.min_tokens}, expected at most max_tokens ({self.max_tokens}). "
-                "Lower min_tokens or raise max_tokens."
+                f"got {self.min_tokens}, expected at most max_tokens ({self.max_tokens}). "
+                "Lower min_tokens or raise max_tokens.",
+                field="min_tokens",
             )
         if self.stop and not self.detokenize:
             raise InvalidRequestError(
-                "stop: got stop strings with detokenize=False, expected text to search. "
-                "Set detokenize=True or use stop_token_ids."
+                "got stop strings with detokenize=False, expected text to search. "
+                "Set detokenize=True or use stop_token_ids.",
+                field="stop",
             )
 
     @classmethod
@@ -202,8 +204,9 @@ class SamplingParams:
         room = max_model_len - num_prompt_tokens
         if self.min_tokens > room:
             raise InvalidRequestError(
-                f"min_tokens: got {self.min_tokens}, expected at most the {room} tokens left in the context. "
-                "Lower min_tokens, shorten the prompt or raise max_model_len."
+                f"got {self.min_tokens}, expected at most the {room} tokens left in the context. "
+                "Lower min_tokens, shorten the prompt or raise max_model_len.",
+                field="min_tokens",
             )
 
 
@@ -224,8 +227,8 @@ def mix64(value: int) -> int:
 def _check_ids(name: str, token_ids: Collection[int], vocab_size: int) -> None:
     if token_ids and max(token_ids) >= vocab_size:
         raise InvalidRequestError(
-            f"{name}: got token id {max(token_ids)}, expected less than the vocabulary's {vocab_size}. "
-            f"Remove it from {name}."
+            f"got token id {max(token_ids)}, expected less than the vocabulary's {vocab_size}. Remove it from {name}.",
+            field=name,
         )
 
 
@@ -246,11 +249,13 @@ def _list_of(names: Sequence[str]) -> str:
 
 
 def _out_of_bounds(name: str, value: object, expected: str) -> InvalidRequestError:
-    return InvalidRequestError(f"{name}: got {_shown(value)}, expected {expected}. Change {name}.")
+    text = f"got {_shown(value)}, expected {expected}. Change {name}."
+    return InvalidRequestError(text, field=name, reason=f"expected {expected}")
 
 
 def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:
-    return InvalidTypeError(f"{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}.")
+    text = f"got a value of type {type(value).__name__}, expected {expected}. Change {name}."
+    return InvalidTypeError(text, field=name, reason=f"expected {expected}")
 
 
 def _flag(name: str, value: Any) -> bool:
@@ -313,7 +318,9 @@ def _items(name: str, value: Any, max_items: int, kind: str) -> Sequence[Any]:
         raise _wrong_type(name, value, f"a list of {kind}")
     items: Sequence[Any] = value if isinstance(value, Sequence) else tuple(value)
     if len(items) > max_items:
-        raise InvalidRequestError(f"{name}: got {len(items)} entries, expected at most {max_items}. Shorten {name}.")
+        raise InvalidRequestError(
+            f"got {len(items)} entries, expected at most {max_items}. Shorten {name}.", field=name
+        )
     return items
 
 
@@ -327,7 +334,7 @@ def _strings(max_items: int, max_chars: int) -> _Check:
                 raise _wrong_type(name, item, "strings")
             if not 0 < len(item) <= max_chars:
                 raise InvalidRequestError(
-                    f"{name}: got a string of {len(item)} characters, expected 1 to {max_chars}. Change {name}."
+                    f"got a string of {len(item)} characters, expected 1 to {max_chars}. Change {name}.", field=name
                 )
         return tuple(items)
 
@@ -351,7 +358,7 @@ def _token_sequences(name: str, value: Any) -> tuple[tuple[int, ...], ...]:
     one = _token_ids(4 * MAX_BAD_WORD_CHARS)
     sequences = tuple(one(name, item) for item in _items(name, value, MAX_BAD_WORD_SEQUENCES, "lists of token ids"))
     if not all(sequences):
-        raise InvalidRequestError(f"{name}: got an empty list, expected at least one token id. Remove it.")
+        raise InvalidRequestError("got an empty list, expected at least one token id. Remove it.", field=name)
     return sequences
 
 
@@ -363,13 +370,13 @@ def _biases(name: str, value: Any) -> dict[int, float]:
         raise _wrong_type(name, value, "a mapping from token ids to numbers")
     if len(value) > MAX_LOGIT_BIASES:
         raise InvalidRequestError(
-            f"{name}: got {len(value)} entries, expected at most {MAX_LOGIT_BIASES}. Shorten {name}."
+            f"got {len(value)} entries, expected at most {MAX_LOGIT_BIASES}. Shorten {name}.", field=name
         )
     token_id = _integer(0, _MAX_COUNT)
     bias = _number(-MAX_LOGIT_BIAS, MAX_LOGIT_BIAS)
     biases = {token_id(name, _key_as_int(name, key)): bias(name, number) for key, number in value.items()}
     if len(biases) < len(value):
-        raise InvalidRequestError(f"{name}: got a token id twice, expected it once. Remove one of them.")
+        raise InvalidRequestError("got a token id twice, expected it once. Remove one of them.", field=name)
     return biases
 
 
@@ -390,7 +397,7 @@ def _key_as_int(name: str, key: Any) -> Any:
         return key
     if WHOLE_NUMBER.fullmatch(key) is None:
         raise InvalidRequestError(
-            f"{name}: got the key {_shown(key)}, expected a token id in digits, such as '42'. Change it."
+            f"got the key {_shown(key)}, expected a token id in digits, such as '42'. Change it.", field=name
         )
     return int(key)
 

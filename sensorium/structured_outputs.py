@@ -63,9 +63,8 @@ class StructuredOutputs:
         chosen = [name for name in _KINDS if getattr(self, name) not in (None, False, (), [])]
         if len(chosen) != 1:
             raise InvalidRequestError(
-                f"structured_outputs: got {' and '.join(chosen) or 'none of them'}, expected exactly one of "
-                f"{', '.join(_KINDS)}. Set one.",
-                field=FIELD,
+                f"got {' and '.join(chosen) or 'none of them'}, expected exactly one of {', '.join(_KINDS)}. Set one.",
+                field="structured_outputs",
             )
         _set(self, "json", None if self.json is None else _canonical_schema(self.json))
         if not isinstance(self.json_object, bool):
@@ -87,8 +86,8 @@ def _set(value: StructuredOutputs, name: str, kept: Any) -> None:
 
 def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:
     return InvalidTypeError(
-        f"structured_outputs.{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}.",
-        field=FIELD,
+        f"got a value of type {type(value).__name__}, expected {expected}. Change {name}.",
+        field=f"structured_outputs.{name}",
     )
 
 
@@ -99,15 +98,15 @@ def _text(name: str, value: Any, max_chars: int) -> str | None:
         raise _wrong_type(name, value, "a string")
     if not 0 < len(value) <= max_chars:
         raise InvalidRequestError(
-            f"structured_outputs.{name}: got {len(value)} characters, expected 1 to {max_chars}. Change {name}.",
-            field=FIELD,
+            f"got {len(value)} characters, expected 1 to {max_chars}. Change {name}.",
+            field=f"structured_outputs.{name}",
         )
     try:
         value.encode()
     except UnicodeEncodeError:
         raise InvalidRequestError(
-            f"structured_outputs.{name}: got half of a surrogate pair, expected Unicode text. Change {name}.",
-            field=FIELD,
+            f"got half of a surrogate pair, expected Unicode text. Change {name}.",
+            field=f"structured_outputs.{name}",
         ) from None
     return value
 
@@ -132,9 +131,8 @@ def _bracketed(name: str, value: Any, max_chars: int) -> str | None:
 
 def _too_deep(name: str, most: int) -> InvalidRequestError:
     return InvalidRequestError(
-        f"structured_outputs.{name}: got brackets nested more than {most} deep, expected at most {most}. "
-        f"Simplify {name}.",
-        field=FIELD,
+        f"got brackets nested more than {most} deep, expected at most {most}. Simplify {name}.",
+        field=f"structured_outputs.{name}",
     )
 
 
@@ -145,8 +143,8 @@ def _choices(value: Any) -> tuple[str, ...]:
         raise _wrong_type("choice", value, "a list of strings")
     if len(value) > MAX_CHOICES:
         raise InvalidRequestError(
-            f"structured_outputs.choice: got {len(value)} choices, expected at most {MAX_CHOICES}. Shorten the list.",
-            field=FIELD,
+            f"got {len(value)} choices, expected at most {MAX_CHOICES}. Shorten the list.",
+            field="structured_outputs.choice",
         )
     for each in value:
         if _text("choice", each, MAX_CHOICE_CHARS) is None:
@@ -154,9 +152,8 @@ def _choices(value: Any) -> tuple[str, ...]:
     num_chars = sum(map(len, value))
     if num_chars > MAX_CHOICES_CHARS:
         raise InvalidRequestError(
-            f"structured_outputs.choice: got {num_chars} characters in all, expected at most {MAX_CHOICES_CHARS}. "
-            "Shorten the list.",
-            field=FIELD,
+            f"got {num_chars} characters in all, expected at most {MAX_CHOICES_CHARS}. Shorten the list.",
+            field="structured_outputs.choice",
         )
     return tuple(dict.fromkeys(value))
 
@@ -172,16 +169,15 @@ def _canonical_schema(value: Any) -> str:
         raise _too_deep("json", MAX_SCHEMA_DEPTH)
     if not is_within(value, MAX_SCHEMA_CHARS):
         raise InvalidRequestError(
-            f"structured_outputs.json: got more than {MAX_SCHEMA_CHARS} characters, expected at most so many. "
-            "Change json.",
-            field=FIELD,
+            f"got more than {MAX_SCHEMA_CHARS} characters, expected at most so many. Change json.",
+            field="structured_outputs.json",
         )
     try:
         text = json_module.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     except (TypeError, ValueError):
         raise InvalidRequestError(
-            "structured_outputs.json: got an object that is no JSON, expected a JSON schema. Use JSON's types only.",
-            field=FIELD,
+            "got an object that is no JSON, expected a JSON schema. Use JSON's types only.",
+            field="structured_outputs.json",
         ) from None
     _text("json", text, MAX_SCHEMA_CHARS)
     return text
@@ -192,8 +188,8 @@ def _parsed(text: str) -> Any:
         return json_module.loads(text)
     except (ValueError, RecursionError):
         raise InvalidRequestError(
-            "structured_outputs.json: got a text that is no JSON, expected a JSON schema. Correct json.",
-            field=FIELD,
+            "got a text that is no JSON, expected a JSON schema. Correct json.",
+            field="structured_outputs.json",
         ) from None
 
 

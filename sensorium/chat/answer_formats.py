@@ -36,7 +36,7 @@ class AnswerFormats:
     def calls(self) -> ToolFormat:
         """The format of calls. Raises `UnsupportedFeatureError` if there is none."""
         if self.tool_format is None:
-            raise UnsupportedFeatureError(f"tools: got functions, expected none, since {self.why_no_tools}")
+            raise UnsupportedFeatureError(f"got functions, expected none, since {self.why_no_tools}", field="tools")
         return self.tool_format
 
     def is_reasoning_open(self, prompt: str, *, is_continued: bool = False) -> bool:

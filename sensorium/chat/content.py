@@ -84,15 +84,19 @@ def parse_messages(messages: object, places: Sequence[str] | None = None) -> lis
     if not isinstance(messages, Sequence) or isinstance(messages, str | bytes):
         raise _wrong_type("messages", messages, "a list of messages")
     if not messages:
-        raise InvalidRequestError("messages: got none, expected at least one. Add a message of role 'user'.")
+        raise InvalidRequestError("got none, expected at least one. Add a message of role 'user'.", field="messages")
     if len(messages) > MAX_MESSAGES:
-        raise InvalidRequestError(f"messages: got {len(messages)}, expected at most {MAX_MESSAGES}. Send fewer.")
+        raise InvalidRequestError(
+            f"got {len(messages)}, expected at most {MAX_MESSAGES}. Send fewer.", field="messages"
+        )
     if places is None:
         places = [f"messages[{index}]" for index in range(len(messages))]
     parsed = [_parse_message(message, where) for message, where in zip(messages, places, strict=True)]
     roles = {message.role for message in parsed}
     if len(roles) > MAX_ROLES:
-        raise InvalidRequestError(f"messages: got {len(roles)} roles, expected at most {MAX_ROLES}. Change roles.")
+        raise InvalidRequestError(
+            f"got {len(roles)} roles, expected at most {MAX_ROLES}. Change roles.", field="messages"
+        )
     return parsed
 
 
@@ -104,7 +108,8 @@ def _parse_message(message: object, where: str) -> Message:
         raise _wrong_type(f"{where}.role", role, "a string such as 'user'")
     if len(role) > MAX_ROLE_CHARS:
         raise InvalidRequestError(
-            f"{where}.role: got {len(role)} characters, expected at most {MAX_ROLE_CHARS}. Change {where}.role."
+            f"got {len(role)} characters, expected at most {MAX_ROLE_CHARS}. Change {where}.role.",
+            field=f"{where}.role",
         )
     fields = {key: value for key, value in message.items() if key not in ("role", "content") and value is not None}
     if not isinstance(fields.get("tool_call_id", ""), str):
@@ -122,7 +127,7 @@ def _parse_message(message: object, where: str) -> Message:
         raise _wrong_type(f"{where}.content", content, "a string or a list of parts")
     if len(content) > MAX_PARTS:
         raise InvalidRequestError(
-            f"{where}.content: got {len(content)} parts, expected at most {MAX_PARTS}. Send fewer."
+            f"got {len(content)} parts, expected at most {MAX_PARTS}. Send fewer.", field=f"{where}.content"
         )
     parts = tuple(_parse_part(part, f"{where}.content[{index}]") for index, part in enumerate(content))
     return Message(role, where, parts=parts, fields=fields)
@@ -179,7 +184,7 @@ def _parse_part(part: object, where: str) -> Part:
     kind = part.get("type")
     if not isinstance(kind, str) or kind not in _PARSERS:
         raise InvalidRequestError(
-            f"{where}.type: got {kind!r:.60}, expected one of {sorted(_PARSERS)}. Change the part."
+            f"got {kind!r:.60}, expected one of {sorted(_PARSERS)}. Change the part.", field=f"{where}.type"
         )
     return _PARSERS[kind](part, where)
 
@@ -220,7 +225,7 @@ def _check_detail(detail: object, where: str) -> None:
     """Pictures are always seen in full detail, as far as the model's own limits go."""
     if detail not in (None, "auto", "high", "original"):
         raise UnsupportedFeatureError(
-            f"{where}: got {detail!r:.60}, expected 'auto' or 'high'. Leave it out, or send a smaller image."
+            f"got {detail!r:.60}, expected 'auto' or 'high'. Leave it out, or send a smaller image.", field=where
         )
 
 
@@ -239,7 +244,8 @@ def _input_audio(part: Mapping[str, Any], where: str) -> Part:
         raise _wrong_type(f"{where_inner}.data", data, "base64 as a string")
     if audio_format is not None and not (isinstance(audio_format, str) and len(audio_format) <= _MAX_FORMAT_CHARS):
         raise InvalidRequestError(
-            f"{where_inner}.format: got {audio_format!r:.60}, expected a short name such as 'wav' or 'mp3'. Change it."
+            f"got {audio_format!r:.60}, expected a short name such as 'wav' or 'mp3'. Change it.",
+            field=f"{where_inner}.format",
         )
     # The declared format is ignored: the bytes tell the real one.
     source = data if data[:5].lower() == "data:" else f"data:;base64,{data}"
@@ -255,7 +261,9 @@ def _object(modality: str) -> _Parser:
         keys = [key for key in (modality, "url", "path") if part.get(key) is not None]
         _check_keys(part, ("type", modality, "url", "path", "uuid"), where)
         if len(keys) > 1:
-            raise InvalidRequestError(f"{where}: got {' and '.join(keys)}, expected one of them. Leave out the others.")
+            raise InvalidRequestError(
+                f"got {' and '.join(keys)}, expected one of them. Leave out the others.", field=where
+            )
         uuid = _uuid(part, where)
         source = _content(part, keys[0] if keys else modality, where, uuid)
         is_encoded = isinstance(source, str | bytes | Path)
@@ -288,7 +296,7 @@ def _content(part: Mapping[str, Any], key: str, where: str, uuid: str | None = N
     """A part's content; None only if it has a name instead."""
     value = part.get(key)
     if value is None and uuid is None:
-        raise InvalidRequestError(f"{where}.{key}: got nothing, expected the content. Send it.")
+        raise InvalidRequestError("got nothing, expected the content. Send it.", field=f"{where}.{key}")
     return value
 
 
@@ -303,13 +311,13 @@ def _check_keys(part: Mapping[str, Any], known: Iterable[str], where: str) -> No
     unknown = sorted(str(key) for key in part.keys() - CACHE_HINTS - set(known) if part[key] is not None)
     if unknown:
         raise InvalidRequestError(
-            f"{where}: got the unknown fields {unknown[:8]}, expected {sorted(known)}. Remove them."
+            f"got the unknown fields {unknown[:8]}, expected {sorted(known)}. Remove them.", field=where
         )
 
 
 def _wrong_type(where: str, value: object, expected: str) -> InvalidTypeError:
     kind = "nothing" if value is None else f"a value of type {type(value).__name__}"
-    return InvalidTypeError(f"{where}: got {kind}, expected {expected}. Change {where}.")
+    return InvalidTypeError(f"got {kind}, expected {expected}. Change {where}.", field=where)
 
 
 _PARSERS: dict[str, _Parser] = {

@@ -66,26 +66,27 @@ class ChatMedia:
         if self.named is None:
             if part.source is None:
                 raise InvalidRequestError(
-                    f"{part.where}: got a uuid, expected the content. Send it; a uuid alone is not enough here."
+                    "got a uuid, expected the content. Send it; a uuid alone is not enough here.", field=part.where
                 )
         elif part.uuid is not None and not 0 < len(part.uuid) <= MAX_UUID_CHARS:
             raise InvalidRequestError(
-                f"{part.where}.uuid: got {len(part.uuid)} characters, expected 1 to {MAX_UUID_CHARS}. Change it."
+                f"got {len(part.uuid)} characters, expected 1 to {MAX_UUID_CHARS}. Change it.",
+                field=f"{part.where}.uuid",
             )
 
     def _check_source(self, part: MediaPart) -> None:
         if isinstance(part.source, Embeddings):
             if not self.accept_embeddings:
                 raise UnsupportedFeatureError(
-                    f"{part.where}: got embeddings, expected {part.modality} content. Embeddings as input are "
-                    "switched off here."
+                    f"got embeddings, expected {part.modality} content. Embeddings as input are switched off here.",
+                    field=part.where,
                 )
             given, expected = part.source.value, "base64 of a safetensors file"
         else:
             given, expected = part.source, f"an address or a data URL as {part.modality}_url"
         if not self.accept_objects and not isinstance(given, str | EncodedMedia):
             raise InvalidTypeError(
-                f"{part.where}: got a value of type {type(given).__name__}, expected {expected}. Change the part."
+                f"got a value of type {type(given).__name__}, expected {expected}. Change the part.", field=part.where
             )
 
     def load(self, parts: Sequence[MediaPart], kwargs: Mapping[str, Any], scope: bytes) -> list[Any]:
@@ -126,7 +127,8 @@ class ChatMedia:
     def _loader_for(self, part: MediaPart) -> MediaLoader:
         if self.loader is None:
             raise UnsupportedFeatureError(
-                f"{part.where}: got an address, expected an object, since nothing here fetches media. Load it first."
+                "got an address, expected an object, since nothing here fetches media. Load it first.",
+                field=part.where,
             )
         return self.loader
 
@@ -152,8 +154,9 @@ class ChatMedia:
         found = named.get(key, self._sampler(part, kwargs))
         if found is None:
             raise MediaUnavailableError(
-                f"{part.where}.uuid: got {part.uuid!r:.80} without content, expected the name of {part.modality} that "
-                "was sent before and is still kept. Send the content again."
+                f"got {part.uuid!r:.80} without content, expected the name of {part.modality} that "
+                "was sent before and is still kept. Send the content again.",
+                field=f"{part.where}.uuid",
             )
         return found
 
@@ -177,6 +180,7 @@ def read_embeddings(text: str, where: str) -> Any:
         tensors = load(bytes_of_base64(text))
     except (ValueError, SafetensorError) as exc:
         raise InvalidRequestError(
-            f"{where}: got something else, expected base64 of a safetensors file. Encode the tensors with safetensors."
+            "got something else, expected base64 of a safetensors file. Encode the tensors with safetensors.",
+            field=where,
         ) from exc
     return next(iter(tensors.values())) if len(tensors) == 1 else tensors

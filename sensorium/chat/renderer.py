@@ -188,11 +188,13 @@ class ChatRenderer:
         reserved = sorted(str(name) for name in variables if name in RESERVED or not isinstance(name, str))
         if reserved:
             raise InvalidRequestError(
-                f"chat_template_kwargs: got {reserved}, expected variables of the template. Use the request's "
-                "own fields."
+                f"got {reserved}, expected variables of the template. Use the request's own fields.",
+                field="chat_template_kwargs",
             )
         if tools is not None and (isinstance(tools, str) or not isinstance(tools, Sequence)):
-            raise InvalidTypeError(f"tools: got a value of type {type(tools).__name__}, expected a list. Change tools.")
+            raise InvalidTypeError(
+                f"got a value of type {type(tools).__name__}, expected a list. Change tools.", field="tools"
+            )
         parsed = parse_messages(messages, places)
         template = self._template(chat_template, has_tools=bool(tools))
         if tools or concern_tools(parsed):
@@ -229,8 +231,9 @@ class ChatRenderer:
             return select_template(self._templates, has_tools=has_tools, name=asked)
         if not self._trusts_requests:
             raise UnsupportedFeatureError(
-                "chat_template: got a template with the request, expected none. The operator can allow it with "
-                "trust_request_chat_template."
+                "got a template with the request, expected none. The operator can allow it with "
+                "trust_request_chat_template.",
+                field="chat_template",
             )
         return asked
 
@@ -349,8 +352,9 @@ class _MessageWriter:
             count = self._count_placeholders(modality, len(own), "\n".join(message.texts()))
             if count > len(own):
                 raise InvalidRequestError(
-                    f"{message.where}.content: got {count} {modality} placeholders in the text for {len(own)} "
-                    f"{modality} parts, expected at most as many. Remove them, or add the media."
+                    f"got {count} {modality} placeholders in the text for {len(own)} "
+                    f"{modality} parts, expected at most as many. Remove them, or add the media.",
+                    field=f"{message.where}.content",
                 )
             written.update(own[len(own) - count :])
         return written
@@ -405,7 +409,8 @@ class _MessageWriter:
 def _required(placeholder: str | None, part: MediaPart) -> str:
     if placeholder is None:
         raise UnsupportedFeatureError(
-            f"{part.where}: the model's chat template has no place for {part.modality} parts. Write the model's "
-            f"placeholder into the text, or register one with register_placeholder_str({part.modality!r}, ...)."
+            f"the model's chat template has no place for {part.modality} parts. Write the model's "
+            f"placeholder into the text, or register one with register_placeholder_str({part.modality!r}, ...).",
+            field=part.where,
         )
     return placeholder

@@ -119,8 +119,9 @@ def select_template(templates: str | Mapping[str, str] | None, *, has_tools: boo
             if each in templates:
                 return templates[each]
     raise InvalidRequestError(
-        "chat_template: the model has none for this request, expected one in its checkpoint. Set chat_template, or "
-        "send a prompt that is already in the model's format."
+        "the model has none for this request, expected one in its checkpoint. Set chat_template, or "
+        "send a prompt that is already in the model's format.",
+        field="chat_template",
     )
 
 
@@ -138,17 +139,17 @@ def reasoning_variables(template: str, effort: str | None) -> dict[str, Any]:
         return {}
     if effort not in EFFORTS:
         raise InvalidRequestError(
-            f"reasoning_effort: got {effort!r:.60}, expected one of {list(EFFORTS)}. Change reasoning_effort.",
-            field=EFFORT_FIELD,
+            f"got {effort!r:.60}, expected one of {list(EFFORTS)}. Change reasoning_effort.",
+            field="reasoning_effort",
         )
     if "reasoning_effort" in template:
         return {"reasoning_effort": effort}
     if "enable_thinking" in template:
         return {"enable_thinking": effort not in ("none", "minimal")}
     raise UnsupportedFeatureError(
-        f"reasoning_effort: got {effort!r}, expected none, since the model's chat template has no setting for it. "
+        f"got {effort!r}, expected none, since the model's chat template has no setting for it. "
         "Remove reasoning_effort.",
-        field=EFFORT_FIELD,
+        field="reasoning_effort",
     )
 
 
@@ -180,12 +181,14 @@ def render(
         )
     except TemplateError as exc:  # the message is the template's own, or about its variables
         raise InvalidRequestError(
-            f"messages: the model's chat template can't render them ({exc!s:.300}), expected messages that it knows. "
-            "Change roles or content."
+            f"the model's chat template can't render them ({exc!s:.300}), expected messages that it knows. "
+            "Change roles or content.",
+            field="messages",
         ) from exc
     except Exception as exc:
         raise InvalidRequestError(
-            f"messages: the model's chat template failed on them ({type(exc).__name__}), expected messages that it "
-            "knows. Change roles or content."
+            f"the model's chat template failed on them ({type(exc).__name__}), expected messages that it "
+            "knows. Change roles or content.",
+            field="messages",
         ) from exc
     return str(rendered)

@@ -54,7 +54,7 @@ def with_tools_told(
     if has_system:
         return [instructions, *told]
     raise InvalidRequestError(
-        "messages: got none of role 'user', expected one, since tools are told of there. Add one."
+        "got none of role 'user', expected one, since tools are told of there. Add one.", field="messages"
     )
 
 

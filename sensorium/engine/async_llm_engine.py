@@ -401,7 +401,7 @@ class AsyncLLMEngine:
     def _open(self, request_id: str, kind: OutputKind, tenant: str) -> OutputStream:
         self.check_accepts(tenant)
         if request_id in self._streams:
-            raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
+            raise InvalidRequestError(f"got {request_id!r}, which is in use, expected a new one.", field="request_id")
         stream = self._streams[request_id] = OutputStream(kind)
         self._waiting[request_id] = None
         self._tenant_of[request_id] = tenant

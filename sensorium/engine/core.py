@@ -91,8 +91,8 @@ class EngineCore:
         self._check_alive()
         if request.request_id in self._grammar_queue:
             raise InvalidRequestError(
-                f"request_id: got {request.request_id!r}, expected an id that no unfinished request has. "
-                "Send another request_id."
+                f"got {request.request_id!r}, expected an id that no unfinished request has. Send another request_id.",
+                field="request_id",
             )
         if request.sampling_params.structured_outputs is None or request.pooling:
             self.scheduler.add_request(request)

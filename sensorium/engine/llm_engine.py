@@ -131,7 +131,7 @@ class LLMEngine:
             RequestError: See `preprocess` and `add_processed`.
         """
         if self.outputs.has_request(request_id):
-            raise InvalidRequestError(f"request_id: got {request_id!r}, which is in use, expected a new one.")
+            raise InvalidRequestError(f"got {request_id!r}, which is in use, expected a new one.", field="request_id")
         processed = self.preprocess(
             *(request_id, prompt, params),
             priority=priority,

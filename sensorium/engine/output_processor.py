@@ -68,13 +68,16 @@ class OutputProcessor:
         params = message.sampling_params
         if self._detokenizer is None and params.stop:
             raise InvalidRequestError(
-                "stop: got stop strings, expected none where the tokenizer was skipped. "
-                "Use stop_token_ids, or set skip_tokenizer_init to false."
+                "got stop strings, expected none where the tokenizer was skipped. "
+                "Use stop_token_ids, or set skip_tokenizer_init to false.",
+                field="stop",
             )
         parent_id, num_outputs = message.request_id, 1 if message.pooling else params.n
         ids = [parent_id] if num_outputs == 1 else [f"{parent_id}#{i}" for i in range(num_outputs)]
         if self.has_request(parent_id) or any(child_id in self._children for child_id in ids):
-            raise InvalidRequestError(f"request_id: got {parent_id!r}, expected an id that is not in use. Change it.")
+            raise InvalidRequestError(
+                f"got {parent_id!r}, expected an id that is not in use. Change it.", field="request_id"
+            )
         request = _Request(processed, kind, self._clock())
         for index, child_id in enumerate(ids):
             child = _Child(child_id, index, request, self._detokenizer if params.detokenize else None)
@@ -200,7 +203,7 @@ class _Request:
     def fail(self, failure: RequestFailure) -> list[str]:
         """Set the error and end the outputs that still run; returns their ids."""
         kind = InvalidRequestError if failure.status == InvalidRequestError.status else RequestError
-        self.error = kind(failure.message, code=failure.code, field=failure.field)
+        self.error = kind(failure.message, code=failure.code, field=failure.field, reason=failure.reason)
         self.error.status = failure.status
         running = [child for child in self.children if not child.is_finished]
         for child in running:

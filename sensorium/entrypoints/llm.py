@@ -265,7 +265,9 @@ def _as_list(prompts: Any) -> list[Any]:
     if isinstance(prompts, str | Mapping):
         return [prompts]
     if not isinstance(prompts, Sequence):
-        raise InvalidTypeError(f"prompts: got {type(prompts).__name__}, expected a prompt or a list of prompts.")
+        raise InvalidTypeError(
+            f"got {type(prompts).__name__}, expected a prompt or a list of prompts.", field="prompts"
+        )
     if prompts and isinstance(prompts[0], int):
         return [prompts]
     return list(prompts)
@@ -277,7 +279,7 @@ def _per_prompt(values: Any, count: int, name: str, default: Any) -> list[Any]:
     if isinstance(values, str) or not isinstance(values, Sequence):
         return [values] * count
     if len(values) != count:
-        raise InvalidRequestError(f"{name}: got {len(values)}, expected {count}, one per prompt.")
+        raise InvalidRequestError(f"got {len(values)}, expected {count}, one per prompt.", field=name)
     return list(values)
 
 

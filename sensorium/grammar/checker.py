@@ -117,7 +117,7 @@ class Checker:
             if now_s - child.started_s >= self._deadline_s:
                 self._kill(child)
                 reason = f"compiling it takes more than {self._deadline_s:g} s"
-                self._answer(Verdict(order.check_id, str(refusal(order.grammar, reason))))
+                self._answer(Verdict.refused(order.check_id, refusal(order.grammar, reason)))
             elif self._num(slow=True) < NUM_SLOW:
                 child.is_slow = True
                 _renice(child.pid, _SLOW_NICE)
@@ -152,7 +152,7 @@ class Checker:
             verdict = msgspec.msgpack.decode(child.pipe.recv_bytes(), type=Verdict)
         except (EOFError, OSError, msgspec.MsgspecError):
             reason = "compiling it takes too much memory or too deep a recursion"
-            verdict = Verdict(child.order.check_id, str(refusal(child.order.grammar, reason)))
+            verdict = Verdict.refused(child.order.check_id, refusal(child.order.grammar, reason))
         self._kill(child)
         self._answer(verdict)
 
@@ -176,7 +176,7 @@ def _verdict(order: CheckGrammar, tokenizer: LLTokenizer) -> Verdict:
         if cost_bytes > MAX_COST_BYTES:
             raise refusal(order.grammar, f"compiled it takes {cost_bytes >> 20} MiB")
     except InvalidRequestError as error:
-        return Verdict(order.check_id, str(error))
+        return Verdict.refused(order.check_id, error)
     return Verdict(order.check_id, cost_bytes=cost_bytes)
 
 

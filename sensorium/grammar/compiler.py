@@ -80,9 +80,9 @@ class GrammarCompiler:
         if self._vocabulary is None:
             future.set_exception(
                 UnsupportedFeatureError(
-                    "structured_outputs: got some, but the engine has no tokenizer, expected one. Load the model with "
+                    "got some, but the engine has no tokenizer, expected one. Load the model with "
                     "its tokenizer, or remove structured_outputs.",
-                    field=FIELD,
+                    field="structured_outputs",
                 )
             )
             return future
@@ -175,9 +175,8 @@ class GrammarCompiler:
             _fail(
                 future,
                 OverloadedError(
-                    f"structured_outputs: got one more to compile while {MAX_OPEN} wait, expected fewer. "
-                    "Send the request again later.",
-                    field=FIELD,
+                    f"got one more to compile while {MAX_OPEN} wait, expected fewer. Send the request again later.",
+                    field="structured_outputs",
                 ),
             )
             return
@@ -200,7 +199,7 @@ class GrammarCompiler:
     def _take(self, verdict: Verdict) -> None:
         if verdict.check_id == NO_CHECK:
             self._unsupported = verdict.error
-            self._end_jobs(lambda: UnsupportedFeatureError(verdict.error))
+            self._end_jobs(lambda: UnsupportedFeatureError(verdict.error, field=FIELD))
             return
         job = next((each for each in self._jobs.values() if each.check_id == verdict.check_id), None)
         if job is None:
@@ -240,7 +239,7 @@ class GrammarCompiler:
 
 def _settle(future: Future[None], verdict: Verdict) -> None:
     if verdict.error is not None:
-        _fail(future, InvalidRequestError(verdict.error, field=FIELD))
+        _fail(future, InvalidRequestError(verdict.error, field=verdict.field, reason=verdict.reason))
     elif future.set_running_or_notify_cancel():
         future.set_result(None)
 

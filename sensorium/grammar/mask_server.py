@@ -63,7 +63,7 @@ class MaskServer:
         self._compute({row: output for row, output in outputs.items() if output.state is RowState.HELD})
         for row, output in outputs.items():
             if output.state is RowState.FAILED:
-                failures[row] = RowFailure(f"structured_outputs: the output can't go on ({output.error}). Simplify it.")
+                failures[row] = RowFailure(f"the output can't go on ({output.error}). Simplify it.")
             self._memory.states[row] = output.state
         for row in failures:
             self._memory.states[row] = RowState.FAILED
@@ -104,7 +104,7 @@ class MaskServer:
         try:
             matcher = self._store.matcher(update.grammar)
         except InvalidRequestError as error:
-            failures[row] = RowFailure(str(error))
+            failures[row] = RowFailure(error.message)
             return
         if matcher is None:
             failures[row] = _GRAMMAR_IS_GONE
@@ -162,7 +162,7 @@ def _load(store: GrammarStore, connection: Connection) -> None:
                 store.load(order.grammar, order.cost_bytes)
                 verdict = Verdict(order.check_id)
             except InvalidRequestError as error:
-                verdict = Verdict(order.check_id, str(error))
+                verdict = Verdict.refused(order.check_id, error)
             connection.send_bytes(msgspec.msgpack.encode(verdict))
     except (EOFError, OSError):
         return

@@ -83,9 +83,11 @@ def compile_grammar(grammar: StructuredOutputs, tokenizer: LLTokenizer) -> LLMat
 
 def refusal(grammar: StructuredOutputs, reason: str) -> InvalidRequestError:
     """The error for a grammar that can't be compiled; `reason` is the library's."""
+    reason = told(reason)
     return InvalidRequestError(
-        f"structured_outputs.{grammar.kind}: got one that can't be held to ({told(reason)}), expected one that can. "
-        f"Change {grammar.kind}."
+        f"got one that can't be held to ({reason}), expected one that can. Change {grammar.kind}.",
+        field=f"structured_outputs.{grammar.kind}",
+        reason=reason,
     )
 
 
@@ -99,6 +101,6 @@ def _as_lark(grammar: str) -> str:
         return str(any_to_lark(grammar))
     except (GbnfToLarkError, RecursionError, ValueError, IndexError) as error:
         raise InvalidRequestError(
-            f"structured_outputs.grammar: got GBNF that can't be read ({told(str(error))}), expected rules such "
-            "as root ::= ... . Correct grammar."
+            f"got GBNF that can't be read ({told(str(error))}), expected rules such as root ::= ... . Correct grammar.",
+            field="structured_outputs.grammar",
         ) from None

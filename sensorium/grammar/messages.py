@@ -13,6 +13,7 @@ from typing import TypeAlias
 
 import msgspec
 
+from sensorium.errors import SensoriumError
 from sensorium.structured_outputs import StructuredOutputs
 
 NO_CHECK = 0
@@ -46,9 +47,16 @@ class Verdict(msgspec.Struct, frozen=True):
 
     check_id: int
     error: str | None = None
-    """Why the grammar is refused, fit for its caller."""
+    """Why the grammar is refused, fit for its caller; with the next two what an `InvalidRequestError` has."""
+    field: str | None = None
+    reason: str | None = None
     cost_bytes: int = 0
     """Memory that compiling took."""
+
+    @classmethod
+    def refused(cls, check_id: int, error: SensoriumError) -> Verdict:
+        """The grammar can't be held to."""
+        return cls(check_id, error.message, error.field, error.reason)
 
 
 class AddRow(msgspec.Struct, frozen=True, tag=True):

@@ -94,7 +94,7 @@ class RowMatcher:
         try:
             fresh = compile_grammar(self._grammar, self._tokenizer)
         except InvalidRequestError as error:
-            return self._fail(str(error))
+            return self._fail(error.reason or error.message)
         if not fresh.consume_tokens(self._token_ids):
             return self._fail(fresh.get_error())
         self._matcher = fresh

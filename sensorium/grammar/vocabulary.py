@@ -24,7 +24,7 @@ def index_vocabulary(vocabulary: Vocabulary) -> LLTokenizer:
         )
     except Exception as error:  # the library raises what it likes
         raise ValueError(
-            "structured_outputs: got some, but this model's tokenizer is none whose tokens stand for bytes "
+            "got some, but this model's tokenizer is none whose tokens stand for bytes "
             f"({type(error).__name__}), expected one of byte-level BPE or with byte fallback. Remove "
             "structured_outputs."
         ) from error

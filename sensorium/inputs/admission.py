@@ -28,8 +28,9 @@ def check_token_ids(token_ids: IntArray, max_token_id: int) -> None:
     """Refuse ids beyond the vocabulary. Negative ids pass: an input processor may know what they stand for."""
     if token_ids.max(initial=-1) > max_token_id:
         raise InvalidRequestError(
-            f"prompt_token_ids: got token id {int(token_ids.max())}, which is out of vocabulary, expected at most "
-            f"{max_token_id}. Encode the prompt with the model's own tokenizer."
+            f"got token id {int(token_ids.max())}, which is out of vocabulary, expected at most "
+            f"{max_token_id}. Encode the prompt with the model's own tokenizer.",
+            field="prompt_token_ids",
         )
 
 
@@ -41,7 +42,9 @@ def check_length(
     `rows_by_modality`: for each modality, the rows of each item.
     """
     if num_tokens == 0:
-        raise InvalidRequestError("prompt: got 0 tokens, expected at least 1. Prompt cannot be empty: add text.")
+        raise InvalidRequestError(
+            "got 0 tokens, expected at least 1. Prompt cannot be empty: add text.", field="prompt"
+        )
     most = max_model_len - (0 if pooling else 1)
     if num_tokens <= most:
         return
@@ -74,15 +77,17 @@ def check_special_tokens(
     if outside.any():
         position = int(np.flatnonzero(outside)[0])
         raise InvalidRequestError(
-            f"prompt: got token id {int(token_ids[position])} at position {position}, where no media stands, expected "
-            f"0 to {vocab_size - 1}. Remove it, or add the media that it stands for."
+            f"got token id {int(token_ids[position])} at position {position}, where no media stands, expected "
+            f"0 to {vocab_size - 1}. Remove it, or add the media that it stands for.",
+            field="prompt",
         )
     stray = is_text & is_placeholder(token_ids, placeholder_ids)
     if stray.any():
         position = int(np.flatnonzero(stray)[0])
         raise InvalidRequestError(
-            f"prompt: got the placeholder token {int(token_ids[position])} at position {position}, where no media "
-            f"stands, expected one placeholder for each media item. Remove it from the text, or add the media."
+            f"got the placeholder token {int(token_ids[position])} at position {position}, where no media "
+            f"stands, expected one placeholder for each media item. Remove it from the text, or add the media.",
+            field="prompt",
         )
 
 
@@ -106,16 +111,18 @@ def check_two_way(
     for begin, end in two_way:
         if end - begin > most:
             raise InvalidRequestError(
-                f"prompt: got {end - begin} tokens at position {begin} that see one another both ways, expected at "
+                f"got {end - begin} tokens at position {begin} that see one another both ways, expected at "
                 f"most {most}, since such tokens are computed in one step. Send smaller media or a shorter prompt, or "
-                "raise max_num_batched_tokens."
+                "raise max_num_batched_tokens.",
+                field="prompt",
             )
         rows = [span.num_rows for span in media if span.rows_in(begin, end)]
         if len(rows) > 1 and sum(rows) > most_rows:
             raise InvalidRequestError(
-                f"prompt: got {len(rows)} media items with {sum(rows)} rows in all that see one another both ways, "
+                f"got {len(rows)} media items with {sum(rows)} rows in all that see one another both ways, "
                 f"expected at most {most_rows} rows, since such items are computed in one step. Send fewer items, or "
-                "raise max_num_encoder_rows and encoder_cache_rows."
+                "raise max_num_encoder_rows and encoder_cache_rows.",
+                field="prompt",
             )
 
 

@@ -74,7 +74,8 @@ class MediaSettings:
         hint = f"Did you mean {near[0]}?" if near else f"Remove {name:.60} from mm_processor_kwargs."
         expected = f"one of {sorted(known)}" if known else "none"
         raise InvalidRequestError(
-            f"mm_processor_kwargs: got {name!r:.60}, which nothing of this model takes, expected {expected}. {hint}"
+            f"got {name!r:.60}, which nothing of this model takes, expected {expected}. {hint}",
+            field="mm_processor_kwargs",
         )
 
     def _check_values(self, kwargs: Mapping[str, Any]) -> None:

@@ -238,8 +238,9 @@ class InputPreprocessor:
         assert parsed.text is not None
         if self.encoder is None:
             raise InvalidTypeError(
-                "prompt: got text, expected token ids, since the engine runs without a tokenizer. "
-                "Send prompt_token_ids, or leave out skip_tokenizer_init."
+                "got text, expected token ids, since the engine runs without a tokenizer. "
+                "Send prompt_token_ids, or leave out skip_tokenizer_init.",
+                field="prompt",
             )
         # A decoder with an encoder begins with what the prompt says, and nothing else.
         adds = parsed.add_special_tokens and not getattr(self._model_config.hf_config, "is_encoder_decoder", False)

@@ -60,8 +60,9 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
         raise _wrong_type("prompt", prompt, "a string, a list of token ids or a dict")
     if is_explicit_encoder_decoder_prompt(prompt) or "decoder_prompt" in prompt:
         raise InvalidRequestError(
-            "prompt: got encoder and decoder prompts for a decoder-only model, expected one prompt. "
-            "Cannot pass encoder-decoder prompt to decoder-only models: send prompt or prompt_token_ids."
+            "got encoder and decoder prompts for a decoder-only model, expected one prompt. "
+            "Cannot pass encoder-decoder prompt to decoder-only models: send prompt or prompt_token_ids.",
+            field="prompt",
         )
     return _parse_dict(prompt)
 
@@ -70,12 +71,13 @@ def _parse_dict(prompt: Mapping[str, Any]) -> ParsedPrompt:
     unknown = sorted(str(key) for key in prompt if key not in _KEYS)
     if unknown:
         raise InvalidTypeError(
-            f"prompt: got the unknown keys {unknown[:8]}, expected keys of TextPrompt or TokensPrompt. Remove them."
+            f"got the unknown keys {unknown[:8]}, expected keys of TextPrompt or TokensPrompt. Remove them.",
+            field="prompt",
         )
     text, ids = prompt.get("prompt"), prompt.get("prompt_token_ids")
     if text is None and ids is None:
         raise InvalidTypeError(
-            f"prompt: got a dict with {sorted(prompt)}, expected 'prompt' or 'prompt_token_ids' in it. Add one."
+            f"got a dict with {sorted(prompt)}, expected 'prompt' or 'prompt_token_ids' in it. Add one.", field="prompt"
         )
     if text is not None and not isinstance(text, str):
         raise _wrong_type("prompt", text, "a string")
@@ -119,8 +121,12 @@ def _names(name: str, value: object) -> Mapping[str, Any]:
 
 
 def _wrong_type(name: str, value: object, expected: str) -> InvalidTypeError:
-    return InvalidTypeError(f"{name}: got a value of type {type(value).__name__}, expected {expected}. Change {name}.")
+    return InvalidTypeError(
+        f"got a value of type {type(value).__name__}, expected {expected}. Change {name}.", field=name
+    )
 
 
 def _wrong_members(name: str) -> InvalidTypeError:
-    return InvalidTypeError(f"{name}: got something other than integers, expected a list of token ids. Change {name}.")
+    return InvalidTypeError(
+        f"got something other than integers, expected a list of token ids. Change {name}.", field=name
+    )

@@ -57,8 +57,9 @@ class SpeechTokens:
         """Raises `UnsupportedFeatureError` for what the model isn't told."""
         if task != "transcribe" and task not in (self.tasks or {}):
             raise UnsupportedFeatureError(
-                f"model: got a request to {task}, expected one to transcribe, since the model knows one language. "
-                "Use /v1/audio/transcriptions."
+                f"got a request to {task}, expected one to transcribe, since the model knows one language. "
+                "Use /v1/audio/transcriptions.",
+                field="model",
             )
 
     def code_of(self, language: str) -> str:
@@ -68,7 +69,9 @@ class SpeechTokens:
         code = str(TO_LANGUAGE_CODE.get(language.lower(), language.lower()))
         known = ["en"] if self.languages is None else list(self.languages)
         if code not in known:
-            raise InvalidRequestError(f"language: got {language!r:.40}, expected one of {known}. Change language.")
+            raise InvalidRequestError(
+                f"got {language!r:.40}, expected one of {known}. Change language.", field="language"
+            )
         return code
 
     def prompt(self, language: str | None, task: Task, before: Sequence[int], *, times: bool) -> list[int]:

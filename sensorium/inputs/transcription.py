@@ -57,7 +57,8 @@ class TranscriptionStyle:
         hint = "" if language is None else self.language_hint.replace("{language}", self._name_of(language))
         if language is not None and not hint and not self.languages:
             raise InvalidRequestError(
-                f"language: got {language!r:.40}, expected none, since the model can't be told. Remove language."
+                f"got {language!r:.40}, expected none, since the model can't be told. Remove language.",
+                field="language",
             )
         return "\n".join(filter(None, (" ".join(filter(None, (self.instruction, hint))), prompt)))
 
@@ -67,7 +68,7 @@ class TranscriptionStyle:
         code = TO_LANGUAGE_CODE.get(language.lower(), language.lower())
         if code not in LANGUAGES or (self.languages and code not in self.languages):
             expected = f"one of {list(self.languages)}" if self.languages else "a code of ISO 639-1 such as 'en'"
-            raise InvalidRequestError(f"language: got {language!r:.40}, expected {expected}. Change language.")
+            raise InvalidRequestError(f"got {language!r:.40}, expected {expected}. Change language.", field="language")
         return str(LANGUAGES[code]).capitalize()
 
     def check_duration(self, duration_s: float) -> None:

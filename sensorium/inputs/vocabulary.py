@@ -7,7 +7,6 @@ from typing import Any
 
 from sensorium.errors import UnsupportedFeatureError
 from sensorium.messages import Vocabulary
-from sensorium.structured_outputs import FIELD
 
 
 def vocabulary_of(tokenizer: Any, eos_token_ids: Iterable[int], vocab_size: int) -> Vocabulary:
@@ -20,9 +19,9 @@ def vocabulary_of(tokenizer: Any, eos_token_ids: Iterable[int], vocab_size: int)
     if backend is None:
         got = "no tokenizer" if tokenizer is None else f"a {type(tokenizer).__name__}"
         raise UnsupportedFeatureError(
-            f"structured_outputs: got some, but the engine has {got}, expected a tokenizer of the tokenizers "
+            f"got some, but the engine has {got}, expected a tokenizer of the tokenizers "
             "library. Remove structured_outputs, or load the model with its fast tokenizer.",
-            field=FIELD,
+            field="structured_outputs",
         )
     eos = set(eos_token_ids) or {id for id in [tokenizer.eos_token_id] if id is not None}
     size = max(vocab_size, 1 + max(backend.get_vocab(with_added_tokens=True).values(), default=-1))

@@ -47,7 +47,7 @@ class EncodedMedia:
     def __post_init__(self) -> None:
         if self.modality not in ("image", "audio", "video"):
             raise UnknownModalityError(
-                f"modality: got {self.modality!r}, expected image, audio or video. Decode other media yourself."
+                f"got {self.modality!r}, expected image, audio or video. Decode other media yourself.", field="modality"
             )
 
     @cached_property

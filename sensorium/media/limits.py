@@ -101,7 +101,7 @@ class MediaLimits:
 
 def too_large(what: str, got: str, bound: str, remedy: str, field: str) -> MediaTooLargeError:
     """The message for an exceeded budget; `field` is the `MediaLimits` field that sets it."""
-    return MediaTooLargeError(f"{what}: got {got}, expected at most {bound}. {remedy}, or raise {field}.")
+    return MediaTooLargeError(f"got {got}, expected at most {bound}. {remedy}, or raise {field}.", field=what)
 
 
 def takes_too_much_memory(modality: str) -> MediaTooLargeError:

@@ -60,8 +60,8 @@ def resample_audio(audio: NDArray[Any], orig_sr: float, target_sr: float) -> NDA
 def _whole_rate(name: str, rate: float) -> int:
     if not MIN_RATE <= rate <= MAX_RATE or rate != int(rate):
         raise InvalidRequestError(
-            f"{name}: got {rate}, expected a whole number of samples per second from {MIN_RATE} to {MAX_RATE}. "
-            f"Correct {name}."
+            f"got {rate}, expected a whole number of samples per second from {MIN_RATE} to {MAX_RATE}. Correct {name}.",
+            field=name,
         )
     return int(rate)
 

@@ -249,8 +249,9 @@ def _freeze(value: Any) -> Hashable:
     if value is None or isinstance(value, str | bytes | int | float):
         return type(value).__name__, value  # 1, 1.0 and True are equal, but not the same setting
     raise InvalidTypeError(
-        f"mm_processor_kwargs: got a value of type {type(value).__name__}, expected numbers, strings, or lists and "
-        f"dicts of them. Write the setting as plain values."
+        f"got a value of type {type(value).__name__}, expected numbers, strings, or lists and "
+        f"dicts of them. Write the setting as plain values.",
+        field="mm_processor_kwargs",
     )
 
 
@@ -320,7 +321,8 @@ def _with_settings(base: Any, settings: _Frozen) -> Any:
         return type(base).from_dict(base.to_dict(), **settings)
     except Exception as exc:
         raise InvalidRequestError(
-            f"mm_processor_kwargs: {type(base).__name__} refuses {dict(settings)}. Correct or leave out the setting."
+            f"{type(base).__name__} refuses {dict(settings)}. Correct or leave out the setting.",
+            field="mm_processor_kwargs",
         ) from exc
 
 

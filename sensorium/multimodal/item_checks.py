@@ -41,14 +41,14 @@ def check_span(counts: Mapping[str, int], span: Span, config: EngineConfig, feat
     limits = [features.max_item_rows.get(modality, 0) * count for modality, count in counts.items()]
     if features.splits_media and all(limits) and span.num_rows > sum(limits):
         raise InvalidRequestError(
-            f"{what}: got {span.num_rows} rows, expected at most {sum(limits)}. Send smaller media, or correct "
-            f"register_max_multimodal_tokens of the model class."
+            f"rows of the {what}: got {span.num_rows}, expected at most {sum(limits)}. Send smaller media, or correct "
+            "register_max_multimodal_tokens of the model class."
         )
     step_tokens = config.scheduler_config.max_num_batched_tokens
     if features.atomic_items and span.length > step_tokens:
         raise InvalidRequestError(
-            f"{what}: got {span.length} tokens, expected at most {step_tokens}, since this model computes them in one "
-            f"step. Send smaller media, or raise max_num_batched_tokens."
+            f"tokens of the {what}: got {span.length}, expected at most {step_tokens}, since this model computes them "
+            "in one step. Send smaller media, or raise max_num_batched_tokens."
         )
 
 
@@ -154,24 +154,25 @@ def check_uuids(modality: str, uuids: object, num_items: int) -> list[str | None
         raise _not_names(modality, uuids, "a list of strings")
     if len(listed) != num_items:
         raise InvalidRequestError(
-            f"multi_modal_uuids[{modality!r}]: got {len(listed)} names, expected one for each of {num_items} items. "
-            "Write null for an item without a name."
+            f"got {len(listed)} names, expected one for each of {num_items} items. "
+            "Write null for an item without a name.",
+            field=f"multi_modal_uuids[{modality!r}]",
         )
     for uuid in listed:
         if uuid is not None and not isinstance(uuid, str):
             raise _not_names(modality, uuid, "strings")
         if uuid is not None and not 0 < len(uuid) <= MAX_UUID_CHARS:
             raise InvalidRequestError(
-                f"multi_modal_uuids[{modality!r}]: got a name of {len(uuid)} characters, expected 1 to "
-                f"{MAX_UUID_CHARS}. Shorten it, or leave it out."
+                f"got a name of {len(uuid)} characters, expected 1 to {MAX_UUID_CHARS}. Shorten it, or leave it out.",
+                field=f"multi_modal_uuids[{modality!r}]",
             )
     return list(listed)
 
 
 def _not_names(modality: str, value: object, expected: str) -> InvalidTypeError:
     return InvalidTypeError(
-        f"multi_modal_uuids[{modality!r}]: got a value of type {type(value).__name__}, expected {expected}. Change "
-        f"multi_modal_uuids[{modality!r}]."
+        f"got a value of type {type(value).__name__}, expected {expected}. Change multi_modal_uuids[{modality!r}].",
+        field=f"multi_modal_uuids[{modality!r}]",
     )
 
 
@@ -183,6 +184,7 @@ def check_heard(what: str, duration_s: float, most_s: float) -> None:
     """
     if duration_s > most_s + ENCODER_PADDING_S:
         raise InvalidRequestError(
-            f"{what}: got a sound of {duration_s:.1f} s, expected at most the {most_s:g} s that the model hears. "
-            "Send it in parts."
+            f"got a sound of {duration_s:.1f} s, expected at most the {most_s:g} s that the model hears. "
+            "Send it in parts.",
+            field=what,
         )

@@ -92,8 +92,9 @@ class MediaCollector:
         unknown = sorted(uuids.keys() - given.keys())
         if unknown:
             raise InvalidRequestError(
-                f"multi_modal_uuids: got names for {unknown}, of which multi_modal_data has none, expected the same "
-                f"modalities. Send the media along with their names."
+                f"got names for {unknown}, of which multi_modal_data has none, expected the same "
+                f"modalities. Send the media along with their names.",
+                field="multi_modal_uuids",
             )
         collected = []
         for modality, (items, is_bare) in split.items():

@@ -105,8 +105,9 @@ def get_mrope_positions(
         steps = [_time_step(tokens_per_second, second) for second in seconds]
         if len(steps) != len(video_grids):
             raise InvalidRequestError(
-                f"second_per_grid_ts: got {len(steps)} values, expected one for each of {len(video_grids)} "
-                f"videos. Correct the input mapper."
+                f"got {len(steps)} values, expected one for each of {len(video_grids)} "
+                f"videos. Correct the input mapper.",
+                field="second_per_grid_ts",
             )
     boxes += _boxes("video", ids, token_id_of(hf_config, "video"), video_grids, merge, steps)
     return mrope_positions(len(ids), boxes)

@@ -60,8 +60,9 @@ def spans_of_ranges(
     for offset, length in ranges:
         if length < 1 or offset < 0 or offset + length > len(token_ids):
             raise InvalidRequestError(
-                f"multi_modal_placeholders: got the range [{offset}, {offset + length}), expected a "
-                f"non-empty range in a prompt of {len(token_ids)} tokens. Correct the input processor."
+                f"got the range [{offset}, {offset + length}), expected a "
+                f"non-empty range in a prompt of {len(token_ids)} tokens. Correct the input processor.",
+                field="multi_modal_placeholders",
             )
         is_media = is_placeholder(token_ids[offset : offset + length], placeholder_ids)
         spans.append(Span.of_mask(offset, is_media) if is_media.any() else Span(offset, length))
@@ -95,8 +96,9 @@ def check_disjoint(spans: Iterable[Span]) -> None:
     for span in sorted(spans, key=lambda span: span.offset):
         if span.offset < end:
             raise InvalidRequestError(
-                f"multi_modal_placeholders: got a range from {span.offset} on, expected at least {end}, "
-                f"where the one before it ends. Correct the input processor."
+                f"got a range from {span.offset} on, expected at least {end}, "
+                f"where the one before it ends. Correct the input processor.",
+                field="multi_modal_placeholders",
             )
         end = span.end
 

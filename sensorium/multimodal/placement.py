@@ -104,8 +104,9 @@ def _pairs(modality: str, ranges: Sequence[Any]) -> list[tuple[int, int]]:
         return [(int(each["offset"]), int(each["length"])) for each in ranges]
     except (TypeError, KeyError, ValueError) as exc:
         raise InvalidRequestError(
-            f"multi_modal_placeholders[{modality!r}]: got something other than ranges, expected a list of dicts with "
-            f"offset and length. Correct the input processor."
+            "got something other than ranges, expected a list of dicts with "
+            "offset and length. Correct the input processor.",
+            field=f"multi_modal_placeholders[{modality!r}]",
         ) from exc
 
 
@@ -184,8 +185,9 @@ def group_overlapping(placements: Sequence[Placement], num_tokens: int, *, may_g
         if not may_group:
             names = " and ".join(dict.fromkeys(result[-1].modalities + placement.modalities))
             raise UnsupportedFeatureError(
-                f"prompt: got {names} items whose places alternate, expected each item's rows together for this model. "
-                f"Order the media by kind, or let the input processor return multi_modal_placeholders."
+                f"got {names} items whose places alternate, expected each item's rows together for this model. "
+                f"Order the media by kind, or let the input processor return multi_modal_placeholders.",
+                field="prompt",
             )
         result[-1] = group([result[-1], placement], num_tokens)
     return result

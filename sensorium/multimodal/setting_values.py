@@ -80,5 +80,6 @@ def check_values(settings: Mapping[str, Any]) -> None:
 def wrong_value(name: str, value: object, expected: str) -> InvalidRequestError:
     """The error for a setting with a wrong value."""
     return InvalidRequestError(
-        f"mm_processor_kwargs[{name!r}]: got {value!r:.120}, expected {expected}. Correct it in mm_processor_kwargs."
+        f"got {value!r:.120}, expected {expected}. Correct it in mm_processor_kwargs.",
+        field=f"mm_processor_kwargs[{name!r}]",
     )

@@ -26,7 +26,7 @@ def check_request(
     """
     num_prompt_tokens = len(request.prompt_token_ids)
     if num_prompt_tokens == 0:
-        raise InvalidRequestError("prompt: got 0 tokens, expected at least 1. Send a prompt that is not empty.")
+        raise InvalidRequestError("got 0 tokens, expected at least 1. Send a prompt that is not empty.", field="prompt")
     max_prompt_tokens = max_model_len if request.pooling else max_model_len - 1
     if num_prompt_tokens > max_prompt_tokens:
         raise ContextLengthError.of_prompt(str(num_prompt_tokens), max_prompt_tokens, max_model_len)

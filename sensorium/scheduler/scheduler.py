@@ -97,8 +97,8 @@ class Scheduler:
         """
         if request.request_id in self._table.by_id:
             raise InvalidRequestError(
-                f"request_id: got {request.request_id!r}, expected an id that no unfinished request has. "
-                "Send another request_id."
+                f"got {request.request_id!r}, expected an id that no unfinished request has. Send another request_id.",
+                field="request_id",
             )
         check_request(
             request,

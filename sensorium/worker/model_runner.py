@@ -41,7 +41,6 @@ from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, SamplingState
 from sensorium.model_executor.sampling_metadata import BoolArray, SamplingMetadata
 from sensorium.model_executor.token_mask import TokenMask
-from sensorium.structured_outputs import FIELD
 from sensorium.token_masks import StepMasks
 from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.encoder_runner import EncoderRunner
@@ -464,10 +463,10 @@ def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:
             return masks.failures[row]
         if row in masks.rows:
             return RequestFailure(
-                "structured_outputs: got one that allows no token that bad_words, logit_bias and the model leave, "
+                "got one that allows no token that bad_words, logit_bias and the model leave, "
                 "expected one that does. Change it, or remove what forbids tokens.",
                 status=400,
-                field=FIELD,
+                field="structured_outputs",
             )
     return RequestFailure(
         "The model produced no valid logits for this request (NaN or infinity). Other requests go on."

@@ -286,7 +286,9 @@ def test_tensors_of_all_kinds_cross_unchanged() -> None:
     item = MediaItem("image", "key", Span.of_mask(1, [True, False, True]), kwargs=kwargs)
     positions = np.arange(15).reshape(3, 5)
     request = EngineRequest(
-        "a", [1, -7, 10**6, 3, 4], greedy(stop=["x"]), frozenset([2]), (item,), positions, mrope_delta=-3
+        *("a", [1, -7, 10**6, 3, 4], greedy(stop=["x"]), frozenset([2]), (item,)),
+        mrope_positions=positions,
+        mrope_delta=-3,
     )
     encoded = encode_request(request)
     fd, encoded.fd = encoded.fd, None

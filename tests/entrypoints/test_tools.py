@@ -356,7 +356,7 @@ def test_the_cost_of_tools(client: openai.OpenAI) -> None:
         ({"strict": True}, r"tools: calls can't be held .*characters.* leave out strict\."),
         (
             {"strict": True, "response_format": {"type": "json_object"}},
-            r"tools and response_format: calls .*characters.* leave out strict and response_format\.",
+            r"tools: .* and response_format \(.*characters.* leave out strict and response_format\.",
         ),
     ],
     ids=str,

@@ -92,14 +92,16 @@ def parse_line(text: bytes) -> BatchLine:
         raise InvalidRequestError("got text that is no JSON, expected one JSON object a line. Correct it.") from None
     if not 0 < len(line.custom_id) <= _MAX_ID_CHARS:
         raise InvalidRequestError(
-            f"custom_id: got {len(line.custom_id)} characters, expected 1 to {_MAX_ID_CHARS}. Change it."
+            f"got {len(line.custom_id)} characters, expected 1 to {_MAX_ID_CHARS}. Change it.", field="custom_id"
         )
     if line.method != "POST":
-        raise InvalidRequestError(f"method: got {line.method!r:.40}, expected 'POST'. Change it.")
+        raise InvalidRequestError(f"got {line.method!r:.40}, expected 'POST'. Change it.", field="method")
     if not bytes(line.body).lstrip().startswith(b"{"):
-        raise InvalidRequestError("body: got something else, expected a JSON object. Change it.")
+        raise InvalidRequestError("got something else, expected a JSON object. Change it.", field="body")
     if _is_streaming(line.body):
-        raise InvalidRequestError("body.stream: got true, expected false: a line has one answer. Remove stream.")
+        raise InvalidRequestError(
+            "got true, expected false: a line has one answer. Remove stream.", field="body.stream"
+        )
     return line
 
 

@@ -112,9 +112,11 @@ class BatchRunner:
             )
         line = parse_line(text)
         if line.custom_id in self._seen:
-            raise InvalidRequestError(f"custom_id: got {line.custom_id!r:.80} a second time, expected a new one.")
+            raise InvalidRequestError(
+                f"got {line.custom_id!r:.80} a second time, expected a new one.", field="custom_id"
+            )
         if line.url not in self._paths:
-            raise InvalidRequestError(f"url: got {line.url!r:.80}, expected one of {self._paths}. Change it.")
+            raise InvalidRequestError(f"got {line.url!r:.80}, expected one of {self._paths}. Change it.", field="url")
         self._seen.add(line.custom_id)
         return line
 

@@ -23,8 +23,9 @@ async def form_of(body: msgspec.Raw, loader: MediaLoader) -> dict[str, Any]:
     source = fields.pop("file_url", None) if "file" not in fields else fields.pop("file")
     if not isinstance(source, str):
         raise InvalidTypeError(
-            f"body.file: got {'nothing' if source is None else type(source).__name__}, expected a data URL, an address "
-            "or a path as a string. Set it."
+            f"got {'nothing' if source is None else type(source).__name__}, expected a data URL, an address "
+            "or a path as a string. Set it.",
+            field="body.file",
         )
     encoded = await loader.aencoded("audio", source)
     data = {name: _field(name, value) for name, value in fields.items() if value is not None}
@@ -39,4 +40,4 @@ def _field(name: str, value: Any) -> str | list[str]:
         return "true" if value else "false"
     if isinstance(value, str | int | float):
         return str(value)
-    raise InvalidRequestError(f"body.{name:.40}: got an object, expected a plain value or a list. Change it.")
+    raise InvalidRequestError("got an object, expected a plain value or a list. Change it.", field=f"body.{name:.40}")

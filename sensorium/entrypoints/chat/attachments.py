@@ -72,16 +72,19 @@ def attach(source: str, modality: str | None = None) -> Attachment:
             data = file.read(_MAX_BYTES + 1)
     except OSError as error:
         raise InvalidRequestError(
-            f"media: got {source!r}, expected a file ({error.strerror}). Check the path."
+            f"got {source!r}, expected a file ({error.strerror}). Check the path.", field="media"
         ) from None
     if len(data) > _MAX_BYTES:
-        raise InvalidRequestError(f"media: got {source!r} with more than {_MAX_BYTES} bytes, expected at most so many.")
+        raise InvalidRequestError(
+            f"got {source!r} with more than {_MAX_BYTES} bytes, expected at most so many.", field="media"
+        )
     media_type = media_type_of(path, data[:_HEAD_BYTES])
     found = modality or _modality_of(media_type)
     if found is None:
         raise InvalidRequestError(
-            f"media: got {source!r}, which is neither a picture nor a clip nor a sound, expected one of them. Say "
-            "which it is: image, video or audio."
+            f"got {source!r}, which is neither a picture nor a clip nor a sound, expected one of them. Say "
+            "which it is: image, video or audio.",
+            field="media",
         )
     return Attachment(found, source, data, media_type)
 

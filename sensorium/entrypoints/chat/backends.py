@@ -80,7 +80,9 @@ class LocalBackend:
         engine = await AsyncLLMEngine.start(args, media_loader=loader, log=LogSettings("WARNING"))
         if engine.tokenizer is None:
             await engine.shutdown()
-            raise InvalidRequestError("skip_tokenizer_init: got true, expected false: a chat is text. Remove it.")
+            raise InvalidRequestError(
+                "got true, expected false: a chat is text. Remove it.", field="skip_tokenizer_init"
+            )
         renderer = ChatRenderer(
             engine.config.model_config, engine.tokenizer, loader, chat_template=args.chat_template, accept_objects=False
         )

@@ -45,7 +45,9 @@ class Conversation:
                 json.dumps({"messages": messages}, indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
             )
         except OSError as error:
-            raise InvalidRequestError(f"save: got {path!r}, expected a file to write ({error.strerror}).") from None
+            raise InvalidRequestError(
+                f"got {path!r}, expected a file to write ({error.strerror}).", field="save"
+            ) from None
 
     def _system(self) -> Messages:
         return [{"role": "system", "content": self.system}] if self.system else []

@@ -41,7 +41,7 @@ def paths_of(text: str) -> list[str]:
     """Paths and addresses that follow a command. Raises `InvalidRequestError` without any."""
     found = [_unquoted(match[2]) for match in _WORD.finditer(text)]
     if not found:
-        raise InvalidRequestError("media: got no path, expected one or several. Give a path.")
+        raise InvalidRequestError("got no path, expected one or several. Give a path.", field="media")
     return found
 
 

@@ -72,7 +72,7 @@ class ChatSession:
         word, _, rest = line.strip().partition(" ")
         if word[0] == "/" and "/" not in word[1:] and "." not in word:
             if word[1:] not in self._commands:
-                raise InvalidRequestError(f"command: got {word!r}, expected one of those that /help lists.")
+                raise InvalidRequestError(f"got {word!r}, expected one of those that /help lists.", field="command")
             self._commands[word[1:]](rest.strip())
             return
         content = parse_line(line)
@@ -136,7 +136,7 @@ class ChatSession:
 
     def _save(self, path: str) -> None:
         if not path:
-            raise InvalidRequestError("save: got no path, expected a file. Give a path.")
+            raise InvalidRequestError("got no path, expected a file. Give a path.", field="save")
         self._conversation.save(path)
         self._terminal.remark(f"{self._conversation.num_turns} turns written to {path}")
 

@@ -42,10 +42,12 @@ def run(parsed: argparse.Namespace) -> int:
     media_values = values.keys() & MediaLimits.__dataclass_fields__.keys()
     if parsed.url and (unused := sorted((engine_values.keys() | media_values) - {"model"})):
         raise InvalidRequestError(
-            f"url: got a server and the engine's settings {unused}, expected one of both. Leave one out."
+            f"got a server and the engine's settings {unused}, expected one of both. Leave one out.", field="url"
         )
     if parsed.api_key and not parsed.url:
-        raise InvalidRequestError("api_key: got a key without a server, expected none. Set --url, or leave it out.")
+        raise InvalidRequestError(
+            "got a key without a server, expected none. Set --url, or leave it out.", field="api_key"
+        )
     package_logger.configure(package_logger.LogSettings("WARNING"))
     from sensorium.entrypoints.chat.answers import LoopThread
     from sensorium.entrypoints.chat.backends import LocalBackend, RemoteBackend

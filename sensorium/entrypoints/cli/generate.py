@@ -73,7 +73,9 @@ def run(parsed: argparse.Namespace) -> int:
     prompts = read_prompts(parsed.prompt, parsed.file)
     media = [attach(path, modality) for modality in MODALITIES for path in getattr(parsed, modality)]
     if parsed.plain and (parsed.system or any(prompt.messages for prompt in prompts)):
-        raise InvalidRequestError("plain: got a system text or messages, expected prompts as text. Leave out --plain.")
+        raise InvalidRequestError(
+            "got a system text or messages, expected prompts as text. Leave out --plain.", field="plain"
+        )
     streams = _streams(parsed, len(prompts), params)
     package_logger.configure(package_logger.LogSettings("WARNING"))
     from sensorium.entrypoints.llm import LLM  # loads torch
@@ -108,14 +110,16 @@ def _read(path: str) -> str:
         return Path(path).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise InvalidRequestError(
-            f"json_schema: got {path!r}, expected JSON or a file ({type(error).__name__})."
+            f"got {path!r}, expected JSON or a file ({type(error).__name__}).", field="json_schema"
         ) from None
 
 
 def _streams(parsed: argparse.Namespace, num_prompts: int, params: SamplingParams) -> bool:
     can = num_prompts == 1 and params.n == 1 and parsed.format == "text"
     if parsed.stream and not can:
-        raise InvalidRequestError("stream: got several answers or JSON lines, expected one text. Leave out --stream.")
+        raise InvalidRequestError(
+            "got several answers or JSON lines, expected one text. Leave out --stream.", field="stream"
+        )
     return can and (sys.stdout.isatty() if parsed.stream is None else bool(parsed.stream))
 
 

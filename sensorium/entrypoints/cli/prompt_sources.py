@@ -34,7 +34,9 @@ class Prompt:
         if self.messages is None:
             return Conversation(system).with_question([*media, self.text])
         if media:
-            raise InvalidRequestError("media: got a path beside messages, expected media within them. Put them there.")
+            raise InvalidRequestError(
+                "got a path beside messages, expected media within them. Put them there.", field="media"
+            )
         return [*([{"role": "system", "content": system}] if system else []), *self.messages]
 
 
@@ -46,7 +48,9 @@ def read_prompts(arguments: Sequence[str], path: str | None) -> list[Prompt]:
     elif not prompts and not sys.stdin.isatty():
         prompts = [Prompt(text)] if (text := sys.stdin.read().strip()) else []
     if not prompts:
-        raise InvalidRequestError("prompt: got none, expected at least one. Give it as argument, --file or on stdin.")
+        raise InvalidRequestError(
+            "got none, expected at least one. Give it as argument, --file or on stdin.", field="prompt"
+        )
     return prompts
 
 
@@ -54,7 +58,9 @@ def _of_file(path: str) -> list[Prompt]:
     try:
         lines = (sys.stdin.read() if path == "-" else Path(path).read_text(encoding="utf-8")).splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InvalidRequestError(f"file: got {path!r}, expected a text file ({type(error).__name__}).") from None
+        raise InvalidRequestError(
+            f"got {path!r}, expected a text file ({type(error).__name__}).", field="file"
+        ) from None
     parse = _of_json if path.endswith(".jsonl") else lambda line, _: Prompt(line)
     return [parse(line, number) for number, line in enumerate(lines, 1) if line.strip()]
 
@@ -70,5 +76,5 @@ def _of_json(line: str, number: int) -> Prompt:
         if found.keys() == {"messages"} and isinstance(found["messages"], list):
             return Prompt(messages=found["messages"])
     raise InvalidRequestError(
-        f"file: got a line {number} that can't be read, expected an object with prompt or messages. Correct it."
+        f"got a line {number} that can't be read, expected an object with prompt or messages. Correct it.", field="file"
     )

@@ -136,8 +136,9 @@ class PlainRoutes:
         config = self._context.engine.config.model_config
         if len(tokens) > config.max_model_len or not all(0 <= each < config.vocab_size for each in tokens):
             raise InvalidRequestError(
-                f"tokens: got {len(tokens)} ids or one outside the vocabulary, expected at most {config.max_model_len} "
-                f"ids of 0 to {config.vocab_size - 1}. Change tokens."
+                f"got {len(tokens)} ids or one outside the vocabulary, expected at most {config.max_model_len} "
+                f"ids of 0 to {config.vocab_size - 1}. Change tokens.",
+                field="tokens",
             )
         text = await self._context.engine.in_pool(lambda: tokenizer.decode(tokens))
         return JsonResponse({"prompt": text})

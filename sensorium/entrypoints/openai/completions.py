@@ -144,8 +144,9 @@ def _check_dimensions(wanted: int | None, outputs: list[PoolingRequestOutput]) -
     sizes = {output.outputs.hidden_size for output in outputs if output.outputs is not None}
     if wanted is not None and sizes - {wanted}:
         raise UnsupportedFeatureError(
-            f"dimensions: got {wanted}, expected {min(sizes)}, which the model's vectors have. Remove dimensions.",
+            f"got {wanted}, expected {min(sizes)}, which the model's vectors have. Remove dimensions.",
             code="unsupported_parameter",
+            field="dimensions",
         )
 
 

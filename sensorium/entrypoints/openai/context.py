@@ -61,9 +61,9 @@ class ServerContext:
         if name is not None and name not in self.all_names:
             raise HttpError(
                 404,
-                f"model: got {name!r:.120}, expected one of {list(self.all_names)}. See /v1/models.",
+                f"got {name!r:.120}, expected one of {list(self.all_names)}. See /v1/models.",
                 code="model_not_found",
-                param="model",
+                field="model",
             )
         return name or self.model_names[0]
 
@@ -75,15 +75,16 @@ class ServerContext:
         """Raises `UnsupportedFeatureError` where requests may not choose how media are processed."""
         if kwargs and not self.allow_mm_processor_kwargs:
             raise UnsupportedFeatureError(
-                "mm_processor_kwargs: got values with the request, expected none. The operator can allow them with "
-                "--allow-mm-processor-kwargs."
+                "got values with the request, expected none. The operator can allow them with "
+                "--allow-mm-processor-kwargs.",
+                field="mm_processor_kwargs",
             )
 
     def chat(self) -> ChatRenderer:
         """The renderer of chats. Raises `UnsupportedFeatureError` without a tokenizer."""
         if self.renderer is None:
             raise UnsupportedFeatureError(
-                "messages: got a chat, expected token ids, since the server runs without a tokenizer."
+                "got a chat, expected token ids, since the server runs without a tokenizer.", field="messages"
             )
         return self.renderer
 
@@ -126,7 +127,9 @@ class ServerContext:
     def tokenizer(self) -> Any:
         """The tokenizer. Raises `UnsupportedFeatureError` if there is none."""
         if self.engine.tokenizer is None:
-            raise UnsupportedFeatureError("text: got text, expected token ids, since there is no tokenizer here.")
+            raise UnsupportedFeatureError(
+                "got text, expected token ids, since there is no tokenizer here.", field="text"
+            )
         return self.engine.tokenizer
 
     def check_accepts(self, request: Request) -> None:
@@ -197,11 +200,13 @@ class ServerContext:
     def _check_priority(self, priority: int) -> None:
         if priority and self.engine.config.scheduler_config.policy != "priority":
             raise InvalidRequestError(
-                "priority: got a priority, expected none under this server's policy. The operator can set "
-                "--scheduling-policy priority."
+                "got a priority, expected none under this server's policy. The operator can set "
+                "--scheduling-policy priority.",
+                field="priority",
             )
         if priority < self.min_priority:
             raise InvalidRequestError(
-                f"priority: got {priority}, expected at least {self.min_priority}: lower is more urgent. The operator "
-                "can let requests claim more with --min-priority."
+                f"got {priority}, expected at least {self.min_priority}: lower is more urgent. The operator "
+                "can let requests claim more with --min-priority.",
+                field="priority",
             )

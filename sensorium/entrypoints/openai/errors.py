@@ -28,6 +28,7 @@ from sensorium.errors import (
     RequestError,
     SensoriumError,
     UnsupportedFeatureError,
+    root_of,
 )
 from sensorium.logger import get_logger
 
@@ -53,8 +54,6 @@ _CODES = {
     503: "service_unavailable",
 }
 """The codes of errors that only exist over HTTP."""
-_PLACE = re.compile(r"([A-Za-z_]\w*)(?:\[\d+\]|\.\w[\w-]*)*(?=: )")
-"""The beginning of messages about a field: its path."""
 _PROMPT_NAMES = ("prompt", "prompt_token_ids", "text")
 """What the engine calls the prompt, whatever field it came in."""
 _EXPECTED = {
@@ -83,9 +82,9 @@ class HttpError(SensoriumError):
         *,
         headers: Mapping[str, str] | None = None,
         code: str | None = None,
-        param: str | None = None,
+        field: str | None = None,
     ) -> None:
-        super().__init__(message, code=code or _CODES.get(status, f"http_{status}"), param=param)
+        super().__init__(message, code=code or _CODES.get(status, f"http_{status}"), field=field)
         self.status = status
         self.headers = dict(headers or {})
 
@@ -112,14 +111,14 @@ def error_code(error: BaseException) -> str:
 def error_param(error: SensoriumError) -> str | None:
     """The field of the request that is at fault, with the path to it; None where none is."""
     record = current_record()
-    if error.param is not None or record is None:
-        return error.param
-    place = _PLACE.match(str(error))
-    if place is not None and place[1] in record.field_names:
-        return place[0]
-    is_about_prompt = isinstance(error, ContextLengthError | MediaError | ProcessorError)
+    if error.param is not None or record is None or not record.field_names:
+        return error.param or error.field
+    root = None if error.field is None else root_of(error.field)
+    if root in record.field_names:
+        return error.field
+    is_about_prompt = isinstance(error, ContextLengthError | MediaError | ProcessorError) or root in _PROMPT_NAMES
     is_about_prompt |= error.code == ContextLengthError.code  # the core reported it
-    return record.prompt_field if is_about_prompt or (place is not None and place[1] in _PROMPT_NAMES) else None
+    return record.prompt_field if is_about_prompt else None
 
 
 @contextmanager
@@ -132,7 +131,10 @@ def as_named(**names: str) -> Iterator[None]:
         yield
     except RequestError as error:
         words = re.compile("|".join(rf"\b{name}\b" for name in names))
-        error.args = (words.sub(lambda found: names[found[0]], str(error)),)
+        error.args = (words.sub(lambda found: names[found[0]], error.message),)
+        if error.field is not None:
+            root = root_of(error.field)
+            error.field = names.get(root, root) + error.field.removeprefix(root)
         raise
 
 
@@ -168,25 +170,27 @@ def invalid_body(error: ValidationError, content: object) -> RequestError:
     kind = found["type"]
     if kind == "extra_forbidden":
         return InvalidRequestError(
-            f"{where}: got a field that this server doesn't implement, expected one that it does. Remove {where}.",
+            f"got a field that this server doesn't implement, expected one that it does. Remove {where}.",
             code="unknown_parameter",
             param=where,
+            field=where,
         )
     if kind == UNSUPPORTED:
         return UnsupportedFeatureError(
-            f"{where}: got {reprlib.repr(found['input']):.60}, expected {found['msg']}. Remove {where}.",
+            f"got {reprlib.repr(found['input']):.60}, expected {found['msg']}. Remove {where}.",
             code="unsupported_parameter",
             param=where,
+            field=where,
         )
     if kind == "missing":
         return InvalidRequestError(
-            f"{where}: got nothing, expected a value. Add {where}.", code="missing_required_parameter", param=where
+            f"got nothing, expected a value. Add {where}.", code="missing_required_parameter", field=where
         )
     stem = kind.removesuffix("_type").removesuffix("_parsing")
     expected = _EXPECTED.get(stem, "a valid value")
     return InvalidTypeError(
-        f"{where}: got a value of type {type(found['input']).__name__}, expected {expected}. Change {where}.",
-        param=None if where == _BODY else where,
+        f"got a value of type {type(found['input']).__name__}, expected {expected}. Change {where}.",
+        field=where,
     )
 
 

@@ -67,13 +67,14 @@ def check_metadata(metadata: Mapping[str, str]) -> None:
     """Refuse metadata that exceed OpenAI's bounds. Raises `InvalidRequestError`."""
     if len(metadata) > _MAX_METADATA:
         raise InvalidRequestError(
-            f"metadata: got {len(metadata)} entries, expected at most {_MAX_METADATA}. Remove some."
+            f"got {len(metadata)} entries, expected at most {_MAX_METADATA}. Remove some.", field="metadata"
         )
     for key, value in metadata.items():
         if len(key) > _MAX_KEY_CHARS or len(value) > _MAX_VALUE_CHARS:
             raise InvalidRequestError(
-                f"metadata: got a key of {len(key)} and a value of {len(value)} characters, expected at most "
-                f"{_MAX_KEY_CHARS} and {_MAX_VALUE_CHARS}. Shorten them."
+                f"got a key of {len(key)} and a value of {len(value)} characters, expected at most "
+                f"{_MAX_KEY_CHARS} and {_MAX_VALUE_CHARS}. Shorten them.",
+                field="metadata",
             )
 
 
@@ -82,8 +83,8 @@ def check_include(include: list[Any]) -> None:
     for each in include:
         if each != LOGPROBS and each not in INCLUDABLE:
             raise UnsupportedFeatureError(
-                f"include: got {each!r:.80}, expected some of {sorted((LOGPROBS, *INCLUDABLE))}. Remove it.",
-                param="include",
+                f"got {each!r:.80}, expected some of {sorted((LOGPROBS, *INCLUDABLE))}. Remove it.",
+                field="include",
             )
 
 

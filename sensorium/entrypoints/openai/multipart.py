@@ -95,7 +95,7 @@ class _FormReader:
             raise _unreadable()
         file = self._parts.pop(self._file_name, b"")
         if not file:
-            raise InvalidRequestError(f"{self._file_name}: got nothing, expected a file. Add {self._file_name}.")
+            raise InvalidRequestError(f"got nothing, expected a file. Add {self._file_name}.", field=self._file_name)
         try:
             return Form({name: value.decode() for name, value in self._parts.items()}, bytes(file))
         except UnicodeDecodeError:
@@ -122,11 +122,13 @@ class _FormReader:
         if not name:
             raise InvalidRequestError("the body: got a part without a name, expected named ones.")
         if name in self._parts:
-            raise InvalidRequestError(f"{name:.60}: got it twice, expected it once. Remove one.")
+            raise InvalidRequestError("got it twice, expected it once. Remove one.", field=name[:60])
         if len(self._parts) == MAX_PARTS:
             raise InvalidRequestError(f"the body: got more than {MAX_PARTS} parts, expected fewer.")
         if b"filename" in options and name != self._file_name:
-            raise InvalidRequestError(f"{name:.60}: got a file, expected none there. Send it as {self._file_name}.")
+            raise InvalidRequestError(
+                f"got a file, expected none there. Send it as {self._file_name}.", field=name[:60]
+            )
         self._parts[name] = bytearray()
 
     def _part_data(self, data: bytes, start: int, end: int) -> None:
@@ -136,7 +138,7 @@ class _FormReader:
             raise bytes_too_large(self._modality, self._max_file_bytes, self._max_file_bytes, at_least=True)
         if not is_file and len(part) + end - start > MAX_FIELD_BYTES:
             raise InvalidRequestError(
-                f"{self._name:.60}: got more than {MAX_FIELD_BYTES} bytes, expected fewer. Shorten it."
+                f"got more than {MAX_FIELD_BYTES} bytes, expected fewer. Shorten it.", field=self._name[:60]
             )
         part += data[start:end]
 

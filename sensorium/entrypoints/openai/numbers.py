@@ -22,12 +22,12 @@ def is_count(text: str) -> bool:
 def read_count(name: str, text: str) -> int:
     """A whole number from 0 on. Raises `InvalidRequestError`."""
     if not is_count(text):
-        raise InvalidRequestError(f"{name}: got {text!r:.60}, expected a whole number. Change {name}.", param=name)
+        raise InvalidRequestError(f"got {text!r:.60}, expected a whole number. Change {name}.", field=name)
     return int(text)
 
 
 def read_number(name: str, text: str) -> float:
     """A decimal number. Raises `InvalidRequestError`."""
     if _NUMBER.fullmatch(text) is None:
-        raise InvalidRequestError(f"{name}: got {text!r:.60}, expected a number. Change {name}.", param=name)
+        raise InvalidRequestError(f"got {text!r:.60}, expected a number. Change {name}.", field=name)
     return float(text)

@@ -53,7 +53,9 @@ def stream_options(given: StreamOptions | None, *, is_stream: bool) -> StreamOpt
     """The options of a stream; none are on where there is no stream. Raises `InvalidRequestError`."""
     options = given or StreamOptions()
     if not is_stream and options != StreamOptions():
-        raise InvalidRequestError("stream_options: got options without stream, expected none. Set stream to true.")
+        raise InvalidRequestError(
+            "got options without stream, expected none. Set stream to true.", field="stream_options"
+        )
     return options
 
 
@@ -110,13 +112,15 @@ class SamplingBody(StructuredOutputsFields):
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         if self.best_of not in (None, self.n or 1):
             raise UnsupportedFeatureError(
-                f"best_of: got {self.best_of}, expected n ({self.n or 1}): all outputs are given. Remove best_of.",
+                f"got {self.best_of}, expected n ({self.n or 1}): all outputs are given. Remove best_of.",
                 code="unsupported_parameter",
+                field="best_of",
             )
         if self.prompt_logprobs is not None and self.stream:
             raise UnsupportedFeatureError(
-                "prompt_logprobs: got a number with stream, expected none. Set stream to false, or remove it.",
+                "got a number with stream, expected none. Set stream to false, or remove it.",
                 code="unsupported_parameter",
+                field="prompt_logprobs",
             )
         values |= {
             "logit_bias": self.logit_bias,
@@ -134,8 +138,8 @@ class SamplingBody(StructuredOutputsFields):
         older, later = self.max_tokens, self.max_completion_tokens
         if older is not None and later is not None and older != later:
             raise InvalidRequestError(
-                f"max_tokens: got {older}, and {later} for max_completion_tokens, expected one of them. Remove "
-                "max_tokens."
+                f"got {older}, and {later} for max_completion_tokens, expected one of them. Remove max_tokens.",
+                field="max_tokens",
             )
         return older if later is None else later
 
@@ -163,7 +167,7 @@ class ToolBody(Body):
         """Raises `UnsupportedFeatureError` for another kind."""
         if self.type != "function":
             raise UnsupportedFeatureError(
-                f"tools[{index}].type: got {self.type!r:.60}, expected 'function'. Change it."
+                f"got {self.type!r:.60}, expected 'function'. Change it.", field=f"tools[{index}].type"
             )
         function = self.function
         return Tool(function.name, function.description, function.parameters or {}, bool(function.strict))
@@ -218,7 +222,9 @@ class ChatBody(ChatPrompt, SamplingBody):
     def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
         """Without a bound, an answer may fill the context. Raises `RequestError`."""
         if self.top_logprobs and not self.logprobs:
-            raise InvalidRequestError("top_logprobs: got a number without logprobs, expected none. Set logprobs.")
+            raise InvalidRequestError(
+                "got a number without logprobs, expected none. Set logprobs.", field="top_logprobs"
+            )
         with as_named(logprobs="top_logprobs"):
             return self.sampling_params(defaults, logprobs=(self.top_logprobs or 0) if self.logprobs else None)
 
@@ -261,7 +267,9 @@ class CompletionBody(SamplingBody):
         if prompts and isinstance(prompts[0], int):
             prompts = [prompts]
         if not 0 < len(prompts) <= MAX_PROMPTS:
-            raise InvalidRequestError(f"prompt: got {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}. Send fewer.")
+            raise InvalidRequestError(
+                f"got {len(prompts)} prompts, expected 1 to {MAX_PROMPTS}. Send fewer.", field="prompt"
+            )
         return prompts
 
 
@@ -309,13 +317,15 @@ class EmbeddingBody(Body):
         """Each input by itself. Raises `InvalidRequestError`."""
         if self.encoding_format not in ("float", "base64"):
             raise InvalidRequestError(
-                f"encoding_format: got {self.encoding_format!r:.60}, expected 'float' or 'base64'. Change it."
+                f"got {self.encoding_format!r:.60}, expected 'float' or 'base64'. Change it.", field="encoding_format"
             )
         inputs: list[Any] = list(self.input) if isinstance(self.input, list) else [self.input]
         if inputs and isinstance(inputs[0], int):
             inputs = [inputs]
         if not 0 < len(inputs) <= MAX_INPUTS:
-            raise InvalidRequestError(f"input: got {len(inputs)} inputs, expected 1 to {MAX_INPUTS}. Send fewer.")
+            raise InvalidRequestError(
+                f"got {len(inputs)} inputs, expected 1 to {MAX_INPUTS}. Send fewer.", field="input"
+            )
         return inputs
 
 
@@ -350,23 +360,26 @@ class TranscriptionForm(Body):
         if self.response_format not in formats:
             expected = f"one of {list(formats)}" if tells_times else "'json', 'text' or 'verbose_json'"
             raise UnsupportedFeatureError(
-                f"response_format: got {self.response_format!r:.40}, expected {expected}"
-                f"{'' if tells_times else ', since the model tells no times'}. Change response_format."
+                f"got {self.response_format!r:.40}, expected {expected}"
+                f"{'' if tells_times else ', since the model tells no times'}. Change response_format.",
+                field="response_format",
             )
         granularity = self.timestamp_granularities
         if granularity is not None and not (tells_times and granularity == "segment"):
             expected = "'segment'" if tells_times else "none, since the model tells no times"
             raise UnsupportedFeatureError(
-                f"timestamp_granularities: got {granularity!r:.40}, expected {expected}. Change it."
+                f"got {granularity!r:.40}, expected {expected}. Change it.", field="timestamp_granularities"
             )
         if granularity is not None and self.response_format != "verbose_json":
             raise UnsupportedFeatureError(
-                f"timestamp_granularities: got {granularity!r:.40} with response_format {self.response_format!r:.40}, "
-                "expected it with 'verbose_json'. Change one of them."
+                f"got {granularity!r:.40} with response_format {self.response_format!r:.40}, "
+                "expected it with 'verbose_json'. Change one of them.",
+                field="timestamp_granularities",
             )
         if self.stream and self.response_format != "json":
             raise UnsupportedFeatureError(
-                f"response_format: got {self.response_format!r:.40} with stream, expected 'json'. Change one of them."
+                f"got {self.response_format!r:.40} with stream, expected 'json'. Change one of them.",
+                field="response_format",
             )
 
     def params(self, defaults: SamplingDefaults = NO_DEFAULTS) -> SamplingParams:
@@ -394,7 +407,7 @@ def _read_text(_name: str, text: str) -> str:
 
 def _read_flag(name: str, text: str) -> bool:
     if text.lower() not in ("true", "false"):
-        raise InvalidRequestError(f"{name}: got {text!r:.60}, expected true or false. Change {name}.", param=name)
+        raise InvalidRequestError(f"got {text!r:.60}, expected true or false. Change {name}.", field=name)
     return text.lower() == "true"
 
 

@@ -15,24 +15,17 @@ from sensorium.entrypoints.openai.body import Body
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.structured_outputs import FIELD, StructuredOutputs
 
-_NAME = re.compile(r"structured_outputs(\.\w+)?")
 _NEXT_STEP = re.compile(r"\b(Change|Simplify|Correct|Set) (?:json|json_object|regex|grammar|choice|one)\.$")
-_HELD_TO = re.compile(r".*? got one that can't be held to \((.*)\), expected one that can\. Change \w+\.", re.DOTALL)
 
 
 def told_of(error: RequestError, field: str) -> RequestError:
     """An error about structured outputs, with the name of the field that asked for them; other errors unchanged."""
-    if error.field != FIELD:
+    if not error.is_about(FIELD):
         return error
     last = field.rpartition(".")[2]
-    error.args = (_NEXT_STEP.sub(rf"\1 {last}.", _NAME.sub(field, str(error), count=1)),)
+    error.args = (_NEXT_STEP.sub(rf"\1 {last}.", error.message),)
+    error.field = field
     return error
-
-
-def reason_of(error: RequestError) -> str:
-    """The reason for which a constraint can't be enforced, without the field's name."""
-    found = _HELD_TO.fullmatch(str(error))
-    return found[1] if found is not None else _NAME.sub("", str(error), count=1).removeprefix(": ")
 
 
 class JsonSchemaFormat(Body):
@@ -55,8 +48,8 @@ class ResponseFormat(Body):
         """None for text. Raises `InvalidRequestError` for one that isn't there."""
         if self.json_schema is not None and self.type != "json_schema":
             raise InvalidRequestError(
-                f"response_format.json_schema: got a schema with the type {self.type!r:.60}, expected the type "
-                "'json_schema'. Change type."
+                f"got a schema with the type {self.type!r:.60}, expected the type 'json_schema'. Change type.",
+                field="response_format.json_schema",
             )
         if self.type == "text":
             return None
@@ -64,12 +57,12 @@ class ResponseFormat(Body):
             return StructuredOutputs(json_object=True)
         if self.type != "json_schema":
             raise InvalidRequestError(
-                f"response_format.type: got {self.type!r:.60}, expected 'text', 'json_object' or 'json_schema'. "
-                "Change it."
+                f"got {self.type!r:.60}, expected 'text', 'json_object' or 'json_schema'. Change it.",
+                field="response_format.type",
             )
         if self.json_schema is None or self.json_schema.schema_ is None:
             raise InvalidRequestError(
-                "response_format.json_schema.schema: got nothing, expected a JSON schema. Add it."
+                "got nothing, expected a JSON schema. Add it.", field="response_format.json_schema.schema"
             )
         return StructuredOutputs(json=self.json_schema.schema_)
 
@@ -137,7 +130,7 @@ class StructuredOutputsFields(Body):
         if "response_format" in given and self.response_format is not None and self.response_format.type == "text":
             given.remove("response_format")
         if len(given) > 1:
-            raise InvalidRequestError(f"{given[0]}: got {given[1]} too, expected one of them. Remove one of them.")
+            raise InvalidRequestError(f"got {given[1]} too, expected one of them. Remove one of them.", field=given[0])
         if self.structured_outputs is not None:
             return self.structured_outputs.constraint()
         if given:

@@ -69,8 +69,9 @@ class TranscriptionRoutes:
             return await WindowedTranscript(self._context, speech, form, task, sound).respond(request)
         if task != "transcribe":
             raise UnsupportedFeatureError(
-                f"model: got {self._context.model_names[0]!r}, which is asked in words, expected a model of speech, "
-                "which is told to translate. Use /v1/audio/transcriptions, and a prompt."
+                f"got {self._context.model_names[0]!r}, which is asked in words, expected a model of speech, "
+                "which is told to translate. Use /v1/audio/transcriptions, and a prompt.",
+                field="model",
             )
         transcript = _Transcript(form, await self._style(), sound)
         del upload, sound  # the sound is released once the core has it
@@ -84,7 +85,8 @@ class TranscriptionRoutes:
         model_class = self._context.engine.config.model_config.model_class
         if not MULTIMODAL_REGISTRY.get_plugin("audio").has_input_mapper(model_class):
             raise UnsupportedFeatureError(
-                f"model: got {self._context.model_names[0]!r}, which takes no audio, expected a model that hears."
+                f"got {self._context.model_names[0]!r}, which takes no audio, expected a model that hears.",
+                field="model",
             )
 
     async def _speech(self) -> SpeechTokens | None:
@@ -163,8 +165,9 @@ class _Transcript:
         """Raises `InvalidRequestError` for a transcript that was cut off without `max_tokens`."""
         if self.form.max_tokens is None and output.outputs and output.outputs[0].finish_reason == "length":
             raise ContextLengthError(
-                "file: got a sound whose transcript doesn't end within the model's context. Send a shorter sound, or "
-                "set max_tokens to get its beginning."
+                "got a sound whose transcript doesn't end within the model's context. Send a shorter sound, or "
+                "set max_tokens to get its beginning.",
+                field="file",
             )
 
     def response(self, output: RequestOutput) -> Response:

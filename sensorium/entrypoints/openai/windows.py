@@ -139,12 +139,14 @@ class WindowedTranscript:
             return []
         if self._tokens.previous is None:
             raise InvalidRequestError(
-                "prompt: got a text, expected none, since the model can't be told. Remove prompt."
+                "got a text, expected none, since the model can't be told. Remove prompt.", field="prompt"
             )
         tokenizer, text = self._context.tokenizer(), " " + self._form.prompt.strip()
         ids = await self._context.engine.in_pool(lambda: tokenizer.encode(text, add_special_tokens=False))
         if any(each >= self._tokens.end for each in ids):
-            raise InvalidRequestError("prompt: got a special token of the model in it, expected text. Remove it.")
+            raise InvalidRequestError(
+                "got a special token of the model in it, expected text. Remove it.", field="prompt"
+            )
         return list(ids)
 
     async def _texts(self, segments: Sequence[Segment], seek: int, avg_logprob: float) -> list[_Piece]:

@@ -40,8 +40,9 @@ def checked(sound: Sound, extractor: Any) -> tuple[np.ndarray[Any, Any], float]:
         )
     if not (np.isfinite(rate) and rate > 0 and np.isfinite(samples).all()):
         raise InvalidRequestError(
-            f"audio: got samples that are not finite, or a rate of {rate} Hz, expected finite samples and a positive "
-            "rate. Check how the sound was decoded."
+            f"got samples that are not finite, or a rate of {rate} Hz, expected finite samples and a positive "
+            "rate. Check how the sound was decoded.",
+            field="audio",
         )
     check_heard("audio", len(samples) / rate, extractor.n_samples / extractor.sampling_rate)
     return samples, rate

@@ -129,8 +129,8 @@ class InternVLClips(_Tiles, ClipInputs):
         num_frames, rest = divmod(num_rows, rows_per_tile(self.config))
         if rest:
             raise InvalidRequestError(
-                f"video_embeds: got {num_rows} rows, expected a multiple of {rows_per_tile(self.config)}. Pass all of "
-                "each frame."
+                f"got {num_rows} rows, expected a multiple of {rows_per_tile(self.config)}. Pass all of each frame.",
+                field="video_embeds",
             )
         return self.pieces_of_size((num_frames,))
 

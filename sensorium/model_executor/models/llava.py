@@ -83,8 +83,9 @@ class LlavaPictures(PictureInputs):
         pieces = self.pieces_of_size(())
         if self.num_rows(pieces) != num_rows:
             raise InvalidRequestError(
-                f"image_embeds: got {num_rows} rows, expected {self.num_rows(pieces)}. Pass as many rows as the item "
-                "has placeholders."
+                f"got {num_rows} rows, expected {self.num_rows(pieces)}. Pass as many rows as the item "
+                "has placeholders.",
+                field="image_embeds",
             )
         return pieces
 

@@ -165,23 +165,25 @@ def check_embeddings(embeddings: Any, num_rows: int | None, hidden_size: int, na
 
     if not isinstance(embeddings, torch.Tensor) or not embeddings.is_floating_point():
         raise InvalidTypeError(
-            f"{name}: got {type(embeddings).__name__}, expected a floating-point tensor. Pass rows of shape "
-            f"(num_rows, {hidden_size})."
+            f"got {type(embeddings).__name__}, expected a floating-point tensor. Pass rows of shape "
+            f"(num_rows, {hidden_size}).",
+            field=name,
         )
     is_dense = embeddings.layout == torch.strided
     if not is_dense or embeddings.dim() < 2 or embeddings.shape[-1] != hidden_size or not embeddings.numel():
         raise InvalidRequestError(
-            f"{name}: got shape {tuple(embeddings.shape)}, expected (num_rows, {hidden_size}), dense. Pass "
+            f"got shape {tuple(embeddings.shape)}, expected (num_rows, {hidden_size}), dense. Pass "
             "the rows "
-            "that the model's projector returns."
+            "that the model's projector returns.",
+            field=name,
         )
     rows = embeddings.reshape(-1, hidden_size)
     if num_rows is not None and len(rows) != num_rows:
         raise InvalidRequestError(
-            f"{name}: got {len(rows)} rows, expected {num_rows}. Pass as many rows as the item has placeholders."
+            f"got {len(rows)} rows, expected {num_rows}. Pass as many rows as the item has placeholders.", field=name
         )
     if not bool(torch.isfinite(rows).all()):
-        raise InvalidRequestError(f"{name}: got values that are not finite. Check how they were computed.")
+        raise InvalidRequestError("got values that are not finite. Check how they were computed.", field=name)
     return rows
 
 

@@ -103,8 +103,9 @@ class VisionInputs:
         t, h, w = grid
         if min(grid) < 1 or h % self.merge_size or w % self.merge_size:
             raise InvalidRequestError(
-                f"{self.grid_thw}: got {grid}, expected positive numbers, height and width multiples of "
-                f"{self.merge_size}. Pass the grid that the processor returned."
+                f"got {grid}, expected positive numbers, height and width multiples of "
+                f"{self.merge_size}. Pass the grid that the processor returned.",
+                field=self.grid_thw,
             )
         return t * h * w // self.merge_size**2
 

@@ -57,7 +57,8 @@ def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
     sounds = as_items((inputs.get("multi_modal_data") or {}).get("audio", []))
     if len(sounds) != 1:
         raise InvalidRequestError(
-            f"audio: got {len(sounds)} sounds, expected one, which the model writes down. Add it to multi_modal_data."
+            f"got {len(sounds)} sounds, expected one, which the model writes down. Add it to multi_modal_data.",
+            field="audio",
         )
     if not is_spectrogram(sounds[0]):
         checked(sounds[0], feature_extractor(ctx.model_config))
@@ -109,7 +110,7 @@ def map_sounds(ctx: InputContext, data: Sound | list[Sound]) -> MultiModalKwargs
             frames = spectrogram(heard_samples(sound, extractor), extractor.sampling_rate, extractor)
         if len(frames) != shape[0] or not 0 < frames.shape[1] <= shape[1]:
             raise InvalidRequestError(
-                f"audio: got a spectrogram of shape {frames.shape}, expected {shape}, or fewer frames. Cut it."
+                f"got a spectrogram of shape {frames.shape}, expected {shape}, or fewer frames. Cut it.", field="audio"
             )
         padded = np.zeros(shape, dtype=np.float32)
         padded[:, : frames.shape[1]] = frames

@@ -42,10 +42,11 @@ class TextFormat(Body):
             return StructuredOutputs(json_object=True)
         if self.type != "json_schema":
             raise InvalidRequestError(
-                f"text.format.type: got {self.type!r:.60}, expected 'text', 'json_object' or 'json_schema'. Change it."
+                f"got {self.type!r:.60}, expected 'text', 'json_object' or 'json_schema'. Change it.",
+                field="text.format.type",
             )
         if self.schema_ is None:
-            raise InvalidRequestError("text.format.schema: got nothing, expected a JSON schema. Add it.")
+            raise InvalidRequestError("got nothing, expected a JSON schema. Add it.", field="text.format.schema")
         return StructuredOutputs(json=self.schema_)
 
 
@@ -142,7 +143,8 @@ class ResponseBody(Body):
         """Without a bound, an answer may fill the context. Raises `RequestError`."""
         if self.top_logprobs is not None and not 0 <= self.top_logprobs <= _MAX_TOP_LOGPROBS:
             raise InvalidRequestError(
-                f"top_logprobs: got {self.top_logprobs}, expected 0 to {_MAX_TOP_LOGPROBS}. Change top_logprobs."
+                f"got {self.top_logprobs}, expected 0 to {_MAX_TOP_LOGPROBS}. Change top_logprobs.",
+                field="top_logprobs",
             )
         values = {name: getattr(self, name) for name in _SAMPLING_FIELDS if getattr(self, name) is not None}
         with as_named(max_tokens="max_output_tokens"):
@@ -175,5 +177,7 @@ class ResponseBody(Body):
         if self.structured_outputs is None:
             return constraint
         if constraint is not None:
-            raise InvalidRequestError("structured_outputs: got text.format too, expected one of them. Remove one.")
+            raise InvalidRequestError(
+                "got text.format too, expected one of them. Remove one.", field="structured_outputs"
+            )
         return self.structured_outputs.constraint()

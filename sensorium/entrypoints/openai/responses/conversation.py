@@ -64,7 +64,8 @@ class Conversation:
         call_id, output = item["call_id"], item["output"]
         if call_id not in self._names:
             raise InvalidRequestError(
-                f"{where}.call_id: got {call_id!r:.80}, expected that of a function_call before it. Send the call too."
+                f"got {call_id!r:.80}, expected that of a function_call before it. Send the call too.",
+                field=f"{where}.call_id",
             )
         content = output if isinstance(output, str) else _content(output)
         return {"role": "tool", "tool_call_id": call_id, "name": self._names[call_id], "content": content}

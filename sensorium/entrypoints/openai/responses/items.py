@@ -31,7 +31,9 @@ def new_id(kind: str) -> str:
 
 
 def _nothing_kept(_item_id: str, where: str) -> Item:
-    raise UnsupportedFeatureError(f"{where}.type: got 'item_reference', expected an item. Send the item itself.")
+    raise UnsupportedFeatureError(
+        "got 'item_reference', expected an item. Send the item itself.", field=f"{where}.type"
+    )
 
 
 def read_items(given: object, where: str = "input", find: FindItem = _nothing_kept) -> list[Item]:
@@ -46,7 +48,7 @@ def read_items(given: object, where: str = "input", find: FindItem = _nothing_ke
     if not isinstance(given, list):
         raise _wrong_type(where, given, "a string or a list of items")
     if len(given) > MAX_ITEMS:
-        raise InvalidRequestError(f"{where}: got {len(given)} items, expected at most {MAX_ITEMS}. Send fewer.")
+        raise InvalidRequestError(f"got {len(given)} items, expected at most {MAX_ITEMS}. Send fewer.", field=where)
     return [_item(each, f"{where}[{index}]", find) for index, each in enumerate(given)]
 
 
@@ -61,11 +63,14 @@ def _item(given: object, where: str, find: FindItem) -> Item:
         return find(_string(given, "id", where), where)
     if not isinstance(kind, str) or kind not in _ITEMS:
         raise UnsupportedFeatureError(
-            f"{where}.type: got {kind!r:.60}, expected one of {[*sorted(_ITEMS), 'item_reference']}. Remove the item."
+            f"got {kind!r:.60}, expected one of {[*sorted(_ITEMS), 'item_reference']}. Remove the item.",
+            field=f"{where}.type",
         )
     item = _ITEMS[kind](given, where)
     if item.get("status") not in (None, *STATES):
-        raise InvalidRequestError(f"{where}.status: got {item['status']!r:.60}, expected one of {list(STATES)}.")
+        raise InvalidRequestError(
+            f"got {item['status']!r:.60}, expected one of {list(STATES)}.", field=f"{where}.status"
+        )
     return item
 
 
@@ -74,7 +79,7 @@ def _message(given: Mapping[str, Any], where: str) -> Item:
     _check_keys(given, ("type", "id", "role", "content", "status", "phase"), where)
     role = given.get("role")
     if role not in ROLES:
-        raise InvalidRequestError(f"{where}.role: got {role!r:.60}, expected one of {list(ROLES)}. Change it.")
+        raise InvalidRequestError(f"got {role!r:.60}, expected one of {list(ROLES)}. Change it.", field=f"{where}.role")
     kind = "output_text" if role == "assistant" else "input_text"
     return {
         "type": "message",
@@ -91,7 +96,7 @@ def _parts(content: object, where: str, text_kind: str) -> list[Item]:
     if not isinstance(content, list):
         raise _wrong_type(where, content, "a string or a list of parts")
     if len(content) > MAX_PARTS:
-        raise InvalidRequestError(f"{where}: got {len(content)} parts, expected at most {MAX_PARTS}. Send fewer.")
+        raise InvalidRequestError(f"got {len(content)} parts, expected at most {MAX_PARTS}. Send fewer.", field=where)
     return [_part(part, f"{where}[{index}]") for index, part in enumerate(content)]
 
 
@@ -105,7 +110,7 @@ def _part(given: object, where: str) -> Item:
     kind = given.get("type")
     if not isinstance(kind, str) or kind not in _PARTS:
         raise UnsupportedFeatureError(
-            f"{where}.type: got {kind!r:.60}, expected one of {sorted(_PARTS)}. Change the part."
+            f"got {kind!r:.60}, expected one of {sorted(_PARTS)}. Change the part.", field=f"{where}.type"
         )
     return _PARTS[kind](given, where)
 
@@ -126,7 +131,9 @@ def _media(*keys: str) -> _Reader:
 
     def read(given: Mapping[str, Any], where: str) -> Item:
         if given.get("file_id") is not None:
-            raise UnsupportedFeatureError(f"{where}.file_id: got a file, expected none: there are no files here.")
+            raise UnsupportedFeatureError(
+                "got a file, expected none: there are no files here.", field=f"{where}.file_id"
+            )
         _check_keys(given, ("type", "file_id", "uuid", *keys), where)
         return {key: value for key, value in given.items() if value is not None and key not in CACHE_HINTS}
 
@@ -186,14 +193,14 @@ def _check_keys(given: Mapping[str, Any], known: Iterable[str], where: str) -> N
     unknown = sorted(str(key)[:60] for key in given.keys() - CACHE_HINTS - set(known) if given[key] is not None)
     if unknown:
         raise InvalidRequestError(
-            f"{where}.{unknown[0]}: got a field that this server doesn't implement, expected one of {sorted(known)}. "
-            "Remove it."
+            f"got a field that this server doesn't implement, expected one of {sorted(known)}. Remove it.",
+            field=f"{where}.{unknown[0]}",
         )
 
 
 def _wrong_type(where: str, value: object, expected: str) -> InvalidTypeError:
     kind = "nothing" if value is None else f"a value of type {type(value).__name__}"
-    return InvalidTypeError(f"{where}: got {kind}, expected {expected}. Change {where}.")
+    return InvalidTypeError(f"got {kind}, expected {expected}. Change {where}.", field=where)
 
 
 _ITEMS: dict[str, _Reader] = {

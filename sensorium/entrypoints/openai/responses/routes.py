@@ -89,8 +89,8 @@ class ResponseRoutes:
         for name, value in query.items():
             if value.lower() != "false":
                 raise UnsupportedFeatureError(
-                    f"{name}: got {value!r:.60}, expected false: a response that is kept is given whole. Remove it.",
-                    param=name,
+                    f"got {value!r:.60}, expected false: a response that is kept is given whole. Remove it.",
+                    field=name,
                 )
         return JsonResponse(self._find(request).body)
 
@@ -115,7 +115,7 @@ class ResponseRoutes:
         def find(item_id: str, where: str) -> dict[str, Any]:
             found = self._store.get_item(tenant, item_id)
             if found is None:
-                raise _not_kept(f"{where}.id", item_id, "an item", code="item_not_found", param=f"{where}.id")
+                raise _not_kept(f"{where}.id", item_id, "an item", code="item_not_found")
             return found.content
 
         given = [] if body.input is None else read_items(body.input, find=find)
@@ -131,17 +131,18 @@ class ResponseRoutes:
         found = self._store.get(tenant_of(request), response_id)
         if found is None:
             if name == "response":
-                raise _not_kept(name, response_id, "a response", code="response_not_found")
-            raise _not_kept(name, response_id, "a response", code="previous_response_not_found", param=name)
+                raise _not_kept(name, response_id, "a response", code="response_not_found", is_field=False)
+            raise _not_kept(name, response_id, "a response", code="previous_response_not_found")
         return found
 
     async def _render(self, request: Request, turn: Turn) -> dict[str, Any]:
         try:
             return await self._context.render(request, turn.messages, **turn.render_options())
         except RequestError as error:
-            if error.field != EFFORT_FIELD:
-                raise
-            raise type(error)(str(error).replace(EFFORT_FIELD, "reasoning.effort")) from None
+            if error.is_about(EFFORT_FIELD):
+                error.args = (error.message.replace(EFFORT_FIELD, "reasoning.effort"),)
+                error.field = "reasoning.effort"
+            raise
 
     async def _count(self, request: Request, turn: Turn) -> int:
         prompt = await self._render(request, turn)
@@ -181,14 +182,14 @@ class ResponseRoutes:
             event["response"] = answer.not_stored()
 
 
-def _not_kept(where: str, given: str, kind: str, *, code: str, param: str | None = None) -> HttpError:
-    return HttpError(
-        404,
-        f"{where}: got {given!r:.80}, expected the id of {kind} that is kept. Responses are kept in memory, the latest "
-        "ones: send the conversation as input.",
-        code=code,
-        param=param,
+def _not_kept(where: str, given: str, kind: str, *, code: str, is_field: bool = True) -> HttpError:
+    told = (
+        f"got {given!r:.80}, expected the id of {kind} that is kept. Responses are kept in memory, the latest ones: "
+        "send the conversation as input."
     )
+    if is_field:
+        return HttpError(404, told, code=code, field=where)
+    return HttpError(404, f"{where}: {told}", code=code)
 
 
 def _query(request: Request, *known: str) -> dict[str, str]:
@@ -204,12 +205,12 @@ def _query(request: Request, *known: str) -> dict[str, str]:
             continue
         if name not in known:
             raise InvalidRequestError(
-                f"{name:.60}: got a parameter that there isn't, expected one of {list(known)}. Remove it.",
+                f"got a parameter that there isn't, expected one of {list(known)}. Remove it.",
                 code="unknown_parameter",
-                param=name[:60],
+                field=name[:60],
             )
         if name in found:
-            raise InvalidRequestError(f"{name}: got it twice, expected it once. Remove one.", param=name)
+            raise InvalidRequestError("got it twice, expected it once. Remove one.", field=name)
         found[name] = value
     check_include(included)
     return found
@@ -220,16 +221,14 @@ def _page(items: list[dict[str, Any]], request: Request) -> dict[str, Any]:
     query = _query(request, "after", "limit", "order")
     limit, order, after = read_count("limit", query.get("limit", "20")), query.get("order", "desc"), query.get("after")
     if not 1 <= limit <= _MAX_PAGE:
-        raise InvalidRequestError(f"limit: got {limit}, expected 1 to {_MAX_PAGE}. Change limit.", param="limit")
+        raise InvalidRequestError(f"got {limit}, expected 1 to {_MAX_PAGE}. Change limit.", field="limit")
     if order not in ("asc", "desc"):
-        raise InvalidRequestError(f"order: got {order!r:.60}, expected 'asc' or 'desc'. Change order.", param="order")
+        raise InvalidRequestError(f"got {order!r:.60}, expected 'asc' or 'desc'. Change order.", field="order")
     ordered = items if order == "asc" else items[::-1]
     if after is not None:
         places = [index for index, item in enumerate(ordered) if item["id"] == after]
         if not places:
-            raise InvalidRequestError(
-                f"after: got {after!r:.80}, expected the id of an item. Change after.", param="after"
-            )
+            raise InvalidRequestError(f"got {after!r:.80}, expected the id of an item. Change after.", field="after")
         ordered = ordered[places[0] + 1 :]
     page = ordered[:limit]
     return {

@@ -30,7 +30,9 @@ def read_tools(tools: list[Any] | None, choice: object, *, is_parallel: bool) ->
         return request
     unknown = [name for name in names if name not in request.tools]
     if unknown:
-        raise InvalidRequestError(f"tool_choice.tools: got {unknown[0]!r:.80}, expected some of tools. Remove it.")
+        raise InvalidRequestError(
+            f"got {unknown[0]!r:.80}, expected some of tools. Remove it.", field="tool_choice.tools"
+        )
     return replace(request, callable=Tools(tool for tool in request.tools if tool.name in names))
 
 
@@ -38,7 +40,7 @@ def _function(given: object, where: str) -> Tool:
     kind = given.get("type") if isinstance(given, Mapping) else None
     if not isinstance(given, Mapping) or kind != "function":
         raise UnsupportedFeatureError(
-            f"{where}.type: got {kind!r:.60}, expected 'function': the server runs no tools. Remove it."
+            f"got {kind!r:.60}, expected 'function': the server runs no tools. Remove it.", field=f"{where}.type"
         )
     try:
         function = parse_body(FunctionBody, {key: value for key, value in given.items() if key != "type"})
@@ -53,7 +55,8 @@ def _choice(choice: object) -> tuple[str | None, list[str]]:
         return choice or "auto", []
     if not isinstance(choice, Mapping):
         raise InvalidTypeError(
-            f"tool_choice: got a value of type {type(choice).__name__}, expected a string or an object. Change it."
+            f"got a value of type {type(choice).__name__}, expected a string or an object. Change it.",
+            field="tool_choice",
         )
     kind = choice.get("type")
     if kind == "function":
@@ -61,25 +64,29 @@ def _choice(choice: object) -> tuple[str | None, list[str]]:
         return None, [_name(choice, "tool_choice")]
     if kind != "allowed_tools":
         raise UnsupportedFeatureError(
-            f"tool_choice.type: got {kind!r:.60}, expected 'function' or 'allowed_tools'. Change tool_choice."
+            f"got {kind!r:.60}, expected 'function' or 'allowed_tools'. Change tool_choice.", field="tool_choice.type"
         )
     _check_keys(choice, ("type", "mode", "tools"))
     mode, allowed = choice.get("mode"), choice.get("tools")
     if mode not in ("auto", "required"):
-        raise InvalidRequestError(f"tool_choice.mode: got {mode!r:.60}, expected 'auto' or 'required'. Change it.")
+        raise InvalidRequestError(
+            f"got {mode!r:.60}, expected 'auto' or 'required'. Change it.", field="tool_choice.mode"
+        )
     if not isinstance(allowed, list) or not allowed:
-        raise InvalidTypeError("tool_choice.tools: got none, expected a list of functions. Add them.")
+        raise InvalidTypeError("got none, expected a list of functions. Add them.", field="tool_choice.tools")
     return str(mode), [_name(each, f"tool_choice.tools[{index}]") for index, each in enumerate(allowed)]
 
 
 def _name(given: object, where: str) -> str:
     name = given.get("name") if isinstance(given, Mapping) and given.get("type") == "function" else None
     if not isinstance(name, str):
-        raise InvalidTypeError(f"{where}: got something else, expected a function with its name. Change it.")
+        raise InvalidTypeError("got something else, expected a function with its name. Change it.", field=where)
     return name
 
 
 def _check_keys(choice: Mapping[str, Any], known: tuple[str, ...]) -> None:
     unknown = sorted(str(key) for key in choice.keys() - set(known) if choice[key] is not None)
     if unknown:
-        raise InvalidRequestError(f"tool_choice.{unknown[0]:.60}: got an unknown field, expected none. Remove it.")
+        raise InvalidRequestError(
+            "got an unknown field, expected none. Remove it.", field=f"tool_choice.{unknown[0]:.60}"
+        )

@@ -26,7 +26,7 @@ class Turn:
         self, tenant: bytes, body: ResponseBody, earlier: tuple[KeptItem, ...], given: list[Item], *, is_stored: bool
     ) -> None:
         if not earlier and not given:
-            raise InvalidRequestError("input: got nothing, expected a text or items. Add input.")
+            raise InvalidRequestError("got nothing, expected a text or items. Add input.", field="input")
         self.tenant = tenant
         self.body = body
         self.is_stored = is_stored

@@ -16,7 +16,6 @@ from dataclasses import replace
 from typing import Any
 
 from sensorium.chat.answer_formats import AnswerFormats
-from sensorium.entrypoints.openai.structured_outputs import reason_of
 from sensorium.entrypoints.openai.tools.request import ToolRequest
 from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.outputs import CompletionOutput
@@ -91,12 +90,12 @@ class AnswerPlan:
 
     def blame(self, error: RequestError) -> RequestError:
         """An error about a generated grammar, expressed in terms of the request's fields."""
-        if not self._has_grammar or not isinstance(error, InvalidRequestError) or error.field != FIELD:
+        if not self._has_grammar or not isinstance(error, InvalidRequestError) or not error.is_about(FIELD):
             return error
-        reason = f"{reason_of(error):.400}"
+        reason = f"{error.reason or error.message:.400}"
         schema = self._format_field or "structured_outputs"
         if self.request is None:
-            return InvalidRequestError(f"{schema}: got a schema that can't be held to ({reason}). Change it.")
+            return InvalidRequestError(f"got a schema that can't be held to ({reason}). Change it.", field=schema)
         both = f" and {schema}" if self._has_schema else ""
         causes = [
             *(["strict"] if self.request.is_strict else []),
@@ -104,8 +103,9 @@ class AnswerPlan:
             *([schema] if self._has_schema else []),
         ]
         return InvalidRequestError(
-            f"tools{both}: calls can't be held to the functions' parameters ({reason}). Change parameters, or leave "
-            f"out {' and '.join(causes)}."
+            f"calls can't be held to the functions' parameters{both} ({reason}). Change parameters, or leave out "
+            f"{' and '.join(causes)}.",
+            field="tools",
         )
 
     def _held_to(self, asked: StructuredOutputs | None) -> StructuredOutputs | None:
@@ -120,7 +120,9 @@ class AnswerPlan:
         if asked is not None and not request.is_forced:
             if asked.kind not in _JSON_KINDS:
                 other = self._format_field or f"structured_outputs.{asked.kind}"
-                raise InvalidRequestError(f"tools: got functions and {other}, expected one of them. Remove one.")
+                raise InvalidRequestError(
+                    f"got functions and {other}, expected one of them. Remove one.", field="tools"
+                )
             schema = _schema(asked)
             self._has_schema = True
         assert self.tool_format is not None

@@ -58,7 +58,8 @@ def tool_request(
     """
     if choice is not None and choice not in _MODES:
         raise InvalidRequestError(
-            f"tool_choice: got {choice!r:.60}, expected one of {list(_MODES)} or a function. Change tool_choice."
+            f"got {choice!r:.60}, expected one of {list(_MODES)} or a function. Change tool_choice.",
+            field="tool_choice",
         )
     check_number(len(tools))
     for index, tool in enumerate(tools):
@@ -66,11 +67,11 @@ def tool_request(
     _check_together(tools, where)
     if named is not None and named not in {tool.name for tool in tools}:
         raise InvalidRequestError(
-            f"tool_choice: got the function {named!r:.80}, expected one of tools. Add it to tools."
+            f"got the function {named!r:.80}, expected one of tools. Add it to tools.", field="tool_choice"
         )
     if not tools:
         if choice == "required":
-            raise InvalidRequestError("tool_choice: got 'required' without tools, expected some. Add tools.")
+            raise InvalidRequestError("got 'required' without tools, expected some. Add tools.", field="tool_choice")
         return None
     if choice == "none" and named is None:
         return None
@@ -83,7 +84,7 @@ def tool_request(
 def check_number(num_tools: int) -> None:
     """Raises `InvalidRequestError` for too many, before they are looked at."""
     if num_tools > MAX_TOOLS:
-        raise InvalidRequestError(f"tools: got {num_tools}, expected at most {MAX_TOOLS}. Send fewer.")
+        raise InvalidRequestError(f"got {num_tools}, expected at most {MAX_TOOLS}. Send fewer.", field="tools")
 
 
 def parse_choice(choice: object) -> tuple[str | None, str | None]:
@@ -96,40 +97,47 @@ def parse_choice(choice: object) -> tuple[str | None, str | None]:
         return choice, None
     if not isinstance(choice, Mapping):
         raise InvalidTypeError(
-            f"tool_choice: got a value of type {type(choice).__name__}, expected a string or an object. Change it."
+            f"got a value of type {type(choice).__name__}, expected a string or an object. Change it.",
+            field="tool_choice",
         )
     if choice.get("type") != "function":
         raise UnsupportedFeatureError(
-            f"tool_choice.type: got {choice.get('type')!r:.60}, expected 'function'. Change tool_choice."
+            f"got {choice.get('type')!r:.60}, expected 'function'. Change tool_choice.", field="tool_choice.type"
         )
     function = choice.get("function")
     if not isinstance(function, Mapping):
-        raise InvalidTypeError("tool_choice.function: got no object, expected one with a name. Add it.")
+        raise InvalidTypeError("got no object, expected one with a name. Add it.", field="tool_choice.function")
     name = function.get("name")
     if not isinstance(name, str):
-        raise InvalidTypeError("tool_choice.function.name: got no name, expected a string. Add it.")
+        raise InvalidTypeError("got no name, expected a string. Add it.", field="tool_choice.function.name")
     unknown = next((key for key in choice if key not in ("type", "function") and choice[key] is not None), None)
     if unknown is None:
         unknown = next((f"function.{key}" for key in function if key != "name" and function[key] is not None), None)
     if unknown is not None:
-        raise InvalidRequestError(f"tool_choice.{unknown:.60}: got an unknown field, expected none. Remove it.")
+        raise InvalidRequestError("got an unknown field, expected none. Remove it.", field=f"tool_choice.{unknown:.60}")
     return None, name
 
 
 def _check(tool: Tool, where: str) -> None:
     if not NAME.fullmatch(tool.name):
         raise InvalidRequestError(
-            f"{where}.name: got {tool.name!r:.80}, expected 1 to 64 letters, digits, underscores and dashes. Change it."
+            f"got {tool.name!r:.80}, expected 1 to 64 letters, digits, underscores and dashes. Change it.",
+            field=f"{where}.name",
         )
     kind = tool.parameters.get("type", "object")
     if kind != "object":
         raise InvalidRequestError(
-            f"{where}.parameters.type: got {kind!r:.60}, expected 'object', since arguments go by name. Change it."
+            f"got {kind!r:.60}, expected 'object', since arguments go by name. Change it.",
+            field=f"{where}.parameters.type",
         )
     if not isinstance(tool.parameters.get("properties", {}), Mapping):
-        raise InvalidTypeError(f"{where}.parameters.properties: got no object, expected schemas by name. Change it.")
+        raise InvalidTypeError(
+            "got no object, expected schemas by name. Change it.", field=f"{where}.parameters.properties"
+        )
     if not isinstance(tool.parameters.get("required", []), list):
-        raise InvalidTypeError(f"{where}.parameters.required: got no list, expected names of properties. Change it.")
+        raise InvalidTypeError(
+            "got no list, expected names of properties. Change it.", field=f"{where}.parameters.required"
+        )
 
 
 def _check_together(tools: Sequence[Tool], where: str) -> None:
@@ -137,11 +145,11 @@ def _check_together(tools: Sequence[Tool], where: str) -> None:
     for index, tool in enumerate(tools):
         if tool.name in seen:
             raise InvalidRequestError(
-                f"{where.format(index)}.name: got {tool.name!r}, expected a name that no other has. Change it."
+                f"got {tool.name!r}, expected a name that no other has. Change it.", field=f"{where.format(index)}.name"
             )
         seen.add(tool.name)
     described = [tool.described() for tool in tools]
     if not is_within(described, MAX_TOOLS_CHARS) or len(json.dumps(described, ensure_ascii=False)) > MAX_TOOLS_CHARS:
         raise InvalidRequestError(
-            f"tools: got more than {MAX_TOOLS_CHARS} characters as JSON, expected at most so many. Send fewer."
+            f"got more than {MAX_TOOLS_CHARS} characters as JSON, expected at most so many. Send fewer.", field="tools"
         )
