@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from sensorium.lora import LoRARequest
     from sensorium.model_executor.models.registry import ModelRegistry
     from sensorium.outputs import CompletionOutput, PoolingRequestOutput, RequestOutput
+    from sensorium.pooling_params import PoolingParams
     from sensorium.sampling_params import SamplingParams
     from sensorium.structured_outputs import StructuredOutputs
 
@@ -39,6 +40,7 @@ _HOMES = {
     "StructuredOutputs": "sensorium.structured_outputs",
     "RequestOutput": "sensorium.outputs",
     "CompletionOutput": "sensorium.outputs",
+    "PoolingParams": "sensorium.pooling_params",
     "PoolingRequestOutput": "sensorium.outputs",
     "verify": "sensorium.entrypoints.verification.run",
 }
@@ -51,6 +53,7 @@ __all__ = [
     "LLMEngine",
     "LoRARequest",
     "ModelRegistry",
+    "PoolingParams",
     "PoolingRequestOutput",
     "RequestOutput",
     "SamplingParams",

@@ -36,8 +36,32 @@ def read_json(path: Path) -> dict[str, Any]:
     Raises:
         ModelError: The file can't be read, is too large, or holds anything else.
     """
-    if not path.exists():
+    content = _json_in(path)
+    if content is None:
         return {}
+    if not isinstance(content, dict):
+        raise ModelError(
+            f"{path.name} of the checkpoint: got a JSON {_json_type(content)}, expected an object. Correct the file."
+        )
+    return content
+
+
+def read_json_list(path: Path) -> list[Any]:
+    """The list in a JSON file of a checkpoint; empty if there is no such file. Raises as `read_json`."""
+    content = _json_in(path)
+    if content is None:
+        return []
+    if not isinstance(content, list):
+        raise ModelError(
+            f"{path.name} of the checkpoint: got a JSON {_json_type(content)}, expected an array. Correct the file."
+        )
+    return content
+
+
+def _json_in(path: Path) -> Any:
+    """What a JSON file holds; None if there is no such file."""
+    if not path.exists():
+        return None
     try:
         if path.stat().st_size > MAX_JSON_BYTES:
             raise ModelError(
@@ -50,10 +74,8 @@ def read_json(path: Path) -> dict[str, Any]:
             f"{path.name} of the checkpoint: got a file that is no JSON ({type(error).__name__}: {error}), expected a "
             "JSON object. Download the file again, or correct it."
         ) from error
-    if not isinstance(content, dict):
-        raise ModelError(
-            f"{path.name} of the checkpoint: got a JSON {_json_type(content)}, expected an object. Correct the file."
-        )
+    if content is None:
+        raise ModelError(f"{path.name} of the checkpoint: got a JSON null, expected an object. Correct the file.")
     return content
 
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, 
 
 from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.errors import ConfigError
+from sensorium.pooling_params import PoolingTask
 from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.settings import MAX_BYTES, Bounds, FileName, check_setting, check_settings, wrong_setting
 
@@ -40,7 +41,14 @@ ModelImpl: TypeAlias = Literal["auto", "native", "transformers"]
 """Whose modules run: a class that is registered here, Hugging Face's own, or the former where there is one."""
 LoadCheck: TypeAlias = Literal["auto", "off"]
 ProcessorBackend: TypeAlias = Literal["auto", "pil", "torchvision"]
-PoolingType: TypeAlias = Literal["last", "mean", "cls"]
+PoolingType: TypeAlias = Literal["last", "mean", "cls", "max", "mean_sqrt_len", "weighted_mean"]
+"""How a request's rows become one: its last or first ("cls") row, their mean, their largest values, their sum over the
+root of their number, or their mean weighted by position, 1 at the first."""
+Runner: TypeAlias = Literal["auto", "generate", "pooling"]
+"""What a model is served for."""
+Convert: TypeAlias = Literal["auto", "embed", "classify"]
+"""What a model that generates is made into when it is served for pooling."""
+Activation: TypeAlias = Literal["none", "sigmoid", "softmax"]
 ToolParser: TypeAlias = Literal["auto", "none", "qwen3_coder", "glm", "hermes", "mistral", "llama3", "json"]
 """How calls of functions are written: names of `sensorium.parsing.FORMATS`, none, or as the chat template shows."""
 SpeculativeMethod: TypeAlias = Literal["ngram"]
@@ -84,10 +92,27 @@ class MultiModalConfig:
 
 @dataclass(frozen=True, slots=True)
 class PoolerConfig:
-    """How a model that pools turns hidden states into one vector: "last", "mean" or "cls"."""
+    """What a model makes of hidden states, and how; mostly read from the checkpoint."""
 
     pooling_type: PoolingType = "last"
     normalize: bool = True
+    """Whether vectors are brought to length 1."""
+    tasks: tuple[PoolingTask, ...] = ("embed", "token_embed")
+    size: int | None = None
+    """Numbers of a vector; None: the model's hidden size."""
+    projections: tuple[str, ...] = ()
+    """Folders of the checkpoint with a linear layer each, which vectors go through before they are brought to length 1
+    (the Dense modules of sentence-transformers)."""
+    is_matryoshka: bool = False
+    """Whether the leading numbers of a vector are a vector, so that requests may ask for fewer (`dimensions`)."""
+    matryoshka_dimensions: tuple[int, ...] = ()
+    """How many they may ask for; empty: any number."""
+    labels: tuple[str, ...] = ()
+    activation: Activation = "none"
+    """What makes probabilities of the scores of labels."""
+    token_ids: tuple[int, ...] = ()
+    """Ids whose logits behind the prompt are a label's score each, for a model that generates; of two, "no" and "yes",
+    the score is that of the second over the first."""
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -118,6 +143,8 @@ class ModelConfig:
     mm_processor_kwargs: Mapping[str, Any] | None = None
     multimodal_config: MultiModalConfig | None = None
     """None for a model that takes text only."""
+    runner: Runner = "generate"
+    """"generate" or "pooling": which requests are served. A model that generates embeds too."""
     pooler_config: PoolerConfig | None = None
     sampling_defaults: SamplingDefaults = field(default_factory=SamplingDefaults)
     """Sampling values of requests that leave them out, from the checkpoint's `generation_config.json`."""
@@ -136,6 +163,7 @@ class ModelConfig:
     def __post_init__(self) -> None:
         check_setting("model_impl", self.model_impl, ModelImpl)
         check_setting("load_check", self.load_check, LoadCheck)
+        check_setting("runner", self.runner, Runner)
         check_setting("dtype", self.dtype_name, Dtype)
         check_setting("max_model_len", self.max_model_len, Count)
         check_setting("mm_split", self.mm_split, MMSplit)
@@ -170,6 +198,16 @@ class ModelConfig:
     def vocab_size(self) -> int:
         """Number of rows of the output head."""
         return int(self.hf_text_config.vocab_size)
+
+    @property
+    def pooler(self) -> PoolerConfig:
+        """How hidden states are pooled; by default the last row, brought to length 1."""
+        return self.pooler_config or PoolerConfig()
+
+    @property
+    def pools(self) -> bool:
+        """Whether the model is served for pooling, and doesn't generate."""
+        return self.runner == "pooling"
 
     def get_multimodal_config(self) -> MultiModalConfig:
         """The media limits. Raises `RuntimeError` for a text model."""
@@ -398,6 +436,10 @@ class ModelFeatures:
     """A chunk may not end inside an item (the class asks for it, or atomic mode)."""
     two_way: frozenset[str] = frozenset()
     """Modalities whose rows see one another both ways, or `WHOLE_PROMPT`; see `sensorium.spans.two_way_spans`."""
+    whole_prompts: bool = False
+    """A prompt is computed in one step: nothing is kept of it that another could go on from."""
+    max_prompt_tokens: int | None = None
+    """Most tokens of a sequence, where the model has fewer positions than its config says; None: as it says."""
     shares_items: bool = True
     """An item's rows depend on the item alone, so requests may share them. False: identity covers the whole prompt."""
     maps_items_alone: bool = True

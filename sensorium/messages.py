@@ -21,6 +21,7 @@ import numpy as np
 from sensorium.cache_spec import CacheGroup
 from sensorium.config import ModelFeatures
 from sensorium.errors import SensoriumError
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_params import SamplingParams
 from sensorium.spans import Range, Span
 from sensorium.token_masks import StepMasks
@@ -79,8 +80,10 @@ class EngineRequest:
     """Requests share cached blocks and rows only with the same salt."""
     tenant: str = ""
     """Who sent it: tenants that wait share the slots evenly."""
-    pooling: bool = False
-    """The result is a pooled vector instead of tokens."""
+    pooling: PoolingParams | None = None
+    """What is made of the prompt's hidden states, in the place of tokens; None: tokens."""
+    token_type_ids: Sequence[int] | None = None
+    """For each prompt token which text of a pair it belongs to, for models that are told so; None: all to the first."""
     adapter_id: int = 0
     """The adapter that its rows go through, 0 for the base model alone. While an engine lives, an id means the same
     weights."""
@@ -205,7 +208,7 @@ class ModelRunnerOutput:
     prompt_logprobs: Mapping[str, Sequence[TokenLogprobs]] = field(default_factory=dict)
     """For this step's chunk: the log probabilities of the prompt tokens that follow its rows."""
     pooled: Mapping[str, Any] = field(default_factory=dict)
-    """`(hidden_size,)` float32 arrays of pooling requests."""
+    """What was made of pooling requests, float32 arrays; their shapes are those of `PoolingTask`."""
     failures: Mapping[str, RequestFailure] = field(default_factory=dict)
     """These requests took no part in the step from where they failed on."""
     encode_s: float = 0.0

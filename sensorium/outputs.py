@@ -8,7 +8,7 @@ from __future__ import annotations
 import enum
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 
@@ -119,17 +119,49 @@ class RequestOutput:
         return cls(request_id, prompt=None, prompt_token_ids=[], outputs=[], finished=True, error=error)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class EmbeddingOutput:
-    """A pooled vector."""
+FloatArray: TypeAlias = np.ndarray[Any, np.dtype[np.float32]]
 
-    embedding: np.ndarray[Any, np.dtype[np.float32]]
-    """`(hidden_size,)` float32."""
+
+@dataclass(frozen=True, slots=True, eq=False)
+class PoolingOutput:
+    """What was made of a prompt's hidden states."""
+
+    data: FloatArray
+    """float32, of the shape that the task says: see `PoolingTask`."""
+
+    @property
+    def embedding(self) -> FloatArray:
+        """Of the task `embed`, the vector `(size,)`; of `token_embed` a vector for each token `(num_tokens, size)`."""
+        return self.data
+
+    @property
+    def probs(self) -> FloatArray:
+        """Of the task `classify`, the labels' scores `(num_labels,)`: probabilities, unless the raw ones were asked
+        for."""
+        return self.data
 
     @property
     def hidden_size(self) -> int:
-        """Length of the vector."""
-        return len(self.embedding)
+        """Numbers of a vector."""
+        return int(self.data.shape[-1])
+
+
+@dataclass(frozen=True, slots=True)
+class ScoringOutput:
+    """How well two texts go together."""
+
+    score: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class ScoringRequestOutput:
+    """The score of one pair of texts."""
+
+    request_id: str
+    outputs: ScoringOutput
+    prompt_token_ids: Sequence[int]
+    """Of the pair as one sequence, or of its second text where each text has a vector of its own."""
+    finished: bool = True
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -137,7 +169,7 @@ class PoolingRequestOutput:
     """The end of a pooling request."""
 
     request_id: str
-    outputs: EmbeddingOutput | None
+    outputs: PoolingOutput | None
     """None if the request failed or was aborted."""
     prompt_token_ids: Sequence[int]
     finished: bool

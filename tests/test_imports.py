@@ -41,6 +41,7 @@ LEAVES = (
     "config",
     "distributed",
     "sampling_defaults",
+    "pooling_params",
     "sampling_params",
     "timestamps",
     "structured_outputs",

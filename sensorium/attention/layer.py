@@ -309,16 +309,37 @@ class MultiHeadAttention(_AttentionBase):
         head_size: Channels per head.
         scale: Factor on the scores, usually `head_size ** -0.5`.
         num_kv_heads: Key/value heads, `num_heads` by default.
+        head_size_v: Channels of a head's value and output, `head_size` by default.
+        causal: Whether a position sees only itself and earlier ones.
+        window: See `AttentionRules`.
+        chunk: See `AttentionRules`.
+        softcap: See `AttentionRules`.
     """
 
-    def __init__(self, num_heads: int, head_size: int, scale: float, num_kv_heads: int | None = None) -> None:
+    def __init__(
+        self,
+        num_heads: int,
+        head_size: int,
+        scale: float,
+        num_kv_heads: int | None = None,
+        *,
+        head_size_v: int | None = None,
+        causal: bool = False,
+        window: int | None = None,
+        chunk: int | None = None,
+        softcap: float | None = None,
+    ) -> None:
         super().__init__(
             AttentionSpec(
                 num_heads=num_heads,
                 num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
                 head_size=head_size,
                 scale=float(scale),
-                causal=False,
+                head_size_v=head_size_v,
+                window=window,
+                softcap=softcap,
+                chunk=chunk,
+                causal=causal,
             )
         )
 
@@ -329,6 +350,7 @@ class MultiHeadAttention(_AttentionBase):
         value: torch.Tensor,
         cu_seqlens: torch.Tensor | Sequence[int] | None = None,
         key_lens: torch.Tensor | Sequence[int] | None = None,
+        sinks: torch.Tensor | None = None,
     ) -> torch.Tensor:
         """Attend within each sequence.
 
@@ -340,22 +362,23 @@ class MultiHeadAttention(_AttentionBase):
                 is one sequence.
             key_lens: `(num_seqs,)` ints, how many leading keys of each sequence are real; the others are
                 never seen. Outputs of a sequence without any are 0.
+            sinks: See `Attention.forward`.
 
         Returns:
-            The shape of `query`.
+            The shape of `query`, with `num_heads * head_size_v` channels.
         """
         num_rows = query.shape[:-1].numel()
         q = query.reshape(num_rows, self.num_heads, self.head_size)
         k = key.reshape(num_rows, self.num_kv_heads, self.head_size)
-        v = value.reshape(num_rows, self.num_kv_heads, self.head_size)
+        v = value.reshape(num_rows, self.num_kv_heads, self.spec.value_size)
         if cu_seqlens is None:
             length = query.shape[-2]
             starts = torch.arange(0, num_rows + 1, max(length, 1), dtype=torch.int32, device=query.device)
         else:
             starts = _int32_tensor(cu_seqlens, query.device)
         lens = None if key_lens is None else _int32_tensor(key_lens, query.device)
-        out = self._backend_for(q).varlen(q, k, v, starts, self.spec, key_lens=lens)
-        return out.reshape(query.shape)
+        out = self._backend_for(q).varlen(q, k, v, starts, self.spec, key_lens=lens, sinks=sinks)
+        return out.reshape(*query.shape[:-1], self.num_heads * self.spec.value_size)
 
 
 def _int32_tensor(values: torch.Tensor | Sequence[int], device: torch.device) -> torch.Tensor:

@@ -16,6 +16,7 @@ from sensorium.config import (
     BlockSize,
     BytesOrNone,
     CompileTime,
+    Convert,
     Count,
     Dtype,
     EncoderRows,
@@ -34,6 +35,7 @@ from sensorium.config import (
     PoolingType,
     ProcessorBackend,
     ReasoningParser,
+    Runner,
     SchedulingPolicy,
     StepsInFlight,
     TokenGap,
@@ -161,8 +163,16 @@ class EngineArgs:
     allowed_local_media_path: Name | None = None
     """Folder from which requests may name files."""
 
+    runner: Runner = "auto"
+    """What the model is served for: "generate", or "pooling" for vectors, scores and labels; "auto" goes by the
+    checkpoint. A model that generates embeds too."""
+    convert: Convert = "auto"
+    """What a model that generates is made into for pooling: "embed" for vectors, or "classify" for scores from the
+    logits of the tokens that `classifier_from_token` names in `hf_overrides`."""
     pooling_type: PoolingType | None = None
-    """"last", "mean" or "cls" for `encode`; the model's own, or "last"."""
+    """Which hidden states become a vector: "last" or "cls" (the first), "mean", "max", "mean_sqrt_len" or
+    "weighted_mean"; the checkpoint's own by default, else "last" for a model that reads from left to right and "mean"
+    for others."""
     generation_config: GenerationConfig = "auto"
     """"auto" takes the sampling values of the checkpoint's generation_config.json for requests that leave them out,
     "none" doesn't. The tokens that end an answer count either way."""

@@ -52,6 +52,7 @@ from sensorium.media import MediaLease, MediaLoader
 from sensorium.messages import LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler.stats import SchedulerStats
 from sensorium.stages import stage
@@ -219,7 +220,7 @@ class AsyncLLMEngine:
             )
 
     async def check_health(self, *, generate: bool = False, timeout_s: float = _HEALTH_TIMEOUT_S) -> None:
-        """Return if the engine works; with `generate`, only after the model has made one real token.
+        """Return if the engine works; with `generate`, only after the model has made one real token, or pooled one.
 
         Raises:
             EngineDeadError: It doesn't, or has made no token in time.
@@ -231,6 +232,9 @@ class AsyncLLMEngine:
         params = SamplingParams(max_tokens=1, temperature=0.0, ignore_eos=True, detokenize=False)
         try:
             async with asyncio.timeout(timeout_s):
+                if self.config.model_config.pools:
+                    await self.encode(prompt, PoolingParams(self.config.model_config.pooler.tasks[0]))
+                    return
                 async for _ in self.generate(prompt, params):
                     pass
         except TimeoutError:
@@ -302,14 +306,16 @@ class AsyncLLMEngine:
     async def encode(
         self,
         prompt: Any,
+        pooling: PoolingParams | None = None,
         request_id: str | None = None,
         *,
         priority: int = 0,
         cache_salt: str | None = None,
         tenant: str = "",
         lora_request: LoRARequest | str | None = None,
+        mm_processor_kwargs: Mapping[str, Any] | None = None,
     ) -> PoolingRequestOutput:
-        """Pool one prompt into a vector `(hidden_size,)`.
+        """Pool one prompt; into a vector `(hidden_size,)` unless `pooling` says otherwise.
 
         Raises:
             RequestError, RequestAbortedError, EngineDeadError: See `generate`.
@@ -324,7 +330,8 @@ class AsyncLLMEngine:
             arrival_time_s=time.monotonic(),
             cache_salt=cache_salt,
             tenant=tenant,
-            pooling=True,
+            mm_processor_kwargs=mm_processor_kwargs,
+            pooling=pooling or PoolingParams(),
             lora_request=lora_request,
         )
         stream = self._open(name, OutputKind.FINAL_ONLY, tenant)

@@ -234,7 +234,11 @@ def make_executor(config: EngineConfig) -> Executor:
 
 
 def within_blocks(config: EngineConfig, report: LoadReport) -> EngineConfig:
-    """`config` with a context no longer than what the KV blocks of each group together hold."""
+    """`config` with a context no longer than what the KV blocks of each group together hold, and the model's positions
+    reach."""
+    reach = report.features.max_prompt_tokens
+    if reach is not None and config.model_config.max_model_len > reach:
+        config = replace(config, model_config=replace(config.model_config, max_model_len=reach))
     limits = [group.max_tokens() for group in report.cache_groups]
     held = min((limit for limit in limits if limit is not None), default=config.model_config.max_model_len)
     if config.model_config.max_model_len <= held:

@@ -335,13 +335,13 @@ def resolve_dtype(dtype: str, config: CheckpointConfig, hf_config: Any, path: Pa
     return "float32"
 
 
-def resolve_max_model_len(asked: int | None, hf_config: Any) -> int:
-    """The context length: as asked, at most the model's own."""
+def resolve_max_model_len(asked: int | None, hf_config: Any, trained: int | None = None) -> int:
+    """The context length: as asked, at most the model's own. `trained`: what other files say, where they count."""
     text = hf_config.get_text_config()
     name = "max_position_embeddings" if hasattr(text, "max_position_embeddings") else "max_target_positions"
     own = getattr(text, name, None)
     if asked is None:
-        return int(own) if own else 4096
+        return min((int(each) for each in (own, trained) if each), default=4096)
     if own and asked > own:
         raise ConfigError(
             f"max_model_len: got {asked}, expected at most {own}, the model's {name}. "

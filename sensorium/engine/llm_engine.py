@@ -25,6 +25,7 @@ from sensorium.media import MediaLoader
 from sensorium.messages import EngineOutput, LoadReport
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_params import SamplingParams
 
 
@@ -65,7 +66,7 @@ class LLMEngine:
         priority: int = 0,
         arrival_time_s: float | None = None,
         cache_salt: str | None = None,
-        pooling: bool = False,
+        pooling: PoolingParams | None = None,
         lora_request: LoRARequest | str | None = None,
     ) -> ProcessedRequest:
         """Tokenize a prompt, process its media, admit it. Safe in any thread; nothing is queued yet.

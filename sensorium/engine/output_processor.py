@@ -16,9 +16,9 @@ from sensorium.errors import InvalidRequestError, RequestError
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure, TokenLogprobs
 from sensorium.outputs import (
     CompletionOutput,
-    EmbeddingOutput,
     Logprob,
     OutputKind,
+    PoolingOutput,
     PoolingRequestOutput,
     PositionLogprobs,
     RequestMetrics,
@@ -72,7 +72,7 @@ class OutputProcessor:
                 "Use stop_token_ids, or set skip_tokenizer_init to false.",
                 field="stop",
             )
-        parent_id, num_outputs = message.request_id, 1 if message.pooling else params.n
+        parent_id, num_outputs = message.request_id, params.n if message.pooling is None else 1
         ids = [parent_id] if num_outputs == 1 else [f"{parent_id}#{i}" for i in range(num_outputs)]
         if self.has_request(parent_id) or any(child_id in self._children for child_id in ids):
             raise InvalidRequestError(
@@ -155,7 +155,7 @@ class OutputProcessor:
             self.remove_request(request.request_id)
         elif request.kind is OutputKind.FINAL_ONLY:
             return None
-        if request.message.pooling:
+        if request.message.pooling is not None:
             return request.pooling_output() if finished else None
         return request.output()
 
@@ -235,7 +235,7 @@ class _Request:
     def pooling_output(self) -> PoolingRequestOutput:
         return PoolingRequestOutput(
             request_id=self.request_id,
-            outputs=None if self._pooled is None else EmbeddingOutput(self._pooled),
+            outputs=None if self._pooled is None else PoolingOutput(self._pooled),
             prompt_token_ids=self.message.prompt_token_ids,
             finished=True,
             metrics=self._metrics(),

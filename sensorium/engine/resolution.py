@@ -36,6 +36,7 @@ from sensorium.engine.hf_config import (
     written_end_ids,
 )
 from sensorium.engine.loading import LOADING
+from sensorium.engine.pooling import PoolingChoice, pooling_choice, trained_length
 from sensorium.errors import ConfigError
 from sensorium.logger import get_logger
 from sensorium.lora import read_adapter
@@ -239,9 +240,14 @@ def _model_config(args: EngineArgs, path: Path, config: CheckpointConfig) -> Mod
     from sensorium.model_executor.models.registry import ModelRegistry
     from sensorium.multimodal import MULTIMODAL_REGISTRY
 
-    model_class, architecture = ModelRegistry.resolve(
-        config.architectures, args.model_impl, is_remote=_brings_modules(args, config.hf_config)
-    )
+    is_remote = _brings_modules(args, config.hf_config)
+    pooling = pooling_choice(args, path, config, ModelRegistry.generating(config.architectures, is_remote=is_remote))
+    if pooling is None:
+        model_class, architecture = ModelRegistry.resolve(config.architectures, args.model_impl, is_remote=is_remote)
+    else:
+        model_class, architecture = ModelRegistry.resolve_pooling(
+            config.architectures, args.model_impl, pooling.pooler, config.hf_config, is_remote=is_remote
+        )
     hf_config = config_of_part(config.hf_config, getattr(model_class, "config_part", None))
     check_values(hf_config)
     if hasattr(model_class, "for_checkpoint"):
@@ -261,7 +267,9 @@ def _model_config(args: EngineArgs, path: Path, config: CheckpointConfig) -> Mod
         tokenizer=str(tokenizer),
         hf_config=hf_config,
         dtype_name=resolve_dtype(args.dtype, config, hf_config, None if args.load_format == "dummy" else path),
-        max_model_len=resolve_max_model_len(args.max_model_len, hf_config),
+        max_model_len=resolve_max_model_len(
+            args.max_model_len, hf_config, None if pooling is None else trained_length(path)
+        ),
         model_class=model_class,
         architecture=architecture,
         tokenizer_mode=args.tokenizer_mode,
@@ -273,7 +281,8 @@ def _model_config(args: EngineArgs, path: Path, config: CheckpointConfig) -> Mod
         hf_image_processor_config=read_json(path / "preprocessor_config.json"),
         mm_processor_kwargs=args.mm_processor_kwargs,
         multimodal_config=MultiModalConfig(dict(args.limit_mm_per_prompt)) if is_multimodal else None,
-        pooler_config=None if args.pooling_type is None else PoolerConfig(pooling_type=args.pooling_type),
+        runner="generate" if pooling is None else "pooling",
+        pooler_config=_pooler_config(args, config, pooling),
         sampling_defaults=read_defaults(generation if args.generation_config == "auto" else {}),
         end_token_ids=read_end_ids(generation, FILE_NAME) | written_end_ids(config.written, hf_config),
         mm_processor_backend=args.mm_processor_backend,
@@ -286,9 +295,18 @@ def _model_config(args: EngineArgs, path: Path, config: CheckpointConfig) -> Mod
     return model_config
 
 
+def _pooler_config(args: EngineArgs, config: CheckpointConfig, pooling: PoolingChoice | None) -> PoolerConfig:
+    """How vectors are made; of a model that generates, its last row unless the settings say otherwise."""
+    if pooling is not None:
+        return pooling.pooler
+    is_matryoshka = config.written.get("is_matryoshka") is True
+    return PoolerConfig(pooling_type=args.pooling_type or "last", is_matryoshka=is_matryoshka)
+
+
 def _brings_modules(args: EngineArgs, hf_config: Any) -> bool:
     """Whether modules of a model of text come with the checkpoint, and may be run."""
-    return args.trust_remote_code and "AutoModelForCausalLM" in (getattr(hf_config, "auto_map", None) or {})
+    auto_map = getattr(hf_config, "auto_map", None) or {}
+    return args.trust_remote_code and "AutoModelForCausalLM" in auto_map
 
 
 def _refuse_media_settings(args: EngineArgs, architecture: str) -> None:

@@ -20,6 +20,7 @@ from sensorium.errors import RequestError
 from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.lora import LoRARequest
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_params import SamplingParams
 
 Output = RequestOutput | PoolingRequestOutput
@@ -35,7 +36,7 @@ class Job:
     prompt: Any
     params: SamplingParams
     priority: int = 0
-    pooling: bool = False
+    pooling: PoolingParams | None = None
     lora_request: LoRARequest | str | None = None
 
 

@@ -14,13 +14,15 @@ from sensorium.engine.llm_engine import LLMEngine
 from sensorium.engine.resolution import num_preprocess_threads
 from sensorium.entrypoints.batch_run import BatchRun, Job, Output
 from sensorium.entrypoints.progress import ProgressBar
+from sensorium.entrypoints.scoring import Scoring
 from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError
 from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.lora import LoRARequest
 from sensorium.media import FetchPolicy, MediaLimits, MediaLoader
 from sensorium.messages import LoadReport
-from sensorium.outputs import PoolingRequestOutput, RequestOutput
+from sensorium.outputs import PoolingRequestOutput, RequestOutput, ScoringOutput, ScoringRequestOutput
 from sensorium.parsing import AnswerParser, Tool, Tools
+from sensorium.pooling_params import PoolingParams, PoolingTask
 from sensorium.sampling_params import SamplingParams
 from sensorium.settings import unknown_setting
 
@@ -219,17 +221,99 @@ class LLM:
         return self.engine.preprocess("preview", prompt, sampling_params)
 
     def encode(
-        self, prompts: Any, *, use_tqdm: bool | None = None, lora_request: LoRAChoice = None
+        self,
+        prompts: Any,
+        pooling_params: PoolingParams | Sequence[PoolingParams] | None = None,
+        *,
+        pooling_task: PoolingTask | None = None,
+        use_tqdm: bool | None = None,
+        lora_request: LoRAChoice = None,
     ) -> list[PoolingRequestOutput]:
-        """Pool one prompt or a list of prompts into vectors `(hidden_size,)`; `lora_request` as in `generate`.
+        """Pool one prompt or a list of prompts. `outputs.data` of each holds what the task says.
+
+        Args:
+            prompts: As in `generate`.
+            pooling_params: One for all, or one per prompt.
+            pooling_task: In the place of the parameters' task: "embed", "token_embed", "classify" or "token_classify".
+                Without both, what the model is served for: vectors, if it makes any.
+            use_tqdm: As in `generate`.
+            lora_request: As in `generate`.
 
         Raises:
-            RequestError: A prompt or its media are wrong.
+            RequestError: A prompt, its media or the parameters are wrong, or the model isn't served for the task.
         """
-        params = SamplingParams(max_tokens=1, detokenize=False)
         each = _as_list(prompts)
+        task = self.engine.config.model_config.pooler.tasks[0]
+        params = _per_prompt(pooling_params, len(each), "pooling_params", PoolingParams(pooling_task or task))
+        if pooling_task is not None:
+            params = [replace(own, task=pooling_task) for own in params]
         adapters = _per_prompt(lora_request, len(each), "lora_request", None)
-        jobs = [Job(prompt, params, pooling=True, lora_request=own) for prompt, own in zip(each, adapters, strict=True)]
+        return self._pool(each, params, use_tqdm, adapters)
+
+    def embed(
+        self, prompts: Any, *, dimensions: int | None = None, use_tqdm: bool | None = None
+    ) -> list[PoolingRequestOutput]:
+        """A vector for each prompt, `outputs.embedding` `(size,)`. `dimensions`: see `PoolingParams`.
+
+        Raises `RequestError` as `encode`.
+        """
+        return self.encode(prompts, PoolingParams("embed", dimensions=dimensions), use_tqdm=use_tqdm)
+
+    def classify(self, prompts: Any, *, use_tqdm: bool | None = None) -> list[PoolingRequestOutput]:
+        """Probabilities of the labels of each prompt, `outputs.probs` `(num_labels,)`.
+
+        Raises `RequestError` as `encode`.
+        """
+        return self.encode(prompts, PoolingParams("classify"), use_tqdm=use_tqdm)
+
+    def score(
+        self,
+        data_1: str | Sequence[str],
+        data_2: str | Sequence[str],
+        *,
+        truncate_prompt_tokens: int | None = None,
+        chat_template: str | None = None,
+        use_tqdm: bool | None = None,
+    ) -> list[ScoringRequestOutput]:
+        """How well texts go together: one with each of several, or as many with as many, in pairs.
+
+        A model with a classification head of one label reads both texts at once (a cross-encoder). One that makes a
+        vector of a text is asked for the cosine of two, one that makes a vector for each token for the sum of each
+        token's best match (late interaction).
+
+        Args:
+            data_1: A text such as a query, or a list of texts.
+            data_2: A text such as a document, or a list of texts.
+            truncate_prompt_tokens: See `PoolingParams`.
+            chat_template: Of a cross-encoder: makes a prompt of messages of the roles "query" and "document".
+            use_tqdm: As in `generate`.
+
+        Raises:
+            RequestError: The numbers of texts don't fit, or as `encode`.
+        """
+        template = chat_template or self._chat_template
+        scoring = Scoring(self.engine.config.model_config, template, self.get_tokenizer())
+        plan = scoring.plan(data_1, data_2, truncate_prompt_tokens=truncate_prompt_tokens)
+        outputs = self._pool(plan.prompts, [plan.params] * len(plan.prompts), use_tqdm)
+        ends = [outputs[pair[-1]] for pair in plan.pairs]
+        scores = plan.scores([each.outputs for each in outputs])
+        return [
+            ScoringRequestOutput(end.request_id, ScoringOutput(score), end.prompt_token_ids)
+            for end, score in zip(ends, scores, strict=True)
+        ]
+
+    def _pool(
+        self,
+        prompts: Sequence[Any],
+        params: Sequence[PoolingParams],
+        use_tqdm: bool | None,
+        adapters: Sequence[Any] | None = None,
+    ) -> list[PoolingRequestOutput]:
+        sampling, adapters = SamplingParams(max_tokens=1, detokenize=False), adapters or [None] * len(prompts)
+        jobs = [
+            Job(prompt, sampling, pooling=own, lora_request=adapter)
+            for prompt, own, adapter in zip(prompts, params, adapters, strict=True)
+        ]
         return self._run(jobs, use_tqdm, return_errors=False)
 
     def shutdown(self) -> None:

@@ -12,13 +12,76 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from sensorium.errors import ContextLengthError, InvalidRequestError
+from sensorium.errors import ContextLengthError, InvalidRequestError, UnsupportedFeatureError
 from sensorium.multimodal.placeholders import BoolArray, is_placeholder
 from sensorium.spans import IntArray, Range, Span
 
 if TYPE_CHECKING:
-    from sensorium.config import CacheConfig, SchedulerConfig
+    from sensorium.config import CacheConfig, ModelConfig, SchedulerConfig
+    from sensorium.pooling_params import PoolingParams
     from sensorium.sampling_params import SamplingParams
+
+
+# Tasks
+
+
+def check_task(pooling: PoolingParams | None, model_config: ModelConfig) -> None:
+    """Refuse what the model isn't served for: to generate, where `pooling` is None, or a way of pooling.
+
+    Raises `UnsupportedFeatureError`.
+    """
+    pooler, name = model_config.pooler, model_config.architecture or "this model"
+    if pooling is None:
+        if model_config.pools:
+            raise UnsupportedFeatureError(
+                f"got a request to generate, expected one of {', '.join(pooler.tasks)}: {name} is served "
+                "for pooling. Ask /v1/embeddings, /classify, /score, /rerank or /pooling, or serve a model that "
+                "generates.",
+                code="unsupported_task",
+                field="task",
+            )
+        return
+    if pooling.task not in pooler.tasks:
+        way_out = "Ask for one of these, or serve a model with such a head."
+        if not model_config.pools and pooling.task == "classify":
+            way_out = "Serve a model with a classification head, or set --runner pooling --convert classify."
+        raise UnsupportedFeatureError(
+            f"got {pooling.task}, expected one of {', '.join(pooler.tasks)}, which {name} does. {way_out}",
+            code="unsupported_task",
+            field="task",
+        )
+    if pooling.dimensions is not None:
+        _check_dimensions(pooling, model_config)
+
+
+def _check_dimensions(pooling: PoolingParams, model_config: ModelConfig) -> None:
+    pooler, wanted = model_config.pooler, pooling.dimensions
+    size = vector_size(model_config)
+    if wanted == size and "embed" in pooling.task:
+        return
+    allowed = pooler.matryoshka_dimensions
+    fits = pooler.is_matryoshka and wanted is not None and wanted <= size and (not allowed or wanted in allowed)
+    if fits and "embed" in pooling.task:
+        return
+    if "embed" not in pooling.task:
+        expected = "none for this task"
+    elif not pooler.is_matryoshka:
+        expected = (
+            f"{size}, which the model's vectors have. If it was trained for shorter ones, the operator can say so: "
+            "--hf-overrides '{\"is_matryoshka\": true}'"
+        )
+    else:
+        expected = f"one of {sorted(allowed)}" if allowed else f"at most {size}"
+    raise UnsupportedFeatureError(
+        f"got {wanted}, expected {expected}. Change or remove dimensions.",
+        code="unsupported_parameter",
+        field="dimensions",
+    )
+
+
+def vector_size(model_config: ModelConfig) -> int:
+    """Numbers of a vector that the model makes."""
+    return model_config.pooler.size or int(getattr(model_config.hf_text_config, "hidden_size", 0))
 
 
 # Prompts

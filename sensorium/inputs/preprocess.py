@@ -35,12 +35,14 @@ from sensorium.multimodal.placement import Placement, Prompt
 from sensorium.multimodal.processor_cache import ProcessorCache
 from sensorium.multimodal.request_media import MediaStage, RequestMedia
 from sensorium.multimodal.video_sampling import CheckpointSampling
+from sensorium.pooling_params import MODEL_LIMIT
 from sensorium.sampling_defaults import read_end_ids
 from sensorium.spans import IntArray, Range, two_way_spans
 
 if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelConfig, ModelFeatures
     from sensorium.media import CacheStats, MediaLoader
+    from sensorium.pooling_params import PoolingParams
     from sensorium.sampling_params import SamplingParams
 
 logger = get_logger(__name__)
@@ -75,6 +77,7 @@ class _Prepared(NamedTuple):
     two_way_spans: tuple[Range, ...]
     mrope_positions: IntArray | None
     mrope_delta: int
+    token_type_ids: list[int] | None
 
 
 class InputPreprocessor:
@@ -123,6 +126,7 @@ class InputPreprocessor:
         self._stage = MediaStage(config, features, mm_registry, mapper, accept_embeddings=accept_embeddings)
         self._placeholder_ids: frozenset[int] = frozenset().union(*self._stage.placeholder_ids.values())
         self._eos_token_ids = eos_token_ids(self._model_config, tokenizer)
+        self._takes_type_ids = self._model_config.pools and takes_type_ids(tokenizer)
 
     def process(
         self,
@@ -135,10 +139,10 @@ class InputPreprocessor:
         cache_salt: str | None = None,
         tenant: str = "",
         mm_processor_kwargs: Mapping[str, Any] | None = None,
-        pooling: bool = False,
+        pooling: PoolingParams | None = None,
         lora_request: LoRARequest | str | None = None,
     ) -> ProcessedRequest:
-        """Check and prepare one request.
+        """Check and prepare one request, to generate, or to pool as `pooling` says.
 
         `prompt`: a string, token ids, or a dict (`TextPrompt`, `TokensPrompt`), which may also hold
         `multi_modal_uuids`. `cache_salt`: requests share cached media and blocks only with the same salt.
@@ -152,6 +156,7 @@ class InputPreprocessor:
         """
         own_adapter = adapter_id(self._adapters, lora_request)
         try:
+            admission.check_task(pooling, self._model_config)
             parsed = parse_prompt(prompt)
             kwargs = {**(mm_processor_kwargs or {}), **parsed.mm_processor_kwargs}
             kwargs = {name: value for name, value in kwargs.items() if value is not None}  # null asks for nothing
@@ -176,6 +181,7 @@ class InputPreprocessor:
             tenant=tenant,
             pooling=pooling,
             adapter_id=own_adapter,
+            token_type_ids=prepared.token_type_ids,
         )
         counts: dict[str, tuple[int, ...]] = {}
         for item in prepared.items:
@@ -205,15 +211,15 @@ class InputPreprocessor:
         sampling_params: SamplingParams,
         cache_salt: str | None,
         *,
-        pooling: bool,
+        pooling: PoolingParams | None,
     ) -> _Prepared:
         """What a request is made of; cheap checks come before expensive work."""
         given = self._collector.collect(parsed.multi_modal_data, parsed.multi_modal_uuids, kwargs)
-        ids = self._encode(parsed)
+        ids, type_ids = self._encode(parsed, pooling)
         before = np.array(ids, dtype=np.int64)
         if parsed.token_ids is not None:
             admission.check_token_ids(before, self._max_token_id(before))
-        processed = self._run_processor(parsed, ids, given, kwargs)
+        processed = self._run_processor(parsed, ids, type_ids, given, kwargs)
         after = _processed_ids(processed)
         media = RequestMedia(self._stage, given, processed, kwargs, cache_salt) if given else None
         expand = getattr(self._model_config.model_class, _EXPANSION_HOOK, None)
@@ -222,19 +228,29 @@ class InputPreprocessor:
                 after = media.expanded(partial(expand, self._model_config), after)
         prompt = Prompt(before, before if after == ids else np.array(after, dtype=np.int64))
         placements = media.place(prompt) if media else []
-        two_way = self._admit(prompt, placements, pooling=pooling)
-        sampling_params = self._resolve_sampling(sampling_params, len(after), pooling=pooling)
+        two_way = self._admit(prompt, placements, pooling=pooling is not None)
+        if pooling is None:
+            sampling_params = self._resolve_sampling(sampling_params, len(after))
         items = media.items(placements, prompt.after) if media else ()
         positions, delta = self._mrope(after, items)
-        return _Prepared(after, sampling_params, items, two_way, positions, delta)
+        has_types = self._takes_type_ids and type_ids is not None and len(type_ids) == len(after)
+        return _Prepared(after, sampling_params, items, two_way, positions, delta, type_ids if has_types else None)
 
-    def _encode(self, parsed: ParsedPrompt) -> list[int]:
-        """Token ids of the prompt as given: those the caller sent, checked, or those of its text."""
+    def _encode(self, parsed: ParsedPrompt, pooling: PoolingParams | None) -> tuple[list[int], list[int] | None]:
+        """Token ids of the prompt as given: those the caller sent, checked, or those of its text. With them, for a
+        pair of texts or where the caller sent them, which text each belongs to."""
         max_model_len = self._model_config.max_model_len
+        limit = None if pooling is None else pooling.truncate_prompt_tokens
+        truncates = limit is not None
+        if limit is not None:
+            max_model_len = max_model_len if limit == MODEL_LIMIT else min(limit, max_model_len)
         if parsed.token_ids is not None:
+            types = parsed.token_type_ids
+            if truncates:
+                return parsed.token_ids[:max_model_len], None if types is None else types[:max_model_len]
             if len(parsed.token_ids) > max_model_len:
                 raise ContextLengthError.of_prompt(str(len(parsed.token_ids)), max_model_len, max_model_len)
-            return parsed.token_ids
+            return parsed.token_ids, types
         assert parsed.text is not None
         if self.encoder is None:
             raise InvalidTypeError(
@@ -243,8 +259,14 @@ class InputPreprocessor:
                 field="prompt",
             )
         # A decoder with an encoder begins with what the prompt says, and nothing else.
-        adds = parsed.add_special_tokens and not getattr(self._model_config.hf_config, "is_encoder_decoder", False)
-        return self.encoder.encode_bounded(parsed.text, max_model_len, add_special_tokens=adds)
+        is_begun = getattr(self._model_config.hf_config, "is_encoder_decoder", False) and not self._model_config.pools
+        adds = parsed.add_special_tokens and not is_begun
+        if parsed.text_pair is None and not truncates:
+            return self.encoder.encode_bounded(parsed.text, max_model_len, add_special_tokens=adds), None
+        encoded = self.encoder.encode_pair(
+            parsed.text, parsed.text_pair, max_model_len, truncates=truncates, add_special_tokens=adds
+        )
+        return encoded.ids, encoded.type_ids
 
     def _max_token_id(self, token_ids: IntArray) -> int:
         """The largest id that a caller may send: of the model's vocabulary, or of the tokenizer's, which may
@@ -256,7 +278,12 @@ class InputPreprocessor:
         return max(largest, self.encoder.max_token_id)
 
     def _run_processor(
-        self, parsed: ParsedPrompt, ids: list[int], given: Sequence[MediaData], kwargs: Mapping[str, Any]
+        self,
+        parsed: ParsedPrompt,
+        ids: list[int],
+        type_ids: list[int] | None,
+        given: Sequence[MediaData],
+        kwargs: Mapping[str, Any],
     ) -> Mapping[str, Any]:
         """What the model's input processor makes of the prompt; the prompt itself if the model registered
         none.
@@ -266,7 +293,7 @@ class InputPreprocessor:
             return self._run_merged_processor(parsed, ids, data, kwargs)
         inputs = token_inputs(
             list(ids),
-            token_type_ids=parsed.token_type_ids,
+            token_type_ids=type_ids,
             prompt=parsed.text,
             multi_modal_data=data or None,
             mm_processor_kwargs=dict(kwargs) or None,
@@ -323,9 +350,7 @@ class InputPreprocessor:
                 return positions_from_kwargs(token_ids, hf_config, kwargs)
             return checked_positions(hook(token_ids, hf_config, kwargs), len(token_ids))
 
-    def _resolve_sampling(self, params: SamplingParams, num_prompt_tokens: int, *, pooling: bool) -> SamplingParams:
-        if pooling:
-            return params
+    def _resolve_sampling(self, params: SamplingParams, num_prompt_tokens: int) -> SamplingParams:
         if params.structured_outputs is not None:
             _ = self.vocabulary  # refuses what no output can be held to
         encoder = self.encoder
@@ -337,6 +362,11 @@ class InputPreprocessor:
             max_model_len=self._model_config.max_model_len,
             num_prompt_tokens=num_prompt_tokens,
         )
+
+
+def takes_type_ids(tokenizer: Any | None) -> bool:
+    """Whether a model is told which text of a pair a token belongs to: its tokenizer's settings say so."""
+    return tokenizer is None or "token_type_ids" in getattr(tokenizer, "model_input_names", ())
 
 
 def _processed_ids(processed: Mapping[str, Any]) -> list[int]:

@@ -20,6 +20,7 @@ _KEYS = frozenset(
         "prompt",
         "prompt_token_ids",
         "token_type_ids",
+        "text_pair",
         "multi_modal_data",
         "multi_modal_uuids",
         "mm_processor_kwargs",
@@ -36,6 +37,8 @@ class ParsedPrompt:
     text: str | None = None
     token_ids: list[int] | None = None
     token_type_ids: list[int] | None = None
+    text_pair: str | None = None
+    """A second text, which is encoded with the first as the tokenizer encodes pairs."""
     add_special_tokens: bool = True
     """Whether encoding adds the tokenizer's own special tokens; a rendered chat has its own."""
     multi_modal_data: Mapping[str, Any] = field(default_factory=dict)
@@ -81,6 +84,9 @@ def _parse_dict(prompt: Mapping[str, Any]) -> ParsedPrompt:
         )
     if text is not None and not isinstance(text, str):
         raise _wrong_type("prompt", text, "a string")
+    pair = prompt.get("text_pair")
+    if pair is not None and (not isinstance(pair, str) or text is None):
+        raise _wrong_type("text_pair", pair, "a string beside the string 'prompt'")
     add_special_tokens = prompt.get("add_special_tokens", True)
     if not isinstance(add_special_tokens, bool):
         raise _wrong_type("add_special_tokens", add_special_tokens, "true or false")
@@ -89,6 +95,7 @@ def _parse_dict(prompt: Mapping[str, Any]) -> ParsedPrompt:
         text=text,
         token_ids=None if ids is None else _token_ids("prompt_token_ids", ids),
         token_type_ids=None if type_ids is None else _token_ids("token_type_ids", type_ids),
+        text_pair=pair,
         add_special_tokens=add_special_tokens,
         multi_modal_data=_names("multi_modal_data", prompt.get("multi_modal_data")),
         multi_modal_uuids=_names("multi_modal_uuids", prompt.get("multi_modal_uuids")),

@@ -6,6 +6,7 @@ Ids back to text is the detokenizer's job. Transformers is imported when a token
 from __future__ import annotations
 
 import threading
+from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,18 @@ def get_tokenizer(model_config: ModelConfig) -> Any:
             f"tokenizer: got {model_config.tokenizer!r}, expected a directory with a tokenizer that transformers can "
             f"load ({type(exc).__name__}: {reason:.200}). Set tokenizer, or skip_tokenizer_init to take token ids only."
         ) from exc
+
+
+_MAX_TRUNCATED_CHARS = 1 << 20
+"""So many characters of a text that may be truncated are looked at in any case."""
+
+
+@dataclass(frozen=True, slots=True)
+class EncodedText:
+    """Token ids, and for each which text of a pair it belongs to: 0 or 1."""
+
+    ids: list[int]
+    type_ids: list[int]
 
 
 class TextEncoder:
@@ -77,6 +90,55 @@ class TextEncoder:
             raise ContextLengthError.of_prompt(str(len(ids)), max_tokens, max_tokens)
         return ids
 
+    def encode_pair(
+        self, text: str, pair: str | None, max_tokens: int, *, truncates: bool, add_special_tokens: bool = True
+    ) -> EncodedText:
+        """A text, or two as one sequence, of at most `max_tokens` tokens.
+
+        `truncates`: leave out tokens at the texts' ends where there are more, those of the longer text first, as
+        transformers' `longest_first`; else that is an error.
+
+        Raises `InvalidRequestError` (a `ValueError`).
+        """
+        most_chars = max_tokens * self.max_token_chars
+        texts = [each for each in (text, pair) if each is not None]
+        if not truncates and sum(map(len, texts)) > max(most_chars, 8 * max_tokens):
+            least = -(-sum(map(len, texts)) // self.max_token_chars)
+            raise ContextLengthError.of_prompt(f"at least {least}", max_tokens, max_tokens)
+        if truncates and self.tokenizer.truncation_side == "right":
+            # Whatever a normalizer drops, the tokens that count come of these; the rest would only take time.
+            texts = [each[: max(16 * most_chars, _MAX_TRUNCATED_CHARS)] for each in texts]
+        encoded = self._encode_texts(texts, max_tokens, truncates=truncates, add_special_tokens=add_special_tokens)
+        if len(encoded.ids) > max_tokens:
+            if truncates:
+                raise ContextLengthError.of_prompt(
+                    f"{len(encoded.ids)} (special ones alone)", max_tokens, max_tokens, "Raise truncate_prompt_tokens"
+                )
+            raise ContextLengthError.of_prompt(str(len(encoded.ids)), max_tokens, max_tokens)
+        return encoded
+
+    def _encode_texts(
+        self, texts: list[str], max_tokens: int, *, truncates: bool, add_special_tokens: bool
+    ) -> EncodedText:
+        if self._backend is None:
+            with self._lock:
+                found = self.tokenizer(
+                    *texts,
+                    add_special_tokens=add_special_tokens,
+                    truncation="longest_first" if truncates else False,
+                    max_length=max_tokens if truncates else None,
+                    return_token_type_ids=True,
+                )
+                return EncodedText(list(found["input_ids"]), list(found["token_type_ids"]))
+        parts = [self._backend.encode(each, add_special_tokens=False) for each in texts]
+        if truncates:
+            num_special = self._backend.num_special_tokens_to_add(len(texts) == 2) if add_special_tokens else 0
+            lengths = _longest_first([len(part.ids) for part in parts], max(max_tokens - num_special, 0))
+            for part, length in zip(parts, lengths, strict=True):
+                part.truncate(length, direction=self.tokenizer.truncation_side)
+        whole = self._backend.post_process(*parts, *[None] * (2 - len(parts)), add_special_tokens)
+        return EncodedText(whole.ids, whole.type_ids)
+
     @cached_property
     def max_token_id(self) -> int:
         """The largest id in the vocabulary, added tokens included."""
@@ -86,3 +148,20 @@ class TextEncoder:
     def max_token_chars(self) -> int:
         """Characters of the longest token: no token stands for more."""
         return max(map(len, self.tokenizer.get_vocab()), default=1)
+
+
+def _longest_first(lengths: list[int], room: int) -> list[int]:
+    """Lengths with a sum of at most `room`, cut from the longer one until both are alike, then from both.
+
+    For example, [7, 3] for a room of 5 is [3, 2], and [5, 5] is [2, 3].
+    """
+    if sum(lengths) <= room:
+        return lengths
+    if len(lengths) == 1:
+        return [room]
+    first, second = lengths
+    short = min(first, second)
+    if room >= 2 * short:
+        return [room - short, short] if first > second else [short, room - short]
+    half = room // 2
+    return [room - half, half] if first > second else [half, room - half]

@@ -75,7 +75,7 @@ class RequestState:
     ) -> None:
         self.message = message
         self.request_id = message.request_id
-        self.pooling = message.pooling
+        self.pooling = message.pooling is not None
         self.order = order
         """The request with the smaller order is served first. Unique."""
         self.is_new = True

@@ -63,7 +63,7 @@ class Scheduler:
         if encoder_cache_rows is None:
             encoder_cache_rows = 4 * scheduler_config.max_num_encoder_rows
         self._counters = Counters()
-        is_chunked = scheduler_config.enable_chunked_prefill
+        is_chunked = scheduler_config.enable_chunked_prefill and not features.whole_prompts
         self._kv_cache = KVCacheManager(
             self._groups,
             enable_prefix_caching=cache_config.enable_prefix_caching,

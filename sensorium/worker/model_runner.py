@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import torch
 from torch import nn
 
@@ -139,7 +140,7 @@ class ModelRunner:
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
         self._masks = MaskReader()
-        self._pooler = Pooler(model_config.pooler_config)
+        self._pooler = Pooler(model, model_config, device)
         self._reporting: set[str] = set()
         """Requests whose prompt rows are looked at: those that pool, or asked for prompt log probabilities."""
         self.passes = PassRunner(
@@ -195,7 +196,7 @@ class ModelRunner:
             self._note_sampled(rows, accepted)
             self._report_sampled(rows, accepted, sampled, logprobs, complete, pending.failures)
         prompt_logprobs = {name: entries.messages() for name, entries in pending.prompt_logprobs.items()}
-        pooled = {name: copy.wait()[0].numpy() for name, copy in pending.pooled.items()}
+        pooled = _finite(pending)
         times = pending.timer.times()
         if not self._batch:
             self._clock.rest()
@@ -273,7 +274,7 @@ class ModelRunner:
                 new.output_token_ids,
                 request.eos_token_ids,
             )
-            if request.pooling or request.sampling_params.prompt_logprobs is not None:
+            if request.pooling is not None or request.sampling_params.prompt_logprobs is not None:
                 self._reporting.add(request.request_id)
         if step.masks is not None:
             self._masks.begin_step(step.masks)
@@ -346,9 +347,9 @@ class ModelRunner:
         hidden, tensors = self.passes.forward(chunks, arrays, fields)
         if self._reporting:
             self._report_prompt(chunks, arrays, hidden, pending)
-        for chunk, is_pooling in zip(chunks, pools, strict=True):
-            if is_pooling and chunk.is_last:
-                pending.pooled[chunk.request_id] = HostCopy([self._pooler.finish(chunk.request_id)])
+        self._finish_pooling(
+            [chunk for chunk, pool in zip(chunks, pools, strict=True) if pool and chunk.is_last], pending
+        )
         if not sampling:
             return
         if len(wanted.rows) != len(hidden):
@@ -364,7 +365,15 @@ class ModelRunner:
         pending.sampled.append(rows)
 
     def _is_pooling(self, chunk: ScheduledChunk) -> bool:
-        return bool(self._reporting) and self._batch[chunk.request_id].request.pooling
+        return bool(self._reporting) and self._batch[chunk.request_id].request.pooling is not None
+
+    def _finish_pooling(self, chunks: Sequence[ScheduledChunk], pending: PendingStep) -> None:
+        """Make the answers of requests that have run to their prompts' ends, and begin to bring them to the host."""
+        if not chunks:
+            return
+        requests = [self._batch[chunk.request_id].request for chunk in chunks]
+        for request, answer in zip(requests, self._pooler.finish(requests), strict=True):
+            pending.pooled[request.request_id] = HostCopy([answer])
 
     def _is_plain_decode(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays) -> bool:
         """Whether every chunk is a single row of text that a token is sampled after, and nothing else is wanted."""
@@ -440,8 +449,8 @@ class ModelRunner:
                 continue
             request = self._batch[chunk.request_id].request
             rows = slice(*arrays.cu_seqlens_q[i : i + 2].tolist())
-            if request.pooling:
-                self._pooler.add(chunk.request_id, hidden[rows])
+            if request.pooling is not None:
+                self._pooler.add(request, chunk.num_computed_tokens, hidden[rows])
             top = request.sampling_params.prompt_logprobs
             start = chunk.num_computed_tokens
             if top is None or start + 1 >= len(request.prompt_token_ids):
@@ -454,6 +463,20 @@ class ModelRunner:
             with adapter_ids_of_rows(ids, (adapter_id,)):
                 logits = self._model.compute_logits(followed, metadata)
             pending.prompt_logprobs[chunk.request_id] = PromptLogprobs(logits, targets, top)
+
+
+def _finite(pending: PendingStep) -> dict[str, npt.NDArray[np.float32]]:
+    """The answers of pooling requests; those that are no numbers fail."""
+    found = {}
+    for request_id, copy in pending.pooled.items():
+        answer: npt.NDArray[np.float32] = copy.wait()[0].numpy()
+        if np.isfinite(answer).all():
+            found[request_id] = answer
+        else:
+            pending.failures[request_id] = RequestFailure(
+                "The model computed no numbers for this request (NaN or infinity). Other requests go on."
+            )
+    return found
 
 
 def _row_failure(row: int, masks: RowMasks | None) -> RequestFailure:

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -197,6 +198,7 @@ class PassRunner:
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,
             encoder_outputs=self._encoder_outputs(chunks),
+            token_type_ids=self._token_type_ids(chunks),
         )
 
     def _tables_of(self, arrays: StepArrays, tensors: StepTensors) -> list[torch.Tensor]:
@@ -210,6 +212,20 @@ class PassRunner:
         """The rows that the chunks write into the caches of cross-attention, in the order of their places."""
         items = [item for chunk in chunks if chunk.cross_items for item in self._batch.written_items(chunk)]
         return torch.cat([self._encoder.all_rows(item.key) for item in items]) if items else None
+
+    def _token_type_ids(self, chunks: Sequence[ScheduledChunk]) -> torch.Tensor | None:
+        """Which text of a pair each row belongs to; None where no request has pairs."""
+        requests = [state.request for state in self._batch.states(chunks)]
+        if all(request.token_type_ids is None for request in requests):
+            return None
+        parts = []
+        for chunk, request in zip(chunks, requests, strict=True):
+            part = np.zeros(chunk.num_scheduled_tokens, dtype=np.int64)
+            start = chunk.num_computed_tokens
+            own = (request.token_type_ids or ())[start : start + len(part)]
+            part[: len(own)] = own
+            parts.append(part)
+        return torch.from_numpy(np.concatenate(parts)).to(self._device)
 
     def _input_ids(self, tensors: StepTensors) -> torch.Tensor:
         """The rows' token ids, those that the host hasn't seen included."""

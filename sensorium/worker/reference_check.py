@@ -6,7 +6,7 @@ flat batch, cut into chunks, over a paged cache. The logits of every position mu
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import pairwise
 
 import numpy as np
@@ -49,8 +49,12 @@ def largest_error(
 
 def check_prompts(model: TransformersForCausalLM) -> list[IdArray]:
     """A prompt for each of `SCHEDULES`, all different."""
-    lengths = [sum(chunks) for chunks in SCHEDULES]
-    ids = np.asarray(model.text_token_ids(sum(lengths)), dtype=np.int64)
+    return split_prompts(model.text_token_ids, [sum(chunks) for chunks in SCHEDULES])
+
+
+def split_prompts(text_token_ids: Callable[[int], list[int]], lengths: Sequence[int]) -> list[IdArray]:
+    """Different prompts of these lengths; `text_token_ids` gives as many ids as it is asked for."""
+    ids = np.asarray(text_token_ids(sum(lengths)), dtype=np.int64)
     return np.split(ids, np.cumsum(lengths)[:-1])
 
 

@@ -3,7 +3,7 @@ beside each other, what they compute alone."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -74,16 +74,21 @@ def choose_tier(
             continue
         if error <= TOLERANCE[config.model_config.dtype]:
             if is_checked:
-                _use_kernels(model, partial(_error, model, config, device, references), config.model_config.dtype)
+                run = partial(model.reference_logits, model.text_token_ids(2))
+                use_kernels(model, run, partial(_error, model, config, device, references), config.model_config.dtype)
             notes = (*_notes(model, error, is_checked), *_not(reasons, tier))
             features = ModelFeatures(tier=tier.name, notes=notes)
             return _driver(model, config, device), _with_media(model, features)
         reasons[tier.name] = f"logits differ by {error:.1e} of their spread from those of the untouched modules"
-    listed = "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
     raise ModelError(
         f"{config.model_config.architecture} by the modules of transformers: got none that runs as in transformers "
-        f"({listed}). Register a class for it."
+        f"({listed_reasons(reasons)}). Register a class for it."
     )
+
+
+def listed_reasons(reasons: Mapping[str, str]) -> str:
+    """Why each of several ways was not taken."""
+    return "; ".join(f"{name}: {reason}" for name, reason in reasons.items())
 
 
 def _references(model: TransformersForCausalLM, config: EngineConfig) -> _References:
@@ -157,12 +162,12 @@ def request_cache_bytes(model: nn.Module, config: EngineConfig) -> dict[str, int
     return {"caches of requests (at most, unplanned)": each * config.scheduler_config.max_num_seqs}
 
 
-def _use_kernels(model: TransformersForCausalLM, check: Callable[[], float], dtype: torch.dtype) -> None:
+def use_kernels(model: nn.Module, run: Callable[[], object], check: Callable[[], float], dtype: torch.dtype) -> None:
     """Let linear layers run by this engine's kernels, where the model computes the same without their weights in place.
 
-    `check`: the error of the model as it runs.
+    `run`: a pass of the untouched modules. `check`: the error of the model as it runs.
     """
-    weights = SetAside(model, partial(model.reference_logits, model.text_token_ids(2)))
+    weights = SetAside(model, run)
     try:
         is_equal = check() <= TOLERANCE[dtype]
     except Exception as raised:  # noqa: BLE001  whatever modules raise on a weight that isn't there

@@ -18,12 +18,13 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.kernels import native_refusal
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, SchedulerOutput
-from sensorium.model_executor.drivers import ModelDriver
+from sensorium.model_executor.drivers import ModelDriver, TextDriver
 from sensorium.model_executor.lora.loader import LoadedAdapters
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.model_executor.models.interfaces import supports_cross_attention
 from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
+from sensorium.model_executor.models.transformers.pooling import TransformersForPooling
 from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker.adapters import lay_adapters, try_adapters
 from sensorium.worker.dummy_steps import DummySteps
@@ -31,6 +32,7 @@ from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
 from sensorium.worker.kv_cache import CacheLayout, max_rows_of_request
 from sensorium.worker.memory import MemoryPlan, plan_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
+from sensorium.worker.pooling_tiers import choose_pooling_tier
 from sensorium.worker.probe import probe_model
 from sensorium.worker.process_settings import PROCESS_SETTINGS
 from sensorium.worker.transformers_tiers import choose_tier, request_cache_bytes
@@ -90,8 +92,12 @@ class Worker:
         if isinstance(self._model, TransformersForCausalLM):
             with self._stage("choose tier"):
                 self._driver, features = choose_tier(self._model, config, self._device)
+        if isinstance(self._model, TransformersForPooling):
+            with self._stage("choose tier"):
+                features = choose_pooling_tier(self._model, config, self._device)
+                self._driver = TextDriver(self._model)
         layout = CacheLayout.of(self._model, config)
-        if not hasattr(self._model, "compute_logits"):
+        if not hasattr(self._model, "compute_logits") and not config.model_config.pools:
             raise ModelError(
                 f"{type(self._model).__name__}: no method compute_logits(hidden_states, sampling_metadata). "
                 "Add it; it returns logits (num_rows, vocab_size)."
@@ -132,6 +138,8 @@ class Worker:
         """What records passes on this device; None: every pass runs call by call."""
         if self._device.type != "cuda" or self._config.device_config.enforce_eager:
             return None
+        if self._config.model_config.pools:
+            return None  # recorded passes end in a sampled token
         return CudaGraphCapture()
 
     def _report(

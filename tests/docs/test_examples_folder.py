@@ -51,6 +51,7 @@ EXPECTED = {
         r"vectors \(5, 256\)\n 1\.000  a red circle\n 1\.000  the same again\n"
         r" 0\.\d+  a red circle elsewhere\n 0\.\d+  a blue circle\n +-?0\.\d+  a text\n"
     ),
+    "rerank": r"(?: 0\.\d+  (?:There is a|The) .+\n){3}",
     "evaluation": r"circle   8 of 8 right\nsquare   8 of 8 right\ndiamond  8 of 8 right\nall      100%\n",
     "own_model": r"tier: 0 auto-split\nnavy -> blue\ngold -> yellow\nred and yellow -> orange\n",
 }

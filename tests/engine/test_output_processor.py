@@ -17,12 +17,13 @@ from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, RequestFailure, TokenLogprobs
 from sensorium.outputs import (
     CompletionOutput,
-    EmbeddingOutput,
     Logprob,
     OutputKind,
+    PoolingOutput,
     PoolingRequestOutput,
     RequestOutput,
 )
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_params import SamplingParams
 from tests.helpers import tiny_tokenizers
 
@@ -37,7 +38,12 @@ def _ids(text: str) -> list[int]:
 
 def _request(request_id: str = "r", *, pooling: bool = False, **params: Any) -> ProcessedRequest:
     message = EngineRequest(
-        request_id, _ids("the"), SamplingParams(**params), frozenset([EOS]), arrival_time_s=5.0, pooling=pooling
+        request_id,
+        _ids("the"),
+        SamplingParams(**params),
+        frozenset([EOS]),
+        arrival_time_s=5.0,
+        pooling=PoolingParams() if pooling else None,
     )
     return ProcessedRequest(message, "the", {"image": (3,)})
 
@@ -386,7 +392,7 @@ def test_pooling(fails: bool) -> None:
         assert output.error is not None
         assert output.error.status == 503
     else:
-        assert isinstance(output.outputs, EmbeddingOutput)
+        assert isinstance(output.outputs, PoolingOutput)
         assert output.outputs.hidden_size == 3
         assert output.outputs.embedding is vector
 

@@ -9,6 +9,7 @@ import httpx
 import pytest
 
 from sensorium.entrypoints.openai import protocol
+from sensorium.entrypoints.openai.pooling import bodies
 from tests.entrypoints.served import Served, served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S
@@ -17,7 +18,11 @@ CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "Hi"}], "max_t
 BODIES = {
     "/v1/chat/completions": (protocol.ChatBody, CHAT),
     "/v1/completions": (protocol.CompletionBody, {"prompt": "Hi", "max_tokens": 1}),
-    "/v1/embeddings": (protocol.EmbeddingBody, {"input": "Hi"}),
+    "/v1/embeddings": (bodies.EmbeddingBody, {"input": "Hi"}),
+    "/classify": (bodies.ClassifyBody, {"input": "Hi"}),
+    "/pooling": (bodies.PoolingBody, {"input": "Hi"}),
+    "/score": (bodies.ScoreBody, {"text_1": "Hi", "text_2": "Ho"}),
+    "/rerank": (bodies.RerankBody, {"query": "Hi", "documents": ["Ho"]}),
     "/v1/chat/token_cost": (protocol.TokenCostBody, {"messages": CHAT["messages"]}),
     "/tokenize": (protocol.TokenizeBody, {"prompt": "Hi"}),
     "/detokenize": (protocol.DetokenizeBody, {"tokens": [65]}),

@@ -55,6 +55,7 @@ from pydantic import BaseModel
 from sensorium.chat.content import parse_messages
 from sensorium.entrypoints.openai import fields, protocol
 from sensorium.entrypoints.openai.body import Body, field_names
+from sensorium.entrypoints.openai.pooling import bodies
 from sensorium.entrypoints.openai.protocol import parse_body
 from sensorium.entrypoints.openai.responses.body import ReasoningConfig, ResponseBody, TextConfig
 from sensorium.entrypoints.openai.responses.items import read_items
@@ -69,7 +70,11 @@ BODIES: list[tuple[type[Body], dict[str, Any]]] = [
     (protocol.ChatBody, {"messages": MESSAGES}),
     (protocol.CompletionBody, {"prompt": "Hi"}),
     (ResponseBody, {"input": "Hi"}),
-    (protocol.EmbeddingBody, {"input": "Hi"}),
+    (bodies.EmbeddingBody, {"input": "Hi"}),
+    (bodies.ClassifyBody, {"input": "Hi"}),
+    (bodies.PoolingBody, {"input": "Hi"}),
+    (bodies.ScoreBody, {"text_1": "Hi", "text_2": "Ho"}),
+    (bodies.RerankBody, {"query": "Hi", "documents": ["Ho"]}),
     (protocol.TranscriptionForm, {}),
     (protocol.TokenCostBody, {"messages": MESSAGES}),
     (protocol.TokenizeBody, {"prompt": "Hi"}),
@@ -114,7 +119,7 @@ CLIENT: list[tuple[type[BaseModel], str, set[str]]] = [
             input_token_count_params.InputTokenCountParams,
         ),
     ),
-    (protocol.EmbeddingBody, "", names_of(embedding_create_params.EmbeddingCreateParams)),
+    (bodies.EmbeddingBody, "", names_of(embedding_create_params.EmbeddingCreateParams)),
     (
         protocol.TranscriptionForm,
         "",
@@ -164,7 +169,8 @@ def test_null_is_nothing_in_every_field_of_every_route(kind: type[Body], base: d
     bare = parse_body(kind, base)
     for name in _every_name() - base.keys():
         assert parse_body(kind, {**base, name: None}) == bare, name
-    needed = base.keys() if kind is not ResponseBody else ()  # which may go on with an earlier response
+    # A response may go on with an earlier one, and what is pooled may come as messages.
+    needed = () if kind is ResponseBody or issubclass(kind, bodies.InputsBody) else base.keys()
     for name in needed:
         with pytest.raises(InvalidRequestError, match=f"{name}: got nothing, expected a value"):
             parse_body(kind, {**base, name: None})

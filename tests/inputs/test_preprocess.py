@@ -23,6 +23,7 @@ from sensorium.errors import (
 from sensorium.inputs import token_inputs
 from sensorium.model_executor.models.interfaces import SupportsMultiModal
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_params import SamplingParams
 from tests.inputs.front import (
     IMAGE,
@@ -586,6 +587,6 @@ def test_sampling_parameters_are_checked_against_the_model() -> None:
 def test_pooling_needs_no_room_for_output() -> None:
     front = Front()
     ids = [5] * front.config.model_config.max_model_len
-    assert front(ids, pooling=True).engine_request.pooling
+    assert front(ids, pooling=PoolingParams()).engine_request.pooling
     with pytest.raises(InvalidRequestError, match="too long to fit into the model"):
         front(ids)

@@ -20,6 +20,7 @@ from sensorium.messages import (
     SchedulerOutput,
     TokenLogprobs,
 )
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_params import SamplingParams
 from sensorium.scheduler import Scheduler
 from sensorium.scheduler.pacing import Pacer
@@ -86,7 +87,7 @@ def make_request(
         two_way_spans=two_way_spans(two_way, [((item.modality,), item.span) for item in media], len(tokens)),
         priority=priority,
         tenant=tenant,
-        pooling=pooling,
+        pooling=PoolingParams() if pooling else None,
         cache_salt=cache_salt,
     )
 

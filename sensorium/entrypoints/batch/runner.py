@@ -20,7 +20,11 @@ from sensorium.entrypoints.openai.errors import error_body
 from sensorium.errors import EngineDeadError, InvalidRequestError, RequestError
 from sensorium.media import MediaLoader
 
-PATHS = ("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses", *UPLOAD_PATHS)
+PATHS = (
+    *("/v1/chat/completions", "/v1/completions", "/v1/embeddings", "/v1/responses"),
+    *("/rerank", "/score", "/classify", "/pooling"),
+    *UPLOAD_PATHS,
+)
 """Routes that a line may name, if the application has them."""
 _RESTART_INTERVAL_S = 0.1
 

@@ -21,6 +21,7 @@ from sensorium.entrypoints.openai.errors import HttpError, error_response, forge
 from sensorium.entrypoints.openai.http import JsonResponse, read_body, while_connected
 from sensorium.entrypoints.openai.middleware import ApiKeys, BodyBounds, Capacity, OnEnd, RequestRecords, log_record
 from sensorium.entrypoints.openai.playground import playground_routes
+from sensorium.entrypoints.openai.pooling.routes import PoolingRoutes
 from sensorium.entrypoints.openai.protocol import DetokenizeBody, TokenizeBody
 from sensorium.entrypoints.openai.responses.routes import ResponseRoutes
 from sensorium.entrypoints.openai.responses.store import ResponseStore
@@ -67,7 +68,7 @@ def create_app(
         Route("/v1/chat/completions", chat.completions, methods=["POST"]),
         Route("/v1/chat/token_cost", chat.token_cost, methods=["POST"]),
         Route("/v1/completions", completions.completions, methods=["POST"]),
-        Route("/v1/embeddings", completions.embeddings, methods=["POST"]),
+        *PoolingRoutes(context).routes(),
         Route("/v1/audio/transcriptions", transcriptions.transcriptions, methods=["POST"]),
         Route("/v1/audio/translations", transcriptions.translations, methods=["POST"]),
         *ResponseRoutes(context, ResponseStore(0, 0) if responses is None else responses).routes(),

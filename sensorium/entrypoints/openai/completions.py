@@ -1,9 +1,7 @@
-"""`/v1/completions` and `/v1/embeddings`: prompts without a chat around them."""
+"""`/v1/completions`: prompts without a chat around them."""
 
 from __future__ import annotations
 
-import asyncio
-import base64
 import time
 from collections.abc import AsyncIterator
 from contextlib import aclosing
@@ -18,9 +16,8 @@ from sensorium.entrypoints.openai.answers import Usage, completion_logprobs, pro
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.echo import NO_ECHO, Echo, make_echo
 from sensorium.entrypoints.openai.http import EventStream, JsonResponse, merged, read_body, while_connected, with_first
-from sensorium.entrypoints.openai.protocol import CompletionBody, EmbeddingBody, StreamOptions
-from sensorium.errors import UnsupportedFeatureError
-from sensorium.outputs import CompletionOutput, OutputKind, PoolingRequestOutput, RequestOutput
+from sensorium.entrypoints.openai.protocol import CompletionBody, StreamOptions
+from sensorium.outputs import CompletionOutput, OutputKind, RequestOutput
 from sensorium.sampling_params import SamplingParams
 
 Numbered: TypeAlias = AsyncIterator[tuple[int, RequestOutput]]
@@ -48,37 +45,6 @@ class CompletionRoutes:
             return JsonResponse(answer.whole(outputs))
         stream = await while_connected(request, self._started(request, body, prompts, params))
         return EventStream(answer.chunks(stream, options), is_padded=options.include_obfuscation)
-
-    async def embeddings(self, request: Request) -> Response:
-        """`POST /v1/embeddings`."""
-        body = await read_body(request, EmbeddingBody)
-        name, prompts = self._context.check_model(body.model), body.prompts()
-        outputs = await while_connected(request, self._pool(request, prompts, body.model))
-        _check_dimensions(body.dimensions, outputs)
-        num_tokens = sum(len(output.prompt_token_ids) for output in outputs)
-        data = [
-            {"object": "embedding", "index": index, "embedding": _vector(output, body.encoding_format)}
-            for index, output in enumerate(outputs)
-        ]
-        usage = {"prompt_tokens": num_tokens, "total_tokens": num_tokens}
-        return JsonResponse({"object": "list", "data": data, "model": name, "usage": usage})
-
-    async def _pool(self, request: Request, prompts: list[Any], model: str | None) -> list[PoolingRequestOutput]:
-        """All vectors in order. At most as many texts are in flight as a step may have: a body may have thousands."""
-        self._context.check_accepts(request)
-        places = asyncio.Semaphore(self._context.engine.config.scheduler_config.max_num_seqs)
-
-        async def pool(prompt: Any) -> PoolingRequestOutput:
-            async with places:
-                return await self._context.encode(request, prompt, model)
-
-        tasks = [asyncio.ensure_future(pool(prompt)) for prompt in prompts]
-        try:
-            return await asyncio.gather(*tasks)
-        finally:
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
 
     def _generate(
         self, request: Request, body: CompletionBody, prompts: list[Any], params: SamplingParams, kind: OutputKind
@@ -140,29 +106,10 @@ class CompletionRoutes:
         return await with_first(self._with_echoes(body, generated))
 
 
-def _check_dimensions(wanted: int | None, outputs: list[PoolingRequestOutput]) -> None:
-    sizes = {output.outputs.hidden_size for output in outputs if output.outputs is not None}
-    if wanted is not None and sizes - {wanted}:
-        raise UnsupportedFeatureError(
-            f"got {wanted}, expected {min(sizes)}, which the model's vectors have. Remove dimensions.",
-            code="unsupported_parameter",
-            field="dimensions",
-        )
-
-
 def _prompt(prompt: Any, body: CompletionBody) -> dict[str, Any]:
     if isinstance(prompt, str):
         return {"prompt": prompt, "add_special_tokens": body.add_special_tokens}
     return {"prompt_token_ids": prompt}
-
-
-def _vector(output: PoolingRequestOutput, encoding: str) -> str | list[float]:
-    assert output.outputs is not None
-    vector = output.outputs.embedding
-    if encoding == "base64":
-        return base64.b64encode(vector.astype("<f4").tobytes()).decode()
-    values: list[float] = vector.tolist()
-    return values
 
 
 class _Answer:

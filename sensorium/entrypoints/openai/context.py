@@ -21,6 +21,7 @@ from sensorium.errors import InvalidRequestError, RequestError, UnsupportedFeatu
 from sensorium.inputs.preprocess import ProcessedRequest
 from sensorium.media import MediaLoader
 from sensorium.outputs import OutputKind, PoolingRequestOutput, RequestOutput
+from sensorium.pooling_params import PoolingParams
 from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.sampling_params import SamplingParams
 
@@ -42,6 +43,8 @@ class ServerContext:
     strict_reasoning_effort: bool = False
     share_caches: bool = False
     """Whether requests of all API keys share caches."""
+    score_template: str | None = None
+    """Makes a reranker's prompt of a query and a document; see `Scoring`."""
     min_priority: int = 0
     """The most urgent priority that requests may claim."""
     created_s: int = field(default_factory=lambda: int(time.time()))
@@ -143,10 +146,37 @@ class ServerContext:
             return given
         return tenant.hex() if given is None else f"{tenant.hex()}/{given}"
 
-    async def encode(self, request: Request, prompt: Any, model: str | None) -> PoolingRequestOutput:
-        """`AsyncLLMEngine.encode` by a checked model name, for the tenant that sent a request."""
-        tenant, adapter = tenant_of(request).hex(), self.adapter_of(model)
-        return await self.engine.encode(prompt, cache_salt=self.salt(request), tenant=tenant, lora_request=adapter)
+    async def encode(
+        self,
+        request: Request,
+        prompt: Any,
+        pooling: PoolingParams,
+        *,
+        model: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+    ) -> PoolingRequestOutput:
+        """`AsyncLLMEngine.encode` by a checked model name, for the tenant that sent a request, counted."""
+        self._check_priority(priority)
+        watch = self.metrics.watch()
+        try:
+            output = await self.engine.encode(
+                prompt,
+                pooling,
+                priority=priority,
+                cache_salt=self.salt(request, cache_salt),
+                tenant=tenant_of(request).hex(),
+                lora_request=self.adapter_of(model),
+            )
+            watch.pooled(output)
+        except asyncio.CancelledError:
+            raise
+        except Exception as error:
+            watch.failed(error)
+            raise
+        finally:
+            watch.close()
+        return output
 
     async def preprocess(self, request: Request, prompt: Any) -> ProcessedRequest:
         """`AsyncLLMEngine.preprocess` of a prompt whose answer has no bound, for the tenant that sent a request."""

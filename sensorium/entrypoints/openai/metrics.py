@@ -17,7 +17,7 @@ import sensorium
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.entrypoints.openai.engine_metrics import EngineCollector
 from sensorium.entrypoints.openai.records import Generation, RequestRecord, current_record
-from sensorium.outputs import RequestOutput
+from sensorium.outputs import PoolingRequestOutput, RequestOutput
 
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _TOKENS = (1, 4, 16, 64, 256, 1024, 4096, 16384, 65536, 262144)
@@ -123,7 +123,7 @@ class RequestWatch:
         self._metrics = metrics
         self._clock = clock
         self._start_s = clock()
-        self._last: RequestOutput | None = None
+        self._last: RequestOutput | PoolingRequestOutput | None = None
         self._last_s = 0.0
         self._outcome = "cancelled"
         self._num_tokens = 0
@@ -142,6 +142,10 @@ class RequestWatch:
                 self._reasons.append(each.finish_reason)
         if output.finished:
             self._outcome = "finished"
+
+    def pooled(self, output: PoolingRequestOutput) -> None:
+        """Note the answer of a request that pools."""
+        self._last, self._outcome = output, "finished"
 
     def failed(self, error: Exception) -> None:
         """Mark the end of the outputs."""

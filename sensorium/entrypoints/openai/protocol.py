@@ -24,8 +24,6 @@ from sensorium.sampling_params import SamplingParams
 
 MAX_PROMPTS = 256
 """Most prompts in one body."""
-MAX_INPUTS = 2048
-"""Most texts to pool in one body: as many as OpenAI takes, since clients cut their work by that."""
 
 _Body = TypeVar("_Body", bound=Body)
 
@@ -298,35 +296,6 @@ class TokenCostBody(ChatPrompt):
     """`/v1/chat/token_cost`: what a chat would take, without generating."""
 
     model: str | None = None
-
-
-class EmbeddingBody(Body):
-    """`/v1/embeddings`."""
-
-    place = ""
-    prompt_field = "input"
-
-    model: str | None = None
-    input: str | list[int] | list[str] | list[list[int]]
-    encoding_format: str = "float"
-    dimensions: int | None = None
-    """As many as the model's vectors have: they aren't shortened."""
-    user: str | None = None
-
-    def prompts(self) -> list[Any]:
-        """Each input by itself. Raises `InvalidRequestError`."""
-        if self.encoding_format not in ("float", "base64"):
-            raise InvalidRequestError(
-                f"got {self.encoding_format!r:.60}, expected 'float' or 'base64'. Change it.", field="encoding_format"
-            )
-        inputs: list[Any] = list(self.input) if isinstance(self.input, list) else [self.input]
-        if inputs and isinstance(inputs[0], int):
-            inputs = [inputs]
-        if not 0 < len(inputs) <= MAX_INPUTS:
-            raise InvalidRequestError(
-                f"got {len(inputs)} inputs, expected 1 to {MAX_INPUTS}. Send fewer.", field="input"
-            )
-        return inputs
 
 
 class TranscriptionForm(Body):

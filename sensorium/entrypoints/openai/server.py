@@ -134,6 +134,7 @@ def _app(
         share_caches=args.share_caches,
         min_priority=args.min_priority,
         strict_reasoning_effort=args.strict_reasoning_effort,
+        score_template=engine_args.chat_template,
     )
     return create_app(
         context,

@@ -106,6 +106,8 @@ class StepInputs:
     encoder_outputs: torch.Tensor | None = None
     """`(num_rows, hidden_size)`: rows of items that layers of cross-attention write into their caches in this step, one
     item behind the other; None: there are none."""
+    token_type_ids: torch.Tensor | None = None
+    """`(num_tokens,)` int64: which text of a pair each row belongs to; None: all to the first."""
     inputs_embeds: torch.Tensor | None = None
     """What the driver's `embed` made of the same batch, if that was asked before: `(num_tokens, hidden_size)`."""
 

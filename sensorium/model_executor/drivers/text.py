@@ -19,6 +19,7 @@ class TextDriver:
 
     def __init__(self, model: nn.Module) -> None:
         self._forward = ForwardAdapter(model)
+        self._takes_types = self._forward.accepts("token_type_ids")
 
     def encode(self, jobs: Sequence[EncodeJob]) -> list[EncodeResult]:
         """Never asked for: admission refuses media."""
@@ -29,11 +30,13 @@ class TextDriver:
 
     def forward(self, inputs: StepInputs) -> torch.Tensor:
         """See `ModelDriver.forward`."""
+        types = {} if inputs.token_type_ids is None else {"token_type_ids": inputs.token_type_ids}
         hidden: torch.Tensor = self._forward(
             input_ids=inputs.input_ids,
             positions=inputs.positions,
             kv_caches=inputs.kv_caches,
             attn_metadata=inputs.attn_metadata,
             **(inputs.media_kwargs or {}),
+            **(types if self._takes_types else {}),
         )
         return hidden

@@ -12,11 +12,12 @@ import importlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from sensorium.config import ModelImpl
+from sensorium.config import ModelImpl, PoolerConfig
 from sensorium.errors import ConfigError, ModelError
 from sensorium.logger import get_logger
 from sensorium.model_executor.models.transformers.architectures import (
     MEDIA_CLASS,
+    POOLING_CLASS,
     TEXT_CLASS,
     media_architectures,
     text_architectures,
@@ -61,6 +62,15 @@ IN_TREE: dict[str, str] = {
     ),
 }
 """Architectures with a model file here."""
+
+_DECODER = f"{_MODELS}.pooling_decoder:DecoderForPooling"
+POOLING: dict[str, str] = {
+    **dict.fromkeys(
+        (f"{stem}{kind}" for stem in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("ForCausalLM", "Model")),
+        _DECODER,
+    ),
+}
+"""What serves architectures for pooling, where that is a class here."""
 
 
 MAX_NAMED_ARCHS = 24
@@ -128,6 +138,40 @@ class _ModelRegistry:
         if generic and model_impl != "native":
             return self._load(generic[0], MEDIA_CLASS if generic[0] in media else TEXT_CLASS), generic[0]
         raise self._unknown(names, model_impl, has_generic=bool(generic))
+
+    def generating(self, architectures: Sequence[str], *, is_remote: bool = False) -> list[str]:
+        """Those of several architectures that are served to generate; all of a checkpoint that brings its modules."""
+        known = text_architectures() | media_architectures()
+        return [name for name in architectures if is_remote or name in self._models or name in known]
+
+    def resolve_pooling(
+        self,
+        architectures: Sequence[str],
+        model_impl: ModelImpl,
+        pooler: PoolerConfig,
+        hf_config: Any,
+        *,
+        is_remote: bool = False,
+    ) -> tuple[type[nn.Module], str]:
+        """The class that serves a checkpoint for pooling, and its architecture's name.
+
+        A class that generates is taken as it is where its own rows or logits are wanted. Raises as `resolve`.
+        """
+        name = architectures[0]
+        reads_both_ways = getattr(hf_config, "is_causal", True) is False or getattr(
+            hf_config.get_text_config(), "use_bidirectional_attention", False
+        )
+        if model_impl != "transformers" and not reads_both_ways:
+            if pooler.token_ids:
+                return self.resolve(architectures, model_impl, is_remote=is_remote)
+            target = POOLING.get(name) if self._models.get(name) == IN_TREE.get(name) else None
+            if target is not None or name in self._models:
+                return self._load(name, target or self._models[name]), name
+        if model_impl == "native":
+            raise self._unknown(list(architectures), model_impl, has_generic=True)
+        if pooler.token_ids:
+            return self.resolve(architectures, model_impl, is_remote=is_remote)
+        return self._load(name, POOLING_CLASS), name
 
     def _unknown(self, names: Sequence[str], model_impl: ModelImpl, *, has_generic: bool) -> ConfigError:
         if model_impl == "transformers":

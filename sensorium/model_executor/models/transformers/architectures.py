@@ -6,6 +6,8 @@ TEXT_CLASS = "sensorium.model_executor.models.transformers.model:TransformersFor
 """What serves architectures of text."""
 MEDIA_CLASS = "sensorium.model_executor.models.transformers.media_model:TransformersForConditionalGeneration"
 """What serves architectures that take media."""
+POOLING_CLASS = "sensorium.model_executor.models.transformers.pooling:TransformersForPooling"
+"""What serves architectures that don't generate."""
 
 
 def text_architectures() -> frozenset[str]:

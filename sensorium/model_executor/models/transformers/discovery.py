@@ -16,7 +16,7 @@ from torch import nn
 
 from sensorium.cache_spec import SpanRule
 from sensorium.model_executor.models.transformers.interface import RuledMask, attending
-from sensorium.model_executor.models.transformers.mask_rules import MaskRule, read_rule
+from sensorium.model_executor.models.transformers.mask_rules import MaskRule, read_rule, read_rule_both_ways
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import hidden_states
 
@@ -85,7 +85,7 @@ def _look_on(
     model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, half: int, max_position: int, takes_rows: bool
 ) -> tuple[Discovery, list[torch.Tensor]]:
     """What a pass shows, and all that it computes of the rows from `half` on."""
-    recorder = _Recorder(max_position, half)
+    recorder = CallRecorder(max_position, half)
     watch = _TrunkWatch(model, recorder, takes_rows)
     takes_positions = "position_ids" in inspect.signature(model.forward).parameters
     try:
@@ -118,10 +118,12 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
     return bool(difference <= 32 * torch.finfo(one.dtype).eps * one.float().abs().max())
 
 
-class _Recorder:
+class CallRecorder:
     """The `AttentionStep` that notes its calls."""
 
-    def __init__(self, max_position: int, half: int) -> None:
+    def __init__(self, max_position: int, half: int, *, both_ways: bool = False) -> None:
+        """`both_ways`: positions may see those behind them."""
+        self._both_ways = both_ways
         self.calls: list[AttentionCall] = []
         self.rows: list[torch.Tensor] = []
         """Queries, keys and values of each call, from the row `half` on."""
@@ -138,15 +140,23 @@ class _Recorder:
         options: Mapping[str, Any],
     ) -> torch.Tensor:
         """See `AttentionStep.attend`."""
-        self.calls.append(_call_of(module, query, key, value, options, self._rule(mask)))
+        self.calls.append(_call_of(module, query, key, value, options, self._rule(mask, module, options)))
         self.rows += [each[:, :, self._half :] for each in (query, key, value)]
         return query.new_zeros(1, query.shape[2], query.shape[1], value.shape[3])
 
-    def _rule(self, mask: torch.Tensor | None) -> MaskRule:
+    def _rule(self, mask: torch.Tensor | None, module: nn.Module, options: Mapping[str, Any]) -> MaskRule:
+        if self._both_ways and mask is None:  # as SDPA has it
+            is_causal = options.get("is_causal")
+            return MaskRule(causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal))
         if not isinstance(mask, RuledMask):
             # Of a few tokens it may hide nothing, and of many all but some that the layer chooses.
             raise CannotRunError("its layers make masks of their own, which may depend on what was said")
-        return read_rule(mask.rule, self._max_position, mask.device)
+        try:
+            return read_rule(mask.rule, self._max_position, mask.device)
+        except CannotRunError:
+            if not self._both_ways:
+                raise
+            return read_rule_both_ways(mask.rule, self._max_position, mask.device)
 
 
 def _call_of(
@@ -190,7 +200,7 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 class _TrunkWatch:
     """Finds a module within the model that holds all attention calls: see `discover`."""
 
-    def __init__(self, model: nn.Module, recorder: _Recorder, takes_rows: bool) -> None:
+    def __init__(self, model: nn.Module, recorder: CallRecorder, takes_rows: bool) -> None:
         self._recorder = recorder
         self._takes_rows = takes_rows
         self._total_at: list[tuple[nn.Module, int]] = []

@@ -6,6 +6,8 @@ moves with `q` tells which rule it is:
     everything       0
     window of w      max(q - w + 1, 0)
     chunks of c      q // c * c
+
+Every rule that looks both ways shows all keys, or those at most `w - 1` away.
 """
 
 from __future__ import annotations
@@ -31,6 +33,8 @@ class MaskRule:
 
     window: int | None = None
     chunk: int | None = None
+    causal: bool = True
+    """Whether it sees none behind it; if not, a window reaches as far behind it as before."""
 
     def first_key(self, query: int) -> int:
         """The first key that a query sees."""
@@ -54,6 +58,22 @@ def read_rule(function: MaskFunction, max_position: int, device: torch.device | 
     return rule
 
 
+def read_rule_both_ways(function: MaskFunction, max_position: int, device: torch.device | str = "cpu") -> MaskRule:
+    """As `read_rule`, of a function that shows a position those behind it too. Raises `CannotRunError`."""
+    last = min(max_position, MAX_POSITION)
+    first = int(_seen(function, device, last, last + 1)[0])
+    rule = MaskRule(window=None if first == 0 else last - first + 1, causal=False)
+    reach = rule.window or last + 1
+    for query in {0, 1, last // 3, last // 2, last - 1, last, *_edges(rule, last)}:
+        if not 0 <= query <= last:
+            continue
+        seen = _seen(function, device, query, last + 1)
+        low, high = max(query - reach + 1, 0), min(query + reach, last + 1)
+        if len(seen) != high - low or int(seen[0]) != low or int(seen[-1]) != high - 1:
+            raise CannotRunError("its attention mask looks ahead, and neither at everything nor in a window")
+    return rule
+
+
 def _guess(first_key: Callable[[int], int], last: int) -> MaskRule:
     first = first_key(last)
     if first == 0:
@@ -71,13 +91,21 @@ def _edges(rule: MaskRule, last: int) -> tuple[int, ...]:
 
 def _first_key(function: MaskFunction, device: torch.device | str, query: int) -> int:
     """The first key that a query sees, which is followed by all others up to the query itself, and by no more."""
+    visible = _seen(function, device, query, query + 1 + _LOOK_AHEAD)
+    if len(visible) == 0 or int(visible[-1]) != query or len(visible) != query - int(visible[0]) + 1:
+        raise CannotRunError("its attention mask is not causal")
+    return int(visible[0])
+
+
+def _seen(function: MaskFunction, device: torch.device | str, query: int, num_keys: int) -> torch.Tensor:
+    """Those of the first `num_keys` keys that a query sees."""
     zero = torch.zeros((), dtype=torch.long, device=device)
-    keys = torch.arange(query + 1 + _LOOK_AHEAD, device=device)
+    keys = torch.arange(num_keys, device=device)
     try:
         seen = function(zero, zero, zero + query, keys)
     except (IndexError, RuntimeError) as error:  # it looks indices up in a table of this prompt
         raise CannotRunError("its attention mask depends on the prompt") from error
     visible = seen.expand(len(keys)).nonzero()[:, 0]
-    if len(visible) == 0 or int(visible[-1]) != query or len(visible) != query - int(visible[0]) + 1:
-        raise CannotRunError("its attention mask is not causal")
-    return int(visible[0])
+    if len(visible) == 0:
+        raise CannotRunError("its attention mask hides everything from a position")
+    return visible

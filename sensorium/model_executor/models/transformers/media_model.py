@@ -132,21 +132,21 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         super().use(tier)
 
     def _flat(self, mask_form: str) -> FlatWay:
-        self._set_attention([interface.NAME] * len(self._configs))
+        self._attention.set(interface.NAME)
         found = self._discovery
         if isinstance(found, CannotRunError):
             raise found
         self._inputs = self._trunk_inputs(found.trunk)
         found = self._with_two_way(found)
         trunk = Trunk(self.hf_model, found.trunk)
-        self._set_attention(self._own_attention)
+        self._attention.restore()
         hidden = trunk.run(self._few_tokens)[0]
         trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
-        self._set_attention([interface.NAME] * len(self._configs))
+        self._attention.set(interface.NAME)
         return FlatWay(found, trunk, mask_form, self._inputs)
 
     def _by_request(self, token_by_token: bool) -> ByRequestWay:
-        self._set_attention(self._own_attention)
+        self._attention.restore()
         module = find_rows_trunk(self.hf_model, self._few_tokens)
         self.two_way = frozenset()
         self._inputs = self._trunk_inputs(module)
@@ -173,11 +173,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def _with_two_way(self, found: Discovery) -> Discovery:
         """The same, with what its calls make of media that see one another both ways."""
         in_trunk = {id(config) for config in configs_of(found.trunk)}
-        names = [
-            interface.NAME if id(config) in in_trunk else own
-            for config, own in zip(self._configs, self._own_attention, strict=True)
-        ]
-        self._set_attention(names)
+        self._attention.set(interface.NAME, in_trunk)
         prompts = [
             SeenPrompt(prompt.modality, mask, self._sights(prompt))
             for prompt, mask in zip(self.media_prompts, self.media_masks, strict=True)
@@ -277,7 +273,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def reference_media_logits(self, prompt: MediaPrompt) -> torch.Tensor:
         """Logits `(num_tokens, vocab_size)` of a whole prompt with media by transformers alone."""
         ids = self._on_device(prompt.token_ids)[None]
-        with self._eager():
+        with self._attention.eager():
             output = self.hf_model(
                 input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self._tensors(prompt.tensors)
             )

@@ -6,7 +6,7 @@ It can run in several ways, of which the first that computes what the untouched 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -50,8 +50,7 @@ class TransformersForCausalLM(nn.Module):
         self.hf_model: Any = hf_model
         self.model_config = config.model_config
         self._device = torch.device(config.device_config.device)
-        self._configs = configs_of(hf_model)
-        self._own_attention = [getattr(each, _IMPLEMENTATION) for each in self._configs]
+        self._attention = AttentionSwitch(hf_model)
         self.way: FlatWay | ByRequestWay | None = None
         interface.register()
 
@@ -93,19 +92,19 @@ class TransformersForCausalLM(nn.Module):
         return f"{type(self.hf_model).__name__} of transformers, {self.way.described}"
 
     def _flat(self, mask_form: str) -> FlatWay:
-        self._set_attention([interface.NAME] * len(self._configs))
+        self._attention.set(interface.NAME)
         found = self._discovery
         if isinstance(found, CannotRunError):
             raise found
         trunk = Trunk(self.hf_model, found.trunk)
-        self._set_attention(self._own_attention)
+        self._attention.restore()
         hidden = trunk.run(self._few_tokens)[0]
         trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
-        self._set_attention([interface.NAME] * len(self._configs))
+        self._attention.set(interface.NAME)
         return FlatWay(found, trunk, mask_form)
 
     def _by_request(self, token_by_token: bool) -> ByRequestWay:
-        self._set_attention(self._own_attention)
+        self._attention.restore()
         trunk = find_trunk(self.hf_model, self._few_tokens)
         return ByRequestWay(self.hf_model, trunk, token_by_token=token_by_token)
 
@@ -156,21 +155,38 @@ class TransformersForCausalLM(nn.Module):
         if "position_ids" in parameters:  # as `generate` gives them; by themselves some models count otherwise
             given["position_ids"] = torch.arange(len(token_ids), device=self._device)[None]
         given = {name: value for name, value in given.items() if name in parameters}
-        with self._eager():
+        with self._attention.eager():
             logits: torch.Tensor = self.hf_model(**given, use_cache=False).logits[0]
         return logits
 
+
+class AttentionSwitch:
+    """Says which attention function the modules of a model call."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self._configs = configs_of(model)
+        self._own = [getattr(each, _IMPLEMENTATION) for each in self._configs]
+
+    def set(self, name: str, of: Collection[int] | None = None) -> None:
+        """Let all call the function of this name, or those whose config's `id` is in `of`, and the others their own."""
+        pairs = zip(self._configs, self._own, strict=True)
+        self._write([name if of is None or id(config) in of else own for config, own in pairs])
+
+    def restore(self) -> None:
+        """Let all call the functions that they called at first."""
+        self._write(self._own)
+
     @contextmanager
-    def _eager(self) -> Iterator[None]:
-        """Within it, the modules run with transformers' eager attention."""
+    def eager(self) -> Iterator[None]:
+        """Within it, all call transformers' plain one."""
         before = [getattr(each, _IMPLEMENTATION) for each in self._configs]
-        self._set_attention([_EAGER] * len(self._configs))
+        self.set(_EAGER)
         try:
             yield
         finally:
-            self._set_attention(before)
+            self._write(before)
 
-    def _set_attention(self, names: Sequence[str]) -> None:
+    def _write(self, names: Sequence[str]) -> None:
         for each, name in zip(self._configs, names, strict=True):
             setattr(each, _IMPLEMENTATION, name)
 

@@ -78,14 +78,18 @@ class Trunk:
             return
         self._head = head if is_all else None
 
-    def _outer_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        self._rows = hidden_states
+    def behind(self, rows: torch.Tensor, arguments: Mapping[str, Any]) -> Any:
+        """What the model returns when the trunk is said to have returned `rows` `(batch, num_tokens, hidden_size)`."""
+        self._rows = rows
         try:
-            ids = torch.zeros(1, len(hidden_states), dtype=torch.long, device=hidden_states.device)
-            logits: torch.Tensor = self._model(input_ids=ids, use_cache=False).logits[0]
-            return logits
+            return self._model(**arguments)
         finally:
             self._rows = None
+
+    def _outer_logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        ids = torch.zeros(1, len(hidden_states), dtype=torch.long, device=hidden_states.device)
+        logits: torch.Tensor = self.behind(hidden_states[None], {"input_ids": ids, "use_cache": False}).logits[0]
+        return logits
 
     def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
         if self._rows is not None:
@@ -99,15 +103,17 @@ class Trunk:
 
 def hidden_states(output: Any) -> torch.Tensor:
     """`(1, num_tokens, hidden_size)` of what a trunk returned."""
-    hidden: torch.Tensor = output[0]
+    hidden: torch.Tensor = output if isinstance(output, torch.Tensor) else output[0]
     return hidden
 
 
 def _with_rows(output: Any, rows: torch.Tensor) -> Any:
+    if isinstance(output, torch.Tensor):
+        return rows
     if isinstance(output, tuple):
-        return (rows[None], *output[1:])
+        return (rows, *output[1:])
     output = copy.copy(output)
-    output["last_hidden_state"] = rows[None]
+    output["last_hidden_state"] = rows
     return output
 
 

@@ -6,6 +6,7 @@ Parameters are built without memory, and each tensor of the files goes to its pl
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -16,6 +17,7 @@ from torch import nn
 from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import ModelError, WeightsError
 from sensorium.logger import get_logger
+from sensorium.model_executor.models.transformers.architectures import text_architectures
 
 logger = get_logger(__name__)
 
@@ -30,10 +32,51 @@ def load_hf_model(config: EngineConfig) -> nn.Module:
         ModelError: transformers has no such class, or can't make it from this config.
         WeightsError: The files don't fill it.
     """
+    return _loaded(config, hf_class_of(config.model_config), _remote_code(config.model_config))
+
+
+def load_pooling_model(config: EngineConfig) -> nn.Module:
+    """The same for a model that doesn't generate: the class with the head that its task is for, or without a head for
+    vectors. Raises as `load_hf_model`."""
+    model_config = config.model_config
+    auto_class = _AUTO_CLASSES[model_config.pooler.tasks[0]]
+    if model_config.trust_remote_code and auto_class in (getattr(model_config.hf_config, "auto_map", None) or {}):
+        import transformers
+
+        options = {"trust_remote_code": True, "code_revision": model_config.code_revision}
+        return _loaded(config, getattr(transformers, auto_class), options)
+    return _loaded(config, _pooling_class(model_config, auto_class), {})
+
+
+_AUTO_CLASSES = {
+    "embed": "AutoModel",
+    "token_embed": "AutoModel",
+    "classify": "AutoModelForSequenceClassification",
+    "token_classify": "AutoModelForTokenClassification",
+}
+"""By the first task of a model."""
+
+
+def _pooling_class(model_config: ModelConfig, auto_class: str) -> Any:
+    import transformers
+
+    name = model_config.architecture
+    if auto_class != "AutoModel" or (name.endswith("Model") and name not in text_architectures()):
+        found = getattr(transformers, name, None)
+    else:
+        found = transformers.AutoModel._model_mapping.get(type(model_config.hf_config), None)  # noqa: SLF001  no public one
+        found = found[0] if isinstance(found, list | tuple) else found
+    if found is None:
+        raise ModelError(
+            f"{model_config.architecture}: got an architecture that transformers has no class for, expected one that "
+            "it has. Set trust_remote_code (--trust-remote-code) if the checkpoint brings its class."
+        )
+    return found
+
+
+def _loaded(config: EngineConfig, hf_class: Any, options: Mapping[str, Any]) -> nn.Module:
     model_config = config.model_config
     hf_config = copy.deepcopy(model_config.hf_config)  # classes write into it
-    options = _remote_code(model_config)
-    hf_class = hf_class_of(model_config)
     if config.load_config.load_format == "dummy":
         model = _made(hf_class, hf_config, model_config, options)
     else:
@@ -84,6 +127,7 @@ def _read(hf_class: Any, hf_config: Any, model_config: ModelConfig, options: Map
                 local_files_only=True,
                 output_loading_info=True,
                 **options,
+                **_without_pooler(hf_class),
             )
     except (OSError, RuntimeError) as error:
         raise WeightsError(
@@ -94,6 +138,12 @@ def _read(hf_class: Any, hf_config: Any, model_config: ModelConfig, options: Map
         raise _cannot_make(model_config, error) from error
     _check_filled(model_config, info)
     return model
+
+
+def _without_pooler(hf_class: Any) -> dict[str, Any]:
+    """Vectors are made of last states: a pooler beside them, as BERT has one, is for another task."""
+    names = inspect.signature(hf_class).parameters if isinstance(hf_class, type) else {}
+    return {"add_pooling_layer": False} if "add_pooling_layer" in names else {}
 
 
 @contextmanager
