@@ -107,6 +107,8 @@ class InputPreprocessor:
         self.encoder = None if tokenizer is None else TextEncoder(tokenizer)
         self._model_config = config.model_config
         self._adapters: Mapping[str, str] = {} if config.lora_config is None else config.lora_config.modules
+        has_encoder = bool(getattr(config.model_config.hf_config, "is_encoder_decoder", False))
+        self._has_encoder = has_encoder and not config.model_config.pools
         self._vocab_size = config.model_config.vocab_size
         self._uses_mrope = config.model_config.uses_mrope
         sampling = CheckpointSampling(config.model_config)
@@ -157,7 +159,7 @@ class InputPreprocessor:
         own_adapter = adapter_id(self._adapters, lora_request)
         try:
             admission.check_task(pooling, self._model_config)
-            parsed = parse_prompt(prompt)
+            parsed = parse_prompt(prompt, takes_halves=self._has_encoder)
             kwargs = {**(mm_processor_kwargs or {}), **parsed.mm_processor_kwargs}
             kwargs = {name: value for name, value in kwargs.items() if value is not None}  # null asks for nothing
             self._settings.check_request(kwargs)
@@ -185,7 +187,8 @@ class InputPreprocessor:
         )
         counts: dict[str, tuple[int, ...]] = {}
         for item in prepared.items:
-            counts[item.modality] = (*counts.get(item.modality, ()), item.span.length)
+            num_tokens = 0 if item.cross_rows else item.span.length
+            counts[item.modality] = (*counts.get(item.modality, ()), num_tokens)
         return ProcessedRequest(request, parsed.text, counts)
 
     async def decode_ahead(self, prompt: object) -> None:
@@ -259,8 +262,7 @@ class InputPreprocessor:
                 field="prompt",
             )
         # A decoder with an encoder begins with what the prompt says, and nothing else.
-        is_begun = getattr(self._model_config.hf_config, "is_encoder_decoder", False) and not self._model_config.pools
-        adds = parsed.add_special_tokens and not is_begun
+        adds = parsed.add_special_tokens and not self._has_encoder
         if parsed.text_pair is None and not truncates:
             return self.encoder.encode_bounded(parsed.text, max_model_len, add_special_tokens=adds), None
         encoded = self.encoder.encode_pair(

@@ -7,7 +7,7 @@ so that a malformed prompt costs nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -48,12 +48,13 @@ class ParsedPrompt:
     mm_processor_kwargs: Mapping[str, Any] = field(default_factory=dict)
 
 
-def parse_prompt(prompt: object) -> ParsedPrompt:
-    """Bring a prompt of any accepted form into one shape.
+def parse_prompt(prompt: object, *, takes_halves: bool = False) -> ParsedPrompt:
+    """Bring a prompt of any accepted form into one shape. `takes_halves`: the model has an encoder and a decoder.
 
     Raises:
         InvalidTypeError: (a `TypeError`) The prompt, or a part of it, has another type.
-        InvalidRequestError: (a `ValueError`) It has encoder and decoder halves, which no model here takes.
+        InvalidRequestError: (a `ValueError`) It has encoder and decoder halves, which the model doesn't take, or text
+            in the encoder's, which no model here takes.
     """
     if isinstance(prompt, str):
         return ParsedPrompt(text=prompt)
@@ -62,12 +63,45 @@ def parse_prompt(prompt: object) -> ParsedPrompt:
     if not isinstance(prompt, Mapping):
         raise _wrong_type("prompt", prompt, "a string, a list of token ids or a dict")
     if is_explicit_encoder_decoder_prompt(prompt) or "decoder_prompt" in prompt:
-        raise InvalidRequestError(
-            "got encoder and decoder prompts for a decoder-only model, expected one prompt. "
-            "Cannot pass encoder-decoder prompt to decoder-only models: send prompt or prompt_token_ids.",
+        if not takes_halves:
+            raise InvalidRequestError(
+                "got encoder and decoder prompts for a decoder-only model, expected one prompt. "
+                "Cannot pass encoder-decoder prompt to decoder-only models: send prompt or prompt_token_ids.",
+                field="prompt",
+            )
+        return _joined_halves(prompt)
+    return _parse_dict(prompt)
+
+
+def _joined_halves(prompt: Mapping[str, Any]) -> ParsedPrompt:
+    """One prompt of `encoder_prompt`, which brings the media, and `decoder_prompt`."""
+    unknown = sorted(
+        str(key) for key in prompt if key not in ("encoder_prompt", "decoder_prompt", "mm_processor_kwargs")
+    )
+    if unknown:
+        raise InvalidTypeError(
+            f"got the keys {unknown[:8]} beside encoder and decoder prompts, expected none. Move them into one.",
             field="prompt",
         )
-    return _parse_dict(prompt)
+    encoder, decoder = (
+        parse_prompt(each or "") for each in (prompt.get("encoder_prompt"), prompt.get("decoder_prompt"))
+    )
+    if encoder.text or encoder.token_ids or decoder.multi_modal_data:
+        raise InvalidRequestError(
+            "got text beside the media, or media in decoder_prompt, expected an encoder's half of media and a "
+            "decoder's of text. Send prompt and multi_modal_data instead.",
+            field="encoder_prompt",
+        )
+    return replace(
+        decoder,
+        multi_modal_data=encoder.multi_modal_data,
+        multi_modal_uuids=encoder.multi_modal_uuids,
+        mm_processor_kwargs={
+            **encoder.mm_processor_kwargs,
+            **decoder.mm_processor_kwargs,
+            **_names("mm_processor_kwargs", prompt.get("mm_processor_kwargs")),
+        },
+    )
 
 
 def _parse_dict(prompt: Mapping[str, Any]) -> ParsedPrompt:

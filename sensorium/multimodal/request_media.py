@@ -314,8 +314,9 @@ class RequestMedia:
         most = self._stage.features.max_item_rows.get(modality, num_rows) * sum(map(len, placement.indices))
         if not 0 < num_rows <= most:
             raise InvalidRequestError(
-                f"{modality} item: got {num_rows} rows for cross-attention, expected 1 to {most}. Send a smaller one, "
-                "or correct register_max_multimodal_tokens of the model class."
+                f"got an item of {num_rows} rows for cross-attention, expected 1 to {most}. Send a smaller one, or "
+                "correct register_max_multimodal_tokens of the model class.",
+                field=modality,
             )
         return num_rows
 

@@ -53,12 +53,14 @@ class DummySteps:
         maps: Mapping[str, Any] | None = None,
         places: Sequence[IdArray | None] = (),
         two_way: Sequence[Sequence[Range]] = (),
+        encoder_outputs: torch.Tensor | None = None,
     ) -> StepInputs:
         """One step of pieces `(token_ids, start, end)`: those tokens of each sequence, in the cache's order.
 
         `media`: rows of the batch. `maps`: for models that merge by `multi_modal_placeholder_index_maps`. `places`: of
         each sequence the positions `(3, num_tokens)`; None, or left out: its tokens are counted.
-        `two_way`: of each sequence the spans whose positions see one another both ways.
+        `two_way`: of each sequence the spans whose positions see one another both ways. `encoder_outputs`: rows for
+        cross-attention, of the only sequence.
         """
         query_lens = np.array([end - start for _, start, end in pieces], dtype=np.int32)
         seq_lens = np.array([end for _, _, end in pieces], dtype=np.int32)
@@ -92,9 +94,12 @@ class DummySteps:
                 metadata.slot_mapping.expand(len(groups), -1),
                 self._state_rows(groups, [start for _, start, _ in pieces]),
                 self._row_spans(groups, compute_row_spans(two_way, query_lens, seq_lens), indices),
-                cross=self._no_rows(len(pieces)) if CacheKind.CROSS in self._layout.kinds else None,
+                cross=self._cross_batch(len(pieces), encoder_outputs)
+                if CacheKind.CROSS in self._layout.kinds
+                else None,
             ),
             media=media,
+            encoder_outputs=encoder_outputs,
         )
 
     def _row_spans(
@@ -106,10 +111,13 @@ class DummySteps:
             self.device
         )
 
-    def _no_rows(self, num_seqs: int) -> CrossBatch:
-        """Cross-attention to nothing."""
-        lens = torch.zeros(num_seqs, dtype=torch.int32, device=self.device)
-        return CrossBatch(lens, (0,) * num_seqs, 0, lens[:, None][:, :0], lens.long()[:0])
+    def _cross_batch(self, num_seqs: int, rows: torch.Tensor | None) -> CrossBatch:
+        """Cross-attention to these rows, which lie in the cache from its first block on, or to nothing."""
+        count = 0 if rows is None else len(rows)
+        lens = torch.full((num_seqs,), count, dtype=torch.int32, device=self.device)
+        table = torch.arange(self._blocks_for(count), dtype=torch.int32, device=self.device).expand(num_seqs, -1)
+        slots = torch.arange(count, device=self.device)
+        return CrossBatch(lens, (count,) * num_seqs, count, table, slots)
 
     def _state_rows(self, groups: Sequence[CacheGroup], starts: Sequence[int]) -> torch.Tensor:
         """Each sequence's own row, read from where it goes on."""

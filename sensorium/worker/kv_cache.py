@@ -146,7 +146,8 @@ class CacheLayout:
         if budget < least:
             raise ConfigError(
                 f"KV cache: got {budget} bytes, expected at least {least} for one block"
-                f"{self._state_note(sizes)}. Raise kv_cache_bytes or memory_fraction, or choose a smaller model"
+                f"{self._rows_note(sizes)}{self._state_note(sizes)}. Raise kv_cache_bytes or memory_fraction, or "
+                f"choose a smaller model"
                 f"{', or lower max_num_seqs' if self._state_note(sizes) else ''}."
             )
         low, high = 1, sizes.most
@@ -179,6 +180,10 @@ class CacheLayout:
         num_steps = scheduler.max_steps_in_flight
         within = num_seqs * group.blocks_within_reach(num_steps) + num_steps * -(-step // group.block_size)
         return 2 * min(whole, within)
+
+    def _rows_note(self, sizes: _Sizes) -> str:
+        rows = [group for group in self._sized(1, sizes) if group.kind is CacheKind.CROSS]
+        return f" and {rows[0].num_bytes} for the rows of one request's media" if rows else ""
 
     def _state_note(self, sizes: _Sizes) -> str:
         states = [group for group in self._sized(1, sizes) if not group.is_paged]

@@ -141,7 +141,19 @@ def _probe_tier_x(
     driver = CrossDriver(model, encode_method=encode, dtype=steps.dtype, device=steps.device)
     dummy = None if is_own_class(model) else _dummy_or_reason(config)
     notes = trial.run_text(driver, _not_text(config, features, dummy))
+    if isinstance(dummy, DummyMedia):
+        trial.run_encoder_rows(driver, encode, dummy, _rows_of_dummies(model, config, dummy))
+        features = replace(features, maps_items_alone=dummy.maps_items_alone)
     return driver, replace(features, tier="X", notes=notes)
+
+
+def _rows_of_dummies(model: nn.Module, config: EngineConfig, dummy: DummyMedia) -> dict[str, int]:
+    """What the class says that its encoder makes of a dummy item, by modality."""
+    model_class: Any = type(model)
+    return {
+        modality: int(model_class.get_num_encoder_rows(config.model_config, modality, items[0]))
+        for modality, items in dummy.items.items()
+    }
 
 
 def _probe_tier_zero(

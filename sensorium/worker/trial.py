@@ -22,7 +22,7 @@ from sensorium.config import EngineConfig
 from sensorium.errors import ConfigError, ModelError, ProcessorError
 from sensorium.logger import get_logger
 from sensorium.model_executor.adapter import ForwardAdapter
-from sensorium.model_executor.drivers import EmbeddingsDriver, MediaRows, ModelDriver, StepInputs
+from sensorium.model_executor.drivers import CrossDriver, EmbeddingsDriver, MediaRows, ModelDriver, StepInputs
 from sensorium.model_executor.drivers.encoder_outputs import flatten_rows
 from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
@@ -200,6 +200,27 @@ class Trial:
         with self.blamed("forward", given, _HIDDEN):
             hidden = driver.forward(step)
         self.check_logits(self.check_hidden(hidden, len(ids), given), given)
+
+    def run_encoder_rows(self, driver: CrossDriver, method: str, dummy: DummyMedia, most: Mapping[str, int]) -> None:
+        """Encode the dummy media, and let a piece of the dummy prompt attend to their rows. `most`: rows of an item."""
+        for modality, items in dummy.items.items():
+            given, count = described(dummy, items[0], modality), most[modality]
+            with self.blamed(method, given, f"{count} rows for each item"):
+                output = driver.call_encoder(driver.encoder_kwargs(items[:1]))
+            rows = self._rows(method, output, given, "a tensor (num_rows, hidden_size) for each item")
+            if len(rows) != count:
+                raise ModelError(
+                    f"{self.name}: {method} returned {len(rows)} rows for an item of {given}, expected {count}, as "
+                    "get_num_encoder_rows says. Correct one of them."
+                )
+            self._check_finite(rows, method, given)
+            ids = dummy.token_ids[:_MOST_MEDIA_TOKENS]
+            caches = self._steps.caches(max(len(ids), count))
+            step = self._steps.step([(ids, 0, len(ids))], caches, encoder_outputs=rows.to(self._dtype))
+            what = f"{len(ids)} tokens of its dummy prompt beside encoder_outputs {_shape(rows)}"
+            with self.blamed("forward", what, _HIDDEN):
+                hidden = driver.forward(step)
+            self.check_logits(self.check_hidden(hidden, len(ids), what), what)
 
     # Checks
 

@@ -10,11 +10,14 @@ import pytest
 
 from sensorium import LLMEngine, SamplingParams
 from sensorium.cache_spec import CacheKind
-from sensorium.errors import InvalidRequestError
+from sensorium.errors import InvalidRequestError, ModelError
+from sensorium.model_executor.models.registry import ModelRegistry
+from sensorium.model_executor.models.whisper import WhisperForConditionalGeneration
 from sensorium.scheduler.cross_manager import CrossManager
 from sensorium.worker.worker import Worker
-from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.checkpoints import Layout, make_checkpoint, make_hf_model
 from tests.helpers.graphs import HostReplay
+from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.mixed_requests import sound
 from tests.helpers.serving import Planned, alone, make_engine, quiet_engine, serve
 
@@ -154,3 +157,71 @@ def test_the_decoder_begins_with_what_the_prompt_says() -> None:
         prompt: Any = {"prompt": text, "multi_modal_data": {"audio": sound(0)}}
         ids = engine.preprocess("a", prompt, SamplingParams()).engine_request.prompt_token_ids
         assert (len(ids), ids[0]) == (expected, begin)
+
+
+def test_a_prompt_may_come_in_halves() -> None:
+    """As older engines took prompts of models with an encoder."""
+    engine = make_engine(make_checkpoint("whisper"))
+    halves = {
+        "encoder_prompt": {"prompt": "", "multi_modal_data": {"audio": sound(1)}},
+        "decoder_prompt": TASK,
+    }
+    assert serve(engine, [Planned("a", halves, plan("a", 1).params)]).tokens("a") == reference()["1"]
+    for wrong in ({**halves, "decoder_prompt": halves["encoder_prompt"]}, {**halves, "encoder_prompt": "listen"}):
+        with pytest.raises(InvalidRequestError, match="expected an encoder's half of media"):
+            engine.add_request("b", wrong, SamplingParams())
+    text = make_engine(make_checkpoint("llama"))
+    with pytest.raises(InvalidRequestError, match="Cannot pass encoder-decoder prompt to decoder-only models"):
+        text.add_request("c", {"encoder_prompt": "a", "decoder_prompt": "b"}, SamplingParams())
+
+
+@pytest.mark.parametrize("layout", ["hub", "saved"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_checkpoints_of_every_layout_are_read(layout: Layout, tied: bool) -> None:
+    engine = make_engine(make_checkpoint("whisper", layout=layout, tied=tied, sharded=layout == "saved"))
+    each = plan("a", 0)
+    request = engine.preprocess("a", each.prompt, each.params).engine_request
+    assert serve(engine, [each]).tokens("a") == hf_greedy(make_hf_model("whisper", tied=tied), request, 6)
+
+
+class OwnWhisper(WhisperForConditionalGeneration):
+    """A class of an author's own, which is tried out at load."""
+
+
+class MiscountedWhisper(WhisperForConditionalGeneration):
+    @classmethod
+    def get_num_encoder_rows(cls, model_config: Any, modality: str, kwargs: Any) -> int:
+        return 49
+
+
+class DeafWhisper(WhisperForConditionalGeneration):
+    def forward(self, input_ids: Any, positions: Any, kv_caches: Any, attn_metadata: Any) -> Any:
+        return self.decoder(input_ids, positions, kv_caches, attn_metadata, None)
+
+
+def own_class(monkeypatch: pytest.MonkeyPatch, model_class: type) -> LLMEngine:
+    monkeypatch.setitem(ModelRegistry._models, "WhisperForConditionalGeneration", model_class)
+    return make_engine(make_checkpoint("whisper"))
+
+
+def test_a_class_of_an_authors_own_is_tried_out_and_served(monkeypatch: pytest.MonkeyPatch) -> None:
+    engine = own_class(monkeypatch, OwnWhisper)
+    assert engine.core.features.tier == "X"
+    assert serve(engine, [plan("a", 0)]).tokens("a") == reference()["0"]
+
+
+@pytest.mark.parametrize(
+    ("model_class", "message"),
+    [
+        (
+            MiscountedWhisper,
+            "returned 50 rows for an item of its dummy data.*expected 49, as get_num_encoder_rows",
+        ),
+        (DeafWhisper, "got SupportsCrossAttention without a parameter encoder_outputs of forward"),
+    ],
+)
+def test_what_a_class_gets_wrong_is_an_error_of_loading(
+    monkeypatch: pytest.MonkeyPatch, model_class: type, message: str
+) -> None:
+    with pytest.raises(ModelError, match=message):
+        own_class(monkeypatch, model_class)

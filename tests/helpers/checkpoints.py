@@ -724,7 +724,7 @@ def save_tensors(path: Path, model: PreTrainedModel, renames: Mapping[str, str],
     state = {
         hub_name(name, renames): tensor.contiguous()
         for name, tensor in model.state_dict().items()
-        if not (tied and name == "lm_head.weight")
+        if not (tied and name in ("lm_head.weight", "proj_out.weight"))
     }
     if num_files == 1:
         save_file(state, path / "model.safetensors", metadata={"format": "pt"})

@@ -43,7 +43,7 @@ def logits_of(path: Path, **settings: Any) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("layout", ["hub", "saved", "module"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family != "whisper"])  # which needs a sound
 def test_every_layout_of_every_family_loads(family: str, layout: Layout) -> None:
     reference = make_hf_model(family)
     with torch.inference_mode():
@@ -103,7 +103,7 @@ def test_a_head_that_differs_from_the_embeddings_is_used_whatever_the_config_say
 # Completeness
 
 
-@pytest.mark.parametrize("family", ["qwen2", "llava", "qwen2_vl", "qwen2_audio"])
+@pytest.mark.parametrize("family", ["qwen2", "llava", "qwen2_vl", "qwen2_audio", "whisper"])
 def test_a_key_that_nothing_takes_is_named(family: str, tmp_path: Path) -> None:
     name = {"llava": "vision_tower.vision_model.encoder.layers.0.extra.weight"}.get(family, "model.extra.weight")
     if family == "qwen2_audio":
