@@ -26,7 +26,7 @@ TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5", "qwen3_moe", "gpt_oss")
 CROSS = ("whisper",)
 """Whose decoders attend to media by cross-attention."""
 TILES = ("llava_next", "llava_onevision", "internvl", "llava_pixtral", "mistral3", "idefics3")
-PLACED = ("llava", *TILES, "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+PLACED = ("gemma3_vision", "llava", *TILES, "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
 MULTIMODAL = (*PLACED, *CROSS)
 FAMILIES = (*TEXT, *MULTIMODAL)
 

@@ -29,7 +29,12 @@ def test_a_native_model_of_text_is_equal_in_every_way() -> None:
 
 @pytest.mark.parametrize(
     ("family", "media"),
-    [("qwen2_vl", ("picture", "clip")), ("llava", ("picture",)), ("qwen2_audio", ("sound",))],
+    [
+        ("qwen2_vl", ("picture", "clip")),
+        ("llava", ("picture",)),
+        ("gemma3_vision", ("picture",)),
+        ("qwen2_audio", ("sound",)),
+    ],
 )
 def test_models_are_asked_about_the_media_that_they_take(family: str, media: tuple[str, ...]) -> None:
     report = sensorium.verify(str(make_checkpoint(family)))

@@ -158,6 +158,32 @@ def gpt_oss_config() -> transformers.PretrainedConfig:
     return transformers.GptOssConfig(**expert_settings(rope_parameters=rope, intermediate_size=HIDDEN_SIZE, **own))
 
 
+GEMMA3_SIZE = 112
+
+
+def gemma3_vision_config() -> transformers.PretrainedConfig:
+    """Pictures of 64 patches in 16 rows, which are more than the windows of 10 hold."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": GEMMA3_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    text = gemma3_config()
+    text.sliding_window = 10
+    ids = token_ids()
+    return transformers.Gemma3Config(
+        text_config=text,
+        vision_config=transformers.SiglipVisionConfig(**vision),
+        mm_tokens_per_image=16,
+        boi_token_index=ids["<|vision_start|>"],
+        eoi_token_index=ids["<|vision_end|>"],
+        image_token_index=ids["<|image_pad|>"],
+    )
+
+
 def qwen3_5_config() -> transformers.PretrainedConfig:
     """Two linear layers around one of attention; two value heads for a key head, and heads of other sizes."""
     rope = {"rope_type": "default", "rope_theta": 1e6, "partial_rotary_factor": 0.5}
@@ -357,6 +383,15 @@ LLAVA_NAMES = {
 }
 PIXTRAL_NAMES = {**LLAVA_NAMES, "model.vision_tower.": "vision_tower."}
 LLAVA_NEXT_NAMES = {**LLAVA_NAMES, "model.image_newline": "image_newline"}
+GEMMA3_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        "image_processor_type": "Gemma3ImageProcessor",
+        "processor_class": "Gemma3Processor",
+        "size": {"height": GEMMA3_SIZE, "width": GEMMA3_SIZE},
+        "do_pan_and_scan": None,
+    },
+    "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 16},
+}
 AUDIO_NAMES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -520,6 +555,13 @@ FAMILIES: dict[str, Family] = {
         ),
     ),
     "gemma3": Family("Gemma3ForCausalLM", gemma3_config),
+    "gemma3_vision": Family(
+        "Gemma3ForConditionalGeneration",
+        gemma3_vision_config,
+        LLAVA_NAMES,
+        {"IMAGE": "<|vision_start|>"},
+        GEMMA3_FILES,
+    ),
     "llama": Family("LlamaForCausalLM", lambda: transformers.LlamaConfig(**text_settings())),
     "llama_biased": Family(
         "LlamaForCausalLM",

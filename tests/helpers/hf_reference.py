@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
+from sensorium.entrypoints.verification.reference import two_way_types
 from sensorium.messages import EngineRequest
 from sensorium.model_executor.models.byte_patches import as_processed
 from sensorium.model_executor.models.byte_pictures import joined
@@ -41,6 +42,8 @@ def hf_inputs(request: EngineRequest, model: Any = None) -> dict[str, Any]:
         for name, value in as_processed(item.kwargs or {}, TEMPORAL_PATCH_SIZE).items():
             by_name.setdefault(merged.get(name, name), []).append(in_frames(value) if name in merged else value)
     inputs |= {name: joined(values) for name, values in by_name.items()}
+    if request.two_way_spans:
+        inputs["token_type_ids"] = two_way_types(request, ids)
     if "image_grid_thw" in inputs or "video_grid_thw" in inputs:
         types = torch.zeros_like(ids)
         types[ids == token_ids()["<|image_pad|>"]] = 1

@@ -83,6 +83,7 @@ MEDIA: dict[str, dict[str, Media]] = {
     "qwen3_5": {},
     "qwen3_moe": {},
     "gpt_oss": {},
+    "gemma3_vision": {"image": Media("<|vision_start|>", picture, 3)},
     "llava": {"image": Media("<image>", picture, 3)},
     "llava_pixtral": {"image": Media("[IMG]", picture, 3)},
     "llava_next": {"image": Media("<image>", picture, 3)},

@@ -98,8 +98,11 @@ class Reference:
             for name, value in kwargs.items():
                 by_name.setdefault(name, []).append(value)
         inputs |= self._as_taken({name: joined(values) for name, values in by_name.items()})
-        if "mm_token_type_ids" in inspect.signature(self.model.forward).parameters and request.media:
+        names = inspect.signature(self.model.forward).parameters
+        if "mm_token_type_ids" in names and request.media:
             inputs["mm_token_type_ids"] = self._token_types(ids)
+        if "token_type_ids" in names and request.two_way_spans:
+            inputs["token_type_ids"] = two_way_types(request, ids)
         return inputs
 
     def _as_taken(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -129,6 +132,15 @@ class Reference:
         if ids is not None and "position_ids" in names and set(inputs) == {"input_ids", "attention_mask"}:
             inputs = inputs | {"position_ids": torch.arange(ids.shape[1], device=self._device)[None]}
         return {name: value for name, value in inputs.items() if name in names}
+
+
+def two_way_types(request: EngineRequest, ids: torch.Tensor) -> torch.Tensor:
+    """`token_type_ids` that make spans of a prompt see themselves both ways: 1 in pictures (Gemma 3), or 0 in a prefix
+    (PaliGemma)."""
+    types = torch.zeros_like(ids)
+    for begin, end in request.two_way_spans:
+        types[:, begin:end] = end - begin < ids.shape[1]
+    return types
 
 
 def spread_of(logprobs: npt.NDArray[np.float64]) -> float:

@@ -11,6 +11,7 @@ from typing import Any, Literal, TypeAlias
 import numpy as np
 import torch
 
+from sensorium.config import ModelFeatures
 from sensorium.engine.args import EngineArgs
 from sensorium.entrypoints.llm import LLM
 from sensorium.entrypoints.verification.cases import Case, cases
@@ -126,18 +127,26 @@ def _verify_dtype(job: _Job, dtype: str) -> tuple[str, list[Result]]:
         tier = llm.report.features.tier
         asked = list(cases(llm, job.num_new_tokens))
         requests = [case.prepare(llm, params).engine_request for case in asked]
-        config = llm.engine.config
+        config, pieces = llm.engine.config, [_largest_piece(request, llm.report.features) for request in requests]
     truths = _truths(job, config, settings, asked, requests)
     longest = max(len(request.prompt_token_ids) for request in requests)
     rows = max((item.num_rows for request in requests for item in request.media), default=1)
     results = []
-    for engine in engines(longest, job.num_new_tokens, rows):
+    for engine in engines(longest, job.num_new_tokens, rows, max(pieces)):
         with running({**settings, **engine.settings}) as llm:
             for this in engine.rounds:
                 outputs = run_round(llm, asked, this, job.num_new_tokens)
                 for case, output, truth in zip(asked, outputs, truths, strict=True):
                     results.append(compare(case.name, this.name, dtype, output, truth))
     return tier, results
+
+
+def _largest_piece(request: EngineRequest, features: ModelFeatures) -> int:
+    """Tokens of a request that are computed in one step at least."""
+    spans = [end - begin for begin, end in request.two_way_spans]
+    if features.atomic_items or not features.splits_media:
+        spans += [item.span.length for item in request.media]
+    return max(spans, default=1)
 
 
 def _has_tokenizer(job: _Job) -> bool:

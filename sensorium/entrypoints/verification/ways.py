@@ -37,14 +37,16 @@ class Engine:
     rounds: tuple[Round, ...]
 
 
-def engines(longest: int, num_new_tokens: int, encoder_rows: int) -> tuple[Engine, ...]:
+def engines(longest: int, num_new_tokens: int, encoder_rows: int, largest_piece: int = 1) -> tuple[Engine, ...]:
     """The engines of a verification.
 
     Args:
         longest: Tokens of the longest prompt.
         num_new_tokens: Tokens behind each prompt.
         encoder_rows: Rows of the largest item, at least 1.
+        largest_piece: Tokens of the longest piece of a prompt that can't be cut.
     """
+    chunk = max(CHUNK, largest_piece)
     num_blocks = -(-(longest + num_new_tokens) // BLOCK_SIZE) + 1
     return (
         Engine(
@@ -52,11 +54,11 @@ def engines(longest: int, num_new_tokens: int, encoder_rows: int) -> tuple[Engin
             (Round("whole, one by one", one_by_one=True, asks_prompt=True), Round("in one batch", asks_prompt=True)),
         ),
         Engine(
-            {"max_num_batched_tokens": CHUNK, "max_num_encoder_rows": encoder_rows},
-            (Round(f"in chunks of {CHUNK}"), Round(f"in chunks of {CHUNK}, from caches")),
+            {"max_num_batched_tokens": chunk, "max_num_encoder_rows": encoder_rows},
+            (Round(f"in chunks of {chunk}"), Round(f"in chunks of {chunk}, from caches")),
         ),
         Engine(
-            {"num_blocks": num_blocks, "block_size": BLOCK_SIZE, "max_num_batched_tokens": 4 * CHUNK},
+            {"num_blocks": num_blocks, "block_size": BLOCK_SIZE, "max_num_batched_tokens": max(4 * CHUNK, chunk)},
             (Round(f"preempted, with {num_blocks} blocks"),),
         ),
     )

@@ -60,6 +60,8 @@ class DecoderOptions:
     """Each query head has a gate beside it in `q_proj`, which scales what the head brings (Qwen3.5)."""
     query_scale: float | None = None
     """Factor on the scores of attention; None: the root of a head's channels, inverted."""
+    score_soft_cap: float | None = None
+    """`c` in `c * tanh(score / c)` of attention's scores (Gemma 2)."""
     spans: SpanRule = SpanRule.SEEN
     """What attention makes of spans whose positions see one another both ways."""
     sinks: bool = False
@@ -125,7 +127,7 @@ class DecoderAttention(nn.Module):
             num_kv_heads=self.qkv_proj.num_kv_heads,
             cache_config=config.cache_config,
             quant_config=config.quant_config,
-            logits_soft_cap=getattr(text, "attn_logit_softcapping", None),
+            logits_soft_cap=options.score_soft_cap,
             per_layer_sliding_window=sliding_window_of(text, layer),
             prefix=f"{prefix}.attn",
             spans=options.spans,

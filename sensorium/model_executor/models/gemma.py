@@ -53,9 +53,13 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """Four norms a layer, and scores with a factor of their own."""
-        options = GemmaForCausalLM.decoder_options(text_config)
-        return replace(options, output_norms=True, query_scale=text_config.query_pre_attn_scalar**-0.5)
+        """Four norms a layer, and scores with a factor of their own and a soft cap."""
+        return replace(
+            GemmaForCausalLM.decoder_options(text_config),
+            output_norms=True,
+            query_scale=text_config.query_pre_attn_scalar**-0.5,
+            score_soft_cap=text_config.attn_logit_softcapping,
+        )
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
@@ -63,6 +67,11 @@ class Gemma3ForCausalLM(Gemma2ForCausalLM):
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """Normed queries and keys, and two kinds of rotary frequencies."""
-        options = Gemma2ForCausalLM.decoder_options(text_config)
-        return replace(options, qk_norm=True, rope_by_layer_type=True, spans=SpanRule.WITHIN_REACH)
+        """Normed queries and keys instead of the cap, and two kinds of rotary frequencies."""
+        return replace(
+            Gemma2ForCausalLM.decoder_options(text_config),
+            score_soft_cap=None,
+            qk_norm=True,
+            rope_by_layer_type=True,
+            spans=SpanRule.WITHIN_REACH,
+        )

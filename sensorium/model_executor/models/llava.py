@@ -60,8 +60,32 @@ def patches_per_side(hf_config: Any) -> int:
     return side
 
 
-class LlavaPictures(PictureInputs):
-    """Pictures of whatever size take the same number of rows."""
+class PicturesOfOneSize(PictureInputs):
+    """Pictures of whatever size become as large as the tower's, and so have the same number of rows."""
+
+    def pieces_of_rows(self, num_rows: int) -> Pieces:
+        """See `MediaInputs`; the numbers must agree."""
+        pieces = self.pieces_of_size(())
+        if self.num_rows(pieces) != num_rows:
+            raise InvalidRequestError(
+                f"got {num_rows} rows, expected {self.num_rows(pieces)}. Pass as many rows as the item "
+                "has placeholders.",
+                field="image_embeds",
+            )
+        return pieces
+
+    def pixels_of_size(self, size: Size) -> int:
+        """See `PictureInputs`."""
+        pixels: int = self.config.vision_config.image_size**2
+        return pixels
+
+    def sizes(self) -> Iterable[Size]:
+        """See `MediaInputs`."""
+        return [(self.config.vision_config.image_size,) * 2]
+
+
+class LlavaPictures(PicturesOfOneSize):
+    """A row for each patch."""
 
     placeholder = "<image>"
     settings = ("size",)
@@ -78,24 +102,9 @@ class LlavaPictures(PictureInputs):
         num_rows = patches_per_side(self.config) ** 2 + tower_of(self.config).num_class_tokens
         return ((self.row_id, num_rows - drops_first_row(self.config)),)
 
-    def pieces_of_rows(self, num_rows: int) -> Pieces:
-        """See `MediaInputs`; the numbers must agree."""
-        pieces = self.pieces_of_size(())
-        if self.num_rows(pieces) != num_rows:
-            raise InvalidRequestError(
-                f"got {num_rows} rows, expected {self.num_rows(pieces)}. Pass as many rows as the item "
-                "has placeholders.",
-                field="image_embeds",
-            )
-        return pieces
-
     def size_of(self, item: Any) -> Size:
         """See `MediaInputs`; the mapper looks at what it is."""
         return ()
-
-    def sizes(self) -> Iterable[Size]:
-        """See `MediaInputs`."""
-        return [(self.config.vision_config.image_size,) * 2]
 
 
 @takes_media(LlavaPictures)

@@ -45,6 +45,7 @@ IN_TREE: dict[str, str] = {
     "Qwen3MoeForCausalLM": f"{_MODELS}.qwen3_moe:Qwen3MoeForCausalLM",
     "Qwen3_5ForCausalLM": f"{_MODELS}.qwen3_5:Qwen3_5ForCausalLM",
     # Images, videos, sounds
+    "Gemma3ForConditionalGeneration": f"{_MODELS}.gemma3:Gemma3ForConditionalGeneration",
     "Idefics3ForConditionalGeneration": f"{_MODELS}.idefics3:Idefics3ForConditionalGeneration",
     "InternVLForConditionalGeneration": f"{_MODELS}.internvl:InternVLForConditionalGeneration",
     "LlavaForConditionalGeneration": f"{_MODELS}.llava:LlavaForConditionalGeneration",

@@ -259,7 +259,7 @@ def test_sounds_that_give_no_rows_are_refused(sound: Any, error: type[Exception]
 
 
 @pytest.mark.parametrize("seq_len", [2048, 60])
-@pytest.mark.parametrize("family", ["llava", "llava_siglip", "qwen2_vl", "qwen2_5_vl", "qwen2_audio"])
+@pytest.mark.parametrize("family", ["gemma3_vision", "llava", "llava_siglip", "qwen2_vl", "qwen2_5_vl", "qwen2_audio"])
 def test_dummy_data_is_the_worst_legal_input(family: str, seq_len: int) -> None:
     """As many items as the limits allow, placeholders that equal their rows, no item above the stated maximum."""
     config = config_of(family).model_config
