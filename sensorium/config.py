@@ -72,7 +72,9 @@ EncoderRows: TypeAlias = Annotated[int, Bounds(1, 1 << 28)]
 WaitingBound: TypeAlias = Annotated[int, Bounds(1, MAX_BYTES)]
 NumRanks: TypeAlias = Annotated[int, Bounds(1, 1024)]
 StepsInFlight: TypeAlias = Annotated[int, Bounds(1, 16)]
-NumDrafts: TypeAlias = Annotated[int, Bounds(1, 64)]
+MAX_DRAFTS = 64
+"""Most guesses of a request in one step."""
+NumDrafts: TypeAlias = Annotated[int, Bounds(1, MAX_DRAFTS)]
 NgramLength: TypeAlias = Annotated[int, Bounds(1, 64)]
 Limits: TypeAlias = Mapping[str, Amount]
 DEFAULT_LORA_RANK = 16

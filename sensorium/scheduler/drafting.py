@@ -1,7 +1,8 @@
 """Where drafts come from: guesses of a request's next tokens, which one step checks all at once.
 
 A draft costs a row of a step and never changes an output: after each row a token is sampled as it would be without
-drafts, and those behind a wrong guess are dropped. So a drafter may be as simple as it likes.
+drafts, and those behind a wrong guess are dropped. So a drafter may be as simple as it likes, and a request whose
+guesses are wrong gets fewer.
 """
 
 from __future__ import annotations
@@ -9,11 +10,13 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-from sensorium.config import SpeculativeConfig
+from sensorium.config import MAX_DRAFTS, SpeculativeConfig
 from sensorium.messages import EngineRequest
 
 MAX_CANDIDATES = 32
 """Places that are compared for one draft; bounds the host's work where the same tokens come again and again."""
+MAX_PAUSE = 15
+"""Most steps of a request in a row in which nothing is guessed, because guesses were wrong."""
 
 
 class Drafter(Protocol):
@@ -24,6 +27,45 @@ class Drafter(Protocol):
 
         `token_ids`: prompt and output, which only grow from call to call.
         """
+
+
+class Guesses:
+    """One request's drafts: as many as the last ones were worth.
+
+    Rows of a step are cheap while the weights' way from memory decides, and dear beyond, so wrong guesses aren't made
+    again and again: after one in which nothing was right, none is made for 1, 3, 7 and at last `MAX_PAUSE` steps, and
+    then one token at a time until it is right.
+
+    Worked example of drafts and those that were right: 4 of 4, 2 of 4, 2 of 2, 4 of 4, 0 of 4, a step without, 1 of 1,
+    2 of 2, 4 of 4.
+    """
+
+    __slots__ = ("_drafter", "_num_misses", "_num_paused", "_size")
+
+    def __init__(self, drafter: Drafter) -> None:
+        self._drafter = drafter
+        self._size = MAX_DRAFTS
+        """Most drafts that the next chunk gets."""
+        self._num_misses = 0
+        """Times in a row that nothing was right."""
+        self._num_paused = 0
+        """Steps in which nothing is guessed."""
+
+    def propose(self, token_ids: Sequence[int], most: int) -> Sequence[int]:
+        """At most so many tokens that may follow."""
+        if self._num_paused:
+            self._num_paused -= 1
+            return ()
+        return self._drafter.propose(token_ids)[: min(most, self._size)]
+
+    def settle(self, num_drafts: int, num_right: int) -> None:
+        """Learn how drafts fared."""
+        if num_right == num_drafts:
+            self._size = min(max(2 * num_drafts, self._size), MAX_DRAFTS)
+        else:
+            self._size = max(num_right, 1)
+        self._num_misses = 0 if num_right else self._num_misses + 1
+        self._num_paused = 0 if num_right else min(2**self._num_misses - 1, MAX_PAUSE)
 
 
 class PromptLookup:

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from typing import TypeAlias
 
 from sensorium.messages import EngineRequest, MediaItem
-from sensorium.scheduler.drafting import Drafter
+from sensorium.scheduler.drafting import Guesses
 from sensorium.scheduler.stopping import StopRule
 from sensorium.spans import Range
 
@@ -43,7 +43,7 @@ class RequestState:
         "_media_ends",
         "block_hashes",
         "cross_hashes",
-        "drafter",
+        "guesses",
         "held_media",
         "is_cacheable",
         "is_caught_up",
@@ -71,7 +71,7 @@ class RequestState:
     )
 
     def __init__(
-        self, message: EngineRequest, order: Order, max_model_len: int, drafter: Drafter | None = None
+        self, message: EngineRequest, order: Order, max_model_len: int, guesses: Guesses | None = None
     ) -> None:
         self.message = message
         self.request_id = message.request_id
@@ -94,9 +94,9 @@ class RequestState:
         self.num_departures = 0
         """How often it left the running requests: preempted, or ended. What a step in flight brings counts only if that
         did not happen meanwhile."""
-        self.drafter = drafter
-        """Guesses its next tokens, if anybody does."""
-        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens or drafter is not None
+        self.guesses = guesses
+        """Where its drafts come from, if it gets any."""
+        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens or guesses is not None
         """Its next token can be sampled, or guessed, only after the host has seen the last."""
         self.is_caught_up = False
         """A step that samples a token for it was planned since it got its slot: from then on its share of a step is a

@@ -16,7 +16,7 @@ from sensorium.errors import InvalidRequestError, OverloadedError
 from sensorium.messages import EngineOutput, EngineRequest, FinishReason, ModelRunnerOutput, SchedulerOutput
 from sensorium.scheduler.admission import check_request
 from sensorium.scheduler.chunking import ChunkPlanner
-from sensorium.scheduler.drafting import Drafter
+from sensorium.scheduler.drafting import Drafter, Guesses
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
 from sensorium.scheduler.fair_shares import FairShares
 from sensorium.scheduler.kv_cache_manager import KVCacheManager
@@ -81,11 +81,13 @@ class Scheduler:
             snapshot_block_size=self._kv_cache.block_size if self._kv_cache.makes_snapshots else None,
             has_cross_rows=self._kv_cache.has_cross_rows,
         )
+        self._make_drafter = make_drafter if all(group.can_go_back for group in self._groups) else None
         self._planner = StepPlanner(
-            *(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters), max_loras
+            *(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters),
+            max_loras=max_loras,
+            gives_drafts=self._make_drafter is not None,
         )
         self._results = StepResults(self._table, self._kv_cache, self._encoder_cache, self._counters)
-        self._make_drafter = make_drafter if all(group.can_go_back for group in self._groups) else None
         self._in_flight: deque[StepPlan] = deque()
 
     def add_request(self, request: EngineRequest) -> None:
@@ -113,7 +115,8 @@ class Scheduler:
                 "Try again later, or raise max_waiting_requests."
             )
         drafter = None if self._make_drafter is None or request.pooling else self._make_drafter(request)
-        self._table.add(RequestState(request, self._shares.arrive(request), self._max_model_len, drafter))
+        guesses = None if drafter is None else Guesses(drafter)
+        self._table.add(RequestState(request, self._shares.arrive(request), self._max_model_len, guesses))
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
         """End requests, also between `schedule` and `update`; ids that are unknown or finished are ignored."""

@@ -45,8 +45,11 @@ class StepPlanner:
         chunks: ChunkPlanner,
         pacer: Pacer,
         counters: Counters,
+        *,
         max_loras: int | None = None,
+        gives_drafts: bool = False,
     ) -> None:
+        self._gives_drafts = gives_drafts
         self._max_loras = max_loras
         self._max_num_tokens = config.max_num_batched_tokens
         self._max_num_rows = config.max_num_encoder_rows
@@ -70,7 +73,8 @@ class StepPlanner:
             has_streams = bool(plan.chunks) or any(request.is_caught_up for request in self._table.running)
             plan.pace = self._pacer.begin_step(has_streams=has_streams)
             self._add_prefills(plan)
-            self._add_drafts(plan)
+            if self._gives_drafts:
+                self._add_drafts(plan)
         return plan
 
     # Streams
@@ -97,13 +101,13 @@ class StepPlanner:
         blocks for that nothing else in the step needs."""
         num_spare = plan.pace.spare_tokens()
         for request in list(plan.chunks):
-            if request.drafter is None or not request.is_caught_up:
+            if request.guesses is None or not request.is_caught_up:
                 continue
             room = min(plan.tokens_left, num_spare - plan.num_draft_tokens)
             if room <= 0:
                 return
             most = min(room, request.max_drafts, self._kv_cache.max_tokens(request) - request.num_expected_tokens)
-            drafts = request.drafter.propose(request.token_ids)[:most] if most > 0 else ()
+            drafts = request.guesses.propose(request.token_ids, most) if most > 0 else ()
             if drafts:
                 end = request.num_expected_tokens + len(drafts)
                 plan.add_drafts(request, drafts, self._kv_cache.allocate(request, end))

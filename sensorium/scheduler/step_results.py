@@ -96,6 +96,8 @@ class StepResults:
         Worked example: of a request with 10 tokens, one step computes the last and 3 drafts, so that 13 count as
         computed, 9 as settled and 4 as pending. The first draft was right: 2 tokens are new, and 11 of 12 are computed.
         """
+        assert request.guesses is not None
+        request.guesses.settle(num_drafts, num_right)
         request.num_settled_tokens += num_kept
         request.num_computed_tokens -= num_drafts - num_kept
         self._counters.num_draft_tokens += num_drafts

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from itertools import pairwise
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sensorium.config import SpeculativeConfig
-from sensorium.scheduler.drafting import MAX_CANDIDATES, PromptLookup
+from sensorium.scheduler.drafting import MAX_CANDIDATES, MAX_PAUSE, Guesses, PromptLookup
 
 VOCAB_SIZE = 1000
 
@@ -73,3 +76,36 @@ def test_one_token_in_common_is_chance_unless_it_is_asked_for() -> None:
 def test_work_is_bounded_where_everything_matches() -> None:
     token_ids = [1, 2, *[7, 1, 2] * 5000, 3, 4, 8, 1, 2]
     assert len(lookup().propose(token_ids)) == 4
+
+
+class Always:
+    """Guesses as much as it may."""
+
+    def propose(self, token_ids: Sequence[int]) -> list[int]:
+        return list(range(8))
+
+
+def test_a_request_gets_as_many_drafts_as_the_last_were_worth() -> None:
+    guesses, most = Guesses(Always()), 4
+    found = []
+    for num_right in (4, 2, 2, 4, 0, None, 1, 2, 4):
+        drafts = guesses.propose([1], most)
+        found.append(len(drafts))
+        if num_right is not None:
+            guesses.settle(len(drafts), num_right)
+    assert found == [4, 4, 2, 4, 4, 0, 1, 2, 4]
+
+
+def test_wrong_guesses_grow_rare_but_never_end() -> None:
+    guesses, made = Guesses(Always()), list[int]()
+    for step in range(200):
+        if drafts := guesses.propose([1], 8):
+            made.append(step)
+            guesses.settle(len(drafts), 0)
+    gaps = [later - earlier for earlier, later in pairwise(made)]
+    assert gaps[:4] == [2, 4, 8, 16]
+    assert set(gaps[4:]) == {MAX_PAUSE + 1}
+    while not (drafts := guesses.propose([1], 8)):
+        pass
+    guesses.settle(len(drafts), 1)
+    assert len(guesses.propose([1], 8)) == 2
