@@ -170,6 +170,7 @@ class LogitEdits:
 
     def unshare(self) -> None:
         """Begin to differ from the one that this is a shallow copy of."""
+        self._output = list(self._output)
         self.penalised, self._bad_words = copy.copy(self.penalised), copy.copy(self._bad_words)
         for part in (self.penalised, self._bad_words):
             if part is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -26,9 +27,11 @@ from transformers import (
 from sensorium.errors import ModelError
 from sensorium.model_executor import sampling_ops
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, get_sampler
+from sensorium.model_executor.logit_edits import LogitEdits
 from sensorium.model_executor.sampling_metadata import DraftRows, SamplingMetadata, SamplingState
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
+from sensorium.timestamps import TimestampRules
 
 VOCAB = 61
 EOS = 2
@@ -599,6 +602,8 @@ DRAFTED = [
     SamplingParams(temperature=0.7, seed=2, top_p=0.9, presence_penalty=1.5, frequency_penalty=0.5),
     SamplingParams(temperature=0, repetition_penalty=1.8, min_tokens=4, logit_bias={EOS: 30.0}),
     SamplingParams(temperature=1.0, seed=3, top_k=9, bad_words_token_ids=[[4], [5, 6], [6, 5, 7]]),
+    SamplingParams(temperature=1.0, seed=4, timestamps=TimestampRules(first_id=30, end_id=25, max_first=20)),
+    SamplingParams(temperature=1.0, seed=5, allowed_token_ids=[7, 8, 9, 10], begin_suppress_tokens=[8]),
 ]
 
 
@@ -649,6 +654,24 @@ def test_a_token_is_what_it_is_without_drafts(num_drafts: int) -> None:
             _append(state, slot, [output[row]])
     assert tokens == alone
     assert num_right > 5
+
+
+@pytest.mark.parametrize("params", DRAFTED, ids=range(len(DRAFTED)))
+def test_edits_behind_a_draft_leave_no_trace(params: SamplingParams) -> None:
+    """What a draft appended would stay: the rules of times kept a list that the copy shared."""
+    edits = LogitEdits(params, [1, 2, 3], [30, 4, 5], [EOS], VOCAB)
+
+    def state_of(part: Any) -> Any:
+        names = getattr(part, "__slots__", None) or getattr(part, "__dict__", ())
+        if names and not isinstance(part, TimestampRules):
+            return {name: state_of(getattr(part, name)) for name in names}
+        return part.tolist() if isinstance(part, np.ndarray) else copy.deepcopy(part)
+
+    before = str(state_of(edits))
+    behind = edits.behind(6).behind(31)
+    assert str(state_of(edits)) == before
+    straight = LogitEdits(params, [1, 2, 3], [30, 4, 5, 6, 31], [EOS], VOCAB)
+    assert str(state_of(behind)) == str(state_of(straight))
 
 
 def test_tokens_count_up_to_the_first_wrong_guess() -> None:
