@@ -23,6 +23,9 @@ SMALLEST_MAGNITUDE = 2.0**-100
 """A row of smaller values counts as zeros."""
 ALIGNMENT = 16
 """Channels in and out of a product are a multiple of this many bytes."""
+MANY_ROWS = 256
+"""From so many rows on, products whose rows have scales of their own are faster than scaling sums afterwards. A layer
+of 7B on an H200, in microseconds: 134 against 83 at 16 rows, 138 both ways at 256, 789 against 926 at 2048."""
 FIRST_CAPABILITY = (8, 9)
 """The first generation of NVIDIA's GPUs that multiplies 8-bit floats (Ada; then Hopper)."""
 
@@ -80,7 +83,8 @@ def quantize_fp8_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> tup
     largest = values.abs().amax(-1, keepdim=True) if x.shape[-1] else values.new_zeros((len(x), 1))
     finite = largest.isfinite()
     used = largest.clamp_min(SMALLEST_MAGNITUDE) / LARGEST if scale is None else scale.float().expand_as(largest)
-    scaled = (values / used).masked_fill(~finite, 0).clamp(-LARGEST, LARGEST)
+    # Times a reciprocal: a division of each value takes a GPU longer than reading it.
+    scaled = (values * (1 / used)).masked_fill(~finite, 0).clamp(-LARGEST, LARGEST)
     return scaled.to(FP8), torch.where(finite, used, torch.nan)
 
 
@@ -122,7 +126,7 @@ def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = N
     if not len(rows):
         return x.new_empty((*x.shape[:-1], weight.out_features))
     values, scales = _padded_rows(rows, weight)
-    if x.dtype == torch.bfloat16 and scales_rows(x.device):
+    if x.dtype == torch.bfloat16 and len(rows) >= MANY_ROWS and scales_rows(x.device):
         # The only type that comes out of products whose rows have scales of their own.
         added = None if bias is None else F.pad(bias.to(x.dtype), (0, weight.values.shape[0] - weight.out_features))
         out = _scaled_mm(values, weight.values.T, scale_a=scales, scale_b=weight.scales, bias=added, out_dtype=x.dtype)
@@ -130,9 +134,22 @@ def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = N
     else:
         one = _one(x.device)
         sums = _scaled_mm(values, weight.values.T, scale_a=one, scale_b=one, out_dtype=torch.float32)
-        wide = (sums * scales * weight.scales)[:, : weight.out_features]
-        out = (wide if bias is None else wide + bias).to(x.dtype)
+        out = scaled_sums(sums, scales, weight, bias)
     return out.reshape(*x.shape[:-1], weight.out_features)
+
+
+def scaled_sums(
+    sums: torch.Tensor, row_scales: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None
+) -> torch.Tensor:
+    """Products of unscaled values `(rows, at least n)`, scaled, with the bias, as `(rows, n)` of the weight's dtype."""
+    size = weight.out_features
+    if sums.is_cuda and has_triton():
+        from sensorium.kernels.gpu.fp8 import scaled_sums as by_kernel
+
+        out = torch.empty(len(sums), size, dtype=weight.dtype, device=sums.device)
+        return by_kernel(sums, row_scales, weight.scales, bias, out)
+    wide = (sums * row_scales * weight.scales)[:, :size]
+    return (wide if bias is None else wide + bias).to(weight.dtype)
 
 
 def _padded_rows(rows: torch.Tensor, weight: Fp8Weight) -> tuple[torch.Tensor, torch.Tensor]:

@@ -85,7 +85,9 @@ def main() -> None:
         )
         assert ("wgmma" in grouped.asm["ptx"]) is has_units
     rows = {"values": "*fp8e4nv", "scales": "*fp32", "input_scale": "*fp32"}
-    compiled(fp8._quantize_rows, 16, SIZE=18944, WIDTH=18944, BLOCK=32768, HAS_SCALE=False, types=rows)
+    compiled(fp8._quantize_rows, 8, SIZE=18944, WIDTH=18944, BLOCK=4096, HAS_SCALE=False, types=rows)
+    sums = dict.fromkeys(["sums", "row_scales", "scales"], "*fp32")
+    compiled(fp8._scale_sums, 4, HAS_BIAS=True, BLOCK=2048, types=sums)
     compiled(argmax._find, 8, BLOCK=4096, IS_SPLIT=True)
     rotated = {"HEADS": 16, "HEADS_PAD": 16, "KV_HEADS": 2, "KV_HEADS_PAD": 2, "HEAD_SIZE": 128, "SLOT_PAD": 256}
     compiled(rotary._rotate, 4, **rotated, HALF=64, HALF_PAD=64, REST_PAD=0, IS_NEOX=True, WRITES=True)
