@@ -56,6 +56,19 @@ def checkpoint_template(model_config: ModelConfig, tokenizer: Any) -> str | Mapp
     return found
 
 
+_PLAIN = """\
+{% for message in messages %}{% if message['content'] is string %}{{ message['content'] }}{% else %}\
+{% for part in message['content'] %}{% if part['type'] == 'text' %}{{ part['text'] }}{% endif %}{% endfor %}\
+{% endif %}{% endfor %}"""
+
+
+def plain_template(model_config: ModelConfig, tokenizer: Any) -> str | None:
+    """A template that gives contents as they are, for a model that doesn't generate and has none: by messages, requests
+    can name media. None for any other."""
+    is_needed = model_config.pools and not checkpoint_template(model_config, tokenizer)
+    return _PLAIN if is_needed else None
+
+
 def _legacy_template(path: Path) -> str | None:
     if not path.is_file():
         return None

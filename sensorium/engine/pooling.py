@@ -155,6 +155,9 @@ def _embedder(
     path: Path, config: CheckpointConfig, modules: Sequence[tuple[str, str]], task: PoolingTask, kind: PoolingType
 ) -> PoolerConfig:
     dense = [member(path, folder, MODULES) for kind, folder in modules if kind == "Dense"]
+    towers = _two_towers(config)
+    if towers is not None:
+        return PoolerConfig(tasks=("embed",), size=towers)
     tasks: tuple[PoolingTask, ...] = ("token_embed",) if task == "token_embed" else ("embed", "token_embed")
     sizes = [size for size in (_dense_size(folder) for folder in dense) if size is not None]
     dimensions = _int_tuple(config, "matryoshka_dimensions")
@@ -162,11 +165,25 @@ def _embedder(
         pooling_type=kind,
         normalize=not modules or task == "token_embed" or any(kind == "Normalize" for kind, _ in modules),
         tasks=tasks,
-        size=sizes[-1] if sizes else None,
+        size=sizes[-1] if sizes else _embedding_dim(config, task),
         projections=tuple(folder.name for folder in dense),
         is_matryoshka=bool(dimensions) or config.written.get("is_matryoshka") is True,
         matryoshka_dimensions=dimensions,
     )
+
+
+def _embedding_dim(config: CheckpointConfig, task: PoolingTask) -> int | None:
+    """Numbers of a token's vector, where the model itself projects to them (ColQwen2)."""
+    return getattr(config.hf_config, "embedding_dim", None) if task == "token_embed" else None
+
+
+def _two_towers(config: CheckpointConfig) -> int | None:
+    """Of a model with a tower for texts and one for pictures, the numbers of a vector; None for any other."""
+    whole = config.hf_config
+    text = getattr(whole, "text_config", None)
+    if config.architectures[0] not in ("CLIPModel", "SiglipModel") or text is None:
+        return None
+    return int(getattr(whole, "projection_dim", None) or getattr(text, "projection_size", None) or text.hidden_size)
 
 
 # sentence-transformers

@@ -53,7 +53,7 @@ class Trial:
         self._model: Any = model
         self.name = type(model).__name__
         self.vocab_size = config.model_config.vocab_size
-        self._pools = config.model_config.pools
+        self._wants_logits = not config.model_config.pools or bool(config.model_config.pooler.token_ids)
         self._dtype = config.model_config.dtype
         self._steps = steps
 
@@ -242,7 +242,7 @@ class Trial:
 
     def check_logits(self, hidden: torch.Tensor, given: str) -> None:
         """Compute the logits of the last row, and look at them."""
-        if self._pools and not hasattr(self._model, "compute_logits"):
+        if not self._wants_logits:
             return
         expected = f"logits (num_rows, {self.vocab_size})"
         after = f"the last row of what forward returned for {given}, {_shape(hidden)}"

@@ -18,11 +18,12 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.kernels import native_refusal
 from sensorium.logger import get_logger
 from sensorium.messages import LoadReport, SchedulerOutput
-from sensorium.model_executor.drivers import ModelDriver, TextDriver
+from sensorium.model_executor.drivers import DualDriver, ModelDriver, TextDriver
 from sensorium.model_executor.lora.loader import LoadedAdapters
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.quantization import weights_line
 from sensorium.model_executor.models.interfaces import supports_cross_attention
+from sensorium.model_executor.models.transformers.dual_encoder import DualEncoder, dual_features
 from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
 from sensorium.model_executor.models.transformers.pooling import TransformersForPooling
 from sensorium.multimodal.hf_processors import describe_backend
@@ -96,6 +97,9 @@ class Worker:
             with self._stage("choose tier"):
                 features = choose_pooling_tier(self._model, config, self._device)
                 self._driver = TextDriver(self._model)
+        if isinstance(self._model, DualEncoder):
+            self._driver = DualDriver(self._model, config.model_config.dtype, self._device)
+            features = dual_features(config.model_config)
         layout = CacheLayout.of(self._model, config)
         if not hasattr(self._model, "compute_logits") and not config.model_config.pools:
             raise ModelError(

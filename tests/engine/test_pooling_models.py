@@ -26,6 +26,7 @@ from tests.helpers.pooling_checkpoints import (
     roberta,
 )
 
+PAD = SIZES["pad_token_id"]
 TEXTS = ["hello world", "a", "quite a long text, for a model this small " * 2, "x" * 20, "the last one"]
 SETTINGS: dict[str, Any] = {"device": "cpu", "max_num_seqs": 4, "max_num_batched_tokens": 64}
 """The longest text is longer than a step's budget: it runs in a step of its own."""
@@ -41,7 +42,7 @@ def near(got: Any, expected: torch.Tensor) -> bool:
 
 def distilbert() -> transformers.PretrainedConfig:
     sizes = {"dim": 32, "hidden_dim": 48, "n_layers": 2, "n_heads": 4, "max_position_embeddings": 130}
-    return transformers.DistilBertConfig(**sizes, vocab_size=320, pad_token_id=256, initializer_range=0.3)
+    return transformers.DistilBertConfig(**sizes, vocab_size=320, pad_token_id=PAD, initializer_range=0.3)
 
 
 def mpnet() -> transformers.PretrainedConfig:
@@ -50,7 +51,7 @@ def mpnet() -> transformers.PretrainedConfig:
 
 def t5() -> transformers.PretrainedConfig:
     sizes = {"d_model": 32, "d_kv": 8, "d_ff": 48, "num_layers": 2, "num_heads": 4}
-    return transformers.T5Config(**sizes, vocab_size=320, pad_token_id=256)
+    return transformers.T5Config(**sizes, vocab_size=320, pad_token_id=PAD)
 
 
 def deberta() -> transformers.PretrainedConfig:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tokenizers import processors
 from transformers import PreTrainedModel, PreTrainedTokenizerFast
 
-from tests.helpers.checkpoints import make_tokenizer
+from tests.helpers.checkpoints import make_tokenizer, token_ids
 
 SIZES: Mapping[str, Any] = {
     "vocab_size": 320,
@@ -24,7 +24,7 @@ SIZES: Mapping[str, Any] = {
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "max_position_embeddings": 130,
-    "pad_token_id": 256,
+    "pad_token_id": token_ids()["<|endoftext|>"],
     "initializer_range": 0.3,
 }
 
@@ -41,7 +41,7 @@ def roberta(**settings: Any) -> transformers.PretrainedConfig:
 
 def modern_bert(**settings: Any) -> transformers.PretrainedConfig:
     """Every other layer sees 4 positions before and behind."""
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 257)
+    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id"), 0)
     return transformers.ModernBertConfig(
         **{**SIZES, "local_attention": 8, "global_attn_every_n_layers": 2, **ids, **settings}
     )

@@ -19,6 +19,7 @@ from starlette.applications import Starlette
 
 from sensorium.chat.named_media import NamedMedia
 from sensorium.chat.renderer import ChatRenderer
+from sensorium.chat.template import plain_template
 from sensorium.engine.args import EngineArgs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.engine.core_process import CoreFactory
@@ -114,7 +115,7 @@ def _app(
             engine.config.model_config,
             engine.tokenizer,
             loader,
-            chat_template=engine_args.chat_template,
+            chat_template=engine_args.chat_template or plain_template(engine.config.model_config, engine.tokenizer),
             trust_request_chat_template=args.trust_request_chat_template,
             accept_objects=False,
             accept_embeddings=args.allow_embeddings,

@@ -70,6 +70,9 @@ POOLING: dict[str, str] = {
         (f"{stem}{kind}" for stem in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("ForCausalLM", "Model")),
         _DECODER,
     ),
+    "ColQwen2ForRetrieval": f"{_MODELS}.colqwen2:ColQwen2ForRetrieval",
+    "CLIPModel": f"{_MODELS}.transformers.dual_encoder:DualEncoder",
+    "SiglipModel": f"{_MODELS}.transformers.dual_encoder:PaddedDualEncoder",
 }
 """What serves architectures for pooling, where that is a class here."""
 

@@ -295,8 +295,8 @@ class FlatPooling(nn.Module):
         if self.has_states_behind:
             return list(rows)
         results: dict[int, torch.Tensor] = {}
-        for batch in _batches([len(each) for each in rows], is_padded=self._arguments.pad_token_id is not None):
-            ids, mask = _padded_ids([token_ids[i] for i in batch], self._arguments.pad_token_id or 0, rows[0].device)
+        for batch in batches_of([len(each) for each in rows], is_padded=self._arguments.pad_token_id is not None):
+            ids, mask = padded_ids([token_ids[i] for i in batch], self._arguments.pad_token_id or 0, rows[0].device)
             padded = nn.utils.rnn.pad_sequence([rows[i] for i in batch], batch_first=True)
             given = self._arguments.of_batch(ids, mask, None)
             results |= zip(batch, _results(self.trunk.behind(padded, given), mask), strict=True)
@@ -334,9 +334,9 @@ class BatchPooling(nn.Module):
         ids = torch.split(input_ids, lens)
         types = [None] * len(lens) if token_type_ids is None else torch.split(token_type_ids, lens)
         results: dict[int, torch.Tensor] = {}
-        for batch in _batches(lens, is_padded=self._is_padded):
+        for batch in batches_of(lens, is_padded=self._is_padded):
             pad = self._arguments.pad_token_id or 0
-            padded, mask = _padded_ids([ids[i].tolist() for i in batch], pad, input_ids.device)
+            padded, mask = padded_ids([ids[i].tolist() for i in batch], pad, input_ids.device)
             own = [types[i] for i in batch]
             padded_types = (
                 None if own[0] is None else nn.utils.rnn.pad_sequence(own, batch_first=True)  # type: ignore[arg-type]
@@ -455,9 +455,7 @@ def _results(output: Any, mask: torch.Tensor) -> list[torch.Tensor]:
     return [each if each.dim() == 1 else each[:length] for each, length in zip(results.unbind(), lens, strict=True)]
 
 
-def _padded_ids(
-    token_ids: Sequence[Sequence[int]], pad: int, device: torch.device
-) -> tuple[torch.Tensor, torch.Tensor]:
+def padded_ids(token_ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """`(batch, longest)` ids with padding behind, and a mask with ones at ids."""
     ids = [torch.tensor(list(each), device=device) for each in token_ids]
     ones = [torch.ones_like(each) for each in ids]
@@ -465,7 +463,7 @@ def _padded_ids(
     return padded, nn.utils.rnn.pad_sequence(ones, batch_first=True)
 
 
-def _batches(lens: Sequence[int], *, is_padded: bool) -> Iterator[list[int]]:
+def batches_of(lens: Sequence[int], *, is_padded: bool) -> Iterator[list[int]]:
     """Indices of sequences that run together: all alone, or with little padding."""
     batch: list[int] = []
     total = 0
