@@ -136,6 +136,11 @@ class ScheduledChunk(msgspec.Struct, frozen=True):
     """Guesses of the next tokens, which stand in the chunk's last rows. After the row before them and after each of
     them a token is sampled, and counts as long as those before it are what was guessed."""
 
+    def without_drafts(self) -> ScheduledChunk:
+        """The known tokens alone."""
+        num_known = self.num_scheduled_tokens - len(self.draft_token_ids)
+        return msgspec.structs.replace(self, num_scheduled_tokens=num_known, draft_token_ids=())
+
 
 @dataclass(frozen=True, slots=True)
 class EncoderInput:

@@ -7,7 +7,8 @@ guesses are wrong gets fewer.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
+from itertools import takewhile
 from typing import Protocol
 
 from sensorium.config import MAX_DRAFTS, SpeculativeConfig
@@ -40,10 +41,12 @@ class Guesses:
     2 of 2, 4 of 4.
     """
 
-    __slots__ = ("_drafter", "_num_misses", "_num_paused", "_size")
+    __slots__ = ("_drafter", "_media_token_ids", "_num_misses", "_num_paused", "_size")
 
-    def __init__(self, drafter: Drafter) -> None:
+    def __init__(self, drafter: Drafter, media_token_ids: Container[int] = ()) -> None:
+        """`media_token_ids` are no guess: a model may look for an item where they stand."""
         self._drafter = drafter
+        self._media_token_ids = media_token_ids
         self._size = MAX_DRAFTS
         """Most drafts that the next chunk gets."""
         self._num_misses = 0
@@ -56,7 +59,8 @@ class Guesses:
         if self._num_paused:
             self._num_paused -= 1
             return ()
-        return self._drafter.propose(token_ids)[: min(most, self._size)]
+        drafts = self._drafter.propose(token_ids)[: min(most, self._size)]
+        return tuple(takewhile(lambda token_id: token_id not in self._media_token_ids, drafts))
 
     def settle(self, num_drafts: int, num_right: int) -> None:
         """Learn how drafts fared."""

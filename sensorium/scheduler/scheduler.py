@@ -81,6 +81,7 @@ class Scheduler:
             snapshot_block_size=self._kv_cache.block_size if self._kv_cache.makes_snapshots else None,
             has_cross_rows=self._kv_cache.has_cross_rows,
         )
+        self._media_token_ids = frozenset[int]().union(*features.placeholder_token_ids.values())
         self._make_drafter = make_drafter if all(group.can_go_back for group in self._groups) else None
         self._planner = StepPlanner(
             *(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters),
@@ -115,7 +116,7 @@ class Scheduler:
                 "Try again later, or raise max_waiting_requests."
             )
         drafter = None if self._make_drafter is None or request.pooling else self._make_drafter(request)
-        guesses = None if drafter is None else Guesses(drafter)
+        guesses = None if drafter is None else Guesses(drafter, self._media_token_ids)
         self._table.add(RequestState(request, self._shares.arrive(request), self._max_model_len, guesses))
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:

@@ -324,7 +324,7 @@ class ModelRunner:
                 raise LostRankError(
                     "a forward pass: got a failure that not all ranks had. Restart the engine."
                 ) from error
-            if len(chunks) == 1:
+            if len(chunks) == 1 and not chunks[0].draft_token_ids:
                 logger.exception("the forward pass of request %s failed", chunks[0].request_id)
                 failure = RequestFailure(
                     f"The model failed on this request ({told_to_caller(error)}). Other requests go on.",
@@ -334,7 +334,8 @@ class ModelRunner:
                 return
             logger.warning("a forward pass of %d requests failed; repeating it one by one", len(chunks), exc_info=error)
         for chunk in chunks:
-            self._run([chunk], pending)
+            # Alone, a chunk is tried as it is and then without what is only guessed.
+            self._run([chunk if len(chunks) > 1 else chunk.without_drafts()], pending)
 
     def _run_pass(self, chunks: list[ScheduledChunk], pending: PendingStep) -> None:
         arrays = self._batch.gather(chunks)

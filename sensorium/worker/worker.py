@@ -12,7 +12,7 @@ from torch import nn
 
 from sensorium.attention import choose_backends
 from sensorium.cache_spec import CacheGroup
-from sensorium.config import EngineConfig, ModelFeatures, SpeculativeConfig
+from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ConfigError, ModelError
 from sensorium.inputs import INPUT_REGISTRY
 from sensorium.kernels import native_refusal
@@ -167,7 +167,7 @@ class Worker:
             processors=describe_backend(model_config) if model_config.is_multimodal_model else "",
             steps=self._steps_line(),
             adapters=self._adapters_line(),
-            drafts=_drafts_line(self._config.speculative_config, groups),
+            drafts=_drafts_line(self._config, groups),
             sampling=model_config.sampling_defaults.line(),
             kernels=_kernels_line(self._device),
         )
@@ -215,13 +215,15 @@ class Worker:
             self._release()
 
 
-def _drafts_line(config: SpeculativeConfig | None, groups: Sequence[CacheGroup]) -> str:
+def _drafts_line(config: EngineConfig, groups: Sequence[CacheGroup]) -> str:
     """Where drafts come from, or why there are none; empty where nobody asked for them."""
-    if config is None:
+    if config.speculative_config is None:
         return ""
+    if config.model_config.pools:
+        return "none: the model generates nothing"
     if not all(group.can_go_back for group in groups):
         return "none: the model keeps a state, from which nothing can be taken back"
-    return f"up to {config.num_speculative_tokens} a step, as the same tokens went on before"
+    return f"up to {config.max_drafts} a step, as the same tokens went on before"
 
 
 def _kernels_line(device: torch.device) -> str:

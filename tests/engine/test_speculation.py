@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
 
 import pytest
 
-from sensorium import LLMEngine, SamplingParams, StructuredOutputs
+from sensorium import EngineArgs, LLMEngine, SamplingParams, StructuredOutputs
+from sensorium.config import SpeculativeConfig
+from sensorium.errors import ConfigError
 from sensorium.outputs import CompletionOutput
+from sensorium.pooling_params import PoolingParams
+from sensorium.scheduler.drafting import PromptLookup
 from sensorium.worker.worker import Worker
-from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.checkpoints import VOCAB_SIZE, make_checkpoint
 from tests.helpers.device import TEST_DEVICE
 from tests.helpers.graphs import HostReplay
 from tests.helpers.mixed_requests import limits, random_plan
@@ -149,3 +153,132 @@ def test_outputs_are_those_without_drafts(family: str, settings: str, monkeypatc
     engine.step()
     engine.core.scheduler.check_idle()
     engine.shutdown()
+
+
+KINDS: dict[str, dict[str, Any]] = {
+    "whisper": {},
+    "gpt_oss": {},
+    "llava": {"mm_split": "off"},
+    "qwen3": {"model_impl": "transformers"},
+    "qwen3_5": {},
+}
+"""Rows of an encoder in a cache of their own; experts, sinks and windows; items within `forward`; modules of
+transformers over a flat batch; and states, which get no drafts."""
+
+
+@pytest.mark.parametrize("family", KINDS)
+def test_every_kind_of_model_checks_drafts(family: str) -> None:
+    options = {"limit_mm_per_prompt": limits(family)} if limits(family) else {}
+    plan = random_plan(family, 8, random.Random(family), spread=4, aborts=0, max_tokens=16)
+    plan = [replace(each, params=replace(each.params, max_tokens=16)) for each in plan]
+    engine = make_engine(make_checkpoint(family), block_size=8, speculative_config=NGRAM, **options, **KINDS[family])
+    make_drafter, engine.core.scheduler._make_drafter = engine.core.scheduler._make_drafter, None
+    expected = {name: each for request in plan for name, each in outputs(serve(engine, [request])).items()}
+    assert engine.core.stats().num_draft_tokens == 0
+    keeps_state = family == "qwen3_5"
+    assert (make_drafter is None) == keeps_state
+    assert any(
+        line.startswith("drafts: none: " if keeps_state else "drafts: up to 4") for line in engine.report.lines()
+    )
+    if keeps_state:
+        return
+    knowing(engine, expected)
+    check(serve(engine, plan), plan, expected)
+    assert engine.core.stats().num_accepted_tokens > 30
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def small() -> Iterator[tuple[LLMEngine, list[Planned], dict[str, CompletionOutput]]]:
+    """An engine whose requests have drafters that know what they get, and what that is."""
+    engine = make_engine(make_checkpoint("llama"), block_size=8, speculative_config=NGRAM)
+    plan = [Planned(f"{i}", "say " * i + "hello", GREEDY, arrival_step=i) for i in range(4)]
+    reference = quiet_engine(make_checkpoint("llama"))
+    expected = outputs(serve(reference, plan))
+    reference.shutdown()
+    knowing(engine, expected)
+    yield engine, plan, expected
+    engine.shutdown()
+
+
+def test_no_guess_makes_a_request_fail(
+    small: tuple[LLMEngine, list[Planned], dict[str, CompletionOutput]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A pass that raises is repeated request by request, and where there were drafts, without them."""
+    engine, plan, expected = small
+    said = {token_id for each in expected.values() for token_id in each.token_ids}
+    breaking = next(i for i in range(20, 300) if i not in said)
+    driver = engine.core.executor.worker.runner.passes._driver  # type: ignore[attr-defined]
+    forward, num_failed = driver.forward, 0
+
+    def fails_on_a_guess(inputs: Any) -> Any:
+        nonlocal num_failed
+        if breaking in inputs.input_ids:
+            num_failed += 1
+            raise RuntimeError("this token breaks the model")
+        return forward(inputs)
+
+    monkeypatch.setattr(driver, "forward", fails_on_a_guess)
+    monkeypatch.setattr(Knowing, "propose", lambda drafter, token_ids: [*[1] * (len(token_ids) % 2), breaking])
+    check(serve(engine, plan), plan, expected)
+    assert num_failed > 8
+    engine.step()
+    engine.core.scheduler.check_idle()
+
+
+def test_aborts_while_drafts_are_in_flight(
+    small: tuple[LLMEngine, list[Planned], dict[str, CompletionOutput]],
+) -> None:
+    engine, plan, expected = small
+    core = engine.core
+    for each in plan:
+        engine.add_request(each.request_id, each.prompt, each.params)
+    while not any(chunk.draft_token_ids for step, _ in core._in_flight for chunk in step.chunks):
+        while core._in_flight:
+            core._collect()
+        core._submit()
+    engine.abort_request("1")
+    engine.abort_request("2")
+    core.scheduler.check()
+    while engine.has_unfinished_requests():
+        engine.step()
+    engine.step()
+    core.scheduler.check_idle()
+    check(serve(engine, plan), plan, expected)
+
+
+def test_outputs_of_one_prompt_and_vectors_beside_them(
+    small: tuple[LLMEngine, list[Planned], dict[str, CompletionOutput]],
+) -> None:
+    engine, _, _ = small
+    engine.core.scheduler._make_drafter = lambda _: PromptLookup(SpeculativeConfig(), VOCAB_SIZE)
+    params = replace(GREEDY, n=3, temperature=0.4, seed=3)
+    quiet = quiet_engine(make_checkpoint("llama"), max_num_seqs=3)
+    [alone] = serve(quiet, [Planned("a", "one two one two one", params)]).outputs.values()
+    engine.add_processed(engine.preprocess("vector", "one two one two one", SamplingParams(), pooling=PoolingParams()))
+    engine.add_request("a", "one two one two one", params)
+    found = {}
+    while engine.has_unfinished_requests():
+        found |= {each.request_id: each for each in engine.step() if each.finished}
+    assert [each.token_ids for each in found["a"].outputs] == [each.token_ids for each in alone.outputs]
+    assert found["vector"].error is None
+    quiet.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"method": "eagle"},
+            r"speculative_config\['method'\]: got 'eagle', expected 'ngram'. Set .*--speculative-con",
+        ),
+        ({"num_speculative_tokens": 0}, r"\['num_speculative_tokens'\]: got 0, expected 1 to 64"),
+        ({"num_speculative_tokens": "4"}, r"\['num_speculative_tokens'\]: got '4', expected a whole number"),
+        ({"prompt_lookup_min": 5}, r"\['prompt_lookup_min'\]: got 5, expected at most prompt_lookup_max \(4\)"),
+        ({"model": "draft"}, r"\['model'\]: got 'draft', expected one of method, num_speculative_tokens, prompt_"),
+        ("ngram", "speculative_config: got 'ngram', expected a mapping"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(given: Any, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        EngineArgs("demo", speculative_config=given).create_engine_config()

@@ -31,6 +31,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "few blocks": {"max_num_batched_tokens": 32, "num_blocks": 26, "block_size": 4},
     "no caches": {"enable_prefix_caching": False, "encoder_cache_rows": 0, "mm_processor_cache_bytes": 0},
     "whole prompts only": {"enable_chunked_prefill": False},
+    "drafts": {
+        "max_num_batched_tokens": 24,
+        "speculative_config": {"prompt_lookup_min": 1},  # nearly every token stood somewhere before
+    },
 }
 
 
@@ -79,6 +83,8 @@ def test_tokens_equal_the_class_run_whole(cls: type, settings: str, tmp_path: Pa
     engine.core.scheduler.check_idle()
     if settings == "few blocks":
         assert engine.core.stats().num_preemptions > 0, "this setting is meant to force preemptions"
+    if settings == "drafts":
+        assert engine.core.stats().num_draft_tokens > 10
 
 
 @pytest.mark.parametrize("cls", TIERS, ids=lambda cls: cls.__name__)

@@ -65,8 +65,10 @@ def test_ranks_give_the_tokens_of_one(family: str, num_ranks: int) -> None:
         assert engine.core.stats().num_preemptions > 0
 
 
-def test_only_the_first_rank_samples() -> None:
-    """Seeds, penalties, log probabilities and masks are its business; the others get its tokens."""
+@pytest.mark.parametrize("speculative_config", [None, {"prompt_lookup_min": 1}], ids=["", "drafts"])
+def test_only_the_first_rank_samples(speculative_config: dict[str, Any] | None) -> None:
+    """Seeds, penalties, log probabilities and masks are its business; the others get its tokens, and find out by
+    themselves which drafts were right."""
     path = make_checkpoint("qwen2")
     plan = [
         Planned("seeded", "hello", SamplingParams(temperature=1, seed=7, max_tokens=12, ignore_eos=True)),
@@ -77,8 +79,10 @@ def test_only_the_first_rank_samples() -> None:
         ),
     ]
     alone = serve(quiet_engine(path), plan)
-    with shared(path, 2, num_blocks=64, **SMALL) as engine:
+    with shared(path, 2, num_blocks=64, speculative_config=speculative_config, **SMALL) as engine:
         together = serve(engine, plan)
+        if speculative_config is not None:
+            assert engine.core.stats().num_accepted_tokens > 3
     for each in plan:
         assert together.tokens(each.request_id) == alone.tokens(each.request_id), each.request_id
     held = together.outputs["held"].outputs[0]

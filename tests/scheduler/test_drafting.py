@@ -65,6 +65,13 @@ def test_media_rows_are_no_guess() -> None:
         assert lookup().propose([1, 2, placeholder, 8, 1, 2]) == []
 
 
+def test_no_guess_stands_for_media() -> None:
+    """A model whose `forward` merges media would look for an item where its placeholder stands in a text."""
+    guesses = Guesses(lookup(), media_token_ids={8})
+    assert guesses.propose([1, 2, 7, 8, 9, 1, 2], 4) == (7,)
+    assert guesses.propose([1, 2, 8, 9, 9, 1, 2], 4) == ()
+
+
 def test_one_token_in_common_is_chance_unless_it_is_asked_for() -> None:
     assert lookup().propose([4, 1, 5, 2, 1]) == []
     assert lookup(longest=1).propose([4, 1, 5, 2, 1]) == [5, 2, 1, 5]
