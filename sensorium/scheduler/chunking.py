@@ -15,9 +15,10 @@ from __future__ import annotations
 
 import enum
 from bisect import bisect_right
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
+from sensorium.cache_spec import CacheGroup, SpanRule
 from sensorium.config import ModelFeatures
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
@@ -93,15 +94,18 @@ class ChunkPlanner:
         *,
         enable_chunked_prefill: bool,
         snapshot_block_size: int | None = None,
+        groups: Sequence[CacheGroup] = (),
         has_cross_rows: Callable[[RequestState], bool] = lambda _request: False,
     ) -> None:
         """`snapshot_block_size`: where what chunks leave behind is kept for others if they end at a block's end.
+        `groups`: what layers keep.
         `has_cross_rows`: whether the rows of a request's items for cross-attention are there."""
         self._encodes = features.splits_media
         self.keeps_items_whole = features.atomic_items or not features.splits_media
         self.keeps_prompts_whole = not enable_chunked_prefill
         self._has_two_way = bool(features.two_way)
         self._cache = encoder_cache
+        self._groups = groups
         self._has_cross_rows = has_cross_rows
         self._snapshot_block_size = None if self.keeps_prompts_whole else snapshot_block_size
 
@@ -123,10 +127,20 @@ class ChunkPlanner:
         return self._uncut(request, start + 1)[1] - start
 
     def round_prefix(self, request: RequestState, num_tokens: int, block_size: int) -> int:
-        """The longest prefix of whole blocks within `num_tokens` that ends inside no piece."""
-        while (begin := self._uncut(request, num_tokens)[0]) < num_tokens:
-            num_tokens = begin // block_size * block_size
+        """The longest prefix of whole blocks within `num_tokens` behind which a chunk may begin.
+
+        It ends in no item that is kept whole, and in a two-way span only where the rest of the span sees its beginning
+        in all caches. Blocks of a span are found by all of it, so what follows them is what they were computed with.
+        """
+        while (piece := self._uncut(request, num_tokens))[0] < num_tokens:
+            if piece in request.message.two_way_spans and self._is_seen(piece[0], num_tokens):
+                break
+            num_tokens = piece[0] // block_size * block_size
         return num_tokens
+
+    def _is_seen(self, begin: int, position: int) -> bool:
+        """Whether layers that see a span from `begin` on have its keys in their caches when a chunk begins later."""
+        return all(group.spans is not SpanRule.SEEN or group.first_visible(position) <= begin for group in self._groups)
 
     def _pieces_of(self, request: EngineRequest) -> list[Range]:
         items = [(item.span.offset, item.span.end) for item in request.media] if self.keeps_items_whole else []

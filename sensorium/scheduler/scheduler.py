@@ -79,6 +79,7 @@ class Scheduler:
             self._encoder_cache,
             enable_chunked_prefill=is_chunked,
             snapshot_block_size=self._kv_cache.block_size if self._kv_cache.makes_snapshots else None,
+            groups=self._groups,
             has_cross_rows=self._kv_cache.has_cross_rows,
         )
         self._media_token_ids = frozenset[int]().union(*features.placeholder_token_ids.values())

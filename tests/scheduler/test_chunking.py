@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import pytest
 
+from sensorium.cache_spec import CacheGroup, CacheKind, SpanRule
 from sensorium.config import ModelFeatures
 from sensorium.scheduler.chunking import ChunkDraft, ChunkPlanner, Shortage
 from sensorium.scheduler.encoder_cache_manager import EncoderCacheManager
@@ -177,8 +179,33 @@ def test_a_span_that_sees_itself_both_ways_is_computed_in_one_chunk() -> None:
     assert draft(planner, state, 5, start=5) is Shortage.BUDGET
     assert draft(planner, state, 20, start=5, max_tokens=10) is Shortage.BLOCKS
     assert [planner.min_chunk(state, p) for p in (0, 5, 11, 13, 17)] == [1, 6, 1, 4, 1]
-    assert [planner.round_prefix(state, n, 4) for n in (0, 4, 8, 12, 16, 20)] == [0, 4, 4, 12, 12, 20]
     assert planner.least_chunk_tokens(state.message) == 6
+
+
+@pytest.mark.parametrize(
+    ("kind", "reach", "rule", "rounded"),
+    [
+        (CacheKind.FULL, None, SpanRule.SEEN, [0, 4, 8, 12, 16, 20]),
+        (CacheKind.WINDOW, 4, SpanRule.SEEN, [0, 4, 8, 12, 16, 20]),
+        (CacheKind.WINDOW, 3, SpanRule.SEEN, [0, 4, 4, 12, 12, 20]),
+        (CacheKind.WINDOW, 3, SpanRule.WITHIN_REACH, [0, 4, 8, 12, 16, 20]),
+        (CacheKind.CHUNK, 8, SpanRule.SEEN, [0, 4, 4, 12, 12, 20]),
+        (CacheKind.CHUNK, 8, SpanRule.IGNORED, [0, 4, 8, 12, 16, 20]),
+    ],
+)
+def test_a_prefix_ends_inside_a_span_only_if_its_beginning_is_seen_from_there(
+    kind: CacheKind, reach: int | None, rule: SpanRule, rounded: list[int]
+) -> None:
+    """Spans [5, 11) and [13, 17), which a window of 3 doesn't reach back over."""
+    features = ModelFeatures(two_way=IMAGES)
+    groups = [CacheGroup(CacheKind.FULL, 9, 4), CacheGroup(kind, 9, 4, reach, spans=rule)]
+    planner = ChunkPlanner(features, EncoderCacheManager(100), enable_chunked_prefill=True, groups=groups)
+    state = make_state(MIXED, IMAGES)
+    assert [planner.round_prefix(state, n, 4) for n in (0, 4, 8, 12, 16, 20)] == rounded
+    whole = ChunkPlanner(
+        replace(features, atomic_items=True), EncoderCacheManager(100), enable_chunked_prefill=True, groups=groups
+    )
+    assert whole.round_prefix(make_state([[1] * 3, ("a", (False, True, True, True))], IMAGES), 5, 1) == 3
 
 
 def test_only_the_rows_of_an_item_see_one_another_and_not_its_markers() -> None:
