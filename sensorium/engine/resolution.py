@@ -243,7 +243,9 @@ def _model_config(args: EngineArgs, path: Path, config: CheckpointConfig) -> Mod
     is_remote = _brings_modules(args, config.hf_config)
     pooling = pooling_choice(args, path, config, ModelRegistry.generating(config.architectures, is_remote=is_remote))
     if pooling is None:
-        model_class, architecture = ModelRegistry.resolve(config.architectures, args.model_impl, is_remote=is_remote)
+        model_class, architecture = ModelRegistry.resolve(
+            config.architectures, args.model_impl, is_remote=is_remote, hf_config=config.hf_config
+        )
     else:
         model_class, architecture = ModelRegistry.resolve_pooling(
             config.architectures, args.model_impl, pooling.pooler, config.hf_config, is_remote=is_remote

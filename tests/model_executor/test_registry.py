@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
+import transformers
 from torch import nn
 
 from sensorium.errors import ConfigError
@@ -54,6 +55,32 @@ def test_a_string_is_imported_only_when_needed(models: registry._ModelRegistry) 
         models.resolve(["NoSuchClass"])
 
 
+@pytest.mark.parametrize(
+    ("architecture", "config", "is_native"),
+    [
+        ("LlavaForConditionalGeneration", {"text_config": {"model_type": "llama"}}, True),
+        ("LlavaForConditionalGeneration", {"text_config": {"model_type": "phi"}}, False),
+        ("LlavaForConditionalGeneration", {"vision_config": {"model_type": "dinov2"}}, False),
+        ("LlavaNextForConditionalGeneration", {"text_config": {"model_type": "phi"}}, False),
+        ("InternVLForConditionalGeneration", {"text_config": {"model_type": "qwen3"}}, True),
+        ("InternVLForConditionalGeneration", {"text_config": {"model_type": "phi"}}, False),
+        ("Mistral3ForConditionalGeneration", {"text_config": {"model_type": "mistral"}}, True),
+        ("Mistral3ForConditionalGeneration", {"text_config": {"model_type": "ministral3"}}, False),
+        ("Idefics3ForConditionalGeneration", {"text_config": {"model_type": "phi"}}, False),
+    ],
+    ids=str,
+)
+def test_a_checkpoint_of_other_parts_runs_by_modules_of_transformers(
+    architecture: str, config: dict[str, Any], is_native: bool
+) -> None:
+    """A class for an architecture took every checkpoint of it, and refused those with a decoder that has none here."""
+    config_class = getattr(transformers, architecture.replace("ForConditionalGeneration", "Config"))
+    resolved, _ = ModelRegistry.resolve(architecture, hf_config=config_class(**config))
+    assert (resolved.__name__ == architecture) is is_native
+    forced, _ = ModelRegistry.resolve(architecture, "native", hf_config=config_class(**config))
+    assert forced.__name__ == architecture
+
+
 def test_a_registered_class_wins_over_modules_of_transformers(models: registry._ModelRegistry) -> None:
     models.register_model("Olmo2ForCausalLM", Model)
     generic, name = models.resolve(["Qwen2MoeForCausalLM"])
@@ -92,7 +119,7 @@ def test_an_unknown_architecture_lists_the_known_ones(models: registry._ModelReg
 def test_the_message_for_an_unknown_architecture_stays_readable(models: registry._ModelRegistry) -> None:
     for i in range(100):
         models.register_model(f"A{i:02}", Model)
-    with pytest.raises(ValueError, match=r"'A23'\] and 77 more\. Add one with"):
+    with pytest.raises(ValueError, match=r"'A15'\] and 85 more\. Add one with"):
         models.resolve("Unknown")
 
 

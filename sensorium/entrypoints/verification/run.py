@@ -29,6 +29,8 @@ Baseline: TypeAlias = Literal["hugging face", "native", "generic"]
 _IMPLEMENTATIONS: Mapping[str, str] = {"native": "native", "generic": "transformers"}
 _OWN = ("dtype", "skip_tokenizer_init", "load_format", "enable_prefix_caching", "max_num_batched_tokens", "num_blocks")
 """Settings that a verification chooses itself."""
+_PREPARING_BLOCKS = 512
+"""Of the engine that prepares the prompts: those of pictures in many tiles take some thousands of tokens."""
 _MOST_LOGPROBS = 128
 """Of one position, that an engine tells."""
 
@@ -123,7 +125,7 @@ def _verify_dtype(job: _Job, dtype: str) -> tuple[str, list[Result]]:
     """The model's tier, and all results in one dtype."""
     settings = {**job.settings, "dtype": dtype, "skip_tokenizer_init": not _has_tokenizer(job)}
     params = SamplingParams(max_tokens=1)
-    with running({**settings, "num_blocks": 64}) as llm:
+    with running({**settings, "num_blocks": _PREPARING_BLOCKS}) as llm:
         tier = llm.report.features.tier
         asked = list(cases(llm, job.num_new_tokens))
         requests = [case.prepare(llm, params).engine_request for case in asked]

@@ -25,7 +25,12 @@ from sensorium.model_executor.models.media_inputs import PictureInputs, Size, ta
 from sensorium.model_executor.models.media_language_model import MediaLanguageModel
 from sensorium.model_executor.models.siglip import SiglipVisionEmbeddings, SiglipVisionModel
 from sensorium.model_executor.models.tiles import Pair
-from sensorium.model_executor.models.utils import WeightsMapper, init_registered_model, maybe_prefix
+from sensorium.model_executor.models.utils import (
+    WeightsMapper,
+    init_registered_model,
+    maybe_prefix,
+    missing_inner_model,
+)
 from sensorium.model_executor.models.vision_common import merged_squares
 
 MAX_SIDE = 4096
@@ -35,7 +40,6 @@ MAX_SIDE = 4096
 class Idefics3Pictures(PictureInputs):
     """Pictures as tiles, and the whole behind them if there are several."""
 
-    placeholder = "<image>"
     settings = ("size", "do_image_splitting")
 
     @property
@@ -182,6 +186,11 @@ class Idefics3ForConditionalGeneration(MediaLanguageModel):
             "lm_head.": "language_model.lm_head.",
         },
     )
+
+    @classmethod
+    def unsuited_to(cls, hf_config: Any) -> str | None:
+        """Why a checkpoint is for transformers: its decoder has no class here."""
+        return missing_inner_model(hf_config.get_text_config())
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()

@@ -22,7 +22,14 @@ from sensorium.model_executor.models.byte_pictures import pictures_of
 from sensorium.model_executor.models.internvl_vision import InternVLVisionModel
 from sensorium.model_executor.models.llava import LlavaForConditionalGeneration, drops_first_row, feature_layers_of
 from sensorium.model_executor.models.media_common import Pieces, each_item
-from sensorium.model_executor.models.media_inputs import ClipInputs, MediaInputs, PictureInputs, Size, takes_media
+from sensorium.model_executor.models.media_inputs import (
+    ClipInputs,
+    MediaInputs,
+    PictureInputs,
+    Size,
+    takes_media,
+    with_text_in_front,
+)
 from sensorium.model_executor.models.vision_common import merged_squares
 
 MAX_TILES = 256
@@ -64,7 +71,6 @@ class _Tiles(MediaInputs):
 class InternVLPictures(_Tiles, PictureInputs):
     """Pictures as tiles, and the whole behind them if there are several."""
 
-    placeholder = "<IMG_CONTEXT>"
     settings = ("crop_to_patches", "min_patches", "max_patches")
 
     def processor_settings(self) -> dict[str, Any]:
@@ -97,12 +103,14 @@ class InternVLPictures(_Tiles, PictureInputs):
     def sizes(self) -> Iterable[Size]:
         """See `MediaInputs`: those that fill a grid."""
         height, width = self.config.vision_config.image_size
-        most = self.processor.max_patches
+        most = max(self.processor.max_patches, 1)
         return [(down * height, across * width) for down in range(1, most + 1) for across in range(1, most // down + 1)]
 
 
 class InternVLClips(_Tiles, ClipInputs):
     """Frames as tiles, each behind its number."""
+
+    placeholder = "<video>"
 
     @property
     def row_id(self) -> int:
@@ -118,11 +126,14 @@ class InternVLClips(_Tiles, ClipInputs):
 
     def pieces_of_size(self, size: Size) -> Pieces:
         """See `MediaInputs`."""
-        return tuple(
-            piece
-            for index in range(size[0])
-            for piece in (*self.ids_of(f"{chr(10) if index else ''}Frame{index + 1}: "), *self.tiles(1))
+        others = (
+            piece for index in range(2, size[0] + 1) for piece in (*self.ids_of(f"\nFrame{index}: "), *self.tiles(1))
         )
+        return (*self.tiles(1), *others)
+
+    def prompt(self, token_ids: Sequence[int]) -> Sequence[int]:
+        """See `MediaInputs`: with the number of each clip's first frame."""
+        return with_text_in_front(token_ids, self.prompt_id, "Frame1: ", self.tokenizer)
 
     def pieces_of_rows(self, num_rows: int) -> Pieces:
         """See `MediaInputs`; a frame has so many rows."""

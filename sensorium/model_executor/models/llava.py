@@ -25,7 +25,12 @@ from sensorium.model_executor.models.media_inputs import MediaInputs, PictureInp
 from sensorium.model_executor.models.media_language_model import MediaLanguageModel
 from sensorium.model_executor.models.pixtral import PixtralPictures, PixtralVisionModel
 from sensorium.model_executor.models.siglip import SiglipVisionModel
-from sensorium.model_executor.models.utils import WeightsMapper, init_registered_model, maybe_prefix
+from sensorium.model_executor.models.utils import (
+    WeightsMapper,
+    init_registered_model,
+    maybe_prefix,
+    missing_inner_model,
+)
 
 Tower: TypeAlias = CLIPVisionModel | SiglipVisionModel | PixtralVisionModel
 TOWERS: dict[str, type[Tower]] = {
@@ -87,7 +92,6 @@ class PicturesOfOneSize(PictureInputs):
 class LlavaPictures(PicturesOfOneSize):
     """A row for each patch."""
 
-    placeholder = "<image>"
     settings = ("size",)
     maps_by_default = True
 
@@ -119,6 +123,14 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
             "lm_head.": "language_model.lm_head.",
         },
     )
+
+    @classmethod
+    def unsuited_to(cls, hf_config: Any) -> str | None:
+        """Why a checkpoint is for transformers: its decoder, or its tower where that may be any, has no class here."""
+        kind = hf_config.vision_config.model_type
+        if cls.make_tower is LlavaForConditionalGeneration.make_tower and kind not in TOWERS:
+            return f"its vision tower {kind} has no class here"
+        return missing_inner_model(hf_config.get_text_config())
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()

@@ -38,8 +38,6 @@ def tile_grid(hf_config: Any, size: Pair) -> Pair:
 class LlavaNextPictures(PictureInputs):
     """Pictures as tiles beside the whole."""
 
-    placeholder = "<image>"
-
     def pieces_of_size(self, size: Size) -> Pieces:
         """See `MediaInputs`."""
         rows, columns = self.lines((size[0], size[1]))

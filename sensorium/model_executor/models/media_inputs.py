@@ -55,8 +55,8 @@ class MediaInputs:
     """
 
     modality: ClassVar[str]
-    placeholder: ClassVar[str]
-    """What stands for an item in a chat prompt."""
+    placeholder: ClassVar[str | None] = None
+    """What stands for an item in a chat prompt; None: the token that the config names."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Names of `mm_processor_kwargs` that change tokens or tensors."""
     maps_by_default: ClassVar[bool] = False
@@ -252,7 +252,6 @@ class ClipInputs(MediaInputs):
     """Clips whose frames are pictures of one size. A family says how many tokens a clip of some frames takes."""
 
     modality = "video"
-    placeholder = "<video>"
 
     @property
     def row_id(self) -> int:
@@ -336,9 +335,10 @@ def _register(model_class: type, kind: type[MediaInputs], names: Sequence[str]) 
         registry.register_input_mapper(modality, None if kind.maps_by_default else _named(map_items, label, names)),
         registry.register_max_multimodal_tokens(modality, _named(max_rows, label, names)),
         registry.register_placeholder_tokens(modality, row_id),
-        registry.register_placeholder_str(modality, kind.placeholder),
     ):
         decorator(model_class)
+    if kind.placeholder is not None:
+        registry.register_placeholder_str(modality, kind.placeholder)(model_class)
 
 
 def _named(function: Callable[..., Any], label: str, names: Sequence[str]) -> Callable[..., Any]:
@@ -379,6 +379,23 @@ def _expanded(inputs: TokenInputs, data: Mapping[str, Any], kinds: Sequence[Medi
     if settings:
         inputs["mm_processor_kwargs"] = settings
     return inputs
+
+
+def with_text_in_front(token_ids: Sequence[int], before: int, text: str, tokenizer: Any) -> list[int]:
+    """Put text in front of each token of an id, encoded together with the text that stands there.
+
+    As where text is put into a prompt before that is encoded: "see <video>" with "Frame" becomes "see Frame<video>",
+    of which " Frame" may be one token. Added tokens are never joined with text.
+    """
+    fixed = set(tokenizer.added_tokens_decoder)
+    result: list[int] = []
+    for token_id in token_ids:
+        if token_id == before:
+            start = next((i for i in range(len(result), 0, -1) if result[i - 1] in fixed), 0)
+            there = tokenizer.decode(result[start:], clean_up_tokenization_spaces=False)
+            result[start:] = tokenizer(there + text, add_special_tokens=False)["input_ids"]
+        result.append(token_id)
+    return result
 
 
 def _largest_prompt(kinds: Sequence[MediaInputs], seq_len: int, counts: Mapping[str, int]) -> DummyData:

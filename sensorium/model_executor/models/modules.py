@@ -92,6 +92,14 @@ def init_registered_model(
     return construct_model(model_class, config.with_hf_config(hf_config, [architecture]), prefix)
 
 
+def missing_inner_model(hf_config: PretrainedConfig) -> str | None:
+    """Why `init_registered_model` would refuse an inner model: no class is registered for it; None: it makes one."""
+    architectures = _architectures(hf_config)
+    if set(architectures) & set(ModelRegistry.get_supported_archs()):
+        return None
+    return f"its inner model {architectures[0]} has no class here"
+
+
 init_vllm_registered_model = init_registered_model
 """`init_registered_model` under the name that classes written for vLLM import."""
 

@@ -41,7 +41,6 @@ NORM_EPS = 1e-5
 class PixtralPictures(PictureInputs):
     """A picture has a token for each square of patches, row by row."""
 
-    placeholder = "[IMG]"
     settings = ("size",)
 
     @property

@@ -77,7 +77,7 @@ POOLING: dict[str, str] = {
 """What serves architectures for pooling, where that is a class here."""
 
 
-MAX_NAMED_ARCHS = 24
+MAX_NAMED_ARCHS = 16
 """How many architectures an error message names."""
 
 
@@ -119,7 +119,12 @@ class _ModelRegistry:
         self._models[model_arch] = model_cls
 
     def resolve(
-        self, architectures: str | Sequence[str], model_impl: ModelImpl = "auto", *, is_remote: bool = False
+        self,
+        architectures: str | Sequence[str],
+        model_impl: ModelImpl = "auto",
+        *,
+        is_remote: bool = False,
+        hf_config: Any = None,
     ) -> tuple[type[nn.Module], str]:
         """The class that serves the first architecture that can be served, and that architecture's name.
 
@@ -128,17 +133,21 @@ class _ModelRegistry:
             model_impl: "native" for registered classes, "transformers" for modules of transformers, "auto" for the
                 former where there is one.
             is_remote: The modules come with the checkpoint, so that transformers runs them by any name.
+            hf_config: Of the checkpoint. A registered class may say that it doesn't suit (`unsuited_to`), and leave it
+                to transformers.
 
         Raises `ConfigError` (a `ValueError`) if there is none, `ModelError` (a `TypeError`) if the class can't be
         imported.
         """
         names = [architectures] if isinstance(architectures, str) else list(architectures)
+        text, media = text_architectures(), media_architectures()
+        generic = names if is_remote else [name for name in names if name in text | media]
         if model_impl != "transformers":
             for name in names:
                 if name in self._models:
-                    return self._load(name, self._models[name]), name
-        text, media = text_architectures(), media_architectures()
-        generic = names if is_remote else [name for name in names if name in text | media]
+                    model_class = self._load(name, self._models[name])
+                    if model_impl == "native" or name not in generic or not _is_unsuited(model_class, hf_config):
+                        return model_class, name
         if generic and model_impl != "native":
             return self._load(generic[0], MEDIA_CLASS if generic[0] in media else TEXT_CLASS), generic[0]
         raise self._unknown(names, model_impl, has_generic=bool(generic))
@@ -214,6 +223,16 @@ class _ModelRegistry:
                 f"Model class of {architecture}: importing {module!r} failed: {type(exc).__name__}: {exc}. Correct "
                 f"that file."
             ) from exc
+
+
+def _is_unsuited(model_class: type, hf_config: Any) -> bool:
+    """Whether a class says that it can't serve a checkpoint; tells why."""
+    reason = (
+        model_class.unsuited_to(hf_config) if hf_config is not None and hasattr(model_class, "unsuited_to") else None
+    )
+    if reason is not None:
+        logger.info("%s runs by the modules of transformers: %s", model_class.__name__, reason)
+    return reason is not None
 
 
 ModelRegistry = _ModelRegistry(dict(IN_TREE))

@@ -19,6 +19,7 @@ from sensorium.model_executor.models.modules import (
     make_empty_intermediate_tensors_factory,
     make_layers,
     maybe_prefix,
+    missing_inner_model,
 )
 from sensorium.model_executor.models.weights import AutoWeightsLoader, WeightsMapper, default_weight_loader
 from sensorium.multimodal.utils import is_list_of
@@ -39,4 +40,5 @@ __all__ = [
     "maybe_prefix",
     "merge_multimodal_embeddings",
     "merge_multimodal_embeddings_from_map",
+    "missing_inner_model",
 ]

@@ -6,6 +6,7 @@ from functools import cache
 from typing import Any
 
 import pytest
+import tokenizers
 import torch
 import transformers
 from PIL import Image
@@ -19,7 +20,7 @@ from sensorium.model_executor.models.internvl import InternVLPictures
 from sensorium.model_executor.models.llava_next import LlavaNextPictures
 from sensorium.model_executor.models.llava_onevision import LlavaOnevisionPictures
 from sensorium.model_executor.models.media_common import expand_items
-from sensorium.model_executor.models.media_inputs import PictureInputs
+from sensorium.model_executor.models.media_inputs import PictureInputs, with_text_in_front
 from sensorium.model_executor.models.pixtral import PixtralPictures
 from sensorium.model_executor.models.tiles import bars, best_resolution, unpadded
 from sensorium.multimodal import MULTIMODAL_REGISTRY
@@ -157,6 +158,19 @@ def test_frames_of_a_clip_are_numbered() -> None:
     frame = "<img>" + "<IMG_CONTEXT>" * 4 + "</img>"
     expected = f"aFrame1: {frame}\nFrame2: {frame}b"
     assert prepared.token_ids == make_tokenizer()(expected)["input_ids"]
+
+
+def test_the_first_frame_s_number_joins_the_text_before_it() -> None:
+    """Encoded with it, as Hugging Face's processor puts it into the text: " Frame" may be one token."""
+    tokenizer = make_tokenizer()
+    core = tokenizers.Tokenizer.from_str(tokenizer.backend_tokenizer.to_str())
+    core.model = tokenizers.models.BPE({**core.get_vocab(), "\u0120F": 400}, [("\u0120", "F")])
+    merging = transformers.PreTrainedTokenizerFast(tokenizer_object=core)
+    [video] = merging.encode("<video>")
+    ids = merging.encode("see <video> and <img><video>")
+    expected = merging.encode("see Frame1: <video> and <img>Frame1: <video>")
+    assert 400 in expected
+    assert with_text_in_front(ids, video, "Frame1: ", merging) == expected
 
 
 @pytest.mark.parametrize("max_model_len", [2048, 60])
