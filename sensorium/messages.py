@@ -42,7 +42,9 @@ class MediaItem:
     """The item's position among the request's items of its modality."""
     cross_rows: int = 0
     """Where decoder layers attend to the item by cross-attention: its rows, which stand in a cache of their own. The
-    span is then the place in the prompt from which on the item is seen, and nothing is put there. Else 0."""
+    tokens of the span see all of them, and nothing is put there. Else 0."""
+    seen_rows: int = 0
+    """Of `cross_rows`, the first so many, which the span's last token and those behind it see."""
 
     @property
     def num_rows(self) -> int:
@@ -52,7 +54,7 @@ class MediaItem:
     @property
     def rows_end(self) -> int:
         """Tokens of the prompt after which nobody reads the encoder's rows any more."""
-        return self.span.end if self.cross_rows else self.span.rows_end
+        return self.span.offset + 1 if self.cross_rows else self.span.rows_end
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -46,6 +46,8 @@ class CrossBatch:
     """`(num_seqs, max_blocks)` int32"""
     slot_mapping: torch.Tensor
     """`(num_rows,)` int64: where the rows go that are written in this step."""
+    before: torch.Tensor | None = None
+    """See `AttentionMetadata.before_items`."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -90,6 +92,9 @@ class AttentionMetadata:
     state_rows: torch.Tensor | None = None
     """`(2, num_seqs)` int64, for a layer with a state: the rows of its tensors in which each sequence's state stands,
     and those into which the state after this step goes. None where nothing is kept."""
+    before_items: torch.Tensor | None = None
+    """`(num_seqs,)` int32, for a layer of cross-attention: 1 for sequences whose tokens of this step stand before the
+    last token of an item's span, and see all of its rows; None where there are none."""
     groups: tuple[AttentionMetadata, ...] = ()
     """The batch as the layers of each cache group see it; empty where all see this one."""
 
@@ -140,6 +145,7 @@ class AttentionMetadata:
             max_seq_len=cross.max_seq_len,
             block_table=cross.block_table,
             slot_mapping=cross.slot_mapping,
+            before_items=cross.before,
             row_spans=None,
         )
 

@@ -298,6 +298,7 @@ class RequestMedia:
             kwargs=kwargs,
             index=placement.indices[0][0],
             cross_rows=cross_rows,
+            seen_rows=self._seen_rows(placement, kwargs, cross_rows),
         )
 
     def _cross_rows(self, placement: Placement, kwargs: Mapping[str, Any]) -> int:
@@ -319,6 +320,14 @@ class RequestMedia:
                 field=modality,
             )
         return num_rows
+
+    def _seen_rows(self, placement: Placement, kwargs: Mapping[str, Any], cross_rows: int) -> int:
+        """Of an item's rows for cross-attention, those that tokens behind its span see."""
+        model_config = self._stage.config.model_config
+        hook = getattr(model_config.model_class, "get_num_seen_rows", None)
+        if not cross_rows or hook is None:
+            return cross_rows
+        return min(int(hook(model_config, placement.modalities[0], kwargs)), cross_rows)
 
     def _map(self, placement: Placement) -> Mapping[str, Any]:
         if self._premapped is not None:

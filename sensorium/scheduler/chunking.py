@@ -202,16 +202,9 @@ class ChunkPlanner:
             span = item.span
             if span.offset >= draft.end:
                 break
-            row = span.first_row_from(draft.start) if self._encodes else None
+            row = self._first_row(request, item, draft)
             if row is None or row >= draft.end:
                 continue
-            if item.cross_rows:
-                if self._has_cross_rows(request):
-                    break
-                if row > draft.start:  # tokens before it don't see the item
-                    draft.end = row
-                    break
-                draft.cross_items.append(item)
             if not self._cover(request, item, row, draft, plan):
                 end = self._cut(request, row)
                 if last_row < end:
@@ -227,6 +220,19 @@ class ChunkPlanner:
                 least_end = self._uncut(request, row + 1)[1]
                 draft.end = min(draft.end, max(self._cut(request, paced_end), least_end))
         return draft
+
+    def _first_row(self, request: RequestState, item: MediaItem, draft: ChunkDraft) -> int | None:
+        """The first position in a draft that needs an item's rows; None where there is none."""
+        if not item.cross_rows:
+            return item.span.first_row_from(draft.start) if self._encodes else None
+        for cut in (item.span.offset, item.span.end - 1):  # tokens of a chunk see the same rows
+            if draft.start < cut < draft.end:
+                draft.end = cut
+        if item.span.offset < draft.start or self._has_cross_rows(request):
+            return None
+        if item.span.offset < draft.end:
+            draft.cross_items.append(item)
+        return item.span.offset
 
     def _cover(self, request: RequestState, item: MediaItem, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Take an item into the draft, if it is encoded or can be in this step."""

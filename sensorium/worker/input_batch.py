@@ -80,6 +80,8 @@ class StepArrays:
     that."""
     cross_slots: Int64Array | None = None
     """`(num_rows,)`: places in the cache of cross-attention of the rows that the chunks write."""
+    cross_before: npt.NDArray[np.int32] | None = None
+    """`(num_chunks,)`: 1 for chunks before the last token of an item's span, which see all of its rows."""
 
     @property
     def adapters(self) -> tuple[int, ...]:
@@ -246,7 +248,7 @@ class InputBatch:
         block_index, block_offset = np.divmod(positions, self.block_size)
         seq_lens = (computed + lens).astype(np.int32)
         is_pending = positions >= self._num_known[row_slots]
-        cross_lens, cross_slots = self._cross_rows(chunks)
+        cross_lens, cross_slots, cross_before = self._cross_rows(chunks)
         return StepArrays(
             token_ids=self._token_ids[row_slots, positions],
             positions=self._mrope_positions(chunks, positions, row_slots, cu_seqlens_q)
@@ -267,12 +269,16 @@ class InputBatch:
             else None,
             cross_lens=cross_lens,
             cross_slots=cross_slots,
+            cross_before=cross_before,
         )
 
-    def _cross_rows(self, chunks: Sequence[ScheduledChunk]) -> tuple[npt.NDArray[np.int32] | None, Int64Array | None]:
-        """`StepArrays.cross_lens` and `cross_slots`."""
+    def _cross_rows(
+        self, chunks: Sequence[ScheduledChunk]
+    ) -> tuple[npt.NDArray[np.int32] | None, Int64Array | None, npt.NDArray[np.int32] | None]:
+        """`StepArrays.cross_lens`, `cross_slots` and `cross_before`."""
         if self._cross_index is None:
-            return None, None
+            return None, None, None
+        before = np.zeros(len(chunks), dtype=np.int32)
         lens, slots = np.zeros(len(chunks), dtype=np.int32), [np.empty(0, dtype=np.int64)]
         for i, (chunk, state) in enumerate(zip(chunks, self.states(chunks), strict=True)):
             end = chunk.num_computed_tokens + chunk.num_scheduled_tokens
@@ -283,8 +289,9 @@ class InputBatch:
                     rows = np.arange(lens[i], lens[i] + item.cross_rows, dtype=np.int64)
                     blocks = self._block_tables[self._cross_index, state.slot, rows // self.block_size]
                     slots.append(blocks * np.int64(self.block_size) + rows % self.block_size)
-                lens[i] += item.cross_rows
-        return lens, np.concatenate(slots)
+                before[i] = end < item.span.end
+                lens[i] += item.cross_rows if before[i] else item.seen_rows
+        return lens, np.concatenate(slots), before
 
     def written_items(self, chunk: ScheduledChunk) -> list[MediaItem]:
         """Items whose rows a chunk writes into the caches of cross-attention."""

@@ -249,7 +249,9 @@ def _cross_batch(arrays: StepArrays, tensors: StepTensors, block_tables: Sequenc
         return None
     lens = tuple(arrays.cross_lens.tolist())
     # The group stands behind those that keep positions.
-    return CrossBatch(tensors.cross_lens, lens, max(lens, default=0), block_tables[-1], tensors.cross_slots)
+    return CrossBatch(
+        tensors.cross_lens, lens, max(lens, default=0), block_tables[-1], tensors.cross_slots, tensors.cross_before
+    )
 
 
 def _hidden_states(output: Any) -> torch.Tensor:

@@ -16,7 +16,7 @@ from torch import nn
 
 from sensorium.attention import LayerCache
 from sensorium.config import EngineConfig, ModelFeatures
-from sensorium.errors import ModelError
+from sensorium.errors import ConfigError, ModelError
 from sensorium.logger import get_logger
 from sensorium.model_executor.adapter import ForwardAdapter
 from sensorium.model_executor.drivers import (
@@ -137,6 +137,11 @@ def _probe_tier_x(
             f"{type(model).__name__}: got SupportsCrossAttention without "
             f"{'get_multimodal_embeddings' if encode is None else 'a parameter encoder_outputs of forward'}, expected "
             "both. Encode media in the former, and turn the rows that forward gets into keys and values."
+        )
+    if hasattr(type(model), "get_num_seen_rows") and not config.scheduler_config.enable_chunked_prefill:
+        raise ConfigError(
+            f"enable_chunked_prefill: got false for {type(model).__name__}, expected true: tokens up to an item's "
+            "place see other rows of it than those behind, so a prompt is cut there. Leave enable_chunked_prefill on."
         )
     driver = CrossDriver(model, encode_method=encode, dtype=steps.dtype, device=steps.device)
     dummy = None if is_own_class(model) else _dummy_or_reason(config)

@@ -54,6 +54,7 @@ class StepTensors:
     row_spans: torch.Tensor | None = None
     cross_lens: torch.Tensor | None = None
     cross_slots: torch.Tensor | None = None
+    cross_before: torch.Tensor | None = None
 
 
 def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int64Array) -> dict[str, HostArray]:
@@ -72,7 +73,7 @@ def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int
         fields["state_rows"] = arrays.state_rows
     if arrays.pending_slots is not None:
         fields["pending_slots"] = arrays.pending_slots
-    for name in ("adapter_ids", "row_spans", "cross_lens", "cross_slots"):
+    for name in ("adapter_ids", "row_spans", "cross_lens", "cross_slots", "cross_before"):
         if (array := getattr(arrays, name)) is not None:
             fields[name] = array
     return fields

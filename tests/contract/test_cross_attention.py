@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from sensorium import LLMEngine, SamplingParams
 from sensorium.cache_spec import CacheKind
@@ -18,7 +19,7 @@ from sensorium.worker.worker import Worker
 from tests.helpers.checkpoints import Layout, make_checkpoint, make_hf_model
 from tests.helpers.graphs import HostReplay
 from tests.helpers.hf_reference import hf_greedy
-from tests.helpers.mixed_requests import sound
+from tests.helpers.mixed_requests import picture, sound
 from tests.helpers.serving import Planned, alone, make_engine, quiet_engine, serve
 
 TASK = "<|startoftranscript|><|en|><|transcribe|><|notimestamps|>"
@@ -173,6 +174,48 @@ def test_a_prompt_may_come_in_halves() -> None:
     text = make_engine(make_checkpoint("llama"))
     with pytest.raises(InvalidRequestError, match="Cannot pass encoder-decoder prompt to decoder-only models"):
         text.add_request("c", {"encoder_prompt": "a", "decoder_prompt": "b"}, SamplingParams())
+
+
+TILES = [(56, 56), (112, 56), (56, 200), (112, 112)]
+"""Sizes of pictures that take 1, 2, 4 and 4 tiles of 56 x 56."""
+
+
+@pytest.mark.parametrize("before", ["", "look at this "])
+def test_tokens_before_a_picture_see_other_rows_than_those_behind(before: str) -> None:
+    """As in the reference, whose mask lets tokens before the picture see tiles that are not there."""
+    engine = make_engine(make_checkpoint("mllama"), max_num_batched_tokens=64)
+    params = SamplingParams(temperature=0, max_tokens=5, ignore_eos=True)
+    model, rng = make_hf_model("mllama"), np.random.default_rng(3)
+    pictures = [Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)) for size in TILES]
+    prompts = [f"{before}<|image|>what is it?" for _ in pictures]
+    plans = [
+        Planned(f"{i}", {"prompt": prompt, "multi_modal_data": {"image": picture}}, params)
+        for i, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True))
+    ]
+    plans.append(Planned("text", "no picture at all", params))
+    served = serve(engine, plans)
+    for each in plans:
+        request = engine.preprocess("x", each.prompt, params).engine_request
+        assert served.tokens(each.request_id) == hf_greedy(model, request, 5)
+        if request.media:
+            [item] = request.media
+            tiles = [1, 2, 4, 4][int(each.request_id)]
+            assert (item.cross_rows, item.seen_rows, item.span.end) == (4 * 17, tiles * 17, len(before) + 1)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "count", "message"),
+    [
+        ("two <|image|><|image|>", 1, "got 1 pictures and 2 times"),
+        ("none", 1, "got 1 pictures and 0 times"),
+        ("stray <|image|>", 0, "got 0 pictures and 1 times"),
+    ],
+)
+def test_a_picture_stands_once_in_its_prompt(prompt: str, count: int, message: str) -> None:
+    engine = make_engine(make_checkpoint("mllama"))
+    data = {"image": [picture(0)] * count} if count else {}
+    with pytest.raises(InvalidRequestError, match=message):
+        engine.add_request("a", {"prompt": prompt, "multi_modal_data": data}, SamplingParams())
 
 
 @pytest.mark.parametrize("layout", ["hub", "saved"])

@@ -20,13 +20,14 @@ from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
 
 NUM_REQUESTS = {
-    "qwen2_vl": 40,
+    "qwen2_vl": 25,
     "llava": 25,
     "qwen2_audio": 35,
     "qwen2_5_vl": 20,
     "gemma3": 30,
     "qwen3_5": 30,
     "whisper": 20,
+    "mllama": 15,
 }
 """Per family; two hundred in all."""
 
@@ -58,12 +59,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
 SMALLER_POOLS = {
     ("llava", "chunks of 512, small encoder cache"): {"num_blocks": 34},
     ("whisper", "chunks of 512, small encoder cache"): {"num_blocks": 26},
+    ("mllama", "chunks of 512, small encoder cache"): {"num_blocks": 20},
+    ("mllama", "chunks of 100, priorities"): {"num_blocks": 24},
+    ("mllama", "two steps in flight, priorities"): {"num_blocks": 24},
 }
 """For families whose requests are so short that the setting's pool has room for all of them."""
 PREEMPTS = ("chunks of 100, priorities", "chunks of 512, small encoder cache", "two steps in flight, priorities")
 READS_LENGTHS = ("qwen3_5",)
 """Families whose prefills go sequence by sequence, and so can't be recorded."""
-ATTENDS_ACROSS = ("whisper",)
+ATTENDS_ACROSS = ("whisper", "mllama")
 """Families of which only decodes are recorded, since prefills write the rows of encoders."""
 REPLAYS = "three steps in flight, decodes replayed"
 

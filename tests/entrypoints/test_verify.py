@@ -34,6 +34,7 @@ def test_a_native_model_of_text_is_equal_in_every_way() -> None:
         ("llava", ("picture",)),
         ("gemma3_vision", ("picture",)),
         ("qwen2_audio", ("sound",)),
+        ("mllama", ("picture",)),
     ],
 )
 def test_models_are_asked_about_the_media_that_they_take(family: str, media: tuple[str, ...]) -> None:

@@ -510,6 +510,51 @@ def whisper_config() -> transformers.PretrainedConfig:
     )
 
 
+MLLAMA_TOKENS = ("<|image|>",)
+
+
+def mllama_config() -> transformers.PretrainedConfig:
+    """Tiles of 56 x 56, which are 17 rows each; the picture's token is the first behind the vocabulary."""
+    vocab_size = len(make_tokenizer(MLLAMA_TOKENS)) - 1
+    vision = {
+        "hidden_size": 32,
+        "num_hidden_layers": 3,
+        "num_global_layers": 2,
+        "attention_heads": 2,
+        "intermediate_size": 48,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+        "max_num_tiles": 4,
+        "intermediate_layers_indices": [0, 2],
+        "vision_output_dim": 96,
+    }
+    own = {"vocab_size": vocab_size, "num_hidden_layers": 4, "cross_attention_layers": [1, 3]}
+    rope = {"rope_type": "default", "rope_theta": 1e4}
+    return transformers.MllamaConfig(
+        vision_config=vision,
+        text_config=text_settings(**own, rope_parameters=rope, bos_token_id=token_ids()["<|endoftext|>"]),
+        image_token_index=vocab_size,
+    )
+
+
+MLLAMA_NAMES = {"model.language_model.": "language_model.model.", "lm_head.": "language_model.lm_head.", "model.": ""}
+MLLAMA_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        "image_processor_type": "MllamaImageProcessor",
+        "processor_class": "MllamaProcessor",
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "max_image_tiles": 4,
+        "do_convert_rgb": True,
+        "do_normalize": True,
+        "do_pad": True,
+        "do_rescale": True,
+        "do_resize": True,
+        "image_mean": [0.48, 0.46, 0.41],
+        "image_std": [0.27, 0.26, 0.28],
+    },
+}
+
+
 def whisper_generation() -> Mapping[str, Any]:
     """What `generate` needs to know of languages, tasks and times."""
     ids = whisper_ids()
@@ -657,6 +702,14 @@ FAMILIES: dict[str, Family] = {
         AUDIO_NAMES,
         {"AUDIO": "<|audio_bos|><|AUDIO|><|audio_eos|>"},
         AUDIO_FILES,
+    ),
+    "mllama": Family(
+        "MllamaForConditionalGeneration",
+        mllama_config,
+        MLLAMA_NAMES,
+        {"IMAGE": "<|image|>"},
+        MLLAMA_FILES,
+        extra_tokens=MLLAMA_TOKENS,
     ),
     "whisper": Family(
         "WhisperForConditionalGeneration",

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import GenerationMixin
 
-from sensorium.entrypoints.verification.reference import two_way_types
+from sensorium.entrypoints.verification.reference import tiled_picture, two_way_types
 from sensorium.messages import EngineRequest
 from sensorium.model_executor.models.byte_patches import as_processed
 from sensorium.model_executor.models.byte_pictures import joined
@@ -30,8 +30,10 @@ def hf_inputs(request: EngineRequest, model: Any = None) -> dict[str, Any]:
     takes_clips = model is None or "pixel_values_videos" in inspect.signature(model.forward).parameters
     merged = {} if takes_clips else {"pixel_values_videos": "pixel_values"}
     ids = torch.tensor([list(request.prompt_token_ids)])
-    if any(item.cross_rows for item in request.media):  # the prompt is the decoder's
-        [item] = request.media
+    [item] = request.media if any(each.cross_rows for each in request.media) else [None]
+    if item is not None and "aspect_ratio_mask" in (item.kwargs or {}):
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), **tiled_picture(request, item)}
+    if item is not None:  # the prompt is the decoder's
         return {
             "decoder_input_ids": ids,
             **{name: torch.as_tensor(value) for name, value in (item.kwargs or {}).items()},

@@ -96,6 +96,7 @@ MEDIA: dict[str, dict[str, Media]] = {
     "qwen2_5_vl": QWEN_VL,
     "qwen2_audio": {"audio": AUDIO},
     "qwen2_5_omni_thinker": {**QWEN_VL, "audio": AUDIO},
+    "mllama": {"image": Media("<|image|>", picture, 1)},
     "whisper": {"audio": Media("<|startoftranscript|><|en|><|transcribe|><|notimestamps|>", sound, 1, min_items=1)},
 }
 

@@ -13,7 +13,7 @@ import torch
 
 from sensorium.config import EngineConfig
 from sensorium.errors import ModelError
-from sensorium.messages import EngineRequest
+from sensorium.messages import EngineRequest, MediaItem
 from sensorium.model_executor.models.byte_patches import as_processed
 from sensorium.model_executor.models.byte_pictures import joined
 from sensorium.model_executor.models.transformers.weights import load_hf_model
@@ -92,6 +92,9 @@ class Reference:
             kwargs = {name: value.to(self._device) for name, value in (item.kwargs or {}).items()}
             return {"decoder_input_ids": ids, **kwargs}
         inputs: dict[str, Any] = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+        for item in request.media:
+            if item.cross_rows:
+                return inputs | {name: value.to(self._device) for name, value in tiled_picture(request, item).items()}
         by_name: dict[str, list[Any]] = {}
         for item in request.media:
             kwargs = as_processed(item.kwargs or {}, self._frames_a_patch())
@@ -141,6 +144,22 @@ def two_way_types(request: EngineRequest, ids: torch.Tensor) -> torch.Tensor:
     for begin, end in request.two_way_spans:
         types[:, begin:end] = end - begin < ids.shape[1]
     return types
+
+
+def tiled_picture(request: EngineRequest, item: MediaItem) -> dict[str, torch.Tensor]:
+    """A picture for cross-attention, and which of its tiles each token sees, as transformers' `MllamaProcessor` says
+    it: those that are there, from the picture's token on."""
+    kwargs = item.kwargs or {}
+    tiles = torch.as_tensor(kwargs["aspect_ratio_mask"])
+    mask = torch.zeros(1, len(request.prompt_token_ids), 1, tiles.shape[-1], dtype=torch.int64)
+    mask[:, item.span.end - 1 :] = tiles
+    pixels = torch.as_tensor(kwargs["pixel_values"])
+    return {
+        "pixel_values": pixels.view(1, 1, *pixels.shape[-4:]),
+        "aspect_ratio_ids": torch.as_tensor(kwargs["aspect_ratio_ids"]).view(1, 1),
+        "aspect_ratio_mask": tiles.view(1, 1, -1),
+        "cross_attention_mask": mask,
+    }
 
 
 def spread_of(logprobs: npt.NDArray[np.float64]) -> float:

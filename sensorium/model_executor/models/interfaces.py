@@ -157,7 +157,9 @@ class SupportsCrossAttention(Protocol):
     `get_multimodal_embeddings`, as of every model that takes media, and `forward` takes `encoder_outputs`: rows of
     items, one item behind the other, in the step that first sees them, which these layers turn into keys and values;
     None in all others. An item is seen from its place in the prompt on, which the input processor returns as
-    `multi_modal_placeholders`.
+    `multi_modal_placeholders`. With a method `get_num_seen_rows` of the same arguments as `get_num_encoder_rows`, the
+    last token of that place, and all behind it, see only the first so many rows; one item is all that a prompt may have
+    then, and prompts are computed in chunks.
     """
 
     supports_cross_attention: ClassVar[Literal[True]] = True

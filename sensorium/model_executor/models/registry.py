@@ -56,6 +56,7 @@ IN_TREE: dict[str, str] = {
     "Qwen2VLForConditionalGeneration": f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
     "SmolVLMForConditionalGeneration": f"{_MODELS}.idefics3:Idefics3ForConditionalGeneration",
+    "MllamaForConditionalGeneration": f"{_MODELS}.mllama:MllamaForConditionalGeneration",
     "WhisperForConditionalGeneration": f"{_MODELS}.whisper:WhisperForConditionalGeneration",
     **dict.fromkeys(
         ("Qwen2_5OmniModel", "Qwen2_5OmniForConditionalGeneration", "Qwen2_5OmniThinkerForConditionalGeneration"),
