@@ -32,7 +32,7 @@ from sensorium.multimodal.hf_processors import (
 from sensorium.multimodal.processor_names import folder_with_current_names
 from sensorium.multimodal.resize_limits import MAX_CLIP_PIXELS, check_picture, check_pixels
 from sensorium.multimodal.setting_values import check_values, wrong_value
-from sensorium.multimodal.smart_resize import smart_resize
+from sensorium.multimodal.smart_resize import smart_resize, smart_resize_clip
 from sensorium.multimodal.torchvision import hide_torchvision, is_processor, require_torchvision, torchvision_problem
 
 if TYPE_CHECKING:
@@ -41,6 +41,7 @@ if TYPE_CHECKING:
 _CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 _CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
 _PATCH_PROCESSOR = "Qwen2VLVideoProcessor"
+_CLIP_PROCESSOR = "Qwen3VLVideoProcessor"
 
 _CROPPED_CLIP: Mapping[str, Any] = {
     "size": {"shortest_edge": 224},
@@ -56,6 +57,16 @@ DEFAULTS: Mapping[str, Mapping[str, Any]] = {
         "temporal_patch_size": 2,
         "merge_size": 2,
     },
+    _CLIP_PROCESSOR: {
+        "size": {"shortest_edge": 128 * 32 * 32, "longest_edge": 768 * 32 * 32},
+        "patch_size": 16,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+        "image_mean": (0.5, 0.5, 0.5),
+        "image_std": (0.5, 0.5, 0.5),
+        "max_video_tokens": 768,
+        "counts_whole_clip": True,
+    },
     "LlavaNextVideoVideoProcessor": _CROPPED_CLIP,
     "VideoLlavaVideoProcessor": _CROPPED_CLIP,
     "LlavaOnevisionVideoProcessor": _SIZE_384,
@@ -67,6 +78,8 @@ _TYPE_OF_MODEL: Mapping[str, str] = {
     "qwen2_vl": _PATCH_PROCESSOR,
     "qwen2_5_vl": _PATCH_PROCESSOR,
     "qwen2_5_omni": _PATCH_PROCESSOR,
+    "qwen3_vl": _CLIP_PROCESSOR,
+    "qwen3_vl_moe": _CLIP_PROCESSOR,
     "llava_next_video": "LlavaNextVideoVideoProcessor",
     "video_llava": "VideoLlavaVideoProcessor",
     "llava_onevision": "LlavaOnevisionVideoProcessor",
@@ -83,6 +96,7 @@ _OF_PATCHES = frozenset(
         "merge_size",
         "cap_pixels_per_frame",
         "max_video_tokens",
+        "counts_whole_clip",
         "min_pixels",
         "max_pixels",
     }
@@ -116,7 +130,9 @@ class VideoProcessor:
     cap_pixels_per_frame: bool | None = None
     """Bound each frame by its share of a whole clip's pixels."""
     max_video_tokens: int = 128_000
-    """Decoder rows from which that share is computed."""
+    """Decoder rows from which that share is computed; of a frame, where pixels of a whole clip count."""
+    counts_whole_clip: bool = False
+    """`size` bounds the pixels of all frames together (Qwen3-VL), not of each. Not one of Hugging Face's settings."""
 
     @classmethod
     def from_settings(cls, settings: Mapping[str, Any]) -> VideoProcessor:
@@ -186,7 +202,7 @@ class VideoProcessor:
 
         array = _as_array(video)
         num_frames, height, width, _ = array.shape
-        new_size = self._new_size(num_frames, height, width) if self.do_resize else (height, width)
+        new_size = self.new_size(num_frames, height, width) if self.do_resize else (height, width)
         self._check_pixels((num_frames, height, width), new_size)
         frames = _as_tensor(array)
         if self.do_resize:
@@ -211,10 +227,13 @@ class VideoProcessor:
         check_pixels("video", height, width, pixels)
         check_pixels(f"video of {num_frames} frames", height, width, num_frames * pixels, MAX_CLIP_PIXELS)
 
-    def _new_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
+    def new_size(self, num_frames: int, height: int, width: int) -> tuple[int, int]:
         """Height and width after resizing."""
         if self.patch_size is not None:
-            factor = self.patch_size * self.merge_size
+            factor, depth = self.patch_size * self.merge_size, self.temporal_patch_size
+            if self.counts_whole_clip:
+                bounds = self.size["shortest_edge"], self.max_pixels(num_frames)
+                return smart_resize_clip(max(num_frames, depth), height, width, factor, depth, *bounds)
             return smart_resize(height, width, factor, self.size["shortest_edge"], self.max_pixels(num_frames))
         if "height" in self.size:
             return self.size["height"], self.size["width"]
@@ -223,10 +242,13 @@ class VideoProcessor:
         return (short, long) if height <= width else (long, short)
 
     def max_pixels(self, num_frames: int) -> int:
-        """Most pixels of a frame of a clip of this length."""
+        """Most pixels of a frame of a clip of this length, or of all its frames where these count together."""
         most = self.size["longest_edge"]
         if not self.cap_pixels_per_frame or self.patch_size is None:
             return most
+        if self.counts_whole_clip:
+            of_frame = min(self.max_video_tokens * (self.patch_size * self.merge_size) ** 2, most // num_frames)
+            return max(of_frame, int(self.size["shortest_edge"] * 1.05)) * num_frames
         total = int(self.max_video_tokens * (self.patch_size * self.merge_size) ** 2 * 0.9)
         share = total * self.temporal_patch_size // num_frames
         return max(min(most, share), int(self.size["shortest_edge"] * 1.05))
@@ -496,6 +518,7 @@ def _video_settings(processor_name: str, revision: str | None) -> dict[str, Any]
 
 
 def _type_by_model(processor_name: str, revision: str | None, settings: Mapping[str, Any]) -> str | None:
-    if str(settings.get("image_processor_type", "")).startswith("Qwen2VLImageProcessor"):
+    kind = _TYPE_OF_MODEL.get(str(read_config_file(processor_name, "config.json", revision).get("model_type")))
+    if kind is None and str(settings.get("image_processor_type", "")).startswith("Qwen2VLImageProcessor"):
         return _PATCH_PROCESSOR
-    return _TYPE_OF_MODEL.get(str(read_config_file(processor_name, "config.json", revision).get("model_type")))
+    return kind

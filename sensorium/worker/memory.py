@@ -71,7 +71,7 @@ def plan_memory(
     itemsize, hidden_size = model_config.dtype.itemsize, int(getattr(model_config.hf_text_config, "hidden_size", 0))
     holds_rows = model_config.is_multimodal_model and features.splits_media
     cached_rows = (config.cache_config.encoder_cache_rows or 0) if holds_rows else 0
-    encoder_cache = cached_rows * hidden_size * itemsize
+    encoder_cache = cached_rows * (getattr(model, "mm_row_width", None) or hidden_size) * itemsize
     if device.type == "cpu":
         share = config.cache_config.memory_fraction / config.parallel_config.tensor_parallel_size
         return MemoryPlan(min(int(free_cpu_bytes() * share) // 2, DEFAULT_CPU_BYTES), encoder_cache=encoder_cache)

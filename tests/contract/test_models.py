@@ -27,7 +27,8 @@ TEXT = ("llama", "qwen2", "gemma3", "qwen3", "qwen3_5", "qwen3_moe", "gpt_oss")
 CROSS = ("whisper", "mllama")
 """Whose decoders attend to media by cross-attention."""
 TILES = ("llava_next", "llava_onevision", "internvl", "llava_pixtral", "mistral3", "idefics3")
-PLACED = ("gemma3_vision", "llava", *TILES, "qwen2_vl", "qwen2_5_vl", "qwen2_audio", "qwen2_5_omni_thinker")
+QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_audio", "qwen2_5_omni_thinker")
+PLACED = ("gemma3_vision", "llava", *TILES, *QWEN)
 MULTIMODAL = (*PLACED, *CROSS)
 FAMILIES = (*TEXT, *MULTIMODAL)
 

@@ -272,6 +272,31 @@ def llava_parts(tower: str, text: str) -> dict[str, Any]:
     }
 
 
+def qwen3_vl_config(**text: Any) -> transformers.PretrainedConfig:
+    """Features of the first and the last layer of the tower go to the first two of the decoder."""
+    vision = {
+        "depth": 3,
+        "hidden_size": 32,
+        "out_hidden_size": HIDDEN_SIZE,
+        "num_heads": 2,
+        "intermediate_size": 48,
+        "patch_size": PATCH_SIZE,
+        "num_position_embeddings": 25,
+        "deepstack_visual_indexes": [2, 0],
+    }
+    rope = {"rope_type": "default", "rope_theta": 1e6, "mrope_section": [4, 2, 2], "mrope_interleaved": True}
+    ids = qwen_media_ids()
+    del ids["vision_token_id"]
+    config_class = transformers.Qwen3VLMoeConfig if text else transformers.Qwen3VLConfig
+    settings = text_settings(head_dim=16, rope_parameters=rope, **text)
+    return config_class(text_config=settings, vision_config=vision, **ids)
+
+
+def qwen3_vl_moe_config() -> transformers.PretrainedConfig:
+    """The same before three layers of experts."""
+    return qwen3_vl_config(num_experts=8, num_experts_per_tok=3, moe_intermediate_size=40)
+
+
 def llava_config(tower: str = "clip", text: str = "llama", **settings: Any) -> transformers.PretrainedConfig:
     image_seq_length = (IMAGE_SIZE // PATCH_SIZE) ** 2
     return transformers.LlavaConfig(**{**llava_parts(tower, text), "image_seq_length": image_seq_length, **settings})
@@ -411,6 +436,21 @@ QWEN_VL_FILES: dict[str, Mapping[str, Any]] = {
     "video_preprocessor_config.json": {
         "video_processor_type": "Qwen2VLVideoProcessor",
         "size": {"shortest_edge": MIN_PIXELS, "longest_edge": 12 * 28 * 28},
+        "patch_size": PATCH_SIZE,
+        "temporal_patch_size": 2,
+        "merge_size": 2,
+    },
+}
+QWEN3_VL_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        **QWEN_VL_FILES["preprocessor_config.json"],
+        "processor_class": "Qwen3VLProcessor",
+        "image_mean": [0.5, 0.5, 0.5],
+        "image_std": [0.5, 0.5, 0.5],
+    },
+    "video_preprocessor_config.json": {
+        "video_processor_type": "Qwen3VLVideoProcessor",
+        "size": {"shortest_edge": 8 * 28 * 28, "longest_edge": 40 * 28 * 28},  # of all frames
         "patch_size": PATCH_SIZE,
         "temporal_patch_size": 2,
         "merge_size": 2,
@@ -695,6 +735,18 @@ FAMILIES: dict[str, Family] = {
         QWEN_VL_NAMES,
         QWEN_PLACEHOLDERS,
         QWEN_VL_FILES,
+    ),
+    "qwen3_vl": Family(
+        "Qwen3VLForConditionalGeneration",
+        qwen3_vl_config,
+        placeholders=QWEN_PLACEHOLDERS,
+        processor_files=QWEN3_VL_FILES,
+    ),
+    "qwen3_vl_moe": Family(
+        "Qwen3VLMoeForConditionalGeneration",
+        qwen3_vl_moe_config,
+        placeholders=QWEN_PLACEHOLDERS,
+        processor_files=QWEN3_VL_FILES,
     ),
     "qwen2_audio": Family(
         "Qwen2AudioForConditionalGeneration",

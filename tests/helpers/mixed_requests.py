@@ -94,6 +94,8 @@ MEDIA: dict[str, dict[str, Media]] = {
     "smolvlm": {"image": Media("<image>", picture, 2)},
     "qwen2_vl": QWEN_VL,
     "qwen2_5_vl": QWEN_VL,
+    "qwen3_vl": QWEN_VL,
+    "qwen3_vl_moe": QWEN_VL,
     "qwen2_audio": {"audio": AUDIO},
     "qwen2_5_omni_thinker": {**QWEN_VL, "audio": AUDIO},
     "mllama": {"image": Media("<|image|>", picture, 1)},

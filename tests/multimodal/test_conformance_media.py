@@ -327,8 +327,8 @@ def test_a_video_processor_that_is_not_computed_here_is_refused_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "torchvision", None)  # as if there were none
-    (tmp_path / "video_preprocessor_config.json").write_text('{"video_processor_type": "Qwen3VLVideoProcessor"}')
-    with pytest.raises(RuntimeError, match=r"Qwen3VLVideoProcessor.*torchvision.*register_video_input_mapper"):
+    (tmp_path / "video_preprocessor_config.json").write_text('{"video_processor_type": "Glm4vVideoProcessor"}')
+    with pytest.raises(RuntimeError, match=r"Glm4vVideoProcessor.*torchvision.*register_video_input_mapper"):
         map_media(tmp_path, "video", make_video())
 
 

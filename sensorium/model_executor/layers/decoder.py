@@ -321,16 +321,20 @@ class Decoder(nn.Module):
             kv_caches: An entry per layer, see `sensorium.worker.kv_cache`.
             attn_metadata: The step's batch.
             intermediate_tensors: Of an earlier pipeline stage; there is none.
-            inputs_embeds: `(num_tokens, hidden_size)`, used in the place of the ids' embeddings.
+            inputs_embeds: `(num_tokens, hidden_size)`, used in the place of the ids' embeddings. Where they are several
+                times as wide, what stands behind is added to the outputs of the first layers, one after the other
+                (DeepStack).
         """
         if inputs_embeds is None:
             assert input_ids is not None, "a decoder needs input_ids or inputs_embeds"
             inputs_embeds = self.get_input_embeddings(input_ids)
-        hidden_states = inputs_embeds
+        hidden_states, *added = torch.split(inputs_embeds, self.embed_tokens.embedding_dim, -1)
         residual: torch.Tensor | None = None
         rotations = {name: cast(RotaryEmbedding, rope).rotation(positions) for name, rope in self.rotary_embs.items()}
         for layer, name, kv_cache in zip(self.layers, self._rope_names, kv_caches, strict=True):
             hidden_states, residual = layer(rotations[name], hidden_states, residual, kv_cache, attn_metadata)
+            if added:
+                hidden_states = hidden_states + added.pop(0)
         normed: torch.Tensor = self.norm(hidden_states, residual)[0]
         return normed
 

@@ -34,6 +34,8 @@ class RotaryEmbedding(nn.Module):
         base: The wavelengths' base, `rope_theta`.
         is_neox_style: Rotate halves against each other (True) or neighbouring channels (False).
         mrope_section: For M-RoPE, how many frequencies follow the time, height and width position.
+        is_mrope_interleaved: The three take turns, from the highest frequency on, as long as each has some left; what
+            remains is time's (Qwen3-VL). Otherwise each has one piece.
     """
 
     inv_freq: torch.Tensor
@@ -46,6 +48,7 @@ class RotaryEmbedding(nn.Module):
         base: float,
         is_neox_style: bool = True,
         mrope_section: tuple[int, ...] | None = None,
+        is_mrope_interleaved: bool = False,
     ) -> None:
         super().__init__()
         if mrope_section is not None and sum(mrope_section) != rotary_dim // 2:
@@ -66,6 +69,10 @@ class RotaryEmbedding(nn.Module):
             # Frequency -> which of the position's rows (0 time, 1 height, 2 width) it follows.
             sections = torch.tensor(mrope_section)
             self._axes = torch.arange(len(mrope_section)).remainder(3).repeat_interleave(sections)
+            if is_mrope_interleaved:
+                self._axes = torch.zeros(rotary_dim // 2, dtype=torch.int64)
+                for axis in (1, 2):
+                    self._axes[axis : 3 * mrope_section[axis] : 3] = axis
 
     def inverse_frequencies(self) -> torch.Tensor:
         """Angle per position of each channel pair, `(rotary_dim / 2,)` float32."""
@@ -283,7 +290,7 @@ def get_rope(
         base: `rope_theta` of the config.
         is_neox_style: Rotate halves (True) or neighbouring channels (False).
         rope_scaling: A config's `rope_scaling` or `rope_parameters`: "rope_type" (or "type"), the settings of
-            that type, and "mrope_section" for M-RoPE.
+            that type, and "mrope_section" and "mrope_interleaved" for M-RoPE.
         dtype: Accepted for models that pass it; angles are float32.
         partial_rotary_factor: Share of `rotary_dim` that is rotated.
 
@@ -313,6 +320,7 @@ def get_rope(
         float(base),
         is_neox_style,
         None if section is None else tuple(section),
+        bool(scaling.get("mrope_interleaved")),
         settings,
         torch.get_default_device(),
     )
@@ -327,6 +335,7 @@ def _shared_rope(
     base: float,
     is_neox_style: bool,
     mrope_section: tuple[int, ...] | None,
+    is_mrope_interleaved: bool,
     settings: tuple[tuple[str, Any], ...],
     device: torch.device,
 ) -> RotaryEmbedding:
@@ -338,5 +347,6 @@ def _shared_rope(
         base=base,
         is_neox_style=is_neox_style,
         mrope_section=mrope_section,
+        is_mrope_interleaved=is_mrope_interleaved,
         **dict(settings),
     )

@@ -27,6 +27,8 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
     """From the checkpoint's names, in every layout that is in use, to the module's."""
     language_model: Any
     """Embeds ids, runs the layers, and computes logits, as `LlamaForCausalLM` does."""
+    mm_row_width: int | None = None
+    """Channels of media rows, where these are more than the decoder's."""
     mm_host_kwargs: ClassVar[Sequence[str]] = ()
     """Arguments of `encode_media` that Python code reads, and which therefore stay on the host."""
 
@@ -44,10 +46,15 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
 
     def get_input_embeddings(self, input_ids: torch.Tensor, multimodal_embeddings: Any = None) -> torch.Tensor:
         """Token embeddings `(num_tokens, hidden_size)`; media rows, in the prompt's order, at the placeholders."""
-        embeddings: torch.Tensor = self.language_model.get_input_embeddings(input_ids)
+        embeddings = self.embed_text(input_ids)
         if multimodal_embeddings is None or not len(multimodal_embeddings):
             return embeddings
         return merge_multimodal_embeddings(input_ids, embeddings, multimodal_embeddings, self.placeholder_token_ids())
+
+    def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
+        """Token embeddings `(num_tokens, hidden_size)`."""
+        embeddings: torch.Tensor = self.language_model.get_input_embeddings(input_ids)
+        return embeddings
 
     def placeholder_token_ids(self) -> list[int]:
         """Ids of the tokens at whose positions media rows stand."""

@@ -7,7 +7,7 @@ Paper: Wang et al. 2024, "Qwen2-VL", section 2.1. Reference: `transformers`
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import numpy as np
 import torch
@@ -39,10 +39,23 @@ ROTARY_BASE = 10000.0
 
 
 class PatchMerger(nn.Module):
-    """Joins each square of `merge_size^2` patches into one row of the decoder's width."""
+    """Joins each square of `merge_size^2` patches into one row of the decoder's width.
 
-    def __init__(self, hidden_size: int, output_size: int, merge_size: int, norm: nn.Module, prefix: str) -> None:
+    `norm`: of each patch, or, with `norms_merged`, of a square's patches together.
+    """
+
+    def __init__(
+        self,
+        hidden_size: int,
+        output_size: int,
+        merge_size: int,
+        norm: nn.Module,
+        prefix: str,
+        *,
+        norms_merged: bool = False,
+    ) -> None:
         super().__init__()
+        self.norms_merged = norms_merged
         self.merged_size = hidden_size * merge_size**2
         self.ln_q = norm
         self.mlp = EncoderMLP(
@@ -51,7 +64,8 @@ class PatchMerger(nn.Module):
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """`(patches, hidden_size)`, square by square, to `(patches / merge_size^2, output_size)`."""
-        rows: torch.Tensor = self.mlp(self.ln_q(hidden_states).view(-1, self.merged_size))
+        normed = hidden_states.view(-1, self.merged_size) if self.norms_merged else hidden_states
+        rows: torch.Tensor = self.mlp(self.ln_q(normed).view(-1, self.merged_size))
         return rows
 
 
@@ -72,6 +86,8 @@ class Qwen2VisionTransformer(RecordableTower):
             "merger.mlp.2.": "merger.mlp.fc2.",
         }
     )
+    patch_bias: ClassVar[bool] = False
+    """Whether the projection of patches has a bias."""
     inv_freq: torch.Tensor
 
     def __init__(
@@ -82,7 +98,9 @@ class Qwen2VisionTransformer(RecordableTower):
         self.merge_size = config.spatial_merge_size
         self.hidden_size, output_size = self.sizes(config)
         self.patch_width = config.in_channels * config.temporal_patch_size * config.patch_size**2
-        proj = PatchEmbedding(self.patch_width, self.hidden_size, bias=False, prefix=f"{prefix}.patch_embed.proj")
+        proj = PatchEmbedding(
+            self.patch_width, self.hidden_size, bias=self.patch_bias, prefix=f"{prefix}.patch_embed.proj"
+        )
         self.patch_embed = nn.ModuleDict({"proj": proj})
         self.blocks = nn.ModuleList(
             EncoderLayer(

@@ -14,6 +14,7 @@ from typing import Any, ClassVar
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 from sensorium.config import EngineConfig
 from sensorium.errors import InvalidTypeError
@@ -175,9 +176,11 @@ class Qwen2VLForConditionalGeneration(MediaLanguageModel):
         self.visual = self.tower_class(
             self.config.vision_config, config.quant_config, prefix=maybe_prefix(prefix, "visual")
         )
-        self.language_model = Qwen2ForCausalLM(
-            config=language_config(config), prefix=maybe_prefix(prefix, "language_model")
-        )
+        self.language_model = self.make_language_model(config, maybe_prefix(prefix, "language_model"))
+
+    def make_language_model(self, config: EngineConfig, prefix: str) -> nn.Module:
+        """The decoder, given the configuration of the whole."""
+        return Qwen2ForCausalLM(config=language_config(config), prefix=prefix)
 
     @classmethod
     def get_mrope_input_positions(

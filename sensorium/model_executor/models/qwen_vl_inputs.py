@@ -87,11 +87,11 @@ class VisionInputs:
         """The grid of a picture (one frame) or a clip of this size in pixels."""
         processor = self.processor
         patch, depth = processor.patch_size, processor.temporal_patch_size
-        if processor.do_resize:
-            is_image = self.modality == "image"
-            most = processor.size["longest_edge"] if is_image else processor.max_pixels(num_frames)
-            factor = patch * processor.merge_size
-            height, width = smart_resize(height, width, factor, processor.size["shortest_edge"], most)
+        if processor.do_resize and self.modality == "image":
+            bounds = processor.size["shortest_edge"], processor.size["longest_edge"]
+            height, width = smart_resize(height, width, patch * processor.merge_size, *bounds)
+        elif processor.do_resize:
+            height, width = processor.new_size(num_frames, height, width)
         return -(-num_frames // depth), height // patch, width // patch
 
     def num_rows(self, grid: Grid) -> int:
@@ -122,6 +122,9 @@ class VisionInputs:
         These are at most `max_rows` if the smallest legal item allows it.
         """
         factor = self.processor.patch_size * self.processor.merge_size
+        if self.modality == "video" and self.processor.counts_whole_clip:
+            # A frame has a row at least, so that long clips go beyond the bound on all their pixels.
+            return max(max_rows, 1) * self.processor.temporal_patch_size, factor, factor
         fewest = math.ceil(self.processor.size["shortest_edge"] / factor**2)
         most = max(self.processor.size["longest_edge"] // factor**2, 1)
         num_steps = 1

@@ -54,6 +54,8 @@ IN_TREE: dict[str, str] = {
     "Mistral3ForConditionalGeneration": f"{_MODELS}.mistral3:Mistral3ForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration": f"{_MODELS}.qwen2_audio:Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration",
+    "Qwen3VLForConditionalGeneration": f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration",
+    "Qwen3VLMoeForConditionalGeneration": f"{_MODELS}.qwen3_vl:Qwen3VLMoeForConditionalGeneration",
     "Qwen2_5_VLForConditionalGeneration": f"{_MODELS}.qwen2_5_vl:Qwen2_5_VLForConditionalGeneration",
     "SmolVLMForConditionalGeneration": f"{_MODELS}.idefics3:Idefics3ForConditionalGeneration",
     "MllamaForConditionalGeneration": f"{_MODELS}.mllama:MllamaForConditionalGeneration",

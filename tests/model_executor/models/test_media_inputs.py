@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from transformers import AutoFeatureExtractor
+from transformers.models.qwen3_vl.video_processing_qwen3_vl import smart_resize
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, InputContext
@@ -16,7 +18,7 @@ from sensorium.model_executor.models.qwen2_5_vl import seconds_per_step
 from sensorium.model_executor.models.qwen_vl_inputs import VisionInputs, squares_of
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.multimodal.video_array import VideoArray
-from tests.helpers.checkpoints import make_checkpoint, token_ids
+from tests.helpers.checkpoints import make_checkpoint, make_tokenizer, token_ids
 from tests.helpers.direct import engine_config, prepare
 from tests.helpers.processors import make_image, make_video
 
@@ -160,6 +162,49 @@ def test_pixel_bounds_of_a_request_count_for_processor_and_mapper(settings: dict
 def test_what_no_grid_follows_from_is_refused(data: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         prepare(config_of("qwen2_vl"), f"{IMAGE}{VIDEO}" if "video" in data else IMAGE, data)
+
+
+# Qwen3-VL
+
+
+@pytest.mark.parametrize("size", [(2, 60, 90), (5, 100, 40), (8, 300, 200), (3, 20, 10), (40, 28, 28)])
+def test_clips_count_their_pixels_together(size: tuple[int, int, int]) -> None:
+    """A frame's size is Hugging Face's, and follows from the number of frames."""
+    prepared = prepare(config_of("qwen3_vl"), f"a{VIDEO}b", {"video": make_video(*size)})
+    expected = smart_resize(*size, 2, 28, 8 * 28 * 28, 40 * 28 * 28)
+    t, h, w = prepared.kwargs["video_grid_thw"][0].tolist()
+    assert (t, 14 * h, 14 * w) == (-(-size[0] // 2), *expected)
+    assert prepared.token_ids.count(token_ids()["<|video_pad|>"]) == t * h * w // 4
+    assert len(prepared.kwargs["pixel_values_videos"]) == t * h * w
+
+
+@pytest.mark.parametrize("settings", [{}, {"cap_pixels_per_frame": True, "max_video_tokens": 6}])
+@pytest.mark.parametrize(("max_rows", "largest"), [(2000, 2000), (11, 11), (4, 4), (1, 4)])
+def test_a_clip_may_fill_any_room(settings: dict[str, Any], max_rows: int, largest: int) -> None:
+    """The bound on all its pixels allows 20 rows, but each frame has one at least, whatever their number."""
+    inputs = VisionInputs(InputContext(config_of("qwen3_vl").model_config), "video", **settings)
+    assert inputs.num_rows(inputs.grid_of_size(*inputs.largest_size(max_rows))) == largest
+
+
+def test_steps_of_a_clip_stand_behind_their_times() -> None:
+    metadata = {"fps": 24.0, "frames_indices": [0, 12, 24, 36, 49], "total_num_frames": 60}
+    config = config_of("qwen3_vl")
+    clip = VideoArray(make_video(5, 56, 56), metadata)
+    prepared = prepare(config, f"a{VIDEO}b", {"video": clip})
+    text = make_tokenizer().decode(prepared.token_ids)
+    step = "<|vision_start|>" + 4 * "<|video_pad|>" + "<|vision_end|>"
+    steps = f"<0.2 seconds>{step}<1.2 seconds>{step}<2.0 seconds>{step}"
+    assert text == f"a<|vision_start|>{steps}<|vision_end|>b"
+    assert prepare(config, prepared.token_ids, {"video": clip}).token_ids == prepared.token_ids  # expanded before
+    without = prepare(config, f"a{VIDEO}b", {"video": make_video(5, 56, 56)})
+    times = re.findall(r"<([0-9.]+) seconds>", make_tokenizer().decode(without.token_ids))
+    assert times == ["0.0", "0.1", "0.2"]  # of 24 frames a second
+
+
+def test_rows_in_the_place_of_media_are_refused_where_they_are_not_enough() -> None:
+    given = {"image_embeds": torch.zeros(4, 64), "image_grid_thw": torch.tensor([[1, 4, 4]])}
+    with pytest.raises(InvalidRequestError, match="rows are not enough: send the media"):
+        prepare(config_of("qwen3_vl"), IMAGE, {"image": given})
 
 
 @pytest.mark.parametrize("num_squares", [1, 2, 7, 24, 199, 211, 397, 16384])

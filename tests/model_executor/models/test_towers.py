@@ -17,6 +17,7 @@ from sensorium.model_executor.models.pixtral import PixtralVisionModel
 from sensorium.model_executor.models.qwen2_5_vl import Qwen2_5_VisionTransformer, windows_of
 from sensorium.model_executor.models.qwen2_audio import Qwen2AudioEncoder, num_rows_of
 from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer
+from sensorium.model_executor.models.qwen3_vision import Qwen3VisionTransformer
 from sensorium.model_executor.models.siglip import SiglipVisionModel
 from sensorium.worker import tower_graphs
 from sensorium.worker.tower_graphs import TowerGraphs
@@ -63,7 +64,11 @@ def test_layers_behind_the_last_feature_are_not_built() -> None:
     assert len(CLIPVisionModel(reference.config, [-2]).encoder.layers) == reference.config.num_hidden_layers - 1
 
 
-QWEN_TOWERS = [("qwen2_vl", Qwen2VisionTransformer), ("qwen2_5_vl", Qwen2_5_VisionTransformer)]
+QWEN_TOWERS = [
+    ("qwen2_vl", Qwen2VisionTransformer),
+    ("qwen2_5_vl", Qwen2_5_VisionTransformer),
+    ("qwen3_vl", Qwen3VisionTransformer),
+]
 GRIDS = [
     [(1, 4, 4)],
     [(1, 2, 2)],
@@ -79,7 +84,8 @@ def test_items_of_many_sizes_in_one_call(family: str, tower: Any, grids: list[tu
     reference = make_hf_model(family).model.visual
     ours = filled(tower(reference.config), reference)
     patches = noise(sum(t * h * w for t, h, w in grids), 3 * 2 * 14 * 14)
-    expected = reference(patches, grid_thw=torch.tensor(grids)).pooler_output
+    output = reference(patches, grid_thw=torch.tensor(grids))
+    expected = torch.cat([output.pooler_output, *getattr(output, "deepstack_features", [])], -1)
     together = ours(patches, grids)
     assert relative_error(together, expected) < TOLERANCE
     sizes = [t * h * w for t, h, w in grids]
