@@ -54,6 +54,11 @@ class Guesses:
         self._num_paused = 0
         """Steps in which nothing is guessed."""
 
+    @property
+    def is_paused(self) -> bool:
+        """Whether the next decode gets no drafts, so that it needn't wait for the last token."""
+        return self._num_paused > 0
+
     def propose(self, token_ids: Sequence[int], most: int) -> Sequence[int]:
         """At most so many tokens that may follow."""
         if self._num_paused:

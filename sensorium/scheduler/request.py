@@ -96,8 +96,8 @@ class RequestState:
         did not happen meanwhile."""
         self.guesses = guesses
         """Where its drafts come from, if it gets any."""
-        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens or guesses is not None
-        """Its next token can be sampled, or guessed, only after the host has seen the last."""
+        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens
+        """Its next token can be sampled only after the host has seen the last."""
         self.is_caught_up = False
         """A step that samples a token for it was planned since it got its slot: from then on its share of a step is a
         decode."""
@@ -137,12 +137,15 @@ class RequestState:
 
     @property
     def awaits_result(self) -> bool:
-        """Whether a decode has to wait for a step in flight: for its token, or because that ends the request."""
+        """Whether a decode has to wait for a step in flight: for its token, to go on from or to guess what follows it,
+        or because that ends the request."""
         if self.pooling:
             return True
         if not self.num_pending_tokens:
             return False
-        return self.needs_sampled_tokens or self.num_expected_tokens >= self.stop.max_total_tokens
+        if self.needs_sampled_tokens or self.num_expected_tokens >= self.stop.max_total_tokens:
+            return True
+        return self.guesses is not None and not self.guesses.is_paused
 
     @property
     def max_drafts(self) -> int:

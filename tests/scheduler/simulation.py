@@ -121,10 +121,11 @@ class Outcome:
     final: EngineOutput | None = None
 
 
-class HalfRightDrafter:
+class KnowingDrafter:
     """Knows how a request goes on, and says it, with a wrong token now and then."""
 
-    def __init__(self, request: EngineRequest, max_drafts: int, rng: Random) -> None:
+    def __init__(self, request: EngineRequest, max_drafts: int, share_right: float, rng: Random) -> None:
+        self._share_right = share_right
         self._sequence = TrueSequence(request)
         self._max_drafts = max_drafts
         self._rng = rng
@@ -137,7 +138,7 @@ class HalfRightDrafter:
         drafts: list[int] = []
         for _ in range(self._rng.randint(0, self._max_drafts)):
             right = next_token(state)
-            drafts.append(right if self._rng.random() < 0.8 else (right + 1) % VOCAB_SIZE)
+            drafts.append(right if self._rng.random() < self._share_right else (right + 1) % VOCAB_SIZE)
             state = step_hash(state, (0, drafts[-1], 0))
         return drafts
 
@@ -151,6 +152,7 @@ class Simulation:
         *,
         seed: int = 0,
         max_drafts: int = 0,
+        share_right: float = 0.8,
         failure_rate: float = 0.0,
         pacer: Pacer | None = None,
     ) -> None:
@@ -163,7 +165,9 @@ class Simulation:
             cache_groups=limits.groups,
             max_model_len=limits.max_model_len,
             pacer=pacer,
-            make_drafter=(lambda request: HalfRightDrafter(request, max_drafts, rng)) if max_drafts else None,
+            make_drafter=(lambda request: KnowingDrafter(request, max_drafts, share_right, rng))
+            if max_drafts
+            else None,
         )
         self.worker = FakeWorker(
             limits.groups,

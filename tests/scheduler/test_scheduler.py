@@ -146,6 +146,24 @@ def test_drafts_keep_to_the_token_gap() -> None:
         assert (found > 0) == (most > 0)
 
 
+@pytest.mark.parametrize("right", [True, False])
+def test_a_request_whose_guesses_are_wrong_is_planned_ahead_again(right: bool) -> None:
+    """It gets none for a while, and so needs no token to guess from."""
+    limits = make_simulation().limits
+    simulation = Simulation(
+        replace(limits, scheduler=replace(limits.scheduler, max_steps_in_flight=2)),
+        max_drafts=4,
+        share_right=1.0 if right else 0.0,
+    )
+    simulation.add(make_request("a", [[1] * 6], max_tokens=40, ignore_eos=True))
+    num_ahead = 0
+    while simulation.scheduler.has_unfinished_requests():
+        simulation.step()
+        num_ahead += len(simulation._in_flight)
+    assert num_ahead == 0 if right else num_ahead > 20
+    simulation.finish()
+
+
 def test_a_request_whose_layers_keep_a_state_gets_no_drafts() -> None:
     """What a state took in can't be taken back."""
     limits = make_simulation().limits
