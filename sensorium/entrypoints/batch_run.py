@@ -25,7 +25,7 @@ from sensorium.sampling_params import SamplingParams
 
 Output = RequestOutput | PoolingRequestOutput
 
-_GATHER_S = 0.1
+_GATHER_S = 0.15
 """How long an idle engine waits for more prompts than the first."""
 
 
@@ -128,19 +128,15 @@ class BatchRun:
                     self._progress.finished(output)
 
     def _gather(self) -> None:
-        """Wait for a prompt, and then for a moment until as many are there as fill a step.
+        """Wait for a prompt, and then for a moment until as many are there as run at once.
 
         A step takes about as long for one request as for many, and the threads that prepare prompts are slowed down by
-        the steps as much as these are by them.
+        the steps as much as these are by them. What fills a step isn't known: most of a prompt may be cached.
         """
         wait([self._pending[0][1]])
         deadline = time.monotonic() + _GATHER_S
-        room = self._engine.config.scheduler_config.max_num_batched_tokens
         for _, future in list(self._pending)[: self._engine.config.scheduler_config.max_num_seqs]:
-            if wait([future], deadline - time.monotonic()).not_done or future.exception() is not None:
-                return
-            room -= len(future.result().engine_request.prompt_token_ids)
-            if room <= 0:
+            if wait([future], deadline - time.monotonic()).not_done:
                 return
 
     def _abort_all(self) -> None:

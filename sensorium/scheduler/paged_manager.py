@@ -63,8 +63,8 @@ class PagedManager:
         hashes = request.block_hashes
         for i in range(num_blocks):
             if i == len(hashes):
-                # One by one: a prompt that shares little isn't hashed to its end before it gets its turn.
-                extend_block_hashes(request, i + 1, self._block_size)
+                # As far again as there were hits: a prompt that shares little isn't hashed to its end before its turn.
+                extend_block_hashes(request, min(2 * i + 1, num_blocks), self._block_size)
             if self.pool.lookup(hashes[i]) is None:
                 return i
         return num_blocks
