@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -24,7 +25,9 @@ from sensorium.model_executor.layers.linear import (
 from sensorium.model_executor.layers.vocab_parallel_embedding import ParallelLMHead, VocabParallelEmbedding
 from sensorium.model_executor.model_loader import load_model
 from sensorium.model_executor.model_loader.loader import finish_loading
-from tests.contract.test_models import FAMILIES
+from sensorium.worker.dummy_steps import DummySteps
+from sensorium.worker.kv_cache import CacheLayout
+from tests.contract.test_models import CROSS, FAMILIES
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.direct import DirectRun, engine_config, relative_error
 from tests.helpers.ranks import on_ranks
@@ -218,7 +221,7 @@ def test_a_tensor_of_the_wrong_size_is_refused_on_every_rank() -> None:
 
 
 @pytest.mark.parametrize("quantization", [None, "int8"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CROSS])
 def test_logits_of_every_family(family: str, quantization: str | None) -> None:
     """Loaded share by share from one checkpoint. Integers round each share's inputs on their own."""
     config = engine_config(make_checkpoint(family), quantization=quantization, tensor_parallel_size=2)
@@ -237,3 +240,22 @@ def test_logits_of_every_family(family: str, quantization: str | None) -> None:
         alone = run(ONE_RANK)
     for logits in on_ranks(2, run):
         assert relative_error(logits, alone) < (1e-5 if quantization is None else 0.05)
+
+
+@pytest.mark.parametrize("family", CROSS)
+def test_logits_of_decoders_that_attend_to_an_encoder(family: str) -> None:
+    config = engine_config(make_checkpoint(family), tensor_parallel_size=2)
+    token_ids, rows = np.arange(20, 50), torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
+
+    def run(group: TensorParallel) -> torch.Tensor:
+        model: Any = load_model(config.as_rank_of(group))
+        steps = DummySteps(config, CacheLayout.of(model, config), torch.device("cpu"))
+        step = steps.step([(token_ids, 0, len(token_ids))], steps.caches(64), encoder_outputs=rows)
+        hidden = model(step.input_ids, step.positions, step.kv_caches, step.attn_metadata, encoder_outputs=rows)
+        logits: torch.Tensor = model.compute_logits(hidden, None)
+        return logits
+
+    with torch.inference_mode():
+        alone = run(ONE_RANK)
+    for logits in on_ranks(2, run):
+        assert relative_error(logits, alone) < 1e-5
