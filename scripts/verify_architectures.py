@@ -1,5 +1,7 @@
-"""Tries every architecture of text that the installed transformers has, on a tiny random checkpoint: how it runs, and
-whether its greedy tokens are those of `generate`. Writes what `sensorium models` shows. Takes some minutes.
+"""Tries every architecture that the installed transformers has, on a tiny random checkpoint: how it runs, and whether
+its greedy tokens are those of `generate`, of text, and of pictures, clips and sounds where it takes some. Writes what
+`sensorium models` shows. Takes some minutes; some processors want torchvision, timm or num2words, and aren't tried
+without.
 
     PYTHONPATH=. python scripts/verify_architectures.py [TYPE...]
 """
@@ -21,9 +23,18 @@ import transformers
 from sensorium import logger
 from sensorium.entrypoints.model_table import VERIFIED
 from tests.helpers.generic import generated_tokens, load_generic, served_tokens
+from tests.helpers.generic_media import (
+    generated_media_tokens,
+    hf_items,
+    media_requests,
+    model_config_of,
+    served_media_tokens,
+)
 from tests.helpers.tiny_architectures import save_tiny, text_types
+from tests.helpers.tiny_media import media_types, save_tiny_media
 
 LONGEST_REASON = 240
+NO_DECODER = "an encoder with cross-attention"
 NEEDS_MORE = {"blt": "two sequence lengths, and minutes to make", "kimi_linear": "minutes without its kernels"}
 """Types that aren't tried."""
 
@@ -35,12 +46,13 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     known = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {"architectures": {}}
-    chosen = sys.argv[1:] or sorted(text_types())
+    types = {**text_types(), **media_types()}
+    chosen = sys.argv[1:] or sorted(types)
     if not sys.argv[1:]:
         known["architectures"] = {}
     for model_type in chosen:
-        name = text_types()[model_type]
-        result = tried(model_type)
+        name = types[model_type]
+        result = tried_media(model_type) if model_type in media_types() else tried(model_type)
         print(f"{model_type}: {result}", flush=True)
         other = known["architectures"].get(name, {"model_type": model_type})
         if other["model_type"] == model_type or is_better(result, other):
@@ -82,6 +94,55 @@ def tried(model_type: str) -> dict[str, Any]:
     if tokens != expected:
         return {"tier": tier, "is_equal": False, "note": f"greedy tokens of {tier} differ from those of generate"}
     return {"tier": tier, "is_equal": True, "note": note[:LONGEST_REASON]}
+
+
+def tried_media(model_type: str) -> dict[str, Any]:
+    """The same of an architecture that takes media, of each kind that its processor takes."""
+    if model_type in NEEDS_MORE:
+        return {"tier": "", "is_equal": False, "note": f"not tried: {NEEDS_MORE[model_type]}"}
+    if getattr(transformers.CONFIG_MAPPING[model_type](), "is_encoder_decoder", False):
+        return {"tier": "", "is_equal": False, "note": NO_DECODER}
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        try:
+            model = save_tiny_media(model_type, folder)
+        except Exception as error:  # noqa: BLE001  whatever a config, a class or a processor raises
+            return {"tier": "", "is_equal": False, "note": f"not tried: no tiny checkpoint ({_first_line(error)})"}
+        try:
+            items = hf_items(model_config_of(folder))
+            if not items.placeholders:
+                why = "; ".join(items.refusals.values()).replace(name, "the checkpoint")
+                return {"tier": "", "is_equal": False, "note": f"not tried: no media ({why})"[:LONGEST_REASON]}
+            report = load_generic(folder, max_model_len=2048, num_blocks=400)[1]
+            requests = {modality: media_requests(items, modality) for modality in items.placeholders}
+            different = [
+                modality
+                for modality, prompts in requests.items()
+                if served_media_tokens(folder, prompts) != generated_media_tokens(model, items, prompts)
+            ]
+        except Exception as error:  # noqa: BLE001  whatever modules raise
+            return _media_failure(error, name)
+    tier = report.features.tier.removeprefix("transformers ")
+    note = next((note for note in report.features.notes if note.startswith("not ")), "")[:LONGEST_REASON]
+    media = sorted(requests.keys() - set(different))
+    if not media:
+        note = f"greedy tokens of {tier} differ from those of generate with {', '.join(different)}"
+        return {"tier": tier, "is_equal": False, "note": note}
+    return {"tier": tier, "is_equal": True, "note": note, "media": media}
+
+
+def _media_failure(error: Exception, folder: str) -> dict[str, Any]:
+    """What to record of a failure: the tiny config's, as far as untouched modules can't be run on it either."""
+    reason = _first_line(error).replace(folder, "the checkpoint")
+    if NO_DECODER in reason:
+        reason = NO_DECODER
+    elif "untouched modules on" in reason and "pixel_values" not in reason:
+        reason = (
+            f"not tried: untouched modules fail on the tiny checkpoint: {reason.partition('untouched modules ')[2]}"
+        )
+    elif "ConfigError" in reason or "WeightsError" in reason:
+        reason = f"not tried: {reason}"
+    return {"tier": "", "is_equal": False, "note": reason[:LONGEST_REASON]}
 
 
 def _first_line(error: Exception) -> str:

@@ -1,7 +1,7 @@
 """Which architectures run, and how: those with a class here, and those that run by the modules of transformers.
 
 What is known of the latter comes from `verified.json`, which `scripts/verify_architectures.py` writes: each
-architecture of text was run on a tiny random checkpoint, and its tokens were compared with those of `generate`.
+architecture was run on a tiny random checkpoint, and its tokens were compared with those of `generate`.
 """
 
 from __future__ import annotations
@@ -42,8 +42,7 @@ def rows(registered: Collection[str] = ()) -> list[Row]:
     native = {*IN_TREE, *registered}
     tried = recorded()["architectures"]
     found = [Row(name, NATIVE, name in IN_TREE, "" if name in IN_TREE else "registered") for name in native]
-    found += [_text_row(name, tried.get(name)) for name in text_architectures() - native]
-    found += [Row(name, NOT_SERVED, False, "media or an encoder") for name in media_architectures() - native]
+    found += [_row(name, tried.get(name)) for name in (text_architectures() | media_architectures()) - native]
     return sorted(found, key=lambda row: row.architecture.lower())
 
 
@@ -53,14 +52,19 @@ def recorded() -> dict[str, Any]:
     return content
 
 
-def _text_row(name: str, tried: dict[str, Any] | None) -> Row:
+def _row(name: str, tried: dict[str, Any] | None) -> Row:
     if tried is None:
         return Row(name, UNKNOWN, False)
     if tried["note"].startswith("not tried"):
         return Row(name, UNKNOWN, False, tried["note"])
     if not tried["is_equal"]:
         return Row(name, NOT_SERVED, False, tried["note"])
-    return Row(name, tried["tier"], True, tried["note"])
+    return Row(
+        name,
+        tried["tier"],
+        True,
+        "; ".join(each for each in (", ".join(tried.get("media", ())), tried["note"]) if each),
+    )
 
 
 def counts(table: Sequence[Row]) -> dict[str, int]:
@@ -89,7 +93,8 @@ def markdown(table: Sequence[Row]) -> str:
         "one; `--model-impl transformers` asks for the modules of transformers all the same. How an architecture runs "
         "by those is decided at load, by comparing the model with its untouched modules, and the load report says what "
         "came of it, and why no faster way was right: this page only says what came of tiny random checkpoints.\n\n"
-        f"Verified means: greedy tokens equal those of `generate` ({content['date']}; {versions}). "
+        f"Verified means: greedy tokens equal those of `generate` ({content['date']}; {versions}), "
+        "of text and of the media that are named behind it, as a tiny model's processor makes them. "
         "`sensorium verify` does more of that for a checkpoint of yours.\n\n"
     )
     ways = "".join(f"| {way} | {count} | {WAYS[way]} |\n" for way, count in counts(table).items())

@@ -341,6 +341,11 @@ def segment_of(kwargs: Mapping[str, Any]) -> IntArray:
     return found
 
 
+def is_of_processor(kwargs: Mapping[str, Any]) -> bool:
+    """Whether `as_kwargs` made these."""
+    return any(name.endswith(f".{_IDS}") for name in kwargs)
+
+
 def of_item(kwargs: Mapping[str, Any]) -> tuple[dict[str, Any], bool]:
     """The tensors of what `as_kwargs` made, by their own names, and whether they are those of a whole prompt."""
     tensors = {name.partition(".")[2]: value for name, value in kwargs.items()}

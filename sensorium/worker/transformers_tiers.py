@@ -43,12 +43,6 @@ class _References:
     text: list[torch.Tensor] = field(default_factory=list)
     media: list[torch.Tensor] = field(default_factory=list)
 
-    @classmethod
-    def of(cls, model: TransformersForCausalLM) -> _References:
-        if not isinstance(model, TransformersForConditionalGeneration):
-            return cls(reference_logits(model))
-        return cls(reference_logits(model), media_references(model))
-
 
 def choose_tier(
     model: TransformersForCausalLM, config: EngineConfig, device: torch.device
@@ -93,15 +87,20 @@ def listed_reasons(reasons: Mapping[str, str]) -> str:
 
 def _references(model: TransformersForCausalLM, config: EngineConfig) -> _References:
     """Raises `ModelError` (a `TypeError`) where the untouched modules can't be run."""
+    what = "text alone"
     try:
-        return _References.of(model)
+        text = reference_logits(model)
+        what = "media"
+        if not isinstance(model, TransformersForConditionalGeneration):
+            return _References(text)
+        return _References(text, media_references(model))
     except SensoriumError:
         raise
     except Exception as raised:  # whatever modules and processors raise
         raise ModelError(
-            f"{config.model_config.architecture} of transformers: got a failure of its untouched modules on a few "
-            f"tokens ({told_to_author(raised)}), expected logits. Check that the files of the checkpoint belong "
-            "together, or set load_check (--load-check) to 'off'."
+            f"{config.model_config.architecture} of transformers: got a failure of its untouched modules on {what} "
+            f"({told_to_author(raised)}), expected logits. Check that the files of the checkpoint belong together; "
+            "models that take no text without media are not served by the modules of transformers yet."
         ) from raised
 
 

@@ -34,6 +34,14 @@ def test_what_is_recorded_as_flat_and_equal_is_most_of_the_text_architectures() 
     assert found[model_table.BY_REQUEST] >= 30
 
 
+def test_media_of_many_architectures_are_recorded_as_equal() -> None:
+    """Those of `media` were compared; one without is of text, or was not tried."""
+    recorded = [each for each in model_table.recorded()["architectures"].values() if each.get("media")]
+    assert all(each["is_equal"] for each in recorded)
+    assert len(recorded) >= 45
+    assert sum(each["tier"] == "flat" for each in recorded) >= 38
+
+
 def test_the_command_shows_rows_by_name(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["models", "olmoe", "--json"]) == 0
     [row] = json.loads(capsys.readouterr().out)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from transformers import PreTrainedModel
 from sensorium import LLM, SamplingParams
 from sensorium.config import ModelConfig
 from sensorium.engine.args import EngineArgs
-from sensorium.multimodal.hf_items import HFItems, dummy_item, hf_items
+from sensorium.multimodal.hf_items import HFItems, Processed, dummy_item, hf_items
 
 NUM_TOKENS = 6
 _SETTINGS = {"model_impl": "transformers", "max_model_len": 2048, "num_blocks": 600}
@@ -67,15 +68,25 @@ def generated_media_tokens(
     for text, data in requests:
         processed = items.process(text, data, add_special_tokens=True)
         ids = torch.from_numpy(processed.token_ids)[None]
+        types = _token_types(model, items, processed) if data else {}
         output = model.generate(
             input_ids=ids,
             attention_mask=torch.ones_like(ids),
             max_new_tokens=NUM_TOKENS,
             do_sample=False,
+            **types,
             **processed.tensors,
         )
         found.append(output[0, -NUM_TOKENS:].tolist())
     return found
+
+
+def _token_types(model: PreTrainedModel, items: HFItems, processed: Processed) -> dict[str, torch.Tensor]:
+    """Of which modality each token is, for models that want to be told and processors that don't tell."""
+    name = "mm_token_type_ids"
+    if name in processed.tensors or name not in inspect.signature(model.forward).parameters:
+        return {}
+    return {name: torch.tensor(items.processor.create_mm_token_type_ids([processed.token_ids.tolist()]))}
 
 
 __all__ = ["generated_media_tokens", "hf_items", "media_requests", "model_config_of", "served_media_tokens"]

@@ -103,13 +103,21 @@ def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
         warnings.simplefilter("ignore")
         default = config_class()
         values = shrunk(default.to_dict(), _num_layers(default)) | _SETTINGS.get(model_type, {}) | settings
-        if "qk_rope_head_dim" in values and "head_dim" in values:
-            values["head_dim"] = values["qk_rope_head_dim"]
-        if "kv_lora_rank" in values and "num_key_value_heads" in values:
-            values["num_key_value_heads"] = values["num_attention_heads"]
+        agree_on_heads(values)
         if hasattr(default, "is_decoder"):
             values["is_decoder"] = True
         return config_class(**values)
+
+
+def agree_on_heads(values: dict[str, Any]) -> None:
+    """Let the numbers and sizes of heads of latent attention fit each other, in nested configs too."""
+    if "qk_rope_head_dim" in values and "head_dim" in values:
+        values["head_dim"] = values["qk_rope_head_dim"]
+    if "kv_lora_rank" in values and "num_key_value_heads" in values:
+        values["num_key_value_heads"] = values["num_attention_heads"]
+    for value in values.values():
+        if isinstance(value, dict):
+            agree_on_heads(value)
 
 
 def _num_layers(config: Any) -> int:
@@ -132,6 +140,7 @@ def shrunk(values: Mapping[str, Any], num_layers: int, sizes: Mapping[str, int] 
             small[name] = _few(value)
         elif isinstance(value, dict) and name.endswith("_config"):
             small[name] = shrunk(value, int(value.get("num_hidden_layers") or 0), sizes)
+            small[name] |= {each: value[each] for each in ("model_type",) if each in value}
         else:
             small[name] = value
     return small

@@ -20,7 +20,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from transformers import CONFIG_MAPPING, PretrainedConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 from sensorium.multimodal.hf_processors import cached_get_processor
-from tests.helpers.tiny_architectures import SIZES, shrunk, spread
+from tests.helpers.tiny_architectures import SIZES, agree_on_heads, shrunk, spread
 
 IMAGE_SIZE, PATCH_SIZE = 28, 14
 WORDS = ("<pad>", "<s>", "</s>", "<unk>", "a", "b", "c", "what", "is", "this", "?", ".", "1", "2", "x")
@@ -41,22 +41,60 @@ _SIZES: Mapping[str, Any] = {
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _PARTIAL_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
+_WITH_MROPE = (
+    *("qwen2_vl", "paddleocr_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "qwen2_5_omni_thinker", "cosmos3_omni"),
+    *("cosmos3_edge", "hunyuan_vl", "exaone4_5"),
+)
 _GRIDS = [[28, 28], [28, 56], [56, 28]]
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    **{key: {"text_config": _MROPE} for key in ("qwen2_vl", "paddleocr_vl", "glm4v", "glm46v")},
+    **{key: {"text_config": _MROPE} for key in _WITH_MROPE},
     "qwen2_5_vl": {"text_config": _MROPE, "vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
     "qwen3_vl": {"text_config": _MROPE, "vision_config": {"deepstack_visual_indexes": [0, 1]}},
-    **{name: {"text_config": _PARTIAL_MROPE} for name in ("qwen3_5", "qwen3_5_moe")},
+    **{name: {"text_config": _PARTIAL_MROPE} for name in ("qwen3_5", "qwen3_5_moe", "minicpmv4_7", "glm4v_moe")},
+    "qwen3_vl_moe": {"text_config": _MROPE, "vision_config": {"deepstack_visual_indexes": [0, 1]}},
     "got_ocr2": {"vision_config": {"image_size": 128, "patch_size": 2}, "image_seq_length": 256},
     "internvl": {"image_seq_length": 1, "vision_config": {"image_size": [28, 28], "patch_size": [14, 14]}},
+    "qianfan_ocr": {"image_seq_length": 1, "vision_config": {"image_size": [28, 28], "patch_size": [14, 14]}},
+    "llama4": {
+        "vision_config": {
+            "intermediate_size": 256,
+            "vision_output_dim": 64,
+            "projector_input_dim": 64,
+            "projector_output_dim": 64,
+        }
+    },
+    "step3p7": {"text_config": {"sliding_window": 6}},
+    "hyperclovax_vision_v2": {"vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
+    "qwen2_5_omni_thinker": {"text_config": _MROPE, "vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
+    "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
+    "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
+    **{name: {"text_config": {"per_layer_config": None}} for name in ("gemma4", "gemma4_unified", "dots3_note")},
+    **{name: {"vision_config": {"text_hidden_size": 64}} for name in ("inkling_mm_model", "inkling2")},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "aya_vision": {"downsample_factor": 1},
     **{key: {"image_grid_pinpoints": _GRIDS} for key in ("llava_next", "llava_onevision")},
 }
 """What shrinking by name doesn't get right in a config, by type; nested parts by their name."""
+_LIKE: Mapping[str, str] = {
+    "qwen3_vl_moe": "qwen3_vl",
+    "qwen2_5_omni_thinker": "qwen2_5_omni",
+    "qwen3_omni_moe_thinker": "qwen3_omni_moe",
+    "glm4v_moe": "glm4v",
+    "glm_ocr": "glm46v",
+    "glmga": "glm4v",
+    "fast_vlm": "llava",
+    "mistral4": "mistral3",
+    "kosmos-2": "clip",
+    "kosmos-2.5": "kosmos-2.5",
+    "cosmos3_omni": "qwen3_vl",
+}
+"""Types whose parts of a processor are those of another type."""
 _IMAGE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "paligemma": {"image_seq_length": 4},
     "got_ocr2": {"size": {"height": 128, "width": 128}},
+    "lfm2_vl": {"encoder_patch_size": 14, "tile_size": 56, "min_image_tokens": 1, "max_image_tokens": 4},
+    "cohere2_vision": {"patch_size": 1},
+    "deepseek_vl_hybrid": {"high_res_size": {"height": 28, "width": 28}},
     "idefics2": {"size": {"shortest_edge": 28, "longest_edge": 56}},
     "llava_next": {"image_grid_pinpoints": _GRIDS},
     "llava_onevision": {"image_grid_pinpoints": _GRIDS, "size": {"height": 28, "width": 28}},
@@ -65,6 +103,8 @@ _IMAGE_SETTINGS: Mapping[str, Mapping[str, Any]] = {
 _PROCESSOR_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "aya_vision": {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
     "internvl": {"image_seq_length": 1},
+    "qianfan_ocr": {"image_seq_length": 1},
+    "mistral3": {"patch_size": PATCH_SIZE, "spatial_merge_size": 2},
 }
 
 
@@ -73,7 +113,7 @@ def media_types() -> dict[str, str]:
     from transformers.models.auto import modeling_auto
 
     found: dict[str, str] = {}
-    for table in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ"):
+    for table in ("MULTIMODAL_LM", "IMAGE_TEXT_TO_TEXT", "SPEECH_SEQ_2_SEQ", "SEQ_TO_SEQ_CAUSAL_LM"):
         for name, value in getattr(modeling_auto, f"MODEL_FOR_{table}_MAPPING_NAMES").items():
             found.setdefault(name, value if isinstance(value, str) else value[0])
     return found
@@ -86,6 +126,7 @@ def media_config(model_type: str) -> PretrainedConfig:
         warnings.simplefilter("ignore")
         default = config_class()
         values = _merged(shrunk(default.to_dict(), 0, {**SIZES, **_SIZES}), _SETTINGS.get(model_type, {}))
+        agree_on_heads(values)
         return config_class(**_with_sections(values))
 
 
@@ -161,7 +202,8 @@ def save_tiny_media(model_type: str, folder: Path, seed: int = 0) -> PreTrainedM
 def _processor_class(config: PretrainedConfig) -> Any:
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    return PROCESSOR_MAPPING[type(config)]
+    own = PROCESSOR_MAPPING.get(type(config), None)
+    return own or PROCESSOR_MAPPING[CONFIG_MAPPING[_LIKE[config.model_type]]]
 
 
 def _agree(config: Any, processor: Any, tokenizer: Any) -> None:
@@ -195,23 +237,32 @@ _MARKS: Mapping[str, tuple[str, ...]] = {
 
 def _part(name: str, config: PretrainedConfig) -> dict[str, Any]:
     """The settings of an image processor, a video processor or a feature extractor of a type."""
-    from transformers.models.auto.auto_mappings import FEATURE_EXTRACTOR_MAPPING_NAMES, VIDEO_PROCESSOR_MAPPING_NAMES
-    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+    from transformers.models.auto.feature_extraction_auto import FEATURE_EXTRACTOR_MAPPING_NAMES
+    from transformers.models.auto.video_processing_auto import VIDEO_PROCESSOR_MAPPING_NAMES
 
-    model_type = config.model_type
+    model_type = _LIKE.get(config.model_type, config.model_type)
     if name == "image_processor":
-        classes = IMAGE_PROCESSOR_MAPPING[type(config)]
-        small = {**_small(classes["pil"]()), **_IMAGE_SETTINGS.get(model_type, {})}
-        made = classes["pil"](**small)
+        image_class = _image_class(config)
+        small = {**_small(image_class()), **_IMAGE_SETTINGS.get(model_type, {})}
+        made = image_class(**small)
         return {**made.to_dict(), "image_processor_type": type(made).__name__.removesuffix("Pil")}
     if name == "video_processor":
         kind = VIDEO_PROCESSOR_MAPPING_NAMES[model_type]
-        pictures = IMAGE_PROCESSOR_MAPPING.get(type(config), None) or {}
-        small = {**_small(pictures["pil"]()), **_IMAGE_SETTINGS.get(model_type, {})} if "pil" in pictures else {}
+        image_class = _image_class(config)
+        small = {} if image_class is None else {**_small(image_class()), **_IMAGE_SETTINGS.get(model_type, {})}
         return {**small, "video_processor_type": kind if isinstance(kind, str) else next(iter(kind.values()))}
     made_with = {"feature_size": mels} if (mels := getattr(_audio_config(config), "num_mel_bins", None)) else {}
     extractor = getattr(transformers, FEATURE_EXTRACTOR_MAPPING_NAMES[model_type])(**made_with)
     return {**extractor.to_dict(), "feature_extractor_type": type(extractor).__name__}
+
+
+def _image_class(config: Any) -> Any:
+    """The class of a type's image processor: PIL's, or torchvision's where there is no other; None: it has none."""
+    from transformers.models.auto.image_processing_auto import IMAGE_PROCESSOR_MAPPING
+
+    like = CONFIG_MAPPING[_LIKE.get(config.model_type, config.model_type)]
+    classes = IMAGE_PROCESSOR_MAPPING.get(like, None) or {}
+    return classes.get("pil") or classes.get("torchvision")
 
 
 def _audio_config(config: Any) -> Any:

@@ -16,7 +16,9 @@ from sensorium.errors import ModelError
 from sensorium.messages import EngineRequest, MediaItem
 from sensorium.model_executor.models.byte_patches import as_processed
 from sensorium.model_executor.models.byte_pictures import joined
+from sensorium.model_executor.models.transformers.media_rows import on_device
 from sensorium.model_executor.models.transformers.weights import load_hf_model
+from sensorium.multimodal.hf_items import is_of_processor, of_item
 from sensorium.multimodal.mrope import token_id_of
 
 _TOKEN_TYPES = {"image": 1, "video": 2, "audio": 3}
@@ -95,6 +97,9 @@ class Reference:
         for item in request.media:
             if item.cross_rows:
                 return inputs | {name: value.to(self._device) for name, value in tiled_picture(request, item).items()}
+        if any(map(is_of_processor, (item.kwargs or {} for item in request.media))):
+            [item] = request.media
+            return inputs | on_device(_over_prompt(item, ids.shape[1]), self._device, self._config.dtype)
         by_name: dict[str, list[Any]] = {}
         for item in request.media:
             kwargs = as_processed(item.kwargs or {}, self._frames_a_patch())
@@ -160,6 +165,19 @@ def tiled_picture(request: EngineRequest, item: MediaItem) -> dict[str, torch.Te
         "aspect_ratio_mask": tiles.view(1, 1, -1),
         "cross_attention_mask": mask,
     }
+
+
+def _over_prompt(item: MediaItem, num_tokens: int) -> dict[str, Any]:
+    """What a processor made of an item alone, as it makes it of the prompt: zeros where the rest's tokens stand."""
+    tensors, is_whole = of_item(item.kwargs or {})
+    if is_whole:
+        return tensors
+    begin, end = item.span.offset, item.span.end
+    for name, value in tensors.items():
+        if isinstance(value, torch.Tensor) and value.shape == (1, end - begin):
+            tensors[name] = value.new_zeros(1, num_tokens)
+            tensors[name][:, begin:end] = value
+    return tensors
 
 
 def spread_of(logprobs: npt.NDArray[np.float64]) -> float:

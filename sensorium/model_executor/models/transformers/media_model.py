@@ -53,6 +53,8 @@ from sensorium.multimodal.hf_items import (
 from sensorium.multimodal.resize_limits import check_picture
 from sensorium.spans import IntArray
 
+_TOKEN_TYPES = "mm_token_type_ids"
+
 
 class TransformersForConditionalGeneration(TransformersForCausalLM):
     """A model with media of transformers. It runs once a tier was chosen by `use`."""
@@ -63,6 +65,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def __init__(self, *, config: EngineConfig, hf_model: torch.nn.Module) -> None:
         super().__init__(config=config, hf_model=hf_model)
         self._inputs: TrunkInputs | None = None
+        self._takes_token_types = _TOKEN_TYPES in inspect.signature(hf_model.forward).parameters
         self.two_way: frozenset[str] = frozenset()
         """Modalities whose rows see one another both ways, or `WHOLE_PROMPT`."""
 
@@ -106,9 +109,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         tensors, _ = of_item(mm_kwargs)
         ids = torch.tensor([list(token_ids)])
         tensors |= {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        create = getattr(hf_items(model_config).processor, "create_mm_token_type_ids", None)
-        if create is not None:
-            tensors["mm_token_type_ids"] = torch.tensor(create([list(token_ids)]))
+        tensors |= token_types(model_config, token_ids)
         indexer = _rope_indexer(model_config)
         names = inspect.signature(indexer).parameters
         positions, _ = indexer(**{name: value for name, value in tensors.items() if name in names})
@@ -159,7 +160,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         inputs = TrunkInputs(self.hf_model, trunk, self.model_config.vocab_size)
         try:
             captures = [
-                inputs.compared(self._on_device(prompt.token_ids), self._tensors(prompt.tensors))
+                inputs.compared(self._on_device(prompt.token_ids), self._tensors(prompt.tensors, prompt.token_ids))
                 for prompt in self.media_prompts
             ]
             inputs.learn(captures)
@@ -188,7 +189,10 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         ids = self._on_device(prompt.token_ids)[None]
         with interface.attending(recorder):
             self.hf_model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self._tensors(prompt.tensors)
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **self._tensors(prompt.tensors, prompt.token_ids),
             )
         return tuple(recorder.sights)
 
@@ -233,7 +237,10 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def _on_device(self, token_ids: IntArray) -> torch.Tensor:
         return torch.from_numpy(np.ascontiguousarray(token_ids)).to(self._device)
 
-    def _tensors(self, tensors: Mapping[str, Any]) -> dict[str, Any]:
+    def _tensors(self, tensors: Mapping[str, Any], token_ids: IntArray) -> dict[str, Any]:
+        """A processor's tensors for some token ids as `forward` takes them."""
+        if self._takes_token_types and _TOKEN_TYPES not in tensors:
+            tensors = {**tensors, **token_types(self.model_config, token_ids)}
         return on_device(tensors, self._device, self.model_config.dtype)
 
     # What the engine calls
@@ -246,7 +253,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def capture(self, token_ids: torch.Tensor, tensors: Mapping[str, Any], media: torch.Tensor) -> ItemRows:
         """See `drivers.captured.CapturesMedia`."""
         assert self._inputs is not None, "use() was not called"
-        return self._inputs.item_rows(token_ids, self._tensors(tensors), media)
+        return self._inputs.item_rows(token_ids, self._tensors(tensors, token_ids.cpu().numpy()), media)
 
     def embed(self, token_ids: torch.Tensor, media: MediaRows | None) -> torch.Tensor:
         """See `drivers.captured.CapturesMedia`."""
@@ -275,26 +282,38 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         ids = self._on_device(prompt.token_ids)[None]
         with self._attention.eager():
             output = self.hf_model(
-                input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False, **self._tensors(prompt.tensors)
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                use_cache=False,
+                **self._tensors(prompt.tensors, prompt.token_ids),
             )
         logits: torch.Tensor = output.logits[0]
         return logits
 
 
+def token_types(model_config: ModelConfig, token_ids: Sequence[int] | IntArray) -> dict[str, torch.Tensor]:
+    """Of which modality each token is, as the processor counts them; empty where it doesn't."""
+    create = getattr(hf_items(model_config).processor, f"create_{_TOKEN_TYPES}", None)
+    return {} if create is None else {_TOKEN_TYPES: torch.tensor(create([list(map(int, token_ids))]))}
+
+
 def _rope_indexer(model_config: ModelConfig) -> Any:
-    """`get_rope_index` of the class within the architecture's that has it, which reads nothing but the config."""
+    """`get_rope_index` of the class in the architecture's module that has it, which reads nothing but the config."""
     hf_class = hf_class_of(model_config)
-    module = inspect.getmodule(hf_class)
+    having = [
+        each for each in (hf_class, *vars(inspect.getmodule(hf_class)).values()) if hasattr(each, "get_rope_index")
+    ]
+    # A module may have several, such as for what hears and for what speaks.
     config_class = type(model_config.hf_config)
-    for candidate in (hf_class, *vars(module).values()):
-        method = getattr(candidate, "get_rope_index", None)
-        if method is None or not issubclass(getattr(candidate, "config_class", None) or object, config_class):
-            continue
-        empty = candidate.__new__(candidate)
-        torch.nn.Module.__init__(empty)
-        empty.config = model_config.hf_config
-        return empty.get_rope_index
-    raise ModelError(f"{model_config.architecture}: got M-RoPE without get_rope_index, expected it in transformers.")
+    having.sort(key=lambda each: getattr(each, "config_class", None) is not config_class)
+    if not having:
+        raise ModelError(
+            f"{model_config.architecture}: got M-RoPE without get_rope_index, expected it in transformers."
+        )
+    empty = having[0].__new__(having[0])
+    torch.nn.Module.__init__(empty)
+    empty.config = model_config.hf_config
+    return empty.get_rope_index
 
 
 # Registrations
