@@ -5,6 +5,8 @@
 Without a checkpoint, random weights in a real shape: what a step costs is real, what the model says is not. So there
 are two kinds of output. "Repeated" is an answer that repeats its prompt: `structured_outputs` hold it to that, as what
 they are about holds extracts and edits. "Free" is whatever the model says. Prints a row each, and a line of JSON.
+
+With `--num-threads 1` the rates are by the process's own time, which a busy machine hardly changes.
 """
 
 from __future__ import annotations
@@ -68,11 +70,12 @@ def jobs(kind: str, count: int, num_tokens: int) -> tuple[list[str], list[Sampli
 
 def run(llm: LLM, prompts: list[str], params: list[SamplingParams]) -> dict[str, Any]:
     """Seconds, counts and outputs."""
-    before, begin = llm.engine.core.stats(), time.perf_counter()
+    before, begin, cpu_begin = llm.engine.core.stats(), time.perf_counter(), time.process_time()
     outputs = llm.generate(prompts, params, use_tqdm=False)
-    seconds, after = time.perf_counter() - begin, llm.engine.core.stats()
+    seconds, cpu_seconds, after = time.perf_counter() - begin, time.process_time() - cpu_begin, llm.engine.core.stats()
     return {
         "seconds": seconds,
+        "cpu_seconds": cpu_seconds,
         "tokens": sum(len(each.outputs[0].token_ids) for each in outputs),
         "steps": after.num_steps - before.num_steps,
         "drafts": after.num_draft_tokens - before.num_draft_tokens,
@@ -86,7 +89,7 @@ def measure(llms: Sequence[LLM], kind: str, count: int, num_tokens: int, repeats
     prompts, params = jobs(kind, count, num_tokens)
     rounds = [[run(llm, prompts, params) for llm in llms] for _ in range(1 + repeats)]
     # The first round compiles grammars and fills prefix caches.
-    return [min(runs, key=lambda each: float(each["seconds"])) for runs in zip(*rounds[1:], strict=True)]
+    return [min(runs, key=lambda each: float(each["cpu_seconds"])) for runs in zip(*rounds[1:], strict=True)]
 
 
 def main() -> None:
@@ -97,17 +100,23 @@ def main() -> None:
     parser.add_argument("--drafts", type=int, default=4)
     parser.add_argument("--layers", type=int, default=12, help="of the random model")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--num-threads", type=int)
     parser.add_argument("--folder", default="/tmp/sensorium-speculation", help="for the random model")
     args = parser.parse_args()
     path = args.checkpoint or str(random_checkpoint(Path(args.folder), args.layers))
-    settings = {"max_num_seqs": max(args.requests), "load_format": "safetensors" if args.checkpoint else "dummy"}
+    settings = {
+        "max_num_seqs": max(args.requests),
+        "load_format": "safetensors" if args.checkpoint else "dummy",
+        "num_threads": args.num_threads,
+    }
+    clock = "cpu_seconds" if args.num_threads == 1 else "seconds"
     config = {"method": "ngram", "num_speculative_tokens": args.drafts}
     llms = [LLM(path, speculative_config=each, **settings) for each in (None, config)]
     found: dict[str, list[dict[str, Any]]] = {}
     for kind, count in itertools.product(("repeated", "free"), args.requests):
         off, on = found[f"{kind}, {count}"] = measure(llms, kind, count, args.tokens, args.repeats)
         assert off.pop("outputs") == on.pop("outputs"), f"{kind}, {count}: the outputs differ"
-        rates = [each["tokens"] / each["seconds"] for each in (off, on)]
+        rates = [each["tokens"] / each[clock] for each in (off, on)]
         print(
             f"{kind}, {count:<4d} {rates[0]:7.1f} -> {rates[1]:7.1f} tokens/s ({rates[1] / rates[0]:.2f} times), "
             f"{off['steps']} -> {on['steps']} steps, {on['accepted']} of {on['drafts']} guesses right"

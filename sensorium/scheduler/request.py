@@ -152,6 +152,14 @@ class RequestState:
         """Most drafts that a decode may carry, given the output's length: the last token isn't guessed but sampled."""
         return self.stop.max_total_tokens - self.num_tokens - 1
 
+    def check(self) -> None:
+        """Raise `AssertionError` unless the counts of a running request agree."""
+        assert self.num_settled_tokens <= self.num_computed_tokens <= self.num_expected_tokens
+        if self.is_caught_up and not self.pooling and not self.num_pending_tokens:
+            assert self.num_settled_tokens == self.num_computed_tokens == self.num_tokens - 1, (
+                "what was guessed is left"
+            )
+
     def media_from(self, position: int) -> Iterator[MediaItem]:
         """The media items whose spans end behind `position`, in order."""
         for i in range(bisect_right(self._media_ends, position), len(self._media_ends)):

@@ -148,6 +148,7 @@ class RequestTable:
         for request in self.running:
             assert self.by_id[request.request_id] is request
             assert request.status is RequestStatus.RUNNING
+            request.check()
         for i in range(len(self.waiting)):
             waiting = self.waiting.peek(i)
             assert waiting is not None
