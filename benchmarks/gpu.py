@@ -147,7 +147,7 @@ def correct(bench: Bench) -> bool:
     """Greedy tokens in float32 equal Hugging Face's, however they are batched, cut and cached."""
     import transformers
 
-    from sensorium.model_executor.models.byte_patches import as_processed
+    from sensorium.multimodal.byte_patches import as_processed
 
     count, num_tokens = (4, 6) if bench.is_dry else (bench.options.prompts, 24)
     rng = random.Random(5)
@@ -200,7 +200,7 @@ def bfloat16(bench: Bench) -> bool:
     """In bfloat16, log probabilities are as near to float32's as those of Hugging Face's attention implementations."""
     import transformers
 
-    from sensorium.model_executor.models.byte_patches import as_processed
+    from sensorium.multimodal.byte_patches import as_processed
 
     count, top = (3, 5) if bench.is_dry else (24, 20)
     prompts = [picture_prompt(picture(28 * (3 + i), 28 * (20 - i % 15), i), 40 + i, 20 + 5 * i) for i in range(count)]

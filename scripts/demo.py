@@ -178,7 +178,7 @@ class HuggingFace:
 
     def answer(self, question: Question) -> tuple[str, int]:
         """The greedy answer, and how many tokens it has."""
-        from sensorium.model_executor.models.byte_patches import as_processed
+        from sensorium.multimodal.byte_patches import as_processed
 
         request = self._llm.preprocess_chat(question.messages(), self._params).engine_request
         inputs: dict[str, Any] = {"input_ids": self._torch.tensor([list(request.prompt_token_ids)])}

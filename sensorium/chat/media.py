@@ -60,7 +60,7 @@ class ChatMedia:
             self._check_name(part)
             if part.source is not None:
                 self._check_source(part)
-        self.registry.check_data(self.model_config, {modality: [None] * n for modality, n in counts.items()})
+        self.registry.check_counts(self.model_config, counts)
 
     def _check_name(self, part: MediaPart) -> None:
         if self.named is None:

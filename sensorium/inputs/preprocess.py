@@ -8,15 +8,16 @@ request, or with a model author's callable, is an error of that request, raised 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from sensorium.errors import ContextLengthError, InvalidTypeError, ModelError, SensoriumError
 from sensorium.inputs import INPUT_REGISTRY, InputRegistry, admission, token_inputs
+from sensorium.inputs.media_data import MediaCollector
 from sensorium.inputs.media_settings import MediaSettings
 from sensorium.inputs.prompts import ParsedPrompt, parse_prompt
 from sensorium.inputs.tokenizer import TextEncoder
@@ -28,12 +29,11 @@ from sensorium.messages import EngineRequest, MediaItem, Vocabulary
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalRegistry
 from sensorium.multimodal.item_checks import check_span
 from sensorium.multimodal.mapping import JoinedKwargs, MediaMapper, request_errors
-from sensorium.multimodal.media_data import MediaCollector, MediaData
 from sensorium.multimodal.mrope import checked_positions, mrope_positions, positions_from_kwargs
 from sensorium.multimodal.placeholders import media_mask
 from sensorium.multimodal.placement import Placement, Prompt
 from sensorium.multimodal.processor_cache import ProcessorCache
-from sensorium.multimodal.request_media import MediaStage, RequestMedia
+from sensorium.multimodal.request_media import MediaData, MediaStage, RequestMedia
 from sensorium.multimodal.video_sampling import CheckpointSampling
 from sensorium.pooling_params import MODEL_LIMIT
 from sensorium.sampling_defaults import read_end_ids
@@ -66,18 +66,6 @@ class ProcessedRequest:
     def num_prompt_tokens(self) -> int:
         """Tokens of the expanded prompt."""
         return len(self.engine_request.prompt_token_ids)
-
-
-class _Prepared(NamedTuple):
-    """The parts of an `EngineRequest` that follow from prompt and model."""
-
-    token_ids: list[int]
-    sampling_params: SamplingParams
-    items: tuple[MediaItem, ...]
-    two_way_spans: tuple[Range, ...]
-    mrope_positions: IntArray | None
-    mrope_delta: int
-    token_type_ids: list[int] | None
 
 
 class InputPreprocessor:
@@ -156,37 +144,30 @@ class InputPreprocessor:
             RequestError: Something about the request is wrong; the message is for its caller.
             ModelError: The model's input processor or mapper breaks its rules.
         """
-        own_adapter = adapter_id(self._adapters, lora_request)
+        make = partial(
+            EngineRequest,
+            request_id=request_id,
+            eos_token_ids=self._eos_token_ids,
+            priority=priority,
+            arrival_time_s=arrival_time_s,
+            cache_salt=cache_salt,
+            tenant=tenant,
+            pooling=pooling,
+            adapter_id=adapter_id(self._adapters, lora_request),
+        )
         try:
             admission.check_task(pooling, self._model_config)
             parsed = parse_prompt(prompt, takes_halves=self._has_encoder)
             kwargs = {**(mm_processor_kwargs or {}), **parsed.mm_processor_kwargs}
             kwargs = {name: value for name, value in kwargs.items() if value is not None}  # null asks for nothing
             self._settings.check_request(kwargs)
-            prepared = self._prepare(parsed, kwargs, sampling_params, cache_salt, pooling=pooling)
+            request = self._prepare(parsed, kwargs, sampling_params, cache_salt, make, pooling=pooling)
         except SensoriumError as error:
             if error.__cause__ is not None:
                 logger.warning("request %s is refused: %s", request_id, error, exc_info=error.__cause__)
             raise
-        request = EngineRequest(
-            request_id=request_id,
-            prompt_token_ids=prepared.token_ids,
-            sampling_params=prepared.sampling_params,
-            eos_token_ids=self._eos_token_ids,
-            media=prepared.items,
-            two_way_spans=prepared.two_way_spans,
-            mrope_positions=prepared.mrope_positions,
-            mrope_delta=prepared.mrope_delta,
-            priority=priority,
-            arrival_time_s=arrival_time_s,
-            cache_salt=cache_salt,
-            tenant=tenant,
-            pooling=pooling,
-            adapter_id=own_adapter,
-            token_type_ids=prepared.token_type_ids,
-        )
         counts: dict[str, tuple[int, ...]] = {}
-        for item in prepared.items:
+        for item in request.media:
             num_tokens = 0 if item.cross_rows else item.span.length
             counts[item.modality] = (*counts.get(item.modality, ()), num_tokens)
         return ProcessedRequest(request, parsed.text, counts)
@@ -213,10 +194,11 @@ class InputPreprocessor:
         kwargs: Mapping[str, Any],
         sampling_params: SamplingParams,
         cache_salt: str | None,
+        make: Callable[..., EngineRequest],
         *,
         pooling: PoolingParams | None,
-    ) -> _Prepared:
-        """What a request is made of; cheap checks come before expensive work."""
+    ) -> EngineRequest:
+        """What `make` makes of the parts that follow from prompt and model; cheap checks come before expensive work."""
         given = self._collector.collect(parsed.multi_modal_data, parsed.multi_modal_uuids, kwargs)
         ids, type_ids = self._encode(parsed, pooling)
         before = np.array(ids, dtype=np.int64)
@@ -237,7 +219,15 @@ class InputPreprocessor:
         items = media.items(placements, prompt.after) if media else ()
         positions, delta = self._mrope(after, items)
         has_types = self._takes_type_ids and type_ids is not None and len(type_ids) == len(after)
-        return _Prepared(after, sampling_params, items, two_way, positions, delta, type_ids if has_types else None)
+        return make(
+            prompt_token_ids=after,
+            sampling_params=sampling_params,
+            media=items,
+            two_way_spans=two_way,
+            mrope_positions=positions,
+            mrope_delta=delta,
+            token_type_ids=type_ids if has_types else None,
+        )
 
     def _encode(self, parsed: ParsedPrompt, pooling: PoolingParams | None) -> tuple[list[int], list[int] | None]:
         """Token ids of the prompt as given: those the caller sent, checked, or those of its text. With them, for a
@@ -290,7 +280,7 @@ class InputPreprocessor:
         """What the model's input processor makes of the prompt; the prompt itself if the model registered
         none.
         """
-        data = {each.modality: each.data() for each in given}
+        data = {each.modality: each.data for each in given}
         if given and self._mm_registry.has_processor(self._model_config):
             return self._run_merged_processor(parsed, ids, data, kwargs)
         inputs = token_inputs(

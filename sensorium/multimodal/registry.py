@@ -181,15 +181,15 @@ class MultiModalRegistry:
         limits = multimodal_config.limit_per_prompt
         return {modality: limits.get(modality, DEFAULT_LIMIT) for modality in self._plugins}
 
-    def check_data(self, model_config: ModelConfig, data: MultiModalDataDict) -> None:
-        """Whether a prompt's media can be taken at all; run before anything is computed for it.
+    def check_counts(self, model_config: ModelConfig, counts: Mapping[str, int]) -> None:
+        """Whether a prompt's media can be taken at all, by their numbers; run before anything is computed for it.
 
         Raises `UnknownModalityError` (a `NotImplementedError`) for a modality without a plugin;
         `InvalidRequestError` (a `ValueError`) if the model takes no media, or not so many items;
         `UnregisteredModalityError` (a `KeyError`) if it takes media, but not this modality.
         """
         limits = self.get_mm_limits_per_prompt(model_config)
-        for modality, value in data.items():
+        for modality, num_items in counts.items():
             plugin = self.get_plugin(modality)
             if not model_config.is_multimodal_model:
                 raise InvalidRequestError(
@@ -197,7 +197,7 @@ class MultiModalRegistry:
                 )
             if not self.has_processor(model_config):
                 plugin.get_input_mapper(model_config.model_class)
-            num_items, limit = count_items(value), limits[modality]
+            limit = limits[modality]
             if num_items > limit:
                 raise InvalidRequestError(
                     f"At most {limit} {modality}(s) may be provided in one request: got {num_items}. "
@@ -215,10 +215,10 @@ class MultiModalRegistry:
         """Turn a prompt's media into keyword arguments of `forward`.
 
         A list counts its members as items; anything else, a dict or an array included, is one item. Raises
-        what `check_data` and the plugins raise, and `ModelError` if two modalities' mappers return the same
+        what `check_counts` and the plugins raise, and `ModelError` if two modalities' mappers return the same
         key.
         """
-        self.check_data(model_config, data)
+        self.check_counts(model_config, {modality: count_items(value) for modality, value in data.items()})
         merged: dict[str, Any] = {}
         for modality, value in data.items():
             if count_items(value) == 0:

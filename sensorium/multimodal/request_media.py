@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -17,7 +18,6 @@ from sensorium.multimodal.alignment import align_items
 from sensorium.multimodal.hashing import Identity, callable_identity, derive, group_identity, key_of
 from sensorium.multimodal.item_checks import check_embeddings, embedding_rows
 from sensorium.multimodal.mapping import MediaMapper, check_distinct
-from sensorium.multimodal.media_data import MediaData
 from sensorium.multimodal.mrope import token_id_of
 from sensorium.multimodal.placeholders import is_placeholder
 from sensorium.multimodal.placement import (
@@ -40,6 +40,22 @@ Expansion: TypeAlias = Callable[
 """A prompt and, per modality, the mapped items, to the expanded prompt and, per modality, the items' ranges in it."""
 
 _PLAIN = (int, float, str, bool, bytes, type(None))
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class MediaData:
+    """The items of one modality, in the order given."""
+
+    modality: str
+    items: tuple[Any, ...]
+    identities: tuple[Identity, ...]
+    data: Any
+    """The items in the form in which they were given, what an input processor gets: a list, or one item itself."""
+
+    @property
+    def is_bare(self) -> bool:
+        """Whether the caller gave one object instead of a list."""
+        return not isinstance(self.data, list)
 
 
 class MediaStage:
@@ -113,7 +129,7 @@ class _ModalityMedia:
         """The data of several items together, all of them mostly, and their identity."""
         if len(indices) < self.num_items and self.items is not None:
             return [self.items[i] for i in indices], group_identity([self.item_identity(i) for i in indices])
-        changed = _unless_same(self.value, self._given.data())
+        changed = _unless_same(self.value, self._given.data)
         return self.value, derive(group_identity(self._given.identities), *self._scope, *changed)
 
 
@@ -167,7 +183,7 @@ class RequestMedia:
             )
         self._salt = cache_salt
         self._media = {
-            each.modality: _ModalityMedia(each, data.get(each.modality, each.data()), self._scope(each.modality))
+            each.modality: _ModalityMedia(each, data.get(each.modality, each.data), self._scope(each.modality))
             for each in given
         }
         self._mapped: dict[str, list[Mapping[str, Any]]] = {}

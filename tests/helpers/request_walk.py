@@ -8,6 +8,7 @@ pixels, as a model's arguments, or as what holds one of these. The process that 
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import CodeType, FrameType
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from PIL import Image
@@ -43,6 +45,8 @@ class RequestWalk:
     def __init__(self) -> None:
         self.files: list[str] = []
         """Relative to the package, in order, each once."""
+        self.kinds: set[str] = set()
+        """Kinds of values, of this package, that are passed on with the picture in them, and not a whole request."""
         self._is_on_its_way = False
         self._has_arrived = False
 
@@ -52,16 +56,33 @@ class RequestWalk:
             return
         self._is_on_its_way = self._is_on_its_way or code is parse_body.__code__
         file = code.co_filename.removeprefix(PACKAGE)
-        if self._is_on_its_way and file not in self.files and _is_given_the_picture(frame, code):
-            self.files.append(file)
+        if self._is_on_its_way and _is_given_the_picture(frame, code):
+            if file not in self.files:
+                self.files.append(file)
+            self.kinds.update(kind.__name__ for value in _given(frame, code).values() for kind in _kinds(value))
         self._has_arrived = self._is_on_its_way and code.co_name == ENCODER_METHOD
 
 
-def _is_given_the_picture(frame: FrameType, code: CodeType) -> bool:
+def _given(frame: FrameType, code: CodeType) -> dict[str, Any]:
     names = code.co_varnames[: code.co_argcount + code.co_kwonlyargcount]
-    given = {name: frame.f_locals[name] for name in names if name in frame.f_locals}
+    return {name: frame.f_locals[name] for name in names if name in frame.f_locals}
+
+
+def _is_given_the_picture(frame: FrameType, code: CodeType) -> bool:
     # What a long-lived object holds somewhere deep inside is not what a call of it is about.
-    return any(_holds_picture(value, 2 if name == "self" else 8) for name, value in given.items())
+    return any(_holds_picture(value, 2 if name == "self" else 8) for name, value in _given(frame, code).items())
+
+
+def _kinds(value: Any, depth: int = 2) -> Iterator[type]:
+    """Kinds of values, in lists and dicts too, that hold the picture at most three containers deep."""
+    if isinstance(value, list | tuple | dict) and depth and type(value).__module__ == "builtins":
+        members = value.values() if isinstance(value, dict) else value
+        for member in islice(list(members), MAX_MEMBERS):
+            yield from _kinds(member, depth - 1)
+    elif type(value).__module__.startswith("sensorium") and not isinstance(value, torch.nn.Module):
+        is_value = dataclasses.is_dataclass(value) or isinstance(value, msgspec.Struct | dict)
+        if is_value and _holds_picture(value, 3):
+            yield type(value)
 
 
 def _holds_picture(value: Any, depth: int) -> bool:
@@ -99,8 +120,8 @@ def rooms_of(files: Sequence[str]) -> list[tuple[str, list[str]]]:
     return visits
 
 
-def walk(family: str = "llava") -> list[str]:
-    """The files on the way of a picture to a model of this family."""
+def walk(family: str = "llava") -> RequestWalk:
+    """The way of a picture to a model of this family."""
     noted = RequestWalk()
     threading.setprofile(noted)
     try:
@@ -114,11 +135,11 @@ def walk(family: str = "llava") -> list[str]:
                 assert response.status == 200
     finally:
         threading.setprofile(None)
-    return noted.files
+    return noted
 
 
 if __name__ == "__main__":
     way = walk(*sys.argv[1:])
-    for visited, names in rooms_of(way):
+    for visited, names in rooms_of(way.files):
         print(f"{visited:16}", " ".join(names))
-    print(f"{len(way)} files, {len(rooms_of(way))} visits to rooms")
+    print(f"{len(way.files)} files, {len(rooms_of(way.files))} visits to rooms; as {', '.join(sorted(way.kinds))}")

@@ -11,7 +11,7 @@ import torch
 
 from sensorium.errors import InvalidRequestError, MediaError
 from sensorium.media import EncodedMedia, FetchPolicy, MediaLoader
-from sensorium.model_executor.models.byte_patches import as_processed
+from sensorium.multimodal.byte_patches import as_processed
 from sensorium.multimodal.mrope import get_mrope_positions
 from tests.helpers.checkpoints import HIDDEN_SIZE, token_ids
 from tests.helpers.processors import make_image, make_video

@@ -19,7 +19,6 @@ from torch import nn
 from sensorium.config import EngineConfig
 from sensorium.errors import InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
-from sensorium.model_executor.models.byte_patches import all_normalised, map_pictures, pixel_table
 from sensorium.model_executor.models.media_common import (
     as_items,
     expand_placeholders,
@@ -32,6 +31,7 @@ from sensorium.model_executor.models.qwen2_vision import Qwen2VisionTransformer
 from sensorium.model_executor.models.qwen_vl_inputs import Item, VisionInputs, grids_of
 from sensorium.model_executor.models.utils import WeightsMapper, maybe_prefix
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+from sensorium.multimodal.byte_patches import all_normalised, map_pictures, pixel_table
 from sensorium.multimodal.image import preprocess
 from sensorium.multimodal.mrope import positions_from_kwargs
 from sensorium.sequence import SequenceData

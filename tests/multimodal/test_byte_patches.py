@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from sensorium.model_executor.models.byte_patches import as_processed, map_pictures, pixel_table
+from sensorium.multimodal.byte_patches import as_processed, map_pictures, pixel_table
 from sensorium.multimodal.image import cached_get_image_processor
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.hf_reference import TEMPORAL_PATCH_SIZE

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,6 +20,7 @@ from sensorium.media import EncodedMedia, VideoFrames, VideoSampling
 from sensorium.media.side_by_side import all_or_none
 from sensorium.multimodal.hashing import Identity, identify, identify_encoded, identify_uuid
 from sensorium.multimodal.item_checks import check_arrays, check_heard, check_uuids
+from sensorium.multimodal.request_media import MediaData
 from sensorium.multimodal.video_array import VideoArray
 from sensorium.stages import stage
 
@@ -28,21 +28,6 @@ if TYPE_CHECKING:
     from sensorium.config import ModelConfig
     from sensorium.media import MediaLoader
     from sensorium.multimodal.registry import MultiModalRegistry
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class MediaData:
-    """The items of one modality, in the order given."""
-
-    modality: str
-    items: tuple[Any, ...]
-    identities: tuple[Identity, ...]
-    is_bare: bool
-    """The caller gave one object instead of a list."""
-
-    def data(self) -> Any:
-        """The items in the form in which they were given: what an input processor gets."""
-        return self.items[0] if self.is_bare else list(self.items)
 
 
 class MediaCollector:
@@ -88,7 +73,8 @@ class MediaCollector:
         """
         given = {modality: value for modality, value in data.items() if value is not None}
         split = {modality: self._split(modality, value) for modality, value in given.items()}
-        self._registry.check_data(self._model_config, {modality: items for modality, (items, _) in split.items()})
+        counts = {modality: len(items) for modality, (items, _) in split.items()}
+        self._registry.check_counts(self._model_config, counts)
         unknown = sorted(uuids.keys() - given.keys())
         if unknown:
             raise InvalidRequestError(
@@ -104,7 +90,7 @@ class MediaCollector:
             ]
             if loaded:
                 values, identities = zip(*loaded, strict=True)
-                collected.append(MediaData(modality, values, identities, is_bare))
+                collected.append(MediaData(modality, values, identities, values[0] if is_bare else list(values)))
         return collected
 
     async def decode_ahead(self, prompt: object) -> None:
@@ -126,7 +112,9 @@ class MediaCollector:
             if isinstance(item, EncodedMedia) and item.modality == modality
         ]
         if items:
-            self._registry.check_data(self._model_config, {name: value for name, value in data.items() if value})
+            given = {modality: value for modality, value in data.items() if value is not None}
+            counts = {name: len(value) if isinstance(value, list) else 1 for name, value in given.items()}
+            self._registry.check_counts(self._model_config, counts)
             await all_or_none([self._ahead(self._loader, item) for item in items])
 
     @staticmethod
