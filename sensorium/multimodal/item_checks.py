@@ -41,13 +41,13 @@ def check_span(counts: Mapping[str, int], span: Span, config: EngineConfig, feat
     limits = [features.max_item_rows.get(modality, 0) * count for modality, count in counts.items()]
     if features.splits_media and all(limits) and span.num_rows > sum(limits):
         raise InvalidRequestError(
-            f"rows of the {what}: got {span.num_rows}, expected at most {sum(limits)}. Send smaller media, or correct "
+            f"the {what}: got {span.num_rows} rows, expected at most {sum(limits)}. Send smaller media, or correct "
             "register_max_multimodal_tokens of the model class."
         )
     step_tokens = config.scheduler_config.max_num_batched_tokens
     if features.atomic_items and span.length > step_tokens:
         raise InvalidRequestError(
-            f"tokens of the {what}: got {span.length}, expected at most {step_tokens}, since this model computes them "
+            f"the {what}: got {span.length} tokens, expected at most {step_tokens}, since this model computes them "
             "in one step. Send smaller media, or raise max_num_batched_tokens."
         )
 

@@ -23,7 +23,7 @@ import transformers
 ROOT = Path(__file__).parents[2]
 FOLDERS = ("sensorium", "tests", "scripts", "benchmarks", "examples", "training")
 OTHERS: Mapping[str, str] = {
-    **dict.fromkeys(("video_metadata", "bytes_to_unicode"), "transformers"),
+    **dict.fromkeys(("video_metadata", "bytes_to_unicode", "sliding_window_overlay"), "transformers"),
     "and_masks": "torch.nn.attention.flex_attention",
     "is_global": "ipaddress",
     **dict.fromkeys(("OTEL_TRACES_SAMPLER", "OTEL_SERVICE_NAME"), "OpenTelemetry"),
