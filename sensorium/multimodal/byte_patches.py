@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sensorium.model_executor.models import byte_pictures
+from sensorium.multimodal import byte_pictures
 from sensorium.multimodal.smart_resize import smart_resize
 
 NUM_CHANNELS = 3

@@ -176,3 +176,12 @@ def _to_device(value: Any, device: torch.types.Device) -> NestedTensors:
     if tensor.device.type == "cpu" and torch.device(device or "cpu").type == "cuda":
         tensor = tensor.pin_memory()  # from other memory, the host waits for the copy and all work before it
     return tensor.to(device, non_blocking=True)
+
+
+def each_item(value: Any, item_dims: int) -> list[torch.Tensor]:
+    """Tensors of `item_dims` axes, of whatever sizes, in the order in which they are nested or stacked."""
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        return list(value.reshape(-1, *value.shape[value.dim() - item_dims :]))
+    return [item for each in value for item in each_item(each, item_dims)]

@@ -16,9 +16,9 @@ from sensorium.config import EngineConfig
 from sensorium.engine.args import EngineArgs
 from sensorium.inputs import INPUT_REGISTRY, token_inputs
 from sensorium.model_executor.model_loader import load_model
-from sensorium.model_executor.models.byte_pictures import joined
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
 from sensorium.multimodal.byte_patches import as_processed
+from sensorium.multimodal.byte_pictures import joined
 from sensorium.worker.kv_cache import CacheLayout, zero_row
 from tests.helpers.checkpoints import make_tokenizer
 from tests.helpers.hf_reference import TEMPORAL_PATCH_SIZE, in_frames

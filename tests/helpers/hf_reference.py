@@ -14,8 +14,8 @@ from transformers import GenerationMixin
 
 from sensorium.entrypoints.verification.reference import tiled_picture, two_way_types
 from sensorium.messages import EngineRequest
-from sensorium.model_executor.models.byte_pictures import joined
 from sensorium.multimodal.byte_patches import as_processed
+from sensorium.multimodal.byte_pictures import joined
 from tests.helpers.checkpoints import token_ids
 
 TEMPORAL_PATCH_SIZE = 2

@@ -14,10 +14,10 @@ import torch
 from sensorium.config import EngineConfig
 from sensorium.errors import ModelError
 from sensorium.messages import EngineRequest, MediaItem
-from sensorium.model_executor.models.byte_pictures import joined
 from sensorium.model_executor.models.transformers.media_rows import on_device
 from sensorium.model_executor.models.transformers.weights import load_hf_model
 from sensorium.multimodal.byte_patches import as_processed
+from sensorium.multimodal.byte_pictures import joined
 from sensorium.multimodal.hf_items import is_of_processor, of_item
 from sensorium.multimodal.mrope import token_id_of
 

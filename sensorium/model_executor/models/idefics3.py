@@ -19,8 +19,7 @@ from torch import nn
 from sensorium.config import EngineConfig
 from sensorium.distributed import ONE_RANK, constructing_for
 from sensorium.model_executor.layers.linear import ReplicatedLinear
-from sensorium.model_executor.models.byte_pictures import pictures_of
-from sensorium.model_executor.models.media_common import Pieces, each_item, language_config
+from sensorium.model_executor.models.media_common import Pieces, language_config
 from sensorium.model_executor.models.media_inputs import PictureInputs, Size, takes_media
 from sensorium.model_executor.models.media_language_model import MediaLanguageModel
 from sensorium.model_executor.models.siglip import SiglipVisionEmbeddings, SiglipVisionModel
@@ -32,6 +31,8 @@ from sensorium.model_executor.models.utils import (
     missing_inner_model,
 )
 from sensorium.model_executor.models.vision_common import merged_squares
+from sensorium.multimodal.byte_pictures import pictures_of
+from sensorium.multimodal.inputs import each_item
 
 MAX_SIDE = 4096
 """In pixels, behind the processor's first resizing."""

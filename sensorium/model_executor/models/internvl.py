@@ -18,10 +18,9 @@ from torch import nn
 from sensorium.errors import InvalidRequestError
 from sensorium.model_executor.layers.encoder import EncoderMLP
 from sensorium.model_executor.layers.quantization import QuantizationConfig
-from sensorium.model_executor.models.byte_pictures import pictures_of
 from sensorium.model_executor.models.internvl_vision import InternVLVisionModel
 from sensorium.model_executor.models.llava import LlavaForConditionalGeneration, drops_first_row, feature_layers_of
-from sensorium.model_executor.models.media_common import Pieces, each_item
+from sensorium.model_executor.models.media_common import Pieces
 from sensorium.model_executor.models.media_inputs import (
     ClipInputs,
     MediaInputs,
@@ -31,6 +30,8 @@ from sensorium.model_executor.models.media_inputs import (
     with_text_in_front,
 )
 from sensorium.model_executor.models.vision_common import merged_squares
+from sensorium.multimodal.byte_pictures import pictures_of
+from sensorium.multimodal.inputs import each_item
 
 MAX_TILES = 256
 """What a request may ask for: grids are found by trying all of them."""

@@ -18,9 +18,8 @@ from sensorium.errors import InvalidRequestError, ModelError
 from sensorium.inputs import InputContext
 from sensorium.model_executor.layers.encoder import EncoderMLP
 from sensorium.model_executor.layers.quantization import QuantizationConfig
-from sensorium.model_executor.models.byte_pictures import pictures_of
 from sensorium.model_executor.models.clip import CLIPVisionModel
-from sensorium.model_executor.models.media_common import Pieces, each_item, language_config
+from sensorium.model_executor.models.media_common import Pieces, language_config
 from sensorium.model_executor.models.media_inputs import MediaInputs, PictureInputs, Size, takes_media
 from sensorium.model_executor.models.media_language_model import MediaLanguageModel
 from sensorium.model_executor.models.pixtral import PixtralPictures, PixtralVisionModel
@@ -31,6 +30,8 @@ from sensorium.model_executor.models.utils import (
     maybe_prefix,
     missing_inner_model,
 )
+from sensorium.multimodal.byte_pictures import pictures_of
+from sensorium.multimodal.inputs import each_item
 
 Tower: TypeAlias = CLIPVisionModel | SiglipVisionModel | PixtralVisionModel
 TOWERS: dict[str, type[Tower]] = {

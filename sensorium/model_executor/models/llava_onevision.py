@@ -15,12 +15,13 @@ from typing import Any
 import torch
 from PIL import Image
 
-from sensorium.model_executor.models.byte_pictures import pictures_of
 from sensorium.model_executor.models.llava import patches_per_side
 from sensorium.model_executor.models.llava_next import LlavaNextForConditionalGeneration, LlavaNextPictures
-from sensorium.model_executor.models.media_common import Pieces, each_item
+from sensorium.model_executor.models.media_common import Pieces
 from sensorium.model_executor.models.media_inputs import ClipInputs, Size, takes_media
 from sensorium.model_executor.models.tiles import Pair
+from sensorium.multimodal.byte_pictures import pictures_of
+from sensorium.multimodal.inputs import each_item
 
 SHRINKS_ABOVE = 1.1
 """How much longer than the bound lines may be, as a ratio of sides."""

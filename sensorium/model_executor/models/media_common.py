@@ -198,12 +198,3 @@ def stacked(value: Any, item_dims: int) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value.reshape(-1, *value.shape[value.dim() - item_dims :])
     return torch.cat([stacked(each, item_dims) for each in value])
-
-
-def each_item(value: Any, item_dims: int) -> list[torch.Tensor]:
-    """As `stacked`, without joining: tensors of `item_dims` axes, of whatever sizes, in order."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        return list(value.reshape(-1, *value.shape[value.dim() - item_dims :]))
-    return [item for each in value for item in each_item(each, item_dims)]

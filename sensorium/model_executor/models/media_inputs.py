@@ -18,7 +18,6 @@ from PIL import Image
 
 from sensorium.errors import InvalidTypeError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
-from sensorium.model_executor.models.byte_pictures import map_pictures
 from sensorium.model_executor.models.media_common import (
     Pieces,
     as_items,
@@ -29,6 +28,7 @@ from sensorium.model_executor.models.media_common import (
     stacked,
 )
 from sensorium.multimodal import MULTIMODAL_REGISTRY, MultiModalKwargs
+from sensorium.multimodal.byte_pictures import map_pictures
 from sensorium.multimodal.hf_processors import (
     cached_get_image_processor,
     cached_get_tokenizer,

@@ -13,7 +13,6 @@ from PIL import Image
 
 from sensorium.errors import InvalidRequestError, InvalidTypeError
 from sensorium.inputs import InputContext
-from sensorium.model_executor.models.byte_pictures import joined, map_pictures, picture_table
 from sensorium.model_executor.models.idefics3 import Idefics3Pictures
 from sensorium.model_executor.models.internvl import InternVLPictures
 from sensorium.model_executor.models.llava_next import LlavaNextPictures
@@ -24,6 +23,7 @@ from sensorium.model_executor.models.pixtral import PixtralPictures
 from sensorium.model_executor.models.tiles import bars, best_resolution, unpadded
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.multimodal.byte_patches import as_processed
+from sensorium.multimodal.byte_pictures import joined, map_pictures, picture_table
 from sensorium.multimodal.hf_processors import cached_get_image_processor
 from tests.helpers.checkpoints import make_checkpoint, make_tokenizer
 from tests.helpers.direct import engine_config, prepare

@@ -16,9 +16,9 @@ import numpy as np
 import torch
 from PIL import Image
 
-from sensorium.model_executor.models.media_common import each_item
 from sensorium.multimodal.hf_processors import with_settings
 from sensorium.multimodal.image import preprocess
+from sensorium.multimodal.inputs import each_item
 
 NUM_CHANNELS = 3
 PICTURE_DIMS = 4
