@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
 from sensorium.distributed import ONE_RANK, TensorParallel
-from sensorium.errors import ConfigError
+from sensorium.errors import ConfigError, ModelError
 from sensorium.pooling_params import PoolingTask
 from sensorium.sampling_defaults import SamplingDefaults
 from sensorium.settings import MAX_BYTES, Bounds, FileName, check_setting, check_settings, wrong_setting
@@ -119,6 +119,15 @@ class PoolerConfig:
     def __post_init__(self) -> None:
         check_settings(self)
 
+    def line(self) -> str:
+        """For the load report."""
+        if self.labels:
+            kind = "scores" if self.activation == "none" else self.activation
+            return f"{self.tasks[0]}, {len(self.labels)} label{'s' * (len(self.labels) > 1)}, {kind}"
+        dense = f", through {len(self.projections)} linear layers" if self.projections else ""
+        rows = f"{self.pooling_type} of rows" if "embed" in self.tasks else "each row"
+        return f"{', '.join(self.tasks)}: {rows}{dense}{', length 1' if self.normalize else ''}"
+
 
 @dataclass(frozen=True)
 class ModelConfig:
@@ -198,8 +207,14 @@ class ModelConfig:
 
     @property
     def vocab_size(self) -> int:
-        """Number of rows of the output head."""
-        return int(self.hf_text_config.vocab_size)
+        """Number of rows of the output head, or of the embeddings of a model without one. Raises `ModelError`."""
+        found = getattr(self.hf_text_config, "vocab_size", None)
+        if found is None:
+            raise ModelError(
+                f"vocab_size in config.json: got none for {self.architecture}, expected the number of token ids. "
+                "Models that read characters are not served."
+            )
+        return int(found)
 
     @property
     def pooler(self) -> PoolerConfig:

@@ -270,6 +270,8 @@ class LoadReport:
     """Where guesses of next tokens come from, or why there are none, if they were asked for."""
     sampling: str = ""
     """Sampling values of requests that leave them out, if the checkpoint has any."""
+    pooling: str = ""
+    """What is made of prompts where the model doesn't generate."""
     kernels: str = ""
     """What computes, and what follows from it, if that isn't what this kind of device usually has."""
     processors: str = ""
@@ -294,6 +296,7 @@ class LoadReport:
             f"{self.model}: tier {features.tier}",
             *([f"weights: {self.weights}"] if self.weights else []),
             *([f"steps: {self.steps}"] if self.steps else []),
+            *([f"pooling: {self.pooling}"] if self.pooling else []),
             *([f"adapters: {self.adapters}"] if self.adapters else []),
             *([f"drafts: {self.drafts}"] if self.drafts else []),
             *([f"kernels: {self.kernels}"] if self.kernels else []),

@@ -8,19 +8,23 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from sensorium.model_executor.models.registry import IN_TREE
+from sensorium.model_executor.models.registry import IN_TREE, POOLING
 from sensorium.model_executor.models.transformers.architectures import media_architectures, text_architectures
 
 VERIFIED = Path(__file__).parent.parent / "model_executor" / "models" / "transformers" / "verified.json"
+VERIFIED_POOLING = VERIFIED.with_name("verified_pooling.json")
 NATIVE, FLAT, BY_REQUEST, NOT_SERVED, UNKNOWN = "native", "flat", "by request", "not served", "by the check at load"
+WHOLE, PADDED = "flat, whole prompts", "padded"
 WAYS = {
     NATIVE: "a class of this engine: every feature, at full speed",
     FLAT: "modules of transformers over a flat batch and the paged cache: batching, chunks, prefix cache",
     BY_REQUEST: "modules of transformers, a pass and a cache of Hugging Face's for each request",
+    WHOLE: "modules of transformers that don't generate, over whole prompts in one flat batch, without a cache",
+    PADDED: "the same with prompts of about the same length together, padded",
     UNKNOWN: "not tried beforehand; loading finds out which of these ways is right, or refuses it",
     NOT_SERVED: "no way was right, or there is none yet",
 }
@@ -43,7 +47,21 @@ def rows(registered: Collection[str] = ()) -> list[Row]:
     tried = recorded()["architectures"]
     found = [Row(name, NATIVE, name in IN_TREE, "" if name in IN_TREE else "registered") for name in native]
     found += [_row(name, tried.get(name)) for name in (text_architectures() | media_architectures()) - native]
+    named = {row.architecture for row in found}
+    found += [row for row in _pooling_rows() if row.architecture not in named]
     return sorted(found, key=lambda row: row.architecture.lower())
+
+
+def _pooling_rows() -> list[Row]:
+    """Architectures that don't generate: those with a class here, and those whose heads or encoders were tried."""
+    own = [name for name in POOLING if name not in IN_TREE]
+    found = [Row(name, PADDED if "dual" in POOLING[name] else NATIVE, is_verified=True) for name in own]
+    tried = json.loads(VERIFIED_POOLING.read_text(encoding="utf-8"))["architectures"]
+    ways = {"flat": WHOLE, "padded": PADDED, "one by one": PADDED}
+    for name, each in tried.items():
+        row = _row(name, each)
+        found.append(replace(row, way=ways.get(row.way, row.way)))
+    return [row for i, row in enumerate(found) if row.architecture not in own or i < len(own)]
 
 
 def recorded() -> dict[str, Any]:
@@ -94,7 +112,8 @@ def markdown(table: Sequence[Row]) -> str:
         "by those is decided at load, by comparing the model with its untouched modules, and the load report says what "
         "came of it, and why no faster way was right: this page only says what came of tiny random checkpoints.\n\n"
         f"Verified means: greedy tokens equal those of `generate` ({content['date']}; {versions}), "
-        "of text and of the media that are named behind it, as a tiny model's processor makes them. "
+        "of text and of the media that are named behind it, as a tiny model's processor makes them; and vectors and "
+        "scores of models that don't generate equal those of their untouched modules. "
         "`sensorium verify` does more of that for a checkpoint of yours.\n\n"
     )
     ways = "".join(f"| {way} | {count} | {WAYS[way]} |\n" for way, count in counts(table).items())

@@ -69,11 +69,21 @@ class _Check:
         self._steps = DummySteps(config, CacheLayout.of(model, config), device)
         longest = config.model_config.max_model_len
         self._prompts = split_prompts(model.text_token_ids, [min(length, longest) for length in _LENGTHS])
+        if model.end_token_id is not None:
+            for ids in self._prompts:
+                ids[-1] = model.end_token_id
         self._types = [[i % 2 for i in range(len(ids))] if model.takes_type_ids else None for ids in self._prompts]
         self.run_reference = partial(model.reference, self._prompts[-1].tolist(), self._types[-1])
-        self._references = [
-            model.reference(ids.tolist(), types) for ids, types in zip(self._prompts, self._types, strict=True)
-        ]
+        try:
+            self._references = [
+                model.reference(ids.tolist(), types) for ids, types in zip(self._prompts, self._types, strict=True)
+            ]
+        except Exception as raised:  # whatever modules raise
+            raise ModelError(
+                f"{config.model_config.architecture} of transformers: got a failure of its untouched modules on a few "
+                f"tokens ({told_to_author(raised)}), expected outputs. Check that config.json belongs to the weights, "
+                "or set load_check (--load-check) to 'off'."
+            ) from raised
 
     def error(self) -> float:
         """The largest difference of an output, over the largest output. Infinite where something is no number."""

@@ -169,6 +169,7 @@ class Worker:
             adapters=self._adapters_line(),
             drafts=_drafts_line(self._config, groups),
             sampling=model_config.sampling_defaults.line(),
+            pooling=model_config.pooler.line() if model_config.pools else "",
             kernels=_kernels_line(self._device),
         )
 

@@ -11,10 +11,12 @@ import pytest
 import torch
 import transformers
 from PIL import Image
+from torch.nn import functional as F
 
-from sensorium import LLM
+from sensorium import LLM, PoolingParams
 from sensorium.errors import UnsupportedFeatureError
 from tests.helpers.checkpoints import make_checkpoint, qwen2_vl_config
+from tests.helpers.hf_reference import hf_inputs
 
 PAGE = "<|im_start|>user\n<|vision_start|><|image_pad|><|vision_end|>Describe the image.<|im_end|><|endoftext|>"
 
@@ -52,4 +54,24 @@ def test_vectors_of_pages_and_queries_are_transformers(folder: Path) -> None:
         llm.embed("a query")
     scores = llm.score("a query", ["one", "another"])
     assert all(np.isfinite(each.outputs.score) for each in scores)
+    llm.shutdown()
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl"])
+def test_a_model_that_generates_embeds_a_picture_by_its_last_token(family: str) -> None:
+    """As Qwen3-VL-Embedding does: the same class, served for pooling, in chunks, without its head."""
+    folder = make_checkpoint(family)
+    llm = LLM(str(folder), device="cpu", runner="pooling", max_num_batched_tokens=16, num_blocks=128)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8))
+    prompt = {"prompt": "<|vision_start|><|image_pad|><|vision_end|>Hi", "multi_modal_data": {"image": picture}}
+    outputs = llm.embed([prompt, "a text", prompt])
+    model = transformers.AutoModelForImageTextToText.from_pretrained(folder, attn_implementation="eager").eval()
+    for given, output in zip((prompt, "a text"), outputs, strict=False):
+        request = llm.engine.preprocess("preview", given, pooling=PoolingParams()).engine_request
+        with torch.inference_mode():
+            states = model.model(**hf_inputs(request, model)).last_hidden_state
+        assert np.allclose(output.outputs.embedding, F.normalize(states[0, -1], dim=0), atol=2e-5)
+    assert np.allclose(outputs[0].outputs.embedding, outputs[2].outputs.embedding, atol=1e-6)
+    with pytest.raises(UnsupportedFeatureError, match="got a request to generate"):
+        llm.generate("a text")
     llm.shutdown()

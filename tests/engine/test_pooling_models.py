@@ -280,6 +280,7 @@ def test_a_position_that_a_model_lacks_is_refused() -> None:
     """RoBERTa counts from behind its padding's id: of 130 positions it has 128."""
     llm = load(make_pooling_checkpoint("XLMRobertaModel", roberta()))
     assert llm.engine.config.model_config.max_model_len == 128
+    assert "pooling: embed, token_embed: mean of rows, length 1" in llm.report.lines()
     assert len(llm.embed("x" * 126)[0].prompt_token_ids) == 128
     with pytest.raises(RequestError, match="got 129 tokens, expected at most 128"):
         llm.embed("x" * 127)

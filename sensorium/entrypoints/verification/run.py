@@ -77,6 +77,11 @@ def verify(
     with _checkpoint(settings, random_weights) as folder:
         job = _Job({**settings, "model": folder, **_implementation(baseline)}, baseline, num_new_tokens)
         config = EngineArgs(**job.settings).create_engine_config()
+        if config.model_config.pools:
+            raise ConfigError(
+                f"model: got {config.model_config.architecture}, which is served for pooling, expected one that "
+                "generates: tokens are compared. Loading compares modules of transformers with their untouched selves."
+            )
         chosen = dtypes or list(dict.fromkeys(["float32", config.model_config.dtype_name]))
         results: list[Result] = []
         tier, parting = "", ""

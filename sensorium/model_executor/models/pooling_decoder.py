@@ -16,7 +16,7 @@ from sensorium.attention import AttentionMetadata
 from sensorium.config import EngineConfig
 from sensorium.model_executor.layers.decoder import Decoder
 from sensorium.model_executor.models.llama import LlamaForCausalLM
-from sensorium.model_executor.models.registry import ModelRegistry
+from sensorium.model_executor.models.registry import ModelRegistry, generating_name
 from sensorium.model_executor.models.utils import maybe_prefix
 
 
@@ -27,7 +27,7 @@ class DecoderForPooling(nn.Module):
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()
-        generating, _ = ModelRegistry.resolve(_generating_name(config.model_config.architecture), "native")
+        generating, _ = ModelRegistry.resolve(generating_name(config.model_config.architecture), "native")
         assert issubclass(generating, LlamaForCausalLM)
         options = generating.decoder_options(config.model_config.hf_text_config)
         self.model = Decoder(config=config, options=options, prefix=maybe_prefix(prefix, "model"))
@@ -55,8 +55,3 @@ class DecoderForPooling(nn.Module):
         """Fill the decoder; names may begin with `model.` or not."""
         inner = ((name.removeprefix("model."), tensor) for name, tensor in weights)
         return {f"model.{name}" for name in self.model.load_weights(inner)}
-
-
-def _generating_name(architecture: str) -> str:
-    """The architecture with an output head that an inner model belongs to."""
-    return architecture if architecture.endswith("ForCausalLM") else f"{architecture.removesuffix('Model')}ForCausalLM"

@@ -67,17 +67,22 @@ IN_TREE: dict[str, str] = {
 }
 """Architectures with a model file here."""
 
-_DECODER = f"{_MODELS}.pooling_decoder:DecoderForPooling"
+DECODER = f"{_MODELS}.pooling_decoder:DecoderForPooling"
 POOLING: dict[str, str] = {
     **dict.fromkeys(
         (f"{stem}{kind}" for stem in ("Llama", "Mistral", "Qwen2", "Qwen3") for kind in ("ForCausalLM", "Model")),
-        _DECODER,
+        DECODER,
     ),
     "ColQwen2ForRetrieval": f"{_MODELS}.colqwen2:ColQwen2ForRetrieval",
     "CLIPModel": f"{_MODELS}.transformers.dual_encoder:DualEncoder",
     "SiglipModel": f"{_MODELS}.transformers.dual_encoder:PaddedDualEncoder",
 }
 """What serves architectures for pooling, where that is a class here."""
+
+
+def generating_name(architecture: str) -> str:
+    """The architecture with an output head that an inner model belongs to: `MistralForCausalLM` of `MistralModel`."""
+    return architecture if architecture.endswith("ForCausalLM") else f"{architecture.removesuffix('Model')}ForCausalLM"
 
 
 MAX_NAMED_ARCHS = 16
@@ -174,19 +179,21 @@ class _ModelRegistry:
         A class that generates is taken as it is where its own rows or logits are wanted. Raises as `resolve`.
         """
         name = architectures[0]
+        own = POOLING.get(name) if self._models.get(name) == IN_TREE.get(name) else None
+        if own not in (None, DECODER):
+            return self._load(name, own), name
         reads_both_ways = getattr(hf_config, "is_causal", True) is False or getattr(
             hf_config.get_text_config(), "use_bidirectional_attention", False
         )
-        if model_impl != "transformers" and not reads_both_ways:
-            if pooler.token_ids:
-                return self.resolve(architectures, model_impl, is_remote=is_remote)
-            target = POOLING.get(name) if self._models.get(name) == IN_TREE.get(name) else None
-            if target is not None or name in self._models:
-                return self._load(name, target or self._models[name]), name
+        is_native = model_impl != "transformers" and not reads_both_ways
+        if is_native and own is not None and not pooler.token_ids:
+            generating = generating_name(name)
+            if not _is_unsuited(self._load(generating, self._models[generating]), hf_config):
+                return self._load(name, own), name
+        elif pooler.token_ids or name in media_architectures() or (is_native and name in self._models):
+            return self.resolve(architectures, model_impl, is_remote=is_remote, hf_config=hf_config)
         if model_impl == "native":
             raise self._unknown(list(architectures), model_impl, has_generic=True)
-        if pooler.token_ids:
-            return self.resolve(architectures, model_impl, is_remote=is_remote)
         return self._load(name, POOLING_CLASS), name
 
     def _unknown(self, names: Sequence[str], model_impl: ModelImpl, *, has_generic: bool) -> ConfigError:

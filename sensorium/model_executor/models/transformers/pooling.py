@@ -126,7 +126,8 @@ class TransformersForPooling(nn.Module):
         if num_tokens > _MOST_TRIED_TOKENS:
             return len(self._arguments.offsets) == 1
         try:
-            self.reference(self.text_token_ids(num_tokens))
+            ids = self.text_token_ids(num_tokens)
+            self.reference(ids if self.end_token_id is None else [*ids[:-1], self.end_token_id])
         except (IndexError, RuntimeError):  # of an embedding without such a position
             return False
         return True
@@ -200,6 +201,13 @@ class TransformersForPooling(nn.Module):
         types = None if type_ids is None else torch.tensor([list(type_ids)], device=self._device)
         with self._attention.eager():
             return _result(self.hf_model(**self._arguments.of_batch(ids, torch.ones_like(ids), types)))[0]
+
+    @property
+    def end_token_id(self) -> int | None:
+        """The token that a text must end with, as where an encoder's text is read again by a decoder (BART)."""
+        hf_config = self._model_config.hf_config
+        found = getattr(hf_config, "eos_token_id", None)
+        return found if getattr(hf_config, "is_encoder_decoder", False) and isinstance(found, int) else None
 
     @property
     def takes_type_ids(self) -> bool:
