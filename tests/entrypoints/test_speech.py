@@ -14,6 +14,7 @@ import torch
 from transformers import GenerationConfig, WhisperFeatureExtractor
 
 from sensorium import LLM, SamplingParams
+from sensorium.entrypoints.openai import windows
 from sensorium.inputs.speech import Segment, SpeechTokens, segments_of, subtitles
 from sensorium.media.audio import decode_audio
 from sensorium.media.encode import encode_audio
@@ -155,6 +156,16 @@ def test_subtitles_and_streams(client: openai.OpenAI, server: Served) -> None:
     assert "".join(deltas).strip() == whole.text
     assert events[-1].type == "transcript.text.done"
     server.settle()
+
+
+def test_a_sound_that_a_model_goes_through_in_tiny_steps_is_given_up(
+    http: httpx.Client, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A request could keep the model busy for a day: every window may end a fiftieth of a second behind the last."""
+    monkeypatch.setattr(windows, "segments_of", lambda *_, **__: ([], 2))
+    response = http.post(PATH, data={"language": "en", "max_tokens": "1"}, files={"file": ("a.wav", sound(1.5))})
+    assert response.status_code == 400
+    assert "got a sound of which 20 windows brought 27%" in response.json()["error"]["message"]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from random import Random
 
-from sensorium.cache_spec import NO_BLOCK, CacheGroup, SpanRule
+from sensorium.cache_spec import NO_BLOCK, CacheGroup, CacheKind, SpanRule
 from sensorium.messages import (
     EngineRequest,
     MediaItem,
@@ -47,7 +47,16 @@ def media_value(item: MediaItem, row: int) -> Value:
 
 def encode(item: MediaItem) -> list[Value]:
     """The item's rows."""
-    return [media_value(item, row) for row in range(item.span.num_rows)]
+    return [media_value(item, row) for row in range(item.num_rows)]
+
+
+def rows_seen(request: EngineRequest, end: int) -> list[Value]:
+    """The rows that a chunk which ends at `end` sees by cross-attention."""
+    seen: list[Value] = []
+    for item in request.media:
+        if item.span.offset < end:
+            seen += encode(item)[: item.cross_rows if end < item.span.end else item.seen_rows]
+    return seen
 
 
 def media_rows(item: MediaItem) -> dict[int, int]:
@@ -62,7 +71,9 @@ class TrueSequence:
     def __init__(self, request: EngineRequest) -> None:
         self.request = request
         self.token_ids = list(request.prompt_token_ids)
-        self.row_at = {p: (item, row) for item in request.media for p, row in media_rows(item).items()}
+        placed = [item for item in request.media if not item.cross_rows]
+        self.row_at = {p: (item, row) for item in placed for p, row in media_rows(item).items()}
+        self.attends = len(placed) < len(request.media)
         self.states: list[int] = []
         self.spans = {p: span for span in request.two_way_spans for p in range(*span)}
 
@@ -70,7 +81,8 @@ class TrueSequence:
         if position in self.row_at:
             item, row = self.row_at[position]
             return media_value(item, row)
-        return (0, self.token_ids[position], 0)
+        seen = rows_seen(self.request, position + 1) if self.attends else []
+        return (0, self.token_ids[position], hash(tuple(seen)) if seen else 0)
 
     def state(self, position: int) -> int:
         """The state after `position`; `ROOT` before the first."""
@@ -238,6 +250,9 @@ class FakeWorker:
         """What the chunk's first token sees in a group is this request's own history."""
         begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
         table = slot.tables[index]
+        if group.kind is CacheKind.CROSS:
+            self._check_sight(chunk, slot, table)
+            return
         if not group.is_paged:
             state = ROOT if slot.source == NO_BLOCK else self.kv[index][slot.source][0]
             assert state == slot.sequence.state(begin - 1), f"wrong state before {begin} of {chunk.request_id}"
@@ -256,9 +271,40 @@ class FakeWorker:
             found = self._read(slot, index, position)
             assert found == slot.sequence.state(position), f"wrong KV at {position} of {chunk.request_id}: {group.kind}"
 
+    def _check_sight(self, chunk: ScheduledChunk, slot: Slot, table: list[int]) -> None:
+        """All tokens of a chunk see the same rows, which have room, and are written where an item is first seen."""
+        begin, end = chunk.num_computed_tokens, chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        media = slot.sequence.request.media
+        for item in media:
+            for cut in (item.span.offset, item.span.end - 1):
+                assert not begin < cut < end, "tokens of one chunk see different rows"
+        assert len(table) == -(-sum(item.cross_rows for item in media) // self.block_size)
+        assert all(begin <= media[i].span.offset < end for i in chunk.cross_items)
+
+    def _attend(self, chunk: ScheduledChunk, slot: Slot) -> None:
+        """Write the rows that the chunk is to write, and look at all that it sees."""
+        request = slot.sequence.request
+        end = chunk.num_computed_tokens + chunk.num_scheduled_tokens
+        for index, group in enumerate(self.groups):
+            if group.kind is not CacheKind.CROSS:
+                continue
+            places = [(block, offset) for block in slot.tables[index] for offset in range(self.block_size)]
+            first = 0
+            for i, item in enumerate(request.media):
+                if i in chunk.cross_items:
+                    assert item.key in self.rows, f"rows of {item.key} are missing"
+                    for (block, offset), value in zip(places[first:], self.rows[item.key], strict=False):
+                        self.kv[index][block][offset] = hash(value)
+                first += item.cross_rows
+            seen = rows_seen(request, end)
+            found = [self.kv[index][block][offset] for block, offset in places[: len(seen)]]
+            assert found == [hash(value) for value in seen], f"wrong rows for {chunk.request_id}"
+
     def _used(self, slot: Slot, index: int, chunks: Mapping[int, ScheduledChunk]) -> set[int]:
         """Blocks of a group that a request reads in this step, or may read in a later one."""
         group, chunk = self.groups[index], chunks.get(id(slot))
+        if group.kind is CacheKind.CROSS:
+            return set(slot.tables[index])
         if not group.is_paged:
             return {slot.source, *slot.tables[index]} if chunk is not None else set(slot.tables[index])
         computed = slot.computed or 0 if chunk is None else chunk.num_computed_tokens
@@ -276,6 +322,8 @@ class FakeWorker:
             for index, group in enumerate(self.groups):
                 table = slot.tables[index]
                 written = table[first : -(-end // self.block_size)] if group.is_paged else table
+                if group.kind is CacheKind.CROSS:
+                    written = table if chunk.cross_items else []
                 for other_id, other in self.slots.items():
                     if other_id != chunk.request_id and not other.has_failed:
                         assert not set(written) & self._used(other, index, by_slot), "a block that is written is shared"
@@ -309,6 +357,7 @@ class FakeWorker:
             slot.has_failed = True
             result.failures[chunk.request_id] = RequestFailure("injected")  # type: ignore[index]
             return
+        self._attend(chunk, slot)
         state = slot.sequence.state(begin - 1)  # as `_check_history` has found it
         first_draft = end - len(chunk.draft_token_ids)
         for position in range(begin, first_draft):
@@ -317,7 +366,8 @@ class FakeWorker:
             self._write(slot, position, state)
         states = [state]
         for position, token_id in enumerate(chunk.draft_token_ids, first_draft):
-            states.append(step_hash(states[-1], (0, token_id, 0)))  # no two-way span has tokens of the output
+            seen = slot.sequence.value(begin)[2]  # no two-way span has tokens of the output, and all items are seen
+            states.append(step_hash(states[-1], (0, token_id, seen)))
             self._write(slot, position, states[-1])
         slot.computed = first_draft
         self._report(chunk, slot, states, result)
@@ -325,9 +375,9 @@ class FakeWorker:
     def _write(self, slot: Slot, position: int, state: int) -> None:
         block, offset = divmod(position, self.block_size)
         for index, group in enumerate(self.groups):
-            if group.is_paged:
+            if group.keeps_positions:
                 self.kv[index][slot.tables[index][block]][offset] = state
-            else:
+            elif group.kind is CacheKind.STATE:
                 self.kv[index][slot.tables[index][0]][0] = state
 
     def _report(self, chunk: ScheduledChunk, slot: Slot, states: Sequence[int], result: ModelRunnerOutput) -> None:

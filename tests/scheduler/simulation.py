@@ -288,7 +288,7 @@ class Simulation:
             assert len(step.chunks) == 1, "more than the budget only for a chunk that runs alone"
             assert not config.enable_chunked_prefill or self.worker.keeps_items_whole
         is_alone = len(step.chunks) == 1 and not config.enable_chunked_prefill
-        rows = [self.requests[each.request_id].media[each.item].span.num_rows for each in step.encoder_inputs]
+        rows = [self.requests[each.request_id].media[each.item].num_rows for each in step.encoder_inputs]
         assert sum(rows) <= config.max_num_encoder_rows or len(rows) == 1 or is_alone
 
     def _check_streams(self, step: SchedulerOutput) -> None:

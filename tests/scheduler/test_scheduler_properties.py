@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from random import Random
@@ -16,6 +17,7 @@ from sensorium.errors import InvalidRequestError
 from sensorium.inputs.admission import check_two_way
 from sensorium.messages import EngineRequest
 from sensorium.scheduler.pacing import Pacer
+from sensorium.spans import Span
 from tests.scheduler.simulation import Limits, Simulation, make_request
 
 MASKS: dict[str, tuple[bool, ...]] = {
@@ -43,6 +45,8 @@ MIXED: tuple[tuple[Rule, ...], ...] = (
     (FULL, (CacheKind.WINDOW, 16), (CacheKind.CHUNK, 3), STATE),
 )
 """Cache groups that models of other kinds have."""
+MOST_CROSS_ROWS = 23
+"""Of an item, of which a prompt has at most three."""
 PREFIXES: tuple[list[int], ...] = ([], [1, 2, 3], list(range(10, 27)), [9] * 40)
 
 
@@ -72,6 +76,9 @@ class Scenario:
     """Windows get hardly more blocks than one request needs, and states no row for snapshots."""
 
     def group(self, kind: CacheKind, reach: int | None) -> CacheGroup:
+        if kind is CacheKind.CROSS:
+            least = -(-3 * MOST_CROSS_ROWS // self.block_size)
+            return CacheGroup(kind, least * (1 + self.seed % 3), self.block_size, max_rows=3 * MOST_CROSS_ROWS)
         if kind is CacheKind.STATE:
             return CacheGroup(kind, (2 if self.is_tight else 3) * self.max_num_seqs, self.block_size)
         if reach is None or not self.is_tight or not self.enable_chunked_prefill:
@@ -159,11 +166,25 @@ def random_request(rng: Random, request_id: str, limits: Limits, kinds: Sequence
         pooling=rng.random() < 0.1,
         repetition_penalty=1.1 if rng.random() < 0.1 else 1.0,
     )
+    if any(group.kind is CacheKind.CROSS for group in limits.cache_groups):
+        request = attended(request, many=limits.num_blocks % 2 == 0, cuts=limits.scheduler.enable_chunked_prefill)
     try:
         check_two_way(request.two_way_spans, [item.span for item in request.media], limits.scheduler, limits.cache)
     except InvalidRequestError:
         return None
     return request
+
+
+def attended(request: EngineRequest, *, many: bool, cuts: bool) -> EngineRequest:
+    """The same request with its media for cross-attention: `many` of which all rows are seen from their place on, or
+    the first, of which fewer are seen behind its place. Prompts that aren't cut have it at their beginning."""
+    media = []
+    for item in request.media if many and cuts else request.media[:1]:
+        rows = 1 + zlib.crc32(item.key.encode()) % MOST_CROSS_ROWS
+        seen = rows if many or not cuts else 1 + rows // 2
+        span = Span(item.span.offset, item.span.length) if cuts else Span(0, 1)
+        media.append(replace(item, span=span, cross_rows=rows, seen_rows=seen))
+    return replace(request, media=tuple(media), two_way_spans=())
 
 
 def play(scenario: Scenario) -> Simulation:
@@ -208,3 +229,11 @@ def test_every_request_gets_what_it_gets_alone(scenario: Scenario) -> None:
 def test_whatever_the_layers_keep(scenario: Scenario, rules: tuple[Rule, ...]) -> None:
     """Windows whose blocks go back while their requests run, and states of which some are snapshots."""
     play(replace(scenario, rules=rules))
+
+
+@settings(max_examples=80, suppress_health_check=list(HealthCheck), derandomize=True)
+@given(scenario=scenarios)
+def test_rows_of_encoders_that_tokens_attend_to(scenario: Scenario) -> None:
+    """Whoever shares them, and whoever goes: a request sees the rows of its own items, from their place on."""
+    rules: tuple[Rule, ...] = (FULL, (CacheKind.CROSS, None))
+    play(replace(scenario, rules=rules, splits_media=True, atomic_items=False, two_way=frozenset()))

@@ -30,6 +30,9 @@ from sensorium.outputs import CompletionOutput, OutputKind
 from sensorium.sampling_params import SamplingParams
 from sensorium.stages import stage
 
+MAX_WINDOWS = 10
+"""For each window that fits the sound, and for one more. A model that hears nothing to write down may go on in steps of
+hundredths of a second, and one request would keep it busy for a day."""
 _TIMED = ("verbose_json", "srt", "vtt")
 """Formats of answers that tell times."""
 
@@ -90,8 +93,16 @@ class WindowedTranscript:
         if self._language is None and self._tokens.languages is not None:
             self._language = await self._detect(request, frames[:, :window])
         prompt = self._tokens.prompt(self._language, self._task, before, times=times)
-        seek = 0
+        seek = num_windows = 0
+        most_windows = MAX_WINDOWS * (num_frames // window + 1)
         while seek < num_frames:
+            if num_windows == most_windows:
+                raise InvalidRequestError(
+                    f"got a sound of which {num_windows} windows brought {seek / num_frames:.0%}, expected all of it. "
+                    "Send its parts with speech.",
+                    field="file",
+                )
+            num_windows += 1
             heard = frames[:, seek : seek + window]
             output = await self._ask(request, prompt, heard, params)
             written = list(output.token_ids)
