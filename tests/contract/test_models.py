@@ -19,6 +19,7 @@ from sensorium.errors import ConfigError
 from sensorium.inputs import INPUT_REGISTRY
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from tests.helpers.checkpoints import make_checkpoint, make_hf_model
+from tests.helpers.far_tensors import put_far
 from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, differing, make_engine, quiet_engine, serve
@@ -149,6 +150,20 @@ def test_placeholders_and_encoder_rows_agree(family: str) -> None:
                 assert isinstance(rows, torch.Tensor), rows
                 assert len(rows) == job.item.num_rows
                 assert job.item.num_rows <= engine.core.features.max_item_rows[job.item.modality]
+
+
+@pytest.mark.parametrize("family", MULTIMODAL)
+@torch.inference_mode()
+def test_encoders_read_nothing_off_the_device(family: str) -> None:
+    """Reading a picture's size off a GPU waits for all steps in flight: `mm_host_kwargs` says what stays."""
+    engine = engine_for(family)
+    driver = engine.core.executor.worker.runner.encoder._driver  # type: ignore[attr-defined]
+    for each in random_plan(family, 4, random.Random(1), spread=0, aborts=0):
+        request = engine.preprocess("r", each.prompt, each.params).engine_request
+        for item in request.media:
+            kwargs = driver.encoder_kwargs([item.kwargs or {}])
+            far = {name: put_far(value) for name, value in kwargs.items() if name not in driver.host_kwargs}
+            driver.call_encoder({**kwargs, **far})
 
 
 @pytest.mark.parametrize("family", PLACED)

@@ -29,7 +29,7 @@ class MediaEncoder:
         self._encode_parameters = inspect.signature(self._encode).parameters
         self._takes_any = any(p.kind is p.VAR_KEYWORD for p in self._encode_parameters.values())
         self.batchable: bool = getattr(model, "mm_encoder_batchable", True)
-        self._on_host: frozenset[str] = frozenset(getattr(model, "mm_host_kwargs", ()))
+        self.host_kwargs: frozenset[str] = frozenset(getattr(model, "mm_host_kwargs", ()))
         self._dtype = dtype
         self._device = device
 
@@ -55,7 +55,7 @@ class MediaEncoder:
 
     def encoder_kwargs(self, items: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         """The mapped media of items as arguments of one call, where the encoder wants them."""
-        return batch_kwargs(items, self._device, self._dtype, self._on_host)
+        return batch_kwargs(items, self._device, self._dtype, self.host_kwargs)
 
     def call_encoder(self, kwargs: Mapping[str, Any]) -> Any:
         """The model's encoder on batched kwargs, with the keywords that it takes."""

@@ -124,6 +124,7 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
             "lm_head.": "language_model.lm_head.",
         },
     )
+    mm_host_kwargs = ("image_sizes",)
 
     @classmethod
     def unsuited_to(cls, hf_config: Any) -> str | None:

@@ -399,6 +399,7 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsCros
             "model.": "",
         }
     )
+    mm_host_kwargs = ("aspect_ratio_mask",)
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__()
