@@ -44,6 +44,16 @@ def test_models_are_asked_about_the_media_that_they_take(family: str, media: tup
     assert asked == {"text", *media}
 
 
+def test_what_could_not_be_asked_is_told() -> None:
+    """Pictures of more rows than the context has were left out without a word, and the model called equal."""
+    report = sensorium.verify(str(make_checkpoint("llava_next")), max_model_len=40)
+    assert {result.case.split()[0] for result in report.results} == {"text"}
+    [first, *_] = report.left_out
+    assert first.startswith("picture of 92 x 64: the prompt is too long")
+    assert f"not asked: {first}" in report.lines()
+    assert not any("clip" in each or "sound" in each for each in report.left_out)
+
+
 def test_a_model_that_needs_a_sound_is_asked_with_one() -> None:
     report = sensorium.verify(str(make_checkpoint("whisper")))
     assert report.is_equal, "\n".join(report.lines())

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from sensorium.errors import RequestError
+from sensorium.errors import RequestError, UnregisteredModalityError
 from sensorium.inputs.speech import SpeechTokens, speech_tokens
 from sensorium.logger import get_logger
 from sensorium.model_executor.models.transformers.model import text_token_ids
@@ -37,8 +37,11 @@ class Case:
     """The prompt as an engine admits it, anew for each run."""
 
 
-def cases(llm: LLM, num_new_tokens: int) -> Iterator[Case]:
-    """Cases that a model can be asked, with room for so many tokens behind them."""
+def cases(llm: LLM, num_new_tokens: int, left_out: list[str] | None = None) -> Iterator[Case]:
+    """Cases that a model can be asked, with room for so many tokens behind them.
+
+    `left_out` gets those about media that the model takes, but can't be asked about, with the reason.
+    """
     model_config = llm.engine.config.model_config
     most = model_config.max_model_len - num_new_tokens
     lengths = sorted({min(length, most) for length in TEXT_LENGTHS})
@@ -53,8 +56,11 @@ def cases(llm: LLM, num_new_tokens: int) -> Iterator[Case]:
     if not model_config.is_multimodal_model or llm.get_tokenizer() is None:
         return
     for case in _media_cases():
-        if _is_possible(case, llm):
+        reason = _refusal(case, llm)
+        if reason is None:
             yield case
+        elif left_out is not None and reason:
+            left_out.append(f"{case.name}: {reason}")
 
 
 def _text_case(ids: list[int]) -> Case:
@@ -102,11 +108,13 @@ def _chat_case(name: str, part: Mapping[str, Any]) -> Case:
     return Case(name, lambda llm, params: llm.preprocess_chat(messages, params))
 
 
-def _is_possible(case: Case, llm: LLM) -> bool:
-    """Whether a model takes such media; whatever else is wrong with it shows when it runs."""
+def _refusal(case: Case, llm: LLM) -> str | None:
+    """Why a model can't be asked; empty if it doesn't take such media; None if it can."""
     try:
         case.prepare(llm, llm.get_default_sampling_params())
+    except UnregisteredModalityError:
+        return ""
     except RequestError as error:
         logger.info("%s is not asked about: %s", case.name, error)
-        return False
-    return True
+        return str(error)
+    return None

@@ -84,13 +84,14 @@ def verify(
             )
         chosen = dtypes or list(dict.fromkeys(["float32", config.model_config.dtype_name]))
         results: list[Result] = []
+        left_out: list[str] = []
         tier, parting = "", ""
         for dtype in chosen:
-            tier, found = _verify_dtype(job, dtype)
+            tier, found = _verify_dtype(job, dtype, left_out)
             results += found
             if not parting and dtype == "float32" and not all(each.is_equal for each in found):
                 parting = _parting(job, found)
-    return Report(model, tier, baseline, tuple(results), parting, _versions())
+    return Report(model, tier, baseline, tuple(results), parting, _versions(), tuple(dict.fromkeys(left_out)))
 
 
 def _check_settings(engine_args: Mapping[str, Any], baseline: str, num_new_tokens: int) -> None:
@@ -126,13 +127,13 @@ def _checkpoint(settings: Mapping[str, Any], random_weights: bool) -> Iterator[s
         yield str(folder)
 
 
-def _verify_dtype(job: _Job, dtype: str) -> tuple[str, list[Result]]:
-    """The model's tier, and all results in one dtype."""
+def _verify_dtype(job: _Job, dtype: str, left_out: list[str]) -> tuple[str, list[Result]]:
+    """The model's tier, and all results in one dtype; `left_out` gets what couldn't be asked."""
     settings = {**job.settings, "dtype": dtype, "skip_tokenizer_init": not _has_tokenizer(job)}
     params = SamplingParams(max_tokens=1)
     with running({**settings, "num_blocks": _PREPARING_BLOCKS}) as llm:
         tier = llm.report.features.tier
-        asked = list(cases(llm, job.num_new_tokens))
+        asked = list(cases(llm, job.num_new_tokens, left_out))
         requests = [case.prepare(llm, params).engine_request for case in asked]
         config, pieces = llm.engine.config, [_largest_piece(request, llm.report.features) for request in requests]
     truths = _truths(job, config, settings, asked, requests)

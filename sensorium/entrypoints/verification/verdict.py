@@ -46,6 +46,8 @@ class Report:
     parting: str = ""
     """The first layer and position at which the two models differ, if they do and it could be found."""
     versions: dict[str, str] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
+    """Prompts about media that the model takes, but couldn't be asked about, with the reasons."""
 
     @property
     def is_equal(self) -> bool:
@@ -67,6 +69,8 @@ class Report:
             lines.append(line + where + (f"  {each.reason}" if each.reason else ""))
         if self.parting:
             lines += ["", self.parting]
+        if self.left_out:
+            lines += ["", *(f"not asked: {each}" for each in self.left_out)]
         return [*lines, "", "equal" if self.is_equal else "NOT EQUAL"]
 
 

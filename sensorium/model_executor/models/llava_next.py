@@ -31,7 +31,8 @@ from sensorium.model_executor.models.tiles import Pair, assemble, best_resolutio
 def tile_grid(hf_config: Any, size: Pair) -> Pair:
     """Rows and columns of the tiles of a picture."""
     tile = hf_config.vision_config.image_size
-    height, width = best_resolution(size, hf_config.image_grid_pinpoints)
+    resolutions = tuple((height, width) for height, width in hf_config.image_grid_pinpoints)
+    height, width = best_resolution(size, resolutions)
     return height // tile, width // tile
 
 

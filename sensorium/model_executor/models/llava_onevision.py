@@ -9,7 +9,7 @@ square tile and a row behind it. `<video>` becomes a quarter of the rows of each
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,7 +17,7 @@ from PIL import Image
 
 from sensorium.model_executor.models.llava import patches_per_side
 from sensorium.model_executor.models.llava_next import LlavaNextForConditionalGeneration, LlavaNextPictures
-from sensorium.model_executor.models.media_common import Pieces
+from sensorium.model_executor.models.media_common import Pieces, length_of
 from sensorium.model_executor.models.media_inputs import ClipInputs, Size, takes_media
 from sensorium.model_executor.models.tiles import Pair
 from sensorium.multimodal.byte_pictures import pictures_of
@@ -27,9 +27,13 @@ SHRINKS_ABOVE = 1.1
 """How much longer than the bound lines may be, as a ratio of sides."""
 
 
-def within_bound(hf_config: Any, grid: Pair) -> Pair:
+def most_places(hf_config: Any) -> int:
+    """Rows times columns of lines that aren't shrunk."""
+    return int(hf_config.vision_aspect_ratio.removeprefix("anyres_max_")) * patches_per_side(hf_config) ** 2
+
+
+def within_bound(grid: Pair, most: int) -> Pair:
     """Rows and columns to which the lines of a picture are shrunk."""
-    most = int(hf_config.vision_aspect_ratio.removeprefix("anyres_max_")) * patches_per_side(hf_config) ** 2
     ratio = math.sqrt(grid[0] * grid[1] / most)
     return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > SHRINKS_ABOVE else grid
 
@@ -57,16 +61,28 @@ class LlavaOnevisionPictures(LlavaNextPictures):
 
     def lines(self, size: Pair) -> Pair:
         """See `LlavaNextPictures`."""
-        return (1, 0) if self.has_one_tile else within_bound(self.config, super().lines(size))
+        return (1, 0) if self.has_one_tile else within_bound(super().lines(size), most_places(self.config))
 
-    def sizes(self) -> Iterable[Size]:
-        """See `MediaInputs`: of those that fill their tiles in one direction, as the bound may favour other shapes."""
-        tile, patch = self.config.vision_config.image_size, self.config.vision_config.patch_size
+    def largest(self, max_tokens: int) -> Size:
+        """See `MediaInputs`: pictures that don't fill their tiles may have more rows, as the bound is on shrinking."""
+        sizes = sorted(self._filled_tiles(), reverse=True)
+        fitting = [(count, size) for count, size in sizes if count <= max_tokens]
+        for count, size in fitting:
+            if length_of(self.pieces_of_size(size)) == count:  # it is cut into these tiles, and no others
+                return size
+        return sizes[-1][1]
+
+    def _filled_tiles(self) -> Iterator[tuple[int, Size]]:
+        """Pictures that fill the tiles of each resolution in one direction at least, with the tokens they'd have."""
+        side, most, tile = patches_per_side(self.config), most_places(self.config), self.config.vision_config.image_size
         for height, width in super().sizes():
-            yield height, width
-            for less in range(1, tile // patch):
-                yield max(height - 2 * less * patch, 1), width
-                yield height, max(width - 2 * less * patch, 1)
+            down, across = height // tile * side, width // tile * side
+            for less in range(0, 2 * side, 2):
+                for lines in ((down - less, across), (down, across - less)):
+                    if min(lines) > 0:
+                        rows, columns = within_bound(lines, most)
+                        size = (height * lines[0] // down, width * lines[1] // across)
+                        yield side**2 + rows * (columns + 1), size
 
     def map(self, items: Sequence[Any]) -> Mapping[str, Any]:
         """See `PictureInputs`; with `batch_num_images`, by which Hugging Face knows whether pictures are cut."""
@@ -138,7 +154,7 @@ class LlavaOnevisionForConditionalGeneration(LlavaNextForConditionalGeneration):
 
     def shrunk(self, grid: torch.Tensor) -> torch.Tensor:
         """See `LlavaNextForConditionalGeneration`."""
-        size = within_bound(self.config, (grid.shape[0], grid.shape[1]))
+        size = within_bound((grid.shape[0], grid.shape[1]), most_places(self.config))
         if size == tuple(grid.shape[:2]):
             return grid
         shrunk = torch.nn.functional.interpolate(grid.permute(2, 0, 1)[None], list(size), mode="bilinear")

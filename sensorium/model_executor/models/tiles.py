@@ -7,7 +7,7 @@ the tower that lie in the bars are left out. Source: Liu et al. 2024, "LLaVA-NeX
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from functools import lru_cache
 from typing import TypeAlias
 
 import torch
@@ -16,16 +16,16 @@ Pair: TypeAlias = tuple[int, int]
 """Height and width, or rows and columns."""
 
 
-def best_resolution(size: Pair, resolutions: Sequence[Sequence[int]]) -> Pair:
+@lru_cache(maxsize=4096)
+def best_resolution(size: Pair, resolutions: tuple[Pair, ...]) -> Pair:
     """The resolution `(height, width)` that keeps most of a picture, and of several the one that wastes least."""
 
-    def quality(resolution: Sequence[int]) -> Pair:
+    def quality(resolution: Pair) -> Pair:
         scale = min(resolution[1] / size[1], resolution[0] / size[0])
         kept = min(int(size[1] * scale) * int(size[0] * scale), size[0] * size[1])
         return kept, kept - resolution[0] * resolution[1]
 
-    height, width = max(resolutions, key=quality)
-    return height, width
+    return max(resolutions, key=quality)
 
 
 def bars(size: Pair, grid: Pair) -> Pair:

@@ -264,7 +264,7 @@ def test_a_request_cannot_ask_for_any_number_of_tiles() -> None:
 
 
 def test_the_best_resolution_keeps_most_and_wastes_least() -> None:
-    resolutions = [[56, 112], [112, 56], [112, 112]]
+    resolutions = ((56, 112), (112, 56), (112, 112))
     assert best_resolution((50, 100), resolutions) == (56, 112)
     assert best_resolution((100, 50), resolutions) == (112, 56)
     assert best_resolution((300, 300), resolutions) == (112, 112)
