@@ -209,10 +209,14 @@ class MultiModalPlugin(ABC):
         return self._placeholder_strs.decorator(placeholder, f"a placeholder string for {self.get_data_key()!r}")
 
     def get_placeholder_str(self, model_config: ModelConfig, index: int = 1) -> str | None:
-        """The text that stands for the `index`-th item (from 1), or None if the class declared none."""
+        """The text that stands for the `index`-th item (from 1), or None if the class declared none.
+
+        A class whose checkpoints differ in that has a class method `placeholder_text(model_config, modality)`.
+        """
         model_class = model_config.model_class
         if model_class is None or model_class not in self._placeholder_strs:
-            return None
+            of_checkpoint = getattr(model_class, "placeholder_text", None)
+            return None if of_checkpoint is None else of_checkpoint(model_config, self.get_data_key())
         declared = self._placeholder_strs[model_class]
         return declared if isinstance(declared, str) else declared(index)
 

@@ -26,6 +26,7 @@ from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.logger import get_logger
 from sensorium.multimodal.hf_processors import Backend, cached_get_processor, cause, processor_options
 from sensorium.multimodal.inputs import PlaceholderRange
+from sensorium.multimodal.item_checks import check_heard
 from sensorium.spans import IntArray
 
 if TYPE_CHECKING:
@@ -137,6 +138,19 @@ class HFItems:
         ids = np.asarray(output[_IDS], dtype=np.int64).reshape(-1)
         tensors = {name: value for name, value in output.items() if name != _IDS and name not in _NOT_PASSED_ON}
         return Processed(ids, {name: value for name, value in tensors.items() if _is_passed_on(value)})
+
+    def check_heard(self, sound: Any, processed: Processed) -> None:
+        """Refuse a sound that the processor cuts off. One that hears long sounds makes several windows of them.
+
+        Raises:
+            InvalidRequestError: It is longer than a window, and there is one window.
+        """
+        samples, rate = sound if isinstance(sound, tuple) else (sound, self._sampling_rate)
+        parts = (getattr(self.processor, name, None) for name in _PARTS["audio"])
+        window_s = next((s for part in parts if (s := getattr(part, "chunk_length", None))), None)
+        windows = [len(value) for value in processed.tensors.values() if getattr(value, "ndim", 0) >= 3]
+        if window_s is not None and windows and max(windows) == 1:
+            check_heard("audio data", len(samples) / rate, window_s)
 
     @property
     def _sampling_rate(self) -> int:

@@ -86,6 +86,12 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     # Prompts
 
     @classmethod
+    def placeholder_text(cls, model_config: ModelConfig, modality: str) -> str | None:
+        """What stands for an item in a text, as the checkpoint's processor says; None where it takes no such items."""
+        found = hf_items(model_config).placeholders.get(modality)
+        return None if found is None else found.text
+
+    @classmethod
     def expand_by_items(
         cls, model_config: ModelConfig, token_ids: Sequence[int], mapped: Mapping[str, Sequence[Mapping[str, Any]]]
     ) -> tuple[list[int], dict[str, list[PlaceholderRange]]]:
@@ -340,7 +346,11 @@ def map_sounds(ctx: InputContext, data: Any) -> MultiModalKwargs:
 
 def _map(modality: str, ctx: InputContext, data: Any) -> MultiModalKwargs:
     (item,) = as_items(data)
-    return MultiModalKwargs(as_kwargs(hf_items(ctx.model_config).process_item(modality, item), modality))
+    items = hf_items(ctx.model_config)
+    processed = items.process_item(modality, item)
+    if modality == "audio":
+        items.check_heard(item, processed)
+    return MultiModalKwargs(as_kwargs(processed, modality))
 
 
 def max_rows(ctx: InputContext) -> int:

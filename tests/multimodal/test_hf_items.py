@@ -1,0 +1,84 @@
+"""A processor asked item by item: prompts are expanded by what each item becomes, and refused where they don't fit."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from sensorium import LLM, SamplingParams
+from sensorium.errors import InvalidRequestError, ModelError
+from sensorium.model_executor.drivers.captured import CapturedDriver
+from sensorium.multimodal.hf_items import Placeholder, Processed, as_kwargs, expand, of_item, segment_of
+from tests.helpers.generic_media import hf_items, media_requests, model_config_of
+from tests.helpers.tiny_media import media_config, save_tiny_media
+
+PLACEHOLDERS = {"image": Placeholder("P", (9,)), "audio": Placeholder("Q R", (7, 8))}
+
+
+def ids(*values: int) -> np.ndarray:
+    return np.array(values, dtype=np.int64)
+
+
+def test_items_of_several_kinds_take_the_places_of_their_placeholders() -> None:
+    segments = {"image": [ids(5, 1, 1, 6), ids(5, 1, 6)], "audio": [ids(2, 2)]}
+    expanded, ranges = expand(ids(3, 9, 4, 7, 8, 9, 3), PLACEHOLDERS, segments)
+    assert expanded.tolist() == [3, 5, 1, 1, 6, 4, 2, 2, 5, 1, 6, 3]
+    assert ranges == {
+        "image": [{"offset": 1, "length": 4}, {"offset": 8, "length": 3}],
+        "audio": [{"offset": 6, "length": 2}],
+    }
+
+
+def test_a_prompt_that_comes_expanded_is_left_as_it_is() -> None:
+    """Its placeholder is the token of its rows, so that counting tokens says nothing about items."""
+    segments = {"image": [ids(9, 9, 9), ids(9, 9)]}
+    prompt = ids(3, 9, 9, 9, 4, 9, 9, 3)
+    expanded, ranges = expand(prompt, PLACEHOLDERS, segments)
+    assert expanded.tolist() == prompt.tolist()
+    assert ranges == {"image": [{"offset": 1, "length": 3}, {"offset": 5, "length": 2}]}
+
+
+@pytest.mark.parametrize("prompt", [ids(3, 4), ids(9, 9, 3), ids(), ids(9, 9, 9, 9)])
+def test_more_or_fewer_placeholders_than_items_are_refused(prompt: np.ndarray) -> None:
+    with pytest.raises(InvalidRequestError, match=r"image placeholders in the prompt: got \d, expected 1"):
+        expand(prompt, PLACEHOLDERS, {"image": [ids(5, 1, 6)]})
+
+
+@pytest.mark.parametrize(("modality", "is_whole"), [("image", False), ("prompt", True)])
+def test_arguments_keep_apart_what_several_kinds_of_items_have_in_common(modality: str, is_whole: bool) -> None:
+    kwargs = as_kwargs(Processed(ids(5, 1), {"token_type_ids": 3}), modality)
+    assert kwargs.keys() == {f"{modality}.token_type_ids", f"{modality}.input_ids"}
+    assert segment_of(kwargs).tolist() == [5, 1]
+    assert of_item(kwargs) == ({"token_type_ids": 3}, is_whole)
+
+
+def test_an_item_is_captured_once_however_often_it_is_sent(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its key is its content's: beside other items, alone and in a second round, of two items two are captured."""
+    save_tiny_media("idefics3", tmp_path)
+    requests = media_requests(hf_items(model_config_of(tmp_path)), "image")
+    encoded: list[str] = []
+    encode_one = CapturedDriver._encode_one
+    monkeypatch.setattr(CapturedDriver, "_encode_one", lambda self, job: encoded.append(job) or encode_one(self, job))
+    settings = {
+        "model_impl": "transformers",
+        "max_model_len": 512,
+        "num_blocks": 64,
+        "limit_mm_per_prompt": {"image": 2},
+    }
+    llm = LLM(str(tmp_path), device="cpu", **settings)
+    prompts = [{"prompt": text, "multi_modal_data": data} for text, data in requests if data]
+    for _ in range(2):
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=2), use_tqdm=False)
+    assert len(encoded) == 2
+    with pytest.raises(InvalidRequestError, match="image placeholders in the prompt: got 0, expected 1"):
+        llm.generate({**prompts[1], "prompt": "no place for it"}, use_tqdm=False)
+
+
+def test_an_encoder_with_cross_attention_is_refused_by_name(tmp_path: Path) -> None:
+    config = media_config("pix2struct")
+    config.architectures = ["Pix2StructForConditionalGeneration"]
+    config.save_pretrained(tmp_path)
+    with pytest.raises(ModelError, match=r"Pix2StructForConditionalGeneration: got an encoder with cross-attention"):
+        model_config_of(tmp_path)
