@@ -26,8 +26,8 @@ class AttentionSpec(AttentionRules):
     """The constants of one attention layer: its rules and the sizes of its heads.
 
     The layer's cache is `(2, num_blocks, block_size, num_kv_heads, head_size)`, keys first, where values are as large
-    as keys; where they are not, `(num_blocks, block_size, num_kv_heads, head_size + value_size)`, keys first. What is
-    particular to a step, such as spans, stands in `AttentionMetadata`.
+    as keys; where they are not, `(num_blocks, block_size, num_kv_heads, head_size + value_size)`, keys first. What
+    changes from step to step, such as spans, is in `AttentionMetadata`.
     """
 
     num_heads: int
@@ -35,7 +35,7 @@ class AttentionSpec(AttentionRules):
     head_size: int
     """Channels of a head's query and key."""
     head_size_v: int | None = None
-    """Channels of a head's value and output; `None`: as of its key."""
+    """Channels of a head's value and output; `None`: as many as its key has."""
 
     @property
     def value_size(self) -> int:
@@ -145,7 +145,7 @@ BACKENDS: dict[AttentionBackendName, AttentionBackend] = {
 def select_backend(
     spec: AttentionSpec, device_type: str, dtype: torch.dtype, forced: AttentionBackendName | None = None
 ) -> AttentionBackend:
-    """The fastest backend for such a layer; the choice is logged, with what spoke against the others.
+    """The fastest backend for such a layer; the choice is logged, with the reasons against the others.
 
     Args:
         spec: The layer's constants.

@@ -83,8 +83,8 @@ class Attention(_AttentionBase):
     """Attention of a decoder layer over the paged KV cache, mostly causal and of a sequence to itself.
 
     Rows are the flat batch of one step; the metadata says which of them belong together, so the layer serves prefill
-    chunks and decodes of many requests in one call. So are spans whose positions see one another both ways
-    (`AttentionMetadata.row_spans`).
+    chunks and decodes of many requests in one call. It also says which spans have positions that see one another both
+    ways (`AttentionMetadata.row_spans`).
 
     Args:
         num_heads: Query heads.
@@ -195,7 +195,8 @@ class Attention(_AttentionBase):
         Args:
             query: `(num_tokens, num_heads * head_size)`, or the same with the heads as an axis.
             key: `(num_tokens, num_kv_heads * head_size)`, likewise. Of cross-attention the rows of those items that the
-                cache doesn't have yet. `None`: it has all that is to be read, as that of a layer that shares another's.
+                cache doesn't have yet. `None`: the cache holds everything, as for a layer that reads another layer's
+                cache.
             value: As `key`, with `head_size_v` channels.
             kv_cache: This layer's cache, see `AttentionSpec`. `None` or empty: the given rows are all there is
                 (profiling), and nothing is written.
@@ -257,7 +258,8 @@ class Attention(_AttentionBase):
         return out if out.dim() == 2 else out.flatten(1)
 
     def _spans_of(self, metadata: AttentionMetadata) -> torch.Tensor | None:
-        """The spans of a batch that nothing is cached of, after the layer's rule. In others, the worker applied it."""
+        """The spans of a batch without a cache, by the layer's rule. Where there is a cache, the worker has applied the
+        rule."""
         spans = metadata.row_spans
         if spans is None or self._spans is SpanRule.IGNORED:
             return None
@@ -270,7 +272,8 @@ class Attention(_AttentionBase):
         return torch.stack((torch.maximum(spans[0], first_seen), spans[1]))
 
     def _without_keys(self, query: torch.Tensor, attn_type: str) -> torch.Tensor:
-        """With neither a cache nor keys: zeros of cross-attention, as without media; else raises `ModelError`."""
+        """Without a cache and without keys: zeros for cross-attention, as if there were no media; `ModelError` for
+        other layers."""
         if attn_type == AttentionType.ENCODER_DECODER:
             return query.new_zeros(len(query), self.num_heads * self.spec.value_size)
         raise ModelError(

@@ -111,7 +111,7 @@ class AttentionMetadata:
         row_spans: torch.Tensor | None = None,
         cross: CrossBatch | None = None,
     ) -> AttentionMetadata:
-        """The same batch with what each group has of its own. This one has what is the first group's.
+        """The same batch with the tables of each cache group. This batch itself has those of the first group.
 
         Args:
             groups: The model's. Those with blocks come first.
@@ -230,7 +230,7 @@ class AttentionMetadata:
         row_spans: IntArray | None = None,
         multi_modal_placeholder_index_maps: Mapping[str, Any] | None = None,
     ) -> AttentionMetadata:
-        """A batch of whole sequences that nothing is cached of: profiling, pooling, whole-prompt passes."""
+        """A batch of whole sequences without a cache: profiling, pooling, whole-prompt passes."""
         lens = np.asarray(query_lens, dtype=np.int32)
         return cls.from_numpy(
             lens,

@@ -25,7 +25,7 @@ class _Sight(NamedTuple):
     seen: torch.Tensor | None
     """`(Q, last - first)` bool, true where a query sees a key; `None`: everywhere, or as `is_causal` says."""
     is_causal: bool
-    """Whether each query sees the keys up to its own, and the first query is that of the first key."""
+    """Whether this is plain causal attention, and the first query belongs to the first key."""
 
 
 def paged_attention(

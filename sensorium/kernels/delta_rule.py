@@ -1,4 +1,4 @@
-"""The gated delta rule: linear attention whose state forgets, and corrects what it answers before it learns.
+"""The gated delta rule: linear attention whose state decays, and is corrected by what it gets wrong.
 
 A head's state `S` is a matrix that maps keys to values. A token with key `k`, value `v`, decay `g <= 0` and rate `beta`
 makes of it
@@ -61,8 +61,8 @@ def gated_delta_chunks(
 
     Within a chunk the correction of each token depends on those before it. All of them solve one triangular system,
     `(I + A) U = beta (V - exp(G) K S)`, where `A[i, j] = beta_i exp(G_i - G_j) k_i k_j` for `j < i` and `G` sums the
-    decays up to a token. What the state `S` before the chunk has to do with it is linear, so that all chunks' systems
-    are solved at once, and only the states follow one another.
+    decays up to a token. The state `S` before the chunk enters it linearly, so the systems of all chunks are solved at
+    once, and only the states are computed one after another.
 
     Args:
         query: `(T, H, D)`.

@@ -49,7 +49,7 @@ class Fp8Weight:
         self.dtype = dtype
         self.input_scale = input_scale
         pad = [-size % ALIGNMENT for size in values.shape]
-        # As bytes: nothing pads 8-bit floats everywhere, and the byte 0 is their zero.
+        # Padded as bytes, since 8-bit floats can't be padded on every device; the byte 0 is the value 0.
         self.values = F.pad(values.view(torch.uint8), (0, pad[1], 0, pad[0])).view(FP8)
         """`(out_features, in_features)`, each rounded up to `ALIGNMENT`, with zeros."""
         self.scales = F.pad(scales.float().reshape(1, -1), (0, pad[0]), value=1.0)

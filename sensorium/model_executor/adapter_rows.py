@@ -2,7 +2,7 @@
 
 A pass mixes requests with different adapters, and a linear layer gets no more than its rows. So the worker says, around
 each call of the model's decoder and head, which adapter each row has, and a `LinearMethod` that adds adapters' products
-asks here. Whoever gives layers a part of the rows only says which.
+asks here. Code that gives layers only some of the rows says which ones.
 
 Encoders run outside of all this: their rows are the base model's, whoever's request brought the item. That is why
 items are shared across adapters, and blocks are not (`scheduler.block_hash.root_hash`).

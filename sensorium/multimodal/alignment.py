@@ -32,7 +32,7 @@ _Fits: TypeAlias = Callable[[_Tokens, _Tokens], bool]
 def align_items(
     before: IntArray, after: IntArray, masks: Mapping[str, tuple[BoolArray, BoolArray]]
 ) -> dict[str, list[Span]] | None:
-    """The spans of every modality's items, in order; None if the prompts don't say, or say more than one thing.
+    """The spans of every modality's items, in order; None if the prompts allow no assignment, or several.
 
     Args:
         before: The prompt with one placeholder token for each item.

@@ -75,7 +75,8 @@ class MultiModalPlugin(ABC):
         raise NotImplementedError
 
     def _check_default_mapper(self, model_config: ModelConfig) -> None:  # noqa: B027  # most need nothing
-        """Raise what is known before loading to keep the default mapper from its work, a library that isn't there."""
+        """Raise `MissingLibraryError` if a library that the default mapper needs is known to be missing before anything
+        loads."""
 
     # Mappers
 

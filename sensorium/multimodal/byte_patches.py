@@ -1,9 +1,9 @@
 """Pictures that travel as bytes: resized and cut into patches on the host, turned into numbers where the tower is.
 
-What Hugging Face's processors of the Qwen-VL family do behind the resizing is a function of a single byte: rescaling
-and normalising. So it is one table of 256 float32 values per channel, read off the processor itself, and a picture is
-kept, cached and sent in an eighth of the size (a processor also repeats it for each step of time). Whether that gives
-the processor's numbers to the bit is tried once per processor and settings; where it doesn't, the processor's own
+After resizing, Hugging Face's processors of the Qwen-VL family rescale and normalise, which is a function of each
+single byte. So one table of 256 float32 values per channel, read off the processor itself, replaces it, and a picture
+is kept, cached and sent in an eighth of the size (a processor also repeats it for each step of time). Whether that
+gives the processor's numbers to the bit is tried once per processor and settings; where it doesn't, the processor's own
 output is used.
 
 Source of the layout: `transformers` `Qwen2VLImageProcessorPil`.

@@ -1,9 +1,9 @@
 """Pictures that travel as bytes: resized and cut by Hugging Face's processor, normalised where the tower is.
 
-Behind the resizing, a processor rescales and normalises, which is a function of a single byte of a channel. So a
-picture is kept, cached and sent as bytes, a quarter of the size, with a table of what each byte becomes. Whether that
-gives the processor's numbers to the bit is tried once per processor and settings; where it doesn't, the processor's own
-output is used. See `byte_patches` for processors whose output are patches.
+After resizing, a processor rescales and normalises, which is a function of each single byte of a channel. So a picture
+is kept, cached and sent as bytes, a quarter of the size, with a table of what each byte becomes. Whether that gives the
+processor's numbers to the bit is tried once per processor and settings; where it doesn't, the processor's own output is
+used. See `byte_patches` for processors whose output are patches.
 """
 
 from __future__ import annotations

@@ -50,7 +50,8 @@ def content_digest(value: object) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class Identity:
-    """What one media item is: its content, or the name that the user gave it. `digest` covers which."""
+    """What one media item is: its content, or the name that the user gave it. `digest` covers which of the two it is,
+    too."""
 
     digest: bytes
     is_cacheable: bool = True
@@ -169,7 +170,7 @@ _SCALARS: dict[type, Callable[[Feed, Any], None]] = {
 def _feed_sequence(feed: Feed, value: list[Any] | tuple[Any, ...], depth: int) -> None:
     kind = type(value)
     tag = b"l" if issubclass(kind, list) else b"t"
-    if kind not in (list, tuple):  # a named tuple and the like: its class is part of what it says
+    if kind not in (list, tuple):  # a named tuple and the like: its class is part of the digest
         tag += kind.__qualname__.encode()
     _write(feed, tag, struct.pack(">Q", len(value)))
     if len(value) > 64 and set(map(type, value)) == {float}:  # samples of a sound: thousands of them

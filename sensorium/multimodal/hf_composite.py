@@ -108,7 +108,8 @@ def _load_part(part: str, name: str, trust_remote_code: bool, revision: str | No
 
 
 def _accepting_any_video_processor(processor_class: Any) -> Any:
-    """The class, but content with a video processor that doesn't derive from transformers' torchvision-based one."""
+    """The class, which here also accepts a video processor that doesn't derive from transformers' torchvision-based
+    one."""
 
     def check_argument_for_proper_class(self: Any, argument_name: str, argument: Any) -> Any:
         if argument_name == "video_processor":

@@ -185,7 +185,7 @@ def resolve_backend(processor_name: str, revision: str | None, backend: Backend)
 
 
 def describe_backend(model_config: ModelConfig) -> str:
-    """For the load report: with what images are preprocessed; empty where the checkpoint has no image processor."""
+    """What images are preprocessed with, for the load report; empty where the checkpoint has no image processor."""
     kind = image_processor_type(model_config.model, model_config.revision)
     if kind is None:
         return ""
@@ -199,8 +199,8 @@ def describe_backend(model_config: ModelConfig) -> str:
 def effective_settings(base: Any) -> frozenset[str]:
     """Names of the settings of a Hugging Face processor that change what it computes.
 
-    Processors of one family share a list of names, of which each uses some. Those are parameters of the method that
-    computes; what only disappears in its `**kwargs` is passed over.
+    Processors of one family share a list of names, of which each uses some. A setting counts if the method that
+    computes has a parameter for it, and not if it only disappears in its `**kwargs`.
     """
     known = frozenset(getattr(getattr(base, "valid_kwargs", None), "__annotations__", {})) | frozenset(vars(base))
     used = frozenset(
@@ -209,7 +209,7 @@ def effective_settings(base: Any) -> frozenset[str]:
         for name, parameter in _parameters(getattr(base, method, None)).items()
         if parameter.kind in (parameter.KEYWORD_ONLY, parameter.POSITIONAL_OR_KEYWORD)
     )
-    if not used & known:  # a processor of another build: what it declares has to do
+    if not used & known:  # a processor of another build: the names that it declares are taken
         return frozenset(name for name in known if _is_setting(base, name))
     return frozenset(name for name in known & (used | _USED_BEFORE) if _is_setting(base, name))
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelFeatures
 
 EMBEDDINGS_SUFFIX = "_embeds"
-"""Mapped keyword arguments of this ending are embeddings that the caller computed."""
+"""Mapped keyword arguments whose names end like this are embeddings that the caller computed."""
 
 MAX_DEPTH = 8
 """Deepest nesting of containers in media data."""

@@ -1,8 +1,8 @@
 """The store of mapped media: what the input mapper made of an item, kept by the item's identity.
 
-One store in one process, bounded in bytes, least recently used out first. Whoever asks for a key that another
-thread is computing waits for that computation. A failure is kept by nobody: those who waited try themselves.
-Called from the preprocessing pool.
+One store in one process, bounded in bytes, least recently used out first. Whoever asks for a key that another thread is
+computing waits for that computation. A failure is not kept: those who waited for it compute for themselves. Called from
+the preprocessing pool.
 """
 
 from __future__ import annotations

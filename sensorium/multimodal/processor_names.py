@@ -1,4 +1,4 @@
-"""Names of processors that checkpoints bear although transformers calls them otherwise by now.
+"""Names of processors in checkpoints that transformers has renamed since.
 
 A checkpoint keeps the name of the class that it was saved with. Classes were renamed since, and image processors were
 called feature extractors once. A name that isn't known is left as it is, so that the error can name it.
@@ -22,7 +22,7 @@ RENAMED: Mapping[str, str] = {
     "AriaVisionProcessor": "AriaImageProcessor",
     "Emu3VisionVQImageProcessor": "Emu3ImageProcessor",
 }
-"""Names that classes had, and those that they have: the class is the same."""
+"""Former names of classes, and their present ones."""
 FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _TYPES = ("image_processor_type", "video_processor_type")
 _PARTS = ("image_processor", "video_processor")

@@ -118,7 +118,7 @@ class _ModalityMedia:
         self._identities: dict[int, Identity] = {}
 
     def item_identity(self, index: int) -> Identity:
-        """Identity of one mapped item. What the processor made of it counts, if it made something."""
+        """Identity of one mapped item, which includes what the input processor made of it, if it changed it."""
         if index not in self._identities:
             assert self.items is not None
             changed = _unless_same(self.items[index], self._given.items[index])
@@ -236,7 +236,7 @@ class RequestMedia:
         return group_overlapping(placements, len(prompt.after), may_group=may_group)
 
     def _aligned(self, prompt: Prompt) -> dict[str, list[Span]]:
-        """Spans of all items by what the prompt was before its expansion; empty where that doesn't tell."""
+        """Spans of all items, as the prompt before its expansion determines them; empty where it doesn't."""
         masks = {
             modality: (is_placeholder(prompt.before, ids), is_placeholder(prompt.after, ids))
             for modality in self._media
@@ -252,7 +252,8 @@ class RequestMedia:
         return media.items is not None and self._stage.features.maps_items_alone
 
     def _everywhere(self, unplaced: _ModalityMedia, prompt: Prompt) -> Placement:
-        """All media at all of the prompt: right for a model that computes text and media in one piece.
+        """One placement of all media over the whole prompt: right for a model that computes text and media in one
+        piece.
 
         Raises `InvalidRequestError` (a `ValueError`) for other models.
         """
@@ -262,7 +263,8 @@ class RequestMedia:
         return Placement(tuple(self._media), indices, Span(0, len(prompt.after)))
 
     def _rows_hint(self, media: _ModalityMedia, total: int) -> list[int] | None:
-        """Rows of each item, if something tells: they all have the most that an item has; embeddings; grids."""
+        """Rows of each item, if they are known: every item has the most that an item may have, or embeddings or grids
+        tell."""
         most = self._stage.features.max_item_rows.get(media.modality, 0)
         if total == most * media.num_items:
             return [most] * media.num_items

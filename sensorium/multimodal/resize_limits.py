@@ -12,9 +12,9 @@ from typing import Any
 from sensorium.errors import InvalidRequestError
 
 MAX_PICTURE_PIXELS = 1 << 25
-"""Pixels of one picture or frame behind the processor, about 5800 squared: 400 MB as float32."""
+"""Pixels of one picture or frame after processing, about 5800 squared: 400 MB as float32."""
 MAX_CLIP_PIXELS = 1 << 28
-"""Pixels of all frames of a clip: 3.2 GB as float32."""
+"""Pixels of all frames of a clip after processing: 3.2 GB as float32."""
 
 
 def check_picture(processor: Any, height: int, width: int) -> None:
@@ -30,7 +30,7 @@ def check_picture(processor: Any, height: int, width: int) -> None:
 
 
 def check_pixels(what: str, height: int, width: int, pixels: int, most: int = MAX_PICTURE_PIXELS) -> None:
-    """Refuse `pixels` behind the processor; height and width are those of the media as given."""
+    """Refuse `pixels` after processing; height and width are those of the media as given."""
     if pixels > most:
         raise InvalidRequestError(
             f"{what} size: {height}x{width} pixels would become {pixels} behind the processor, expected at most "

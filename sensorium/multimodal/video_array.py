@@ -15,8 +15,8 @@ import numpy as np
 class VideoArray(np.ndarray[Any, np.dtype[Any]]):
     """Frames `(num_frames, height, width, 3)` with `metadata`.
 
-    `metadata` has the names of Hugging Face's `VideoMetadata`: `total_num_frames`, `fps`, `duration`,
-    `frames_indices` and so on. Views and copies are plain in that they have none: their frames may be others.
+    `metadata` has the names of Hugging Face's `VideoMetadata`: `total_num_frames`, `fps`, `duration`, `frames_indices`
+    and so on. Views and copies have no metadata, since they may hold other frames.
     """
 
     metadata: Mapping[str, Any] | None

@@ -305,7 +305,7 @@ class FrameStackProcessor:
 
 
 def _check_kind(return_tensors: str) -> None:
-    """Refuse other than torch's tensors, which is all that is made here."""
+    """Refuse anything but torch's tensors, since nothing else is made here."""
     if return_tensors != "pt":
         raise wrong_value("return_tensors", return_tensors, "'pt'")
 

@@ -1,4 +1,4 @@
-"""Adapters of a loaded model: laid over it, and tried once, so that what loads also counts."""
+"""Lays adapters over a loaded model and tries them once, so that an adapter that loads also has an effect."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def try_adapters(
     steps: DummySteps,
     features: ModelFeatures,
 ) -> None:
-    """Run a text of two tokens with all adapters, and see that every layer that has one comes by.
+    """Run a text of two tokens with all adapters, and check that it passes through every layer that has one.
 
     Raises:
         WeightsError: A layer doesn't: it is a tower's, whose rows are shared across adapters.

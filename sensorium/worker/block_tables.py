@@ -7,7 +7,7 @@ import torch
 
 
 class DeviceBlockTables:
-    """Row `slot` of a group holds the block ids of the request in that slot, and means nothing behind them.
+    """Row `slot` of a group holds the block ids of the request in that slot, and entries behind them mean nothing.
 
     Block ids are sent once, when they are given out: a step's own table is gathered on the device. One more row than
     there are slots is for padding and belongs to no request.

@@ -1,4 +1,4 @@
-"""Steps over prompts of no request: what a model is run with at load, in a small cache of its own."""
+"""Steps that belong to no request: a model is run with them at load, over a small cache of their own."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
 """Records what a pass has the device do, so that it can be repeated at the cost of one launch.
 
-A CUDA graph is deaf to anything that the host decides: it reads and writes the same addresses, in the same sizes, each
-time. What a pass asks the host while it is recorded would be the same at every replay, so lengths that only the host
-knows are `UNREADABLE` then: a model that asks for them can't be recorded, and runs call by call.
+A CUDA graph doesn't notice what the host decides: it reads and writes the same addresses, in the same sizes, each time.
+What a pass asks the host while it is recorded would be the same at every replay, so lengths that only the host knows
+are `UNREADABLE` then: a model that asks for them can't be recorded, and runs call by call.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ class GraphCapture(Protocol):
     """Records what a function has the device do."""
 
     def record(self, run: Callable[[], None]) -> Replay:
-        """Run the function as often as needed, and return what repeats it. Raises whatever stands against it."""
+        """Run the function as often as needed, and return what repeats it. Raises whatever prevents that."""
 
 
 class CudaGraphCapture:
@@ -100,7 +100,7 @@ class RecordedSizes(Generic[Graph]):
 
 
 class _Unreadable:
-    """Raises whatever is asked of it."""
+    """Raises an error, whatever it is asked for."""
 
     def _refuse(self, *_: object) -> NoReturn:
         raise RuntimeError("the model reads lengths of sequences on the host, which a recorded pass can't follow")

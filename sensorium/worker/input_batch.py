@@ -90,7 +90,7 @@ class StepArrays:
 
 
 def num_tables(groups: Sequence[CacheGroup]) -> int:
-    """Block tables that a request has; one that means nothing where no group has blocks."""
+    """Block tables of a request; where no group has blocks, one that is not used."""
     return max(sum(group.is_paged for group in groups), 1)
 
 
@@ -192,7 +192,7 @@ class InputBatch:
                 source, target = ids
                 self._state_rows[:, state.slot] = (self._zero_row if source == NO_BLOCK else source, target)
             elif ids:
-                # Nobody reads what stands in the place of a block that there isn't; it must be a block all the same.
+                # Entries without a block are never read, but must be valid block ids.
                 block_ids = np.maximum(np.array(ids, dtype=np.int32), 0)
                 first = state.num_blocks[index]
                 if self._device_tables is not None:

@@ -252,7 +252,7 @@ class _Sizes:
 
     @property
     def most(self) -> int:
-        """The number of blocks that leaves nobody in want of more."""
+        """The number of blocks with which every group has all that it can use."""
         paged = [count for group, count in zip(self.groups, self.useful, strict=True) if group.keeps_positions]
         return max(paged, default=1)
 

@@ -80,7 +80,7 @@ def host_fields(arrays: StepArrays, sampled_rows: Int64Array, sampled_slots: Int
 
 
 def nobodys_rows(groups: Sequence[CacheGroup], count: int) -> Int64Array | None:
-    """`StepArrays.state_rows` of `count` sequences that aren't there; None where no layer has a state."""
+    """`StepArrays.state_rows` of `count` sequences that are padding; None where no layer has a state."""
     for group in groups:
         if not group.is_paged:
             return np.tile(np.array([[zero_row(group)], [unread_row(group)]], dtype=np.int64), (1, count))

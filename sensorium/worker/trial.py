@@ -138,7 +138,7 @@ class Trial:
         step = self._whole_step(np.clip(dummy.token_ids, 0, self.vocab_size - 1), maps)
         try:
             return torch.equal(self._call(step, kwargs), whole)
-        except Exception as error:  # it misses them, so it looks at them
+        except Exception as error:  # it fails without them, so it uses them
             logger.debug("without media the dummy prompt can't be run", exc_info=error)
             return False
 

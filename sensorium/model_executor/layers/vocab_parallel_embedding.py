@@ -20,8 +20,8 @@ DEFAULT_VOCAB_PADDING_SIZE = 64
 class VocabParallelEmbedding(WeightedLayer):
     """A table `(num_embeddings, embedding_dim)` of token embeddings, which may be its model's output head as well.
 
-    Ids are looked up in floats. As a head, it multiplies in the way that a head of its own would, with a copy that is
-    made when it is first asked to.
+    Ids are looked up in floats. As a head, it multiplies as a separate head would, with a copy of the table that is
+    made at its first use.
 
     Ids outside the table (placeholders may be negative or beyond the vocabulary) give rows of zeros: their
     rows come from media.
@@ -152,7 +152,7 @@ class ParallelLMHead(VocabParallelEmbedding):
             )
 
     def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
-        """Any: a head looks nothing up."""
+        """Any method, since a head looks nothing up."""
         return WeightedLayer.choose_method(self, quant_config)
 
     def tie_weights(self, embed_tokens: VocabParallelEmbedding) -> Self:

@@ -42,12 +42,12 @@ class LinearMethod(ABC):
 
     @abstractmethod
     def after_loading(self, layer: WeightedLayer) -> None:
-        """All values are there: lay them out for `apply`. A layer may be given on to another method, by
-        setting `layer.method`; for a float weight, `unquantized.lay_out` does."""
+        """All values are there: lay them out for `apply`. A layer may be handed over to another method, by setting
+        `layer.method`; for a float weight, `unquantized.lay_out` does."""
 
     def float_weight(self, layer: WeightedLayer) -> torch.Tensor:
-        """The weight `(output_size, input_size)` in the model's dtype. Asked in the place of `after_loading` by layers
-        whose kernels take nothing else, as those of experts on a GPU.
+        """The weight `(output_size, input_size)` in the model's dtype. Called instead of `after_loading` by layers
+        whose kernels take nothing but float weights, such as experts on a GPU.
 
         Raises:
             ModelError: This method can't give it.

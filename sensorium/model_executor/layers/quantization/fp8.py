@@ -1,7 +1,8 @@
 """Weights in 8-bit floats: rounded at load, or as checkpoints store them; see `sensorium.kernels.fp8_linear`.
 
-Where the device multiplies 8-bit floats, inputs become such row by row. Elsewhere weights are turned back into the
-model's dtype once, at load: right, as fast as float weights, and as large. So are weights with a scale per block.
+Where the device multiplies 8-bit floats, inputs are rounded to them row by row. Elsewhere weights are turned back into
+the model's dtype once, at load: the results are right, at the speed and the size of float weights. Weights with a scale
+per block are always turned back.
 """
 
 from __future__ import annotations

@@ -1,4 +1,5 @@
-"""Weights that become int8 at load, and inputs that do row by row; see `sensorium.kernels.quantized_linear`."""
+"""Weights that are quantized to int8 at load, and inputs that are quantized row by row; see
+`sensorium.kernels.quantized_linear`."""
 
 from __future__ import annotations
 
@@ -38,7 +39,7 @@ INT8 = Int8Method()
 
 @dataclass(frozen=True, slots=True)
 class Int8Config(QuantizationConfig):
-    """int8 in every layer that integers can sum over the inputs of."""
+    """int8 in every layer whose inputs are few enough for exact integer sums."""
 
     name = "int8"
     device_types = ("cpu",)

@@ -1,4 +1,4 @@
-"""The layer that holds a weight in the way of its `LinearMethod`: linear layers and output heads derive from it."""
+"""The layer whose `LinearMethod` decides how its weight is held: linear layers and output heads derive from it."""
 
 from __future__ import annotations
 
@@ -239,7 +239,8 @@ class WeightedLayer(nn.Module):
         self._multiply = self.method.apply
 
     def wrap_method(self, wrap: Callable[[LinearMethod], LinearMethod]) -> None:
-        """Let a method multiply that adds to what the layer's own gives, such as adapters. Once loading is finished."""
+        """Put a method over the layer's own that adds to its results, as adapters do. Called once loading is
+        finished."""
         if self.packed is None:
             self.finish_loading()
         self.method = wrap(self.method)

@@ -49,7 +49,8 @@ PACKED = PackedMethod()
 
 
 def lay_out(layer: WeightedLayer, weight: torch.Tensor) -> None:
-    """Let a layer multiply with a float weight: its own, or one that came of it. For `LinearMethod.after_loading`."""
+    """Let a layer multiply with a float weight: its own, or one that was computed from it. For
+    `LinearMethod.after_loading`."""
     weight = weight.detach()
     if native_for(weight) is None:
         layer.method, layer.packed = FLOAT, weight
