@@ -115,9 +115,11 @@ class DummySteps:
         """Cross-attention to these rows, which lie in the cache from its first block on, or to nothing."""
         count = 0 if rows is None else len(rows)
         lens = torch.full((num_seqs,), count, dtype=torch.int32, device=self.device)
-        table = torch.arange(self._blocks_for(count), dtype=torch.int32, device=self.device).expand(num_seqs, -1)
+        table = torch.arange(self._blocks_for(max(count, 1)), dtype=torch.int32, device=self.device).expand(
+            num_seqs, -1
+        )
         slots = torch.arange(count, device=self.device)
-        return CrossBatch(lens, (count,) * num_seqs, count, table, slots)
+        return CrossBatch(lens, (count,) * num_seqs, count, table.expand(num_seqs, -1), slots)
 
     def _state_rows(self, groups: Sequence[CacheGroup], starts: Sequence[int]) -> torch.Tensor:
         """Each sequence's own row, read from where it goes on."""

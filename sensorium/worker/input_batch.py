@@ -325,7 +325,7 @@ class InputBatch:
         """Blocks of the longest sequence in each group with blocks."""
         widths = [arrays.max_blocks] * len(self._block_tables)
         if self._cross_index is not None and arrays.cross_lens is not None:
-            widths[self._cross_index] = -(-int(arrays.cross_lens.max(initial=0)) // self.block_size)
+            widths[self._cross_index] = -(-int(arrays.cross_lens.max(initial=1)) // self.block_size)
         return widths
 
     def _mrope_positions(
