@@ -33,9 +33,9 @@ class Drafter(Protocol):
 class Guesses:
     """One request's drafts: as many as the last ones were worth.
 
-    Rows of a step are cheap while the weights' way from memory decides, and dear beyond, so wrong guesses aren't made
-    again and again: after one in which nothing was right, none is made for 1, 3, 7 and at last `MAX_PAUSE` steps, and
-    then one token at a time until it is right.
+    Rows of a step are cheap while the weights' way from memory decides, and dear beyond (docs/experiments.md), so wrong
+    guesses aren't made again and again: after one in which nothing was right, none is made for 1, 3, 7 and at last
+    `MAX_PAUSE` steps, and then one token at a time until it is right.
 
     Worked example of drafts and those that were right: 4 of 4, 2 of 4, 2 of 2, 4 of 4, 0 of 4, a step without, 1 of 1,
     2 of 2, 4 of 4.

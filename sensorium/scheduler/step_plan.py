@@ -79,6 +79,7 @@ class StepPlan:
         self, request: RequestState, token_ids: Sequence[int], new_block_ids: tuple[tuple[int, ...], ...]
     ) -> None:
         """Add guesses of what follows it to a decode chunk, and the blocks that they take on top."""
+        assert not request.num_pending_tokens, "a guess goes on from known tokens"
         chunk = self.chunks[request]
         blocks = chunk.new_block_ids or new_block_ids
         if chunk.new_block_ids and new_block_ids:
