@@ -60,6 +60,14 @@ def adapter_ids_of_rows(adapter_ids: torch.Tensor | None, present: Sequence[int]
 
 
 @contextmanager
+def adapter_of_all(adapter_id: int, rows: torch.Tensor) -> Iterator[None]:
+    """Within it, `rows` `(num_rows, ...)` of one request, which has this adapter, go through layers."""
+    ids = torch.full((len(rows),), adapter_id, device=rows.device) if adapter_id else None
+    with adapter_ids_of_rows(ids, (adapter_id,)):
+        yield
+
+
+@contextmanager
 def adapters_of_selected(rows: torch.Tensor) -> Iterator[None]:
     """Within it, only these of the rows, by their indices `(num_selected,)`, go through layers."""
     current = _current.get()

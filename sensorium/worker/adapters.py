@@ -11,7 +11,7 @@ from sensorium.errors import ConfigError, WeightsError
 from sensorium.model_executor.adapter_rows import adapter_ids_of_rows
 from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.lora.loader import LoadedAdapters, load_adapters
-from sensorium.model_executor.models.transformers.model import TransformersForCausalLM
+from sensorium.model_executor.model_loader.loader import LoadsItself
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.worker.dummy_steps import DummySteps
 
@@ -23,7 +23,7 @@ def lay_adapters(model: nn.Module, config: EngineConfig) -> LoadedAdapters:
         ConfigError: The model runs by modules of transformers.
         WeightsError: See `load_adapters`.
     """
-    if config.lora_config is not None and isinstance(model, TransformersForCausalLM):
+    if config.lora_config is not None and isinstance(config.model_config.model_class, LoadsItself):
         raise ConfigError(
             f"enable_lora: got true for {config.model_config.architecture}, which runs by the modules of transformers, "
             "expected false. Leave enable_lora (--enable-lora) out, or merge the adapter into the model."
@@ -54,7 +54,8 @@ def try_adapters(
     ids = torch.tensor([0, 1], device=steps.device)
     with adapter_ids_of_rows(ids, range(1, len(config.lora_config.modules) + 1)):
         hidden = driver.forward(step)
-        model.compute_logits(hidden, SamplingMetadata(len(ids)))  # type: ignore[operator]
+        if callable(compute_logits := getattr(model, "compute_logits", None)):  # some models only pool
+            compute_logits(hidden, SamplingMetadata(len(ids)))
     for method, told in adapters.methods.values():
         if not method.has_run:
             raise WeightsError(

@@ -35,7 +35,7 @@ from sensorium.messages import (
     SchedulerOutput,
     TokenLogprobs,
 )
-from sensorium.model_executor.adapter_rows import adapter_ids_of_rows
+from sensorium.model_executor.adapter_rows import adapter_ids_of_rows, adapter_of_all
 from sensorium.model_executor.drivers import ModelDriver
 from sensorium.model_executor.failures import told_to_caller
 from sensorium.model_executor.host_copy import HostCopy
@@ -458,11 +458,8 @@ class ModelRunner:
                 continue
             targets = list(request.prompt_token_ids[start + 1 : start + 1 + chunk.num_scheduled_tokens])
             followed = hidden[rows][: len(targets)]
-            metadata = SamplingMetadata(len(targets))
-            adapter_id = request.adapter_id
-            ids = torch.full((len(followed),), adapter_id, device=self._device) if adapter_id else None
-            with adapter_ids_of_rows(ids, (adapter_id,)):
-                logits = self._model.compute_logits(followed, metadata)
+            with adapter_of_all(request.adapter_id, followed):
+                logits = self._model.compute_logits(followed, SamplingMetadata(len(targets)))
             pending.prompt_logprobs[chunk.request_id] = PromptLogprobs(logits, targets, top)
 
 

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from sensorium.config import ModelConfig
 from sensorium.messages import EngineRequest
+from sensorium.model_executor.adapter_rows import adapter_of_all
 from sensorium.model_executor.layers.pooler import AllRows, Pool, Projection, activated, new_pool
 from sensorium.model_executor.sampling_metadata import SamplingMetadata
 from sensorium.pooling_params import PoolingParams
@@ -78,7 +79,8 @@ class Pooler:
         params = request.pooling
         assert params is not None
         if params.task in ("classify", "token_classify"):
-            return self._scores(rows, params)
+            with adapter_of_all(request.adapter_id, rows[:1]):
+                return self._scores(rows, params)
         if params.task == "embed" and rows.dim() == 2:
             pool = new_pool(self._config.pooling_type)
             pool.add(rows)

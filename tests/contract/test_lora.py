@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ from sensorium import LLM, EngineArgs, LLMEngine, LoRARequest, RequestOutput, Sa
 from sensorium.errors import ConfigError, InvalidRequestError, WeightsError
 from sensorium.model_executor.layers.quantization.layer import WeightedLayer
 from sensorium.model_executor.lora.method import LoRAMethod
+from sensorium.worker.pooling import Pooler
 from sensorium.worker.worker import Worker
 from tests.helpers.checkpoints import make_checkpoint, make_hf_model
 from tests.helpers.graphs import HostReplay
@@ -195,6 +197,25 @@ def test_llm_takes_adapters_by_request_and_by_name(tmp_path: Path) -> None:
         llm.generate(prompts[0], GREEDY, lora_request="other")
     with pytest.raises(InvalidRequestError, match="another path"):
         llm.generate(prompts[0], GREEDY, lora_request=LoRARequest("sql", 1, str(tmp_path)))
+
+
+def test_an_adapter_of_the_head_scores_pairs(tmp_path: Path) -> None:
+    """A reranker's answer is the logits of two words behind the last row: the head's adapter belongs to them, too."""
+    adapter = TinyAdapter("qwen3", ("lm_head",))
+    engine = lora_engine("qwen3", {"one": adapter.save(tmp_path / "one")})
+    worker = engine.core.executor.worker  # type: ignore[attr-defined]
+    rows = torch.randn(3, worker.model.model.embed_tokens.embedding_dim)
+    config = SimpleNamespace(model="", pooler=SimpleNamespace(projections=(), token_ids=(3, 9), activation="identity"))
+    pooler = Pooler(worker.model, config, torch.device("cpu"))  # type: ignore[arg-type]
+    params = SimpleNamespace(task="classify", use_activation=False)
+    scores = []
+    for model, adapter_id in ((make_hf_model("qwen3"), 0), (adapter.merged(), 1)):
+        asked = SimpleNamespace(pooling=params, adapter_id=adapter_id)
+        with torch.inference_mode():
+            scores.append(pooler._answer(rows, asked))  # type: ignore[arg-type]
+            logits = model.lm_head(rows[-1])
+        torch.testing.assert_close(scores[-1], (logits[9] - logits[3])[None], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(*scores)
 
 
 # What isn't served
