@@ -17,7 +17,7 @@ from sensorium.multimodal.placeholders import BoolArray, is_placeholder
 from sensorium.spans import IntArray, Range, Span
 
 if TYPE_CHECKING:
-    from sensorium.config import CacheConfig, ModelConfig, SchedulerConfig
+    from sensorium.config import ModelConfig, SchedulerConfig
     from sensorium.pooling_params import PoolingParams
     from sensorium.sampling_params import SamplingParams
 
@@ -154,23 +154,18 @@ def check_special_tokens(
         )
 
 
-def check_two_way(
-    two_way: Sequence[Range], media: Sequence[Span], scheduler: SchedulerConfig, cache: CacheConfig
-) -> None:
+def check_two_way(two_way: Sequence[Range], media: Sequence[Span], scheduler: SchedulerConfig) -> None:
     """Refuse what no step could compute: spans that can't be parted and are larger than a step.
 
     Args:
         two_way: Ranges of the prompt whose positions see one another both ways.
         media: Of each item, or group of items.
         scheduler: The budgets of a step.
-        cache: Where encoded items are kept.
     """
     if not scheduler.enable_chunked_prefill:
         return  # a prompt is one chunk, however long it is
     most = scheduler.max_num_batched_tokens
     most_rows = scheduler.max_num_encoder_rows
-    if cache.encoder_cache_rows is not None:
-        most_rows = min(most_rows, cache.encoder_cache_rows)
     for begin, end in two_way:
         if end - begin > most:
             raise InvalidRequestError(
@@ -184,7 +179,7 @@ def check_two_way(
             raise InvalidRequestError(
                 f"got {len(rows)} media items with {sum(rows)} rows in all that see one another both ways, "
                 f"expected at most {most_rows} rows, since such items are computed in one step. Send fewer items, or "
-                "raise max_num_encoder_rows and encoder_cache_rows.",
+                "raise max_num_encoder_rows.",
                 field="prompt",
             )
 

@@ -320,7 +320,7 @@ class InputPreprocessor:
         media = [(placement.modalities, placement.span) for placement in placements]
         two_way = two_way_spans(self.features.two_way, media, num_tokens)
         spans = [span for _, span in media]
-        admission.check_two_way(two_way, spans, self.config.scheduler_config, self.config.cache_config)
+        admission.check_two_way(two_way, spans, self.config.scheduler_config)
         is_media = media_mask((placement.span for placement in placements), num_tokens)
         admission.check_special_tokens(prompt.after, is_media, self._placeholder_ids, self._vocab_size)
         return two_way

@@ -133,9 +133,10 @@ class ChunkPlanner:
         in all caches. Blocks of a span are found by all of it, so what follows them is what they were computed with.
         """
         while (piece := self._uncut(request, num_tokens))[0] < num_tokens:
-            if piece in request.message.two_way_spans and self._is_seen(piece[0], num_tokens):
+            is_two_way = piece in request.message.two_way_spans
+            if is_two_way and self._is_seen(piece[0], num_tokens):
                 break
-            num_tokens = piece[0] // block_size * block_size
+            num_tokens = (num_tokens - 1 if is_two_way else piece[0]) // block_size * block_size
         return num_tokens
 
     def _is_seen(self, begin: int, position: int) -> bool:
@@ -241,7 +242,7 @@ class ChunkPlanner:
             if newly_held:
                 if plan.is_encoder_closed:
                     return False
-                if not self._has_cache_room(newly_held, draft, plan, request):
+                if not self._has_cache_room(newly_held, row, draft, plan, request):
                     draft.lacks_cache = True
                     return False
             if item.key not in self._cache:
@@ -253,12 +254,16 @@ class ChunkPlanner:
         draft.hold.append(item)
         return True
 
-    def _has_cache_room(self, num_rows: int, draft: ChunkDraft, plan: StepPlan, request: RequestState) -> bool:
-        """An item larger than the whole cache is taken in when nothing else is held."""
+    def _has_cache_room(
+        self, num_rows: int, row: int, draft: ChunkDraft, plan: StepPlan, request: RequestState
+    ) -> bool:
+        """An item larger than the whole cache is taken in when nothing else is held, and so are those that a chunk must
+        have beside it."""
         num_held = self._cache.num_held_rows + draft.num_newly_held_rows
         if num_held == 0 or num_held + num_rows <= self._cache.capacity_rows:
             return True
-        return self._lifts_limits(plan) and self._cache.is_held_only_by(request.request_id)
+        is_needed = bool(draft.hold) and row < draft.least_end and not self.keeps_prompts_whole
+        return (is_needed or self._lifts_limits(plan)) and self._cache.is_held_only_by(request.request_id)
 
     def _may_encode(self, request: RequestState, item: MediaItem, row: int, draft: ChunkDraft, plan: StepPlan) -> bool:
         """Whether the step has rows and time for an item.

@@ -29,7 +29,9 @@ CROSS = ("whisper", "mllama")
 """Whose decoders attend to media by cross-attention."""
 TILES = ("llava_next", "llava_onevision", "internvl", "llava_pixtral", "mistral3", "idefics3")
 QWEN = ("qwen2_vl", "qwen2_5_vl", "qwen3_vl", "qwen3_vl_moe", "qwen2_audio", "qwen2_5_omni_thinker")
-PLACED = ("gemma3_vision", "llava", *TILES, *QWEN)
+PREFIXES = ("paligemma2",)
+"""Whose prompts see all of themselves, and so are computed in one step."""
+PLACED = ("gemma3_vision", *PREFIXES, "llava", *TILES, *QWEN)
 MULTIMODAL = (*PLACED, *CROSS)
 FAMILIES = (*TEXT, *MULTIMODAL)
 
@@ -53,6 +55,9 @@ def checkpoint(family: str) -> Path:
 
 
 def engine_for(family: str, **settings: Any) -> LLMEngine:
+    if family in PREFIXES:
+        least = {"max_num_batched_tokens": 256, "max_num_encoder_rows": 32}
+        settings |= {name: max(settings[name], most) for name, most in least.items() if name in settings}
     return make_engine(checkpoint(family), limit_mm_per_prompt=limits(family), **settings)
 
 

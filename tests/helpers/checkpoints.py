@@ -158,6 +158,13 @@ def gpt_oss_config() -> transformers.PretrainedConfig:
     return transformers.GptOssConfig(**expert_settings(rope_parameters=rope, intermediate_size=HIDDEN_SIZE, **own))
 
 
+def gemma2_config() -> transformers.PretrainedConfig:
+    """A window on every other layer; caps that matter."""
+    own = {"head_dim": 24, "query_pre_attn_scalar": 20, "sliding_window": 24}
+    caps = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 5.0}
+    return transformers.Gemma2Config(**text_settings(**own, **caps))
+
+
 GEMMA3_SIZE = 112
 
 
@@ -181,6 +188,25 @@ def gemma3_vision_config() -> transformers.PretrainedConfig:
         boi_token_index=ids["<|vision_start|>"],
         eoi_token_index=ids["<|vision_end|>"],
         image_token_index=ids["<|image_pad|>"],
+    )
+
+
+def paligemma2_config() -> transformers.PretrainedConfig:
+    """Windows that are shorter than most prompts, all of which is seen through them."""
+    vision = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "image_size": IMAGE_SIZE,
+        "patch_size": PATCH_SIZE,
+    }
+    return transformers.PaliGemmaConfig(
+        text_config=gemma2_config(),
+        vision_config=transformers.SiglipVisionConfig(**vision),
+        projection_dim=HIDDEN_SIZE,
+        hidden_size=HIDDEN_SIZE,
+        image_token_index=token_ids()["<image>"],
     )
 
 
@@ -417,6 +443,14 @@ GEMMA3_FILES: dict[str, Mapping[str, Any]] = {
     },
     "processor_config.json": {"processor_class": "Gemma3Processor", "image_seq_length": 16},
 }
+PALIGEMMA_FILES: dict[str, Mapping[str, Any]] = {
+    "preprocessor_config.json": {
+        "image_processor_type": "SiglipImageProcessor",
+        "processor_class": "PaliGemmaProcessor",
+        "size": {"height": IMAGE_SIZE, "width": IMAGE_SIZE},
+        "image_seq_length": (IMAGE_SIZE // PATCH_SIZE) ** 2,
+    },
+}
 AUDIO_NAMES = {
     "model.language_model.": "language_model.model.",
     "lm_head.": "language_model.lm_head.",
@@ -631,14 +665,7 @@ OMNI_FILES: dict[str, Mapping[str, Any]] = {
 LLAVA = "LlavaForConditionalGeneration"
 FAMILIES: dict[str, Family] = {
     "gemma": Family("GemmaForCausalLM", lambda: transformers.GemmaConfig(**text_settings(head_dim=24))),
-    "gemma2": Family(
-        "Gemma2ForCausalLM",
-        lambda: transformers.Gemma2Config(
-            **text_settings(head_dim=24, query_pre_attn_scalar=20, sliding_window=24),
-            attn_logit_softcapping=2.0,
-            final_logit_softcapping=5.0,
-        ),
-    ),
+    "gemma2": Family("Gemma2ForCausalLM", gemma2_config),
     "gemma3": Family("Gemma3ForCausalLM", gemma3_config),
     "gemma3_vision": Family(
         "Gemma3ForConditionalGeneration",
@@ -646,6 +673,13 @@ FAMILIES: dict[str, Family] = {
         LLAVA_NAMES,
         {"IMAGE": "<|vision_start|>"},
         GEMMA3_FILES,
+    ),
+    "paligemma2": Family(
+        "PaliGemmaForConditionalGeneration",
+        paligemma2_config,
+        LLAVA_NAMES,
+        {"IMAGE": "<image>"},
+        PALIGEMMA_FILES,
     ),
     "llama": Family("LlamaForCausalLM", lambda: transformers.LlamaConfig(**text_settings())),
     "llama_biased": Family(

@@ -84,6 +84,7 @@ MEDIA: dict[str, dict[str, Media]] = {
     "qwen3_moe": {},
     "gpt_oss": {},
     "gemma3_vision": {"image": Media("<|vision_start|>", picture, 3)},
+    "paligemma2": {"image": Media("<image>", picture, 2)},
     "llava": {"image": Media("<image>", picture, 3)},
     "llava_pixtral": {"image": Media("[IMG]", picture, 3)},
     "llava_next": {"image": Media("<image>", picture, 3)},

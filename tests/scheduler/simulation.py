@@ -323,4 +323,6 @@ class Simulation:
         steps = [step, *(each for each, _ in self._in_flight)]
         is_alone = any(len(each.chunks) == 1 for each in steps) and not config.enable_chunked_prefill
         rows = self.worker.rows
+        if self.limits.features.two_way:  # items of one span are held together, though a step may encode no more
+            capacity = max(capacity, 2 * config.max_num_encoder_rows)
         assert sum(map(len, rows.values())) <= capacity or len(rows) == 1 or is_alone

@@ -228,6 +228,8 @@ def test_items_of_one_span_are_encoded_in_one_step_or_not_yet() -> None:
     assert draft(planner, make_state(MIXED, PROMPT), 20) == (20, [0, 1])
     cache.hold("x", 92, ANOTHER)
     assert draft(planner, make_state(MIXED, PROMPT), 20) is Shortage.ENCODER_CACHE
+    for capacity in (0, 6):
+        assert draft(make_planner(capacity=capacity)[0], make_state(MIXED, PROMPT), 20) == (20, [0, 1]), "nobody else's"
 
 
 def test_a_first_prefill_takes_the_time_of_all_items_that_it_can_not_do_without() -> None:

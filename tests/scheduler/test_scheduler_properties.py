@@ -169,7 +169,7 @@ def random_request(rng: Random, request_id: str, limits: Limits, kinds: Sequence
     if any(group.kind is CacheKind.CROSS for group in limits.cache_groups):
         request = attended(request, many=limits.num_blocks % 2 == 0, cuts=limits.scheduler.enable_chunked_prefill)
     try:
-        check_two_way(request.two_way_spans, [item.span for item in request.media], limits.scheduler, limits.cache)
+        check_two_way(request.two_way_spans, [item.span for item in request.media], limits.scheduler)
     except InvalidRequestError:
         return None
     return request

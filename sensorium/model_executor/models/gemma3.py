@@ -19,7 +19,6 @@ from torch.nn import functional as F
 from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import UnsupportedFeatureError
 from sensorium.model_executor.layers.layernorm import ZeroCenteredRMSNorm
-from sensorium.model_executor.layers.logits_processor import LogitsProcessor
 from sensorium.model_executor.layers.parameters import new_parameter
 from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.models.llava import LlavaForConditionalGeneration, PicturesOfOneSize, patches_per_side
@@ -60,7 +59,7 @@ class Gemma3Pictures(PicturesOfOneSize):
 
     placeholder = "<start_of_image>"
 
-    def prompt(self, token_ids: Sequence[int]) -> Sequence[int]:
+    def prompt(self, token_ids: Sequence[int], _num_items: int) -> Sequence[int]:
         """See `MediaInputs`: the markers and lines, and a token for the rows between them."""
         if self.row_id in token_ids:
             return token_ids
@@ -104,10 +103,11 @@ class Gemma3Projector(nn.Module):
 class Gemma3ForConditionalGeneration(LlavaForConditionalGeneration):
     """Tower, projector and decoder."""
 
-    def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
-        super().__init__(config=config, prefix=prefix)
-        # Beside pictures, the reference caps no logits.
-        self.language_model.logits_processor = LogitsProcessor(config.model_config.vocab_size)
+    def decoder_config(self, config: EngineConfig) -> EngineConfig:
+        """See `LlavaForConditionalGeneration`: beside pictures, the reference caps no logits."""
+        text = super().decoder_config(config)
+        text.model_config.hf_config.final_logit_softcapping = None
+        return text
 
     def make_tower(self, quant_config: QuantizationConfig | None, prefix: str) -> SiglipVisionModel:
         """See `LlavaForConditionalGeneration`."""

@@ -132,7 +132,7 @@ class InternVLClips(_Tiles, ClipInputs):
         )
         return (*self.tiles(1), *others)
 
-    def prompt(self, token_ids: Sequence[int]) -> Sequence[int]:
+    def prompt(self, token_ids: Sequence[int], _num_items: int) -> Sequence[int]:
         """See `MediaInputs`: with the number of each clip's first frame."""
         return with_text_in_front(token_ids, self.prompt_id, "Frame1: ", self.tokenizer)
 

@@ -140,8 +140,12 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
         self.vision_tower: Any = self.make_tower(config.quant_config, maybe_prefix(prefix, "vision_tower"))
         self.multi_modal_projector = self.make_projector(maybe_prefix(prefix, "multi_modal_projector"))
         self.language_model = init_registered_model(
-            language_config(config), prefix=maybe_prefix(prefix, "language_model")
+            self.decoder_config(config), prefix=maybe_prefix(prefix, "language_model")
         )
+
+    def decoder_config(self, config: EngineConfig) -> EngineConfig:
+        """The decoder's configuration."""
+        return language_config(config)
 
     def make_tower(self, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
         """The vision tower."""

@@ -113,7 +113,7 @@ class MediaInputs:
         """Keyword arguments of the model for items that aren't given as rows."""
         raise NotImplementedError
 
-    def prompt(self, token_ids: Sequence[int]) -> Sequence[int]:
+    def prompt(self, token_ids: Sequence[int], num_items: int) -> Sequence[int]:
         """The prompt as items are to be put into it, where a model has more around them than pieces can say."""
         return token_ids
 
@@ -362,7 +362,7 @@ def _expanded(inputs: TokenInputs, data: Mapping[str, Any], kinds: Sequence[Medi
         items = as_items(data[kind.modality])
         settings |= kind.prepare(len(items))
         pieces[kind.prompt_id] = [kind.pieces(item) for item in items]
-        inputs["prompt_token_ids"] = list(kind.prompt(inputs["prompt_token_ids"]))
+        inputs["prompt_token_ids"] = list(kind.prompt(inputs["prompt_token_ids"], len(items)))
     token_ids, ranges = expand_items(
         inputs["prompt_token_ids"],
         {token_id: [each for item in items for each in item] for token_id, items in pieces.items()},

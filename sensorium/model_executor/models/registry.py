@@ -52,6 +52,7 @@ IN_TREE: dict[str, str] = {
     "LlavaNextForConditionalGeneration": f"{_MODELS}.llava_next:LlavaNextForConditionalGeneration",
     "LlavaOnevisionForConditionalGeneration": f"{_MODELS}.llava_onevision:LlavaOnevisionForConditionalGeneration",
     "Mistral3ForConditionalGeneration": f"{_MODELS}.mistral3:Mistral3ForConditionalGeneration",
+    "PaliGemmaForConditionalGeneration": f"{_MODELS}.paligemma:PaliGemmaForConditionalGeneration",
     "Qwen2AudioForConditionalGeneration": f"{_MODELS}.qwen2_audio:Qwen2AudioForConditionalGeneration",
     "Qwen2VLForConditionalGeneration": f"{_MODELS}.qwen2_vl:Qwen2VLForConditionalGeneration",
     "Qwen3VLForConditionalGeneration": f"{_MODELS}.qwen3_vl:Qwen3VLForConditionalGeneration",

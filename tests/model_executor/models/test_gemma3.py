@@ -23,15 +23,17 @@ from tests.helpers.serving import make_engine
 BEGIN, ROW, END = (token_ids()[name] for name in ("<|vision_start|>", "<|image_pad|>", "<|vision_end|>"))
 
 
-def tokenizer_that_joins_lines() -> PreTrainedTokenizerFast:
+GEMMA3_TOKENS = {"image_token": "<row>", "boi_token": "<begin>", "eoi_token": "<end>"}
+
+
+def tokenizer_that_joins_lines(special_tokens: dict[str, str]) -> PreTrainedTokenizerFast:
     """Up to four line ends are one token, as in Gemma's vocabulary."""
     merges = [("Ċ", "Ċ"), ("ĊĊ", "Ċ"), ("ĊĊĊ", "Ċ"), ("a", "b")]
     symbols = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *map("".join, merges)]
     core = Tokenizer(models.BPE(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=merges))
     core.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     core.decoder = decoders.ByteLevel()
-    special = {"image_token": "<row>", "boi_token": "<begin>", "eoi_token": "<end>"}
-    return PreTrainedTokenizerFast(tokenizer_object=core, extra_special_tokens=special)
+    return PreTrainedTokenizerFast(tokenizer_object=core, bos_token="<bos>", extra_special_tokens=special_tokens)
 
 
 @pytest.mark.parametrize(
@@ -45,7 +47,7 @@ def tokenizer_that_joins_lines() -> PreTrainedTokenizerFast:
     ],
 )
 def test_lines_around_a_picture_are_tokenized_with_those_that_stand_there(prompt: str, num_images: int) -> None:
-    tokenizer = tokenizer_that_joins_lines()
+    tokenizer = tokenizer_that_joins_lines(GEMMA3_TOKENS)
     reference = Gemma3Processor(
         Gemma3ImageProcessorPil(size={"height": 28, "width": 28}), tokenizer, image_seq_length=3
     )
