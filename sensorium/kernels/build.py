@@ -88,7 +88,7 @@ def build_library() -> Path:
 def compile_sources(
     sources: list[Path], path: Path, extra_flags: Sequence[str] = (), compiler: Compiler | None = None
 ) -> None:
-    """Compile C files, all at once, and link them to a shared library that appears in one step.
+    """Compile C files, all at once, and link them to a shared library, which is moved into its place in one step.
 
     Without a compiler, this machine's is taken. `extra_flags` come last, so that they override the usual ones.
 

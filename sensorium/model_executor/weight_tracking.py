@@ -43,7 +43,7 @@ def parameter_replaced(old: nn.Parameter | None, new: nn.Parameter) -> None:
 
 
 PLAIN_FLOATS = frozenset((torch.float64, torch.float32, torch.bfloat16, torch.float16))
-"""Dtypes that hold values themselves. Those in 8-bit floats and integers mean nothing without their scales."""
+"""Dtypes whose numbers are the values themselves. 8-bit floats and integers mean nothing without their scales."""
 
 
 def refuse_other_kind(target: torch.Tensor, loaded: torch.Tensor, what: str) -> None:

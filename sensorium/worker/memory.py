@@ -42,7 +42,7 @@ class MemoryPlan:
     """Most that rows of encoded media take."""
 
     def parts(self) -> dict[str, int]:
-        """What the report says beside the weights and the KV cache; nothing that takes nothing."""
+        """What the report lists beside the weights and the KV cache; uses of 0 bytes are left out."""
         named = {
             "activations (at most)": self.activations,
             "recorded passes (at most)": self.recorded_passes,
@@ -132,9 +132,9 @@ def keep_freed_memory() -> bool:
 
 
 def give_back_freed_memory() -> None:
-    """Let the C library do again as it does by itself after a while, and give the system what is free.
+    """Set the C library's bounds back, and give free memory back to the system.
 
-    By itself it begins lower, and comes to these bounds where large pieces are freed.
+    These are the bounds that it comes to by itself where large pieces are freed; it begins with lower ones.
     """
     if _set_thresholds(mmap_bytes=32 << 20, trim_bytes=64 << 20):
         ctypes.CDLL(None).malloc_trim(0)

@@ -122,7 +122,7 @@ class ModelRunner:
         self._keeps_tokens = config.scheduler_config.max_steps_in_flight > 1 or graph_capture is not None
         """Whether a step may ask for tokens that the host hasn't seen."""
         self._last_tokens = torch.zeros(max_num_seqs + 1, dtype=torch.int64, device=device)
-        """By slot: the token that was sampled last. The entry behind the slots is for rows that stand for nobody."""
+        """By slot: the token that was sampled last. The last entry is for padding rows."""
         self._block_tables: DeviceBlockTables | None = None
         if device.type != "cpu" or graph_capture is not None:
             max_blocks = max_blocks_of(groups, model_config.max_model_len) + 1

@@ -1,6 +1,6 @@
 """Makes the answers of pooling requests from the hidden states of their chunks.
 
-A model may have a say in it: `pooled_outputs(rows, requests)` turns the rows of whole requests into its own last states
+A model may take part in it: `pooled_outputs(rows, requests)` turns the rows of whole requests into its own last states
 or scores (a classification head); one that generates gives the logits of the tokens that stand for labels.
 """
 
@@ -24,7 +24,7 @@ from sensorium.pooling_params import PoolingParams
 
 @runtime_checkable
 class PoolsItself(Protocol):
-    """A model that makes more of a request's rows than they are."""
+    """A model that turns a request's rows into an answer of its own."""
 
     def pooled_outputs(self, rows: Sequence[torch.Tensor], requests: Sequence[EngineRequest]) -> list[torch.Tensor]:
         """For each request `(num_tokens, size)`, or the scores of its labels `(num_labels,)`, given its rows

@@ -1,7 +1,7 @@
 """What workers change for their whole process, put back when the last of them has ended.
 
-In the engine core's own process nobody notices. `LLM` runs its worker in its caller's process, where everything else
-lives under the same settings meanwhile.
+In the engine core's own process they affect nothing else. `LLM` runs its worker in its caller's process, where all
+other code runs under the same settings meanwhile.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ class ProcessSettings:
     """Invariant: a setting that nobody holds is as it was found."""
 
     def __init__(self) -> None:
-        self._lock = threading.RLock()  # an engine that is no longer used may be found at any moment, also within
+        self._lock = threading.RLock()  # garbage collection may end an engine at any moment, also within
         self._num_holders = 0
         self._put_back: dict[str, Callable[[], object]] = {}
 
@@ -34,8 +34,8 @@ class ProcessSettings:
                 self._put_back.setdefault("threads", partial(torch.set_num_threads, torch.get_num_threads()))
                 torch.set_num_threads(num_threads)
             if not is_cpu and config.model_config.dtype == torch.float32:
-                # Torch lets convolutions round their float32 inputs to TF32, three decimal digits. Who asks for float32
-                # wants it.
+                # Torch lets convolutions round their float32 inputs to TF32, three decimal digits. A caller who asks
+                # for float32 gets float32.
                 cudnn = torch.backends.cudnn
                 self._put_back.setdefault("TF32", partial(setattr, cudnn, "allow_tf32", cudnn.allow_tf32))
                 cudnn.allow_tf32 = False

@@ -1,4 +1,4 @@
-"""Linear attention with a state of fixed size: a short convolution, and the gated delta rule behind it.
+"""Linear attention with a state of fixed size: a short convolution, followed by the gated delta rule.
 
 What a sequence leaves behind is a state, which stands in a row of this layer's cache: the last inputs of the
 convolution, and a matrix per head. A step reads each sequence's from one row and writes it into another (see

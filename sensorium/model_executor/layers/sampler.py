@@ -64,7 +64,7 @@ class SamplerOutput:
 
     @classmethod
     def of_another_rank(cls, num_rows: int, device: torch.device) -> SamplerOutput:
-        """Room for tokens that another rank samples, and finds fault with."""
+        """Room for tokens that another rank samples and checks."""
         token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         return cls(token_ids, torch.zeros(num_rows, device=device))
 
@@ -114,7 +114,7 @@ class SamplerOutput:
 
 
 class Sampler(nn.Module):
-    """Chooses tokens. Holds no state and no parameters; whose rows these are says `SamplingState`."""
+    """Chooses tokens. Holds no state and no parameters; `SamplingState` says whose rows these are."""
 
     def forward(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
         """`sample`, in the form in which model classes of V0 call it."""
