@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 from sensorium import LLM, SamplingParams
 from sensorium.config import ModelConfig
 from sensorium.engine.args import EngineArgs
+from sensorium.model_executor.models.transformers.media_rows import on_device
 from sensorium.multimodal.hf_items import HFItems, Processed, dummy_item, hf_items
 
 NUM_TOKENS = 6
@@ -75,7 +76,7 @@ def generated_media_tokens(
             max_new_tokens=NUM_TOKENS,
             do_sample=False,
             **types,
-            **processed.tensors,
+            **on_device(processed.tensors, torch.device("cpu"), model.dtype),
         )
         found.append(output[0, -NUM_TOKENS:].tolist())
     return found

@@ -41,6 +41,7 @@ _SIZES: Mapping[str, Any] = {
 }
 _MROPE = {"rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}}
 _PARTIAL_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rotary_factor": 1.0}}
+_LAYERS = {at: {"head_dim": 32} for at in ("01", "03")}
 _WITH_MROPE = (
     *("qwen2_vl", "paddleocr_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "qwen2_5_omni_thinker", "cosmos3_omni"),
     *("cosmos3_edge", "hunyuan_vl", "exaone4_5"),
@@ -63,18 +64,21 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
             "projector_output_dim": 64,
         }
     },
+    "gemma3n": {"vision_config": {"hidden_size": 2048}},
     "step3p7": {"text_config": {"sliding_window": 6}},
     "hyperclovax_vision_v2": {"vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
     "qwen2_5_omni_thinker": {"text_config": _MROPE, "vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
-    **{name: {"text_config": {"per_layer_config": None}} for name in ("gemma4", "gemma4_unified", "dots3_note")},
+    **{name: {"text_config": {"per_layer_config": _LAYERS}} for name in ("gemma4", "gemma4_unified")},
     **{name: {"vision_config": {"text_hidden_size": 64}} for name in ("inkling_mm_model", "inkling2")},
     "vipllava": {"vision_feature_layers": [-1, -2]},
     "aya_vision": {"downsample_factor": 1},
     **{key: {"image_grid_pinpoints": _GRIDS} for key in ("llava_next", "llava_onevision")},
 }
 """What shrinking by name doesn't get right in a config, by type; nested parts by their name."""
+_ROW_TOKENS: Mapping[str, str] = {"llama4": "<|patch|>", "ovis2": "<IMG_ATOM>"}
+"""What stands where rows of pictures go, where that isn't what stands for a picture."""
 _LIKE: Mapping[str, str] = {
     "qwen3_vl_moe": "qwen3_vl",
     "qwen2_5_omni_thinker": "qwen2_5_omni",
@@ -104,6 +108,7 @@ _PROCESSOR_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "aya_vision": {"img_size": IMAGE_SIZE, "patch_size": PATCH_SIZE},
     "internvl": {"image_seq_length": 1},
     "qianfan_ocr": {"image_seq_length": 1},
+    "gemma3n": {"image_seq_length": 256},
     "mistral3": {"patch_size": PATCH_SIZE, "spatial_merge_size": 2},
 }
 
@@ -143,7 +148,7 @@ def _with_sections(values: dict[str, Any]) -> dict[str, Any]:
 def _merged(values: dict[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
     merged = dict(values)
     for name, value in settings.items():
-        nested = isinstance(value, Mapping) and isinstance(merged.get(name), dict)
+        nested = isinstance(value, Mapping) and isinstance(merged.get(name), dict) and name != "per_layer_config"
         merged[name] = _merged(merged[name], value) if nested else value
     return merged
 
@@ -171,7 +176,8 @@ def media_tokenizer(processor_class: Any) -> PreTrainedTokenizerFast:
 
 def _named_tokens(source: str) -> dict[str, str]:
     """Attributes under which a processor asks its tokenizer for special tokens."""
-    names = set(re.findall(r"tokenizer\.(\w+_token)(?:_id)?\b", source)) - {
+    pattern = r"""tokenizer(?:\.|, ["'])(\w+_token)(?:_id)?\b"""
+    names = set(re.findall(pattern, source)) - {
         "pad_token",
         "bos_token",
         "eos_token",
@@ -217,6 +223,8 @@ def _agree(config: Any, processor: Any, tokenizer: Any) -> None:
             if token_id is not None and hasattr(config, field):
                 setattr(config, field, token_id)
     added = tokenizer.get_added_vocab()
+    if config.model_type in _ROW_TOKENS:
+        config.image_token_id = added[_ROW_TOKENS[config.model_type]]
     for field, marks in _MARKS.items():
         text = next((each for mark in marks for each in added if mark in each.lower()), None)
         if hasattr(config, field) and text is not None:

@@ -179,7 +179,7 @@ class ByRequestWay(nn.Module):
         else:
             assert chunk.rows is not None
             given = {"inputs_embeds": chunk.rows[None], "use_cache": True}
-            given |= self._inputs.arguments(chunk.media, num_tokens)
+            given |= self._inputs.arguments(chunk.ids, chunk.media)
             positions = chunk.positions
         if self._takes_positions:
             given["position_ids"] = positions[None] if positions.dim() == 1 else positions[:, None]

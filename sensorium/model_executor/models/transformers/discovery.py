@@ -227,7 +227,7 @@ class _TrunkWatch:
             what = "embedded rows" if self._takes_rows else "token ids with positions"
             raise CannotRunError(f"no module of it takes {what} and holds all attention")
         module, _, _, given, output = whole[0 if self._takes_rows else -1]  # modules are left from the inside out
-        return module, _settings({**given, "inputs_embeds": None} if self._takes_rows else given), output
+        return module, _plain_settings(given) if self._takes_rows else _settings(given), output
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._total_at.append((module, len(self._recorder.calls)))
@@ -237,6 +237,12 @@ class _TrunkWatch:
         given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
         self._candidates.append((module, before, len(self._recorder.calls), given, output))
+
+
+def _plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
+    """What a trunk that gets rows is given beside tensors, which are made in every pass."""
+    kept = {name: value for name, value in given.items() if name not in _TOKEN_ARGUMENTS and value is not None}
+    return {name: value for name, value in kept.items() if not isinstance(value, torch.Tensor)} | {"use_cache": False}
 
 
 def _settings(given: Mapping[str, Any]) -> dict[str, Any]:

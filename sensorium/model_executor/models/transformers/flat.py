@@ -80,7 +80,7 @@ class FlatWay(nn.Module):
         return {
             "inputs_embeds": rows[None],
             "position_ids": positions[None] if positions.dim() == 1 else positions[:, None],
-            **self._inputs.arguments(media, len(input_ids)),
+            **self._inputs.arguments(input_ids, media),
         }
 
 

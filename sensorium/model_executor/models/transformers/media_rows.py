@@ -40,8 +40,8 @@ class Extra:
     """Along which its rows stand."""
     is_per_token: bool
     """It has a row for every token, text included; otherwise for media rows only."""
-    fill: float = 0
-    """What text rows have of one that is per token."""
+    fill: float | None = 0
+    """What text rows have of one that is per token; None: what the outer model computes of their ids, pass by pass."""
 
     def key(self, i: int) -> str:
         """The name of its i-th tensor among the others of `ItemRows`."""
@@ -55,17 +55,23 @@ class Extra:
         rows = [leaf.movedim(self.axis, 0) for leaf in leaves]
         return {self.key(i): (each[media] if self.is_per_token else each) for i, each in enumerate(rows)}
 
-    def argument(self, others: Mapping[str, PlacedRows], num_tokens: int) -> Any:
-        """The argument for a batch; None where no item brings it."""
+    def argument(self, others: Mapping[str, PlacedRows], num_tokens: int, of_text: Any = None) -> Any:
+        """The argument for a batch; None where no item brings it. `of_text`: what the ids alone bring."""
         if self.key(0) not in others:
-            return None
+            return of_text
         placed = [others[self.key(i)] for i in range(len(self.shapes))]
-        leaves = [self._leaf(each, shape, num_tokens) for each, shape in zip(placed, self.shapes, strict=True)]
+        if of_text is not None:
+            made = [leaf.movedim(self.axis, 0) for leaf in tree_flatten(of_text)[0]]
+            pairs = zip(made, placed, strict=True)
+            leaves = [leaf.index_copy(0, each.index, each.rows).movedim(0, self.axis) for leaf, each in pairs]
+        else:
+            leaves = [self._leaf(each, shape, num_tokens) for each, shape in zip(placed, self.shapes, strict=True)]
         return tree_unflatten(leaves, self.tree)
 
     def _leaf(self, placed: PlacedRows, shape: tuple[int, ...], num_tokens: int) -> torch.Tensor:
         if not self.is_per_token:
             return placed.rows.movedim(0, self.axis)
+        assert self.fill is not None
         whole = placed.rows.new_full((num_tokens, *shape[: self.axis], *shape[self.axis + 1 :]), self.fill)
         return whole.index_copy_(0, placed.index, placed.rows).movedim(0, self.axis)
 
@@ -153,11 +159,16 @@ class TrunkInputs:
         rows = embedding(token_ids)
         return rows if media is None else rows.index_copy(0, media.index, media.rows.to(rows.dtype))
 
-    def arguments(self, media: MediaRows | None, num_tokens: int) -> dict[str, Any]:
-        """What the trunk gets beside rows in a pass with these media."""
-        if media is None or not media.others:
-            return {}
-        made = {extra.name: extra.argument(media.others, num_tokens) for extra in self.extras}
+    def arguments(self, token_ids: torch.Tensor, media: MediaRows | None) -> dict[str, Any]:
+        """What the trunk gets beside rows in a pass with these ids, none of them a placeholder's, and media."""
+        others = {} if media is None else media.others
+        of_text: Mapping[str, Any] = {}
+        if any(extra.fill is None for extra in self.extras):
+            of_text = self.run(token_ids, {}).others
+        made = {
+            extra.name: extra.argument(others, len(token_ids), of_text.get(extra.name) if extra.fill is None else None)
+            for extra in self.extras
+        }
         return {name: value for name, value in made.items() if value is not None}
 
 
@@ -172,17 +183,15 @@ def _extra(name: str, value: Any, media: torch.Tensor) -> Extra | None:
         for count, is_per_token in ((len(media), True), (int(media.sum()), False)):
             for axis in range(_MAX_AXIS):
                 if all(len(each) > axis and each[axis] == count and (axis == 0 or each[0] == 1) for each in shapes):
-                    fill = _fill(name, tensors, axis, media) if is_per_token else 0
+                    fill = _fill(tensors, axis, media) if is_per_token else 0
                     return Extra(name, tree, shapes, axis, is_per_token, fill)
     raise CannotRunError(f"its outer module computes {name} for its decoder, neither for tokens nor for media rows")
 
 
-def _fill(name: str, tensors: Sequence[torch.Tensor], axis: int, media: torch.Tensor) -> float:
-    """The one value that text rows have."""
+def _fill(tensors: Sequence[torch.Tensor], axis: int, media: torch.Tensor) -> float | None:
+    """The one value that text rows have, if they do."""
     values = {float(end) for leaf in tensors for end in leaf.movedim(axis, 0)[~media].float().aminmax()}
-    if len(values) != 1:
-        raise CannotRunError(f"its outer module computes {name} of every token for its decoder")
-    return values.pop()
+    return values.pop() if len(values) == 1 else None
 
 
 def on_device(tensors: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
