@@ -20,9 +20,10 @@ from tests.helpers.mixed_requests import limits, random_plan
 from tests.helpers.serving import Planned, alone, differing, make_engine, quiet_engine, serve
 
 NUM_REQUESTS = {
-    "qwen2_vl": 25,
-    "llava": 25,
-    "qwen2_audio": 35,
+    "qwen2_vl": 20,
+    "qwen3_vl_moe": 20,
+    "llava": 20,
+    "qwen2_audio": 25,
     "qwen2_5_vl": 20,
     "gemma3": 30,
     "qwen3_5": 30,
