@@ -93,7 +93,7 @@ class Trunk:
 
     def _stand_in(self, *args: Any, **kwargs: Any) -> Any:
         if self._rows is not None:
-            return _with_rows(self._sample, self._rows)
+            return _with_rows(self._module, self._sample, self._rows)
         output = self.forward(*args, **kwargs)
         if self._ends:
             self._ended_with = output
@@ -107,13 +107,17 @@ def hidden_states(output: Any) -> torch.Tensor:
     return hidden
 
 
-def _with_rows(output: Any, rows: torch.Tensor) -> Any:
+def _with_rows(module: nn.Module, output: Any, rows: torch.Tensor) -> Any:
+    """What a module returned, with other rows, and with what its pooler makes of them if it has one (GTE)."""
     if isinstance(output, torch.Tensor):
         return rows
     if isinstance(output, tuple):
         return (rows, *output[1:])
     output = copy.copy(output)
     output["last_hidden_state"] = rows
+    pooler = getattr(module, "pooler", None)
+    if isinstance(pooler, nn.Module) and output.get("pooler_output") is not None:
+        output["pooler_output"] = pooler(rows)
     return output
 
 
