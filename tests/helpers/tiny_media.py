@@ -44,7 +44,7 @@ _PARTIAL_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rota
 _LAYERS = {at: {"head_dim": 32} for at in ("01", "03")}
 _WITH_MROPE = (
     *("qwen2_vl", "paddleocr_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "qwen2_5_omni_thinker", "cosmos3_omni"),
-    *("cosmos3_edge", "hunyuan_vl", "exaone4_5"),
+    *("cosmos3_edge", "hunyuan_vl"),
 )
 _GRIDS = [[28, 28], [28, 56], [56, 28]]
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -67,7 +67,21 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "gemma3n": {"vision_config": {"hidden_size": 2048}},
     "step3p7": {"text_config": {"sliding_window": 6}},
     "hyperclovax_vision_v2": {"vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
-    "qwen2_5_omni_thinker": {"text_config": _MROPE, "vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
+    "qwen2_5_omni_thinker": {
+        "text_config": _MROPE,
+        "vision_config": {"window_size": 56, "fullatt_block_indexes": [1]},
+        "vision_start_token_id": 0,
+        "vision_end_token_id": 0,
+    },
+    "qwen3_omni_moe_thinker": {
+        "text_config": _MROPE,
+        "vision_config": {"deepstack_visual_indexes": [0, 1]},
+        "vision_start_token_id": 0,
+        "vision_end_token_id": 0,
+        "audio_start_token_id": 0,
+        "audio_end_token_id": 0,
+    },
+    "exaone4_5": {"vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
     "fun_asr_nano": {"adaptor_config": {"intermediate_size": 16}},
     "molmo2": {"adapter_config": {"vision_feature_layer": [1, 0]}},
     **{name: {"text_config": {"per_layer_config": _LAYERS}} for name in ("gemma4", "gemma4_unified")},
@@ -109,7 +123,9 @@ _PROCESSOR_SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "internvl": {"image_seq_length": 1},
     "qianfan_ocr": {"image_seq_length": 1},
     "gemma3n": {"image_seq_length": 256},
-    "mistral3": {"patch_size": PATCH_SIZE, "spatial_merge_size": 2},
+    **{
+        name: {"patch_size": PATCH_SIZE, "spatial_merge_size": 2} for name in ("mistral3", "mistral_large4", "mistral4")
+    },
 }
 
 

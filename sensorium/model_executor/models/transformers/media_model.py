@@ -316,10 +316,18 @@ def _rope_indexer(model_config: ModelConfig) -> Any:
         raise ModelError(
             f"{model_config.architecture}: got M-RoPE without get_rope_index, expected it in transformers."
         )
-    empty = having[0].__new__(having[0])
-    torch.nn.Module.__init__(empty)
-    empty.config = model_config.hf_config
-    return empty.get_rope_index
+    indexer = type("Indexer", (having[0],), {"__init__": torch.nn.Module.__init__, "__getattr__": _of_config})()
+    indexer.config = model_config.hf_config
+    return indexer.get_rope_index
+
+
+def _of_config(module: Any, name: str) -> Any:
+    """What a module that wasn't made would have taken from its config, or from the part of it that describes vision."""
+    config = vars(module).get("config")
+    for holder in (config, getattr(config, "vision_config", None)):
+        if hasattr(holder, name):
+            return getattr(holder, name)
+    raise AttributeError(name)
 
 
 # Registrations
