@@ -149,12 +149,11 @@ def qwen3_moe_config() -> transformers.PretrainedConfig:
 
 
 def gpt_oss_config() -> transformers.PretrainedConfig:
-    """A window on two layers of three, stretched frequencies, gates that are often cut off, and square matrices, whose
-    sizes don't tell their axes."""
+    """A window on two layers of three, stretched frequencies, square matrices, whose sizes don't tell their axes."""
     types = ["sliding_attention", "full_attention", "sliding_attention"]
     rope = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 512, "truncate": False}
     rope |= {"rope_theta": 1e4, "beta_fast": 32.0, "beta_slow": 1.0}
-    own = {"num_local_experts": 8, "head_dim": 24, "sliding_window": 24, "layer_types": types, "swiglu_limit": 1.5}
+    own = {"num_local_experts": 8, "head_dim": 24, "sliding_window": 24, "layer_types": types}
     return transformers.GptOssConfig(**expert_settings(rope_parameters=rope, intermediate_size=HIDDEN_SIZE, **own))
 
 

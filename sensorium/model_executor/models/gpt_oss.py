@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 def make_mlp(config: EngineConfig, _layer: int, prefix: str) -> nn.Module:
     """The experts of a layer, in whose checkpoints gate and up take turns, behind the inputs."""
     text = config.model_config.hf_text_config
-    # Older versions of transformers have the first as a constant.
-    act_fn = ClampedSwigluAndMul(getattr(text, "swiglu_alpha", 1.702), text.swiglu_limit)
+    # Older versions of transformers have both as constants.
+    act_fn = ClampedSwigluAndMul(getattr(text, "swiglu_alpha", 1.702), getattr(text, "swiglu_limit", 7.0))
     experts = Experts(
         *(text.num_local_experts, text.hidden_size, text.intermediate_size, act_fn),
         bias=True,

@@ -14,7 +14,7 @@ from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.errors import ConfigError, ModelError, WeightsError
 from sensorium.kernels import FP8, native
 from sensorium.kernels.grouped_linear import RowGroups, grouped_linear
-from sensorium.model_executor.layers.activation import SiluAndMul
+from sensorium.model_executor.layers.activation import ClampedSwigluAndMul, SiluAndMul
 from sensorium.model_executor.layers.grouped_linear import GroupedLinear
 from sensorium.model_executor.layers.mixture_of_experts import CHUNK_ROWS, Experts, MixtureOfExperts, Routing, route
 from sensorium.model_executor.layers.quantization import QuantizationConfig
@@ -190,6 +190,16 @@ def by_one_expert(x: torch.Tensor, index: int) -> torch.Tensor:
     tensors = weights()
     gate, up = (x @ tensors["experts.gate_up_proj"][index].t()).chunk(2, -1)
     return (nn.functional.silu(gate) * up) @ tensors["experts.down_proj"][index].t()
+
+
+def test_gates_are_cut_off_as_in_hugging_face() -> None:
+    from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+
+    reference = GptOssExperts(transformers.GptOssConfig(hidden_size=8, intermediate_size=4, num_local_experts=2))
+    reference.limit = 1.5
+    x = random_tensor(50, 40) * 3
+    want = reference._apply_gate(x.view(50, 2, 20).transpose(1, 2).flatten(1))  # where they take turns
+    torch.testing.assert_close(ClampedSwigluAndMul(1.702, 1.5)(x), want)
 
 
 # Ranks
