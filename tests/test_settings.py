@@ -71,7 +71,8 @@ def wrong_values(hint: Any) -> list[Any]:
     if origin is not None and issubclass(origin, Mapping):
         return [*wrong, "{}", [], 3, {1: 1}]
     if origin is not None and issubclass(origin, Sequence):
-        return [*wrong, "x", 3, [3], {"a": 1}]
+        element = "x" if int in typing.get_args(form.kind) else 3
+        return [*wrong, "x", 3, [element], {"a": 1}]
     return wrong
 
 
