@@ -18,6 +18,7 @@ from sensorium.errors import ConfigError
 from tests.entrypoints.served import served
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.lora import TinyAdapter
+from tests.helpers.waiting import HANG_S
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +27,7 @@ def client(tmp_path_factory: pytest.TempPathFactory) -> Iterator[httpx.Client]:
     modules = {name: str(TinyAdapter("llama", seed=i).save(folder / name)) for i, name in enumerate(("sql", "chat"))}
     with (
         served(make_checkpoint("llama"), enable_lora=True, lora_modules=modules) as running,
-        httpx.Client(base_url=running.url, timeout=60) as client,
+        httpx.Client(base_url=running.url, timeout=HANG_S) as client,
     ):
         yield client
         running.settle()

@@ -62,7 +62,7 @@ def test_a_model_that_needs_a_sound_is_asked_with_one() -> None:
 
 
 def test_modules_of_transformers_are_verified_too(tmp_path: Path) -> None:
-    save_tiny("qwen3_moe", tmp_path)
+    save_tiny("olmoe", tmp_path)
     report = sensorium.verify(str(tmp_path), max_model_len=64)
     assert report.is_equal, "\n".join(report.lines())
     assert report.tier == "transformers flat"

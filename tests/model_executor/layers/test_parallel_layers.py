@@ -220,14 +220,16 @@ def test_a_tensor_of_the_wrong_size_is_refused_on_every_rank() -> None:
             on_ranks(2, lambda group, size=size: filled(VocabParallelEmbedding(16, 8), {"weight": torch.ones(size, 8)}))  # type: ignore[misc]
 
 
-@pytest.mark.parametrize("quantization", [None, "int8"])
 @pytest.mark.parametrize("family", [family for family in FAMILIES if family not in CROSS])
-def test_logits_of_every_family(family: str, quantization: str | None) -> None:
-    """Loaded share by share from one checkpoint. Integers round each share's inputs on their own."""
-    config = engine_config(make_checkpoint(family), quantization=quantization, tensor_parallel_size=2)
+def test_logits_of_every_family(family: str) -> None:
+    """Loaded share by share from one checkpoint.
+
+    Integers round each share's inputs on their own: ranks may be as far from the float logits as one rank is.
+    """
     token_ids = list(range(20, 50))
 
-    def run(group: TensorParallel) -> torch.Tensor:
+    def run(group: TensorParallel, quantization: str | None = None) -> torch.Tensor:
+        config = engine_config(make_checkpoint(family), quantization=quantization, tensor_parallel_size=2)
         model: Any = load_model(config.as_rank_of(group))
         attention = next(module for module in model.modules() if isinstance(module, Attention))
         assert attention.num_kv_heads == 2 // group.size
@@ -237,9 +239,11 @@ def test_logits_of_every_family(family: str, quantization: str | None) -> None:
         return direct.step(token_ids, positions)
 
     with torch.inference_mode():
-        alone = run(ONE_RANK)
+        exact, rounded = run(ONE_RANK), run(ONE_RANK, "int8")
     for logits in on_ranks(2, run):
-        assert relative_error(logits, alone) < (1e-5 if quantization is None else 0.05)
+        assert relative_error(logits, exact) < 1e-5
+    for logits in on_ranks(2, lambda group: run(group, "int8")):
+        assert relative_error(logits, exact) < 1.5 * relative_error(rounded, exact) < 0.15
 
 
 @pytest.mark.parametrize("family", CROSS)

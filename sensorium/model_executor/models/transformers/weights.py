@@ -68,8 +68,8 @@ def _pooling_class(model_config: ModelConfig, auto_class: str) -> Any:
         found = found[0] if isinstance(found, list | tuple) else found
     if found is None:
         raise ModelError(
-            f"{model_config.architecture}: got an architecture that transformers has no class for, expected one that "
-            "it has. Set trust_remote_code (--trust-remote-code) if the checkpoint brings its class."
+            f"architectures: got {model_config.architecture}, expected one that transformers has a class for. Set "
+            "trust_remote_code (--trust-remote-code) if the checkpoint brings its class."
         )
     return found
 
