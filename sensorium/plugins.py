@@ -3,6 +3,8 @@
 A package exposes a function in the group of entry points `sensorium.general_plugins`; the function registers what it
 has to. A plain file, or a module, is named by the setting `plugins` (`--plugin my_model.py`), and registers what it has
 to when it is imported. Both may be loaded in several processes, and so must be fit to be run again.
+
+In all of them, imports from `vllm` mean what `sensorium.compat.v0` says.
 """
 
 from __future__ import annotations
@@ -15,6 +17,7 @@ from hashlib import sha256
 from importlib.metadata import entry_points
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from sensorium.errors import ConfigError, SensoriumError
 from sensorium.logger import get_logger
@@ -22,6 +25,9 @@ from sensorium.logger import get_logger
 logger = get_logger(__name__)
 
 GENERAL_PLUGINS_GROUP = "sensorium.general_plugins"
+
+IMPORTING = "sensorium.compat.v0.importing"
+"""The module that runs plug-ins, and says what import statements mean in them. By name, since its room is above all."""
 
 HOW_TO_ADD = (
     "Add one with ModelRegistry.register_model(architecture, model_class): in a file that you name with "
@@ -42,6 +48,7 @@ def load_general_plugins() -> None:
     _loaded = True  # before the calls: a plug-in may itself make an engine
     for entry_point in entry_points(group=GENERAL_PLUGINS_GROUP):
         try:
+            _importing().add_package(entry_point.module)
             entry_point.load()()
         except Exception as error:
             _failed[entry_point.name] = f"{type(error).__name__}: {error}"
@@ -81,13 +88,13 @@ def load_plugin(plugin: str) -> ModuleType:
     """
     path = plugin_file(plugin)
     try:
-        return importlib.import_module(plugin) if path is None else _import_file(path)
+        return _import_module(plugin) if path is None else import_file(path)
     except SensoriumError:
         raise
     except Exception as error:
         raise ConfigError(
-            f"plugins: importing {plugin!r} failed: {type(error).__name__}: {error}. Correct it, or set plugins "
-            f"(--plugin) to a file or a module that can be imported."
+            f"plugins: importing {plugin!r} failed: {type(error).__name__}: {str(error).rstrip('.')}. Correct it, or "
+            f"set plugins (--plugin) to a file or a module that can be imported."
         ) from error
 
 
@@ -104,7 +111,13 @@ def plugin_file(plugin: str) -> Path | None:
     return path.resolve()
 
 
-def _import_file(path: Path) -> ModuleType:
+def _import_module(name: str) -> ModuleType:
+    _importing().add_package(name)
+    return importlib.import_module(name)
+
+
+def import_file(path: Path) -> ModuleType:
+    """Run a file as a plug-in, unless this process has it already. Raises whatever it raises."""
     for module in list(sys.modules.values()):
         if getattr(module, "__file__", None) == str(path):
             return module  # imported by its own name, or the program that runs
@@ -115,7 +128,7 @@ def _import_file(path: Path) -> ModuleType:
     found = None if name in sys.modules else importlib.util.find_spec(name)
     if found is None or found.origin != str(path):  # the name is another module's
         name = f"sensorium_plugin_{sha256(bytes(path)).hexdigest()[:8]}_{path.stem}"
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_importing().PluginLoader(name, str(path)))
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -126,3 +139,7 @@ def _import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def _importing() -> Any:
+    return importlib.import_module(IMPORTING)

@@ -16,6 +16,7 @@ from tests.helpers.waiting import HANG_S
 PACKAGE = Path(sensorium.__file__).parent
 
 ROOMS = (
+    "compat",
     "entrypoints",
     "engine",
     "scheduler",
