@@ -1,0 +1,1 @@
+"""Names of `xformers` that towers use, by Sensorium's attention."""
