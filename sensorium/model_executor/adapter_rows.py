@@ -11,7 +11,7 @@ items are shared across adapters, and blocks are not (`scheduler.block_hash.root
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 
 import torch
@@ -49,14 +49,16 @@ def current_adapters() -> AdapterRows | None:
     return _current.get()
 
 
-@contextmanager
-def adapter_ids_of_rows(adapter_ids: torch.Tensor | None, present: Sequence[int] | None = None) -> Iterator[None]:
+def adapter_ids_of_rows(
+    adapter_ids: torch.Tensor | None, present: Sequence[int] | None = None
+) -> AbstractContextManager[None]:
     """Within it, the rows that go through layers have these adapters. `present`: see `AdapterRows`; found out if not
     given."""
-    if adapter_ids is not None and present is None:
+    if adapter_ids is None:
+        return _adapters(None) if _current.get() is not None else nullcontext()
+    if present is None:
         present = sorted({*adapter_ids.tolist()} - {0})
-    with _adapters(None if adapter_ids is None else AdapterRows(adapter_ids, present or ())):
-        yield
+    return _adapters(AdapterRows(adapter_ids, present))
 
 
 @contextmanager

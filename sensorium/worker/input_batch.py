@@ -135,6 +135,8 @@ class InputBatch:
         """Requests here that have an adapter."""
         self._num_two_way = 0
         """Requests here that have two-way spans."""
+        self._num_pairs = 0
+        """Requests here whose rows belong to one text or the other."""
         self._num_known = np.zeros(max_num_seqs, dtype=np.int64)
         """Per slot: leading tokens of the sequence that are known."""
         self._states: dict[str, SlotState] = {}
@@ -167,6 +169,7 @@ class InputBatch:
         self._adapter_ids[slot] = request.adapter_id
         self._num_adapted += request.adapter_id != 0
         self._num_two_way += bool(request.two_way_spans)
+        self._num_pairs += request.token_type_ids is not None
         self._num_known[slot] = num_tokens
         state = SlotState.create(request, slot)
         state.num_blocks = [0] * len(self.groups)
@@ -181,6 +184,7 @@ class InputBatch:
             self._free_slots.append(state.slot)
             self._num_adapted -= state.request.adapter_id != 0
             self._num_two_way -= bool(state.request.two_way_spans)
+            self._num_pairs -= state.request.token_type_ids is not None
         return state
 
     def append_blocks(self, chunk: ScheduledChunk) -> None:
@@ -254,8 +258,7 @@ class InputBatch:
             positions=self._mrope_positions(chunks, positions, row_slots, cu_seqlens_q)
             if self.uses_mrope
             else positions,
-            slot_mapping=self._block_tables[:, row_slots, block_index].astype(np.int64) * self.block_size
-            + block_offset,
+            slot_mapping=self._slot_mapping(row_slots, block_index, block_offset),
             query_lens=lens.astype(np.int32),
             seq_lens=seq_lens,
             max_blocks=-(-int(seq_lens.max(initial=0)) // self.block_size),
@@ -271,6 +274,13 @@ class InputBatch:
             cross_slots=cross_slots,
             cross_before=cross_before,
         )
+
+    def _slot_mapping(self, row_slots: Int64Array, block_index: Int64Array, block_offset: Int64Array) -> Int64Array:
+        """`(num_tables, num_tokens)`"""
+        tables = self._block_tables
+        if len(tables) == 1:  # a plain index costs less
+            return (tables[0][row_slots, block_index] * np.int64(self.block_size) + block_offset)[np.newaxis]
+        return tables[:, row_slots, block_index] * np.int64(self.block_size) + block_offset
 
     def _cross_rows(
         self, chunks: Sequence[ScheduledChunk]
@@ -292,6 +302,19 @@ class InputBatch:
                 before[i] = end < item.span.end
                 lens[i] += item.cross_rows if before[i] else item.seen_rows
         return lens, np.concatenate(slots), before
+
+    def token_type_ids(self, chunks: Sequence[ScheduledChunk]) -> Int64Array | None:
+        """Which text of a pair each row belongs to, `(num_tokens,)`; None where no request has pairs."""
+        if not self._num_pairs:
+            return None
+        parts = []
+        for chunk, state in zip(chunks, self.states(chunks), strict=True):
+            part = np.zeros(chunk.num_scheduled_tokens, dtype=np.int64)
+            start = chunk.num_computed_tokens
+            own = (state.request.token_type_ids or ())[start : start + len(part)]
+            part[: len(own)] = own
+            parts.append(part)
+        return np.concatenate(parts)
 
     def written_items(self, chunk: ScheduledChunk) -> list[MediaItem]:
         """Items whose rows a chunk writes into the caches of cross-attention."""
@@ -318,8 +341,10 @@ class InputBatch:
 
     def block_tables(self, arrays: StepArrays) -> list[npt.NDArray[np.int32]]:
         """The block tables of a step's chunks in each group with blocks, `(num_chunks, max_blocks)`."""
-        widths = self.table_widths(arrays)
-        return [table[arrays.slots, :width] for table, width in zip(self._block_tables, widths, strict=True)]
+        return [
+            self._block_tables[index, :, :width].take(arrays.slots, axis=0)
+            for index, width in enumerate(self.table_widths(arrays))
+        ]
 
     def table_widths(self, arrays: StepArrays) -> list[int]:
         """Blocks of the longest sequence in each group with blocks."""

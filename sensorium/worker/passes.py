@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from torch import nn
 
@@ -214,18 +213,8 @@ class PassRunner:
         return torch.cat([self._encoder.all_rows(item.key) for item in items]) if items else None
 
     def _token_type_ids(self, chunks: Sequence[ScheduledChunk]) -> torch.Tensor | None:
-        """Which text of a pair each row belongs to; None where no request has pairs."""
-        requests = [state.request for state in self._batch.states(chunks)]
-        if all(request.token_type_ids is None for request in requests):
-            return None
-        parts = []
-        for chunk, request in zip(chunks, requests, strict=True):
-            part = np.zeros(chunk.num_scheduled_tokens, dtype=np.int64)
-            start = chunk.num_computed_tokens
-            own = (request.token_type_ids or ())[start : start + len(part)]
-            part[: len(own)] = own
-            parts.append(part)
-        return torch.from_numpy(np.concatenate(parts)).to(self._device)
+        ids = self._batch.token_type_ids(chunks)
+        return None if ids is None else torch.from_numpy(ids).to(self._device)
 
     def _input_ids(self, tensors: StepTensors) -> torch.Tensor:
         """The rows' token ids, those that the host hasn't seen included."""

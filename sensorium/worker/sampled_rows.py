@@ -29,8 +29,9 @@ class WantedRows:
     @classmethod
     def of(cls, chunks: Sequence[ScheduledChunk], arrays: StepArrays, sampling: Sequence[int]) -> WantedRows:
         """Those of the chunks with these indices."""
-        slots, positions = arrays.slots[sampling], arrays.seq_lens[sampling].astype(np.int64)
-        rows = arrays.cu_seqlens_q[1:][sampling].astype(np.int64) - 1
+        index = slice(None) if len(sampling) == len(chunks) else np.array(sampling, dtype=np.int64)
+        slots, positions = arrays.slots[index], arrays.seq_lens[index].astype(np.int64)
+        rows = arrays.cu_seqlens_q[1:][index].astype(np.int64) - 1
         num_drafts = [len(chunks[i].draft_token_ids) for i in sampling]
         if not any(num_drafts):
             return cls(rows, slots, positions)
