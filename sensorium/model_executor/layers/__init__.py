@@ -1,1 +1,2 @@
-"""The layers of model files. They are independent of requests, and hide devices, kernels and weight layouts."""
+"""The layers that model files are built from. They know nothing of requests, and hide devices, kernels and weight
+layouts."""

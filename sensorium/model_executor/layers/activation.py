@@ -42,8 +42,8 @@ class GeluAndMul(nn.Module):
 
 
 class ClampedSwigluAndMul(nn.Module):
-    """`gate * sigmoid(alpha * gate) * (up + 1)` for `x = [gate, up]`, both cut off at `limit`, the gate only above:
-    `(..., 2 * d)` to `(..., d)`.
+    """`gate * sigmoid(alpha * gate) * (up + 1)` for `x = [gate, up]`: `(..., 2 * d)` to `(..., d)`. The gate is clamped
+    to at most `limit`, `up` to `[-limit, limit]`.
 
     Source: `transformers` `GptOssExperts`.
     """
@@ -94,7 +94,7 @@ class ReLUSquared(nn.Module):
 
 _ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "gelu": GELU,
-    # Three spellings of one formula, with tanh in the place of erf.
+    # Three names of one formula, which approximates erf with tanh.
     "gelu_fast": lambda: GELU(approximate="tanh"),
     "gelu_new": lambda: GELU(approximate="tanh"),
     "gelu_pytorch_tanh": lambda: GELU(approximate="tanh"),
@@ -120,10 +120,11 @@ def get_act_fn(
     act_fn_name: str,
     quant_config: QuantizationConfig | None = None,  # noqa: ARG001  part of a known signature
 ) -> nn.Module:
-    """The activation that a config names, such as "gelu_pytorch_tanh". It has no weights to be quantized.
+    """The activation that a config names, such as "gelu_pytorch_tanh". `quant_config` is ignored: an activation has no
+    weights.
 
     Raises:
-        ModelError: Nothing here has that name.
+        ModelError: No activation has that name.
     """
     return _lookup(_ACTIVATIONS, act_fn_name)
 
@@ -132,7 +133,7 @@ def get_act_and_mul_fn(act_fn_name: str) -> nn.Module:
     """The gated form of an activation: `act(gate) * up` for `x = [gate, up]`.
 
     Raises:
-        ModelError: There is no gated form of that name.
+        ModelError: No gated activation has that name.
     """
     return _lookup(_GATED_ACTIVATIONS, act_fn_name)
 

@@ -1,10 +1,11 @@
 """The decoder that most language models share: pre-norm attention with rotary positions, and a gated MLP.
 
-Within a layer, parts are run by `forward` instead of being called: a decoding step is short enough for the hooks of
-`nn.Module.__call__`, which nothing uses there, to be felt. Layers and attention are called.
+Within a layer, parts are run by `forward` instead of `__call__`: in a short decode step the time that
+`nn.Module.__call__` spends on looking for hooks is measurable, and nothing hooks these parts. Layers and attention are
+called.
 
-A model file says with `DecoderOptions` where it differs. Parameter names are those of Llama checkpoints, with
-the query, key and value projections fused into `qkv_proj`, and gate and up into `gate_up_proj`.
+A model file states its differences in `DecoderOptions`. Parameter names are those of Llama checkpoints, with the query,
+key and value projections fused into `qkv_proj`, and gate and up into `gate_up_proj`.
 
 Source: Touvron et al. 2023; `transformers` `LlamaModel`.
 """
@@ -42,8 +43,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 MLP_CHUNK_ROWS = 1024
-"""Rows that go through an MLP at once on a CPU. The inner results of more outgrow the memory that a process keeps, and
-the system would clear new pages for them in every layer; the weights are read anew for so many anyway."""
+"""Rows that go through an MLP at once on a CPU. With more rows, the intermediate results exceed the memory that the
+allocator keeps, and the system would map and clear new pages in every layer. Splitting costs little: with this many
+rows, reading the weights again takes a small part of the time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,29 +59,30 @@ class DecoderOptions:
     qk_norm: bool = False
     """A norm over each head of queries and keys before they are rotated, as `q_norm` and `k_norm`."""
     output_gate: bool = False
-    """Each query head has a gate beside it in `q_proj`, which scales what the head brings (Qwen3.5)."""
+    """`q_proj` also computes a gate for each query head, which scales the head's output (Qwen3.5)."""
     query_scale: float | None = None
-    """Factor on the scores of attention; None: the root of a head's channels, inverted."""
+    """Factor on attention scores; None: `1 / sqrt(head_size)`."""
     score_soft_cap: float | None = None
     """`c` in `c * tanh(score / c)` of attention's scores (Gemma 2)."""
     spans: SpanRule = SpanRule.SEEN
-    """What attention makes of spans whose positions see one another both ways."""
+    """How attention treats two-way spans."""
     sinks: bool = False
-    """Each query head has a learned score that takes part in its softmax without a value (GPT-OSS)."""
+    """Each query head has a learned score that joins its softmax and has no value vector (attention sinks, GPT-OSS)."""
     norm: type[RMSNorm] = RMSNorm
-    """The kind of all norms."""
+    """The class of all norms."""
     output_norms: bool = False
-    """What attention and MLP bring is normed too, before it is added: four norms a layer (Gemma 2)."""
+    """The outputs of attention and MLP are normed too, before they are added: four norms a layer (Gemma 2)."""
     embed_scale: float | None = None
     """Factor on token embeddings."""
     rope_by_layer_type: bool = False
-    """Each of the config's `layer_types` has rotary settings of its own."""
+    """Each of the config's `layer_types` has its own rotary settings."""
     make_mlp: Callable[[EngineConfig, int, str], nn.Module] | None = None
-    """Makes the feed-forward part of the layer of an index, in the place of a `GatedMLP`. The last argument is its name
-    in the model."""
+    """Makes a layer's feed-forward part where it isn't a `GatedMLP`, given the configuration, the layer's index, and
+    the part's name in the model."""
     mixers: Mapping[str, tuple[str, Callable[[EngineConfig, str], nn.Module]]] = field(default_factory=dict)
-    """For those of the config's `layer_types` that have something else than attention: its name in the layer, and what
-    makes it, given its name in the model. It is called with hidden states, the layer's cache, and the step's batch."""
+    """For each of the config's `layer_types` that replaces attention: the replacing module's name in the layer, and a
+    function that makes it, given the configuration and its name in the model. The module is called with hidden states,
+    the layer's cache, and the attention metadata."""
 
 
 class DecoderAttention(nn.Module):
@@ -194,7 +197,7 @@ class GatedMLP(nn.Module):
         self.act_fn = get_act_and_mul_fn(hidden_act)
 
     def process_weights_after_loading(self) -> None:
-        """On a GPU, give the inner channels a friendly width, before the layers lay their weights out."""
+        """On a GPU, widen the inner channels to an aligned width, before the layers lay their weights out."""
         if self.gate_up_proj.weight.is_cuda:
             widen_inner(self.gate_up_proj, self.down_proj, num_parts=2)
 
@@ -217,7 +220,7 @@ def mlp_of(config: EngineConfig, prefix: str, *, bias: bool = False) -> GatedMLP
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each behind a norm and around it a residual that is added in the next norm."""
+    """Attention and MLP, each after a norm. The next norm adds the residual."""
 
     def __init__(
         self,
@@ -287,7 +290,7 @@ class Decoder(nn.Module):
         text = config.model_config.hf_text_config
         options = options or DecoderOptions()
         self.embed_tokens = VocabParallelEmbedding(text.vocab_size, text.hidden_size, prefix=f"{prefix}.embed_tokens")
-        # In the model's dtype, and on its device: a recorded pass can't bring it there.
+        # A tensor in the model's dtype and on its device: a recorded pass can't copy it from the host.
         scale = None if options.embed_scale is None else torch.tensor(options.embed_scale)
         self.register_buffer("embed_scale", scale, persistent=False)
         types = text.layer_types if options.rope_by_layer_type else ["every"] * text.num_hidden_layers
@@ -300,7 +303,8 @@ class Decoder(nn.Module):
         self.norm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """Token embeddings `(num_tokens, hidden_size)`; a factor on them is rounded to their dtype, as in training."""
+        """Token embeddings `(num_tokens, hidden_size)`, scaled if the model has a factor, which is rounded to their
+        dtype as in training."""
         embeddings: torch.Tensor = self.embed_tokens(input_ids)
         return embeddings if self.embed_scale is None else embeddings * self.embed_scale
 
@@ -318,12 +322,11 @@ class Decoder(nn.Module):
         Args:
             input_ids: `(num_tokens,)`; not needed with `inputs_embeds`.
             positions: `(num_tokens,)`, or `(3, num_tokens)` for a model with M-RoPE.
-            kv_caches: An entry per layer, see `sensorium.worker.kv_cache`.
+            kv_caches: One entry per layer, see `sensorium.worker.kv_cache`.
             attn_metadata: The step's batch.
-            intermediate_tensors: Of an earlier pipeline stage; there is none.
-            inputs_embeds: `(num_tokens, hidden_size)`, used in the place of the ids' embeddings. Where they are several
-                times as wide, what stands behind is added to the outputs of the first layers, one after the other
-                (DeepStack).
+            intermediate_tensors: Ignored; there are no pipeline stages.
+            inputs_embeds: `(num_tokens, hidden_size)`, used instead of the ids' embeddings. With DeepStack they are
+                `(1 + n) * hidden_size` wide: part `i` of the `n` further ones is added to the output of layer `i`.
         """
         if inputs_embeds is None:
             assert input_ids is not None, "a decoder needs input_ids or inputs_embeds"
@@ -349,7 +352,7 @@ def head_size_of(text_config: PretrainedConfig) -> int:
 
 
 def sliding_window_of(text_config: PretrainedConfig, layer: int) -> int | None:
-    """How many positions a layer sees; None for all."""
+    """The layer's window in positions; None without one."""
     window = getattr(text_config, "sliding_window", None)
     layer_types = getattr(text_config, "layer_types", None)
     if layer_types is not None and layer_types[layer] != "sliding_attention":
@@ -360,8 +363,8 @@ def sliding_window_of(text_config: PretrainedConfig, layer: int) -> int | None:
 def rope_of(config: EngineConfig, layer_type: str | None = None) -> RotaryEmbedding:
     """The rotary embedding that a text config (or the engine option `rope_scaling`) describes.
 
-    `layer_type`: which of several, where the config has one for each type of layer. The option is for layers that see
-    everything: others see no farther than they were trained to.
+    `layer_type`: whose settings to take, where the config has some for each type of layer. `rope_scaling` applies to
+    layers of full attention only: layers with a window never see beyond the trained length.
     """
     text = config.model_config.hf_text_config
     parameters = dict(rope_parameters(text))

@@ -5,7 +5,7 @@ Sequences of any lengths lie one after another in a flat batch, or have one leng
 see `MultiHeadAttention`. A tower says which norm, MLP and rotary angles it has, and renames its checkpoint's
 weights to the names here: `norm1`, `attn.qkv_proj`, `attn.out_proj`, `norm2`, `mlp`.
 
-Every rank has a tower whole: its pictures cost little beside what ranks would have to tell each other of them.
+Every rank holds the whole tower: to compute an item costs less than to exchange its activations between ranks.
 
 Source: Dosovitskiy et al. 2020, section 3.1, with the norms before the sub-layers.
 """
@@ -35,10 +35,10 @@ from sensorium.model_executor.layers.rotary_embedding import CosSin
 
 
 class PatchEmbedding(ReplicatedLinear):
-    """A convolution whose kernel and stride are equal, as the matrix multiplication that it is.
+    """A convolution whose kernel and stride are equal, computed as a matrix multiplication.
 
-    Its input are flattened patches `(..., channels * kernel volume)`, channels first; the checkpoint's weight
-    is that of the convolution, `(out, channels, *kernel)`.
+    The input is flattened patches `(..., channels * kernel volume)`, channels first; the checkpoint's weight is that of
+    the convolution, `(out, channels, *kernel)`.
     """
 
     def reshaped(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
@@ -46,12 +46,13 @@ class PatchEmbedding(ReplicatedLinear):
         return loaded.flatten(1) if name == "weight" and loaded.dim() > 2 else super().reshaped(name, loaded)
 
     def forward(self, x: torch.Tensor) -> LinearOutput:
-        """As `ReplicatedLinear`; patches of another dtype are converted, as processors return float32."""
+        """As `ReplicatedLinear`, and converts patches, which processors return in float32, to the weight's dtype."""
         return super().forward(x.to(self.params_dtype))
 
 
 def image_patches(pixel_values: torch.Tensor, patch_size: int) -> torch.Tensor:
-    """Square patches of images: `(B, C, H, W)` to `(B, H/p * W/p, C * p * p)`; a rest at the edges is left out."""
+    """Square patches of images: `(B, C, H, W)` to `(B, H/p * W/p, C * p * p)`. Pixels that don't fill a patch are
+    dropped."""
     batch, channels, height, width = pixel_values.shape
     rows, columns = height // patch_size, width // patch_size
     grid = pixel_values[:, :, : rows * patch_size, : columns * patch_size].reshape(
@@ -69,7 +70,7 @@ class EncoderAttention(nn.Module):
         bias: Whether the projections have biases.
         quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
-        output_bias: Whether the output projection has one, where that differs.
+        output_bias: Whether the output projection has a bias; as `bias` by default.
         make_qk_norm: Makes the norms of queries and of keys, over all heads together.
     """
 
@@ -154,7 +155,7 @@ class EncoderMLP(nn.Module):
         self.act_fn = get_act_fn(hidden_act)
 
     def process_weights_after_loading(self) -> None:
-        """On a GPU, give the inner channels a friendly width, before the layers lay their weights out."""
+        """On a GPU, widen the inner channels to an aligned width, before the layers lay their weights out."""
         if self.fc1.weight.is_cuda:
             widen_inner(self.fc1, self.fc2)
 
@@ -167,7 +168,7 @@ class EncoderMLP(nn.Module):
 class EncoderLayer(nn.Module):
     """`x + attn(norm1(x))`, then `x + mlp(norm2(x))`.
 
-    With `scaled_size`, the two are multiplied by a vector of so many channels each, `scale1` and `scale2`, before they
+    With `scaled_size`, the two terms are multiplied by the vectors `scale1` and `scale2` `(scaled_size,)` before they
     are added. Source: Touvron et al. 2021, section 2 (LayerScale).
     """
 

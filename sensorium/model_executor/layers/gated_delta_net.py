@@ -1,8 +1,8 @@
 """Linear attention with a state of fixed size: a short convolution, followed by the gated delta rule.
 
-What a sequence leaves behind is a state, which stands in a row of this layer's cache: the last inputs of the
-convolution, and a matrix per head. A step reads each sequence's from one row and writes it into another (see
-`AttentionMetadata.state_rows`), so a step can be repeated.
+A sequence's state is the last inputs of the convolution and a matrix per head, in a row of this layer's cache. A step
+reads a sequence's state from one row and writes the new one into another (see `AttentionMetadata.state_rows`), so that
+a step can be repeated.
 
 Source: Yang et al. 2024, "Gated Delta Networks"; the layer of this name in `transformers.models.qwen3_5`.
 """
@@ -26,7 +26,7 @@ from sensorium.model_executor.layers.parameters import new_parameter
 
 
 class GatedDeltaNet(nn.Module):
-    """The token mixer of a layer, in the place of attention. Its parameters are named as in the checkpoints."""
+    """A layer's token mixer, which replaces attention. Parameters are named as in checkpoints."""
 
     def __init__(self, config: EngineConfig, prefix: str) -> None:
         super().__init__()
@@ -56,7 +56,7 @@ class GatedDeltaNet(nn.Module):
             value_channels, text.hidden_size, bias=False, quant_config=config.quant_config, prefix=f"{prefix}.out_proj"
         )
         self.group_index = 0
-        """Its cache group among the model's; set when loading has found all layers."""
+        """The index of its cache group; set when loading has found all layers."""
 
     def cache_spec(self) -> StateSpec:
         """The convolution's last inputs, and a matrix per value head."""
@@ -86,7 +86,7 @@ class GatedDeltaNet(nn.Module):
         return self.out_proj.forward(gated.to(hidden_states.dtype).flatten(1))[0]
 
     def _states_before(self, kv_cache: tuple[torch.Tensor, ...], batch: AttentionMetadata) -> list[torch.Tensor]:
-        """`(num_seqs, ...)` each; zeros where nothing is kept."""
+        """The states before the step, `(num_seqs, ...)` each; zeros for sequences without one."""
         if batch.state_rows is None:
             shapes = [tensor.shape for tensor in self.cache_spec().tensors]
             return [cached.new_zeros(batch.num_seqs, *shape) for cached, shape in zip(kv_cache, shapes, strict=True)]
@@ -95,7 +95,8 @@ class GatedDeltaNet(nn.Module):
     def _step(
         self, inputs: torch.Tensor, decays: torch.Tensor, rates: torch.Tensor, before: Sequence[torch.Tensor]
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """One token of each sequence: what it reads, `(num_seqs, value heads, value_size)`, and the states."""
+        """Advance each sequence by one token: returns the outputs `(num_seqs, value heads, value_size)` and the new
+        states."""
         window = torch.cat((before[0], inputs[:, :, None]), dim=2)
         convolved = F.silu((window * self.conv1d.weight[:, 0]).sum(-1))
         query, key, value = self._split(convolved)
@@ -110,12 +111,13 @@ class GatedDeltaNet(nn.Module):
         before: Sequence[torch.Tensor],
         query_lens: Sequence[int],
     ) -> tuple[torch.Tensor, list[torch.Tensor]]:
-        """Any number of tokens of each sequence: leading ones of one token (decodes) together, others one by one."""
+        """Advance each sequence by any number of tokens. The leading sequences of one token (decodes) run together, the
+        others one after the other."""
         mixed = inputs.new_empty(len(inputs), self.num_value_heads, self.value_size)
         after = [torch.empty_like(states) for states in before]
         num_single = next((i for i, count in enumerate(query_lens) if count != 1), len(query_lens))
         if num_single:
-            first = slice(0, num_single)  # of the rows and of the sequences
+            first = slice(0, num_single)  # a slice of rows and of sequences alike
             mixed[first], updated = self._step(
                 inputs[first], decays[first], rates[first], [each[first] for each in before]
             )
@@ -145,7 +147,7 @@ class GatedDeltaNet(nn.Module):
 
 
 class _DepthwiseConv(nn.Module):
-    """The weight of a convolution along time, each channel by itself: `(channels, 1, kernel_size)`."""
+    """The weight of a depthwise convolution along time: `(channels, 1, kernel_size)`."""
 
     def __init__(self, channels: int, kernel_size: int) -> None:
         super().__init__()

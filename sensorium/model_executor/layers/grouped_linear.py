@@ -1,9 +1,9 @@
-"""A linear layer for each of many groups of rows: the weights of a mixture's experts.
+"""A linear layer with one weight for each group of rows: the weights of a mixture of experts.
 
-All groups' weights are the parts of one layer `(num_groups * output_size, input_size)`, so that they load, and are
-shared by ranks, as those of any fused layer. On a GPU they stay together, and one launch multiplies all rows
-(`sensorium.kernels.grouped_linear`). On a CPU each becomes a layer of its own, held by whatever method there is, of
-which only those are asked that have rows.
+The groups' weights are the parts of one fused layer `(num_groups * output_size, input_size)`: they load, and are
+divided over ranks, as those of any other. On a GPU they stay one tensor, and one launch multiplies all rows
+(`sensorium.kernels.grouped_linear`). On a CPU each group becomes a layer with its own `LinearMethod`, and only groups
+that have rows are computed.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from sensorium.model_executor.layers.quantization.unquantized import FLOAT
 class GroupedLinear(WeightedLayer):
     """`x[i] @ weight[g].T + bias[g]` for each row `i` of group `g`.
 
-    Checkpoints have the groups apart, or stacked in one tensor `(num_groups, output_size, input_size)`, of which the
-    last two axes may be exchanged: their sizes tell, where they differ.
+    Checkpoints store the groups separately, or stacked in one tensor `(num_groups, output_size, input_size)`. Its last
+    two axes may be transposed, which is recognised by their sizes where these differ.
 
     Args:
         num_groups: How many there are.
-        input_size: Channels in, of all ranks.
-        output_sizes: Channels out of each part that checkpoints may have apart, of all ranks.
+        input_size: Channels in, over all ranks.
+        output_sizes: Channels out, over all ranks, of each part that checkpoints may store separately.
         bias: Whether there is a bias.
         quant_config: How the weight is held. `None`: as the model that is being constructed says.
         prefix: The layer's name in the model.
         input_shard: Which input channels are this rank's.
-        output_shard: Which output channels of each part are.
+        output_shard: Which output channels of each part are this rank's.
         is_transposed: Stacked float weights are `(num_groups, input_size, output_size)`, whatever the sizes.
-        is_interleaved: In stacked tensors the parts' output channels take turns.
+        is_interleaved: In stacked tensors the parts' output channels alternate.
     """
 
     def __init__(
@@ -73,12 +73,12 @@ class GroupedLinear(WeightedLayer):
         if bias:
             self.bias = new_parameter(self.output_size, loader=self.weight_loader, axes=Axes(), name="bias")
         self.layers: tuple[WeightedLayer, ...] = ()
-        """Each group's own, on a CPU, once loading is finished."""
+        """One layer per group, on a CPU, once loading is finished."""
 
     # Loading
 
     def part_index(self, shard_id: ShardId) -> int:
-        """Parts are named by their group's index and their own."""
+        """A shard id is `(group index, part index)`."""
         if isinstance(shard_id, tuple):
             group, part = shard_id
             if 0 <= group < self.num_groups and 0 <= part < self.num_parts:
@@ -97,9 +97,9 @@ class GroupedLinear(WeightedLayer):
         super().weight_loader(param, loaded_weight, loaded_shard_id)
 
     def _unstacked(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
-        """All groups' tensors of a stack one behind the other, as this layer has them."""
+        """A stacked tensor as this layer holds it: the groups concatenated along the output channels."""
         if loaded.dim() < 2 or len(loaded) != self.num_groups:
-            return loaded  # which doesn't fit, as the copy will say
+            return loaded  # it doesn't fit, and `copy_weight` raises
         inputs = self.input_size * self.input_shard.count
         is_matrix = name == "weight" and loaded.is_floating_point() and loaded.dim() == 3
         if is_matrix and (self.is_transposed or (loaded.shape[2] != inputs and loaded.shape[1] == inputs)):
@@ -121,7 +121,7 @@ class GroupedLinear(WeightedLayer):
             self._hold_apart()
 
     def _hold_together(self) -> None:
-        """Hold all weights in float in one tensor, which is what the device's kernel takes."""
+        """Hold all weights in one float tensor, which the GPU's kernel needs."""
         weight = self.method.float_weight(self)
         self.loaded_by = FLOAT if self.method.loads_float else self.method
         if not self.method.loads_float:
@@ -131,7 +131,7 @@ class GroupedLinear(WeightedLayer):
         self.method, self.packed = FLOAT, self._stacked(weight)
 
     def _hold_apart(self) -> None:
-        """Let the method lay out each group's weights."""
+        """Make a layer of each group, and let its method lay out the weight."""
         layers = []
         for group in range(self.num_groups):
             layer = self.layer_of_parts(group * self.num_parts, (group + 1) * self.num_parts)
@@ -139,7 +139,7 @@ class GroupedLinear(WeightedLayer):
             layers.append(layer)
         self.loaded_by, self.method = layers[0].loaded_by, layers[0].method
         for layer in layers:
-            layer.loaded_by = None  # they are told of as one
+            layer.loaded_by = None  # the load report counts all groups as one layer
         weight = without_memory(self.weight)
         self.drop_parameters()
         self.weight = weight
@@ -151,7 +151,7 @@ class GroupedLinear(WeightedLayer):
         return flat.view(self.num_groups, -1, *flat.shape[1:])
 
     def wrap_method(self, wrap: Callable[[LinearMethod], LinearMethod]) -> NoReturn:
-        """Refused: rows come here in the order of their experts, and so without their adapters."""
+        """Refused: rows are sorted by expert here, so that the adapter ids of the batch no longer match them."""
         raise ModelError(
             f"adapter of {self.prefix}: got one for the experts of a mixture, expected none. Leave the experts out of "
             "the adapter's target modules."

@@ -14,9 +14,8 @@ from sensorium.model_executor.layers.parameters import copy_weight, new_paramete
 class RMSNorm(nn.Module):
     """`x / sqrt(mean(x^2) + eps) * weight`, alone or fused with the residual addition before it.
 
-    With a residual it returns `(norm(x + residual), x + residual)`, so that a decoder carries the sum along.
-    Neither argument is changed. Source: Zhang and Sennrich 2019; rounding as in `transformers`
-    `LlamaRMSNorm`.
+    With a residual it returns `(norm(x + residual), x + residual)`: a decoder passes the sum on as its residual.
+    Neither argument is changed. Source: Zhang and Sennrich 2019; rounding as in `transformers` `LlamaRMSNorm`.
     """
 
     def __init__(self, hidden_size: int, eps: float = 1e-6, dtype: torch.dtype | None = None) -> None:
@@ -52,7 +51,7 @@ class WideRMSNorm(RMSNorm):
 
 
 class ZeroCenteredRMSNorm(RMSNorm):
-    """`RMSNorm` whose weight is stored less 1 and applied in float32.
+    """`RMSNorm` whose checkpoint stores `weight - 1`, and whose weight is applied in float32.
 
     Source: `transformers` `Gemma3RMSNorm`, `Qwen3_5RMSNorm`.
     """

@@ -1,15 +1,14 @@
 """Linear layers that model files use: plain, column-split, merged, query-key-value, and row-split.
 
-Each returns `(output, bias)`, where `bias` is only set when the caller asked to add it itself
-(`skip_bias_add`). The names say how a layer is divided over the ranks that share its model: a column layer has a share
-of the output channels; a row layer has a share of the input channels, and sums its outputs over ranks. Model files give
-whole sizes, and read a rank's share of heads off a `QKVParallelLinear`. With one rank all of them compute
-`x @ weight.T + bias`.
+Each returns `(output, bias)`, where `bias` is only set when the caller asked to add it itself (`skip_bias_add`). The
+names say how a layer is divided over ranks: a column layer holds a share of the output channels; a row layer holds a
+share of the input channels, and its outputs are summed over ranks. Model files give whole sizes, and read a rank's
+share of heads off a `QKVParallelLinear`. With one rank all of them compute `x @ weight.T + bias`.
 
-How a layer holds its weight, and what it multiplies with, is its `LinearMethod`'s business: see
-`sensorium.model_executor.layers.quantization`. A parameter carries its own `weight_loader(parameter, tensor[,
-shard_id])`: a fused layer (`MergedColumnParallelLinear`, `QKVParallelLinear`) is filled part by part from checkpoints
-that store the parts separately.
+A layer's `LinearMethod` decides how it holds its weight and multiplies with it: see
+`sensorium.model_executor.layers.quantization`. A parameter carries its own
+`weight_loader(parameter, tensor[, shard_id])`: a fused layer (`MergedColumnParallelLinear`, `QKVParallelLinear`) is
+filled part by part from checkpoints that store the parts separately.
 """
 
 from __future__ import annotations
@@ -29,22 +28,22 @@ from sensorium.model_executor.layers.quantization.layer import ShardId, Weighted
 LinearOutput = tuple[torch.Tensor, nn.Parameter | None]
 
 
-def friendly_width(size: int) -> int:
-    """The least width from `size` on that a GPU's matrix units read at full speed.
+def aligned_width(size: int) -> int:
+    """The smallest width of at least `size` that a GPU's matrix units read at full speed.
 
-    Rows that don't begin at multiples of 16 bytes are read in pieces of 2 or 4, by kernels of older GPUs. The inner
-    3420 channels of Qwen2.5-VL's tower become 3456, a multiple of 64, as they are widened anyway.
+    Rows that don't begin at multiples of 16 bytes are read 2 or 4 bytes at a time, by kernels for older GPUs. A width
+    that must change becomes a multiple of 64: the inner 3420 channels of Qwen2.5-VL's tower become 3456.
     """
     return size if size % 8 == 0 else -(-size // 64) * 64
 
 
 def widen_inner(up: LinearBase, down: LinearBase, num_parts: int = 1) -> None:
-    """Widen what lies between two layers to a friendly width, where both still have their weights in float.
+    """Widen the channels between two layers to an aligned width, if both still hold their weights in float.
 
-    `up` gives `num_parts` parts that become one input of `down`. New channels are zero before the activation, and
-    `down` multiplies them with zero, so that results are equal.
+    The output of `up` has `num_parts` parts, which the activation combines into one input of `down`. New channels have
+    zero weights in both layers, so that results are equal.
     """
-    size = friendly_width(down.input_size)
+    size = aligned_width(down.input_size)
     if size != down.input_size and up.has_float_weight and down.has_float_weight:
         up.widen_outputs(size, num_parts)
         down.widen_inputs(size)
@@ -106,7 +105,7 @@ class LinearBase(WeightedLayer):
         self.output_sizes = [size] * num_parts
 
     def widen_inputs(self, size: int) -> None:
-        """Take `size` channels, of which the new ones count nothing."""
+        """Take `size` channels; the weights of the new ones are zero."""
         wider = F.pad(self.weight.detach(), (0, size - self.input_size))
         self.weight = nn.Parameter(wider, requires_grad=False)
         self.input_size = size
@@ -160,7 +159,7 @@ class ColumnParallelLinear(LinearBase):
             self.forward = self._forward_gathered  # type: ignore[method-assign]
 
     def _forward_gathered(self, x: torch.Tensor) -> LinearOutput:
-        """`forward` with every part of the output whole, one behind the other."""
+        """`forward` that gathers each part of the output over ranks, and concatenates the parts."""
         output, bias = super().forward(x)
         parts = output.split_with_sizes(self.output_sizes, -1)
         return torch.cat([self.tensor_parallel.all_gather(part) for part in parts], -1), bias
@@ -196,8 +195,8 @@ class QKVParallelLinear(ColumnParallelLinear):
         hidden_size: Channels in.
         head_size: Channels of a head.
         total_num_heads: Query heads over all ranks.
-        total_num_kv_heads: Key/value heads over all ranks; as many as query heads if `None`. Where there are fewer
-            than ranks, several ranks have the same.
+        total_num_kv_heads: Key/value heads over all ranks; as many as query heads if `None`. Where there are fewer than
+            ranks, several ranks hold copies of one head.
         bias: Whether there is a bias.
         skip_bias_add: Return the bias instead of adding it.
         params_dtype: Dtype of float parameters; torch's default dtype if `None`.
@@ -252,7 +251,8 @@ class QKVParallelLinear(ColumnParallelLinear):
         return query, key, value
 
     def split_heads(self, qkv: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The same of an output `(num_tokens, ...)` with an axis of heads, `(num_tokens, heads, head_size)` each."""
+        """As `split`, for an output `(num_tokens, ...)`, with an axis of heads: `(num_tokens, heads, head_size)`
+        each."""
         heads = qkv.view(len(qkv), -1, self.head_size)
         query, key, value = heads.split_with_sizes((self.num_heads, self.num_kv_heads, self.num_kv_heads), dim=1)
         return query, key, value
@@ -261,8 +261,8 @@ class QKVParallelLinear(ColumnParallelLinear):
 class RowParallelLinear(LinearBase):
     """A linear layer whose input channels are divided over ranks, and its outputs summed over them.
 
-    Args as `LinearBase`, with whole sizes, and `input_is_parallel`: the input comes divided already; `reduce_results`:
-    sum over ranks. The first rank adds the bias.
+    Args as `LinearBase`, with whole sizes, and `input_is_parallel`: the input is divided over ranks already;
+    `reduce_results`: sum the outputs over ranks. The first rank adds the bias.
     """
 
     def __init__(
@@ -284,7 +284,7 @@ class RowParallelLinear(LinearBase):
         )
         self.input_is_parallel = input_is_parallel
         self.reduce_results = reduce_results
-        if shard.count > 1:  # bound here, so that one rank doesn't ask at each call
+        if shard.count > 1:  # bound here, so that `forward` needs no check with one rank
             self.forward = self._forward_share  # type: ignore[method-assign]
 
     def _forward_share(self, x: torch.Tensor) -> LinearOutput:

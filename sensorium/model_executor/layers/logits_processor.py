@@ -1,4 +1,4 @@
-"""From hidden states to logits: pick rows, apply the head, scale, cap."""
+"""From hidden states to logits: select rows, apply the head, cap, scale."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ class LogitsProcessor(nn.Module):
     """Computes logits of the rows that are to be sampled.
 
     Args:
-        vocab_size: Rows of the head that count.
-        org_vocab_size: Vocabulary without rows that were added to the head; logits are trimmed to it.
+        vocab_size: Rows of the head that are tokens.
+        org_vocab_size: The vocabulary without rows that were added to the head; logits are cut to it.
         scale: Factor on the logits.
         logits_as_input: The hidden states are logits already.
         soft_cap: `c` in `c * tanh(logit / c)`.
@@ -45,8 +45,8 @@ class LogitsProcessor(nn.Module):
         Args:
             lm_head: A `ParallelLMHead`, or the embeddings of a model that shares them with its head.
             hidden_states: `(num_rows, hidden_size)`.
-            sampling_metadata: If it has `selected_token_indices` `(num_selected,)`, only these rows are
-                computed; otherwise all rows as given.
+            sampling_metadata: If it has `selected_token_indices` `(num_selected,)`, only these rows are computed;
+                otherwise all.
         """
         rows = getattr(sampling_metadata, "selected_token_indices", None)
         if rows is not None:

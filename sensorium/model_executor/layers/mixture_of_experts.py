@@ -1,11 +1,11 @@
-"""A mixture of experts: each row goes through the few gated MLPs that a router chooses for it, and their weighted sum
-goes on.
+"""A mixture of experts: a router chooses a few gated MLPs for each row, and their weighted sum is the row's output.
 
-Rows are sorted by expert, so that each projection of all experts is one grouped product; a row that several experts
-were chosen for occurs as often. What a row gives doesn't depend on the rows beside it: neither its products nor the
-order in which they are added. Nothing here waits for a GPU.
+A row is repeated for each of its experts, and rows are sorted by expert, so that each projection of all experts is one
+grouped product. A row's output doesn't depend on the other rows of the batch: neither its products do, nor the order in
+which they are added. Nothing here makes the host wait for the GPU.
 
-Ranks have a share of each expert's inner channels, and sum. The router is whole on each.
+Each rank holds a share of each expert's inner channels, and outputs are summed over ranks. Every rank holds the whole
+router.
 
 Source: Shazeer et al. 2017, section 2; `transformers` `integrations/moe.py`.
 """
@@ -40,14 +40,14 @@ class Routing:
     top_k: int
     """Experts of a row."""
     scoring: Literal["softmax", "sigmoid"] = "softmax"
-    """What makes scores of logits, in float32."""
+    """The function from logits to scores, computed in float32."""
     is_normalized: bool = True
     """Whether the weights of a row's experts are divided by their sum."""
     scale: float = 1.0
     """A factor on the weights."""
     num_groups: int = 1
-    """Groups of experts that stand side by side, of which a row's experts come from `top_groups`: those whose two best
-    scores have the largest sums (DeepSeek-V3)."""
+    """Into how many groups of neighbours the experts are divided. A row's experts come from its `top_groups` best
+    groups; a group's score is the sum of its two best experts' (DeepSeek-V3)."""
     top_groups: int = 1
 
 
@@ -59,7 +59,7 @@ def route(
     Args:
         logits: `(num_rows, num_experts)`.
         routing: The rule.
-        correction: `(num_experts,)`, added to scores for the choice alone.
+        correction: `(num_experts,)`, added to scores when experts are chosen, not to their weights.
     """
     wide = logits.float()
     scores = wide.softmax(-1) if routing.scoring == "softmax" else wide.sigmoid()
@@ -78,7 +78,7 @@ def route(
 
 
 class Router(ReplicatedLinear):
-    """Gives each expert a logit. It stays in float: which experts are chosen hangs on small differences."""
+    """Gives each expert a logit. It is never quantized: small differences decide which experts are chosen."""
 
     e_score_correction_bias: nn.Parameter | None
     """`(num_experts,)`, see `route`; the name is that of checkpoints."""
@@ -88,23 +88,23 @@ class Router(ReplicatedLinear):
         self.e_score_correction_bias = new_parameter(num_experts, dtype=torch.float32) if has_correction else None
 
     def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
-        """Float, whatever the other layers are."""
+        """Float, whatever method the other layers have."""
         return FLOAT
 
 
 class Experts(nn.Module):
-    """The gated MLPs `down(act([gate(x), up(x)]))`, and the weighted sum of those that are chosen for a row.
+    """The gated MLPs `down(act([gate(x), up(x)]))`, and the weighted sum of those that a row is routed to.
 
     Args:
         num_experts: How many there are.
         hidden_size: Channels in and out.
         intermediate_size: Channels within an expert.
-        act_fn: Of `[gate, up]`, `(rows, 2 * intermediate_size)`.
+        act_fn: A function of `[gate, up]` `(rows, 2 * intermediate_size)`.
         bias: Whether projections have biases.
         quant_config: How weights are held.
         prefix: The module's name in the model.
         is_transposed: See `GroupedLinear`.
-        is_interleaved: Of gate and up, see `GroupedLinear`.
+        is_interleaved: Whether gate and up alternate, see `GroupedLinear`.
     """
 
     def __init__(
@@ -143,7 +143,7 @@ class Experts(nn.Module):
         self.act_fn = act_fn
 
     def process_weights_after_loading(self) -> None:
-        """The bias of the output is the first rank's: it is in the sum once."""
+        """Only the first rank keeps the output bias, so that the sum over ranks has it once."""
         if self.tensor_parallel.rank > 0 and self.down_proj.bias is not None:
             self.down_proj.bias.zero_()
 
@@ -162,18 +162,18 @@ class Experts(nn.Module):
 
 
 class MixtureOfExperts(nn.Module):
-    """Router and experts, in the place of a decoder layer's MLP.
+    """Router and experts: replaces a decoder layer's MLP.
 
     Args:
         experts: The MLPs.
         routing: How they are chosen.
         hidden_size: Channels in and out.
         router_bias: Whether the router has a bias.
-        has_correction: Whether the router has values that are added to scores for the choice alone.
+        has_correction: Whether the router has a correction, see `route`.
         prefix: The module's name in the model.
 
     Raises:
-        ModelError: More experts are to be chosen than there are.
+        ModelError: `top_k` exceeds the number of experts.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""Parameters of layers: made empty, filled from a checkpoint whole or part by part."""
+"""Parameters of layers: created empty, then filled from a checkpoint, whole or part by part."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from sensorium.model_executor.weight_tracking import refuse_other_kind
 class Axes:
     """Which channels of a layer a parameter's entries stand for.
 
-    A fused layer's parameter is filled part by part, and a rank's is cut, along the axis of the output channels (or of
-    the input channels); this says where.
+    The parts of a fused layer and the shares of ranks are ranges of channels; this says which axis of a parameter such
+    a range lies on, and how many channels an entry there stands for.
 
         weight           (outputs, inputs)              Axes(input=1)
         bias, or a scale per output channel             Axes()
@@ -36,7 +36,7 @@ class Axes:
     """Input channels that share an entry."""
 
     def entries(self, num_outputs: int) -> int:
-        """Entries that a part of so many output channels has. Each part's blocks begin with the part."""
+        """The number of entries for a part of so many output channels. A part begins with a new block."""
         return 1 if self.output_block is None else -(-num_outputs // self.output_block)
 
 
@@ -49,7 +49,7 @@ def new_parameter(
 ) -> nn.Parameter:
     """An unfilled parameter that a checkpoint fills through `loader` (by default a plain copy).
 
-    `axes` and `name` are for loaders: they find them on the parameter, as `axes` and `param_name`.
+    Loaders read `axes` and `name` from the parameter, as `axes` and `param_name`.
     """
     parameter = nn.Parameter(torch.empty(shape, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
     carried = {"weight_loader": loader, "axes": axes, "param_name": name or None}
@@ -75,5 +75,5 @@ def copy_weight(target: torch.Tensor, loaded: torch.Tensor, what: str) -> None:
 
 
 def without_memory(parameter: nn.Parameter) -> nn.Parameter:
-    """A stand-in for a parameter whose values lie elsewhere: its shape and dtype, on the meta device."""
+    """A parameter of the same shape and dtype on the meta device, for one whose values are held elsewhere."""
     return nn.Parameter(parameter.to("meta"), requires_grad=False)

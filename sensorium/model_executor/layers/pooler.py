@@ -1,6 +1,6 @@
-"""What is made of hidden states where a model doesn't generate: vectors, and scores of labels.
+"""Pooling: from hidden states to vectors or scores of labels, for models that don't generate.
 
-Rows of a request come chunk by chunk, in order. A `Pool` keeps no more of them than its answer needs.
+A request's rows arrive chunk by chunk, in order. A `Pool` keeps only what its result needs.
 
 Sources: `sentence_transformers.models.Pooling`, `Dense` and `Normalize`; Hugging Face's text classification pipelines.
 """
@@ -20,13 +20,13 @@ from sensorium.errors import ModelError, WeightsError
 
 
 class Pool(Protocol):
-    """What is kept of a request's rows."""
+    """Collects a request's rows and pools them."""
 
     def add(self, rows: torch.Tensor) -> None:
         """Take in a chunk's rows `(num_rows, hidden_size)`."""
 
     def finish(self) -> torch.Tensor:
-        """What the rows come to: `(hidden_size,)` float32, or all of them."""
+        """The pooled vector `(hidden_size,)` float32, or all rows."""
 
 
 class AllRows:
@@ -61,7 +61,7 @@ class LastRow:
 
 
 class FirstRow(LastRow):
-    """Keeps the first row, that of a classification token."""
+    """Keeps the first row, which is the classification token's."""
 
     def add(self, rows: torch.Tensor) -> None:
         """See `Pool`."""
@@ -79,11 +79,11 @@ class LargestValues(LastRow):
 
 
 class WeightedSum:
-    """Sums rows, each times a weight, and divides the sum.
+    """Divides the weighted sum of rows by the sum of their weights.
 
     Args:
         by_position: The i-th row, counted from 1, has the weight i; else 1.
-        root: Divide by the root of the weights' sum.
+        root: Divide by the square root of the weights' sum.
     """
 
     def __init__(self, *, by_position: bool = False, root: bool = False) -> None:
@@ -108,7 +108,7 @@ class WeightedSum:
 
 
 def new_pool(kind: PoolingType) -> Pool:
-    """What pools rows in one of the ways that there are."""
+    """A new pool of one kind."""
     match kind:
         case "cls":
             return FirstRow()
@@ -145,17 +145,17 @@ _FUNCTIONS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 
 class Projection:
-    """A linear layer behind the pooling, with an activation: a Dense module of sentence-transformers.
+    """A linear layer with an activation after pooling: sentence-transformers' `Dense`.
 
-    It is computed in float32, as pooled vectors are.
+    Computed in float32, as pooled vectors are.
 
     Args:
-        folder: Of the checkpoint.
-        device: Where vectors are.
+        folder: The module's folder in the checkpoint.
+        device: The device of the vectors.
 
     Raises:
-        ModelError: Its settings aren't ones that are served.
-        WeightsError: Its weights aren't there.
+        ModelError: Its settings aren't supported.
+        WeightsError: Its weights are missing.
     """
 
     def __init__(self, folder: Path, device: torch.device) -> None:

@@ -1,9 +1,8 @@
 """Rotary position embedding: the angles for each kind of scaling, and the layer that applies them.
 
-Angles are computed in float32 from the positions of a step, as `transformers` does
-(`modeling_rope_utils.py`), so any position is good and there is no table to size. A model whose layers share
-their angles computes them once a step with `rotation`, with which attention layers rotate; calling the layer as
-`(positions, query, key)` does both.
+Angles are computed in float32 from the positions of a step, as `transformers` does (`modeling_rope_utils.py`), so there
+is no table and no largest position. A model whose layers share their angles computes them once a step with `rotation`,
+and passes the result to its attention layers; calling the module as `(positions, query, key)` does both.
 """
 
 from __future__ import annotations
@@ -34,8 +33,8 @@ class RotaryEmbedding(nn.Module):
         base: The wavelengths' base, `rope_theta`.
         is_neox_style: Rotate halves against each other (True) or neighbouring channels (False).
         mrope_section: For M-RoPE, how many frequencies follow the time, height and width position.
-        is_mrope_interleaved: The three take turns, from the highest frequency on, as long as each has some left; what
-            remains is time's (Qwen3-VL). Otherwise each has one piece.
+        is_mrope_interleaved: Time, height and width alternate from the highest frequency on, until the sections of
+            height and width are used up; the rest is time's (Qwen3-VL). Otherwise each section is contiguous.
     """
 
     inv_freq: torch.Tensor
@@ -66,7 +65,7 @@ class RotaryEmbedding(nn.Module):
         self.register_buffer("inv_freq", self.inverse_frequencies(), persistent=False)
         self._axes: torch.Tensor | None = None
         if mrope_section is not None:
-            # Frequency -> which of the position's rows (0 time, 1 height, 2 width) it follows.
+            # For each frequency, the row of the positions (0 time, 1 height, 2 width) that it follows.
             sections = torch.tensor(mrope_section)
             self._axes = torch.arange(len(mrope_section)).remainder(3).repeat_interleave(sections)
             if is_mrope_interleaved:
@@ -111,14 +110,14 @@ class RotaryEmbedding(nn.Module):
         return angles.cos() * self.scale, angles.sin() * self.scale
 
     def rotation(self, positions: torch.Tensor) -> Rotation:
-        """How queries and keys at these positions (see `cos_sin`) are rotated."""
+        """The rotation of queries and keys at these positions (see `cos_sin`)."""
         cos, sin = self.cos_sin(positions)
         return Rotation(cos, sin, self.is_neox_style, None if self.rotary_dim == self.head_size else self.rotary_dim)
 
     def forward(
         self, positions: torch.Tensor, query: torch.Tensor, key: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Rotate by the angles of `positions` (see `cos_sin`); the heads may be an axis, or side by side in one."""
+        """Rotate by the angles of `positions` (see `cos_sin`); heads may have an axis of their own or not."""
         heads = (len(query), -1, self.head_size)
         rotated_query, rotated_key = rotary_embedding(query.view(heads), key.view(heads), *self.rotation(positions))
         return rotated_query.view(query.shape), rotated_key.view(key.shape)
@@ -144,9 +143,9 @@ class DynamicNTKScalingRotaryEmbedding(RotaryEmbedding):
     """A base that grows with the context once it exceeds the trained length. Source: NTK-aware scaling
     (bloc97).
 
-    Hugging Face computes one base from the longest position of a forward pass. Here a token's base follows
-    from its own position, so that it doesn't depend on what else is in the batch or on where a prompt is cut.
-    Within the trained length both are the plain embedding; beyond it they agree on decoded tokens.
+    Hugging Face computes one base from the largest position of a forward pass. Here a token's base depends on its own
+    position only, and so neither on the batch nor on how a prompt is chunked. Within the trained length both equal the
+    plain embedding; beyond it they agree on decoded tokens.
     """
 
     def __init__(self, *, factor: float, **kwargs: Any) -> None:
@@ -164,7 +163,7 @@ class DynamicNTKScalingRotaryEmbedding(RotaryEmbedding):
 
 
 class Llama3RotaryEmbedding(RotaryEmbedding):
-    """Long wavelengths stretched, short ones kept, those between blended. Source: Llama 3.1's code."""
+    """Long wavelengths are stretched, short ones kept, those between interpolated. Source: Llama 3.1's code."""
 
     def __init__(
         self,
@@ -185,7 +184,7 @@ class Llama3RotaryEmbedding(RotaryEmbedding):
         """See the base class."""
         plain = super().inverse_frequencies()
         wavelengths = 2 * math.pi / plain
-        # 0 where the wavelength is long against the trained length, 1 where it is short.
+        # 0 for wavelengths that are long relative to the trained length, 1 for short ones.
         kept = (self.original_max_position / wavelengths - self.low_freq_factor) / (
             self.high_freq_factor - self.low_freq_factor
         )
@@ -227,7 +226,7 @@ class YaRNScalingRotaryEmbedding(RotaryEmbedding):
             low, high = math.floor(low), math.ceil(high)
         low, high = max(low, 0), min(high, self.rotary_dim - 1)
         if low == high:
-            high += 0.001  # a step instead of a ramp
+            high += 0.001  # makes the ramp a step
         interpolated = ((torch.arange(self.rotary_dim // 2, dtype=torch.float32) - low) / (high - low)).clamp(0, 1)
         return plain / self.factor * interpolated + plain * (1 - interpolated)
 
@@ -243,7 +242,7 @@ class YaRNScalingRotaryEmbedding(RotaryEmbedding):
         return 1.0 if self.factor <= 1 else 0.1 * mscale * math.log(self.factor) + 1.0
 
     def _pair_with_turns(self, turns: float) -> float:
-        """The channel pair, a fraction, that makes `turns` full turns within the trained length."""
+        """The channel pair (a fractional index) that makes `turns` full turns within the trained length."""
         wavelength = self.original_max_position / turns
         return self.rotary_dim * math.log(wavelength / (2 * math.pi)) / (2 * math.log(self.base))
 
@@ -256,7 +255,7 @@ _EMBEDDINGS: dict[str, type[RotaryEmbedding]] = {
     "llama3": Llama3RotaryEmbedding,
     "yarn": YaRNScalingRotaryEmbedding,
 }
-# Kind of scaling -> the settings it must have, and those it may have.
+# For each kind of scaling: its required settings, and its optional ones.
 _SETTINGS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "linear": (("factor",), ()),
     "dynamic": (("factor",), ()),
@@ -295,7 +294,7 @@ def get_rope(
         partial_rotary_factor: Share of `rotary_dim` that is rotated.
 
     Raises:
-        ModelError: The type is not known or a setting is missing.
+        ModelError: The type is unknown or a setting is missing.
     """
     scaling = rope_scaling or {}
     rope_type = str(scaling.get("rope_type") or scaling.get("type") or "default")
@@ -339,7 +338,7 @@ def _shared_rope(
     settings: tuple[tuple[str, Any], ...],
     device: torch.device,
 ) -> RotaryEmbedding:
-    del device  # part of the key: an embedding holds its frequencies on the device that it was made for
+    del device  # only part of the cache's key: an embedding's frequencies are on one device
     return _EMBEDDINGS[rope_type](
         head_size=head_size,
         rotary_dim=rotary_dim,

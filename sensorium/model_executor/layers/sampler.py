@@ -1,8 +1,8 @@
 """The sampler: from logits to a token id for each row, and the log probabilities that were asked for.
 
-What happens to a row, in this order: log probabilities are taken from the logits as the model gave them; then
-logit bias, repetition penalty, frequency and presence penalty, bad words, minimum length, the mask of allowed
-tokens, temperature, top-k, min-p, top-p, draw. A greedy row ends at the mask with the best token.
+The order for each row: log probabilities are computed from the model's own logits; then logit bias, repetition penalty,
+frequency and presence penalty, bad words, minimum length, the mask of allowed tokens, temperature, top-k, min-p, top-p,
+draw. A greedy row takes the best token after the mask.
 """
 
 from __future__ import annotations
@@ -41,16 +41,16 @@ class _Report:
 
     rows: IntArray
     num_best: IntArray
-    """`(len(rows),)`: how many of the best tokens each row asked for."""
+    """`(len(rows),)`: how many of the best tokens each row reports."""
     tensors: tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
     """As `token_logprobs` returns them."""
 
 
 class SamplerOutput:
-    """One step's tokens. They lie on the device; asking for anything else than `sampled_token_ids` waits for it.
+    """One step's tokens, on the device. Reading anything but `sampled_token_ids` waits for the device.
 
-    As a sequence it holds each row's token id as a number. `fetch` begins to bring the results to the host, so that
-    work which the device gets later isn't waited for, and may overwrite them.
+    As a sequence it has one int per row, the token id. `fetch` starts the copy to the host: reading then doesn't wait
+    for work that the device gets later, and that work may overwrite the tensors.
     """
 
     def __init__(
@@ -64,12 +64,12 @@ class SamplerOutput:
 
     @classmethod
     def of_another_rank(cls, num_rows: int, device: torch.device) -> SamplerOutput:
-        """Room for tokens that another rank samples and checks."""
+        """Buffers for tokens that another rank samples and checks."""
         token_ids = torch.zeros(num_rows, dtype=torch.int64, device=device)
         return cls(token_ids, torch.zeros(num_rows, device=device))
 
     def fetch(self) -> None:
-        """Begin to copy everything to the host, if that has not begun."""
+        """Start the copy of everything to the host, unless it has started."""
         if self._copy is None:
             tensors = () if self._report is None else self._report.tensors
             self._copy = HostCopy([self.sampled_token_ids, self._best_logits, *tensors])
@@ -89,13 +89,13 @@ class SamplerOutput:
 
     @cached_property
     def failed_rows(self) -> frozenset[int]:
-        """Rows without a token to choose: a logit is NaN or infinite, or every token is forbidden."""
+        """Rows from which no token can be sampled: a logit is NaN or infinite, or every token is forbidden."""
         finite = np.isfinite(self._on_host[1].numpy())
         return frozenset() if finite.all() else frozenset(np.flatnonzero(~finite).tolist())
 
     @cached_property
     def logprobs(self) -> list[TokenLogprobs | None] | None:
-        """The log probabilities of each row's token, None where nobody asked; None if nobody asked at all."""
+        """The log probabilities of each row's token, None for rows that don't report them; None if no row does."""
         if self._report is None:
             return None
         entries: list[TokenLogprobs | None] = [None] * len(self)
@@ -114,10 +114,10 @@ class SamplerOutput:
 
 
 class Sampler(nn.Module):
-    """Chooses tokens. Holds no state and no parameters; `SamplingState` says whose rows these are."""
+    """Samples tokens. Has no state and no parameters; `SamplingState` has those of the requests."""
 
     def forward(self, logits: torch.Tensor, sampling_metadata: SamplingMetadata) -> SamplerOutput:
-        """`sample`, in the form in which model classes of V0 call it."""
+        """`sample`, as model classes of vLLM's V0 call it."""
         state, slots = sampling_metadata.state, sampling_metadata.slots
         assert state is not None
         assert slots is not None
@@ -132,15 +132,15 @@ class Sampler(nn.Module):
         token_mask: TokenMask | None = None,
         drafts: DraftRows | None = None,
     ) -> SamplerOutput:
-        """Choose a token for each row: the one that it gets whatever rows stand beside it, and whether what came before
-        it was sampled or guessed.
+        """Sample a token for each row. It depends neither on the other rows of the batch, nor on whether the tokens
+        before it were sampled or drafted.
 
         Args:
             logits: `(num_rows, vocab_size)`, any float type. May be changed in place.
             state: Parameters and histories by slot.
             slots: `(num_rows,)`: the slot of each row.
-            token_mask: Which tokens may come in some of the rows.
-            drafts: Which rows stand behind drafts; None: none does.
+            token_mask: The allowed tokens of constrained rows.
+            drafts: Which rows come after drafts; None if none does.
 
         Raises:
             ModelError: The logits are not as wide as the vocabulary.
@@ -174,12 +174,12 @@ class Sampler(nn.Module):
 
 
 def get_sampler() -> Sampler:
-    """The sampler, as model classes of V0 ask for it."""
+    """A new sampler, for model classes of vLLM's V0."""
     return Sampler()
 
 
 class PromptLogprobs:
-    """Log probabilities of prompt tokens, computed and on their way to the host.
+    """Log probabilities of prompt tokens, computed and being copied to the host.
 
     `logits` `(num_rows, vocab_size)`: row `i` predicts `token_ids[i]`. An id outside the vocabulary, as media
     placeholders have, gets rank 0 and a log probability of minus infinity.

@@ -1,9 +1,9 @@
-"""What a vision tower of items of any size is told of them, so that a pass of it can be recorded and repeated.
+"""Vision towers for items of any size, whose passes can be recorded and replayed.
 
-Launching a tower kernel by kernel takes the host longer than a GPU needs for one picture. A recorded pass repeats the
-same work on the same addresses, so everything in which two pictures of about the same size differ is data: how patches
-are ordered, where frames and windows begin, at which rows and columns patches stand. That is a `TowerPlan`, made on the
-host. Padding rows belong to no run, and nothing reads what becomes of them.
+To launch a tower kernel by kernel takes the host longer than a GPU needs for one picture. A recorded pass repeats the
+same kernels on the same addresses, so whatever differs between two pictures of about the same size must be data: the
+order of patches, where frames and windows begin, each patch's row and column. A `TowerPlan`, made on the host, holds
+these arrays. Padding patches belong to no run, and their outputs are never read.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ Grid: TypeAlias = tuple[int, int, int]
 """An item's size in patches: time, height, width."""
 Int32Array: TypeAlias = npt.NDArray[np.int32]
 TowerSize: TypeAlias = tuple[int, ...]
-"""Patches, and runs of each kind, that a recorded pass has room for."""
+"""The numbers of patches, and of runs of each kind, that a recorded pass has room for."""
 
 _ROW_STEP = 512
 _SMALL_SIZES = (64, 128, 256)
@@ -31,20 +31,20 @@ _SMALL_SIZES = (64, 128, 256)
 class TowerPlan:
     """One pass over the patches of some items.
 
-    Worked example, two pictures of 4 and 8 patches in squares of 4: `starts {"frames": [0, 4, 12]}`, and padded to 64
-    patches and 4 frames `[0, 4, 12, 12, 12]`.
+    For example, two pictures of 4 and 8 patches have `starts {"frames": [0, 4, 12]}`; padded to 64 patches and 4
+    frames, `[0, 4, 12, 12, 12]`.
     """
 
     num_patches: int
     by_patch: Mapping[str, Int32Array] = field(default_factory=dict)
-    """`(num_patches, ...)` each."""
+    """Values of each patch, `(num_patches, ...)` each."""
     orders: Mapping[str, Int32Array] = field(default_factory=dict)
-    """Permutations of the patches, or of groups of equal numbers of them."""
+    """Permutations of the patches, or of groups of patches of equal size."""
     starts: Mapping[str, Int32Array] = field(default_factory=dict)
     """`(runs + 1,)` each: where each run of patches begins, and where the last one ends."""
 
     def size(self) -> TowerSize:
-        """The next size that passes are recorded for: at most 511 patches more, and less than twice the runs."""
+        """The smallest recorded size that fits: at most 511 patches more, and fewer than twice the runs."""
         runs = (1 << (len(each) - 2).bit_length() if len(each) > 2 else 1 for each in self.starts.values())
         return (_rounded(self.num_patches), *runs)
 
@@ -75,27 +75,28 @@ def _rounded(num_patches: int) -> int:
 
 
 class TowerRecorder(Protocol):
-    """Repeats recorded passes of one tower."""
+    """Replays recorded passes of one tower."""
 
     max_patches: int
-    """Of a pass that is recorded."""
+    """The most patches of a recorded pass."""
 
     def run(self, pixel_values: torch.Tensor, plan: TowerPlan) -> torch.Tensor | None:
-        """The rows of a pass; None: run it call by call."""
+        """The pass's rows, or None if it can't be replayed and must be computed."""
 
 
 class RecordableTower(nn.Module):
-    """A tower whose pass depends on its items by a `TowerPlan` alone: `compute` asks the host for nothing else."""
+    """A tower whose pass depends on the items' sizes only through a `TowerPlan`: `compute` reads nothing else on the
+    host."""
 
     recorder: TowerRecorder | None = None
-    """Set by the worker, where passes can be recorded."""
+    """Set by the worker if passes can be recorded."""
     merge_size: int
-    """Side of the squares of patches that become one row."""
+    """Side of the square of patches that becomes one row."""
     patch_width: int
     """Numbers in a patch."""
 
     def plan(self, grids: Sequence[Grid]) -> TowerPlan:
-        """The pass over items of these sizes."""
+        """The plan of a pass over items of these sizes."""
         raise NotImplementedError
 
     def compute(self, pixel_values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
@@ -103,11 +104,11 @@ class RecordableTower(nn.Module):
         raise NotImplementedError
 
     def forward(self, pixel_values: torch.Tensor, grids: Sequence[Grid]) -> torch.Tensor:
-        """Rows of all items, one item behind the other, `(sum of t * h * w / merge_size^2, decoder's width)`.
+        """The rows of all items, concatenated, `(sum of t * h * w / merge_size^2, decoder's width)`.
 
         Args:
-            pixel_values: `(sum of t * h * w, channels * temporal_patch_size * patch_size^2)`, in which the
-                patches of each square that is merged stand together.
+            pixel_values: `(sum of t * h * w, channels * temporal_patch_size * patch_size^2)`, in which the patches of
+                each merged square are adjacent.
             grids: The items' sizes.
         """
         sizes = [t * h * w for t, h, w in grids]
@@ -119,10 +120,10 @@ class RecordableTower(nn.Module):
         return rows[0] if len(rows) == 1 else torch.cat(rows)
 
     def _items_of_passes(self, sizes: Sequence[int]) -> list[int]:
-        """How many of the items, of so many patches each, go through each pass: as many as a recorded one has room for.
+        """The number of items in each pass, given their numbers of patches: as many as a recorded pass has room for.
 
-        A long pass that isn't recorded takes the host about as long to launch as the device to run, and a recorded
-        one of a few thousand patches keeps the device as busy.
+        Splitting loses nothing: a recorded pass of a few thousand patches keeps the device as busy as a longer one, and
+        a pass that isn't recorded takes the host about as long to launch as the device to run.
         """
         if self.recorder is None:
             return [len(sizes)]
@@ -157,12 +158,12 @@ def _on(device: torch.device, array: npt.NDArray[Any]) -> torch.Tensor:
 
 
 def starts_of(lengths: npt.NDArray[Any]) -> Int32Array:
-    """Where each of several runs begins, and where the last one ends, `(runs + 1,)`."""
+    """The start of each run, and the end of the last one, `(runs + 1,)`."""
     return np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
 
 
 def frame_starts(grids: Sequence[Grid]) -> Int32Array:
-    """Where each frame's patches begin, and where the last one's end, `(frames + 1,)`."""
+    """The start of each frame's patches, and the end of the last one's, `(frames + 1,)`."""
     return starts_of(np.concatenate([np.full(t, h * w) for t, h, w in grids]))
 
 

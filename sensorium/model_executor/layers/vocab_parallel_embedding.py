@@ -20,20 +20,19 @@ DEFAULT_VOCAB_PADDING_SIZE = 64
 class VocabParallelEmbedding(WeightedLayer):
     """A table `(num_embeddings, embedding_dim)` of token embeddings, which may be its model's output head as well.
 
-    Ids are looked up in floats. As a head, it multiplies as a separate head would, with a copy of the table that is
-    made at its first use.
+    Lookups read a float table. As a head it multiplies with a copy in a separate head's layout, made at the first use.
 
-    Ids outside the table (placeholders may be negative or beyond the vocabulary) give rows of zeros: their
-    rows come from media.
+    Ids outside the table give zeros: these are placeholders, negative or beyond the vocabulary, whose rows come from
+    media.
 
-    With several ranks each has `weight` `(num_rows, embedding_dim)`, the rows from `first_row` on, some of which may
-    stand for nothing at the end. Embeddings are summed over ranks, logits are gathered.
+    With several ranks, each holds `weight` `(num_rows, embedding_dim)`, the rows from `first_row` on; the last ones may
+    be padding. Embeddings are summed over ranks, logits are gathered.
 
     Args:
         num_embeddings: Rows.
         embedding_dim: Columns.
         params_dtype: Dtype of the table; torch's default dtype if `None`.
-        org_num_embeddings: Rows that the checkpoint has, when these are fewer; the others are zero.
+        org_num_embeddings: Rows in the checkpoint, if fewer; the others are zero.
         padding_size: Accepted for models that pass it; a table is padded to a multiple of the number of ranks.
         quant_config: How the head holds its weight. `None`: as the model that is being constructed says.
         prefix: The layer's name in the model.
@@ -60,12 +59,12 @@ class VocabParallelEmbedding(WeightedLayer):
         self.keeps_weight = True
 
     def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
-        """One that leaves the table in float."""
+        """Float, since ids are looked up in the table."""
         method = super().choose_method(quant_config)
         return method if method.loads_float else FLOAT
 
     def part_of(self, param: nn.Parameter, part: int | None) -> torch.Tensor:
-        """The rows (or, for a head, the biases) that the checkpoint has; the others become zero."""
+        """The rows (or a head's biases) that the checkpoint has; sets the others to zero."""
         axes: Axes = param.__dict__["axes"]
         whole = super().part_of(param, part)
         num_loaded = axes.entries(self._num_loaded_rows)
@@ -82,7 +81,7 @@ class VocabParallelEmbedding(WeightedLayer):
         axes: Axes = param.__dict__["axes"]
         num_rows = axes.entries(self.org_vocab_size)
         if self.tensor_parallel.size == 1 or axes.output_block is None or loaded.shape[axes.output] != num_rows:
-            return loaded  # whose size may be wrong, as the copy will say
+            return loaded  # if its size is wrong, `copy_weight` raises
         first = min(axes.entries(self.first_row), num_rows)
         return loaded.narrow(axes.output, first, axes.entries(self._num_loaded_rows))
 
@@ -94,7 +93,7 @@ class VocabParallelEmbedding(WeightedLayer):
         embeddings = F.embedding(valid_ids, self.weight)
         if input_ids.device.type == "cpu" and torch.equal(valid_ids, input_ids):
             return embeddings
-        # On a device the question above would wait for it, so the mask is always applied there.
+        # On a GPU the check above would make the host wait, so the mask is always applied there.
         return embeddings.masked_fill((valid_ids != input_ids).unsqueeze(-1), 0)
 
     def _embed_share(self, input_ids: torch.Tensor) -> torch.Tensor:
@@ -152,7 +151,7 @@ class ParallelLMHead(VocabParallelEmbedding):
             )
 
     def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
-        """Any method, since a head looks nothing up."""
+        """Any method, since nothing is looked up in a head."""
         return WeightedLayer.choose_method(self, quant_config)
 
     def tie_weights(self, embed_tokens: VocabParallelEmbedding) -> Self:

@@ -16,7 +16,7 @@ from sensorium.model_executor.layers.linear import (
     QKVParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
-    friendly_width,
+    aligned_width,
     widen_inner,
 )
 
@@ -114,7 +114,7 @@ def test_what_is_no_quantization_is_refused() -> None:
 
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("gated", [False, True])
-def test_an_mlp_of_unfriendly_width_gives_the_same_when_widened(bias: bool, gated: bool) -> None:
+def test_an_mlp_of_unaligned_width_gives_the_same_when_widened(bias: bool, gated: bool) -> None:
     """The tower of Qwen2.5-VL has 3420 inner channels, which GPUs read at a fraction of their speed."""
     mlp = GatedMLP(24, 44, "silu", bias) if gated else EncoderMLP(24, 44, "sigmoid", bias)  # sigmoid(0) is not 0
     up, down = (mlp.gate_up_proj, mlp.down_proj) if isinstance(mlp, GatedMLP) else (mlp.fc1, mlp.fc2)
@@ -128,5 +128,5 @@ def test_an_mlp_of_unfriendly_width_gives_the_same_when_widened(bias: bool, gate
     torch.testing.assert_close(mlp(x), want, atol=2e-6, rtol=2e-6)
 
 
-def test_friendly_widths() -> None:
-    assert [friendly_width(n) for n in (3420, 4304, 11008, 1, 64)] == [3456, 4304, 11008, 64, 64]
+def test_aligned_widths() -> None:
+    assert [aligned_width(n) for n in (3420, 4304, 11008, 1, 64)] == [3456, 4304, 11008, 64, 64]

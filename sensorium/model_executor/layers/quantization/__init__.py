@@ -1,10 +1,9 @@
 """How linear layers and output heads hold their weights.
 
-base_config.py     `QuantizationConfig`, which chooses a `LinearMethod` for each layer, which holds the weight
-layer.py           `WeightedLayer`, what linear layers and heads have in common: it calls its method
-registry.py        configs by name: the setting `quantization`, or `quant_method` in a checkpoint
-unquantized.py     float weights, plain and in the layout of the CPU's kernels
-int8.py            ...and one file for each quantization
+base_config.py     `QuantizationConfig`, which chooses each layer's `LinearMethod`, which holds the weight layer.py
+`WeightedLayer`, the base class of linear layers and heads, which calls the method registry.py        configs by name:
+the setting `quantization`, or `quant_method` in a checkpoint unquantized.py     float weights, plain and in the layout
+of the CPU's kernels int8.py            ...and one file for each quantization
 """
 
 from sensorium.model_executor.layers.quantization.base_config import LinearMethod, QuantizationConfig

@@ -1,8 +1,8 @@
-"""What a quantization is made of: a `QuantizationConfig` that chooses a `LinearMethod` for each layer, and the methods
-that hold the weights.
+"""The parts of a quantization: a `QuantizationConfig` that chooses a `LinearMethod` for each layer, and the methods,
+which hold the weights.
 
-To add one, write both and register the config under its name; `int8.py` is the shortest example, `docs/quantization.md`
-the recipe.
+To add one, write both and register the config under its name; `int8.py` is the shortest example, and
+`docs/quantization.md` tells how.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class LinearMethod(ABC):
-    """How a layer holds its weight and multiplies with it. Has no state of its own: that is the layer's.
+    """How a layer holds its weight and multiplies with it. A method is stateless: all state is the layer's.
 
     A layer's life: `create_weights` when it is constructed; `before_loading` and a copy for each tensor of the
     checkpoint; `after_loading` once; then `apply` for every call.
@@ -29,21 +29,21 @@ class LinearMethod(ABC):
     name: ClassVar[str]
     """For the load report."""
     loads_float: ClassVar[bool] = False
-    """Whether until `after_loading` the layer has a float `weight` `(output_size, input_size)`, as float checkpoints
-    have. Only then can the weight be another layer's too, or be widened."""
+    """Whether the layer has a float `weight` `(output_size, input_size)`, as in float checkpoints, until
+    `after_loading`. Only such a weight can be shared with another layer or widened."""
 
     @abstractmethod
     def create_weights(self, layer: WeightedLayer) -> None:
         """Give the layer the parameters that a checkpoint fills, by `layer.add_parameter`."""
 
     def before_loading(self, layer: WeightedLayer, name: str, loaded: torch.Tensor) -> None:  # noqa: B027 -- optional
-        """A checkpoint's tensor is about to be copied into the parameter `name`. It may be refused (`WeightsError`), or
-        the layer turned to another method (`layer.start_over`)."""
+        """Called before a checkpoint's tensor is copied into the parameter `name`. May refuse it (`WeightsError`), or
+        give the layer another method (`layer.start_over`)."""
 
     @abstractmethod
     def after_loading(self, layer: WeightedLayer) -> None:
-        """All values are there: lay them out for `apply`. A layer may be handed over to another method, by setting
-        `layer.method`; for a float weight, `unquantized.lay_out` does."""
+        """Called when every parameter is filled: lay the values out for `apply`. May set `layer.method` to another
+        method, as `unquantized.lay_out` does for a float weight."""
 
     def float_weight(self, layer: WeightedLayer) -> torch.Tensor:
         """The weight `(output_size, input_size)` in the model's dtype. Called instead of `after_loading` by layers
@@ -79,10 +79,10 @@ class QuantizationConfig(ABC):
 
     @classmethod
     def at_load(cls) -> Self:
-        """For a float checkpoint, whose weights are quantized while they load.
+        """The config for a float checkpoint, whose weights are quantized at load.
 
         Raises:
-            ConfigError: It only reads checkpoints that are quantized already.
+            ConfigError: This quantization only reads quantized checkpoints.
         """
         raise ConfigError(
             f"quantization: got {cls.name!r} for a checkpoint with float weights, expected None or a quantization that "
@@ -91,10 +91,10 @@ class QuantizationConfig(ABC):
 
     @classmethod
     def from_checkpoint(cls, settings: Mapping[str, Any]) -> Self:
-        """For a checkpoint that has `settings` as its `quantization_config`.
+        """The config for a checkpoint whose `quantization_config` is `settings`.
 
         Raises:
-            ModelError: The settings say something that isn't served.
+            ModelError: The settings aren't supported.
         """
         raise NotImplementedError(f"{cls.__name__} says that it reads_checkpoints, and has no from_checkpoint.")
 
@@ -103,8 +103,8 @@ class QuantizationConfig(ABC):
         """How a layer holds its weight.
 
         Args:
-            prefix: Its name in the model, as the class gives it.
-            layer: Its sizes are set; it has no parameters yet.
+            prefix: Its name in the model, as the model class gives it.
+            layer: The layer, whose sizes are set, and which has no parameters yet.
         """
 
     def checkpoint_name(self, name: str) -> str:
@@ -113,7 +113,7 @@ class QuantizationConfig(ABC):
 
     @classmethod
     def check_device(cls, device_type: str) -> None:
-        """Raise `ConfigError` if this doesn't run on a kind of device."""
+        """Raise `ConfigError` if this quantization doesn't run on a device type."""
         if device_type not in cls.device_types:
             raise ConfigError(
                 f"quantization on {device_type}: got {cls.name!r}, expected None. "

@@ -1,4 +1,4 @@
-"""Checkpoints that `compressed-tensors` wrote, as far as they have 8-bit floats."""
+"""Checkpoints in 8-bit floats that `compressed-tensors` wrote."""
 
 from __future__ import annotations
 
@@ -43,7 +43,8 @@ class CompressedTensorsConfig(QuantizationConfig):
 
 
 def _layout(group: Mapping[str, Any]) -> ScaleLayout | None:
-    """How a group's scales lie; None if its weights aren't symmetric 8-bit floats, or its inputs something else."""
+    """The layout of a group's scales; None if its weights aren't symmetric 8-bit floats, or its inputs are quantized
+    otherwise."""
     weights, inputs = group.get("weights") or {}, group.get("input_activations") or {}
     for each in (weights, *([inputs] if inputs else [])):
         if each.get("type") != "float" or each.get("num_bits") != 8 or not each.get("symmetric", True):
@@ -62,7 +63,7 @@ def _layout(group: Mapping[str, Any]) -> ScaleLayout | None:
 
 
 def _summary(groups: list[Any]) -> str:
-    """What the weights of a config are, for an error."""
+    """Describes a config's weights, for an error."""
     weights = [(group.get("weights") or {}) if isinstance(group, Mapping) else {} for group in groups]
     kinds = {f"type {each.get('type')!r} with {each.get('num_bits')} bits" for each in weights}
     return f"weights of {' and '.join(sorted(kinds))}" if kinds else "no config_groups"

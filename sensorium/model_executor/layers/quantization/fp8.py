@@ -1,8 +1,8 @@
 """Weights in 8-bit floats: rounded at load, or as checkpoints store them; see `sensorium.kernels.fp8_linear`.
 
-Where the device multiplies 8-bit floats, inputs are rounded to them row by row. Elsewhere weights are turned back into
-the model's dtype once, at load: the results are right, at the speed and the size of float weights. Weights with a scale
-per block are always turned back.
+On a device that multiplies 8-bit floats, inputs are quantized row by row. Elsewhere weights are dequantized to the
+model's dtype once, at load: results are right, at the speed and the memory of float weights. Weights with a scale per
+block are always dequantized.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class ScaleLayout:
-    """Which weights share a scale: all of a checkpoint's tensor, those of an output channel, or a block of channels."""
+    """Which weights share a scale: a whole tensor of the checkpoint, an output channel, or a block of channels."""
 
     block_size: tuple[int, int] | None = None
     """Output and input channels of a block."""
     per_channel: bool = False
     has_input_scale: bool = False
-    """Whether the checkpoint fixes the scale of inputs, too, one for each of its tensors."""
+    """Whether the checkpoint also fixes the scale of inputs, one for each of its tensors (static activation scales)."""
 
 
 class Fp8Method(FloatMethod):
@@ -42,7 +42,7 @@ class Fp8Method(FloatMethod):
     name = "fp8"
 
     def after_loading(self, layer: WeightedLayer) -> None:
-        """Give up the float weight."""
+        """Quantize the weight, and free the float one."""
         hold(layer, *quantize_fp8_rows(layer.weight.detach()))
 
     def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
@@ -53,8 +53,8 @@ class Fp8Method(FloatMethod):
 class StoredFp8Method(LinearMethod):
     """A weight that the checkpoint has in 8-bit floats, with its scales.
 
-    The tensors decide: a layer whose weight comes in float is a float layer. Names of layers that a config lists as not
-    quantized are the checkpoint's, and not always this model's.
+    A layer whose weight the checkpoint has in float becomes a float layer. The config's list of layers that aren't
+    quantized is not read: it has the checkpoint's names, which are not always this model's.
     """
 
     name = "fp8"
@@ -63,7 +63,7 @@ class StoredFp8Method(LinearMethod):
         self._layout = layout
 
     def create_weights(self, layer: WeightedLayer) -> None:
-        """The weight, its scales, and those of inputs that the checkpoint fixes."""
+        """The weight, its scales, and static scales of inputs if there are any."""
         layer.add_parameter("weight", layer.output_size, layer.input_size, dtype=FP8, axes=Axes(input=1))
         per_tensor = Axes(output_block=None)
         if self._layout.block_size is not None:
@@ -79,13 +79,13 @@ class StoredFp8Method(LinearMethod):
             layer.add_parameter("input_scale", len(layer.output_sizes), dtype=torch.float32, axes=per_tensor)
 
     def before_loading(self, layer: WeightedLayer, name: str, loaded: torch.Tensor) -> None:
-        """Turn a layer whose weight comes in float into a float layer."""
+        """If the weight comes in float, make the layer a float layer."""
         if name == "weight" and loaded.dtype in PLAIN_FLOATS:
             layer.start_over(FLOAT)
 
     def after_loading(self, layer: WeightedLayer) -> None:
-        """Bring the scales into the kernel's form, or the weight into the model's dtype."""
-        # Parts of a fused layer are multiplied at once, with the largest scale that any needs for its input.
+        """Convert the scales to the kernel's layout, or the weight to the model's dtype."""
+        # The parts of a fused layer share one input, which takes the largest of their input scales.
         input_scale = layer.get_parameter("input_scale").max() if self._layout.has_input_scale else None
         values, scales = layer.weight.detach(), self.scales_of(layer)
         layer.drop_parameters()
@@ -97,7 +97,7 @@ class StoredFp8Method(LinearMethod):
         return dequantize_fp8(layer.weight.detach(), self.scales_of(layer), layer.params_dtype)
 
     def scales_of(self, layer: WeightedLayer) -> torch.Tensor:
-        """The scales `(output_size, 1)`, or, of blocks, `(output_size, input_size)`."""
+        """The scales `(output_size, 1)`, or `(output_size, input_size)` for scales per block."""
         stored = layer.get_parameter("weight_scale").detach()
         if self._layout.per_channel:
             return stored
@@ -117,7 +117,7 @@ class StoredFp8Method(LinearMethod):
 def hold(
     layer: WeightedLayer, values: torch.Tensor, scales: torch.Tensor, input_scale: torch.Tensor | None = None
 ) -> None:
-    """Let a layer hold a weight in 8-bit floats where its device multiplies these, else in the model's dtype."""
+    """Let a layer hold a weight in 8-bit floats if its device multiplies these, else in the model's dtype."""
     if scales.shape[1] != 1 or fp8_refusal(values.device) is not None:
         lay_out(layer, dequantize_fp8(values, scales, layer.params_dtype))
         return
@@ -129,13 +129,13 @@ def hold(
 
 @dataclass(frozen=True, slots=True)
 class Fp8Config(QuantizationConfig):
-    """8-bit floats: made at load, or from checkpoints that `transformers` (`FineGrainedFP8Config`), DeepSeek and
-    AutoFP8 wrote."""
+    """Weights in 8-bit floats: quantized at load, or from checkpoints of `transformers` (`FineGrainedFP8Config`),
+    DeepSeek and AutoFP8."""
 
     name = "fp8"
     reads_checkpoints = True
     layout: ScaleLayout | None = None
-    """That of the checkpoint; None: made at load."""
+    """The checkpoint's layout; None if weights are quantized at load."""
 
     @classmethod
     def at_load(cls) -> Self:
@@ -159,7 +159,8 @@ class Fp8Config(QuantizationConfig):
         return Fp8Method() if self.layout is None else StoredFp8Method(self.layout)
 
     def checkpoint_name(self, name: str) -> str:
-        """Files call a scale by which quantized values are multiplied its inverse."""
+        """Maps checkpoints' names of scales to the layer's. What they call the inverse scale is the factor on quantized
+        values, too."""
         return name.replace(".weight_scale_inv", ".weight_scale").replace(".activation_scale", ".input_scale")
 
 

@@ -1,4 +1,4 @@
-"""Weights that are quantized to int8 at load, and inputs that are quantized row by row; see
+"""Weights quantized to int8 at load, inputs quantized row by row at run time; see
 `sensorium.kernels.quantized_linear`."""
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ class Int8Method(FloatMethod):
     name = "int8"
 
     def after_loading(self, layer: WeightedLayer) -> None:
-        """Give up the float weight."""
+        """Quantize the weight, and free the float one."""
         quantized = layer.packed = quantize(layer.weight)
         layer.give_up_weight()
         for name, tensor in quantized.tensors().items():
@@ -39,7 +39,7 @@ INT8 = Int8Method()
 
 @dataclass(frozen=True, slots=True)
 class Int8Config(QuantizationConfig):
-    """int8 in every layer whose inputs are few enough for exact integer sums."""
+    """int8 in every layer with few enough input channels for exact integer sums."""
 
     name = "int8"
     device_types = ("cpu",)

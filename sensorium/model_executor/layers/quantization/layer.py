@@ -18,14 +18,14 @@ from sensorium.model_executor.layers.quantization.unquantized import FLOAT
 from sensorium.model_executor.weight_tracking import parameter_replaced
 
 ShardId: TypeAlias = int | str | tuple[int, int]
-"""How a model's `load_weights` names a part of a fused layer: its index or its name; of experts, the expert's index and
-that of the part."""
+"""How a model's `load_weights` names a part of a fused layer: by index or name; for experts, by the expert's index and
+the part's."""
 
 
 class WeightedLayer(nn.Module):
-    """A weight `(output_size, input_size)` and, by its method, the multiplication with it.
+    """A weight `(output_size, input_size)`, and the multiplication with it, which its method does.
 
-    The output may be made of parts that checkpoints store apart, each of `output_sizes` channels.
+    The output may consist of parts that checkpoints store separately, of `output_sizes` channels each.
 
     Args:
         input_size: Channels in.
@@ -34,7 +34,7 @@ class WeightedLayer(nn.Module):
         quant_config: Chooses the method. `None`: that of the model that is being constructed, if it has one.
         prefix: The layer's name in the model.
         input_shard: Which of the checkpoint's input channels are this rank's `input_size`.
-        output_shards: The same of each part of the output. Everything by default.
+        output_shards: For each part of the output, which of its channels are this rank's. Everything by default.
     """
 
     weight: nn.Parameter
@@ -60,11 +60,11 @@ class WeightedLayer(nn.Module):
         self.params_dtype = params_dtype or torch.get_default_dtype()
         self.prefix = prefix
         self.keeps_weight = False
-        """Whether somebody else needs `weight` as it is."""
+        """Whether another layer shares `weight`, so that it must stay as it is."""
         self.packed: Any = None
-        """What the method made of the weight."""
+        """The weight in the method's layout."""
         self.loaded_by: LinearMethod | None = None
-        """The method that finished loading; it may have given the layer to another one, which is `method` then."""
+        """The method that loaded the weight. `method` may be another one since."""
         self._made: list[str] = []
         self._is_loading = False
         self.method = self.choose_method(checked(quant_config, prefix))
@@ -73,7 +73,7 @@ class WeightedLayer(nn.Module):
 
     @property
     def has_float_weight(self) -> bool:
-        """Whether `weight` is still as a float checkpoint has it."""
+        """Whether `weight` is still in a float checkpoint's layout."""
         return self.packed is None and self.method.loads_float
 
     @property
@@ -82,11 +82,11 @@ class WeightedLayer(nn.Module):
         return sum(self.output_sizes)
 
     def choose_method(self, quant_config: QuantizationConfig | None) -> LinearMethod:
-        """How this layer holds its weight."""
+        """The method that this layer gets."""
         return FLOAT if quant_config is None else quant_config.method_for(self.prefix, self)
 
     def add_parameter(self, name: str, *shape: int, dtype: torch.dtype | None = None, axes: Axes) -> None:
-        """Give the layer a parameter to be filled by a checkpoint. For methods."""
+        """Add a parameter that a checkpoint fills. Called by methods."""
         dtype = dtype or self.params_dtype
         parameter = new_parameter(*shape, dtype=dtype, loader=self.weight_loader, axes=axes, name=name)
         setattr(self, name, parameter)
@@ -116,11 +116,11 @@ class WeightedLayer(nn.Module):
         self._is_loading |= name in self._made
         target, share = self.part_of(current, part), self.share_of(current, loaded_weight, part, shown)
         if share.numel() == 1 and current.__dict__["axes"].output_block is None:
-            share = share.expand(target.shape)  # the one scale of a tensor that is fused in the checkpoint, too
+            share = share.expand(target.shape)  # one scale for all parts, because the checkpoint's tensor is fused
         copy_weight(target, share, shown)
 
     def reshaped(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
-        """A checkpoint's tensor in the shape that the parameter `name` has, where formats differ in it."""
+        """A checkpoint's tensor in the shape of the parameter `name`, for formats that differ in it."""
         wanted: nn.Parameter | None = getattr(self, name, None)
         if name in ("weight", "bias") or wanted is None:
             return loaded
@@ -129,7 +129,7 @@ class WeightedLayer(nn.Module):
         return loaded.reshape(-1, *[1] * (wanted.dim() - 1)) if loaded.dim() != wanted.dim() else loaded
 
     def part_index(self, shard_id: ShardId) -> int:
-        """Which part of the output a shard id means. Raises `WeightsError` for one that means none."""
+        """The index of the part that a shard id names. Raises `WeightsError` if there is none."""
         if isinstance(shard_id, int) and 0 <= shard_id < len(self.output_sizes):
             return shard_id
         raise WeightsError(
@@ -146,10 +146,11 @@ class WeightedLayer(nn.Module):
         return param.data.narrow(axes.output, sum(entries[:part]), entries[part])
 
     def share_of(self, param: nn.Parameter, loaded: torch.Tensor, part: int | None, what: str) -> torch.Tensor:
-        """This rank's share of a checkpoint's tensor, a view where it can be: only its bytes are read from the file.
+        """This rank's share of a checkpoint's tensor. It is a view if possible, so that only its bytes are read from
+        the file.
 
         Raises:
-            WeightsError: It has no such shares; `what` names the parameter.
+            WeightsError: It can't be divided over the ranks; `what` names the parameter.
         """
         axes: Axes = param.__dict__["axes"]
         if axes.input is not None:
@@ -161,13 +162,13 @@ class WeightedLayer(nn.Module):
             return _share(loaded, axes.output, self.output_shards[part], self.output_sizes[part], block, what)
         whole = [axes.entries(n * shard.count) for n, shard in zip(self.output_sizes, self.output_shards, strict=True)]
         if sum(whole) != loaded.shape[axes.output]:
-            return loaded  # which doesn't fit, as the copy will say
+            return loaded  # it doesn't fit, and `copy_weight` raises
         pieces = zip(loaded.split_with_sizes(whole, axes.output), self.output_shards, self.output_sizes, strict=True)
         shares = [_share(piece, axes.output, shard, size, block, what) for piece, shard, size in pieces]
         return shares[0] if len(shares) == 1 else torch.cat(shares, axes.output)
 
     def layer_of_parts(self, first: int, last: int) -> WeightedLayer:
-        """A layer whose output are the parts `[first, last)` of this one's, before its loading is finished.
+        """A layer whose output is the parts `[first, last)` of this one's. Call it before loading is finished.
 
         Its parameters are views of this one's.
         """
@@ -193,10 +194,10 @@ class WeightedLayer(nn.Module):
         return layer
 
     def start_over(self, method: LinearMethod) -> None:
-        """Hold the weight by another method. For `LinearMethod.before_loading`.
+        """Give the layer another method, and new parameters. For `LinearMethod.before_loading`.
 
         Raises:
-            WeightsError: Something was loaded already: the parts of a fused layer are stored differently.
+            WeightsError: A part was loaded already: the checkpoint stores the parts of this fused layer differently.
         """
         if self._is_loading:
             raise WeightsError(
@@ -211,7 +212,7 @@ class WeightedLayer(nn.Module):
             parameter_replaced(before.get(name), getattr(self, name))
 
     def share_weight(self, weight: nn.Parameter) -> None:
-        """Multiply with a float weight that is another layer's, and stays as it is for that one."""
+        """Use another layer's float weight, which stays as it is."""
         if not self.method.loads_float:
             self.drop_parameters()
             self.method = FLOAT
@@ -219,7 +220,7 @@ class WeightedLayer(nn.Module):
         self.keeps_weight = True
 
     def drop_parameters(self) -> dict[str, nn.Parameter]:
-        """Take away what `add_parameter` gave; returns it by name."""
+        """Remove the parameters that `add_parameter` added, and return them by name."""
         dropped = {name: getattr(self, name) for name in self._made}
         for name in self._made:
             delattr(self, name)
@@ -227,7 +228,7 @@ class WeightedLayer(nn.Module):
         return dropped
 
     def share_given_weight(self) -> None:
-        """After construction: a class may have put another layer's weight in the place of this one's."""
+        """Called after construction: handles a model class that assigned another layer's weight to this one."""
         owner = getattr(self.weight.__dict__.get("weight_loader"), "__self__", self)
         if owner is not self:
             self.share_weight(self.weight)
@@ -239,15 +240,15 @@ class WeightedLayer(nn.Module):
         self._multiply = self.method.apply
 
     def wrap_method(self, wrap: Callable[[LinearMethod], LinearMethod]) -> None:
-        """Put a method over the layer's own that adds to its results, as adapters do. Called once loading is
-        finished."""
+        """Wrap the layer's method in one that adds to its results, as adapters do. Called once loading is finished."""
         if self.packed is None:
             self.finish_loading()
         self.method = wrap(self.method)
         self._multiply = self.method.apply
 
     def give_up_weight(self) -> None:
-        """Free the memory of `weight`, whose values are held otherwise now, unless somebody else needs it."""
+        """Free the memory of `weight`, unless another layer shares it. Called when the values are held in another
+        layout."""
         if not self.keeps_weight:
             self.weight = without_memory(self.weight)
 
@@ -258,7 +259,7 @@ class WeightedLayer(nn.Module):
         return self._multiply(self, x, bias)
 
     def _multiply_unfinished(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Until loading is finished: as a layer of torch, whose weight may still change."""
+        """`multiply` until loading is finished: reads `weight`, which may still change."""
         assert layer is self
         if not self.has_float_weight:
             raise ModelError(
@@ -274,7 +275,8 @@ class WeightedLayer(nn.Module):
 
 
 def _share(loaded: torch.Tensor, axis: int, shard: Shard, size: int, block: int, what: str) -> torch.Tensor:
-    """A shard of a tensor along an axis on which an entry stands for `block` of the shard's `size` channels."""
+    """A shard of a tensor along an axis whose entries stand for `block` channels each; the shard has `size`
+    channels."""
     if shard.count == 1:
         return loaded
     if size % block or loaded.shape[axis] % shard.count:
@@ -287,10 +289,10 @@ def _share(loaded: torch.Tensor, axis: int, shard: Shard, size: int, block: int,
 
 
 def checked(quant_config: QuantizationConfig | None, what: str) -> QuantizationConfig | None:
-    """The quantization that a layer goes by: what its class passes, or that of the model in construction.
+    """The quantization for a layer: what its model class passes, else that of the model in construction.
 
     Raises:
-        ModelError: It is something else; `what` names the layer.
+        ModelError: The argument isn't a `QuantizationConfig`; `what` names the layer.
     """
     if quant_config is None:
         config = config_in_construction()

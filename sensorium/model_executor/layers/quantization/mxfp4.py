@@ -1,6 +1,7 @@
-"""Weights in 4-bit floats with a power of two for each 32 inputs, as GPT-OSS's checkpoints have those of experts.
+"""Weights in 4-bit floats with a power of two as the scale of each 32 inputs, which GPT-OSS's checkpoints use for
+experts.
 
-They are turned into the model's dtype once, at load, which is exact: right, as fast as float weights, and as large.
+They are dequantized to the model's dtype once, at load, which is exact. Speed and memory are those of float weights.
 
 Source: Open Compute Project, "Microscaling Formats (MX)" 1.0, section 5; `transformers` `integrations/mxfp4.py`.
 """
@@ -31,7 +32,8 @@ _EXPONENT_OF_ONE = 127
 def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """`(outputs, inputs)` of `blocks` `(outputs, inputs / 32, 16)` uint8 and `scales` `(outputs, inputs / 32)` uint8.
 
-    A byte has two values, the lower bits first, each the index of a magnitude below a sign.
+    A byte has two values, the first in the lower four bits. A value is a sign bit, and below it the index of a
+    magnitude.
     """
     values = torch.tensor([*_MAGNITUDES, *(-each for each in _MAGNITUDES)], dtype=dtype, device=blocks.device)
     indices = torch.stack((blocks & 15, blocks >> 4), dim=-1).flatten(2)
@@ -40,7 +42,7 @@ def dequantize_mxfp4(blocks: torch.Tensor, scales: torch.Tensor, dtype: torch.dt
 
 
 class Mxfp4Method(LinearMethod):
-    """A weight that the checkpoint has in blocks. The tensors decide: one that comes in float stays in float."""
+    """A weight that the checkpoint has in blocks. A layer whose weight it has in float becomes a float layer."""
 
     name = "mxfp4"
 
@@ -52,12 +54,12 @@ class Mxfp4Method(LinearMethod):
         layer.add_parameter("weight_scale", *shape, dtype=torch.uint8, axes=axes)
 
     def before_loading(self, layer: WeightedLayer, name: str, loaded: torch.Tensor) -> None:
-        """Turn a layer whose weight comes in float into a float layer."""
+        """If the weight comes in float, make the layer a float layer."""
         if name == "weight" and loaded.dtype in PLAIN_FLOATS:
             layer.start_over(FLOAT)
 
     def after_loading(self, layer: WeightedLayer) -> None:
-        """Hold the weight in the model's dtype."""
+        """Dequantize the weight to the model's dtype."""
         weight = self.float_weight(layer)
         layer.drop_parameters()
         layer.weight = nn.Parameter(weight, requires_grad=False)
@@ -69,13 +71,13 @@ class Mxfp4Method(LinearMethod):
         return dequantize_mxfp4(layer.weight.detach(), scales, layer.params_dtype)
 
     def apply(self, layer: WeightedLayer, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-        """Never asked: `after_loading` gives layers on to the methods of float weights."""
+        """Never called: `after_loading` gives the layer a method for float weights."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True, slots=True)
 class Mxfp4Config(QuantizationConfig):
-    """Experts in 4-bit floats, all else in float."""
+    """Experts in 4-bit floats, everything else in float."""
 
     name = "mxfp4"
     reads_checkpoints = True
@@ -90,7 +92,7 @@ class Mxfp4Config(QuantizationConfig):
         return Mxfp4Method()
 
     def checkpoint_name(self, name: str) -> str:
-        """Files name blocks and scales as one name with an ending."""
+        """Checkpoints name the tensors by the endings `_blocks` and `_scales`."""
         for ending, parameter in (("_blocks", ".weight"), ("_scales", ".weight_scale")):
             if name.endswith(ending):
                 return name.removesuffix(ending) + parameter

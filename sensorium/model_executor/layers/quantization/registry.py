@@ -1,4 +1,4 @@
-"""Quantizations by name, and which one a model runs with: its checkpoint's own, or the one that is asked for."""
+"""Quantizations by name, and the choice for a model: its checkpoint's own, or the one that is configured."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _CLASSES: dict[str, str | type[QuantizationConfig]] = {
 
 
 def register_quantization(name: str, config_class: str | type[QuantizationConfig]) -> None:
-    """Let `quantization=name`, and checkpoints whose `quant_method` is `name`, be served by a class.
+    """Register the class for `quantization=name`, and for checkpoints whose `quant_method` is `name`.
 
     Args:
-        name: In the place of a class of that name, if there is one.
+        name: Replaces the class of that name, if there is one.
         config_class: The class, or its name as `"module:Class"`. Register it in a plug-in, so that every process does.
     """
     _CLASSES[name] = config_class
@@ -35,7 +35,7 @@ def quantization_names() -> list[str]:
 
 
 def quantization_class(name: str) -> type[QuantizationConfig] | None:
-    """The class that is registered under a name, if any."""
+    """The class registered under a name, if any."""
     found = _CLASSES.get(name)
     if isinstance(found, str):
         module, _, class_name = found.partition(":")
@@ -45,7 +45,8 @@ def quantization_class(name: str) -> type[QuantizationConfig] | None:
 
 
 def check_quantization(name: str | None, device_type: str) -> None:
-    """Raise `ConfigError` if the setting `quantization` names nothing that runs on such a device ("cpu" or "cuda")."""
+    """Raise `ConfigError` unless the setting `quantization` names one that runs on the device type ("cpu" or
+    "cuda")."""
     if name is None:
         return
     config_class = quantization_class(name)
@@ -58,7 +59,7 @@ def check_quantization(name: str | None, device_type: str) -> None:
 
 
 def resolve_quantization(name: str | None, hf_config: Any, device_type: str) -> QuantizationConfig | None:
-    """The quantization that a model runs with, or None for float weights.
+    """A model's quantization, or None for float weights.
 
     Args:
         name: The setting `quantization`, checked.
@@ -66,8 +67,8 @@ def resolve_quantization(name: str | None, hf_config: Any, device_type: str) -> 
         device_type: "cpu" or "cuda".
 
     Raises:
-        ConfigError: The quantization isn't for this checkpoint or device.
-        ModelError: The checkpoint is quantized in a way that nothing here reads.
+        ConfigError: The quantization doesn't suit this checkpoint or device.
+        ModelError: No registered class reads the checkpoint's quantization.
     """
     settings = _checkpoint_settings(hf_config)
     if settings is not None:
@@ -98,7 +99,7 @@ def _of_checkpoint(name: str | None, settings: Mapping[str, Any]) -> Quantizatio
 
 
 def _checkpoint_settings(hf_config: Any) -> Mapping[str, Any] | None:
-    """What a checkpoint says about how its weights are quantized, at whichever level."""
+    """The checkpoint's quantization settings, from the model's config or its text config."""
     for config in (hf_config, hf_config.get_text_config()):
         for name in ("quantization_config", "compression_config"):
             settings = getattr(config, name, None)
@@ -108,7 +109,7 @@ def _checkpoint_settings(hf_config: Any) -> Mapping[str, Any] | None:
 
 
 def _method_name(settings: Mapping[str, Any]) -> str:
-    """The name of a quantization format, as `quant_method` gives it; older files only have their format's flags."""
+    """The name of a quantization method: `quant_method`, or what the flags of older files imply."""
     if settings.get("load_in_8bit") or settings.get("load_in_4bit"):
         return "bitsandbytes"
     name = settings.get("quant_method") or settings.get("format") or "an unknown method"

@@ -1,4 +1,4 @@
-"""Float weights: as they are, for torch and the kernels of a GPU, or laid out for the CPU's native kernels."""
+"""Float weights: unchanged for torch and the GPU's kernels, or in the layout of the CPU's native kernels."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PACKED = PackedMethod()
 
 
 def lay_out(layer: WeightedLayer, weight: torch.Tensor) -> None:
-    """Let a layer multiply with a float weight: its own, or one that was computed from it. For
+    """Give a layer a float weight, its own or one computed from it, and the method for it. For
     `LinearMethod.after_loading`."""
     weight = weight.detach()
     if native_for(weight) is None:
@@ -63,5 +63,5 @@ def lay_out(layer: WeightedLayer, weight: torch.Tensor) -> None:
         assert packed.panels is not None
         held = packed.panels
     layer.give_up_weight()
-    # As a buffer it counts among the model's tensors.
+    # A buffer, so that it is one of the model's tensors.
     layer.register_buffer("packed_weight", held, persistent=False)
