@@ -1,7 +1,7 @@
 """Kernels: the few operations that decide the speed of a step, each with a plain-torch twin.
 
-Every function here chooses by device, dtype and availability; its `*_reference` twin has the same signature, and runs
-where no kernel does. No function changes an argument, except `write_kv`, whose purpose it is.
+Every function chooses a kernel by device, dtype and availability; its `*_reference` twin has the same signature, and
+runs where no kernel does. No function changes an argument, except those that write the KV cache.
 """
 
 from sensorium.kernels.activation import gelu, gelu_and_mul, quick_gelu, silu_and_mul

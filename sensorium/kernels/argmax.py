@@ -11,7 +11,7 @@ from sensorium.kernels.native import DTYPE_CODES, native_for, rows_of
 def greedy_argmax_reference(logits: torch.Tensor) -> torch.Tensor:
     """The index `(rows,)` int64 of the largest of each row of `logits` `(rows, vocab_size)`.
 
-    Of equal values the first counts; the first NaN counts as the largest, so that it doesn't go unnoticed.
+    Of equal values the first is returned. NaN counts as the largest, so that the caller notices it.
     """
     # `torch.argmax` promises no order among equal values.
     is_nan = logits.isnan()

@@ -1,13 +1,13 @@
-"""Attention over paged and over flat keys and values, and the writing of the paged cache.
+"""Attention over paged or flat keys and values, and writes to the paged cache.
 
 Each `*_reference` is the plain-torch twin: documentation, oracle and fallback. Scores, soft cap, softmax and
 the weighted sum are computed in float32 whatever the storage type, and rounded once at the end.
 
 Conventions: `H` query heads share `Hkv` key/value heads (`H % Hkv == 0`, query head `h` reads key/value head
-`h // (H // Hkv)`). Queries and keys have heads of `D` channels, values and outputs of `Dv`, mostly the same.
-Cached keys and values are two views, `(num_blocks, block_size, Hkv, D)` and `(num_blocks, block_size, Hkv, Dv)`
-(`split_cache`), of one layer's cache; a token's slot is `block id * block_size + offset`. Beside a cache, which tells
-the head sizes, queries, keys and values may also come flat, `(T, H * D)`; the result has the query's form.
+`h // (H // Hkv)`). Queries and keys have heads of `D` channels, values and outputs of `Dv`, mostly equal to `D`. Cached
+keys and values are two views, `(num_blocks, block_size, Hkv, D)` and `(num_blocks, block_size, Hkv, Dv)`
+(`split_cache`), of one layer's cache; a token's slot is `block id * block_size + offset`. With a cache, whose shape
+tells the head sizes, queries, keys and values may also be flat, `(T, H * D)`; the result has the query's form.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from sensorium.kernels.native import DTYPE_CODES, NativeLibrary, native_for, tok
 
 @dataclass(frozen=True, slots=True)
 class AttentionRules:
-    """Which keys a position sees, and what becomes of the scores: the constants of a layer.
+    """A layer's constants: which keys a position sees, and how scores are scaled and capped.
 
-    A position sees a range of keys without gaps, `key_ranges`. Whatever lies outside the ranges of all rows that a
-    sequence runs is never read: its blocks may hold anything, and entries of the block table may be any block's.
+    A position sees a contiguous range of keys, see `key_ranges`. Keys outside the ranges of all of a sequence's rows
+    are never read: their blocks may hold anything, and their entries in the block table may be any block's.
     """
 
     scale: float
     """Factor on the scores."""
     window: int | None = None
-    """How many positions back a position sees, itself included; if not causal, also forward. `None`: all."""
+    """How many positions back a position sees, itself included; if not causal, as many forward. `None`: all."""
     softcap: float | None = None
     """`c` in `c * tanh(score / c)`; `None` for none."""
     chunk: int | None = None
@@ -43,12 +43,12 @@ class AttentionRules:
 
     @property
     def is_plain(self) -> bool:
-        """Whether nothing but causality applies."""
+        """Whether causality is the only rule."""
         return self.causal and self.window is None and self.softcap is None and self.chunk is None
 
 
 class PagedBatch(Protocol):
-    """A step's sequences, and where their cached keys lie. `sensorium.attention.AttentionMetadata` is one."""
+    """A step's sequences, and where their keys are in the cache. `sensorium.attention.AttentionMetadata` is one."""
 
     @property
     def block_table(self) -> torch.Tensor:
@@ -72,30 +72,29 @@ class PagedBatch(Protocol):
 
     @property
     def max_seqlen_q(self) -> int:
-        """The most queries of a sequence, or more."""
+        """An upper bound on a sequence's number of queries."""
 
     @property
     def is_recorded(self) -> bool:
-        """Whether the step is recorded, to be repeated for other lengths."""
+        """Whether the step is recorded, to be replayed with other lengths."""
 
     @property
     def query_lens_host(self) -> tuple[int, ...]:
-        """How many queries each sequence has. Can't be read in a recorded step, nor can the next."""
+        """The number of queries of each sequence. Not available in a recorded step."""
 
     @property
     def seq_lens_host(self) -> tuple[int, ...]:
-        """As `seq_lens`."""
+        """`seq_lens` on the host. Not available in a recorded step."""
 
 
 def split_cache(kv_cache: torch.Tensor, head_size: int, value_size: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Views of a layer's keys `(num_blocks, block_size, Hkv, D)` and values `(num_blocks, block_size, Hkv, Dv)`.
 
-    A cache is one of three:
+    A cache has one of three layouts:
 
-    - `(2, num_blocks, block_size, Hkv, D)`, keys first, where values are as large as keys;
-    - `(num_blocks, block_size, Hkv, D + Dv)`, a head's key before its value;
-    - `(num_blocks, block_size, Hkv, D)` with `Dv < D`: the values are the keys' first channels, as of the latent
-      vectors of multi-head latent attention.
+    - `(2, num_blocks, block_size, Hkv, D)`, keys first, where values are as large as keys; -
+    `(num_blocks, block_size, Hkv, D + Dv)`, a head's key before its value; - `(num_blocks, block_size, Hkv, D)` with
+    `Dv < D`: the values are the keys' first channels, as in multi-head latent attention.
     """
     if kv_cache.dim() == 5:
         keys, values = kv_cache.unbind()
@@ -112,7 +111,7 @@ def write_kv_reference(
     """Store `key`, `(T, Hkv, D)` or `(T, Hkv * D)`, and `value` likewise, at `slot_mapping` `(T,)` int64; negative
     slots are skipped.
 
-    The one kernel that changes an argument: `keys` and `values`, the parts of a cache.
+    Changes its arguments `keys` and `values`, the parts of a cache.
     """
     rows = (slot_mapping >= 0).nonzero().squeeze(1)
     block, offset = slot_mapping[rows] // keys.shape[1], slot_mapping[rows] % keys.shape[1]
@@ -127,11 +126,11 @@ def key_ranges(
 
     Args:
         positions: `(Q,)` positions of the queries.
-        num_keys: Keys that there are, or `(Q,)` for each query.
+        num_keys: The number of keys, or `(Q,)` one number for each query.
         rules: The layer's.
-        row_spans: `(2, Q)`: first position, and last position + 1, of a span around each query whose positions see
-            one another whatever else the rules say, as those of an image may. Where a query has none: zeros, or
-            anything that ends before it.
+        row_spans: `(2, Q)`: first position, and last position + 1, of the two-way span around each query, whose
+            positions see one another whatever the rules say. For a query without one: zeros, or any range that ends
+            before it.
     """
     low, high = torch.zeros_like(positions), torch.zeros_like(positions) + num_keys
     if rules.causal:
@@ -157,16 +156,16 @@ def attend_reference(
     rules: AttentionRules,
     sinks: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """One sequence: a softmax over the scores of the keys that aren't hidden. `(Q, H, Dv)` in the query's dtype.
+    """Attention of one sequence over the keys that aren't hidden; returns `(Q, H, Dv)` in the query's dtype.
 
     Args:
         query: `(Q, H, D)`.
         key: `(K, Hkv, D)`.
         value: `(K, Hkv, Dv)`.
-        hidden: `(Q, K)` bool. A query that all keys are hidden from gets zeros.
-        rules: Of them, those of the scores.
-        sinks: `(H,)`: for each head a score of a key that every query sees and whose value is zero (`transformers`
-            `GptOssAttention`). Neither scaled nor capped.
+        hidden: `(Q, K)` bool, True for keys that a query doesn't see. A query that sees none gets zeros.
+        rules: Only those of the scores apply.
+        sinks: `(H,)`: for each head the score of an additional key that every query sees and whose value is zero
+            (`transformers` `GptOssAttention`). It is neither scaled nor capped.
     """
     group = query.shape[1] // key.shape[1]
     q = query.float().transpose(0, 1)
@@ -197,7 +196,7 @@ def paged_attention_reference(
             they are its last positions. If not, they need not be positions of the sequence at all (cross-attention).
         keys: `(num_blocks, block_size, Hkv, D)`, this step's keys included.
         values: `(num_blocks, block_size, Hkv, Dv)`, likewise.
-        batch: The sequences. The columns of its `row_spans` are those of the query's rows.
+        batch: The sequences. Its `row_spans` has a column for each of the query's rows.
         rules: The layer's.
         sinks: See `attend_reference`.
 
@@ -231,8 +230,7 @@ def varlen_attention_reference(
     sinks: torch.Tensor | None = None,
     row_spans: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Attention within each sequence of a flat batch: rows `cu_seqlens[i]:cu_seqlens[i + 1]` see only one
-    another.
+    """Attention within each sequence of a flat batch: sequence `i` is rows `cu_seqlens[i]:cu_seqlens[i + 1]`.
 
     Args:
         query: `(T, H, D)`.
@@ -240,8 +238,8 @@ def varlen_attention_reference(
         value: `(T, Hkv, Dv)`.
         cu_seqlens: `(num_seqs + 1,)` int32.
         rules: The layer's.
-        key_lens: `(num_seqs,)` int32, how many leading rows of each sequence hold real keys (the rest is
-            padding); `None` for all. Not if causal. Where it is 0 the output is 0.
+        key_lens: `(num_seqs,)` int32: how many leading rows of each sequence have real keys, the rest being padding;
+            `None` for all. Only if not causal. A sequence with 0 of them gets zeros.
         sinks: See `attend_reference`.
         row_spans: See `key_ranges`; `(2, T)` int32.
 
@@ -264,7 +262,8 @@ def varlen_attention_reference(
 def _sight(
     rows: slice, num_keys: int, rules: AttentionRules, row_spans: torch.Tensor | None, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """The positions `(K,)` of the keys that some of a sequence's rows see, and `(Q, K)` which are hidden from which."""
+    """The positions `(K,)` of the keys that any of a sequence's rows sees, and `(Q, K)` which of them each row doesn't
+    see."""
     num_queries = rows.stop - rows.start
     offset = num_keys - num_queries if rules.causal else 0
     positions = torch.arange(offset, offset + num_queries, device=device)
@@ -395,7 +394,8 @@ def _attend(
     sinks: torch.Tensor | None,
     row_spans: torch.Tensor | None,
 ) -> None:
-    """The native call. Strides: from slot (or row) to slot, from head to head. `table`: address, block size, width."""
+    """Call the native kernel. Strides are those of slots (or rows) and of heads. `table`: address, block size,
+    width."""
     sinks = None if sinks is None else sinks.float().contiguous()
     assert row_spans is None or (row_spans.dtype == torch.int32 and row_spans.stride(1) == 1)
     spans = (0, 0) if row_spans is None else (row_spans[0].data_ptr(), row_spans[1].data_ptr())

@@ -1,12 +1,12 @@
 """Compiles the native CPU kernels, once for each machine, compiler and version of the sources.
 
-A wheel contains them compiled (`variants.py`); this module is for source checkouts, and for machines that no wheel is
-made for.
+Wheels contain compiled kernels (`variants.py`); this module is for source checkouts, and for machines without a wheel.
 
 The shared library is kept in the user's cache folder under a name that is a digest of everything it depends
 on. Any number of processes may ask for it at once: the first compiles, the others wait for it.
 
-Where the machine has no C compiler, that of the Python package `ziglang` (Clang, with a C library's headers) does.
+Without a C compiler on the machine, that of the Python package `ziglang` is used (Clang with the headers of a C
+library).
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ class BuildError(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Compiler:
-    """A C compiler, called as GCC is."""
+    """A C compiler with GCC's command line."""
 
     program: Path
     options: tuple[str, ...] = ()
     """Arguments that come first."""
     machine_flag: str = THIS_MACHINE
-    """Which instructions it may use: by default those of this machine."""
+    """The flag for the instruction set; this machine's by default."""
 
     @property
     def command(self) -> list[str]:
@@ -88,9 +88,9 @@ def build_library() -> Path:
 def compile_sources(
     sources: list[Path], path: Path, extra_flags: Sequence[str] = (), compiler: Compiler | None = None
 ) -> None:
-    """Compile C files, all at once, and link them to a shared library, which is moved into its place in one step.
+    """Compile C files in parallel, and link them to a shared library, which is moved into place atomically.
 
-    Without a compiler, this machine's is taken. `extra_flags` come last, so that they override the usual ones.
+    By default with this machine's compiler. `extra_flags` come last, so that they override the usual ones.
 
     Raises:
         BuildError: There is no compiler, or it failed.
@@ -159,7 +159,8 @@ def _cache_folder() -> Path:
 
 @contextmanager
 def _lock(path: Path) -> Iterator[None]:
-    """Hold an exclusive lock among processes. The file stays: deleting it would let two holders in."""
+    """Hold an exclusive lock between processes. The file is never deleted, since that would let two processes hold the
+    lock."""
     import fcntl
 
     with path.open("w") as file:

@@ -1,11 +1,11 @@
-"""The gated delta rule: linear attention whose state decays, and is corrected by what it gets wrong.
+"""The gated delta rule: linear attention whose state decays, and is updated by its prediction error.
 
 A head's state `S` is a matrix that maps keys to values. A token with key `k`, value `v`, decay `g <= 0` and rate `beta`
-makes of it
+updates it, and its query `q` reads it:
 
-    S <- exp(g) S;    S <- S + k (beta (v - k S));    and reads    q S
+    S <- exp(g) S;    S <- S + k (beta (v - k S));    output = q S
 
-with `q` and `k` of length one, and `q` divided by the root of its width. Computed in float32 whatever comes in.
+`q` and `k` have length one, and `q` is divided by the square root of its width. Everything is computed in float32.
 
 Source: Yang et al. 2024, "Gated Delta Networks", section 3; `transformers` `torch_recurrent_gated_delta_rule`.
 """
@@ -28,7 +28,7 @@ def gated_delta_step(
     rate: torch.Tensor,
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """One token of each sequence.
+    """Advance each sequence by one token.
 
     Args:
         query: `(S, H, D)`.
@@ -39,7 +39,7 @@ def gated_delta_step(
         state: `(S, H, D, Dv)` float32, before the tokens.
 
     Returns:
-        What the tokens read, `(S, H, Dv)` in the query's dtype, and the states after them.
+        The outputs `(S, H, Dv)` in the query's dtype, and the states after the tokens.
     """
     query, key, out_dtype = _unit(query) * query.shape[-1] ** -0.5, _unit(key), query.dtype
     state = state * decay.exp()[..., None, None]
@@ -57,12 +57,13 @@ def gated_delta_chunks(
     rate: torch.Tensor,
     state: torch.Tensor,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The tokens of one sequence, in chunks of `CHUNK`: the same as step by step, by a few matrix products a chunk.
+    """Advance one sequence by many tokens: the result of `gated_delta_step`, with a few matrix products per `CHUNK`
+    tokens.
 
-    Within a chunk the correction of each token depends on those before it. All of them solve one triangular system,
+    Within a chunk, the update of each token depends on those before it. Together they solve one triangular system,
     `(I + A) U = beta (V - exp(G) K S)`, where `A[i, j] = beta_i exp(G_i - G_j) k_i k_j` for `j < i` and `G` sums the
-    decays up to a token. The state `S` before the chunk enters it linearly, so the systems of all chunks are solved at
-    once, and only the states are computed one after another.
+    decays up to a token. It is linear in the state `S` before the chunk, so the systems of all chunks are solved at
+    once, and only the states are computed one after the other.
 
     Args:
         query: `(T, H, D)`.
@@ -73,11 +74,11 @@ def gated_delta_chunks(
         state: `(H, D, Dv)` float32, before the tokens.
 
     Returns:
-        What the tokens read, `(T, H, Dv)` in the query's dtype, and the state after them.
+        The outputs `(T, H, Dv)` in the query's dtype, and the state after the tokens.
     """
     num_tokens, out_dtype = len(query), query.dtype
     length = min(CHUNK, num_tokens)
-    # Tokens of zeros behind the last change no state.
+    # Padding tokens of zeros don't change the state.
     q = _in_chunks(_unit(query) * query.shape[-1] ** -0.5, length)
     k, v = _in_chunks(_unit(key), length), _in_chunks(value.float(), length)
     beta = _in_chunks(rate.float()[..., None], length)

@@ -1,7 +1,7 @@
 """Matrix multiplication in 8-bit floats (e4m3: 4 bits of exponent, 3 of mantissa; largest value 448).
 
-A weight's row has one float32 scale, and so has each row of the input, its largest magnitude over 448 unless the
-checkpoint fixes one. Products are summed in float32 by the device's own instructions (`torch._scaled_mm`).
+Each row of the weight and each row of the input has a float32 scale: its largest magnitude over 448, unless the
+checkpoint has a static one for inputs. The device's own instructions sum products in float32 (`torch._scaled_mm`).
 
 Source: Micikevicius et al. 2022, "FP8 formats for deep learning".
 """
@@ -20,12 +20,12 @@ _scaled_mm = torch._scaled_mm  # noqa: SLF001 -- every torch that is supported h
 FP8 = torch.float8_e4m3fn
 LARGEST = 448.0
 SMALLEST_MAGNITUDE = 2.0**-100
-"""A row of smaller values counts as zeros."""
+"""A row whose values are all smaller becomes zeros."""
 ALIGNMENT = 16
-"""Channels in and out of a product are a multiple of this many bytes."""
+"""Input and output channels of a product must be multiples of this many bytes."""
 MANY_ROWS = 256
-"""From so many rows on, products whose rows have scales of their own are faster than scaling sums afterwards. A layer
-of 7B on an H200, in microseconds: 134 against 83 at 16 rows, 138 both ways at 256, 789 against 926 at 2048."""
+"""From so many rows on, a product with scales per row is faster than one whose sums are scaled afterwards. A layer of
+7B on an H200, in microseconds: 134 against 83 at 16 rows, 138 both ways at 256, 789 against 926 at 2048."""
 FIRST_CAPABILITY = (8, 9)
 """The first generation of NVIDIA's GPUs that multiplies 8-bit floats (Ada; then Hopper)."""
 
@@ -37,7 +37,7 @@ class Fp8Weight:
         values: `(out_features, in_features)` of `FP8`.
         scales: `(out_features, 1)` float32.
         dtype: Of inputs and outputs.
-        input_scale: One float32 element: that of all inputs; None: each row has its own.
+        input_scale: One float32 element, the static scale of all inputs; None: each row has its own.
     """
 
     __slots__ = ("dtype", "in_features", "input_scale", "out_features", "scales", "values")
@@ -77,13 +77,13 @@ def quantize_fp8_rows(x: torch.Tensor, scale: torch.Tensor | None = None) -> tup
 
     Args:
         x: The rows.
-        scale: One element: the scale of all rows, for which larger values become the largest.
+        scale: One element: the scale of all rows, which saturates larger values.
     """
     values = x.float()
     largest = values.abs().amax(-1, keepdim=True) if x.shape[-1] else values.new_zeros((len(x), 1))
     finite = largest.isfinite()
     used = largest.clamp_min(SMALLEST_MAGNITUDE) / LARGEST if scale is None else scale.float().expand_as(largest)
-    # Times a reciprocal: a division of each value takes a GPU longer than reading it.
+    # Multiplies with the reciprocal: on a GPU, dividing each value takes longer than reading it.
     scaled = (values * (1 / used)).masked_fill(~finite, 0).clamp(-LARGEST, LARGEST)
     return scaled.to(FP8), torch.where(finite, used, torch.nan)
 
@@ -105,7 +105,7 @@ def fp8_linear_reference(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor 
         `(..., out_features)`.
 
     Raises:
-        ModelError: `x` and the weight don't fit one another.
+        ModelError: The shape, dtype or device of `x` doesn't match the weight.
     """
     rows, scales = quantize_fp8_rows(x.reshape(-1, weight.in_features), weight.input_scale)
     kept = weight.values[: weight.out_features, : weight.in_features]
@@ -127,7 +127,7 @@ def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = N
         return x.new_empty((*x.shape[:-1], weight.out_features))
     values, scales = _padded_rows(rows, weight)
     if x.dtype == torch.bfloat16 and len(rows) >= MANY_ROWS and scales_rows(x.device):
-        # The only type that comes out of products whose rows have scales of their own.
+        # The only dtype that a product with scales per row returns.
         added = None if bias is None else F.pad(bias.to(x.dtype), (0, weight.values.shape[0] - weight.out_features))
         out = _scaled_mm(values, weight.values.T, scale_a=scales, scale_b=weight.scales, bias=added, out_dtype=x.dtype)
         out = out[:, : weight.out_features]
@@ -141,7 +141,7 @@ def fp8_linear(x: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None = N
 def scaled_sums(
     sums: torch.Tensor, row_scales: torch.Tensor, weight: Fp8Weight, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """Products of unscaled values `(rows, at least n)`, scaled, with the bias, as `(rows, n)` of the weight's dtype."""
+    """Scale unscaled products `(rows, n or more)` and add the bias: `(rows, n)` of the weight's dtype."""
     size = weight.out_features
     if sums.is_cuda and has_triton():
         from sensorium.kernels.gpu.fp8 import scaled_sums as by_kernel
@@ -153,7 +153,7 @@ def scaled_sums(
 
 
 def _padded_rows(rows: torch.Tensor, weight: Fp8Weight) -> tuple[torch.Tensor, torch.Tensor]:
-    """An input's rows in 8-bit floats, as wide as the weight's, and their scales."""
+    """An input's rows in 8-bit floats, padded to the weight's width, and their scales."""
     width = weight.values.shape[1]
     if rows.is_cuda and has_triton():
         from sensorium.kernels.gpu.fp8 import quantize_fp8_rows as by_kernel
@@ -167,7 +167,8 @@ def _padded_rows(rows: torch.Tensor, weight: Fp8Weight) -> tuple[torch.Tensor, t
 
 @cache
 def scales_rows(device: torch.device) -> bool:
-    """Whether a device multiplies rows that have scales of their own, which depends on its generation and on torch."""
+    """Whether a device supports products with scales per row, which depends on its generation and on torch's
+    version."""
     rows = torch.zeros(ALIGNMENT, ALIGNMENT, dtype=torch.uint8, device=device).view(FP8)
     scales = torch.ones(ALIGNMENT, 1, device=device)
     try:

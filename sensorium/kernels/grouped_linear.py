@@ -1,4 +1,4 @@
-"""A linear layer for each group of rows, as the experts of a mixture are: rows sorted by group, one call."""
+"""A linear layer with one weight per group of rows, as a mixture of experts has: rows sorted by group, one call."""
 
 from __future__ import annotations
 
@@ -13,22 +13,22 @@ from sensorium.kernels.gpu import on_gpu
 
 @dataclass(frozen=True, slots=True, eq=False)
 class RowGroups:
-    """Which rows belong to which group, of rows that are sorted by group.
+    """The groups of rows that are sorted by group.
 
-    Worked example: rows of the groups `[0, 0, 2]` of 4 have the ends `[2, 2, 3, 3]`.
+    For example, with 4 groups, rows of the groups `[0, 0, 2]` have the ends `[2, 2, 3, 3]`.
     """
 
     ends: torch.Tensor
-    """`(num_groups,)` int32: where the rows of each group end, and so those of the next begin."""
+    """`(num_groups,)` int32: where each group's rows end, and the next group's begin."""
 
     @classmethod
     def of_sorted(cls, group_ids: torch.Tensor, num_groups: int) -> RowGroups:
-        """The groups of rows `(num_rows,)` whose ids ascend. Doesn't wait for the device."""
+        """The groups of rows with the ascending group ids `(num_rows,)`. Doesn't wait for the device."""
         groups = torch.arange(num_groups, device=group_ids.device, dtype=group_ids.dtype)
         return cls(torch.searchsorted(group_ids, groups, right=True, out_int32=True))
 
     def present(self) -> list[tuple[int, int, int]]:
-        """Of each group that has rows: its index, and where its rows begin and end. Waits for the device."""
+        """For each group with rows: its index, and where its rows begin and end. Waits for the device."""
         ends = self.ends.tolist()
         pairs = enumerate(pairwise([0, *ends]))
         return [(group, begin, end) for group, (begin, end) in pairs if begin < end]
@@ -42,7 +42,7 @@ def grouped_linear_reference(
     Args:
         x: `(num_rows, in_features)`, sorted by group.
         weight: `(num_groups, out_features, in_features)` of the same dtype.
-        groups: Of the rows.
+        groups: The rows' groups.
         bias: `(num_groups, out_features)` of the same dtype.
 
     Returns:

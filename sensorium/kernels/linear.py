@@ -1,4 +1,4 @@
-"""Matrix multiplication with a weight that is laid out once, after loading, for the machine it runs on."""
+"""Matrix multiplication with a weight in a layout that is chosen once, after loading, for the machine."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class PackedWeight:
     """A linear layer's weight `(out_features, in_features)` in the layout that `packed_linear` is fastest
     with.
 
-    Either `panels` holds the native layout, or `plain` the weight as it was.
+    Either `panels` holds the native layout, or `plain` the original weight.
     """
 
     __slots__ = ("dtype", "in_features", "out_features", "panels", "plain")
@@ -57,7 +57,7 @@ def pack(weight: torch.Tensor) -> PackedWeight:
 def packed_linear_reference(x: torch.Tensor, packed: PackedWeight, bias: torch.Tensor | None = None) -> torch.Tensor:
     """`x @ weight.T + bias` for `x` `(..., in_features)`; accumulated in float32 and rounded once.
 
-    A row of the result depends on that row of `x` alone, bit for bit, in the native kernel.
+    With the native kernel, a row of the result depends on that row of `x` alone, bit for bit.
 
     Args:
         x: `(..., in_features)` of the weight's dtype.
@@ -68,7 +68,7 @@ def packed_linear_reference(x: torch.Tensor, packed: PackedWeight, bias: torch.T
         `(..., out_features)`.
 
     Raises:
-        ModelError: `x`, weight and bias don't fit one another.
+        ModelError: The shapes, dtypes or devices of `x`, weight and bias don't match.
     """
     assert packed.plain is not None
     return F.linear(x, packed.plain, bias)
@@ -110,10 +110,10 @@ def plain_linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | Non
 
 
 class _Arena:
-    """Memory for packed weights: large mappings that the system may back with huge pages, cut into pieces.
+    """Memory for packed weights, cut from large mappings that the system may back with huge pages.
 
-    Streaming weights through 4 KiB pages misses the TLB on every page. A mapping is returned to the system when its
-    last weight is dropped.
+    With pages of 4 KiB, streaming weights would miss the TLB at every page. A mapping is returned to the system when
+    its last weight is dropped.
     """
 
     CHUNK_BYTES = 1 << 28
@@ -137,8 +137,8 @@ class _Arena:
         return piece
 
     def _new_chunk(self, num_bytes: int) -> tuple[mmap.mmap, int]:
-        # One huge page more, to begin at a multiple of its size. The system allocates a page when it is first written
-        # to.
+        # One more huge page, so that the chunk can begin at a multiple of its size. The system allocates pages at the
+        # first write.
         size = max(num_bytes, self.CHUNK_BYTES) + self.HUGE_PAGE_BYTES
         chunk = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
         if hasattr(mmap, "MADV_HUGEPAGE"):

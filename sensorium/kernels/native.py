@@ -1,9 +1,10 @@
 """The native CPU kernels as Python functions, or the reason why there are none.
 
-A call passes one C struct, packed from plain numbers: with `ctypes` that costs half of passing as many arguments.
+A call passes one C struct, packed from numbers: with `ctypes` that takes half the time of as many arguments.
 
 The library is the fastest of the package's that this machine can run; a source checkout compiles one instead. For
-debugging, the environment variable `SENSORIUM_NATIVE` chooses: 0 for the plain-torch twins, or the name of a variant.
+debugging, the environment variable `SENSORIUM_NATIVE` overrides the choice: 0 for the plain-torch twins, or a variant's
+name.
 """
 
 from __future__ import annotations
@@ -30,10 +31,10 @@ DTYPE_CODES = {torch.float32: 0, torch.bfloat16: 1, torch.float16: 2}
 
 
 class NativeFunction:
-    """One exported function: `int f(const struct *)`, the struct's fields given as a `struct` format.
+    """One exported function `int f(const struct *)`; `fields` describes the struct as a format of Python's `struct`.
 
     Raises:
-        BuildError: The struct has another size in C.
+        BuildError: The struct's size differs in C.
     """
 
     __slots__ = ("_function", "_pack")
@@ -49,7 +50,7 @@ class NativeFunction:
         self._pack = struct.pack
 
     def __call__(self, *values: float) -> None:
-        """Run with the struct's fields in order; addresses are ints, 0 for none."""
+        """Run with the values of the struct's fields in order; addresses are ints, 0 for none."""
         if self._function(self._pack(*values)):
             raise MemoryError("a CPU kernel could not allocate its working memory")
 
@@ -115,10 +116,10 @@ class NativeLibrary:
         self.use_tiles(True)
 
     def use_tiles(self, wanted: bool) -> bool:
-        """Use the machine's matrix tiles (Intel AMX) for bfloat16 or not; returns whether they are in use.
+        """Turn the use of matrix tiles (Intel AMX) for bfloat16 on or off; returns whether they are used.
 
-        They aren't if the machine or the compiler has none, or if the system refuses them. A row's result depends on
-        it in the last bits, so nothing may change it while a model runs.
+        They aren't used if the machine, the compiler or the system doesn't support them. The last bits of results
+        depend on this, so it must not change while a model runs.
         """
         return bool(self._use_tiles(wanted))
 
@@ -128,7 +129,7 @@ def _load() -> tuple[NativeLibrary | None, str | None]:
     """The library, or the reason why there is none, which is logged once.
 
     Raises:
-        ConfigError: `SENSORIUM_NATIVE` names a library that doesn't exist here.
+        ConfigError: `SENSORIUM_NATIVE` names a library that doesn't exist.
     """
     wanted = os.environ.get("SENSORIUM_NATIVE", "1")
     if wanted == "0":
@@ -166,19 +167,19 @@ def native_refusal() -> str | None:
 
 
 def native_for(x: torch.Tensor) -> NativeLibrary | None:
-    """The compiled kernels if they can work on such a tensor."""
+    """The compiled kernels if they support such a tensor."""
     return _load()[0] if x.is_cpu and x.dtype in DTYPE_CODES else None
 
 
 def rows_of(x: torch.Tensor) -> torch.Tensor:
-    """`x` `(..., n)` as `(rows, n)` whose rows are each contiguous, copied only if need be."""
+    """`x` `(..., n)` as `(rows, n)` with contiguous rows, copied only if necessary."""
     if x.dim() != 2:
         x = x.reshape(-1, x.shape[-1])
     return x if x.stride(1) == 1 else x.contiguous()
 
 
 def token_rows(x: torch.Tensor) -> torch.Tensor:
-    """`x` `(T, H, D)` or `(T, H * D)` with each token's channels side by side in memory, copied only if need be."""
+    """`x` `(T, H, D)` or `(T, H * D)` with each token's channels contiguous, copied only if necessary."""
     if x.dim() == 2:
         return x if x.stride(1) == 1 else x.contiguous()
     return x if x.stride(2) == 1 and x.stride(1) == x.shape[2] else x.contiguous()

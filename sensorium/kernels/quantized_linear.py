@@ -1,8 +1,8 @@
 """Matrix multiplication in int8: weights are quantized once, at load, and inputs row by row at each call.
 
 Both sides are symmetric: a row `r` becomes integers `round(r / scale)` from -127 to 127, with one float32 scale, its
-largest magnitude over 127. Integer sums are exact in any order, so a row's result depends on that row alone, and is
-the same bit for bit by every kernel and by the twin.
+largest magnitude over 127. Integer sums are exact in any order, so a row's result depends on that row alone, and all
+kernels and the twin return the same bits.
 """
 
 from __future__ import annotations
@@ -86,13 +86,13 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(len(values))
     finite = largest.isfinite()
     used = largest.clamp_min(SMALLEST_MAGNITUDE)
-    steps = torch.full_like(used, 127.0)  # a number instead would be multiplied by a reciprocal, which rounds twice
+    steps = torch.full_like(used, 127.0)  # a tensor: torch would multiply with a number's reciprocal, which rounds twice
     scaled = (values * (steps / used).unsqueeze(-1)).masked_fill(~finite.unsqueeze(-1), 0)
     return scaled.round().to(torch.int8), torch.where(finite, used / steps, torch.nan)
 
 
 EXACT_COLUMNS = 1024
-"""127 * 127 times this is below 2^24: in float32, sums over this many columns are exact in any order."""
+"""127 * 127 times this is below 2^24: float32 sums over this many columns are exact in any order."""
 
 
 def quantized_linear_reference(
@@ -111,7 +111,7 @@ def quantized_linear_reference(
         `(..., out_features)`.
 
     Raises:
-        ModelError: `x` and the weight don't fit one another.
+        ModelError: The shape, dtype or device of `x` doesn't match the weight.
     """
     assert weight.integers is not None
     assert weight.scales is not None

@@ -16,7 +16,7 @@ from sensorium.kernels.native import DTYPE_CODES, native_for, token_rows
 
 
 class Rotation(NamedTuple):
-    """How queries and keys are rotated in a step: the arguments of `rotary_embedding` beside them."""
+    """A step's rotation of queries and keys: the other arguments of `rotary_embedding`."""
 
     cos: torch.Tensor
     sin: torch.Tensor
@@ -110,7 +110,8 @@ def rotate_and_write_kv_reference(
     values: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """The query `(T, H, D)` rotated, while the rotated key `(T, Hkv, D)` and the value `(T, Hkv, Dv)` go to the cache.
+    """Write the rotated key `(T, Hkv, D)` and the value `(T, Hkv, Dv)` to the cache; returns the rotated query
+    `(T, H, D)`.
 
     See `rotary_embedding_reference` and `attention.write_kv_reference`.
     """

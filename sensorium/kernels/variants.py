@@ -27,9 +27,10 @@ class Variant:
     """As `platform.machine` names it."""
     name: str
     cpu: str
-    """What `zig cc -mcpu=` compiles for."""
+    """The argument of `zig cc -mcpu=`."""
     features: frozenset[str] = frozenset()
-    """What the processor must have, as `/proc/cpuinfo` names it. The system leaves out what it doesn't support."""
+    """The features that the processor must have, as `/proc/cpuinfo` names them. It lists only those that the system
+    supports, too."""
 
     @property
     def file_name(self) -> str:
@@ -52,7 +53,7 @@ VARIANTS = (
     Variant("x86_64", "baseline", "x86_64"),
     Variant("aarch64", "neon", "generic"),
 )
-"""The fastest of each machine first; the last one of each runs on all of its kind."""
+"""For each architecture the fastest first; its last one runs on every such processor."""
 
 
 def cpu_features() -> str:
@@ -74,7 +75,7 @@ def usable_variants(machine: str, features: str) -> list[Variant]:
 def prebuilt_libraries() -> dict[str, Path]:
     """The compiled libraries that came with the package and that this machine can run, by variant, the fastest first.
 
-    Empty in a source checkout, and on machines that no wheel is made for.
+    Empty in a source checkout, and on machines without a wheel.
     """
     usable = usable_variants(platform.machine(), cpu_features())
     paths = {each.name: PREBUILT_FOLDER / each.file_name for each in usable}

@@ -1,8 +1,8 @@
 """Kernels for CUDA in Triton, one idea per file. Each does what the twin of the same name in `sensorium.kernels` does.
 
-Called by the functions there, for tensors that `on_gpu` accepts; nobody else imports these files, since they import
-Triton. Nothing here waits for the device, and no launch depends on values that lie there, so every call can be
-captured in a CUDA graph. Numbers that change from step to step are never compiled in.
+Only the functions there import these files, which import Triton, and call them for tensors that `on_gpu` accepts.
+Nothing here waits for the device, and no launch depends on values in its memory, so every call can be captured in a
+CUDA graph. Numbers that change from step to step are never compile-time constants.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
 def on_gpu(x: torch.Tensor) -> bool:
-    """Whether the kernels here can work on such a tensor."""
+    """Whether the kernels here support such a tensor."""
     return x.is_cuda and x.dtype in DTYPES and has_triton()
 
 
@@ -29,7 +29,7 @@ def has_triton() -> bool:
 
 @cache
 def num_processors(device: torch.device) -> int:
-    """Streaming multiprocessors of a GPU; a small number elsewhere, where the kernels are interpreted."""
+    """A GPU's number of streaming multiprocessors; a small number elsewhere, where kernels are interpreted."""
     if device.type != "cuda":
         return 4
     count: int = torch.cuda.get_device_properties(device).multi_processor_count

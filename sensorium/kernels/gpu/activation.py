@@ -14,7 +14,7 @@ _BLOCK = 1024
 
 @triton.jit
 def _tanh(x):
-    # Right at both ends, where the exponential is 0 or infinite.
+    # Exact at both ends, where the exponential is 0 or infinite.
     return 1.0 - 2.0 / (tl.exp(2.0 * x) + 1.0)
 
 
@@ -29,7 +29,7 @@ def _activate(
     BLOCK: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """A piece of one row."""
+    """One program: a block of one row."""
     release_successor(IS_CHAINED)
     await_predecessor(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)

@@ -1,8 +1,8 @@
 """The greedy choice of a token. The twin is in `sensorium.kernels.argmax`.
 
-A row is split over programs where there are few rows. A program's finding is one number that orders first by the logit
-and then by the place, so that findings are joined by taking the largest: the logit's bits, turned so that they order as
-integers, above the place, counted backwards.
+If there are few rows, each is split over several programs. A program encodes its result as one integer, so that the
+largest of a row's results is the answer: the upper bits are the logit's, mapped to an integer of the same order, and
+the lower bits are the index counted backwards, so that the first of equal logits wins.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from sensorium.kernels.native import rows_of
 
 
 class FindConfig(NamedTuple):
-    """How a launch is cut into programs."""
+    """How a launch is divided into programs."""
 
     block: int
-    """Logits that are looked at together."""
+    """Logits that are read together."""
     num_warps: int
     programs_per_processor: int
-    """How many programs are to be had, by splitting, for each of the GPU's processors."""
+    """Rows are split until there are about so many programs for each of the GPU's multiprocessors."""
 
 
 FIND_CONFIG = FindConfig(1024, 4, 16)
@@ -54,7 +54,7 @@ def _find(
     IS_SPLIT: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """A share of one row."""
+    """One program: a share of one row."""
     await_predecessor(IS_CHAINED)
     row, split = tl.program_id(0).to(tl.int64), tl.program_id(1)
     begin = split * share
@@ -63,13 +63,13 @@ def _find(
     place = tl.zeros([BLOCK], tl.int32)
     columns = begin + tl.arange(0, BLOCK)
     cells = logits + row * stride
-    # The next logits are on their way while these are looked at.
+    # Prefetches the next logits while these are compared.
     ahead = tl.load(cells + columns, mask=columns < end, other=0.0)
     for _ in range(begin, end, BLOCK):
         current = ahead
         ahead = tl.load(cells + columns + BLOCK, mask=columns + BLOCK < end, other=0.0)
         order = order_of(current.to(tl.float32))
-        # The first of equal values stays.
+        # Keeps the first of equal values.
         is_better = (columns < end) & (order > best)
         best = tl.where(is_better, order, best)
         place = tl.where(is_better, columns, place)
@@ -85,7 +85,7 @@ def _find(
 
 @triton.jit
 def _join(ids, values, findings, num_splits, MAX_SPLITS: tl.constexpr, IS_CHAINED: tl.constexpr):
-    """One row."""
+    """One program: one row."""
     await_predecessor(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     splits = tl.arange(0, MAX_SPLITS)

@@ -1,8 +1,8 @@
-"""Attention over paged and over flat keys and values, and the writing of the paged cache.
+"""Attention over paged or flat keys and values, and writes to the paged cache.
 
-The twins, and the conventions of shapes, are in `sensorium.kernels.attention`. Sequences of one query go to the kernel
-that splits their keys over programs, the others to the one that makes tiles of queries. Which is which, the kernels
-see on the device, and pass over the others' sequences; the host only says if one of them isn't needed.
+The twins, and the conventions of shapes, are in `sensorium.kernels.attention`. Sequences of one query are for the
+kernel that splits their keys over programs, the others for the one that makes tiles of queries. Each kernel reads the
+lengths on the device and skips the other's sequences; the host only leaves out a launch that no sequence needs.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def _write_kv(
     BLOCK: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One token. `HEAD_STRIDE` 0: the heads of a slot lie side by side."""
+    """One program: one token. `HEAD_STRIDE` 0: a slot's heads are contiguous."""
     await_predecessor(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
@@ -97,7 +97,7 @@ def paged_attention(
     flat = token_rows(query).flatten(1)
     out = flat.new_empty(len(flat), flat.shape[1] // head_size * value_size)
     has_chunks = batch.max_seqlen_q > 1
-    # A query that is not among its keys has a window or chunk of its own only there.
+    # Only `attend_chunks` handles windows and chunks of queries that are not among their keys.
     has_decodes = batch.has_decodes and (rules.causal or (rules.window is None and rules.chunk is None))
     if has_decodes and len(flat):
         attend_decodes(out, flat, keys, values, batch, rules, sinks)

@@ -1,16 +1,16 @@
-"""Kernels that are launched while the one before them still runs (programmatic dependent launch).
+"""Kernels that are launched while their predecessor still runs (programmatic dependent launch).
 
-A step of a small batch is a chain of short kernels, and between two of them the processors idle for about half a
-microsecond. On GPUs of compute capability 9 and later a kernel's launch may be prepared while the one before it runs,
-and with `release_successor` its programs even be put on the processors, where they load what that one doesn't write,
-such as weights, and wait.
+A step of a small batch is a chain of short kernels, and between two of them the multiprocessors idle for about half a
+microsecond. On GPUs of compute capability 9 and later, a kernel's launch can be prepared while its predecessor runs.
+With `release_successor` its programs can even start, load what the predecessor doesn't write, such as weights, and
+wait.
 
-The rule: before `await_predecessor` a kernel reads nothing that a kernel of the same step wrote, and writes nothing.
-Behind it everything before is complete and visible, as without all this.
+The rule: before `await_predecessor`, a kernel reads nothing that a kernel of the same step wrote, and writes nothing.
+After it, all earlier kernels are complete and their writes visible, as in an ordinary launch.
 
 A kernel releases its successor early only if that is a matrix product, which has weights to load, or has few programs.
-Programs that are put on busy processors crowd on few of them: joining the shares of a long sequence took three times as
-long when it was launched early.
+Programs that start while most multiprocessors are busy crowd onto the few free ones: joining the shares of a long
+sequence took three times as long when it was released early.
 
 Source: CUDA C++ Programming Guide, "Programmatic Dependent Launch and Synchronization".
 """
@@ -27,14 +27,14 @@ import triton.language as tl
 
 @triton.jit
 def await_predecessor(IS_CHAINED: tl.constexpr):
-    """Wait until the kernel before has ended."""
+    """Wait until the predecessor has ended."""
     if IS_CHAINED:
         tl.extra.cuda.gdc_wait()
 
 
 @triton.jit
 def release_successor(IS_CHAINED: tl.constexpr):
-    """Let the next kernel be put on the processors, once all programs of this one have come here."""
+    """Let the next kernel's programs start once all programs of this one have called this."""
     if IS_CHAINED:
         tl.extra.cuda.gdc_launch_dependents()
 

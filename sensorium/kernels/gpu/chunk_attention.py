@@ -1,14 +1,14 @@
-"""Attention of sequences that run many rows: tiles of queries over the keys of a paged cache, or over rows beside them.
+"""Attention of sequences with many queries: tiles of queries over the keys of a paged cache, or over flat keys.
 
-How rows become programs. A *tile* is `BLOCK_Q` queries of one sequence with the `GROUP` query heads that share a
-key/value head: up to `BLOCK_M` rows that read the same keys. Sequence `i` starts at tile
-`cu_seqlens[i] // BLOCK_Q + i`, which leaves room for its last, partly filled tile without knowing any length. With
-`BLOCK_Q = 4` and lengths 3, 9, 1 (`cu_seqlens` 0, 3, 12, 13) the sequences start at tiles 0, 1, 5 and the grid has
-`13 // 4 + 3 = 6` tiles, of which tile 4 finds nothing to do.
+How rows are divided into programs: a *tile* is `BLOCK_Q` queries of one sequence with the `GROUP` query heads that
+share a key/value head: up to `BLOCK_M` rows that read the same keys. Sequence `i` starts at tile
+`cu_seqlens[i] // BLOCK_Q + i`, which leaves room for each sequence's last, partly filled tile whatever the lengths.
+With `BLOCK_Q = 4` and lengths 3, 9, 1 (`cu_seqlens` 0, 3, 12, 13) the sequences start at tiles 0, 1, 5 and the grid has
+`13 // 4 + 3 = 6` tiles, of which tile 4 has nothing to do.
 
 A tile's keys come in blocks of `BLOCK_N`. Most blocks are seen by every query of the tile and need no mask; only those
-at the diagonal, at a window's or chunk's edge, in spans and at the end do. Channels come in one or two parts, each a
-power of two (`80 = 64 + 16`), so that few of those that are multiplied are padding.
+at the diagonal, at a window's or chunk's edge, in spans and at the end do. Channels are split into one or two parts,
+each a power of two (`80 = 64 + 16`), so that little padding is multiplied.
 
 Source: FlashAttention-2 (https://arxiv.org/abs/2307.08691), section 3.1.
 """
@@ -27,7 +27,7 @@ from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.gpu.decode_attention import score_constants
 
 _SEARCHED = 128
-"""Sequences that are looked at together to find a tile's."""
+"""Sequences that are read together to find a tile's."""
 
 
 class ChunkConfig(NamedTuple):
@@ -40,14 +40,14 @@ class ChunkConfig(NamedTuple):
     num_warps: int
     num_stages: int
     max_registers: int | None = None
-    """Of a thread, where fewer let another program on the processor; None: as many as the compiler likes."""
+    """A thread's registers, limited so that another program fits on the multiprocessor; None: the compiler's choice."""
 
 
 @cache
 def chunk_config(dtype: torch.dtype, head_size: int, rows_per_seq: int) -> ChunkConfig:
     """The measured choice. `rows_per_seq`: how many rows, queries times the heads that share a key, a sequence has.
 
-    Never a single stage: Triton 3.6 then makes wrong code for Hopper's matrix units.
+    Never a single stage, for which Triton 3.6 generates wrong code for Hopper's matrix units.
     """
     if dtype == torch.float32:
         return ChunkConfig(16, 32, 4, 2)
@@ -118,7 +118,7 @@ def _attend_blocks(
     HAS_SPANS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Take the keys `begin:end` in, block by block. `BLOCK_SIZE` 0: they lie flat."""
+    """Attend to the keys `begin:end`, block by block. `BLOCK_SIZE` 0: they are flat."""
     channels_a = tl.arange(0, HEAD_A)
     channels_b = HEAD_A + tl.arange(0, 16 if HEAD_B == 0 else HEAD_B)
     parts_a = tl.arange(0, VALUE_A)
@@ -147,7 +147,7 @@ def _attend_blocks(
             scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
         scores = scores * scale
         if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends.
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), which is exact at both ends.
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))
         if IS_MASKED:
             seen = is_token[None, :]
@@ -165,7 +165,7 @@ def _attend_blocks(
         new_best = tl.maximum(best, tl.max(scores, 1))
         anchor = new_best
         if IS_MASKED:
-            # A row that has seen nothing yet: any finite number keeps infinities apart.
+            # For a row that has seen no key yet, any finite number avoids subtracting infinities.
             anchor = tl.where(new_best == float("-inf"), 0.0, new_best)
         weights = tl.exp2(scores - anchor[:, None])
         fade = tl.exp2(best - anchor)
@@ -182,7 +182,7 @@ def _attend_blocks(
 
 @triton.jit
 def sequence_of_tile(cu_seqlens, tile, num_seqs, BLOCK_Q: tl.constexpr, SEARCHED: tl.constexpr):
-    """The last sequence whose first tile of queries is not behind this one."""
+    """The last sequence whose first tile is this one or an earlier one."""
     num_begun = 0
     for start in range(0, num_seqs, SEARCHED):
         those = start + tl.arange(0, SEARCHED)
@@ -193,7 +193,7 @@ def sequence_of_tile(cu_seqlens, tile, num_seqs, BLOCK_Q: tl.constexpr, SEARCHED
 
 @triton.jit
 def _load_queries(sources, is_row, HEAD_SIZE: tl.constexpr, HEAD_A: tl.constexpr, HEAD_B: tl.constexpr):
-    """The two parts of each row's channels; the second is the first again where there is none."""
+    """The two parts of each row's channels; without a second part, the first is returned twice."""
     channels_a, channels_b = tl.arange(0, HEAD_A), HEAD_A + tl.arange(0, 16 if HEAD_B == 0 else HEAD_B)
     is_cell_a = is_row[:, None] & (channels_a < HEAD_SIZE)[None, :]
     is_cell_b = is_row[:, None] & (channels_b < HEAD_SIZE)[None, :]
@@ -229,8 +229,8 @@ def _seen_keys(
     HAS_WINDOW: tl.constexpr,
     HAS_CHUNK: tl.constexpr,
 ):
-    """Keys from `begin` to `end` are seen by some of the queries from a first to a last position, those from
-    `open_begin` to `open_end` by all.
+    """The ranges of keys that queries from a first to a last position see: some of them see `begin` to `end`, all of
+    them `open_begin` to `open_end`.
     """
     begin, end, open_begin, open_end = num_keys * 0, num_keys, num_keys * 0, num_keys
     if IS_CAUSAL:
@@ -252,8 +252,8 @@ def _seen_keys(
 
 @triton.jit
 def _with_spans(begins, ends, is_row, positions, begin, end, num_keys):
-    """The span of each query, and the keys `[begin, end)` with those in spans."""
-    # Only those around their query count; the others are empty.
+    """The span of each query, and the range `[begin, end)` widened by the spans."""
+    # Only spans around their query apply; the others become empty.
     span_end = tl.load(ends, mask=is_row, other=0)
     span_begin = tl.load(begins, mask=(span_end > positions) & is_row, other=num_keys)
     begin = tl.minimum(begin, tl.min(span_begin, 0))
@@ -307,9 +307,9 @@ def _attend(
     HAS_SOFTCAP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One tile and one key/value head. `scale` and `softcap` are such that weights are powers of two."""
+    """One program: one tile and one key/value head. `scale` and `softcap` are such that weights are powers of two."""
     await_predecessor(IS_CHAINED)
-    # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
+    # Tiles at a sequence's end have the most keys: they run first, so that the last to run are short.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     seq = sequence_of_tile(cu_seqlens, tile, num_seqs, BLOCK_Q, SEARCHED)
     first_row = tl.load(cu_seqlens + seq)
@@ -348,7 +348,7 @@ def _attend(
             span_begins + row_index, span_ends + row_index, is_row, positions, begin, end, num_keys
         )
     if HAS_WINDOW or HAS_CHUNK:
-        num_keys = end  # nothing behind is read
+        num_keys = end  # later keys are never read
     first_key = begin
     begin = begin // BLOCK_N * BLOCK_N
     open_end = open_end // BLOCK_N * BLOCK_N
@@ -356,7 +356,7 @@ def _attend(
     best = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     if HAS_SINKS:
-        # A key of value 0, to begin with.
+        # The sink starts the softmax as a key of value 0.
         sink = tl.load(sinks + heads, mask=is_row, other=float("-inf")).to(tl.float32)
         best = sink * 1.4426950408889634  # log2(e)
         total = tl.where(sink > float("-inf"), 1.0, 0.0)
@@ -409,13 +409,13 @@ def attend_chunks(
 
     Args:
         out: `(T, H * Dv)`.
-        query: `(T, H * D)` with channels side by side.
-        keys: A cache's, or, without `table`, `(T, Hkv, D)` beside the queries.
+        query: `(T, H * D)`, channels contiguous.
+        keys: A cache's, or, without `table`, `(T, Hkv, D)`.
         values: Likewise.
         cu_seqlens: `(num_seqs + 1,)` int32: where each sequence's rows begin.
         rules: The layer's.
         strides: Elements from one slot, or row, to the next, and from one head to the next, of keys and of values.
-        least_queries: How many queries a sequence must have, to be looked at.
+        least_queries: Sequences with fewer queries are skipped.
         key_lens: `(num_seqs,)` int32: keys of each sequence; `None`: as many as queries.
         table: `(num_seqs, max_blocks)` int32 block ids.
         sinks: See `attention.attend_reference`.
@@ -469,7 +469,7 @@ def attend_chunks(
 
 @cache
 def head_parts(head_size: int) -> tuple[int, int]:
-    """One or two powers of two, at least 16 each, whose sum is least among those that reach `head_size`.
+    """One or two powers of two, at least 16 each, with the smallest sum of at least `head_size`.
 
     For example 80 = 64 + 16, 96 = 64 + 32, 128 = 128 + 0; 112 is best padded to 128.
     """

@@ -1,12 +1,12 @@
 """Attention of sequences that run one token: one query per sequence over all its keys, which are split over programs.
 
-A decode reads every key and value once and computes little, so that all processors have to read at the same time. A
-program has the query heads of one key/value head and a *share* of its sequence's keys; what the shares of a sequence
-found is joined in a second launch. How many shares there are at most follows from the shapes of the tensors; how long
-they are, and so how many of them find something to do, from the sequence's length, which lies on the device.
+A decode reads every key and value once and computes little, so all multiprocessors must read at the same time. A
+program has the query heads of one key/value head and a *share* of its sequence's keys; a second launch joins the
+results of a sequence's shares. The largest number of shares follows from the shapes of the tensors. The length of a
+share, and so how many shares have keys, follows from the sequence's length, which is read on the device.
 
-Worked example: 3 shares at most, tiles of 64 keys. A sequence of 100 keys has 2 tiles, so shares of 1 tile, of which
-the third is empty; one of 1000 keys has 16 tiles and shares of 6, 6 and 4 tiles.
+For example, with at most 3 shares and tiles of 64 keys: a sequence of 100 keys has 2 tiles, so shares of 1, 1 and 0
+tiles; one of 1000 keys has 16 tiles and shares of 6, 6 and 4.
 
 Source: Flash-Decoding (https://crfm.stanford.edu/2023/10/12/flashdecoding.html).
 """
@@ -28,14 +28,14 @@ LOG2_E = 1.4426950408889634
 
 
 class DecodeConfig(NamedTuple):
-    """How a launch is cut into programs."""
+    """How a launch is divided into programs."""
 
     block_n: int
     """Keys of a tile."""
     num_warps: int
     num_stages: int
     programs_per_processor: int
-    """How many programs are to be had, by splitting, for each of the GPU's processors."""
+    """Sequences are split until there are about so many programs for each of the GPU's multiprocessors."""
 
 
 @cache
@@ -50,18 +50,18 @@ def decode_config(dtype: torch.dtype, head_size: int) -> DecodeConfig:
 
 MAX_SPLITS = 128
 _JOIN_CHUNK = 64
-"""Shares that are joined at a time."""
+"""Shares that are joined together."""
 
 
 def num_splits_for(config: DecodeConfig, num_programs: int, max_keys: int, device: torch.device, least: int) -> int:
-    """Shares that the keys of a sequence are split into at most.
+    """The largest number of shares of a sequence's keys.
 
-    `num_programs`: sequences times key/value heads; `max_keys`: what a row of the block table can hold; `least`: how
-    many there should be in any case.
+    `num_programs`: sequences times key/value heads; `max_keys`: what a row of the block table can hold; `least`: the
+    smallest result.
     """
     wanted = config.programs_per_processor * num_processors(device) // num_programs
     if num_programs > 1.5 * num_processors(device):
-        # Splitting would even out the work a little, and joining take longer than that saves.
+        # Splitting would balance the work a little, but joining would take longer than that saves.
         wanted = 1
     return max(min(max(wanted, least), -(-max_keys // config.block_n), MAX_SPLITS), 1)
 
@@ -92,7 +92,7 @@ def _first_seen(
 
 @triton.jit
 def _share_of(seq_len, low, num_splits, BLOCK_N: tl.constexpr):
-    """Where the keys that are seen begin, rounded down to a tile, and how many of them make a share."""
+    """Where the keys that are seen begin, rounded down to a tile, and the number of keys in a share."""
     begin = low // BLOCK_N * BLOCK_N
     num_tiles = tl.cdiv(seq_len - begin, BLOCK_N)
     return begin, tl.maximum(tl.cdiv(num_tiles, num_splits), 1) * BLOCK_N
@@ -138,7 +138,8 @@ def _attend(
     HAS_SOFTCAP: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One share, of one sequence's keys of one head. `scale` and `softcap` are such that weights are powers of two."""
+    """One program: one share of one sequence's keys of one head. `scale` and `softcap` are such that weights are powers
+    of two."""
     await_predecessor(IS_CHAINED)
     split, kv_head, seq = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     row = tl.load(cu_seqlens + seq)
@@ -163,7 +164,7 @@ def _attend(
     best = tl.full([GROUP_PAD], float("-inf"), tl.float32)
     total = tl.zeros([GROUP_PAD], tl.float32)
     if HAS_SINKS:
-        # A key of value 0, in the first share.
+        # The first share starts with the sink, as a key of value 0.
         sink = tl.load(sinks + heads, mask=is_member, other=float("-inf")).to(tl.float32)
         sink = tl.where(tl.zeros_like(sink) + split == 0, sink, float("-inf"))
         best = sink * 1.4426950408889634  # log2(e)
@@ -182,10 +183,10 @@ def _attend(
         k = tl.load(key + places[:, None] + key_cells, mask=is_token[:, None] & is_channel[None, :], other=0.0)
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
-            # tanh(x) = 1 - 2 / (exp(2x) + 1), which is right at both ends.
+            # tanh(x) = 1 - 2 / (exp(2x) + 1), which is exact at both ends.
             scores = softcap * (1.0 - 2.0 / (tl.exp(2.0 * scores) + 1.0))
         scores = tl.where(is_token[None, :], scores, float("-inf"))
-        # A tile has at least one key that is seen, so that this is a number.
+        # Each tile has at least one key that is seen, so this is finite.
         new_best = tl.maximum(best, tl.max(scores, 1))
         weights = tl.exp2(scores - new_best[:, None])
         fade = tl.exp2(best - new_best)
@@ -229,7 +230,7 @@ def _join(
     HAS_SPANS: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One query head of one sequence, from its shares."""
+    """One program: joins the shares of one query head of one sequence."""
     release_successor(IS_CHAINED)
     await_predecessor(IS_CHAINED)
     head, seq = tl.program_id(0), tl.program_id(1)
@@ -274,11 +275,11 @@ def attend_decodes(
     rules: AttentionRules,
     sinks: torch.Tensor | None,
 ) -> None:
-    """Fill the rows of `out` `(T, H * Dv)` of the sequences that have exactly one query: their last key's, or one that
-    sees all keys.
+    """Fill the rows of `out` `(T, H * Dv)` of the sequences with exactly one query, at the position of their last key,
+    or one that sees all keys.
 
-    `query` is `(T, H * D)` with channels side by side; the others are as for `attention.paged_attention_reference`.
-    A sequence of length 0 gets zeros.
+    `query` is `(T, H * D)`, channels contiguous; the other arguments are those of
+    `attention.paged_attention_reference`. A sequence of length 0 gets zeros.
     """
     _, block_size, num_kv_heads, head_size = keys.shape
     value_size = values.shape[3]
@@ -289,7 +290,7 @@ def attend_decodes(
     group = num_heads // num_kv_heads
     config = decode_config(query.dtype, max(head_size, value_size))
     num_seqs = len(seq_lens)
-    # Where there may be other sequences, fewer programs find something to do.
+    # If other sequences may be in the batch, fewer programs have work.
     least = 4 if batch.max_seqlen_q > 1 else 1
     max_keys = table.shape[1] * block_size
     num_splits = num_splits_for(config, num_seqs * num_kv_heads, max_keys, query.device, least)
@@ -337,7 +338,8 @@ def attend_decodes(
 
 
 def score_constants(rules: AttentionRules) -> tuple[float, int, float, int]:
-    """`scale`, `window`, `softcap` and `chunk` of the kernels: scores in powers of two, but a soft cap's argument."""
+    """The kernels' `scale`, `window`, `softcap` and `chunk`. Scores are scaled so that weights are powers of two,
+    except the argument of a soft cap."""
     window, chunk = rules.window or 0, rules.chunk or 0
     if rules.softcap is None:
         return rules.scale * LOG2_E, window, 1.0, chunk

@@ -1,4 +1,5 @@
-"""What products of 8-bit floats need before and after, in one launch each. The twins are in `kernels.fp8_linear`."""
+"""Quantizing inputs of 8-bit products, and scaling their sums, in one launch each. The twins are in
+`kernels.fp8_linear`."""
 
 from __future__ import annotations
 
@@ -12,7 +13,7 @@ from sensorium.kernels.native import rows_of
 _LARGEST = tl.constexpr(448.0)
 _SMALLEST_MAGNITUDE = tl.constexpr(2.0**-100)
 _BLOCK = 4096
-"""Columns that are looked at at a time."""
+"""Columns that are read together."""
 
 
 @triton.jit
@@ -28,7 +29,7 @@ def _quantize_rows(
     HAS_SCALE: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One row: columns from `SIZE` on are zeros."""
+    """One program: one row, whose columns from `SIZE` on become zeros."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.arange(0, BLOCK)
     cells = x + row * x_stride + columns
@@ -37,7 +38,7 @@ def _quantize_rows(
     num_finite = tl.zeros([BLOCK], tl.int32)
     for start in tl.static_range(0, SIZE, BLOCK):
         wide = tl.abs(tl.load(cells + start, mask=start + columns < SIZE, other=0.0).to(tl.float32))
-        # Comparisons pass over NaN, so that numbers that are none are counted.
+        # The maximum may skip NaN, so finite values are counted.
         num_finite += (wide < float("inf")).to(tl.int32)
         largest = tl.maximum(largest, wide)
     is_finite = tl.sum(num_finite, 0) == tl.cdiv(SIZE, BLOCK) * BLOCK
@@ -89,7 +90,7 @@ def _scale_sums(
     BLOCK: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """A piece of one row."""
+    """One program: a block of one row."""
     row = tl.program_id(0).to(tl.int64)
     columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     is_column = columns < size

@@ -1,16 +1,16 @@
-"""Attention of long prefill chunks: their sequences' keys and values are gathered from the blocks first, in one copy.
+"""Attention of long prefill chunks: one copy first gathers their sequences' keys and values from the blocks.
 
-Reading keys block by block takes registers for addresses, and so many that only one program fits on a processor: while
-it computes exponentials, the matrix units wait. Keys that lie side by side are read by descriptors (Hopper's tensor
-memory accelerator) without any, two programs fit, and one multiplies while the other doesn't. Gathering takes about a
-hundredth of the time that a chunk of thousands of rows then needs.
+Reading keys block by block takes so many registers for addresses that only one program fits on a multiprocessor: while
+it computes exponentials, the matrix units wait. Contiguous keys are read through descriptors (Hopper's tensor memory
+accelerator), which need no such registers; two programs fit, and one multiplies while the other doesn't. Gathering
+takes about a hundredth of the time of attention for a chunk of thousands of rows.
 
-Each sequence begins at a multiple of `TILE` keys, and is filled up with zeros, so that what a tile reads behind a
-sequence's end is nobody's. Worked example: sequences of 130, 5 and 128 keys begin at keys 0, 256 and 384 of 512.
+Each sequence begins at a multiple of `TILE` keys and is padded with zeros, so that a tile never reads the next
+sequence's keys. For example, sequences of 130, 5 and 128 keys begin at keys 0, 256 and 384 of 512.
 
-Rows become programs as in `chunk_attention`.
+Rows are divided into programs as in `chunk_attention`.
 
-Source: FlashAttention-3 (https://arxiv.org/abs/2407.08608), section 3.1, for what the processors should overlap.
+Source: FlashAttention-3 (https://arxiv.org/abs/2407.08608), section 3.1, for overlapping exponentials with products.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ from sensorium.kernels.gpu.chunk_attention import sequence_of_tile
 
 LOG2_E = 1.4426950408889634
 TILE = 128
-"""Keys that are copied by a program."""
+"""Keys that a program copies."""
 _BLOCK_M, _BLOCK_N = 128, 64
 _SEARCHED = 128
-"""Sequences that are looked at together."""
+"""Sequences that are read together."""
 MIN_ROWS = 512
 MAX_KEYS_PER_ROW = 8
 
 
 def fits(query: torch.Tensor, head_size: int, group: int, key_lens: Sequence[int]) -> bool:
-    """Whether gathering is possible for a batch, and pays: enough rows for the keys that are copied.
+    """Whether gathering is possible for a batch, and pays: there must be enough rows for the keys that are copied.
 
-    It bounds the copy too, to less than the rows take in an MLP.
+    This also bounds the copy's memory, to less than an MLP takes for the rows.
     """
     if query.dtype == torch.float32 or head_size not in (64, 128) or group > _BLOCK_M or not query.is_cuda:
         return False
@@ -49,7 +49,7 @@ def fits(query: torch.Tensor, head_size: int, group: int, key_lens: Sequence[int
 
 @triton.jit
 def _tiles_of(cu_seqlens, key_lens, those, num_seqs, least_queries, TILE: tl.constexpr):
-    """How many tiles of keys each of these sequences has; none if it has fewer than `least_queries` queries."""
+    """The number of tiles of keys of each of these sequences; 0 for one with fewer than `least_queries` queries."""
     is_seq = those < num_seqs
     begin = tl.load(cu_seqlens + those, mask=is_seq, other=0)
     end = tl.load(cu_seqlens + those + 1, mask=is_seq, other=0)
@@ -76,10 +76,10 @@ def _gather(
     SEARCHED: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One tile of one head."""
+    """One program: one tile of one head."""
     await_predecessor(IS_CHAINED)
     tile, head = tl.program_id(0), tl.program_id(1)
-    # The sequence is the first whose tiles end behind this one.
+    # The sequence is the first whose tiles end after this one.
     seq, tiles_before, num_tiles = 0, 0, 0
     for start in range(0, num_seqs, SEARCHED):
         those = start + tl.arange(0, SEARCHED)
@@ -120,14 +120,14 @@ def _attend_blocks(
     BLOCK_N: tl.constexpr,
     IS_MASKED: tl.constexpr,
 ):
-    """Take the keys `begin:end` in, block by block."""
+    """Attend to the keys `begin:end`, block by block."""
     for start in range(begin, end, BLOCK_N):
         k = keys.load([first_key + start, column])
         scores = tl.dot(q, k.T)
         if IS_MASKED:
             tokens = start + tl.arange(0, BLOCK_N)
             scores = tl.where(positions[:, None] >= tokens[None, :], scores, float("-inf"))
-        # Every row has seen its sequence's first key in the first block, so that this is a number.
+        # Every row has seen its sequence's first key in the first block, so this is finite.
         new_best = tl.maximum(best, tl.max(scores, 1) * scale)
         weights = tl.exp2(scores * scale - new_best[:, None])
         fade = tl.exp2(best - new_best)
@@ -160,9 +160,9 @@ def _attend(
     SEARCHED: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One tile of queries and one key/value head. `scale` is such that weights are powers of two."""
+    """One program: one tile of queries and one key/value head. `scale` is such that weights are powers of two."""
     await_predecessor(IS_CHAINED)
-    # The tiles at a sequence's end have the most keys: they go first, so that the last to end are short.
+    # Tiles at a sequence's end have the most keys: they run first, so that the last to run are short.
     kv_head, tile = tl.program_id(0), tl.num_programs(1) - 1 - tl.program_id(1)
     seq = sequence_of_tile(cu_seqlens, tile, num_seqs, BLOCK_Q, SEARCHED)
     first_row = tl.load(cu_seqlens + seq)
@@ -183,7 +183,7 @@ def _attend(
     sources = query + row_index * query_stride + heads * HEAD_SIZE
     q = tl.load(sources[:, None] + channels[None, :], mask=is_row[:, None], other=0.0)
 
-    # A query is one of the last `num_queries` of the keys' positions; keys up to `open_end` are seen by all of them.
+    # A query is one of the last `num_queries` of the keys' positions; all of them see the keys up to `open_end`.
     first_position = first_query + tl.load(key_lens + seq) - num_queries
     positions = first_position + rows // GROUP
     end = tl.minimum(first_query + BLOCK_Q, num_queries) - first_query + first_position
@@ -257,5 +257,5 @@ def attend_gathered(
 
 
 def num_tiles_of(key_lens: Sequence[int]) -> int:
-    """Tiles that sequences of so many keys take."""
+    """The number of tiles of sequences with so many keys."""
     return sum(-(-length // TILE) for length in key_lens)

@@ -1,9 +1,9 @@
 """Products of sorted rows with the weights of their groups, in one launch. The twin is in
 `sensorium.kernels.grouped_linear`.
 
-How many rows each group has lies on the device. So the grid has as many tiles of rows as there can be: each group may
-begin one, and beyond that tiles are full. A program finds its group and rows by counting the groups' tiles, and ends if
-there are none left for it.
+The number of rows of each group is known only on the device. So the grid has the largest possible number of tiles: one
+partly filled tile for each group, and full ones. A program finds its group and rows by counting the groups' tiles, and
+returns if there are no more.
 """
 
 from __future__ import annotations
@@ -26,13 +26,14 @@ class GroupedConfig(NamedTuple):
     block_n: int
     """Channels of the output."""
     block_k: int
-    """Channels of the input at a time."""
+    """Channels of the input in one iteration."""
     num_warps: int
     num_stages: int
 
 
 def grouped_config(num_rows: int, num_groups: int, itemsize: int) -> GroupedConfig:
-    """A tile for groups of about this size: few rows are a stream of weights, many a matrix product."""
+    """The tile for groups of about this size: small for few rows, whose time is that of reading weights, large for
+    many."""
     block_k = 128 // itemsize
     if num_rows <= 32 * num_groups:
         return GroupedConfig(16, 64, 2 * block_k, 4, 3)
@@ -40,7 +41,7 @@ def grouped_config(num_rows: int, num_groups: int, itemsize: int) -> GroupedConf
 
 
 def most_tiles(num_rows: int, num_groups: int, block_m: int) -> int:
-    """Tiles of so many rows that there can be, however rows are divided over groups."""
+    """The largest possible number of tiles of `block_m` rows, however rows are divided over groups."""
     return min(num_groups, num_rows) + num_rows // block_m
 
 
@@ -62,7 +63,7 @@ def _grouped_linear(
     HAS_BIAS: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """A tile of one group's rows, and `BLOCK_N` channels of the output. `GROUPS` is a power of two."""
+    """One program: a tile of one group's rows, and `BLOCK_N` channels of the output. `GROUPS` is a power of two."""
     await_predecessor(IS_CHAINED)
     tile = tl.program_id(1)
     groups = tl.arange(0, GROUPS)

@@ -1,11 +1,11 @@
-"""Multiplication of a few rows with a weight matrix: what reading the weight once takes, and little more.
+"""Multiplication of a few rows with a weight matrix, in little more time than reading the weight once takes.
 
-At so few rows a matrix product is a stream of weights. A program takes a few rows of the weight, `BLOCK_K` channels at
-a time, and multiplies on the ordinary units. The first channels are on their way before the kernel before this one has
-ended (see `chaining`), since nothing in a step writes weights.
+With so few rows, reading the weight takes nearly all the time. A program has a few rows of the weight, reads `BLOCK_K`
+channels at a time, and multiplies without matrix units. It requests the first channels before the previous kernel has
+ended (see `chaining`), since no kernel of a step writes weights.
 
-Measured against cuBLAS on an H200 (`docs/experiments.md`): one row is faster at every size, two are where the weight
-is not too large, and from three rows on cuBLAS is.
+Measured against cuBLAS on an H200 (`docs/experiments.md`): this kernel is faster for one row at every size, and for two
+rows if the weight is not too large; cuBLAS is from three rows on.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from sensorium.kernels.native import rows_of
 
 MAX_ROWS = 2
 MAX_WEIGHT_OF_TWO = 60_000_000
-"""Elements of a weight that two rows are multiplied with here."""
+"""The largest weight, in elements, for two rows."""
 
 
 class LinearConfig(NamedTuple):
@@ -31,7 +31,7 @@ class LinearConfig(NamedTuple):
     block_n: int
     """Rows of the weight."""
     block_k: int
-    """Channels at a time."""
+    """Channels in one iteration."""
     num_warps: int
 
 
@@ -64,7 +64,7 @@ def _linear(
     HAS_BIAS: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """`BLOCK_N` channels of the output, in all rows. Axes of tensors: row, output, input."""
+    """One program: `BLOCK_N` channels of the output, in all rows. Axes of tensors: row, output, input."""
     outputs = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)[None, :, None]
     channels = tl.arange(0, BLOCK_K)[None, None, :]
     rows = tl.arange(0, ROWS)[:, None, None]
@@ -87,7 +87,7 @@ def _linear(
 
 
 def fits(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
-    """Whether `linear` is right for these arguments, and faster than cuBLAS."""
+    """Whether `linear` supports these arguments, and is faster than cuBLAS."""
     return (
         0 < x.numel() <= MAX_ROWS * x.shape[-1]
         and (x.numel() == x.shape[-1] or weight.numel() <= MAX_WEIGHT_OF_TWO)

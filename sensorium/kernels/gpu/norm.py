@@ -1,6 +1,6 @@
-"""Root-mean-square normalisation in one launch, with the residual addition before it or without.
+"""Root-mean-square normalisation in one launch, with or without the residual addition before it.
 
-The twins are in `sensorium.kernels.norm`, and so are the rules of rounding. A program has a tile of whole rows.
+The twins in `sensorium.kernels.norm` give the rules of rounding. A program has a tile of whole rows.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from sensorium.kernels.gpu.chaining import await_predecessor, chained, release_s
 from sensorium.kernels.native import rows_of
 
 _TILE = 2048
-"""Elements of a program's tile where rows are short."""
+"""Elements of a program's tile if rows are short."""
 
 
 @triton.jit(do_not_specialize=["num_rows"])

@@ -1,4 +1,4 @@
-"""Rotary position embedding in one launch, with the write of keys and values to the cache or without.
+"""Rotary position embedding in one launch, with or without writing keys and values to the cache.
 
 The twins are in `sensorium.kernels.rotary`. A program has all heads of one token.
 """
@@ -37,7 +37,7 @@ def _turn(
     step = HALF if IS_NEOX else 1
     first = tl.load(x + cells, mask=is_cell, other=0.0).to(tl.float32)
     second = tl.load(x + cells + step, mask=is_cell, other=0.0).to(tl.float32)
-    # Rounded to the queries' type first, whatever a cache stores.
+    # Rounded to the query's dtype first, whatever the cache's is.
     turned_first = (first * cos - second * sin).to(x.dtype.element_ty)
     turned_second = (second * cos + first * sin).to(x.dtype.element_ty)
     tl.store(out + cells, turned_first.to(out.dtype.element_ty), mask=is_cell)
@@ -76,7 +76,7 @@ def _rotate(
     WRITES: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One token. With `WRITES`, its key and value go to its slot of a cache, if it has one."""
+    """One program: one token. With `WRITES`, its key and value are written to its slot of a cache, if it has one."""
     await_predecessor(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     pairs = tl.arange(0, HALF_PAD)[None, :]
@@ -126,7 +126,8 @@ def rotate_and_write_kv(
     values: torch.Tensor,
     slot_mapping: torch.Tensor,
 ) -> torch.Tensor:
-    """See `rotary.rotate_and_write_kv_reference`. Values are as large as keys, and a slot's heads lie side by side."""
+    """See `rotary.rotate_and_write_kv_reference`. Heads of values and keys must be of one size, and a slot's heads
+    contiguous."""
     query_out = torch.empty_like(query, memory_format=torch.contiguous_format)
     query, key, value = token_rows(query), token_rows(key), token_rows(value)
     cos, sin, is_neox_style, rotary_dim = rotation

@@ -1,8 +1,8 @@
-"""Drawing tokens in one launch: temperature, top-k, min-p, top-p and the draw, each row by its own parameters.
+"""Sampling in one launch: temperature, top-k, min-p, top-p and the draw, with each row's own parameters.
 
-The twin is `draw_tokens` in `sensorium.model_executor.sampling_ops`, which says what is drawn, with which random
-numbers, and why in this way. A program has one row. What a truncation keeps are the tokens from some logit on; that
-bound is searched by halving, with a pass over the row for each step, instead of sorting the row.
+The twin is `draw_tokens` in `sensorium.model_executor.sampling_ops`, which defines what is drawn, with which random
+numbers, and why. A program has one row. A truncation keeps the tokens whose logits are at least some bound; instead of
+sorting the row, the bound is found by bisection, with one pass over the row for each iteration.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def _mix64(z):
 
 @triton.jit
 def _gumbel(start, counters):
-    """Standard Gumbel noise, float64: numbers `counters` of the stream that begins at `start`."""
+    """Standard Gumbel noise, float64: the numbers with the indices `counters` of the stream that begins at `start`."""
     bits = _mix64(start + counters.to(tl.uint64) * _INCREMENT)
     uniform = ((bits >> 12).to(tl.float64) + 0.5) * 2.220446049250313e-16
     return -tl.log(-tl.log(uniform))
@@ -65,7 +65,7 @@ def _lowest(logits, size, temperature, least, BLOCK: tl.constexpr):
 
 @triton.jit
 def _above(logits, size, order, temperature, top, BLOCK: tl.constexpr):
-    """Of the tokens above `order`: how many, the sum of their exponentials, and the lowest order.
+    """Of the tokens above `order`: their number, the sum of their exponentials, and their lowest order.
 
     Last, the highest order of the other tokens.
     """
@@ -90,8 +90,8 @@ def _above(logits, size, order, temperature, top, BLOCK: tl.constexpr):
 def _bound(logits, size, low, high, max_count, max_mass, temperature, top, BLOCK: tl.constexpr):
     """The lowest order of a token above which there are fewer than `max_count` tokens, of less than `max_mass`.
 
-    `low` and `high` are orders of tokens; it holds for `high`. Halved is the range of the logits, and each step ends at
-    a token's order, so that none falls between tokens.
+    `low` and `high` are orders of tokens; `high` meets the condition. The range of logits is bisected, and each
+    iteration rounds its midpoint to a token's order.
     """
     while low < high:
         middle = order_of(0.5 * value_of(low) + 0.5 * value_of(high))
@@ -105,7 +105,7 @@ def _bound(logits, size, low, high, max_count, max_mass, temperature, top, BLOCK
 
 @triton.jit
 def _draw_tokens(logits, size, start, bound, temperature, BLOCK: tl.constexpr):
-    """One of the tokens that stay, with noise for each."""
+    """Draw one of the remaining tokens, with noise for each."""
     best = tl.full([1], float("-inf"), tl.float64)
     chosen = tl.zeros([1], tl.int32)
     for begin in range(0, size, BLOCK):
@@ -126,7 +126,7 @@ def _draw_tokens(logits, size, start, bound, temperature, BLOCK: tl.constexpr):
 def _draw_group(
     logits, size, start, bound, temperature, top, GROUP: tl.constexpr, FIRST: tl.constexpr, BLOCK: tl.constexpr
 ):
-    """A group of neighbours by its weight, then one of its tokens."""
+    """Draw a group of neighbours by its weight, then one of its tokens."""
     best = tl.full([1], float("-inf"), tl.float64)
     group = tl.zeros([1], tl.int32)
     for begin in range(0, size, BLOCK):
@@ -165,7 +165,7 @@ def _draw(
     BLOCK: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One row."""
+    """One program: one row."""
     await_predecessor(IS_CHAINED)
     row = tl.program_id(0).to(tl.int64)
     logits += row * stride
@@ -186,7 +186,8 @@ def _draw(
         if top_k > 0:
             bound = _bound(logits, size, bound, highest, top_k, float("inf"), temperature, top, BLOCK)
         if top_p < 1.0:
-            # All that top-k and min-p leave; of tokens that are equal to the last one, only so many as top-k counts.
+            # The mass that top-k and min-p keep; of the tokens equal to the last one, only as many count as top-k
+            # keeps.
             above, mass, _, _ = _above(logits, size, bound, temperature, top, BLOCK)
             reached, _, _, _ = _above(logits, size, bound - 1, temperature, top, BLOCK)
             if top_k > 0:
@@ -215,7 +216,7 @@ def draw(
     """A token id for each row of float32 logits `(num_rows, vocab_size)`, int64 `(num_rows,)`.
 
     `params` is int64 `(num_rows, 6)` on the device: temperature, top-k, top-p, min-p, key and position of each row,
-    with the bits of float32 numbers where these are numbers with fractions. The constants are those of the twin.
+    with those that are floats as float32 bits. The constants are those of the twin.
     """
     rows = rows_of(logits)
     num_rows, size = rows.shape
