@@ -86,7 +86,7 @@ def quantize_rows(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     largest = values.abs().amax(-1) if values.shape[-1] else values.new_zeros(len(values))
     finite = largest.isfinite()
     used = largest.clamp_min(SMALLEST_MAGNITUDE)
-    steps = torch.full_like(used, 127.0)  # a tensor: torch would multiply with a number's reciprocal, which rounds twice
+    steps = torch.full_like(used, 127.0)  # a tensor: a number would be multiplied by its reciprocal, rounding twice
     scaled = (values * (steps / used).unsqueeze(-1)).masked_fill(~finite.unsqueeze(-1), 0)
     return scaled.round().to(torch.int8), torch.where(finite, used / steps, torch.nan)
 
