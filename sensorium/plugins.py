@@ -1,8 +1,9 @@
 """Plug-ins: files and packages that add models, loaded in every process of the engine.
 
-A package exposes a function in the group of entry points `sensorium.general_plugins`; the function registers what it
-has to. A plain file, or a module, is named by the setting `plugins` (`--plugin my_model.py`), and registers what it has
-to when it is imported. Both may be loaded in several processes, and so must be fit to be run again.
+A package exposes a function in the group of entry points `sensorium.general_plugins`, or in vLLM's group; the function
+registers what it has to. A plain file, or a module, is named by the setting `plugins` (`--plugin my_model.py`), and
+registers what it has to when it is imported. Both may be loaded in several processes, and so must be fit to be run
+again.
 
 In all of them, imports from `vllm` mean what `sensorium.compat.v0` says.
 """
@@ -25,9 +26,16 @@ from sensorium.logger import get_logger
 logger = get_logger(__name__)
 
 GENERAL_PLUGINS_GROUP = "sensorium.general_plugins"
+GROUP_OF_VLLM = "vllm.general_plugins"
+"""Packages that were written for vLLM expose their functions here. What vllm itself exposes there is its own."""
 
 IMPORTING = "sensorium.compat.v0.importing"
 """The module that runs plug-ins, and says what import statements mean in them. By name, since its room is above all."""
+
+STYLE_OF_V0 = "sensorium.compat.v0.style"
+"""The module that knows how classes which were written for vLLM 0.6 want to be treated."""
+IMPORTS_VLLM = "__imports_vllm__"
+"""Name among the globals of a plug-in's module that has imported from `vllm`."""
 
 HOW_TO_ADD = (
     "Add one with ModelRegistry.register_model(architecture, model_class): in a file that you name with "
@@ -46,7 +54,8 @@ def load_general_plugins() -> None:
     if _loaded:
         return
     _loaded = True  # before the calls: a plug-in may itself make an engine
-    for entry_point in entry_points(group=GENERAL_PLUGINS_GROUP):
+    of_vllm = [each for each in entry_points(group=GROUP_OF_VLLM) if each.module.partition(".")[0] != "vllm"]
+    for entry_point in [*entry_points(group=GENERAL_PLUGINS_GROUP), *of_vllm]:
         try:
             _importing().add_package(entry_point.module)
             entry_point.load()()
@@ -88,7 +97,10 @@ def load_plugin(plugin: str) -> ModuleType:
     """
     path = plugin_file(plugin)
     try:
-        return _import_module(plugin) if path is None else import_file(path)
+        module = _import_module(plugin) if path is None else import_file(path)
+        if IMPORTS_VLLM in vars(module):
+            importlib.import_module(STYLE_OF_V0).register_classes(module)
+        return module
     except SensoriumError:
         raise
     except Exception as error:
@@ -139,6 +151,14 @@ def import_file(path: Path) -> ModuleType:
         del sys.modules[name]
         raise
     return module
+
+
+def style_of(model_class: type) -> Any:
+    """The module that knows how a class wants to be treated, if it was written for vLLM 0.6; else None."""
+    modules = (sys.modules.get(each.__module__) for each in model_class.__mro__)
+    if any(IMPORTS_VLLM in vars(module) for module in modules if module is not None):
+        return importlib.import_module(STYLE_OF_V0)
+    return None
 
 
 def _importing() -> Any:

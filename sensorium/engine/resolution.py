@@ -40,7 +40,7 @@ from sensorium.engine.pooling import PoolingChoice, pooling_choice, trained_leng
 from sensorium.errors import ConfigError
 from sensorium.logger import get_logger
 from sensorium.lora import read_adapter
-from sensorium.plugins import check_plugins, load_general_plugins, load_plugins
+from sensorium.plugins import check_plugins, load_general_plugins, load_plugins, style_of
 from sensorium.sampling_defaults import FILE_NAME, read_defaults, read_end_ids
 from sensorium.settings import wrong_setting
 
@@ -251,6 +251,8 @@ def _model_config(args: EngineArgs, path: Path, config: CheckpointConfig) -> Mod
             config.architectures, args.model_impl, pooling.pooler, config.hf_config, is_remote=is_remote
         )
     hf_config = config_of_part(config.hf_config, getattr(model_class, "config_part", None))
+    if (style := style_of(model_class)) is not None:
+        style.adapt_hf_config(hf_config, model_class, architecture)
     check_values(hf_config)
     if hasattr(model_class, "for_checkpoint"):
         model_class = model_class.for_checkpoint(

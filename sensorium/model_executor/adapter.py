@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from sensorium.errors import ModelError
 from sensorium.logger import get_logger
+from sensorium.plugins import style_of
 
 if TYPE_CHECKING:
     import torch
@@ -42,6 +43,8 @@ def construct_model(model_class: type, config: EngineConfig, prefix: str = "") -
 
     Raises `ModelError` (a `TypeError`) if the constructor requires something that the engine doesn't have.
     """
+    if (style := style_of(model_class)) is not None:
+        config = style.config_for_constructor(config)
     kwargs = constructor_kwargs(model_class, config, prefix)
     with _set_current_config(config):
         model: nn.Module = model_class(**kwargs)

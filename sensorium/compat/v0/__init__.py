@@ -8,8 +8,7 @@ How a file that is loaded as a plug-in (and no other) sees modules:
                                 2. sensorium/a/b.py, if it has X; of model_executor/models only the modules in `SHARED`
                                 3. an ImportError that says what to use instead
     from .b import X            a file b.py beside it, else as vllm.model_executor.models.b
-    from transformers.a import X    transformers itself, and where that has no such name any more,
-                                    sensorium/compat/v0/transformers/a.py
+    from transformers.a import X    as ever; of names that have gone, what `moved.MOVED` says
     from xformers.ops import X  sensorium/compat/v0/xformers/ops.py; likewise flash_attn
 
 So `sensorium/compat/v0/vllm` mirrors the modules of `vllm`, one small file for each, with those names only that

@@ -18,11 +18,11 @@ from types import ModuleType
 from typing import Any
 
 from sensorium.compat.v0.absent import reason
-from sensorium.plugins import import_file
+from sensorium.compat.v0.moved import moved
+from sensorium.plugins import IMPORTS_VLLM, import_file
 
 PLACES: dict[str, tuple[str, ...]] = {
     "vllm": ("sensorium.compat.v0.vllm", "sensorium"),
-    "transformers": ("transformers", "sensorium.compat.v0.transformers"),
     "xformers": ("sensorium.compat.v0.xformers",),
     "flash_attn": ("sensorium.compat.v0.flash_attn",),
 }
@@ -31,9 +31,6 @@ PLACES: dict[str, tuple[str, ...]] = {
 MODELS = "vllm.model_executor.models"
 SHARED = frozenset(f"{MODELS}.{name}" for name in ("interfaces", "registry", "utils"))
 """Modules of models that mean the same here. Others of the same name don't: their classes have other constructors."""
-
-MARK = "__imports_vllm__"
-"""Name in a module's globals: it has imported from `vllm`, so its classes are V0's kind."""
 
 
 class PluginLoader(SourceFileLoader):
@@ -143,13 +140,38 @@ def _import(
     if level:
         return _import_relative(name, scope, locals, tuple(fromlist or ()), level)
     package = name.partition(".")[0]
+    if package == "transformers" and fromlist:
+        return _of_transformers(name, fromlist)
     if package not in PLACES:
         _import_beside(package, scope)
         return builtins.__import__(name, globals, locals, fromlist or (), level)
     if package == "vllm":
-        scope[MARK] = True
+        scope[IMPORTS_VLLM] = True
     module = _named(name, tuple(fromlist or ()))
     return module if fromlist else _find(package)
+
+
+def _of_transformers(name: str, fromlist: Sequence[str]) -> ModuleType:
+    """A module of transformers with the names that it had in the days of V0."""
+    failure: ImportError | None = None
+    result = ModuleType(name)
+    try:
+        result = importlib.import_module(name)
+    except ImportError as error:  # it is gone, or needs what isn't installed
+        failure = error
+    gone = [each for each in fromlist if not hasattr(result, each)]
+    if not gone:
+        return result
+    values = {each: getattr(result, each) for each in fromlist if each not in gone}
+    for each in gone:
+        try:
+            values[each] = moved(name, each)
+        except KeyError:
+            message = f"{name} has no name {each!r} for plug-ins. {reason(name, each)}."
+            raise failure or ImportError(message, name=name) from None
+    result = ModuleType(name)
+    vars(result).update(values)
+    return result
 
 
 def _import_beside(name: str, scope: dict[str, Any]) -> None:
@@ -221,6 +243,6 @@ def _is_engine_part(file: Path) -> bool:
 
 
 def _of_v0(name: str, level: int, scope: dict[str, Any], fromlist: Sequence[str]) -> ModuleType:
-    scope[MARK] = True
+    scope[IMPORTS_VLLM] = True
     parent = MODELS.rsplit(".", level - 1)[0]
     return _named(f"{parent}.{name}", fromlist)

@@ -49,10 +49,15 @@ def new_parameter(
 ) -> nn.Parameter:
     """An unfilled parameter that a checkpoint fills through `loader` (by default a plain copy).
 
-    Loaders read `axes` and `name` from the parameter, as `axes` and `param_name`.
+    Loaders read `axes` and `name` from the parameter, as `axes` and `param_name`. Loaders written for vLLM read
+    `output_dim` and `input_dim`, the axes along output and input channels, and `packed_dim`, one whose entries hold
+    several values.
     """
     parameter = nn.Parameter(torch.empty(shape, dtype=dtype or torch.get_default_dtype()), requires_grad=False)
-    carried = {"weight_loader": loader, "axes": axes, "param_name": name or None}
+    carried: dict[str, object] = {"weight_loader": loader, "axes": axes, "param_name": name or None}
+    if axes is not None:
+        packed = axes.input if axes.input_block > 1 and axes.output_block == 1 else None
+        carried |= {"output_dim": axes.output, "input_dim": axes.input, "packed_dim": packed}
     parameter.__dict__.update({key: value for key, value in carried.items() if value is not None})
     return parameter
 

@@ -23,6 +23,7 @@ from sensorium.model_executor.model_loader.initialize import build_empty, build_
 from sensorium.model_executor.model_loader.output_head import HEAD, ties_head, with_actual_head
 from sensorium.model_executor.model_loader.weight_utils import safetensors_weights
 from sensorium.model_executor.weight_tracking import LoadTracker
+from sensorium.plugins import style_of
 
 logger = get_logger(__name__)
 
@@ -149,6 +150,8 @@ def _fill_from_files(model: nn.Module, config: EngineConfig, files: Sequence[Pat
     # Of a tied head, a class may read the checkpoint's copy or pass it over.
     is_tied = ties_head(config)
     optional = (f"*{HEAD}",) if is_tied else ()
+    if style_of(config.model_config.model_class or type(model)) is not None:
+        optional = ("*",)  # V0 asked of no class that it says which keys it leaves out
     try:
         fill_model(model, _named_weights(config, files), may_be_unused=optional)
     except UnfilledError as error:

@@ -69,9 +69,11 @@ def embed_multimodal(
     input_ids: torch.Tensor,
     multimodal_token_id: int,
     get_text_embeds: Callable[[torch.Tensor], torch.Tensor],
-    multimodal_embeds: NestedTensors,
+    multimodal_embeds: NestedTensors | Callable[[torch.Tensor], NestedTensors],
 ) -> torch.Tensor:
     """Embed text tokens only, and put media rows between them; for a placeholder id beyond the vocabulary.
+
+    `multimodal_embeds` are the rows, or, as in vLLM 0.6.4, a function that returns them, given the placeholder ids.
 
     Returns `(num_tokens, hidden_size)`. Raises `InvalidRequestError` (a `ValueError`) unless there are as many rows as
     placeholders.
@@ -80,7 +82,8 @@ def embed_multimodal(
     text_embeds = get_text_embeds(input_ids[~is_media])
     merged = text_embeds.new_empty((input_ids.shape[0], text_embeds.shape[-1]))
     merged[~is_media] = text_embeds
-    return _put_rows(merged, is_media, multimodal_embeds)
+    rows = multimodal_embeds(input_ids[is_media]) if callable(multimodal_embeds) else multimodal_embeds
+    return _put_rows(merged, is_media, rows)
 
 
 def _put_rows(inputs_embeds: torch.Tensor, mask: torch.Tensor, embeddings: NestedTensors) -> torch.Tensor:

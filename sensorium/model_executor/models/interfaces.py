@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, NoReturn, Protocol, Ty
 
 from sensorium.errors import ModelError
 from sensorium.multimodal.base import supports_multimodal
+from sensorium.plugins import style_of
 
 if TYPE_CHECKING:
     import torch
@@ -207,6 +208,8 @@ def two_way_spans_of(model: object, model_config: ModelConfig) -> frozenset[str]
     Raises `ModelError` (a `TypeError`) if it says something else.
     """
     model_class = model if isinstance(model, type) else type(model)
+    if (style := style_of(model_class)) is not None:
+        model_class = style.class_that_knows_spans(model_class, model_config)
     if not issubclass(model_class, SupportsTwoWaySpans):
         return frozenset()
     named = model_class.get_two_way_spans(model_config)

@@ -86,6 +86,13 @@ def generating_name(architecture: str) -> str:
     return architecture if architecture.endswith("ForCausalLM") else f"{architecture.removesuffix('Model')}ForCausalLM"
 
 
+def in_tree_class(architecture: str) -> type | None:
+    """The class here for an architecture, also where a plug-in's has taken its place; None if there is none."""
+    module, _, name = IN_TREE.get(architecture, "").partition(":")
+    found: type | None = getattr(importlib.import_module(module), name) if module else None
+    return found
+
+
 MAX_NAMED_ARCHS = 16
 """How many architectures an error message names."""
 
@@ -99,6 +106,11 @@ class _ModelRegistry:
     def get_supported_archs(self) -> list[str]:
         """Names of all architectures, sorted."""
         return sorted(self._models)
+
+    def architectures_of(self, model_class: type) -> list[str]:
+        """The architectures that a class is registered for, by itself or by its name."""
+        by_name = f"{model_class.__module__}:{model_class.__name__}"
+        return [arch for arch, each in self._models.items() if each is model_class or each == by_name]
 
     def register_model(self, model_arch: str, model_cls: type[nn.Module] | str) -> None:
         """Serve an architecture with a class, or with one named `"module:Class"` that is imported when needed.

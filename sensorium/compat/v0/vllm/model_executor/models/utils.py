@@ -7,10 +7,22 @@ from typing import Any
 import torch
 from torch import nn
 
+from sensorium.compat.v0.inner_models import with_names_of_v0
 from sensorium.compat.v0.vllm.attention.selector import _Backend
-from sensorium.model_executor.models.modules import PPMissingLayer
+from sensorium.model_executor.models.modules import PPMissingLayer, init_registered_model
 
-__all__ = ["LLMWrapper", "extract_layer_index", "get_pp_missing_layer_names", "get_vit_attn_backend"]
+__all__ = [
+    "LLMWrapper",
+    "extract_layer_index",
+    "get_pp_missing_layer_names",
+    "get_vit_attn_backend",
+    "init_vllm_registered_model",
+]
+
+
+def init_vllm_registered_model(*args: Any, **kwargs: Any) -> nn.Module:
+    """`sensorium.model_executor.models.modules.init_registered_model`, of a model that outer classes of V0 can use."""
+    return with_names_of_v0(init_registered_model(*args, **kwargs))
 
 
 class LLMWrapper(nn.Module):

@@ -1,0 +1,40 @@
+"""Configs of transformers 5, seen as those of its versions 4.45 to 4.47, for files that were written for them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from sensorium.config import rope_parameters
+
+FLAT = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+"""Values that outer configs repeated from their text config."""
+
+
+def as_of_release(config: Any) -> None:
+    """Add what is missing, in place, to a config and those in it."""
+    for each in _parts(config):
+        _set_missing(each, _rope_values(each))
+    text = config.get_text_config()
+    if text is not config:
+        _set_missing(config, {name: getattr(text, name) for name in FLAT if hasattr(text, name)})
+
+
+def _parts(config: Any) -> Iterator[Any]:
+    yield config
+    for value in list(vars(config).values()):
+        if hasattr(value, "to_diff_dict"):
+            yield from _parts(value)
+
+
+def _rope_values(config: Any) -> Mapping[str, Any]:
+    """`rope_theta` and its like stood beside each other, not in a mapping of their own."""
+    parameters = rope_parameters(config)
+    names = ("rope_theta", "partial_rotary_factor")
+    return {name: parameters[name] for name in names if name in parameters}
+
+
+def _set_missing(config: Any, values: Mapping[str, Any]) -> None:
+    for name, value in values.items():
+        if not hasattr(config, name):
+            setattr(config, name, value)

@@ -1,0 +1,55 @@
+"""How classes that were written for vLLM 0.6 want to be treated. Rooms to the right ask for it by name, see
+`sensorium.plugins.style_of`."""
+
+from __future__ import annotations
+
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from sensorium.compat.v0.hf_configs import as_of_release
+from sensorium.compat.v0.vllm.config import VllmConfig, as_v0
+from sensorium.model_executor.models.interfaces import SupportsTwoWaySpans
+from sensorium.model_executor.models.registry import ModelRegistry, in_tree_class
+
+if TYPE_CHECKING:
+    from sensorium.config import EngineConfig, ModelConfig
+
+
+def register_classes(module: ModuleType) -> None:
+    """Serve the models of a plug-in that registers none, as files of vllm itself don't, by their names."""
+    classes = [each for each in vars(module).values() if _is_model(each) and each.__module__ == module.__name__]
+    if not any(ModelRegistry.architectures_of(each) for each in classes):
+        for model_class in classes:
+            ModelRegistry.register_model(model_class.__name__, model_class)
+
+
+def _is_model(value: object) -> bool:
+    methods = ("forward", "compute_logits", "load_weights")
+    return isinstance(value, type) and issubclass(value, nn.Module) and all(hasattr(value, name) for name in methods)
+
+
+def config_for_constructor(config: EngineConfig) -> VllmConfig:
+    """The engine's configuration as constructors of V0 know it."""
+    return as_v0(config)
+
+
+def adapt_hf_config(hf_config: Any, model_class: type, architecture: str) -> None:
+    """Add the names to a checkpoint's config, in place, that configs of transformers had in those months."""
+    as_of_release(hf_config)
+    if issubclass(_knowing_class(model_class, architecture), SupportsTwoWaySpans):
+        # The engine tells the layers which positions see one another; a decoder by itself would refuse the config.
+        hf_config.get_text_config().use_bidirectional_attention = False
+
+
+def class_that_knows_spans(model_class: type, model_config: ModelConfig) -> type:
+    """The class to ask which positions see one another both ways: V0 had no way to say so, but the class that
+    Sensorium itself has for the architecture may know."""
+    return _knowing_class(model_class, model_config.architecture)
+
+
+def _knowing_class(model_class: type, architecture: str) -> type:
+    if issubclass(model_class, SupportsTwoWaySpans):
+        return model_class
+    return in_tree_class(architecture) or model_class
