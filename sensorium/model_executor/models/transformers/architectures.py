@@ -1,22 +1,22 @@
-"""Which architectures transformers has modules for that generate text. Told by its tables of names; loads no module."""
+"""Which architectures that generate text transformers has, read from its tables of names without loading a module."""
 
 from __future__ import annotations
 
 TEXT_CLASS = "sensorium.model_executor.models.transformers.model:TransformersForCausalLM"
-"""What serves architectures of text."""
+"""The class that serves architectures of text."""
 MEDIA_CLASS = "sensorium.model_executor.models.transformers.media_model:TransformersForConditionalGeneration"
-"""What serves architectures that take media."""
+"""The class that serves architectures that take media."""
 POOLING_CLASS = "sensorium.model_executor.models.transformers.pooling:TransformersForPooling"
-"""What serves architectures that don't generate."""
+"""The class that serves architectures that don't generate."""
 
 
 def text_architectures() -> frozenset[str]:
-    """Names of classes that continue a text and take nothing else."""
+    """Names of classes that generate text from text alone."""
     return _names("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES") - media_architectures()
 
 
 def media_architectures() -> frozenset[str]:
-    """Names of classes that take media, or read a source with an encoder, and write text."""
+    """Names of classes that generate text from media, or with an encoder and a decoder."""
     tables = (
         "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES",
         "MODEL_FOR_MULTIMODAL_LM_MAPPING_NAMES",

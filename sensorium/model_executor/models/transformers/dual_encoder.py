@@ -1,7 +1,7 @@
 """Models with a tower for texts and one for pictures, whose vectors can be compared: CLIP, SigLIP.
 
-A prompt is one text or one picture. The towers are transformers' own, run by themselves: a picture's vector is its only
-row, and each row of a text is the text's vector.
+A prompt is one text or one picture. The towers are transformers' own modules. A picture has one row, its vector; each
+row of a text has the text's vector.
 
 Papers: Radford et al. 2021; Zhai et al. 2023. References: `transformers` `CLIPModel`, `SiglipModel`.
 """
@@ -27,16 +27,16 @@ from sensorium.multimodal.inputs import PlaceholderRange
 from sensorium.sequence import SequenceData
 
 PLACEHOLDER = "<image>"
-"""What stands for a picture in a prompt's text, where something has to."""
+"""The placeholder of a picture in a prompt's text."""
 
 
 def placeholder_id(model_config: ModelConfig) -> int:
-    """The id of a picture's row. No text has it."""
+    """The id of a picture's row. It is outside the vocabulary."""
     return model_config.vocab_size
 
 
 def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
-    """One row for a picture; a text padded to the length that the tower is for, where that counts.
+    """One row for a picture; a text is padded to the tower's length if the model was trained so.
 
     Raises `InvalidRequestError` (a `ValueError`) for a picture with text.
     """
@@ -79,10 +79,10 @@ def dummy_data(ctx: InputContext, _seq_len: int, _mm_counts: Mapping[str, int]) 
 @INPUT_REGISTRY.register_dummy_data(dummy_data)
 @INPUT_REGISTRY.register_input_processor(input_processor)
 class DualEncoder(nn.Module, SupportsMultiModal):
-    """Two towers, and what brings their outputs to one size."""
+    """Two towers, and the projections of their outputs to one size."""
 
     pads_texts: ClassVar[bool] = False
-    """Whether a text is always as long as the tower allows, its padding seen like words."""
+    """Whether texts are always padded to the tower's length, and attention sees the padding."""
 
     def __init__(self, *, config: EngineConfig, hf_model: nn.Module) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ class DualEncoder(nn.Module, SupportsMultiModal):
     def forward(
         self, input_ids: torch.Tensor, attn_metadata: AttentionMetadata, is_media: torch.Tensor | None = None
     ) -> torch.Tensor:
-        """Each row's text's vector, `(num_tokens, size)`; zeros at rows of `is_media` `(num_tokens,)`."""
+        """For each row its text's vector, `(num_tokens, size)`; zeros where `is_media` `(num_tokens,)`."""
         lens = list(attn_metadata.query_lens_host)
         texts = [ids.tolist() for ids in torch.split(input_ids, lens)]
         media = [False] * len(lens) if is_media is None else [bool(each[0]) for each in torch.split(is_media, lens)]
@@ -123,13 +123,13 @@ class DualEncoder(nn.Module, SupportsMultiModal):
 
 
 class PaddedDualEncoder(DualEncoder):
-    """One whose texts are padded: SigLIP."""
+    """A dual encoder whose texts are padded: SigLIP."""
 
     pads_texts = True
 
 
 def dual_features(model_config: ModelConfig) -> ModelFeatures:
-    """What is on for a model with two towers."""
+    """The features of a model with two towers."""
     ids = {"image": frozenset((placeholder_id(model_config),))}
     note = "one text or one picture to a prompt, each by its own tower of transformers"
     return ModelFeatures(
@@ -138,6 +138,6 @@ def dual_features(model_config: ModelConfig) -> ModelFeatures:
 
 
 def _pooled(output: Any) -> torch.Tensor:
-    """`(batch, size)`, which older versions return by itself."""
+    """The pooled output `(batch, size)`; older versions of transformers return only that."""
     vectors: torch.Tensor = output if isinstance(output, torch.Tensor) else output.pooler_output
     return vectors

@@ -1,13 +1,13 @@
-"""Reads what a position sees from a mask function, by asking it about positions.
+"""Finds the rule of a mask function by evaluating it at chosen positions.
 
-Every causal rule of transformers shows a position `q` the keys from some first one up to `q` itself. How the first key
-moves with `q` tells which rule it is:
+With every causal rule of transformers, position `q` sees the keys from a first one up to `q` itself. The first key as a
+function of `q` identifies the rule:
 
     everything       0
     window of w      max(q - w + 1, 0)
     chunks of c      q // c * c
 
-Every rule that looks both ways shows all keys, or those at most `w - 1` away.
+With a rule that isn't causal, a position sees all keys, or those at most `w - 1` away.
 """
 
 from __future__ import annotations
@@ -22,19 +22,19 @@ from sensorium.model_executor.models.transformers.interface import MaskFunction
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 
 MAX_POSITION = 1 << 18
-"""No rule is asked about positions from here on."""
+"""Rules are never evaluated at this position or later ones."""
 _LOOK_AHEAD = 8
-"""Keys behind a position that are asked about."""
+"""Later keys than the position's own that are evaluated."""
 
 
 @dataclass(frozen=True, slots=True)
 class MaskRule:
-    """What a position sees of itself and the positions before: all, those of a window, or those of its chunk."""
+    """Which positions a position sees: all up to itself, those of a window, or those of its chunk."""
 
     window: int | None = None
     chunk: int | None = None
     causal: bool = True
-    """Whether it sees none behind it; if not, a window reaches as far behind it as before."""
+    """Whether it sees no later positions. If not, a window reaches as far forward as back."""
 
     def first_key(self, query: int) -> int:
         """The first key that a query sees."""
@@ -47,7 +47,7 @@ def read_rule(function: MaskFunction, max_position: int, device: torch.device | 
     """The rule that a mask function follows up to `max_position`; `device` is that of the tensors it may hold.
 
     Raises:
-        CannotRunError: It follows none of the rules above.
+        CannotRunError: It follows none of these rules.
     """
     last = min(max_position, MAX_POSITION)
     first_key = partial(_first_key, function, device)
@@ -59,7 +59,7 @@ def read_rule(function: MaskFunction, max_position: int, device: torch.device | 
 
 
 def read_rule_both_ways(function: MaskFunction, max_position: int, device: torch.device | str = "cpu") -> MaskRule:
-    """As `read_rule`, of a function that shows a position those behind it too. Raises `CannotRunError`."""
+    """As `read_rule`, for a function that isn't causal. Raises `CannotRunError`."""
     last = min(max_position, MAX_POSITION)
     first = int(_seen(function, device, last, last + 1)[0])
     rule = MaskRule(window=None if first == 0 else last - first + 1, causal=False)
@@ -84,13 +84,13 @@ def _guess(first_key: Callable[[int], int], last: int) -> MaskRule:
 
 
 def _edges(rule: MaskRule, last: int) -> tuple[int, ...]:
-    """Positions where the rule changes what is seen."""
+    """Positions around which the rule's first key changes."""
     size = rule.window or rule.chunk or last
     return size - 1, size, size + 1, 2 * size - 1, 2 * size
 
 
 def _first_key(function: MaskFunction, device: torch.device | str, query: int) -> int:
-    """The first key that a query sees, which is followed by all others up to the query itself, and by no more."""
+    """The first key that a query sees. Checks that it sees all from there to itself, and no later ones."""
     visible = _seen(function, device, query, query + 1 + _LOOK_AHEAD)
     if len(visible) == 0 or int(visible[-1]) != query or len(visible) != query - int(visible[0]) + 1:
         raise CannotRunError("its attention mask is not causal")
@@ -98,7 +98,7 @@ def _first_key(function: MaskFunction, device: torch.device | str, query: int) -
 
 
 def _seen(function: MaskFunction, device: torch.device | str, query: int, num_keys: int) -> torch.Tensor:
-    """Those of the first `num_keys` keys that a query sees."""
+    """Which of the first `num_keys` keys a query sees."""
     zero = torch.zeros((), dtype=torch.long, device=device)
     keys = torch.arange(num_keys, device=device)
     try:

@@ -1,5 +1,5 @@
-"""Prompts with media made here, for finding out at load how a model takes them: as its processor makes them, and item
-by item as the engine does."""
+"""Prompts with generated media, which show at load how a model takes media. Each is processed as a whole by the model's
+processor, and item by item as the engine does."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from sensorium.spans import IntArray
 logger = get_logger(__name__)
 
 MAX_ITEMS = 2
-"""In a prompt: the second has another size."""
+"""The most items of a prompt. The second has another size than the first."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -33,14 +33,14 @@ class ItemPart:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MediaPrompt:
-    """A prompt with items of one modality."""
+    """A prompt with one or two items of one modality."""
 
     modality: str
     token_ids: IntArray
     tensors: Mapping[str, Any]
-    """What the processor makes of the prompt as a whole."""
+    """The processor's output for the whole prompt."""
     parts: tuple[ItemPart, ...]
-    """Each item by itself; one part for a processor that takes whole prompts."""
+    """One part for each item, or one for all with a processor that takes whole prompts only."""
 
 
 def make_media_prompts(model_config: ModelConfig, modalities: tuple[str, ...]) -> list[MediaPrompt]:

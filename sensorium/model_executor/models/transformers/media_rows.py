@@ -1,11 +1,12 @@
-"""What an outer model of Hugging Face makes of media in front of its trunk, and how that is given to the trunk again.
+"""Captures the rows that an outer model of Hugging Face computes from media for its trunk, and passes them to the trunk
+in later passes.
 
-Everything that a decoder ever sees of media comes in the arguments of its trunk: embedded rows, and perhaps tensors
-beside them, such as rows for several layers (DeepStack). They are captured once per item, by running the outer model up
-to its trunk on the item's part of the prompt, and are written in later passes that run the trunk alone.
+A decoder gets media only through its trunk's arguments: embedded rows, and perhaps further tensors, such as rows for
+several layers (DeepStack). They are captured once per item, by running the outer model up to its trunk on the item's
+part of the prompt. Later passes run the trunk alone, with the captured rows in their places.
 
-No token and no argument is known by name. Media rows are those that differ from the embedding of their token ids. A
-tensor beside them belongs to all rows, or to the media rows, by the length of its axis.
+No token's or argument's name is known in advance. Media rows are those that differ from the embedding of their token
+ids. The length of an axis tells whether a further tensor has rows for all tokens or for media rows.
 """
 
 from __future__ import annotations
@@ -23,32 +24,32 @@ from sensorium.model_executor.drivers.carrier import Captured, Carrier
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 
 _MADE_ANEW = frozenset(("attention_mask", "position_ids", "cache_position", "past_key_values", "use_cache"))
-"""Arguments of a trunk that every pass makes for itself."""
+"""Arguments of a trunk that every pass makes anew."""
 _MAX_AXIS = 2
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Extra:
-    """An argument of the trunk that media bring along beside their rows."""
+    """A further argument of the trunk that comes from media."""
 
     name: str
     tree: TreeSpec
     """How its tensors are nested."""
     shapes: tuple[tuple[int, ...], ...]
-    """Of each tensor, as captured."""
+    """The shape of each tensor, as captured."""
     axis: int
-    """Along which its rows stand."""
+    """The axis of its rows."""
     is_per_token: bool
-    """It has a row for every token, text included; otherwise for media rows only."""
+    """Whether it has a row for every token, text included; otherwise for media rows only."""
     fill: float | None = 0
-    """What text rows have of one that is per token; None: what the outer model computes of their ids, pass by pass."""
+    """The value of text rows if it is per token; None: what the outer model computes from their ids in every pass."""
 
     def key(self, i: int) -> str:
-        """The name of its i-th tensor among the others of `ItemRows`."""
+        """The name of its i-th tensor in `ItemRows`."""
         return f"{self.name}.{i}"
 
     def rows_of(self, captured: Captured, media: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Its tensors with media rows first, `(num_media_rows, ...)`; none where the pass brought none."""
+        """Its tensors, transposed to `(num_media_rows, ...)`; empty if the pass had no such argument."""
         if captured.others.get(self.name) is None:
             return {}
         leaves, _ = tree_flatten(captured.others[self.name])
@@ -56,7 +57,7 @@ class Extra:
         return {self.key(i): (each[media] if self.is_per_token else each) for i, each in enumerate(rows)}
 
     def argument(self, others: Mapping[str, PlacedRows], num_tokens: int, of_text: Any = None) -> Any:
-        """The argument for a batch; None where no item brings it. `of_text`: what the ids alone bring."""
+        """The argument for a batch; None if no item has it. `of_text`: its value for the ids without media."""
         if self.key(0) not in others:
             return of_text
         placed = [others[self.key(i)] for i in range(len(self.shapes))]
@@ -78,24 +79,24 @@ class Extra:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Capture:
-    """What the trunk gets of one prompt."""
+    """The trunk's arguments for one prompt."""
 
     captured: Captured
     media: torch.Tensor
-    """`(num_tokens,)`: which rows media have changed."""
+    """`(num_tokens,)`: which rows are media rows."""
 
 
 class TrunkInputs:
-    """Captures and makes what a trunk gets. One per model.
+    """Captures a trunk's arguments, and makes them for later passes. One per model.
 
     Args:
         model: The outer model.
-        trunk: Gets embedded rows from it.
-        vocab_size: Ids beyond stand for media only.
+        trunk: Its trunk, which takes embedded rows.
+        vocab_size: Ids from here on are placeholders.
     """
 
     def __init__(self, model: Any, trunk: nn.Module, vocab_size: int) -> None:
-        self._model = (model,)  # no submodule of whoever holds this
+        self._model = (model,)  # in a tuple, so that it is no submodule of the holder
         self._carrier = Carrier(trunk, "trunk", "trunk")
         self._vocab_size = vocab_size
         self.extras: tuple[Extra, ...] = ()
@@ -107,7 +108,7 @@ class TrunkInputs:
     # Capturing
 
     def run(self, token_ids: torch.Tensor, tensors: Mapping[str, Any]) -> Captured:
-        """What the trunk gets when the outer model runs on a prompt. Raises whatever the model raises."""
+        """The trunk's arguments when the outer model runs on a prompt. Raises whatever the model raises."""
         ids = token_ids[None]
         model = self._model[0]
         captured = self._carrier.capture(
@@ -120,7 +121,7 @@ class TrunkInputs:
         return captured
 
     def compared(self, token_ids: torch.Tensor, tensors: Mapping[str, Any]) -> Capture:
-        """What the trunk gets of a prompt with media, and which rows aren't those of text."""
+        """The trunk's arguments for a prompt with media, and which rows are media rows."""
         captured = self.run(token_ids, tensors)
         text = self.embed(token_ids.clamp(0, self._vocab_size - 1))
         media = (captured.rows != text.to(captured.rows.dtype)).any(-1)
@@ -131,7 +132,7 @@ class TrunkInputs:
         return Capture(captured, media)
 
     def learn(self, captures: Sequence[Capture]) -> None:
-        """Find out from prompts with media which arguments they bring. Raises `CannotRunError`."""
+        """Find out from prompts with media which further arguments there are. Raises `CannotRunError`."""
         found: dict[str, Extra] = {}
         for capture in captures:
             for name, value in capture.captured.others.items():
@@ -142,7 +143,7 @@ class TrunkInputs:
         self.extras = tuple(found.values())
 
     def item_rows(self, token_ids: torch.Tensor, tensors: Mapping[str, Any], media: torch.Tensor) -> ItemRows:
-        """What the trunk gets of the media rows of a part of a prompt; `media`: their places in it."""
+        """The trunk's arguments for the media rows of a part of a prompt; `media`: their places in it."""
         captured = self.run(token_ids, tensors)
         others: dict[str, torch.Tensor] = {}
         for extra in self.extras:
@@ -160,7 +161,7 @@ class TrunkInputs:
         return rows if media is None else rows.index_copy(0, media.index, media.rows.to(rows.dtype))
 
     def arguments(self, token_ids: torch.Tensor, media: MediaRows | None) -> dict[str, Any]:
-        """What the trunk gets beside rows in a pass with these ids, none of them a placeholder's, and media."""
+        """The trunk's arguments other than rows, for a pass with media and these ids, none of them a placeholder."""
         others = {} if media is None else media.others
         of_text: Mapping[str, Any] = {}
         if any(extra.fill is None for extra in self.extras):
@@ -173,7 +174,7 @@ class TrunkInputs:
 
 
 def _extra(name: str, value: Any, media: torch.Tensor) -> Extra | None:
-    """What an argument's tensors have rows of; None for one without tensors."""
+    """An argument as an `Extra`; None for one without tensors."""
     leaves, tree = tree_flatten(value)
     tensors = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     if not tensors:
@@ -189,13 +190,13 @@ def _extra(name: str, value: Any, media: torch.Tensor) -> Extra | None:
 
 
 def _fill(tensors: Sequence[torch.Tensor], axis: int, media: torch.Tensor) -> float | None:
-    """The one value that text rows have, if they do."""
+    """The value of all text rows, if they have one value."""
     values = {float(end) for leaf in tensors for end in leaf.movedim(axis, 0)[~media].float().aminmax()}
     return values.pop() if len(values) == 1 else None
 
 
 def on_device(tensors: Mapping[str, Any], device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
-    """Keyword arguments of `forward` where the model is, floating-point tensors in its dtype."""
+    """Keyword arguments of `forward` on the model's device, floating-point tensors in its dtype."""
 
     def moved(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):

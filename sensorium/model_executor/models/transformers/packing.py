@@ -1,8 +1,8 @@
-"""Linear layers of transformers' modules by this engine's kernels, which multiply with weights laid out for them.
+"""Runs the linear layers of transformers' modules by this engine's kernels, with weights in the kernels' layout.
 
-A module may read a linear layer's weight without calling the layer. So the weights are first set aside, with everything
-else as it was: a model that still computes the same doesn't need them in their places. Then they are laid out one by
-one, and each is given up before the next, so that there is never a second copy of all.
+A module may read a linear layer's weight without calling the layer. So the weights are first only set aside: if the
+model still computes the same, no module reads them. Then each is packed and freed in turn, so that there is never a
+second copy of all.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sensorium.kernels import pack, packed_linear
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Aside:
-    """A layer, and the weight that was its own."""
+    """A layer and its original weight."""
 
     layer: nn.Linear
     weight: torch.nn.Parameter
@@ -31,7 +31,7 @@ class SetAside:
     """Linear layers whose weights are kept apart from them.
 
     Args:
-        model: Any.
+        model: Any module.
         run: Runs a pass. Layers that it doesn't call are left alone.
     """
 
@@ -51,19 +51,19 @@ class SetAside:
             each.layer.weight = each.weight
 
     def pack(self) -> None:
-        """Lay the weights out, and let the layers multiply with them."""
+        """Pack the weights, and let the layers multiply with the packed ones."""
         while self._layers:
             each = self._layers.pop()
             packed = pack(each.weight)
             each.layer.forward = partial(packed_linear, packed=packed, bias=each.layer.bias)  # type: ignore[method-assign]
             if packed.panels is None:
                 each.layer.weight = each.weight
-            else:  # as a buffer it counts among the model's tensors
+            else:  # a buffer, so that it is one of the model's tensors
                 each.layer.register_buffer("packed_weight", packed.panels, persistent=False)
 
 
 def _called(model: nn.Module, run: Callable[[], object]) -> list[nn.Linear]:
-    """Plain linear layers that a pass calls and whose weights are nobody else's."""
+    """Plain linear layers that a pass calls and whose weights no other module shares."""
     users = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     found: dict[int, nn.Linear] = {}
     handles = [

@@ -1,8 +1,9 @@
 """The class that serves architectures which don't generate: encoders, classifiers, rerankers, by transformers' modules.
 
-A prompt runs whole, and nothing is kept of it. Up to the *stack*, the innermost module that holds all attention, a
-step's prompts are one flat batch, in which rows meet in attention only. What comes behind the stack, such as a pooler
-and a classifier, is the model's own: it runs once for a step's prompts, padded, with the stack standing in for itself.
+A prompt runs whole, without a cache. Up to the *stack*, the innermost module that holds all attention, a step's prompts
+are one flat batch; only attention looks at more than one row. What follows the stack, such as a pooler and a
+classifier, is the model's own: it runs once for a step's prompts, padded, while the stack is replaced by one that
+returns the rows computed before.
 """
 
 from __future__ import annotations
@@ -31,12 +32,13 @@ from sensorium.model_executor.models.transformers.weights import load_pooling_mo
 
 FLAT, PADDED, ALONE = "transformers flat", "transformers padded", "transformers one by one"
 _MOST_PADDING = 1.25
-"""Rows of a padded batch, of those that are a prompt's."""
+"""The largest ratio of a padded batch's rows to those of its prompts."""
 _MOST_TRIED_TOKENS = 1024
 
 
 class NothingKept(nn.Module):
-    """To the worker a layer with a state of a few bytes, which nobody writes: a model without any cache."""
+    """A layer with a state of a few bytes that is never written: the worker expects a cache, and these models have
+    none."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -54,11 +56,11 @@ class PoolingTier:
     name: str
     """For the load report."""
     make: Callable[[], FlatPooling | BatchPooling]
-    """Raises `CannotRunError` where the model can't run like this."""
+    """Raises `CannotRunError` if the model can't run in this way."""
 
 
 class TransformersForPooling(nn.Module):
-    """A model of transformers that makes vectors or scores. It runs once a tier was chosen by `use`."""
+    """A model of transformers that makes vectors or scores. `use` must choose a tier before it runs."""
 
     def __init__(self, *, config: EngineConfig, hf_model: nn.Module) -> None:
         super().__init__()
@@ -75,7 +77,7 @@ class TransformersForPooling(nn.Module):
     def load_from_checkpoint(cls, config: EngineConfig) -> TransformersForPooling:
         """The model with its checkpoint's weights; see `load_pooling_model`.
 
-        Raises `ConfigError` (a `ValueError`) for weights that are to be held in another way.
+        Raises `ConfigError` (a `ValueError`) if a quantization is set.
         """
         if config.quant_config is not None:
             raise ConfigError(
@@ -97,7 +99,7 @@ class TransformersForPooling(nn.Module):
         yield PoolingTier(ALONE, partial(self._batches, padded=False))
 
     def use(self, tier: PoolingTier) -> None:
-        """Run by a tier from now on. Raises `CannotRunError` where that can't be."""
+        """Run by a tier from now on. Raises `CannotRunError` if the model can't."""
         if isinstance(self.way, FlatPooling):
             self.way.trunk.remove()
         self.way = None
@@ -111,7 +113,7 @@ class TransformersForPooling(nn.Module):
 
     @property
     def max_prompt_tokens(self) -> int | None:
-        """Most tokens of a prompt, where positions are counted from later than 0."""
+        """The most tokens of a prompt, for a model whose positions don't begin at 0."""
         table = getattr(self._model_config.hf_config, "max_position_embeddings", None)
         if not isinstance(table, int):
             return None
@@ -122,7 +124,7 @@ class TransformersForPooling(nn.Module):
         )
 
     def _takes(self, num_tokens: int) -> bool:
-        """Whether a model that counts positions by itself takes so many tokens; not tried where that takes long."""
+        """Whether a model that computes positions itself takes so many tokens; not tried if that would take long."""
         if num_tokens > _MOST_TRIED_TOKENS:
             return len(self._arguments.offsets) == 1
         try:
@@ -183,20 +185,20 @@ class TransformersForPooling(nn.Module):
         return self.outputs(rows, [request.prompt_token_ids for request in requests])
 
     def outputs(self, rows: Sequence[torch.Tensor], token_ids: Sequence[Sequence[int]]) -> list[torch.Tensor]:
-        """What the model makes of the rows of whole prompts: last states `(num_tokens, hidden_size)`, scores of labels
-        `(num_labels,)`, or of each token's `(num_tokens, num_labels)`."""
+        """The model's outputs for the rows of whole prompts: last states `(num_tokens, hidden_size)`, scores of labels
+        `(num_labels,)`, or for each token `(num_tokens, num_labels)`."""
         assert self.way is not None, "use() was not called"
         return self.way.outputs(rows, token_ids)
 
     def text_token_ids(self, count: int) -> list[int]:
-        """Token ids of a text that means nothing; see `text_token_ids`."""
+        """Token ids of a meaningless text; see `text_token_ids`."""
         return text_token_ids(self._model_config, count)
 
     # The untouched model
 
     @torch.inference_mode()
     def reference(self, token_ids: Sequence[int], type_ids: Sequence[int] | None = None) -> torch.Tensor:
-        """The same of one prompt by transformers alone, with its eager attention."""
+        """`outputs` for one prompt, computed by transformers alone, with its eager attention."""
         ids = torch.tensor([list(token_ids)], device=self._device)
         types = None if type_ids is None else torch.tensor([list(type_ids)], device=self._device)
         with self._attention.eager():
@@ -204,19 +206,19 @@ class TransformersForPooling(nn.Module):
 
     @property
     def end_token_id(self) -> int | None:
-        """The token that a text must end with, as where an encoder's text is read again by a decoder (BART)."""
+        """The token that a text must end with, if the model pools its position (BART)."""
         hf_config = self._model_config.hf_config
         found = getattr(hf_config, "eos_token_id", None)
         return found if getattr(hf_config, "is_encoder_decoder", False) and isinstance(found, int) else None
 
     @property
     def takes_type_ids(self) -> bool:
-        """Whether it is told which text of a pair a token belongs to."""
+        """Whether the model takes token type ids, which tell the texts of a pair apart."""
         return self._arguments.num_types > 1
 
 
 class _Arguments:
-    """What a model's `forward` takes."""
+    """The arguments of a model's `forward`."""
 
     def __init__(self, model: nn.Module, model_config: ModelConfig) -> None:
         parameters = inspect.signature(model.forward).parameters
@@ -229,7 +231,7 @@ class _Arguments:
         pad = getattr(hf_config, "pad_token_id", None)
         self.pad_token_id = pad if isinstance(pad, int) and 0 <= pad < model_config.vocab_size else None
         self.offsets = (0,) if self.pad_token_id is None else (0, self.pad_token_id + 1)
-        """Where models count positions from: 0, or behind the padding's (RoBERTa)."""
+        """The first positions that models may have: 0, or the padding id's successor (RoBERTa)."""
 
     def of_batch(
         self, ids: torch.Tensor, mask: torch.Tensor, type_ids: torch.Tensor | None, *, uses_types: bool = True
@@ -250,7 +252,7 @@ class FlatPooling(nn.Module):
     Args:
         model: Of transformers.
         arguments: What it takes.
-        calls: Of attention, in a pass.
+        calls: Its attention calls in a pass.
         stack: The innermost module that holds all of them.
         mask_form: One of `MASK_FORMS`.
         offset: The first position.
@@ -273,7 +275,7 @@ class FlatPooling(nn.Module):
         self.trunk = Trunk(model, stack)
         self.attention_calls = nn.ModuleList(_attention_for(call) for call in calls)
         self.has_states_behind = False
-        """Whether last states are those of the stack, with nothing behind it."""
+        """Whether the stack's rows are the last states, with no module after it."""
 
     @property
     def described(self) -> str:
@@ -288,7 +290,7 @@ class FlatPooling(nn.Module):
         attn_metadata: AttentionMetadata,
         token_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """Rows as they leave the stack."""
+        """The stack's output rows."""
         shape = (1, 1, 1, 1) if self._mask_form == MASK_FORMS[0] else (1, len(input_ids))
         mask = input_ids.new_ones(shape)
         types = None if token_type_ids is None else token_type_ids[None]
@@ -312,7 +314,8 @@ class FlatPooling(nn.Module):
 
 
 class BatchPooling(nn.Module):
-    """The way for models that do more between rows than attend through the interface: as transformers runs them.
+    """The way for models whose rows depend on others not only through the attention interface: as transformers runs
+    them.
 
     `padded`: prompts of about the same length together; else one by one.
     """
@@ -337,7 +340,7 @@ class BatchPooling(nn.Module):
         attn_metadata: AttentionMetadata,
         token_type_ids: torch.Tensor | None,
     ) -> torch.Tensor:
-        """The model's outputs, those for a whole prompt repeated in each of its rows."""
+        """The model's outputs; one for a whole prompt is repeated in each of its rows."""
         lens = list(attn_metadata.query_lens_host)
         ids = torch.split(input_ids, lens)
         types = [None] * len(lens) if token_type_ids is None else torch.split(token_type_ids, lens)
@@ -364,7 +367,7 @@ def _for_each_row(result: torch.Tensor, length: int) -> torch.Tensor:
 
 
 class _WholeStep:
-    """The `AttentionStep` of a pass over whole prompts: call by call, without a cache."""
+    """The `AttentionStep` of a pass over whole prompts, without a cache."""
 
     __slots__ = ("_calls", "_layers", "_next", "_starts")
 
@@ -427,7 +430,7 @@ class _StackWatch:
             handle.remove()
 
     def found(self) -> nn.Module:
-        """The module. Raises `CannotRunError` if a layer's own attention is all that there is."""
+        """The module. Raises `CannotRunError` if there is none above a layer's own attention."""
         total = len(self._recorder.calls)
         holders = [module for module, before, behind in self._left if before == 0 and behind == total]
         callers = {id(call.module) for call in self._recorder.calls}
@@ -444,27 +447,27 @@ class _StackWatch:
 
 
 def _holds_layers(module: nn.Module, callers: set[int]) -> bool:
-    """Of a model with one layer: whether a module has it in a list, as a stack does."""
+    """For a model with one layer: whether a module has the layer in a list, as a stack does."""
     lists = [each for each in module.children() if isinstance(each, nn.ModuleList)]
     return any(id(inner) in callers for each in lists for inner in each.modules())
 
 
 def _result(output: Any) -> torch.Tensor:
-    """Scores, where a model's output has some, else last states, `(batch, ...)`."""
+    """Scores if a model's output has some, else last states, `(batch, ...)`."""
     logits = getattr(output, "logits", None)
     found: torch.Tensor = hidden_states(output) if logits is None else logits
     return found
 
 
 def _results(output: Any, mask: torch.Tensor) -> list[torch.Tensor]:
-    """A batch's results one by one, without the rows of padding."""
+    """The results of each sequence of a batch, without padding rows."""
     results = _result(output)
     lens = mask.sum(1).tolist()
     return [each if each.dim() == 1 else each[:length] for each, length in zip(results.unbind(), lens, strict=True)]
 
 
 def padded_ids(token_ids: Sequence[Sequence[int]], pad: int, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """`(batch, longest)` ids with padding behind, and a mask with ones at ids."""
+    """`(batch, longest)` ids, padded at the end, and a mask with ones at ids."""
     ids = [torch.tensor(list(each), device=device) for each in token_ids]
     ones = [torch.ones_like(each) for each in ids]
     padded = nn.utils.rnn.pad_sequence(ids, batch_first=True, padding_value=pad)
@@ -472,7 +475,7 @@ def padded_ids(token_ids: Sequence[Sequence[int]], pad: int, device: torch.devic
 
 
 def batches_of(lens: Sequence[int], *, is_padded: bool) -> Iterator[list[int]]:
-    """Indices of sequences that run together: all alone, or with little padding."""
+    """Indices of sequences that run together: each alone, or those that need little padding."""
     batch: list[int] = []
     total = 0
     for i in sorted(range(len(lens)), key=lambda i: lens[i]):

@@ -1,4 +1,4 @@
-"""Why an architecture can't be run in one of the ways that there are."""
+"""The error of an architecture that can't run in some way."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ from sensorium.errors import ModelError
 
 
 class CannotRunError(ModelError):
-    """Modules of Hugging Face do something that has no counterpart here. The message says what, in a few words."""
+    """Modules of Hugging Face do something that this engine has no counterpart for. The message says what."""

@@ -1,7 +1,7 @@
-"""The part of a Hugging Face model in front of its head, which the outer `forward` can be run up to, and from on.
+"""The part of a Hugging Face model before its head. The outer `forward` can run up to its end, or from there on.
 
-Running up to it gives hidden states without logits of every row. Running from it on, with rows that it is said to have
-returned, gives the logits of chosen rows as the model itself makes them, scales and caps included.
+Running up to its end gives hidden states without logits of every row. Running from there on, with given rows as the
+trunk's output, gives logits of chosen rows as the model itself computes them, scales and caps included.
 """
 
 from __future__ import annotations
@@ -14,15 +14,15 @@ import torch
 from torch import nn
 
 _ROWS = 3
-"""Hidden states on which heads are compared."""
+"""The number of hidden states for which heads are compared."""
 
 
 class _Ended(BaseException):
-    """Ends a pass behind the trunk. Not an `Exception`, so that no model code catches it by accident."""
+    """Ends a pass after the trunk. Not an `Exception`, so that no model code catches it."""
 
 
 class Trunk:
-    """One module of a model. Idle, it costs one attribute check per call.
+    """One module of a model. While unused, it costs one attribute check per call.
 
     Args:
         model: The whole model.
@@ -66,7 +66,7 @@ class Trunk:
         return self._outer_logits(hidden_states)
 
     def find_head(self, size: int, device: torch.device, dtype: torch.dtype) -> None:
-        """Call the output head by itself from now on, if it is all that the outer `forward` does behind the trunk."""
+        """From now on call the output head alone, if the outer `forward` does nothing else after the trunk."""
         head = self._model.get_output_embeddings()
         if not isinstance(head, nn.Module):
             return
@@ -74,12 +74,12 @@ class Trunk:
         rows = 30 * torch.randn(_ROWS, size, generator=generator).to(device, dtype)
         try:
             is_all = torch.equal(head(rows), self._outer_logits(rows))
-        except RuntimeError:  # rows of another width than the head takes
+        except RuntimeError:  # rows of a width that the head doesn't take
             return
         self._head = head if is_all else None
 
     def behind(self, rows: torch.Tensor, arguments: Mapping[str, Any]) -> Any:
-        """What the model returns when the trunk is said to have returned `rows` `(batch, num_tokens, hidden_size)`."""
+        """What the model returns with `rows` `(batch, num_tokens, hidden_size)` as the trunk's output."""
         self._rows = rows
         try:
             return self._model(**arguments)
@@ -108,7 +108,7 @@ def hidden_states(output: Any) -> torch.Tensor:
 
 
 def _with_rows(module: nn.Module, output: Any, rows: torch.Tensor) -> Any:
-    """What a module returned, with other rows, and with what its pooler makes of them if it has one (GTE)."""
+    """A module's output with other rows, and with its pooler's output for them if it has one (GTE)."""
     if isinstance(output, torch.Tensor):
         return rows
     if isinstance(output, tuple):
@@ -122,11 +122,12 @@ def _with_rows(module: nn.Module, output: Any, rows: torch.Tensor) -> Any:
 
 
 def find_trunk(model: Any, arguments: Mapping[str, Any]) -> Trunk | None:
-    """A trunk behind which the outer `forward` makes of hidden states what it makes of them in a pass of its own.
+    """A trunk from which the outer `forward` can go on with given hidden states, and returns what it does in a whole
+    pass.
 
     Args:
         model: The whole model.
-        arguments: Of a pass.
+        arguments: Those of a pass.
     """
     logits: torch.Tensor = model(**arguments).logits[0]
     for module in _candidates(model):
@@ -135,14 +136,14 @@ def find_trunk(model: Any, arguments: Mapping[str, Any]) -> Trunk | None:
             output = trunk.run(arguments)
             if output is not None and torch.equal(trunk.logits(hidden_states(output)[0]), logits):
                 return trunk
-        except Exception:  # noqa: BLE001  it returns something else, or is called otherwise: no trunk
+        except Exception:  # noqa: BLE001  it returns something else, or takes other arguments: no trunk
             pass
         trunk.remove()
     return None
 
 
 def _candidates(model: Any) -> Iterator[nn.Module]:
-    """Modules that models name as their inner part, each once."""
+    """Modules under the names that models have for their inner part, each once."""
     seen: list[nn.Module] = [model]
     for name in ("get_decoder", "base_model"):
         found = getattr(model, name, None)

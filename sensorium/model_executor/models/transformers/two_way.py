@@ -1,7 +1,7 @@
-"""Reads from a model's own masks which of its rows see one another both ways, and what each layer makes of it.
+"""Finds two-way spans in a model's own masks, and how each layer treats them.
 
-The masks of a prompt with media are asked about every pair of positions, and compared with the rule of text and what
-the engine can add to it: spans of a modality's rows, or the whole prompt, seen as `SpanRule` says.
+The masks of a prompt with media are evaluated at every pair of positions, and compared with the rule for text combined
+with each two-way span that the engine supports: a modality's rows, or the whole prompt, seen as `SpanRule` says.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ class SeenPrompt:
     media: np.ndarray[Any, np.dtype[np.bool_]]
     """`(num_tokens,)`: which rows are media's."""
     sights: tuple[torch.Tensor, ...]
-    """Of each call, `(num_tokens, num_tokens)`: whether a position (row) sees another (column)."""
+    """For each call `(num_tokens, num_tokens)`: whether a position (row) sees another (column)."""
 
 
 class MaskRecorder:
-    """The `AttentionStep` that notes what each call of a pass sees, and computes nothing."""
+    """An `AttentionStep` that records what each call of a pass sees, and computes nothing."""
 
     def __init__(self) -> None:
         self.sights: list[torch.Tensor] = []
@@ -61,10 +61,10 @@ class MaskRecorder:
 def read_two_way(
     prompts: Sequence[SeenPrompt], rules: Sequence[MaskRule]
 ) -> tuple[frozenset[str], tuple[SpanRule, ...]]:
-    """The modalities whose rows see one another, or `WHOLE_PROMPT`, and what each attention call makes of that.
+    """The modalities whose rows see one another, or `WHOLE_PROMPT`, and how each attention call treats them.
 
     Raises:
-        CannotRunError: Masks follow no such rule.
+        CannotRunError: The masks follow no supported rule.
     """
     found = [_read(prompt, rules) for prompt in prompts]
     if any(WHOLE_PROMPT in names for names, _ in found):
@@ -91,7 +91,7 @@ def _read(
 
 
 def _span_rule(sight: torch.Tensor, rule: MaskRule, ranges: Sequence[Range]) -> SpanRule | None:
-    """What a call that sees this makes of spans; None if it sees something else."""
+    """How a call that sees this treats spans; None if no `SpanRule` fits."""
     base = _base(rule, len(sight))
     if torch.equal(sight, base):
         return SpanRule.IGNORED
@@ -104,11 +104,12 @@ def _span_rule(sight: torch.Tensor, rule: MaskRule, ranges: Sequence[Range]) -> 
 
 
 def _within(rule: MaskRule, num_tokens: int) -> torch.Tensor:
-    """Whether a position's rule reaches back to another."""
+    """`(num_tokens, num_tokens)`: whether the rule's window or chunk reaches from a position to another, whatever their
+    order."""
     first = torch.tensor([rule.first_key(query) for query in range(num_tokens)])
     return torch.arange(num_tokens)[None, :] >= first[:, None]
 
 
 def _base(rule: MaskRule, num_tokens: int) -> torch.Tensor:
-    """What a rule shows of text."""
+    """What positions of text see by a rule."""
     return _within(rule, num_tokens).tril()

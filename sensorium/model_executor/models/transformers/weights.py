@@ -1,6 +1,6 @@
 """Weights by Hugging Face's own loading: its conversions of names and layouts, its tied parameters, its file order.
 
-Parameters are built without memory, and each tensor of the files goes to its place once.
+Parameters are created without memory, and each tensor of the files is copied once.
 """
 
 from __future__ import annotations
@@ -26,18 +26,19 @@ MAX_NAMED = 8
 
 
 def load_hf_model(config: EngineConfig) -> nn.Module:
-    """The checkpoint's own class with its weights, on the device, in the dtype; in evaluation mode.
+    """The checkpoint's own class with its weights, on the configured device, in the configured dtype, in evaluation
+    mode.
 
     Raises:
         ModelError: transformers has no such class, or can't make it from this config.
-        WeightsError: The files don't fill it.
+        WeightsError: The files don't fill every parameter.
     """
     return _loaded(config, hf_class_of(config.model_config), _remote_code(config.model_config))
 
 
 def load_pooling_model(config: EngineConfig) -> nn.Module:
-    """The same for a model that doesn't generate: the class with the head that its task is for, or without a head for
-    vectors. Raises as `load_hf_model`."""
+    """As `load_hf_model`, for a model that doesn't generate: the class with the head for its task, or without a head
+    for vectors."""
     model_config = config.model_config
     auto_class = _AUTO_CLASSES[model_config.pooler.tasks[0]]
     if model_config.trust_remote_code and auto_class in (getattr(model_config.hf_config, "auto_map", None) or {}):
@@ -54,7 +55,7 @@ _AUTO_CLASSES = {
     "classify": "AutoModelForSequenceClassification",
     "token_classify": "AutoModelForTokenClassification",
 }
-"""By the first task of a model."""
+"""The auto class for the first task of a model."""
 
 
 def _pooling_class(model_config: ModelConfig, auto_class: str) -> Any:
@@ -86,7 +87,8 @@ def _loaded(config: EngineConfig, hf_class: Any, options: Mapping[str, Any]) -> 
 
 
 def hf_class_of(model_config: ModelConfig) -> Any:
-    """The class of transformers that a checkpoint names, or the factory for one that comes with the checkpoint."""
+    """The class of transformers that a checkpoint names, or an auto class for one whose code comes with the
+    checkpoint."""
     import transformers
 
     if _is_remote(model_config):
@@ -106,7 +108,7 @@ def _remote_code(model_config: ModelConfig) -> dict[str, Any]:
 
 
 def _made(hf_class: Any, hf_config: Any, model_config: ModelConfig, options: Mapping[str, Any]) -> Any:
-    """The class with weights as it initializes them, seeded."""
+    """The class with randomly initialized weights, seeded."""
     make = hf_class.from_config if options else hf_class._from_config  # noqa: SLF001  a model class has no public one
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(model_config.seed)
@@ -141,7 +143,7 @@ def _read(hf_class: Any, hf_config: Any, model_config: ModelConfig, options: Map
 
 
 def _without_pooler(hf_class: Any) -> dict[str, Any]:
-    """Vectors are made of last states: a pooler beside them, as BERT has one, is for another task."""
+    """Options that leave out a pooler as BERT's: vectors are pooled from last states."""
     names = inspect.signature(hf_class).parameters if isinstance(hf_class, type) else {}
     return {"add_pooling_layer": False} if "add_pooling_layer" in names else {}
 
@@ -161,7 +163,7 @@ def _without_bars() -> Iterator[None]:
 
 
 def _check_filled(model_config: ModelConfig, info: Mapping[str, Any]) -> None:
-    """Refuse parameters without a value; keys that are of no use are only told, as transformers does."""
+    """Refuse parameters without a value; unused keys are only logged, as in transformers."""
     for kind in ("missing_keys", "mismatched_keys"):
         if names := sorted(map(str, info.get(kind) or ())):
             raise WeightsError(
