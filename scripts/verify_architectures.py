@@ -3,7 +3,7 @@ its greedy tokens are those of `generate`, of text, and of pictures, clips and s
 `sensorium models` shows. Takes some minutes; some processors want torchvision, timm or num2words, and aren't tried
 without.
 
-    PYTHONPATH=. python scripts/verify_architectures.py [TYPE...]
+    PYTHONPATH=. python scripts/verify_architectures.py [TYPE or CLASS...]
 """
 
 from __future__ import annotations
@@ -46,18 +46,25 @@ def main() -> None:
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     known = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {"architectures": {}}
-    types = {**text_types(), **media_types()}
-    chosen = sys.argv[1:] or sorted(types)
-    if not sys.argv[1:]:
+    chosen = set(sys.argv[1:])
+    if not chosen:
         known["architectures"] = {}
-    for model_type in chosen:
-        name = types[model_type]
-        result = tried_media(model_type) if model_type in media_types() else tried(model_type)
-        print(f"{model_type}: {result}", flush=True)
+    for model_type, name, takes_media in entries():
+        if chosen and not chosen & {model_type, name}:
+            continue
+        result = tried_media(model_type) if takes_media else tried(model_type)
+        print(f"{model_type} {name}: {result}", flush=True)
         other = known["architectures"].get(name, {"model_type": model_type})
         if other["model_type"] == model_type or is_better(result, other):
             known["architectures"][name] = {"model_type": model_type, **result}
         write(known)
+
+
+def entries() -> list[tuple[str, str, bool]]:
+    """Types with their classes, and whether these take media or read a source; a type may have one of each kind."""
+    media = media_types()
+    of_text = [(model_type, name, False) for model_type, name in text_types().items() if name not in media.values()]
+    return sorted([*of_text, *((model_type, name, True) for model_type, name in media.items())])
 
 
 def write(known: dict[str, Any]) -> None:
@@ -90,10 +97,10 @@ def tried(model_type: str) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001  whatever modules raise
             return {"tier": "", "is_equal": False, "note": _first_line(error).replace(name, "the checkpoint")}
     tier = report.features.tier.removeprefix("transformers ")
-    note = next((note for note in report.features.notes if note.startswith("not ")), "")
+    note = _note(report.features)
     if tokens != expected:
         return {"tier": tier, "is_equal": False, "note": f"greedy tokens of {tier} differ from those of generate"}
-    return {"tier": tier, "is_equal": True, "note": note[:LONGEST_REASON]}
+    return {"tier": tier, "is_equal": True, "note": note}
 
 
 def tried_media(model_type: str) -> dict[str, Any]:
@@ -123,12 +130,23 @@ def tried_media(model_type: str) -> dict[str, Any]:
         except Exception as error:  # noqa: BLE001  whatever modules raise
             return _media_failure(error, name)
     tier = report.features.tier.removeprefix("transformers ")
-    note = next((note for note in report.features.notes if note.startswith("not ")), "")[:LONGEST_REASON]
+    note = _note(report.features)
     media = sorted(requests.keys() - set(different))
     if not media:
         note = f"greedy tokens of {tier} differ from those of generate with {', '.join(different)}"
         return {"tier": tier, "is_equal": False, "note": note}
     return {"tier": tier, "is_equal": True, "note": note, "media": media}
+
+
+def _note(features: Any) -> str:
+    """What there is to say of a tier: why no faster one, or what of it is slower than in others."""
+    not_taken = next((note for note in features.notes if note.startswith("not ")), "")
+    slower = ("one sequence at a time", "over all of its tokens")
+    found = next((each for each in slower if any(each in note for note in features.notes)), "")
+    what = {slower[0]: "some layers one sequence at a time", slower[1]: "every pass runs all tokens again"}.get(
+        found, ""
+    )
+    return "; ".join(filter(None, (what, not_taken)))[:LONGEST_REASON]
 
 
 def _media_failure(error: Exception, folder: str) -> dict[str, Any]:

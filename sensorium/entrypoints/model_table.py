@@ -21,8 +21,8 @@ NATIVE, FLAT, BY_REQUEST, NOT_SERVED, UNKNOWN = "native", "flat", "by request", 
 WHOLE, PADDED = "flat, whole prompts", "padded"
 WAYS = {
     NATIVE: "a class of this engine: every feature, at full speed",
-    FLAT: "modules of transformers over a flat batch and the paged cache: batching, chunks, prefix cache",
-    BY_REQUEST: "modules of transformers, a pass and a cache of Hugging Face's for each request",
+    FLAT: "modules of transformers over a flat batch and the engine's caches: batching, chunks, prefix cache",
+    BY_REQUEST: "modules of transformers, a pass for each request, with Hugging Face's cache or over all tokens again",
     WHOLE: "modules of transformers that don't generate, over whole prompts in one flat batch, without a cache",
     PADDED: "the same with prompts of about the same length together, padded",
     UNKNOWN: "not tried beforehand; loading finds out which of these ways is right, or refuses it",

@@ -34,7 +34,7 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(("kv_lora_rank",), 16),
     **dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts"), 4),
     **dict.fromkeys(("num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k", "topk_method_k"), 2),
-    **dict.fromkeys(("n_group", "topk_group", "num_expert_groups"), 1),
+    **dict.fromkeys(("n_group", "topk_group", "num_expert_groups", "num_expert_group"), 1),
     **dict.fromkeys(("n_shared_experts", "moe_num_shared_experts", "num_shared_experts"), 1),
     **dict.fromkeys(("first_k_dense_replace", "moe_layer_start_index", "num_dense_layers"), 1),
     **dict.fromkeys(("sliding_window", "window_size", "attention_window_size", "local_attention"), 6),
@@ -43,12 +43,13 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(("max_target_positions", "max_source_positions"), MAX_POSITION),
     **dict.fromkeys(("mamba_d_state", "state_size", "ssm_state_size"), 8),
     **dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2),
-    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim"), 16),
+    **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
+    **dict.fromkeys(("linear_num_heads",), 4),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), NUM_LAYERS),
     **dict.fromkeys(("encoder_layers",), NUM_LAYERS),
     **dict.fromkeys(("hidden_size_per_layer_input",), 16),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCAB_SIZE),
-    **dict.fromkeys(("index_n_heads",), 2),
+    "index_n_heads": 16,  # with few, all score zero at times, and which of equals is taken is chance
     **dict.fromkeys(("index_topk",), 8),
     **dict.fromkeys(("time_step_rank", "dt_rank", "mamba_dt_rank"), 8),
     **dict.fromkeys(("num_kv_shared_layers",), 2),
@@ -64,11 +65,52 @@ _SPECIAL_IDS: Mapping[str, int] = {
 }
 
 
+_ROPE = {"rope_type": "default", "rope_theta": 10000.0}
+_MIXED = ["linear_attention", "full_attention"] * 2
+_HYBRID = ["linear_attention", "hybrid"] * 2
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
-    **{
-        name: {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1, 3]}
-        for name in ("bamba", "granitemoehybrid")
+    "falcon_h1": {"mamba_n_heads": 8, "mamba_d_head": 16, "mamba_d_ssm": 128},
+    "bamba": {"mamba_n_heads": 8, "mamba_d_head": 16, "attn_layer_indices": [1, 3]},
+    "granitemoehybrid": {"mamba_n_heads": 8, "mamba_d_head": 16, "layer_types": _MIXED},
+    "zamba": {"attention_hidden_size": 128, "attention_head_dim": 32, "layers_block_type": _HYBRID},
+    "zamba2": {
+        "attention_hidden_size": 128,
+        "attention_head_dim": 32,
+        "mamba_headdim": 16,
+        "layers_block_type": _HYBRID,
+        "hybrid_layer_ids": [1, 3],
     },
+    "cohere_compass_text": {
+        "rope_parameters": dict.fromkeys(("full_attention", "sliding_attention"), _ROPE),
+        "layer_types": ["sliding_attention", "full_attention"] * 2,
+    },
+    "dbrx": {
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8.0, "rope_theta": 10000.0},
+        "ffn_config": {"ffn_hidden_size": 96, "moe_num_experts": 4, "moe_top_k": 2},
+    },
+    "hrm_text": {
+        "num_hidden_layers": 4,
+        "num_layers_per_stack": 1,
+        "H_cycles": 2,
+        "L_cycles": 1,
+        "L_bp_cycles": [1, 1],
+        "head_dim": 16,
+    },
+    **{
+        name: {
+            "indexer_n_heads": 16,
+            "indexer_kv_heads": 1,
+            "indexer_head_dim": 16,
+            "indexer_budget": 8,
+            "indexer_compress_ratio": 2,
+        }
+        for name in ("qwen4_exp", "qwen4_exp_text")
+    },
+    **{name: {"per_layer_config": {}} for name in ("dots3_note", "dots3_note_text")},
+    "reformer": {"axial_pos_embds_dim": [32, 32], "axial_pos_shape": [16, 32], "attn_layers": ["local", "lsh"] * 2},
+    "rwkv": {"attention_hidden_size": 64},
+    "xlm": {"causal": True},
+    "xlstm": {"hidden_size": 128, "embedding_dim": 128, "num_blocks": NUM_LAYERS},
     **{name: {"head_dim": 16} for name in ("hunyuan_v1_dense", "hunyuan_v1_moe", "ministral")},
     **{
         name: {"per_layer_config": {at: {"head_dim": 32} for at in ("01", "03")}}
@@ -77,11 +119,12 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
     "deepseek_v2": {"head_dim": 8, "num_experts_per_tok": 2, "first_k_dense_replace": 1},
     "dots1": {"n_routed_experts": 4, "n_shared_experts": 1, "num_experts_per_tok": 2},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1},
-    "blenderbot": {"max_position_embeddings": 128},
+    "blenderbot": {"max_position_embeddings": 128, "encoder_layers": NUM_LAYERS},
     "bailing_hybrid": {"head_dim": 16},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24},
     "lfm2_moe": {"layer_types": ["conv", "full_attention"] * 2},
     "mamba2": {"num_heads": 8, "head_dim": 16},
+    "moshi": {"sliding_window": MAX_POSITION},  # as by default; beyond it, caches hide what whole passes see
     "nemotron": {"num_key_value_heads": 2, "head_dim": 16},
     "qwen2_moe": {"sliding_window": 6},
     "xmod": {"default_language": "en_XX"},
@@ -98,7 +141,8 @@ def text_types() -> dict[str, str]:
 
 def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
     """The defaults of a type with sizes of some dozens."""
-    config_class = CONFIG_MAPPING[model_type]
+    # A type may name the config of a whole with media, and a class that takes its part for text.
+    config_class = getattr(transformers, text_types()[model_type]).config_class or CONFIG_MAPPING[model_type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         default = config_class()

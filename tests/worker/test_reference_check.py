@@ -11,7 +11,7 @@ import torch
 
 from sensorium.errors import ConfigError, ModelError, WeightsError
 from sensorium.kernels.native import native_library
-from sensorium.model_executor.models.transformers import mask_rules
+from sensorium.model_executor.models.transformers import by_sequence, mask_rules
 from sensorium.model_executor.models.transformers.flat import FlatWay
 from sensorium.model_executor.models.transformers.mask_rules import MaskRule
 from sensorium.model_executor.models.transformers.model import BY_REQUEST, FLAT, TransformersForCausalLM
@@ -74,9 +74,10 @@ def test_the_check_can_be_skipped(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("model_type", "settings", "reason"),
     [
-        ("bloom", {}, "can't be reached"),
-        ("lfm2_moe", {}, "rows meet outside of attention"),
-        ("doge", {}, "make masks of their own"),
+        ("openai-gpt", {}, "can't be reached"),
+        ("minimax", {}, "keeps a state elsewhere"),
+        ("recurrent_gemma", {}, "rows meet outside of attention"),
+        ("deepseek_v4", {}, "grows with each token"),
         ("inkling_text", {}, "bias"),
     ],
 )
@@ -87,9 +88,31 @@ def test_what_a_flat_batch_has_no_counterpart_for_runs_by_request(
     assert reason in why_not_flat(tmp_path)
 
 
+@pytest.mark.parametrize("spoiled", ["_rows", "_mask", "_cut"])
+def test_mixers_that_see_another_sequence_are_found(
+    spoiled: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """States of one sequence given to another, masks of another place, rows of a neighbour."""
+    save_tiny("mamba2" if spoiled == "_rows" else "gptj", tmp_path)
+    if spoiled == "_rows":
+        rows = by_sequence.Mixer._rows
+        monkeypatch.setattr(by_sequence.Mixer, "_rows", lambda *arguments: rows(*arguments).roll(1).clamp(0, 0))
+    elif spoiled == "_mask":
+        mask = by_sequence._mask
+        monkeypatch.setattr(by_sequence, "_mask", lambda *arguments: mask(*arguments).roll(1, -1))
+    else:
+        cut = by_sequence._cut
+        monkeypatch.setattr(
+            by_sequence,
+            "_cut",
+            lambda value, axes, rows: cut(value, axes, [replace(rows[0], begin=0, end=rows[0].end - rows[0].begin)]),
+        )
+    assert "transformers flat: " in why_not_flat(tmp_path)
+
+
 def test_what_runs_in_no_way_is_refused_with_the_reason_for_each(tmp_path: Path) -> None:
-    """Its sparse index chooses other keys where a prompt is cut than where it is not, with transformers' own cache."""
-    save_tiny("deepseek_v32", tmp_path)
+    """All tokens of its prompts see one another, so what is said of the first depends on the last."""
+    save_tiny("cpmant", tmp_path)
     with pytest.raises(ModelError, match=r"none that runs .*flat: .*by request: logits differ"):
         load_generic(tmp_path)
 
@@ -184,9 +207,10 @@ def test_a_row_alone_is_the_same_row_beside_others(tmp_path: Path) -> None:
     assert torch.equal(layer(rows)[3:4], layer(rows[3:4]))
 
 
-def test_caches_of_requests_are_told_of_in_the_memory_report(tmp_path: Path) -> None:
+def test_caches_of_requests_are_told_of_in_the_memory_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """They grow outside of what is planned. Keys and values of 4 layers, 128 tokens and 4 requests."""
     model = save_tiny("bloom", tmp_path)
+    monkeypatch.setattr(TransformersForCausalLM, "_flat_tiers", lambda _: iter(()))
     _, report = load_generic(tmp_path)
     size = report.memory_bytes["caches of requests (at most, unplanned)"]
     expected = 4 * 128 * 2 * 4 * model.config.hidden_size * model.config.n_layer

@@ -2,6 +2,9 @@
 
 To the engine such a cache is a state of fixed size: a chunk reads the one in a row and writes its own into another. So
 requests are scheduled, preempted and repeated like all others, and prefixes are found again where a state was kept.
+
+Where a model has no cache, or one that is not right when a prompt is cut, what is kept are the tokens themselves, and
+every pass runs all of them.
 """
 
 from __future__ import annotations
@@ -10,6 +13,7 @@ import copy
 import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from enum import Enum
 from typing import Any
 
 import torch
@@ -66,6 +70,17 @@ class RequestStates(nn.Module):
         return int(self._base + self._slope * num_tokens)
 
 
+class Pace(Enum):
+    """How a sequence goes on."""
+
+    CHUNKS = "chunks"
+    """With any number of tokens, from its cache."""
+    TOKENS = "tokens"
+    """One token at a time: some mixers can't go on with more."""
+    WHOLE = "whole"
+    """From its first token again."""
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class _Chunk:
     """Tokens of one request, from its position `start` on."""
@@ -89,6 +104,15 @@ class _Chunk:
             None if self.media is None else self.media.part(begin, end),
         )
 
+    def behind(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None) -> _Chunk:
+        """The tokens from the first one on, of which these came before."""
+        return _Chunk(
+            0,
+            torch.cat((ids, self.ids)),
+            torch.cat((positions, self.positions), -1),
+            None if rows is None or self.rows is None else torch.cat((rows, self.rows)),
+        )
+
 
 class ByRequestWay(nn.Module):
     """Runs a model request by request.
@@ -96,18 +120,16 @@ class ByRequestWay(nn.Module):
     Args:
         model: Of transformers, untouched.
         trunk: Of the same model; None where it has none, so that what stands for hidden states are logits.
-        token_by_token: Whether a sequence goes on with one token at a time. Some mixers can't go on with more.
+        pace: How a sequence goes on.
         inputs: Makes what the trunk gets, where that is embedded rows; None: the outer model runs on token ids.
     """
 
-    def __init__(
-        self, model: nn.Module, trunk: Trunk | None, *, token_by_token: bool, inputs: TrunkInputs | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, trunk: Trunk | None, *, pace: Pace, inputs: TrunkInputs | None = None) -> None:
         super().__init__()
         self._inputs = inputs
         self._model = (model,)  # no submodule: its parameters are the whole's
         self.trunk = trunk
-        self._token_by_token = token_by_token
+        self._pace = pace
         names = inspect.signature(model.forward if inputs is None or trunk is None else trunk.forward).parameters
         self._takes_positions = "position_ids" in names
         self._takes_mask = "attention_mask" in names
@@ -117,6 +139,8 @@ class ByRequestWay(nn.Module):
     @property
     def described(self) -> str:
         """For the load report."""
+        if self._pace is Pace.WHOLE:
+            return "a pass for each request over all of its tokens, without a cache"
         return "a pass for each request, with Hugging Face's cache"
 
     def forward(
@@ -150,7 +174,11 @@ class ByRequestWay(nn.Module):
         return torch.cat(parts)
 
     def _run(self, chunk: _Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
-        if chunk.start == 0 or not self._token_by_token:
+        if self._pace is Pace.WHOLE:
+            whole = chunk if cache is None else chunk.behind(*cache)
+            hidden, _ = self._pass(whole, None)
+            return hidden[chunk.start :], (whole.ids, whole.positions, whole.rows)
+        if chunk.start == 0 or self._pace is Pace.CHUNKS:
             return self._pass(chunk, cache)
         parts = []
         for i in range(len(chunk.ids)):
@@ -172,13 +200,13 @@ class ByRequestWay(nn.Module):
 
     def _arguments(self, chunk: _Chunk) -> dict[str, Any]:
         """What a pass gets beside mask and cache."""
-        num_tokens = len(chunk.ids)
+        num_tokens, uses_cache = len(chunk.ids), self._pace is not Pace.WHOLE
         if self._inputs is None:
-            given: dict[str, Any] = {"input_ids": chunk.ids[None], "use_cache": True}
+            given: dict[str, Any] = {"input_ids": chunk.ids[None], "use_cache": uses_cache}
             positions = torch.arange(chunk.start, chunk.start + num_tokens, device=chunk.ids.device)
         else:
             assert chunk.rows is not None
-            given = {"inputs_embeds": chunk.rows[None], "use_cache": True}
+            given = {"inputs_embeds": chunk.rows[None], "use_cache": uses_cache}
             given |= self._inputs.arguments(chunk.ids, chunk.media)
             positions = chunk.positions
         if self._takes_positions:

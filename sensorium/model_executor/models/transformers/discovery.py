@@ -7,16 +7,21 @@ a pass, not by its module, since some models run a layer several times (Zamba2).
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, suppress
+from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from sensorium.cache_spec import SpanRule
-from sensorium.model_executor.models.transformers.interface import RuledMask, attending
+from sensorium.model_executor.models.transformers.by_sequence import MixedBatch, Mixer, SequenceRows, mixing
+from sensorium.model_executor.models.transformers.interface import PassEnded, RuledMask, attending
 from sensorium.model_executor.models.transformers.mask_rules import MaskRule, read_rule, read_rule_both_ways
+from sensorium.model_executor.models.transformers.mixers import find_mixers
+from sensorium.model_executor.models.transformers.position_tables import PositionTables, find_tables
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import hidden_states
 
@@ -48,66 +53,174 @@ class Discovery:
 
     calls: tuple[AttentionCall, ...]
     trunk: nn.Module
-    """Holds all attention calls, and takes token ids and their positions."""
+    """Holds all attention calls and mixers, and takes token ids."""
     settings: Mapping[str, Any]
     """What the outer model gives to its trunk beside tensors of the tokens."""
     takes_rows: bool = False
     """The trunk gets embedded rows from the outer model instead of token ids."""
+    mixers: tuple[Mixer, ...] = ()
+    """Modules that see one sequence at a time."""
+    tables: PositionTables = field(default_factory=PositionTables)
+    """Of a trunk that takes no positions."""
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        for mixer in self.mixers:
+            mixer.remove()
+        self.tables.remove()
 
 
 def discover(
-    model: nn.Module, token_ids: Sequence[int], max_position: int, device: torch.device, *, takes_rows: bool = False
+    model: nn.Module,
+    token_ids: Sequence[int],
+    max_position: int,
+    device: torch.device,
+    own_attention: Callable[[], AbstractContextManager[None]],
+    *,
+    takes_rows: bool = False,
 ) -> Discovery:
     """Run a Hugging Face model on a few tokens of text, and look on.
 
+    `own_attention`: within it, attention is as the model has it.
     `takes_rows`: the trunk wanted is the innermost module that gets embedded rows, in front of which media are merged;
     otherwise the outermost within the model that takes token ids.
 
     Raises:
         CannotRunError: It does something that a flat batch over a paged cache has no counterpart for.
     """
+    look = partial(_discover, model, token_ids, max_position, device, own_attention, takes_rows)
+    try:
+        return look(every_attention=False)
+    except CannotRunError as reason:
+        try:
+            return look(every_attention=True)
+        except CannotRunError:
+            raise reason from None
+
+
+def _discover(
+    model: nn.Module,
+    token_ids: Sequence[int],
+    max_position: int,
+    device: torch.device,
+    own_attention: Callable[[], AbstractContextManager[None]],
+    takes_rows: bool,
+    *,
+    every_attention: bool,
+) -> Discovery:
+    """`every_attention`: all attention runs one sequence at a time, as the model has it."""
+    mixers: tuple[Mixer, ...] = ()
+    found: Discovery | None = None
+    try:
+        mixers = tuple(
+            map(Mixer, find_mixers(model, token_ids, device, own_attention, every_attention=every_attention))
+        )
+        if any(mixer.takes_keys_only for mixer in mixers):
+            given = _given_of_keys(model, token_ids, max_position + 1, device)
+            for mixer in mixers:
+                mixer.take_of_keys(given)
+        found = _with_mixers(model, token_ids, max_position, device, takes_rows, mixers)
+        _check_apart(model, token_ids, max_position, device, found)
+    except BaseException:
+        (Discovery((), model, {}, mixers=mixers) if found is None else found).remove()
+        raise
+    return found
+
+
+def _given_of_keys(model: nn.Module, token_ids: Sequence[int], num_tokens: int, device: torch.device) -> dict[str, Any]:
+    """What the first mixer is given with so many tokens."""
+    ids = torch.tensor([(list(token_ids) * (num_tokens // len(token_ids) + 1))[:num_tokens]], device=device)
+    batch = MixedBatch(())
+    with suppress(PassEnded), mixing(batch):
+        model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return batch.ended_with
+
+
+def _with_mixers(
+    model: nn.Module,
+    token_ids: Sequence[int],
+    max_position: int,
+    device: torch.device,
+    takes_rows: bool,
+    mixers: tuple[Mixer, ...],
+) -> Discovery:
+    """What a pass shows, with mixers and positions of a trunk that takes none."""
+    looking = _Looking(model, max_position, takes_rows, mixers, device)
+    found, _ = looking.at(token_ids, range(len(token_ids)))
+    if takes_rows or "position_ids" in _parameter_names(found.trunk):
+        return found
+    return replace(found, tables=find_tables(model, found.trunk, token_ids, max_position + 1, device))
+
+
+def _check_apart(
+    model: nn.Module, token_ids: Sequence[int], max_position: int, device: torch.device, found: Discovery
+) -> None:
+    """Whether rows of two sequences stay apart: other tokens in the first half of the rows, as far from the others as
+    those of another request may be, change nothing of the second. Raises `CannotRunError` if they do."""
     half = len(token_ids) // 2
-    ids, positions = torch.tensor([list(token_ids)], device=device), torch.arange(len(token_ids), device=device)[None]
-    found, rows = _look_on(model, ids, positions, half, max_position, takes_rows)
-    # Other tokens in the first half, as far from the others as those of another request may be.
-    ids[0, :half] = ids[0, :half].flip(0)
-    positions[0, :half] += max_position - half + 1
-    _, same = _look_on(model, ids, positions, half, max_position, takes_rows)
-    if not all(map(_are_equal, rows, same)):
+    looking = _Looking(model, max_position, found.takes_rows, found.mixers, device)
+    _, alone = looking.at(token_ids, range(len(token_ids)))
+    with found.tables.at(torch.arange(len(token_ids), device=device)):
+        _, rows = looking.at(token_ids, range(len(token_ids)))
+    others = [*reversed(token_ids[:half]), *token_ids[half:]]
+    positions = [*range(max_position - half + 1, max_position + 1), *range(half, len(token_ids))]
+    with found.tables.at(torch.tensor(positions, device=device)):
+        _, same = looking.at(others, positions)
+    if not all(map(_are_equal, alone, rows)) or not all(map(_are_equal, rows, same)):
         raise CannotRunError(
             "its rows meet outside of attention, as in layers that keep a state of what came before, or where the "
             "longest sequence of a batch changes how all are rotated"
         )
-    return found
 
 
-def _look_on(
-    model: nn.Module, ids: torch.Tensor, positions: torch.Tensor, half: int, max_position: int, takes_rows: bool
-) -> tuple[Discovery, list[torch.Tensor]]:
-    """What a pass shows, and all that it computes of the rows from `half` on."""
-    recorder = CallRecorder(max_position, half)
-    watch = _TrunkWatch(model, recorder, takes_rows)
-    takes_positions = "position_ids" in inspect.signature(model.forward).parameters
-    try:
-        with attending(recorder):
-            # Without a mask of ones, models read jumps of positions as the borders of packed sequences.
-            model(
-                input_ids=ids,
-                attention_mask=torch.ones_like(ids),
-                use_cache=False,
-                **({"position_ids": positions} if takes_positions else {}),
-            )
-    except CannotRunError:
-        raise
-    except Exception as error:  # whatever modules raise
-        raise CannotRunError(f"its forward fails on {ids.shape[1]} tokens of text ({error})") from error
-    finally:
-        watch.remove()
-    if not recorder.calls:
-        raise CannotRunError("its attention can't be reached through transformers' AttentionInterface")
-    trunk, settings, output = watch.found()
-    rows = [*recorder.rows, hidden_states(output)[:, half:]]
-    return Discovery(tuple(recorder.calls), trunk, settings, takes_rows), rows
+@dataclass(frozen=True, slots=True, eq=False)
+class _Looking:
+    """Looks at passes of a model."""
+
+    model: nn.Module
+    max_position: int
+    takes_rows: bool
+    mixers: tuple[Mixer, ...]
+    device: torch.device
+
+    def at(self, token_ids: Sequence[int], positions: Sequence[int]) -> tuple[Discovery, list[torch.Tensor]]:
+        """What a pass shows, and all that it computes of the second half of the rows, which are another sequence to
+        mixers."""
+        ids, half = torch.tensor([list(token_ids)], device=self.device), len(token_ids) // 2
+        halves = MixedBatch((SequenceRows(0, 0, half, 0), SequenceRows(1, half, len(token_ids), 0)))
+        with mixing(halves):
+            return self._look_on(ids, torch.tensor([list(positions)], device=self.device), half)
+
+    def _look_on(self, ids: torch.Tensor, positions: torch.Tensor, half: int) -> tuple[Discovery, list[torch.Tensor]]:
+        recorder = CallRecorder(self.max_position, half)
+
+        def count() -> int:
+            return len(recorder.calls) + sum(mixer.num_calls for mixer in self.mixers)
+
+        for mixer in self.mixers:
+            mixer.num_calls = 0
+        watch = _TrunkWatch(self.model, count, self.takes_rows)
+        takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
+        try:
+            with attending(recorder):
+                # Without a mask of ones, models read jumps of positions as the borders of packed sequences.
+                self.model(
+                    input_ids=ids,
+                    attention_mask=torch.ones_like(ids),
+                    use_cache=False,
+                    **({"position_ids": positions} if takes_positions else {}),
+                )
+        except CannotRunError:
+            raise
+        except Exception as error:  # whatever modules raise
+            raise CannotRunError(f"its forward fails on {ids.shape[1]} tokens of text ({error})") from error
+        finally:
+            watch.remove()
+        if not count():
+            raise CannotRunError("its attention can't be reached through transformers' AttentionInterface")
+        trunk, settings, output = watch.found()
+        rows = [*recorder.rows, hidden_states(output)[:, half:]]
+        return Discovery(tuple(recorder.calls), trunk, settings, self.takes_rows, self.mixers), rows
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
@@ -200,8 +313,9 @@ def _check_shapes(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -
 class _TrunkWatch:
     """Finds a module within the model that holds all attention calls: see `discover`."""
 
-    def __init__(self, model: nn.Module, recorder: CallRecorder, takes_rows: bool) -> None:
-        self._recorder = recorder
+    def __init__(self, model: nn.Module, count: Callable[[], int], takes_rows: bool) -> None:
+        self._count = count
+        """Calls of attention and mixers so far."""
         self._takes_rows = takes_rows
         self._total_at: list[tuple[nn.Module, int]] = []
         self._handles = []
@@ -219,24 +333,26 @@ class _TrunkWatch:
 
     def found(self) -> tuple[nn.Module, dict[str, Any], Any]:
         """The trunk, what it was given beside tensors of tokens, and what it returned."""
-        total = len(self._recorder.calls)
+        total = self._count()
         whole = [each for each in self._candidates if each[1] == 0 and each[2] == total]
         if self._takes_rows:
             whole = [each for each in whole if each[3].get("inputs_embeds") is not None]
         if not whole:
-            what = "embedded rows" if self._takes_rows else "token ids with positions"
+            what = "embedded rows" if self._takes_rows else "token ids"
             raise CannotRunError(f"no module of it takes {what} and holds all attention")
+        if not self._takes_rows:  # rather one that takes positions too
+            whole = [each for each in whole if "position_ids" in _parameter_names(each[0])] or whole
         module, _, _, given, output = whole[0 if self._takes_rows else -1]  # modules are left from the inside out
         return module, _plain_settings(given) if self._takes_rows else _settings(given), output
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self._total_at.append((module, len(self._recorder.calls)))
+        self._total_at.append((module, self._count()))
 
     def _leave(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         _, before = self._total_at.pop()
         given = dict(inspect.signature(module.forward).bind(*args, **kwargs).arguments)
         given |= given.pop("kwargs", {})
-        self._candidates.append((module, before, len(self._recorder.calls), given, output))
+        self._candidates.append((module, before, self._count(), given, output))
 
 
 def _plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
@@ -285,8 +401,8 @@ def find_rows_trunk(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module
 
 
 def takes_tokens(module: nn.Module) -> bool:
-    """Whether a module takes token ids with their positions."""
-    return {"input_ids", "position_ids"} <= _parameter_names(module)
+    """Whether a module takes token ids."""
+    return "input_ids" in _parameter_names(module)
 
 
 def takes_embeddings(module: nn.Module) -> bool:

@@ -5,7 +5,9 @@ Rows of different requests meet in attention only, where each call has a paged c
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +15,7 @@ from torch import nn
 
 from sensorium.attention import Attention, AttentionMetadata, LayerCache
 from sensorium.model_executor.drivers import MediaRows
+from sensorium.model_executor.models.transformers.by_sequence import KeptBeside, MixedBatch, Mixer, mixing
 from sensorium.model_executor.models.transformers.discovery import AttentionCall, Discovery
 from sensorium.model_executor.models.transformers.interface import attending
 from sensorium.model_executor.models.transformers.media_rows import TrunkInputs
@@ -31,11 +34,24 @@ class FlatWay(nn.Module):
         found: What a pass has shown.
         trunk: Of the same model.
         mask_form: One of `MASK_FORMS`.
+        token_by_token: Whether mixers go on with one token of a sequence at a time.
         inputs: Makes what the trunk gets, where that is embedded rows; None: it gets token ids.
     """
 
-    def __init__(self, found: Discovery, trunk: Trunk, mask_form: str, inputs: TrunkInputs | None = None) -> None:
+    def __init__(
+        self,
+        found: Discovery,
+        trunk: Trunk,
+        mask_form: str,
+        token_by_token: bool = False,
+        inputs: TrunkInputs | None = None,
+    ) -> None:
         super().__init__()
+        self._token_by_token = token_by_token
+        self._tables = found.tables
+        names = inspect.signature(trunk.forward).parameters
+        self._takes_positions = "position_ids" in names or inputs is not None
+        self._takes_mask = "attention_mask" in names
         self._inputs = inputs
         self._calls = found.calls
         self._settings = dict(found.settings)
@@ -43,11 +59,15 @@ class FlatWay(nn.Module):
         self._mask_form = mask_form
         self.attention_calls = nn.ModuleList(_attention_for(call, i) for i, call in enumerate(found.calls))
         """One for each call in a pass, in their order."""
+        self.mixers = nn.ModuleList(found.mixers)
+        for i, layer in enumerate(each for each in self.mixers.modules() if isinstance(each, Mixer | KeptBeside)):
+            layer.cache_index = i
 
     @property
     def described(self) -> str:
         """For the load report."""
-        return f"{len(self._calls)} attention calls in a pass"
+        calls = f"{len(self._calls)} attention calls in a pass"
+        return f"{calls}, {len(self.mixers)} layers one sequence at a time" if self.mixers else calls
 
     def forward(
         self,
@@ -65,9 +85,21 @@ class FlatWay(nn.Module):
         num_tokens = len(input_ids)
         shape = (1, 1, 1, 1) if self._mask_form == MASK_FORMS[0] else (1, num_tokens)
         given = self._settings | self._rows(input_ids, positions, media, inputs_embeds)
-        with attending(_PagedStep(self._calls, self.attention_calls, kv_caches, attn_metadata)):
-            output = self.trunk.forward(attention_mask=input_ids.new_ones(shape), **given)
+        if self._takes_mask:
+            given["attention_mask"] = input_ids.new_ones(shape)
+        with (
+            attending(_PagedStep(self._calls, self.attention_calls, kv_caches, attn_metadata)),
+            self._mixing(kv_caches, attn_metadata),
+            self._tables.at(positions),
+        ):
+            output = self.trunk.forward(**given)
         return hidden_states(output)[0]
+
+    def _mixing(self, kv_caches: Sequence[LayerCache], metadata: AttentionMetadata) -> AbstractContextManager[None]:
+        if not self.mixers:
+            return nullcontext()
+        own = kv_caches[len(self._calls) :]
+        return mixing(MixedBatch.of_step(metadata, own, self._token_by_token))
 
     def _rows(
         self, input_ids: torch.Tensor, positions: torch.Tensor, media: MediaRows | None, embeds: torch.Tensor | None
@@ -75,7 +107,8 @@ class FlatWay(nn.Module):
         if self._inputs is None:
             # Rows of text have the same position in time, height and width.
             position_ids = positions[None] if positions.dim() == 1 else positions[:1]
-            return {"input_ids": input_ids[None], "position_ids": position_ids}
+            of_positions = {"position_ids": position_ids} if self._takes_positions else {}
+            return {"input_ids": input_ids[None], **of_positions}
         rows = self._inputs.embed(input_ids, media) if embeds is None else embeds
         return {
             "inputs_embeds": rows[None],

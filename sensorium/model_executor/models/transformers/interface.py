@@ -8,6 +8,7 @@ Source: `transformers` `AttentionInterface` and `AttentionMaskInterface`.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -38,6 +39,10 @@ class RuledMask(torch.Tensor):
         return mask
 
 
+class PassEnded(BaseException):
+    """Ends a pass at load. Not an `Exception`, so that no model code catches it by accident."""
+
+
 class AttentionStep(Protocol):
     """What attention calls of a pass are about."""
 
@@ -51,6 +56,26 @@ class AttentionStep(Protocol):
         options: Mapping[str, Any],
     ) -> torch.Tensor:
         """`(1, heads, num_tokens, size)` each; returns `(1, num_tokens, heads, value size)`."""
+
+
+class Eager:
+    """The `AttentionStep` that computes it as the modeling file does in plain torch."""
+
+    def attend(
+        self,
+        module: nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        mask: torch.Tensor | None,
+        options: Mapping[str, Any],
+    ) -> torch.Tensor:
+        """See `AttentionStep.attend`."""
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
+        output: torch.Tensor = own(module, query, key, value, mask, **options)[0]
+        return output
 
 
 _step: ContextVar[AttentionStep | None] = ContextVar("transformers_attention_step", default=None)

@@ -7,9 +7,9 @@ The checkpoint's processor says what stands for an item in a prompt and makes it
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from functools import cached_property, partial
+from functools import cached_property
 from itertools import combinations
 from typing import Any, ClassVar
 
@@ -23,18 +23,12 @@ from sensorium.inputs import INPUT_REGISTRY, InputContext, TokenInputs
 from sensorium.model_executor.drivers import ItemRows, MediaRows
 from sensorium.model_executor.models.media_common import as_items
 from sensorium.model_executor.models.transformers import interface
-from sensorium.model_executor.models.transformers.by_request import ByRequestWay
+from sensorium.model_executor.models.transformers.by_request import ByRequestWay, Pace
 from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover, find_rows_trunk
-from sensorium.model_executor.models.transformers.flat import MASK_FORMS, FlatWay
+from sensorium.model_executor.models.transformers.flat import FlatWay
 from sensorium.model_executor.models.transformers.media_prompts import ItemPart, MediaPrompt, make_media_prompts
 from sensorium.model_executor.models.transformers.media_rows import TrunkInputs, on_device
-from sensorium.model_executor.models.transformers.model import (
-    BY_REQUEST,
-    FLAT,
-    Tier,
-    TransformersForCausalLM,
-    configs_of,
-)
+from sensorium.model_executor.models.transformers.model import Tier, TransformersForCausalLM, configs_of
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk
 from sensorium.model_executor.models.transformers.two_way import MaskRecorder, SeenPrompt, read_two_way
@@ -124,13 +118,6 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
 
     # Tiers
 
-    def tiers(self) -> Iterator[Tier]:
-        """The ways to run it, the best first."""
-        for form in MASK_FORMS:
-            yield Tier(FLAT, partial(self._flat, form))
-        for token_by_token in (False, True):
-            yield Tier(BY_REQUEST, partial(self._by_request, token_by_token))
-
     def use(self, tier: Tier) -> None:
         """See `TransformersForCausalLM`."""
         if self._inputs is not None:
@@ -138,7 +125,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
             self._inputs = None
         super().use(tier)
 
-    def _flat(self, mask_form: str) -> FlatWay:
+    def _flat(self, mask_form: str, token_by_token: bool) -> FlatWay:
         self._attention.set(interface.NAME)
         found = self._discovery
         if isinstance(found, CannotRunError):
@@ -150,17 +137,21 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         hidden = trunk.run(self._few_tokens)[0]
         trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
         self._attention.set(interface.NAME)
-        return FlatWay(found, trunk, mask_form, self._inputs)
+        return FlatWay(found, trunk, mask_form, token_by_token, self._inputs)
 
-    def _by_request(self, token_by_token: bool) -> ByRequestWay:
+    def _by_request(self, pace: Pace) -> ByRequestWay:
         self._attention.restore()
+        if isinstance(self._discovery, Discovery):
+            self._discovery.remove()
         module = find_rows_trunk(self.hf_model, self._few_tokens)
         self.two_way = frozenset()
         self._inputs = self._trunk_inputs(module)
+        if pace is Pace.WHOLE and self._inputs.extras:
+            raise CannotRunError("media bring more than rows, which are not kept")
         trunk = Trunk(self.hf_model, module)
         hidden = trunk.run(self._few_tokens)[0]
         trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
-        return ByRequestWay(self.hf_model, trunk, token_by_token=token_by_token, inputs=self._inputs)
+        return ByRequestWay(self.hf_model, trunk, pace=pace, inputs=self._inputs)
 
     def _trunk_inputs(self, trunk: torch.nn.Module) -> TrunkInputs:
         inputs = TrunkInputs(self.hf_model, trunk, self.model_config.vocab_size)
@@ -206,7 +197,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def _discovery(self) -> Discovery | CannotRunError:
         ids, last = self.text_token_ids(NUM_TOKENS), self.model_config.max_model_len - 1
         try:
-            return discover(self.hf_model, ids, last, self._device, takes_rows=True)
+            return discover(self.hf_model, ids, last, self._device, self._attention.own, takes_rows=True)
         except CannotRunError as reason:
             return reason
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
 from typing import Any
@@ -19,7 +19,7 @@ from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.config import EngineConfig
 from sensorium.errors import ConfigError
 from sensorium.model_executor.models.transformers import interface
-from sensorium.model_executor.models.transformers.by_request import ByRequestWay
+from sensorium.model_executor.models.transformers.by_request import ByRequestWay, Pace
 from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover
 from sensorium.model_executor.models.transformers.flat import MASK_FORMS, FlatWay
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
@@ -73,10 +73,17 @@ class TransformersForCausalLM(nn.Module):
 
     def tiers(self) -> Iterator[Tier]:
         """The ways to run it, the best first."""
-        for form in MASK_FORMS:
-            yield Tier(FLAT, partial(self._flat, form))
+        yield from self._flat_tiers()
+        for pace in Pace:
+            yield Tier(BY_REQUEST, partial(self._by_request, pace))
+
+    def _flat_tiers(self) -> Iterator[Tier]:
+        """Mixers that go on with one token at a time are tried only where there are some."""
         for token_by_token in (False, True):
-            yield Tier(BY_REQUEST, partial(self._by_request, token_by_token))
+            for form in MASK_FORMS:
+                yield Tier(FLAT, partial(self._flat, form, token_by_token))
+            if not isinstance(self._discovery, Discovery) or not self._discovery.mixers:
+                return
 
     def use(self, tier: Tier) -> None:
         """Run by a tier from now on. Raises `CannotRunError` where that can't be."""
@@ -91,7 +98,7 @@ class TransformersForCausalLM(nn.Module):
         assert self.way is not None, "use() was not called"
         return f"{type(self.hf_model).__name__} of transformers, {self.way.described}"
 
-    def _flat(self, mask_form: str) -> FlatWay:
+    def _flat(self, mask_form: str, token_by_token: bool) -> FlatWay:
         self._attention.set(interface.NAME)
         found = self._discovery
         if isinstance(found, CannotRunError):
@@ -101,18 +108,21 @@ class TransformersForCausalLM(nn.Module):
         hidden = trunk.run(self._few_tokens)[0]
         trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
         self._attention.set(interface.NAME)
-        return FlatWay(found, trunk, mask_form)
+        return FlatWay(found, trunk, mask_form, token_by_token)
 
-    def _by_request(self, token_by_token: bool) -> ByRequestWay:
+    def _by_request(self, pace: Pace) -> ByRequestWay:
         self._attention.restore()
+        if isinstance(self._discovery, Discovery):
+            self._discovery.remove()
         trunk = find_trunk(self.hf_model, self._few_tokens)
-        return ByRequestWay(self.hf_model, trunk, token_by_token=token_by_token)
+        return ByRequestWay(self.hf_model, trunk, pace=pace)
 
     @cached_property
     def _discovery(self) -> Discovery | CannotRunError:
         ids = self.text_token_ids(NUM_TOKENS)
         try:
-            return discover(self.hf_model, ids, self.model_config.max_model_len - 1, self._device)
+            last = self.model_config.max_model_len - 1
+            return discover(self.hf_model, ids, last, self._device, self._attention.own)
         except CannotRunError as reason:
             return reason
 
@@ -176,11 +186,18 @@ class AttentionSwitch:
         """Let all call the functions that they called at first."""
         self._write(self._own)
 
-    @contextmanager
-    def eager(self) -> Iterator[None]:
+    def eager(self) -> AbstractContextManager[None]:
         """Within it, all call transformers' plain one."""
+        return self._with([_EAGER] * len(self._configs))
+
+    def own(self) -> AbstractContextManager[None]:
+        """Within it, all call the functions that they called at first."""
+        return self._with(self._own)
+
+    @contextmanager
+    def _with(self, names: Sequence[str]) -> Iterator[None]:
         before = [getattr(each, _IMPLEMENTATION) for each in self._configs]
-        self.set(_EAGER)
+        self._write(names)
         try:
             yield
         finally:
