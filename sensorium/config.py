@@ -37,6 +37,7 @@ TokenizerMode: TypeAlias = Literal["auto"]
 """There is one tokenizer of each kind: that written in Python, "slow", left transformers with its version 5."""
 SchedulingPolicy: TypeAlias = Literal["fcfs", "priority"]
 MMSplit: TypeAlias = Literal["auto", "off"]
+MMEncoderTPMode: TypeAlias = Literal["data", "weights"]
 ModelImpl: TypeAlias = Literal["auto", "native", "transformers"]
 """Whose modules run: a class that is registered here, Hugging Face's own, or the former where there is one."""
 LoadCheck: TypeAlias = Literal["auto", "off"]
@@ -353,6 +354,12 @@ class DeviceConfig:
         """The device without its index."""
         return self.device.partition(":")[0]
 
+    def of_rank(self, rank: int) -> str:
+        """The device of one of the ranks that share a model: of GPUs, this one and those behind it."""
+        if self.device_type == "cpu":
+            return self.device
+        return f"{self.device_type}:{int(self.device.partition(':')[2] or 0) + rank}"
+
 
 @dataclass(frozen=True, slots=True)
 class LoadConfig:
@@ -385,16 +392,23 @@ class ParallelConfig:
     """How many ranks share one model, and which of them this process is."""
 
     tensor_parallel_size: NumRanks = 1
+    mm_encoder_tp_mode: MMEncoderTPMode = "data"
     group: TensorParallel = ONE_RANK
     """The ranks' group as this one sees it. Alone, until the executor has brought them together."""
 
     def __post_init__(self) -> None:
         check_setting("tensor_parallel_size", self.tensor_parallel_size, NumRanks)
+        check_setting("mm_encoder_tp_mode", self.mm_encoder_tp_mode, MMEncoderTPMode)
         if self.group.size not in (1, self.tensor_parallel_size):
             raise ConfigError(
                 f"tensor_parallel_size: got {self.tensor_parallel_size} with a group of {self.group.size}, expected "
                 "one size. Correct one of them."
             )
+
+    @property
+    def divides_towers(self) -> bool:
+        """Whether each rank has a share of the encoders of media, instead of all of them."""
+        return self.mm_encoder_tp_mode == "weights"
 
 
 @dataclass(frozen=True)
@@ -429,7 +443,11 @@ class EngineConfig:
 
     def as_rank_of(self, group: TensorParallel) -> EngineConfig:
         """The same configuration for one rank of a group."""
-        return replace(self, parallel_config=replace(self.parallel_config, group=group))
+        return replace(
+            self,
+            parallel_config=replace(self.parallel_config, group=group),
+            device_config=replace(self.device_config, device=self.device_config.of_rank(group.rank)),
+        )
 
     def with_hf_config(self, hf_config: PretrainedConfig, architectures: list[str] | None = None) -> EngineConfig:
         """The same configuration for a sub-model, whose own Hugging Face config takes the place of the whole's."""

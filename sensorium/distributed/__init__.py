@@ -6,7 +6,16 @@ from sensorium.distributed.tensor_parallel import (
     Shard,
     TensorParallel,
     constructing_for,
+    constructing_tower,
     current_tensor_parallel,
 )
 
-__all__ = ["ONE_RANK", "WHOLE", "Shard", "TensorParallel", "constructing_for", "current_tensor_parallel"]
+__all__ = [
+    "ONE_RANK",
+    "WHOLE",
+    "Shard",
+    "TensorParallel",
+    "constructing_for",
+    "constructing_tower",
+    "current_tensor_parallel",
+]

@@ -57,6 +57,8 @@ class TensorParallel:
 
     rank: int = 0
     size: int = 1
+    num_collectives: int = 0
+    """How many there have been, so that one can find out whether some code needs all ranks."""
 
     @property
     def shard(self) -> Shard:
@@ -71,13 +73,18 @@ class TensorParallel:
         """The ranks' tensors `(..., n)`, which are of one shape, side by side: `(..., size * n)`."""
         return tensor
 
-    def broadcast(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The first rank's values; the others' tensors say the shape and are filled."""
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        """The values of rank `source`; the others' tensors say the shape and are filled."""
         return tensor
 
     def least(self, value: int) -> int:
         """The least of the ranks' values."""
         return value
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Within it, each rank does something else, so that a collective is an error: a `RuntimeError`."""
+        yield
 
     def have_all_failed(self) -> bool:
         """After an exception: whether every rank met one at the same place, so that all may go on together.
@@ -93,6 +100,7 @@ class TensorParallel:
 ONE_RANK = TensorParallel()
 
 _current: ContextVar[TensorParallel] = ContextVar("tensor_parallel", default=ONE_RANK)
+_divides_towers: ContextVar[bool] = ContextVar("divides_towers", default=False)
 
 
 def current_tensor_parallel() -> TensorParallel:
@@ -101,10 +109,24 @@ def current_tensor_parallel() -> TensorParallel:
 
 
 @contextmanager
-def constructing_for(group: TensorParallel) -> Iterator[None]:
-    """Within it, new layers belong to `group`. With `ONE_RANK`: each rank has them whole."""
-    token = _current.set(group)
+def constructing_for(group: TensorParallel, *, divides_towers: bool = False) -> Iterator[None]:
+    """Within it, new layers belong to `group`. With `ONE_RANK`: each rank has them whole.
+
+    `divides_towers`: see `constructing_tower`.
+    """
+    tokens = _current.set(group), _divides_towers.set(divides_towers)
     try:
         yield
     finally:
-        _current.reset(token)
+        _current.reset(tokens[0])
+        _divides_towers.reset(tokens[1])
+
+
+@contextmanager
+def constructing_tower(*sizes: int) -> Iterator[None]:
+    """Within it, new layers are part of an encoder of media. Each rank has them whole, unless towers are to be divided
+    and each of `sizes`, such as a number of heads, can be."""
+    group = _current.get()
+    is_divided = _divides_towers.get() and all(size % group.size == 0 for size in sizes)
+    with constructing_for(group if is_divided else ONE_RANK):
+        yield

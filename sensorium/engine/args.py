@@ -26,6 +26,7 @@ from sensorium.config import (
     Limits,
     LoadCheck,
     LoadFormat,
+    MMEncoderTPMode,
     MMSplit,
     ModelImpl,
     NumBytes,
@@ -103,6 +104,9 @@ class EngineArgs:
     """Threads of CPU kernels; torch's default if not given."""
     tensor_parallel_size: NumRanks = 1
     """Ranks that share the model, each a process with its share of the weights and of the cores. On CPUs only."""
+    mm_encoder_tp_mode: MMEncoderTPMode = "data"
+    """With several ranks: "data" lets each encode some of a step's pictures, clips and sounds, whole; "weights" divides
+    the layers of encoders over ranks, which takes less memory and is slower for small ones."""
 
     block_size: BlockSize | None = None
     """Tokens in a KV block."""

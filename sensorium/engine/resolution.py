@@ -156,7 +156,7 @@ def _parallel_config(args: EngineArgs, device: str) -> ParallelConfig:
             f"tensor_parallel_size on {device}: got {args.tensor_parallel_size}, expected 1. Ranks share a model "
             "on CPUs only; leave tensor_parallel_size out, or set device to 'cpu'."
         )
-    return ParallelConfig(tensor_parallel_size=args.tensor_parallel_size)
+    return ParallelConfig(tensor_parallel_size=args.tensor_parallel_size, mm_encoder_tp_mode=args.mm_encoder_tp_mode)
 
 
 def _lora_config(args: EngineArgs) -> LoRAConfig | None:

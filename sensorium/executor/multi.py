@@ -5,15 +5,20 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
 from typing import TypeVar
 
 import msgspec
+import torch
 
 from sensorium.anonymous_file import anonymous_file
 from sensorium.config import EngineConfig
-from sensorium.distributed.gloo import GlooGroup
+from sensorium.distributed.groups import join
+from sensorium.distributed.process_group import ProcessGroup
 from sensorium.errors import EngineDeadError, LostRankError, SensoriumError, error_named
 from sensorium.executor.base import PendingStep
 from sensorium.executor.rank_messages import (
@@ -29,7 +34,7 @@ from sensorium.executor.rank_messages import (
 from sensorium.ipc.channel import BlockingChannel, channel_pair
 from sensorium.ipc.codec import EncodedMessage, encode, encode_step
 from sensorium.logger import get_logger
-from sensorium.messages import LoadReport, SchedulerOutput
+from sensorium.messages import LoadReport, ModelRunnerOutput, SchedulerOutput
 from sensorium.worker.worker import Worker
 
 logger = get_logger(__name__)
@@ -58,8 +63,9 @@ class MultiProcessExecutor:
         self._module = module
         self._settings = msgspec.Raw(settings)
         self._ranks: list[_Rank] = []
-        self._group: GlooGroup | None = None
+        self._group: ProcessGroup | None = None
         self._worker: Worker | None = None
+        self._is_stopping = False
 
     @property
     def worker(self) -> Worker:
@@ -81,6 +87,8 @@ class MultiProcessExecutor:
         """
         with self._ended_together():
             self._group = self._met()
+            if any(rank.has_ended for rank in self._ranks):
+                self._on_end()  # it was before there was a group to lose it
             self._worker = Worker(self._config.as_rank_of(self._group))
             report = self._worker.load()
             for each in self._ranks:
@@ -98,10 +106,12 @@ class MultiProcessExecutor:
         for rank in self._ranks:
             rank.run(message)
         message.close()
-        return self.worker.submit(step)
+        assert self._group is not None, "load() was not called"
+        return _SharedStep(self.worker.submit(step), self._group)
 
     def shutdown(self) -> None:
         """See `Executor.shutdown`."""
+        self._is_stopping = True
         for rank in self._ranks:
             rank.stop()
         if self._worker is not None:
@@ -112,17 +122,24 @@ class MultiProcessExecutor:
             rank.wait()
         self._ranks = []
 
-    def _met(self) -> GlooGroup:
+    def _met(self) -> ProcessGroup:
         """Start the other ranks, and meet them."""
         meeting_fd = anonymous_file()
         try:
             for rank in range(1, self._size):
-                self._ranks.append(_Rank(self._module, StartRank(self._settings, rank, self._size), meeting_fd))
+                start = StartRank(self._settings, rank, self._size)
+                self._ranks.append(_Rank(self._module, start, meeting_fd, self._on_end))
             for each in self._ranks:
                 each.expect(Joining)
-            return GlooGroup(meeting_fd, 0, self._size)
+            device = torch.device(self._config.device_config.of_rank(0))
+            return join(device, meeting_fd, 0, self._size)
         finally:
             os.close(meeting_fd)
+
+    def _on_end(self) -> None:
+        """A rank has ended. Called in any thread: this one may be waiting for that rank."""
+        if self._group is not None and not self._is_stopping:
+            self._group.lose()
 
     @contextmanager
     def _ended_together(self) -> Iterator[None]:
@@ -138,15 +155,35 @@ class MultiProcessExecutor:
             raise
 
 
-class _Rank:
-    """A rank's process, with nothing inherited but its socket. It ends when that closes, however it does."""
+@dataclass(frozen=True, slots=True)
+class _SharedStep:
+    """A step on the first rank. Its result is worth nothing if another rank ended meanwhile."""
 
-    def __init__(self, module: str, start: StartRank, meeting_fd: int) -> None:
+    pending: PendingStep
+    group: ProcessGroup
+
+    def result(self) -> ModelRunnerOutput:
+        """See `PendingStep.result`. Raises `LostRankError`."""
+        output = self.pending.result()
+        if self.group.is_lost:
+            raise LostRankError("a step: a rank has ended, expected all of them. Restart the engine.")
+        return output
+
+
+class _Rank:
+    """A rank's process, with nothing inherited but its socket. It ends when that closes, however it does.
+
+    `on_end` is called, in another thread, when it has ended.
+    """
+
+    def __init__(self, module: str, start: StartRank, meeting_fd: int, on_end: Callable[[], None]) -> None:
         self.rank = start.rank
         own, other = channel_pair()
-        self._socket = own
         self._channel = BlockingChannel(own)
-        self._replies = self._channel.receive()
+        self._on_end = on_end
+        self.has_ended = False
+        self._messages: SimpleQueue[FromRank | None] = SimpleQueue()
+        """None: there are no more."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with other:
             self._process = subprocess.Popen(
@@ -155,6 +192,7 @@ class _Rank:
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
+        threading.Thread(target=self._receive, name=f"sensorium-rank-{self.rank}", daemon=True).start()
         self._send(EncodedMessage(encode(start).payload, os.dup(meeting_fd)))
 
     @property
@@ -163,7 +201,7 @@ class _Rank:
 
     def expect(self, kind: type[T]) -> T:
         """The rank's next message. Raises what it says that it failed with, and `LostRankError` if it has ended."""
-        message = self._next()
+        message = self._messages.get()
         if isinstance(message, kind):
             return message
         raise self._lost() if message is None else _error_of(message)
@@ -175,12 +213,11 @@ class _Rank:
 
     def last_word(self) -> SensoriumError | None:
         """What it says that it failed with, if it says so soon."""
-        self._socket.settimeout(_LAST_WORD_S)
         try:
-            while (message := self._next()) is not None:
+            while (message := self._messages.get(timeout=_LAST_WORD_S)) is not None:
                 if isinstance(message, RankFailed):
                     return _error_of(message)
-        except TimeoutError:
+        except Empty:
             return None
         return None
 
@@ -201,9 +238,15 @@ class _Rank:
             self._process.kill()
             self._process.wait(_EXIT_GRACE_S)
 
-    def _next(self) -> FromRank | None:
-        frame = next(self._replies, None)
-        return None if frame is None else from_rank.decode(frame.payload)
+    def _receive(self) -> None:
+        try:
+            for frame in self._channel.receive():
+                self._messages.put(from_rank.decode(frame.payload))
+        except Exception:
+            logger.exception("a message of rank %d can't be read", self.rank)
+        self.has_ended = True
+        self._messages.put(None)
+        self._on_end()
 
     def _send(self, message: EncodedMessage) -> None:
         try:

@@ -16,7 +16,7 @@ from sensorium.config import ModelFeatures
 
 
 class StartRank(msgspec.Struct, frozen=True, tag=True):
-    """Load a share of the model. The first message, and sent once; with it comes the file of `GlooGroup`."""
+    """Load a share of the model. The first message, and sent once; with it comes the file of `ProcessGroup`."""
 
     settings: msgspec.Raw
     """The engine's settings, as its own room reads them."""

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from queue import SimpleQueue
 
 import msgspec
+import torch
 
 from sensorium.config import EngineConfig
-from sensorium.distributed.gloo import GlooGroup
+from sensorium.distributed.groups import join
 from sensorium.errors import EngineDeadError, LostRankError, SensoriumError
 from sensorium.executor.base import PendingStep
 from sensorium.executor.rank_messages import Joining, RankFailed, RankReady, RunStep, StartRank, StopRank, to_rank
@@ -68,7 +69,8 @@ class RankServer:
     def _run(self, start: StartRank) -> None:
         config = self._resolve(start.settings)
         self._tell(Joining())
-        group = GlooGroup(self._meeting_fd, start.rank, start.size)
+        device = torch.device(config.device_config.of_rank(start.rank))
+        group = join(device, self._meeting_fd, start.rank, start.size)
         os.close(self._meeting_fd)
         worker = Worker(config.as_rank_of(group))
         try:

@@ -5,22 +5,22 @@ Owns the rows. The scheduler's encoder-cache manager decides what is kept; this 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 
 from sensorium.distributed import TensorParallel
 from sensorium.errors import LostRankError, ProcessorError, SensoriumError
 from sensorium.messages import EncoderInput
-from sensorium.model_executor.drivers import EncodeJob, ItemRows, ModelDriver
+from sensorium.model_executor.drivers import EncodeJob, EncodeResult, ItemRows
 from sensorium.worker.input_batch import InputBatch, MediaSlice
 
 
 class EncoderRunner:
     """Invariant: `_rows` and `errors` together hold exactly the keys that were to be encoded and not freed."""
 
-    def __init__(self, driver: ModelDriver, group: TensorParallel) -> None:
-        self._driver = driver
+    def __init__(self, encode: Callable[[Sequence[EncodeJob]], list[EncodeResult]], group: TensorParallel) -> None:
+        self._encode = encode
         self._group = group
         self._rows: dict[str, ItemRows] = {}
         self.errors: dict[str, SensoriumError] = {}
@@ -51,7 +51,7 @@ class EncoderRunner:
         num_errors = len(self.errors)
         requests = [batch[each.request_id].request for each in inputs]
         jobs = [EncodeJob(request, request.media[each.item]) for each, request in zip(inputs, requests, strict=True)]
-        for job, result in zip(jobs, self._driver.encode(jobs), strict=True):
+        for job, result in zip(jobs, self._encode(jobs), strict=True):
             if isinstance(result, SensoriumError):
                 self.errors[job.item.key] = result
                 continue

@@ -47,6 +47,7 @@ from sensorium.worker.block_tables import DeviceBlockTables
 from sensorium.worker.encoder_runner import EncoderRunner
 from sensorium.worker.graph_capture import GraphCapture
 from sensorium.worker.input_batch import InputBatch, SlotState, StepArrays, max_blocks_of, num_tables
+from sensorium.worker.item_spread import ItemSpread
 from sensorium.worker.passes import PassRunner
 from sensorium.worker.pooling import Pooler
 from sensorium.worker.sampled_rows import SampledRows, WantedRows
@@ -136,7 +137,11 @@ class ModelRunner:
         )
         self._clock = StepClock(device)
         self._group = config.parallel_config.group
-        self.encoder = EncoderRunner(driver, self._group)
+        self.spread: ItemSpread | None = None
+        """Spreads media over ranks; None: there is one rank, or each has a share of the encoder."""
+        if self._group.size > 1 and not config.parallel_config.divides_towers:
+            self.spread = ItemSpread(driver, self._group)
+        self.encoder = EncoderRunner((self.spread or driver).encode, self._group)
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
         self._sampler = Sampler()
         self._masks = MaskReader()

@@ -63,6 +63,11 @@ def test_ranks_give_the_tokens_of_one(family: str, num_ranks: int) -> None:
                 assert served.tokens(name) == tokens, f"request {name} {differing(served.tokens(name), tokens)}"
         engine.core.scheduler.check_idle()
         assert engine.core.stats().num_preemptions > 0
+        executor = engine.core.executor
+        assert isinstance(executor, MultiProcessExecutor)
+        spread = executor.worker.runner.spread
+        assert spread is not None
+        assert (spread.num_spread > 0) == bool(limits(family))
 
 
 @pytest.mark.parametrize("speculative_config", [None, {"prompt_lookup_min": 1}], ids=["", "drafts"])

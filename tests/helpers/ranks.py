@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import TypeVar
 
 import torch
@@ -28,6 +29,7 @@ class ThreadRank(TensorParallel):
         self._meeting = meeting
         self.rank = rank
         self.size = size
+        self._is_apart = False
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.stack(self._exchanged(tensor)).sum(0)
@@ -35,8 +37,25 @@ class ThreadRank(TensorParallel):
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         return torch.cat(self._exchanged(tensor), -1)
 
+    def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
+        return tensor.copy_(self._exchanged(tensor)[source])
+
+    def least(self, value: int) -> int:
+        return int(torch.cat(self._exchanged(torch.tensor([value]))).min())
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        self._is_apart = True
+        try:
+            yield
+        finally:
+            self._is_apart = False
+
     def _exchanged(self, tensor: torch.Tensor) -> list[torch.Tensor]:
-        self._meeting.tensors[self.rank] = tensor
+        if self._is_apart:
+            raise RuntimeError("a layer that ranks share, where each rank does something else")
+        self.num_collectives += 1
+        self._meeting.tensors[self.rank] = tensor.clone()
         self._meeting.barrier.wait(HANG_S)
         tensors = [each for each in self._meeting.tensors if each is not None]
         self._meeting.barrier.wait(HANG_S)

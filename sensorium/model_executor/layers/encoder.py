@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from sensorium.attention import MultiHeadAttention
-from sensorium.distributed import ONE_RANK, constructing_for
+from sensorium.distributed import ONE_RANK, constructing_for, constructing_tower
 from sensorium.kernels import rotary_embedding
 from sensorium.model_executor.layers.activation import get_act_fn
 from sensorium.model_executor.layers.linear import (
@@ -86,7 +86,8 @@ class EncoderAttention(nn.Module):
     ) -> None:
         super().__init__()
         self.head_size = hidden_size // num_heads
-        with constructing_for(ONE_RANK):
+        # Norms over all heads want them all.
+        with constructing_tower(num_heads) if make_qk_norm is None else constructing_for(ONE_RANK):
             self.qkv_proj = QKVParallelLinear(
                 *(hidden_size, self.head_size, num_heads),
                 bias=bias,
@@ -102,7 +103,7 @@ class EncoderAttention(nn.Module):
             )
         self.q_norm = None if make_qk_norm is None else make_qk_norm()
         self.k_norm = None if make_qk_norm is None else make_qk_norm()
-        self.attn = MultiHeadAttention(num_heads, self.head_size, self.head_size**-0.5)
+        self.attn = MultiHeadAttention(self.qkv_proj.num_heads, self.head_size, self.head_size**-0.5)
 
     def forward(
         self,
@@ -141,7 +142,7 @@ class EncoderMLP(nn.Module):
         output_size: int | None = None,
     ) -> None:
         super().__init__()
-        with constructing_for(ONE_RANK):
+        with constructing_tower(intermediate_size):
             self.fc1 = ColumnParallelLinear(
                 hidden_size, intermediate_size, bias=bias, quant_config=quant_config, prefix=f"{prefix}.fc1"
             )

@@ -222,7 +222,7 @@ class QKVParallelLinear(ColumnParallelLinear):
         heads = current_tensor_parallel().shard
         self.num_heads = heads.of(self.total_num_heads, "attention heads")
         """This rank's query heads."""
-        kv_heads = _shard_of_kv_heads(heads, self.total_num_kv_heads)
+        kv_heads = shard_of_kv_heads(heads, self.total_num_kv_heads)
         self.num_kv_heads = self.total_num_kv_heads // kv_heads.count
         """This rank's key/value heads."""
         self.q_size = self.num_heads * head_size
@@ -299,7 +299,7 @@ class RowParallelLinear(LinearBase):
         return output, self.bias if self.skip_bias_add else None
 
 
-def _shard_of_kv_heads(heads: Shard, num_kv_heads: int) -> Shard:
+def shard_of_kv_heads(heads: Shard, num_kv_heads: int) -> Shard:
     """Which key/value heads belong to a rank's query heads. Raises `ConfigError` if they can't be shared evenly."""
     if num_kv_heads >= heads.count:
         heads.of(num_kv_heads, "key/value heads")

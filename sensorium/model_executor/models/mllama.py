@@ -19,6 +19,7 @@ from torch.nn import functional as F
 
 from sensorium.attention import Attention, AttentionMetadata, AttentionType
 from sensorium.config import EngineConfig, ModelConfig
+from sensorium.distributed import current_tensor_parallel
 from sensorium.errors import InvalidRequestError
 from sensorium.inputs import INPUT_REGISTRY, DummyData, InputContext, TokenInputs
 from sensorium.model_executor.layers.decoder import DecoderLayer, DecoderOptions, head_size_of, mlp_of, rope_of
@@ -26,9 +27,9 @@ from sensorium.model_executor.layers.encoder import EncoderAttention, EncoderMLP
 from sensorium.model_executor.layers.layernorm import RMSNorm
 from sensorium.model_executor.layers.linear import (
     ColumnParallelLinear,
-    MergedColumnParallelLinear,
     ReplicatedLinear,
     RowParallelLinear,
+    shard_of_kv_heads,
 )
 from sensorium.model_executor.layers.logits_processor import LogitsProcessor
 from sensorium.model_executor.layers.quantization import QuantizationConfig
@@ -265,9 +266,15 @@ class MllamaCrossAttention(nn.Module):
         text, quant_config = config.model_config.hf_text_config, config.quant_config
         self.head_size = head_size_of(text)
         size, kv_size = text.hidden_size, text.num_key_value_heads * self.head_size
+        heads = current_tensor_parallel().shard
         self.q_proj = ColumnParallelLinear(size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.q_proj")
-        self.kv_proj = MergedColumnParallelLinear(
-            size, [kv_size, kv_size], bias=False, quant_config=quant_config, prefix=f"{prefix}.kv_proj"
+        self.kv_proj = ColumnParallelLinear(
+            *(size, 2 * kv_size),
+            bias=False,
+            quant_config=quant_config,
+            prefix=f"{prefix}.kv_proj",
+            output_sizes=[kv_size, kv_size],
+            output_shards=[shard_of_kv_heads(heads, text.num_key_value_heads)] * 2,
         )
         self.o_proj = RowParallelLinear(size, size, bias=False, quant_config=quant_config, prefix=f"{prefix}.o_proj")
         self.q_norm = RMSNorm(self.head_size, eps=text.rms_norm_eps)

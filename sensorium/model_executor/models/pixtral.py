@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.distributed import ONE_RANK, constructing_for
+from sensorium.distributed import constructing_tower
 from sensorium.errors import InvalidRequestError
 from sensorium.model_executor.layers.decoder import GatedMLP
 from sensorium.model_executor.layers.encoder import EncoderAttention, EncoderLayer, PatchEmbedding, image_patches
@@ -110,7 +110,7 @@ class PixtralPictures(PictureInputs):
 def pixtral_layer(config: Any, quant_config: QuantizationConfig | None, prefix: str) -> EncoderLayer:
     """A layer of the tower: root-mean-square norms, a gated MLP, no biases."""
     width = config.hidden_size
-    with constructing_for(ONE_RANK):
+    with constructing_tower(config.intermediate_size):
         mlp = GatedMLP(width, config.intermediate_size, config.hidden_act, False, quant_config, f"{prefix}.mlp")
     return EncoderLayer(
         EncoderAttention(width, config.num_attention_heads, False, quant_config, prefix=f"{prefix}.attn"),

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.distributed import ONE_RANK, constructing_for
+from sensorium.distributed import constructing_tower
 from sensorium.inputs import InputContext
 from sensorium.model_executor.layers.decoder import GatedMLP
 from sensorium.model_executor.layers.layernorm import RMSNorm
@@ -54,7 +54,7 @@ class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
     def make_mlp(self, quant_config: QuantizationConfig | None, prefix: str) -> nn.Module:
         """The MLP of a layer."""
         config = self.config
-        with constructing_for(ONE_RANK):
+        with constructing_tower(config.intermediate_size):
             return GatedMLP(self.hidden_size, config.intermediate_size, config.hidden_act, True, quant_config, prefix)
 
     def plan(self, grids: Sequence[Grid]) -> TowerPlan:

@@ -14,7 +14,7 @@ from sensorium.attention import Attention
 from sensorium.distributed import ONE_RANK, TensorParallel, constructing_for
 from sensorium.errors import ConfigError, WeightsError
 from sensorium.model_executor.layers.decoder import GatedMLP
-from sensorium.model_executor.layers.encoder import EncoderMLP
+from sensorium.model_executor.layers.encoder import EncoderAttention, EncoderMLP
 from sensorium.model_executor.layers.linear import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -186,6 +186,32 @@ def test_towers_are_whole_on_every_rank() -> None:
     assert on_ranks(2, run) == [(16, 8)] * 2
 
 
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_towers_are_divided_where_that_is_asked_for(num_ranks: int) -> None:
+    """By heads and by inner channels. What norms see whole, or ranks can't share evenly, each has whole."""
+    x, up, down, *qkv, out = random_weights((5, 12), (16, 12), (12, 16), (12, 12), (12, 12), (12, 12), (12, 12))
+
+    def run(group: TensorParallel) -> torch.Tensor:
+        with constructing_for(group, divides_towers=True):
+            mlp, attention = EncoderMLP(12, 16, "gelu", bias=False), EncoderAttention(12, 4, bias=False)
+            odd = EncoderAttention(12, 3, bias=False)
+            normed = EncoderAttention(12, 4, bias=False, make_qk_norm=lambda: nn.LayerNorm(12))
+        assert mlp.fc1.output_size == 16 // group.size
+        assert attention.qkv_proj.num_heads == attention.attn.spec.num_heads == 4 // group.size
+        assert (odd.qkv_proj.num_heads, normed.qkv_proj.num_heads) == (3, 4)
+        for each in (attention, odd, normed):
+            filled(each.qkv_proj, {"weight": qkv})
+            filled(each.out_proj, {"weight": out})
+        filled(mlp.fc1, {"weight": up})
+        filled(mlp.fc2, {"weight": down})
+        lengths = torch.tensor([0, 2, 5], dtype=torch.int32)
+        attended = torch.stack([each(x, cu_seqlens=lengths) for each in (attention, odd, normed)]).sum(0)
+        result: torch.Tensor = mlp(attended)
+        return result
+
+    agree(num_ranks, run)
+
+
 def test_layers_keep_the_group_that_they_were_made_for() -> None:
     def run(group: TensorParallel) -> tuple[int, int]:
         mine = ColumnParallelLinear(8, 16)
@@ -246,9 +272,11 @@ def test_logits_of_every_family(family: str) -> None:
         assert relative_error(logits, exact) < 1.5 * relative_error(rounded, exact) < 0.15
 
 
+@pytest.mark.parametrize("num_ranks", RANKS[1:])
 @pytest.mark.parametrize("family", CROSS)
-def test_logits_of_decoders_that_attend_to_an_encoder(family: str) -> None:
-    config = engine_config(make_checkpoint(family), tensor_parallel_size=2)
+def test_logits_of_decoders_that_attend_to_an_encoder(family: str, num_ranks: int) -> None:
+    """Four ranks have two key/value heads of Llama 3.2 Vision among them."""
+    config = engine_config(make_checkpoint(family), tensor_parallel_size=num_ranks)
     token_ids, rows = np.arange(20, 50), torch.randn(50, 64, generator=torch.Generator().manual_seed(1))
 
     def run(group: TensorParallel) -> torch.Tensor:
@@ -261,5 +289,5 @@ def test_logits_of_decoders_that_attend_to_an_encoder(family: str) -> None:
 
     with torch.inference_mode():
         alone = run(ONE_RANK)
-    for logits in on_ranks(2, run):
+    for logits in on_ranks(num_ranks, run):
         assert relative_error(logits, alone) < 1e-5

@@ -1,0 +1,65 @@
+"""A group of processes on one host, each with a GPU of its own, by NCCL.
+
+Collectives run on the stream of the step, behind what was given to it and in front of what comes, and the host doesn't
+wait for them; a CUDA graph records them as it records kernels. A rank that ends leaves the others' devices waiting, so
+whoever sees it end calls `lose`.
+
+Multicast over NVLink (NVLS) is off unless the environment asks for it: a program that is killed while it uses it can
+leave the host's GPUs unusable for others.
+"""
+
+from __future__ import annotations
+
+import os
+from datetime import timedelta
+from importlib import import_module
+from typing import Any
+
+import torch
+from torch import distributed
+
+from sensorium.distributed.process_group import MAX_WAIT_S, ProcessGroup, now
+
+_c10d: Any = distributed
+_collectives: Any = import_module("torch._C._distributed_c10d")
+ENVIRONMENT = {
+    "NCCL_NVLS_ENABLE": "0",
+    "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
+    "NVSHMEM_DISABLE_NVLS": "1",
+    # A rank that was lost is an error of this engine, and not the end of the process that it runs in.
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+}
+"""What is set before the first group is made, where the user has set nothing."""
+
+
+class NcclGroup(ProcessGroup):
+    """See `ProcessGroup`. Tensors are on the current GPU."""
+
+    def __init__(self, meeting_fd: int, rank: int, size: int) -> None:
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
+        super().__init__(meeting_fd, rank, size)
+        self.least(0)  # the ranks connect at the first collective, which no graph may record
+
+    def _made(self, store: Any) -> Any:
+        options = _c10d.ProcessGroupNCCL.Options()
+        options._timeout = timedelta(seconds=MAX_WAIT_S)  # noqa: SLF001 -- torch has no other name for it
+        return _c10d.ProcessGroupNCCL(store, self.rank, self.size, options)
+
+    def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
+        return group._allgather_base(gathered, tensor, now(_collectives.AllgatherOptions()))  # noqa: SLF001
+
+    def _number(self, value: int) -> torch.Tensor:
+        return torch.tensor([value], device="cuda")
+
+    def lose(self) -> None:
+        """See `ProcessGroup.lose`. What devices wait for, ends."""
+        super().lose()
+        if self._group is not None:
+            self._group.abort()
+
+    def close(self) -> None:
+        """See `TensorParallel.close`."""
+        if self._group is not None and not self.is_lost:
+            self._group.abort()  # nothing is under way, and nobody is waited for
+        super().close()
