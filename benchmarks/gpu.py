@@ -7,7 +7,8 @@ Needs torch, Triton, transformers and Sensorium's own dependencies; checkpoints 
 probabilities beside those of Hugging Face's own attention implementations), `storm` (requests that are aborted while
 their steps are in flight), `start`, `first_token`, `decode`, `prefill`, `text`, `images`, `tower`,
 and `steps` (where a step's time goes). Prints a line for each figure, with the share of the limit where bytes or
-operations set one, and ends with one line of JSON. `--dry` runs everything on a CPU at tiny sizes.
+operations set one, and ends with one line of JSON. `--dry` runs everything on a CPU at tiny sizes. `--ranks 2` runs the
+cases of `gpu_ranks.py` instead, on several GPUs: checks first, and then what they give over one.
 """
 
 from __future__ import annotations
@@ -104,6 +105,10 @@ class Bench:
             f"{key} {value:,.3f}" if isinstance(value, float) else f"{key} {value}" for key, value in figures.items()
         )
         print(f"{name}: {text}", flush=True)
+
+    def print_json(self) -> None:
+        device = torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu"
+        print(json.dumps({"device": device, **self.figures}), flush=True)
 
     def limits(self) -> None:
         """Copy bandwidth in bytes/s, read and written, and the rate of bfloat16 products in operations/s."""
@@ -467,6 +472,7 @@ def main() -> int:
     parser.add_argument("--prompts", type=int, default=64, help="of the comparison with Hugging Face")
     parser.add_argument("--pictures", type=int, default=64, help="of a burst")
     parser.add_argument("--folder", default=str(Path(tempfile.gettempdir()) / "sensorium-gpu"), help="for checkpoints")
+    parser.add_argument("--ranks", type=int, default=1, help="GPUs that share one model; see gpu_ranks.py")
     parser.add_argument("--dry", action="store_true", help="tiny sizes on a CPU")
     options = parser.parse_args()
     options.cases = options.cases.split(",")
@@ -477,6 +483,12 @@ def main() -> int:
     bench = Bench(options)
     bench.figures["import_s"] = time.perf_counter() - BEGIN_S
     bench.limits()
+    if options.ranks > 1:
+        from benchmarks import gpu_ranks
+
+        is_right = gpu_ranks.run(bench, options.ranks)
+        bench.print_json()
+        return 0 if is_right else 1
     checks = [
         check(bench)
         for name, check in (("correct", correct), ("bfloat16", bfloat16), ("storm", storm))
@@ -485,7 +497,7 @@ def main() -> int:
     for shape in ["small"] if options.dry else options.shapes.split(","):
         if set(options.cases) - set(CHECKS):
             measure(bench, shape)
-    print(json.dumps({"device": torch.cuda.get_device_name() if DEVICE == "cuda" else "cpu", **bench.figures}))
+    bench.print_json()
     return 0 if all(checks) else 1
 
 

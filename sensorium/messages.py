@@ -167,6 +167,8 @@ class SchedulerOutput:
     num_scheduled_tokens: int
     masks: StepMasks | None = None
     """Where constrained requests have their masks; None: no running request is constrained."""
+    has_masks: bool = False
+    """Whether the first rank has `masks`, which the others don't get."""
     is_idle: bool = False
     """Nobody asks for anything: the worker may get ready for later steps, for a fraction of a second."""
 

@@ -24,6 +24,3 @@ class GlooGroup(ProcessGroup):
 
     def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
         return group.allgather([list(gathered)], [tensor])
-
-    def _number(self, value: int) -> torch.Tensor:
-        return torch.tensor([value])

@@ -13,6 +13,6 @@ def join(device: torch.device, meeting_fd: int, rank: int, size: int) -> Process
     """The group of ranks of which this one computes on `device`. See `ProcessGroup` for the others, and what it
     raises."""
     if device.type == "cpu":
-        return GlooGroup(meeting_fd, rank, size)
+        return GlooGroup(meeting_fd, rank, size, device)
     torch.cuda.set_device(device)
-    return NcclGroup(meeting_fd, rank, size)
+    return NcclGroup(meeting_fd, rank, size, device)

@@ -35,10 +35,10 @@ ENVIRONMENT = {
 class NcclGroup(ProcessGroup):
     """See `ProcessGroup`. Tensors are on the current GPU."""
 
-    def __init__(self, meeting_fd: int, rank: int, size: int) -> None:
+    def __init__(self, meeting_fd: int, rank: int, size: int, device: torch.device) -> None:
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
-        super().__init__(meeting_fd, rank, size)
+        super().__init__(meeting_fd, rank, size, device)
         self.least(0)  # the ranks connect at the first collective, which no graph may record
 
     def _made(self, store: Any) -> Any:
@@ -48,9 +48,6 @@ class NcclGroup(ProcessGroup):
 
     def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
         return group._allgather_base(gathered, tensor, now(_collectives.AllgatherOptions()))  # noqa: SLF001
-
-    def _number(self, value: int) -> torch.Tensor:
-        return torch.tensor([value], device="cuda")
 
     def lose(self) -> None:
         """See `ProcessGroup.lose`. What devices wait for, ends."""

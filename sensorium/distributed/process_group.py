@@ -43,12 +43,14 @@ class ProcessGroup(TensorParallel):
         meeting_fd: An open file without a name that all ranks have, empty at first. The caller closes it.
         rank: This process, from 0.
         size: All of them. The constructor waits for them.
+        device: Where tensors are.
 
     Raises:
         LostRankError: Another rank did not come, or has ended.
     """
 
-    def __init__(self, meeting_fd: int, rank: int, size: int) -> None:
+    def __init__(self, meeting_fd: int, rank: int, size: int, device: torch.device) -> None:
+        self.device = device
         self.rank = rank
         self.size = size
         self.num_collectives = 0
@@ -69,10 +71,6 @@ class ProcessGroup(TensorParallel):
     @abstractmethod
     def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
         """Begin to fill `gathered`, `(size, ...)`, with the ranks' tensors."""
-
-    @abstractmethod
-    def _number(self, value: int) -> torch.Tensor:
-        """`(1,)` int64, where collectives take tensors."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `TensorParallel.all_reduce`."""
@@ -100,7 +98,7 @@ class ProcessGroup(TensorParallel):
 
     def least(self, value: int) -> int:
         """See `TensorParallel.least`."""
-        return int(self.all_gather(self._number(value)).min())
+        return int(self.all_gather(torch.tensor([value], device=self.device)).min())
 
     def have_all_failed(self) -> bool:
         """See `TensorParallel.have_all_failed`."""
@@ -142,6 +140,8 @@ class ProcessGroup(TensorParallel):
             raise RuntimeError("a layer that ranks share, where each rank does something else")
         if self._group is None:
             raise LostRankError("this rank has left its group. Restart the engine.")
+        if self.is_lost:
+            raise LostRankError("another rank has ended. Restart the engine.")
         self.num_collectives += 1
         with self.noticing_losses():
             yield self._group

@@ -103,7 +103,8 @@ class EngineArgs:
     num_threads: NumThreads | None = None
     """Threads of CPU kernels; torch's default if not given."""
     tensor_parallel_size: NumRanks = 1
-    """Ranks that share the model, each a process with its share of the weights and of the cores. On CPUs only."""
+    """Ranks that share the model, each a process with its share of the weights: on CPUs with its share of the cores, on
+    GPUs with one of its own, from `device` on."""
     mm_encoder_tp_mode: MMEncoderTPMode = "data"
     """With several ranks: "data" lets each encode some of a step's pictures, clips and sounds, whole; "weights" divides
     the layers of encoders over ranks, which takes less memory and is slower for small ones."""

@@ -152,11 +152,20 @@ def _resolve(args: EngineArgs) -> EngineConfig:
 
 def _parallel_config(args: EngineArgs, device: str) -> ParallelConfig:
     if args.tensor_parallel_size > 1 and device != "cpu":
-        raise ConfigError(
-            f"tensor_parallel_size on {device}: got {args.tensor_parallel_size}, expected 1. Ranks share a model "
-            "on CPUs only; leave tensor_parallel_size out, or set device to 'cpu'."
-        )
+        _check_gpus(args.tensor_parallel_size, int(device.partition(":")[2] or 0))
     return ParallelConfig(tensor_parallel_size=args.tensor_parallel_size, mm_encoder_tp_mode=args.mm_encoder_tp_mode)
+
+
+def _check_gpus(num_ranks: int, first: int) -> None:
+    """Raise `ConfigError` if there isn't a GPU for each rank."""
+    import torch
+
+    num_here = torch.cuda.device_count() - first
+    if num_ranks > num_here:
+        raise ConfigError(
+            f"tensor_parallel_size: got {num_ranks} with {num_here} GPUs from cuda:{first} on, expected at most "
+            f"{num_here}: each rank needs one of its own. Lower tensor_parallel_size, or set device to 'cpu'."
+        )
 
 
 def _lora_config(args: EngineArgs) -> LoRAConfig | None:

@@ -82,7 +82,8 @@ def encode_step(step: SchedulerOutput) -> EncodedMessage:
         ModelError: See `encode_request`.
     """
     new_requests = [{**_fields(new), "request": _request_fields(new.request)} for new in step.new_requests]
-    return _with_segment({**_fields(step), "new_requests": new_requests, "masks": None})
+    without_masks = {"masks": None, "has_masks": step.masks is not None}
+    return _with_segment({**_fields(step), "new_requests": new_requests, **without_masks})
 
 
 def decode_request(payload: msgspec.Raw, fd: int | None) -> EngineRequest:

@@ -23,6 +23,7 @@ from torch import nn
 
 from sensorium.attention import NO_SLOT, AttentionMetadata, CrossBatch, LayerCache
 from sensorium.cache_spec import CacheGroup, CacheKind
+from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.kernels import largest
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.model_executor.layers.sampler import SamplerOutput
@@ -72,6 +73,7 @@ class DecodeGraphs:
         groups: The model's cache groups.
         uses_mrope: Whether positions have three rows.
         max_model_len: Bound on the sequences' lengths.
+        group: The ranks that share the model.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class DecodeGraphs:
         groups: Sequence[CacheGroup],
         uses_mrope: bool,
         max_model_len: int,
+        group: TensorParallel = ONE_RANK,
     ) -> None:
         self._capture = capture
         self._driver = driver
@@ -98,8 +101,9 @@ class DecodeGraphs:
         self._groups = tuple(groups)
         self._uses_mrope = uses_mrope
         self._max_model_len = max_model_len
+        self._group = group
         self._nobody = len(last_tokens) - 1
-        self.recorded = RecordedSizes("decoding steps", graph_sizes(self._nobody), self._record)
+        self.recorded = RecordedSizes("decoding steps", graph_sizes(self._nobody), self._record, group)
 
     def run(self, arrays: StepArrays) -> Decoded | None:
         """Run a step of one row per request; None if it can't be done as a graph."""
@@ -158,6 +162,7 @@ class DecodeGraphs:
         hidden = self._driver.forward(StepInputs(token_ids, tensors["positions"], self._kv_caches, metadata))
         logits = self._model.compute_logits(hidden, SamplingMetadata(size))
         best_ids, best_logits = largest(logits)
+        best_ids = self._group.broadcast(best_ids)
         self._last_tokens.index_copy_(0, tensors["slots"], best_ids)
         return logits, best_ids, best_logits
 

@@ -13,6 +13,8 @@ from typing import Any, Generic, NoReturn, Protocol, TypeVar
 
 import torch
 
+from sensorium.distributed import ONE_RANK, TensorParallel
+from sensorium.errors import LostRankError
 from sensorium.logger import get_logger
 
 logger = get_logger(__name__)
@@ -51,6 +53,13 @@ class CudaGraphCapture:
         return graph.replay
 
 
+def fail_together(group: TensorParallel, error: Exception) -> None:
+    """Return if every rank met an error while it recorded a pass. Else raise `LostRankError`: padded and unpadded
+    passes don't meet in their collectives."""
+    if not group.have_all_failed():
+        raise LostRankError("recording a pass: got a failure that not all ranks had. Restart the engine.") from error
+
+
 Graph = TypeVar("Graph")
 
 
@@ -61,12 +70,16 @@ class RecordedSizes(Generic[Graph]):
         what: The kind of pass, for the log.
         sizes: What passes are padded to, rising.
         record: Makes the graph of a size.
+        group: The ranks that run the passes together: a size is recorded on all of them or on none.
     """
 
-    def __init__(self, what: str, sizes: Sequence[int], record: Callable[[int], Graph]) -> None:
+    def __init__(
+        self, what: str, sizes: Sequence[int], record: Callable[[int], Graph], group: TensorParallel = ONE_RANK
+    ) -> None:
         self._what = what
         self._sizes = sizes
         self._record = record
+        self._group = group
         self._graphs: dict[int, Graph] = {}
         self.refusal: str | None = None
         """Why nothing is recorded any more."""
@@ -95,6 +108,7 @@ class RecordedSizes(Generic[Graph]):
         try:
             self._graphs[size] = self._record(size)
         except Exception as error:
+            fail_together(self._group, error)
             self.refusal = f"{type(error).__name__}: {error}"
             logger.warning("%s can't be recorded and run call by call", self._what, exc_info=True)
 

@@ -107,7 +107,7 @@ class ItemSpread:
                     rows = torch.cat([_parts(found[i])[name] for i in members])
                 else:
                     rows = torch.empty(sum(counts), *shape, dtype=dtype, device=look.device)
-                parts[name] = self._group.broadcast(rows, owner).split(counts)
+                parts[name] = torch.split(self._group.broadcast(rows, owner), counts)
             for place, i in enumerate(members):
                 item = {name: pieces[place] for name, pieces in parts.items()}
                 results[i] = ItemRows(item.pop(""), item)

@@ -65,7 +65,9 @@ class PendingStep:
     runner: ModelRunner
     timer: StepTimer
     masks: StepMasks | None
-    """Where the step's constrained requests have their masks."""
+    """Where the step's constrained requests have their masks; other ranks than the first don't know."""
+    is_constrained: bool
+    """Whether the first rank has `masks`."""
     sampled: list[SampledRows] = field(default_factory=list)
     prompt_logprobs: dict[str, PromptLogprobs] = field(default_factory=dict)
     pooled: dict[str, HostCopy] = field(default_factory=dict)
@@ -174,7 +176,9 @@ class ModelRunner:
     def submit(self, step: SchedulerOutput) -> PendingStep:
         """Begin a step: give the device its work, and wait for none of it."""
         self._take_in(step)
-        pending = PendingStep(self, self._clock.new_step(), step.masks)
+        pending = PendingStep(
+            self, self._clock.new_step(), step.masks, is_constrained=step.has_masks or step.masks is not None
+        )
         pending.timer.begin()
         if self._block_tables is not None:
             self._block_tables.flush()
@@ -394,7 +398,7 @@ class ModelRunner:
             return False
         states = self._batch.states(chunks)
         wanted = WantedRows.of(chunks, arrays, range(len(chunks)))
-        if pending.masks is None and self._group.size == 1 and self._sampling.is_plain[arrays.slots].all():
+        if not pending.is_constrained and self._sampling.is_plain[arrays.slots].all():
             rows = self._begin_rows(states, wanted, decoded.best)
         else:
             rows = self._sample(states, wanted, decoded.logits, pending.masks)

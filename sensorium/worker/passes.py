@@ -16,6 +16,7 @@ from torch import nn
 from sensorium.attention import AttentionMetadata, CrossBatch, LayerCache
 from sensorium.cache_spec import CacheKind
 from sensorium.config import EngineConfig, ModelFeatures
+from sensorium.distributed import ONE_RANK
 from sensorium.errors import ModelError
 from sensorium.messages import ScheduledChunk
 from sensorium.model_executor.adapter_rows import adapter_ids_of_rows
@@ -65,6 +66,7 @@ class PassRunner:
         capture: GraphCapture | None,
     ) -> None:
         model_config = config.model_config
+        self._group = config.parallel_config.group
         self._driver = driver
         self._kv_caches = kv_caches
         self._batch = batch
@@ -81,6 +83,7 @@ class PassRunner:
         if capture is not None:
             assert block_tables is not None
             tables, uses_mrope = block_tables.tables, model_config.uses_mrope
+            towers_group = self._group if config.parallel_config.divides_towers else ONE_RANK
             self.decodes = DecodeGraphs(
                 capture,
                 driver,
@@ -92,6 +95,7 @@ class PassRunner:
                 groups=batch.groups,
                 uses_mrope=uses_mrope,
                 max_model_len=model_config.max_model_len,
+                group=self._group,
             )
             # What chunks write into the caches of cross-attention has sizes of its own: no two passes are alike.
             if not any(group.kind is CacheKind.CROSS for group in batch.groups):
@@ -100,9 +104,10 @@ class PassRunner:
                     groups=batch.groups,
                     uses_mrope=uses_mrope,
                     max_sampled_rows=config.max_sampled_rows,
+                    group=self._group,
                 )
             for tower in towers_of(model):
-                tower.recorder = graphs = TowerGraphs(capture, tower, self._device, self._dtype)
+                tower.recorder = graphs = TowerGraphs(capture, tower, self._device, self._dtype, towers_group)
                 self.towers.append(graphs)
 
     def prepare(self) -> None:
@@ -114,7 +119,10 @@ class PassRunner:
     def record_next(self) -> bool:
         """Record one more size, first those that were asked for and those of decodes; False: nothing is left to
         record."""
-        if any(tower.record_next() for tower in self.towers):
+        has_recorded = any(tower.record_next() for tower in self.towers)
+        if self.towers:  # ranks have encoded other items, and must go on to the others' passes together
+            has_recorded = self._group.least(-int(has_recorded)) < 0
+        if has_recorded:
             return True
         return any(kind.recorded.record_next() for kind in (self.decodes, self.trunks) if kind is not None)
 

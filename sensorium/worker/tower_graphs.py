@@ -12,9 +12,10 @@ from dataclasses import dataclass
 
 import torch
 
+from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.logger import get_logger
 from sensorium.model_executor.layers.tower import RecordableTower, TowerPlan, TowerSize
-from sensorium.worker.graph_capture import GraphCapture, Replay
+from sensorium.worker.graph_capture import GraphCapture, Replay, fail_together
 from sensorium.worker.step_buffers import StepBuffers, packed_bytes
 
 logger = get_logger(__name__)
@@ -45,9 +46,18 @@ class TowerGraphs:
         tower: Whose passes.
         device: Where it is.
         dtype: Of patches.
+        group: The ranks that share the tower, if it is divided.
     """
 
-    def __init__(self, capture: GraphCapture, tower: RecordableTower, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        capture: GraphCapture,
+        tower: RecordableTower,
+        device: torch.device,
+        dtype: torch.dtype,
+        group: TensorParallel = ONE_RANK,
+    ) -> None:
+        self._group = group
         self._capture = capture
         self._tower = tower
         self._device = device
@@ -104,6 +114,7 @@ class TowerGraphs:
         try:
             graph = self._graphs[size] = self._record(plan, size, width)
         except Exception as error:
+            fail_together(self._group, error)
             self.refusal = f"{type(error).__name__}: {error}"
             logger.warning("passes of the tower can't be recorded and run call by call", exc_info=True)
             return None

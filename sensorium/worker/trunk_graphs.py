@@ -21,6 +21,7 @@ import torch
 
 from sensorium.attention import NO_SLOT, AttentionMetadata, LayerCache
 from sensorium.cache_spec import CacheGroup
+from sensorium.distributed import ONE_RANK, TensorParallel
 from sensorium.model_executor.drivers import ModelDriver, StepInputs
 from sensorium.worker.graph_capture import UNREADABLE, GraphCapture, RecordedSizes, Replay
 from sensorium.worker.step_buffers import HostArray, StepBuffers, StepTensors, nobodys_rows, packed_bytes
@@ -59,6 +60,8 @@ class TrunkGraphs:
         block_tables: `(num_tables, num_slots + 1, max_blocks)` int32 on the device; the last row belongs to nobody.
         groups: The model's cache groups.
         uses_mrope: Whether positions have three rows.
+        max_sampled_rows: Rows that a step may sample after.
+        group: The ranks that share the model.
     """
 
     def __init__(
@@ -72,6 +75,7 @@ class TrunkGraphs:
         groups: Sequence[CacheGroup],
         uses_mrope: bool,
         max_sampled_rows: int,
+        group: TensorParallel = ONE_RANK,
     ) -> None:
         self._max_sampled_rows = max_sampled_rows
         self._capture = capture
@@ -82,7 +86,7 @@ class TrunkGraphs:
         self._groups = tuple(groups)
         self._uses_mrope = uses_mrope
         self._nobody = block_tables.shape[1] - 1
-        self.recorded = RecordedSizes("mixed steps", trunk_sizes(), self._record)
+        self.recorded = RecordedSizes("mixed steps", trunk_sizes(), self._record, group)
 
     def upload(self, graph: TrunkGraph, arrays: Mapping[str, HostArray]) -> StepTensors:
         """Bring a step's arrays to where the graph reads them; returns views of the step's own part."""

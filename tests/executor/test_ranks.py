@@ -15,11 +15,13 @@ from typing import Any
 
 import psutil
 import pytest
+import torch
 
 from sensorium import EngineArgs, LLMEngine, SamplingParams, StructuredOutputs
 from sensorium.engine.async_llm_engine import AsyncLLMEngine
 from sensorium.errors import ConfigError, EngineDeadError, ModelError
 from sensorium.executor import MultiProcessExecutor
+from sensorium.worker.worker import Worker
 from tests.engine.async_helpers import SETTINGS as SERVED
 from tests.engine.async_helpers import greedy, last
 from tests.helpers.checkpoints import make_checkpoint
@@ -56,7 +58,8 @@ def test_ranks_give_the_tokens_of_one(family: str, num_ranks: int) -> None:
     plan += [Planned(f"long {i}", f"hello {i}", LONG, arrival_step=i) for i in range(8)]
     alone = quiet_engine(path, **options)
     expected = {each.request_id: serve(alone, [each]).tokens(each.request_id) for each in plan if not each.abort_step}
-    with shared(path, num_ranks, num_blocks=40, **SMALL, **options) as engine:
+    settings = {**SMALL, "max_num_batched_tokens": 200 if limits(family) else 40}  # a step has several media
+    with shared(path, num_ranks, num_blocks=40, **settings, **options) as engine:
         for _ in range(2):
             served = serve(engine, plan)
             for name, tokens in expected.items():
@@ -70,26 +73,47 @@ def test_ranks_give_the_tokens_of_one(family: str, num_ranks: int) -> None:
         assert (spread.num_spread > 0) == bool(limits(family))
 
 
-@pytest.mark.parametrize("speculative_config", [None, {"prompt_lookup_min": 1}], ids=["", "drafts"])
-def test_only_the_first_rank_samples(speculative_config: dict[str, Any] | None) -> None:
+RECORDING = """
+from sensorium.worker.worker import Worker
+from tests.helpers.graphs import HostReplay
+
+Worker._graph_capture = lambda worker: HostReplay()
+"""
+
+
+@pytest.mark.parametrize("way", ["call by call", "drafts", "recorded, two steps in flight"])
+def test_only_the_first_rank_samples(way: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeds, penalties, log probabilities and masks are its business; the others get its tokens, and find out by
-    themselves which drafts were right."""
+    themselves which drafts were right. Where passes are recorded, the plain greedy choice is in them, on every rank,
+    but for steps in which the first rank has masks, which the others only know of."""
+    settings: dict[str, Any] = {"speculative_config": {"prompt_lookup_min": 1}} if way == "drafts" else {}
+    is_recorded = way.startswith("recorded")
+    if is_recorded:
+        plugin = tmp_path / "recording.py"
+        plugin.write_text(RECORDING)
+        settings = {"plugins": (str(plugin),), "max_steps_in_flight": 2}
+        monkeypatch.setattr(Worker, "_graph_capture", Worker._graph_capture)  # so that the plug-in's is taken back
     path = make_checkpoint("qwen2")
     plan = [
         Planned("seeded", "hello", SamplingParams(temperature=1, seed=7, max_tokens=12, ignore_eos=True)),
         Planned("penalties", "there", SamplingParams(temperature=1, seed=8, presence_penalty=1.5, max_tokens=12)),
+        Planned("plain", "hello again", LONG, arrival_step=2),
         Planned("logprobs", "you", SamplingParams(temperature=0, logprobs=3, prompt_logprobs=2, max_tokens=5)),
         Planned(
             "held", "say", SamplingParams(temperature=1, seed=9, structured_outputs=StructuredOutputs(regex="[ab]{9}c"))
         ),
     ]
     alone = serve(quiet_engine(path), plan)
-    with shared(path, 2, num_blocks=64, speculative_config=speculative_config, **SMALL) as engine:
+    with shared(path, 2, num_blocks=64, **settings, **SMALL) as engine:
         together = serve(engine, plan)
-        if speculative_config is not None:
+        if way == "drafts":
             assert engine.core.stats().num_accepted_tokens > 3
+        while engine.core.use_idle_time():  # what is left to be recorded, is on all ranks
+            assert is_recorded
+        again = serve(engine, plan)
     for each in plan:
         assert together.tokens(each.request_id) == alone.tokens(each.request_id), each.request_id
+        assert again.tokens(each.request_id) == alone.tokens(each.request_id), each.request_id
     held = together.outputs["held"].outputs[0]
     assert held.finish_reason == "stop"
     assert len(held.text) == 10
@@ -162,6 +186,16 @@ def test_what_ranks_can_not_share_is_an_error_of_loading(
     with pytest.raises(error, match=told):
         make_engine(make_checkpoint("llama"), **settings)
     assert set(psutil.Process().children()) == before
+
+
+def test_each_rank_needs_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    path = str(make_checkpoint("llama"))
+    config = EngineArgs(path, device="cuda:1", tensor_parallel_size=2).create_engine_config()
+    assert [config.device_config.of_rank(rank) for rank in range(2)] == ["cuda:1", "cuda:2"]
+    with pytest.raises(ConfigError, match="got 4 with 3 GPUs from cuda:0 on, expected at most 3"):
+        EngineArgs(path, device="cuda", tensor_parallel_size=4).create_engine_config()
 
 
 def test_a_rank_that_can_not_load_says_why(tmp_path: Path) -> None:
