@@ -1,4 +1,4 @@
-"""What the model files that hear share: sounds as callers give them, at the rate that a model takes."""
+"""Shared by model files with audio: callers' sounds, checked and resampled to a model's rate."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from sensorium.multimodal.hf_processors import cached_get_feature_extractor
 from sensorium.multimodal.item_checks import check_heard
 
 Sound: TypeAlias = Any
-"""Samples `(num_samples,)`, or a pair of samples and their rate in Hz; or given rows `(num_rows, hidden_size)`."""
+"""Samples `(num_samples,)`, or a pair of samples and their rate in Hz; or embeddings `(num_rows, hidden_size)`."""
 
 
 def feature_extractor(model_config: ModelConfig) -> Any:
@@ -28,8 +28,8 @@ def checked(sound: Sound, extractor: Any) -> tuple[np.ndarray[Any, Any], float]:
 
     Raises:
         InvalidTypeError: Not samples of one channel.
-        InvalidRequestError: A rate or a sample is not finite, or the rate not positive; or it is longer than what the
-            model hears, of which the reference would pass over the rest.
+        InvalidRequestError: A rate or a sample is not finite, the rate is not positive, or the sound is longer than the
+            model's window, which the reference would cut off.
     """
     samples, rate = sound if isinstance(sound, tuple) and len(sound) == 2 else (sound, extractor.sampling_rate)
     samples = np.asarray(samples)
@@ -49,13 +49,14 @@ def checked(sound: Sound, extractor: Any) -> tuple[np.ndarray[Any, Any], float]:
 
 
 def heard_samples(sound: Sound, extractor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """Samples `(num_samples,)` at the model's rate, without what an encoder may have added beyond what is heard."""
+    """Samples `(num_samples,)` at the model's rate, cut to the model's window: a file's encoder may have padded a sound
+    beyond it."""
     samples, rate = checked(sound, extractor)
     resampled = resample_audio(samples.astype(np.float32), orig_sr=rate, target_sr=extractor.sampling_rate)
     return resampled[: extractor.n_samples]
 
 
 def max_audio_s(model_config: ModelConfig) -> float:
-    """Seconds of a sound that are heard."""
+    """The model's window in seconds: the longest sound that it takes."""
     extractor = feature_extractor(model_config)
     return float(extractor.n_samples / extractor.sampling_rate)

@@ -1,4 +1,4 @@
-"""The vision tower of CLIP: images of one size to a row per patch, and one for the class token before them.
+"""The vision tower of CLIP: from images of one size to a row for the class token, followed by one per patch.
 
 Paper: Radford et al. 2021, section 2.4. Reference: `transformers` `CLIPVisionModel`. Used by LLaVA and
 others.
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 class CLIPVisionEmbeddings(nn.Module):
-    """The class token and the patches, each plus the embedding of its place."""
+    """The class token and the patches, each with its position embedding added."""
 
     def __init__(self, config: CLIPVisionConfig, prefix: str = "") -> None:
         super().__init__()
@@ -45,11 +45,11 @@ class CLIPVisionEmbeddings(nn.Module):
 
 
 class CLIPVisionModel(nn.Module):
-    """The tower, up to the last layer whose output is asked for.
+    """The tower, up to the last layer whose output is used.
 
     Args:
         config: The vision part of a CLIP config.
-        feature_layers: Whose outputs are wanted: 0 is the input of the first layer, `i` the output of the
+        feature_layers: The layers whose outputs are used: 0 is the input of the first layer, `i` the output of the
             i-th, negative numbers count from the end.
         quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
@@ -66,7 +66,7 @@ class CLIPVisionModel(nn.Module):
     ) -> None:
         super().__init__()
         self.embeddings = CLIPVisionEmbeddings(config, prefix=f"{prefix}.embeddings")
-        # Misspelt in every checkpoint.
+        # The name is misspelt in every checkpoint.
         self.pre_layrnorm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
         self.encoder = FeatureEncoder(config, feature_layers, quant_config, prefix=f"{prefix}.encoder")
 

@@ -1,7 +1,7 @@
-"""ColQwen2: Qwen2-VL with a vector for each token instead of logits, to find pages by late interaction.
+"""ColQwen2: Qwen2-VL with a vector for each token instead of logits, for retrieval of pages by late interaction.
 
-Paper: Faysse et al. 2024, "ColPali". Reference: `transformers` `ColQwen2ForRetrieval`, which counts rows of pictures
-like those of text, one by one, where Qwen2-VL has positions in time, height and width.
+Paper: Faysse et al. 2024, "ColPali". Reference: `transformers` `ColQwen2ForRetrieval`, which numbers rows of pictures
+consecutively like those of text, unlike Qwen2-VL with its positions in time, height and width.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from sensorium.model_executor.models.utils import WeightsMapper, maybe_prefix
 
 
 class ColQwen2ForRetrieval(Qwen2VLForConditionalGeneration):
-    """Tower, decoder, and a projection; what media are like is inherited from Qwen2-VL."""
+    """Tower, decoder, and a projection. Everything about media is inherited from Qwen2-VL."""
 
     config_part: ClassVar[str] = "vlm_config"
     names = WeightsMapper(
@@ -47,7 +47,7 @@ class ColQwen2ForRetrieval(Qwen2VLForConditionalGeneration):
     def get_mrope_input_positions(
         cls, input_tokens: Sequence[int], _hf_config: Any, _mm_kwargs: Mapping[str, Any]
     ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], int]:
-        """Places in the prompt, the same in time, height and width."""
+        """Indices in the prompt, the same in time, height and width."""
         return np.tile(np.arange(len(input_tokens), dtype=np.int64), (3, 1)), 0
 
     def forward(
@@ -60,7 +60,7 @@ class ColQwen2ForRetrieval(Qwen2VLForConditionalGeneration):
         inputs_embeds: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> torch.Tensor:
-        """Vectors `(num_tokens, size)`, of any length."""
+        """Vectors `(num_tokens, size)`, not normalized."""
         hidden_states = super().forward(
             input_ids, positions, kv_caches, attn_metadata, intermediate_tensors, inputs_embeds, **kwargs
         )

@@ -1,4 +1,4 @@
-"""Media rows into text rows."""
+"""Puts media rows between text rows."""
 
 from __future__ import annotations
 
@@ -38,11 +38,11 @@ def merge_multimodal_embeddings(
     multimodal_embeddings: NestedTensors,
     placeholder_token_id: int | list[int],
 ) -> torch.Tensor:
-    """Put media rows at the placeholder tokens, in place; returns `inputs_embeds`.
+    """Write media rows to the placeholder tokens' rows, in place; returns `inputs_embeds`.
 
     `input_ids` `(num_tokens,)`, `inputs_embeds` `(num_tokens, hidden_size)`. The embeddings may be a tensor of any rank
-    or nested lists; they are read row by row, in order. With several ids, rows for separators must be among them, in
-    the order of the prompt.
+    or nested lists; they are read row by row, in order. With several placeholder ids, the rows of all of them are
+    needed, in the order of the prompt.
 
     Raises `InvalidRequestError` (a `ValueError`) unless there are as many rows as placeholders.
     """
@@ -71,7 +71,7 @@ def embed_multimodal(
     get_text_embeds: Callable[[torch.Tensor], torch.Tensor],
     multimodal_embeds: NestedTensors | Callable[[torch.Tensor], NestedTensors],
 ) -> torch.Tensor:
-    """Embed text tokens only, and put media rows between them; for a placeholder id beyond the vocabulary.
+    """Embed text tokens only, and put media rows between them: for a placeholder id outside the vocabulary.
 
     `multimodal_embeds` are the rows, or, as in vLLM 0.6.4, a function that returns them, given the placeholder ids.
 
@@ -106,7 +106,7 @@ def _flatten(embeddings: NestedTensors) -> torch.Tensor:
 
 
 def _count_expression(embeddings: NestedTensors) -> str:
-    """How the number of rows comes about: "2 x 576", or "(1 x 576) + (1 x 288)"."""
+    """The number of rows as a sum: "2 x 576", or "(1 x 576) + (1 x 288)"."""
     if isinstance(embeddings, torch.Tensor):
         return " x ".join(str(size) for size in embeddings.shape[:-1])
     members: Iterable[NestedTensors] = embeddings

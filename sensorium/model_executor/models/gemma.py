@@ -1,8 +1,8 @@
-"""Gemma 1 to 3: Llama's decoder with scaled embeddings, norms with weights around zero, and a GELU in the MLP's gate.
+"""Gemma 1 to 3: Llama's decoder with scaled embeddings, norms with zero-centered weights, and a GELU in the MLP's gate.
 
 Gemma 2 norms attention and MLP before and after, has a window in every other layer, and caps the scores of attention
-and the logits. Gemma 3 norms queries and keys per head instead of capping, and has a window in five layers of six, with
-rotary frequencies of their own.
+and the logits. Gemma 3 norms queries and keys per head instead of capping scores, and has a window in five layers of
+six, which have their own rotary frequencies.
 
 Papers: Gemma team 2024, "Gemma"; 2024, "Gemma 2"; 2025, "Gemma 3 Technical Report", section 2. Reference:
 `transformers` `GemmaForCausalLM`, `Gemma2ForCausalLM`, `Gemma3ForCausalLM`. Text only; `gemma3.py` and `paligemma.py`
@@ -26,10 +26,10 @@ if TYPE_CHECKING:
 
 
 class GemmaForCausalLM(LlamaForCausalLM):
-    """A decoder and its output head, which mostly is the embeddings.
+    """A decoder and its output head, which is mostly tied to the embeddings.
 
     Raises:
-        ModelError: The config asks for attention in both directions, as embedding models of this family have it.
+        ModelError: The config has bidirectional attention, as embedding models of this family do.
     """
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
@@ -41,7 +41,7 @@ class GemmaForCausalLM(LlamaForCausalLM):
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """What all three have in common."""
+        """The options that all three share."""
         bias = bool(text_config.attention_bias)
         return DecoderOptions(
             qkv_bias=bias, output_bias=bias, norm=ZeroCenteredRMSNorm, embed_scale=text_config.hidden_size**0.5
@@ -53,7 +53,7 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """Four norms a layer, and scores with a factor of their own and a soft cap."""
+        """Four norms a layer, and scores with their own factor and a soft cap."""
         return replace(
             GemmaForCausalLM.decoder_options(text_config),
             output_norms=True,
@@ -63,7 +63,8 @@ class Gemma2ForCausalLM(GemmaForCausalLM):
 
 
 class Gemma3ForCausalLM(Gemma2ForCausalLM):
-    """A decoder and its output head. Where the rows of a picture see one another both ways, a window still holds."""
+    """A decoder and its output head. In layers with a window, rows of a picture see one another within the window
+    only."""
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:

@@ -1,8 +1,8 @@
 """Gemma 3 with pictures: a SigLIP tower whose patches are averaged in squares, a linear layer, and Gemma 3's decoder.
 
 Paper: Gemma team 2025, "Gemma 3 Technical Report", section 2.1. Reference: `transformers`
-`Gemma3ForConditionalGeneration`, without its "pan and scan", which is off unless it is asked for.
-Placeholders: each `<start_of_image>` becomes empty lines around a beginning, `mm_tokens_per_image` rows and an end. The
+`Gemma3ForConditionalGeneration`, without its "pan and scan", which is off by default. Placeholders: each
+`<start_of_image>` becomes an empty line, a begin token, `mm_tokens_per_image` rows, an end token and an empty line. The
 rows of a picture see one another both ways.
 """
 
@@ -28,13 +28,13 @@ from sensorium.model_executor.models.siglip import SiglipVisionModel
 
 
 def between_lines(token_ids: Iterable[int], mark: int, item: Sequence[int], tokenizer: Any) -> Iterator[int]:
-    """A prompt with an item in the place of each mark, and two more line ends before and behind it.
+    """A prompt in which an item replaces each mark, with two more line ends before and after it.
 
-    Line ends in a row are one token or few, so they are tokenized anew with those that stand there: in `"a\\n<mark>"`,
-    three of them stand before the item.
+    A run of line ends is one token or a few, so the whole run is tokenized anew: in `"a\
+    <mark>"` it is three line ends before the item.
     """
     run: list[int] = []
-    num_ends = num_more = 0  # of the run, and those to be added to it
+    num_ends = num_more = 0  # in the current run, and to be added to it
     for token_id in (*token_ids, None):
         if token_id is not None and (count := num_line_ends(tokenizer, token_id)):
             run.append(token_id)
@@ -49,18 +49,18 @@ def between_lines(token_ids: Iterable[int], mark: int, item: Sequence[int], toke
 
 @lru_cache(maxsize=1 << 14)
 def num_line_ends(tokenizer: Any, token_id: int) -> int:
-    """How many line ends a token is; 0 if it is anything else."""
+    """The number of line ends of a token; 0 if it has anything else."""
     text: str = tokenizer.decode([token_id])
     return 0 if text.strip("\n") else len(text)
 
 
 class Gemma3Pictures(PicturesOfOneSize):
-    """Pictures of whatever size take the same number of rows, between markers and empty lines."""
+    """Every picture takes the same number of rows, between markers and empty lines."""
 
     placeholder = "<start_of_image>"
 
     def prompt(self, token_ids: Sequence[int], _num_items: int) -> Sequence[int]:
-        """See `MediaInputs`: the markers and lines, and a token for the rows between them."""
+        """See `MediaInputs`: adds markers and lines around each item's one token."""
         if self.row_id in token_ids:
             return token_ids
         begin, end = self.config.boi_token_id, self.config.eoi_token_id
@@ -81,7 +81,7 @@ class Gemma3Pictures(PicturesOfOneSize):
 
 
 class Gemma3Projector(nn.Module):
-    """Averages of squares of patches, normed, then a linear layer: a row of the decoder for each."""
+    """Averages squares of patches, then a norm and a linear layer: a decoder row for each square."""
 
     def __init__(self, hf_config: Any) -> None:
         super().__init__()
@@ -104,7 +104,7 @@ class Gemma3ForConditionalGeneration(LlavaForConditionalGeneration):
     """Tower, projector and decoder."""
 
     def decoder_config(self, config: EngineConfig) -> EngineConfig:
-        """See `LlavaForConditionalGeneration`: beside pictures, the reference caps no logits."""
+        """See `LlavaForConditionalGeneration`: with pictures, the reference doesn't cap logits."""
         text = super().decoder_config(config)
         text.model_config.hf_config.final_logit_softcapping = None
         return text

@@ -1,8 +1,9 @@
-"""GPT-OSS: experts with biases and a clamped gate, a learned sink for each head, windows on every other layer.
+"""GPT-OSS: experts with biases and a clamped gate, a learned attention sink for each head, a window in every other
+layer.
 
 Paper: OpenAI 2025, "gpt-oss-120b & gpt-oss-20b Model Card", section 2. Reference: `transformers` `GptOssForCausalLM`.
-Text only. A router's softmax is over the chosen experts' logits alone, which is that over all, normalised. Checkpoints
-with experts in MXFP4 are read, and held in the model's dtype.
+Text only. The reference's softmax is over the chosen experts' logits only, which equals the normalized softmax over
+all. Experts in MXFP4 are dequantized to the model's dtype at load.
 """
 
 from __future__ import annotations
@@ -26,9 +27,9 @@ if TYPE_CHECKING:
 
 
 def make_mlp(config: EngineConfig, _layer: int, prefix: str) -> nn.Module:
-    """The experts of a layer, in whose checkpoints gate and up take turns, behind the inputs."""
+    """A layer's experts. In checkpoints their weights are transposed, and gate and up alternate."""
     text = config.model_config.hf_text_config
-    # Older versions of transformers have both as constants.
+    # In older versions of transformers both are constants.
     act_fn = ClampedSwigluAndMul(getattr(text, "swiglu_alpha", 1.702), getattr(text, "swiglu_limit", 7.0))
     experts = Experts(
         *(text.num_local_experts, text.hidden_size, text.intermediate_size, act_fn),
@@ -50,7 +51,7 @@ class GptOssForCausalLM(LlamaForCausalLM):
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """Where it differs from Llama."""
+        """Its differences from Llama."""
         bias = bool(text_config.attention_bias)
         return DecoderOptions(qkv_bias=bias, output_bias=bias, sinks=True, norm=WideRMSNorm, make_mlp=make_mlp)
 

@@ -1,9 +1,9 @@
-"""Idefics3 and SmolVLM: a SigLIP tower over tiles, squares of patches joined, and Llama's decoder.
+"""Idefics3 and SmolVLM: a SigLIP tower over tiles, a connector that joins squares of patches, and Llama's decoder.
 
 Paper: Laurençon et al. 2024, "Building and better understanding vision-language models", section 3; Marafioti et al.
 2025, "SmolVLM". Reference: `transformers` `Idefics3ForConditionalGeneration`, `SmolVLMForConditionalGeneration`.
 Placeholders: `<image>` becomes, for each tile, `<fake_token_around_image>`, its row and column, and an `<image>` for
-each of its rows; a line of tiles ends in a line break, and the whole picture comes last.
+each of its rows; each line of tiles ends with a line break, and the whole picture comes last.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ from sensorium.multimodal.byte_pictures import pictures_of
 from sensorium.multimodal.inputs import each_item
 
 MAX_SIDE = 4096
-"""In pixels, behind the processor's first resizing."""
+"""The longest side in pixels after the processor's first resizing."""
 
 
 class Idefics3Pictures(PictureInputs):
-    """Pictures as tiles, and the whole behind them if there are several."""
+    """Pictures as tiles, followed by the whole picture if there are several."""
 
     settings = ("size", "do_image_splitting")
 
@@ -56,7 +56,7 @@ class Idefics3Pictures(PictureInputs):
         return side**2
 
     def tile_grid(self, size: Size) -> Pair:
-        """Rows and columns of the tiles of a picture; (0, 0) if it isn't cut."""
+        """Rows and columns of a picture's tiles; (0, 0) if it isn't split."""
         if not self.processor.do_image_splitting:
             return 0, 0
         tile, (height, width) = self.tile_size, self.resized((size[0], size[1]))
@@ -70,7 +70,7 @@ class Idefics3Pictures(PictureInputs):
         return (down, across) if down > 1 or across > 1 else (0, 0)
 
     def resized(self, size: Pair) -> Pair:
-        """Height and width behind the processor's first resizing, to a longest edge."""
+        """Height and width after the processor's first resizing, which bounds the longest edge."""
         edges = dict(self.processor.size)
         if not self.processor.do_resize:
             return size
@@ -106,7 +106,7 @@ class Idefics3Pictures(PictureInputs):
         return max((down * across + 1) * self.tile_size**2, math.prod(self.resized((size[0], size[1]))))
 
     def sizes(self) -> Iterable[Size]:
-        """See `MediaInputs`: as many tiles on the longest side as there may be, and any number on the other."""
+        """See `MediaInputs`: the most tiles on the longest side, and any number on the other."""
         most = max(self.tile_grid((1, 1)))
         tile = self.tile_size
         return [size for n in range(1, most + 1) for size in ((n * tile, most * tile), (most * tile, n * tile))] or [
@@ -115,7 +115,7 @@ class Idefics3Pictures(PictureInputs):
 
 
 def _even_other_side(size: Pair, longest: int) -> Pair:
-    """A picture's size with this longest side, and the other one even."""
+    """A picture's size with this longest side, and an even other side."""
     (height, width), ratio = size, size[1] / size[0]
     if width >= height:
         other = int(longest / ratio)
@@ -126,10 +126,10 @@ def _even_other_side(size: Pair, longest: int) -> Pair:
 
 @lru_cache(maxsize=64)
 def places(rows: int, columns: int, side: int) -> torch.Tensor:
-    """Which of the `side * side` places of the position table a tile's patches take, `(rows * columns,)`.
+    """The index of each of a tile's patches in the table of `side * side` positions, `(rows * columns,)`.
 
-    A patch's place is where it begins, as a fraction of the tile. Rounded as in `transformers`
-    `Idefics3VisionEmbeddings`, where equal fractions may come out as neighbours.
+    A patch's position is its start as a fraction of the tile, rounded as in `transformers` `Idefics3VisionEmbeddings`,
+    where equal fractions may give neighbouring indices.
     """
     edges = torch.arange(1 / side, 1.0, 1 / side)
 
@@ -141,7 +141,7 @@ def places(rows: int, columns: int, side: int) -> torch.Tensor:
 
 
 class Idefics3VisionEmbeddings(SiglipVisionEmbeddings):
-    """The patches of tiles of any size, each plus the embedding of its place."""
+    """The patches of tiles of any size, each with its position embedding added."""
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
         """See `SiglipVisionEmbeddings`."""
@@ -150,7 +150,7 @@ class Idefics3VisionEmbeddings(SiglipVisionEmbeddings):
 
 
 class Idefics3VisionModel(SiglipVisionModel):
-    """SigLIP's tower with other positions."""
+    """SigLIP's tower with positions for tiles of any size."""
 
     embeddings_class = Idefics3VisionEmbeddings
 
@@ -190,7 +190,7 @@ class Idefics3ForConditionalGeneration(MediaLanguageModel):
 
     @classmethod
     def unsuited_to(cls, hf_config: Any) -> str | None:
-        """Why a checkpoint is for transformers: its decoder has no class here."""
+        """Why transformers must run a checkpoint: no class is registered for its decoder."""
         return missing_inner_model(hf_config.get_text_config())
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
@@ -216,7 +216,7 @@ class Idefics3ForConditionalGeneration(MediaLanguageModel):
         image_embeds: Any = None,
         **kwargs: Any,
     ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or given rows."""
+        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or embeddings."""
         if image_embeds is not None:
             return {self.config.image_token_id: each_item(image_embeds, 2)}
         if pixel_values is None and pixel_bytes is None:

@@ -1,7 +1,7 @@
-"""What a model class can say about itself: protocols whose flags the engine reads once, at load.
+"""The capabilities of model classes: protocols whose flags the engine reads once, at load.
 
-A class states a capability by inheriting the protocol next to `nn.Module`, or by setting the flag itself. Only the flag
-counts. No torch at import.
+A class declares a capability by inheriting the protocol next to `nn.Module`, or by setting the flag itself. Only the
+flag counts. This module doesn't import torch.
 """
 
 from __future__ import annotations
@@ -72,8 +72,8 @@ def _not_implemented(model: object, name: str) -> NoReturn:
 class SupportsMultiModal(Protocol):
     """A model that takes media.
 
-    The flag alone is enough, together with `forward`'s keyword parameters for what the mappers return. A class that
-    implements both methods as well, and gives `forward` an `inputs_embeds` parameter, needs no inference at load.
+    The flag is enough, together with keyword parameters of `forward` for what the mappers return. For a class that also
+    implements both methods, and whose `forward` has an `inputs_embeds` parameter, the probe has nothing to infer.
 
     A class that inherits this protocol also inherits the two stubs, so `hasattr` says nothing: ask `overrides`.
     """
@@ -86,7 +86,7 @@ class SupportsMultiModal(Protocol):
 
         `kwargs` are those of `forward` that mappers made, batched over items.
         """
-        return None  # a body, so that type checkers don't take the method for abstract
+        return None  # with a body, type checkers don't treat the method as abstract
 
     @_stub
     def get_input_embeddings(
@@ -118,13 +118,13 @@ class SupportsPP(Protocol):
     def make_empty_intermediate_tensors(
         self, batch_size: int, dtype: torch.dtype, device: torch.device
     ) -> IntermediateTensors:
-        """Tensors of the shapes that a stage hands on."""
+        """Empty tensors of the shapes that a stage passes to the next."""
         _not_implemented(self, "make_empty_intermediate_tensors")
 
 
 @runtime_checkable
 class HasInnerState(Protocol):
-    """A model that keeps state per request beside the KV cache."""
+    """A model that keeps state per request besides the KV cache."""
 
     has_inner_state: ClassVar[Literal[True]] = True
 
@@ -138,7 +138,7 @@ class IsAttentionFree(Protocol):
 
 @runtime_checkable
 class IsHybrid(Protocol):
-    """A model with both attention and layers that keep another state."""
+    """A model with attention layers and layers that keep a state of fixed size."""
 
     is_hybrid: ClassVar[Literal[True]] = True
 
@@ -152,38 +152,40 @@ class SupportsCrossEncoding(Protocol):
 
 @runtime_checkable
 class SupportsCrossAttention(Protocol):
-    """A model whose decoder attends to the rows of an encoder by cross-attention, beside its own tokens.
+    """A model whose decoder attends to its own tokens and, by cross-attention, to the rows of an encoder.
 
     Its layers of cross-attention are `Attention(..., attn_type="encoder_decoder")`. Its encoder is
-    `get_multimodal_embeddings`, as of every model that takes media, and `forward` takes `encoder_outputs`: rows of
-    items, one item behind the other, in the step that first sees them, which these layers turn into keys and values;
-    None in all others. An item is seen from its place in the prompt on, which the input processor returns as
-    `multi_modal_placeholders`. With a method `get_num_seen_rows` of the same arguments as `get_num_encoder_rows`, the
-    last token of that place, and all behind it, see only the first so many rows; one item is all that a prompt may have
-    then, and prompts are computed in chunks.
+    `get_multimodal_embeddings`, as in every model that takes media. `forward` takes `encoder_outputs`: in the first
+    step that sees items, their rows, concatenated, which these layers turn into keys and values; None in all other
+    steps. Tokens see an item from its range in the prompt on, which the input processor returns as
+    `multi_modal_placeholders`.
+
+    A class may have a method `get_num_seen_rows` with the arguments of `get_num_encoder_rows`. Then the last token of
+    the range, and all later ones, see only so many of the item's first rows; a prompt has one item at most, and is
+    computed in chunks.
     """
 
     supports_cross_attention: ClassVar[Literal[True]] = True
 
     @classmethod
     def get_num_encoder_rows(cls, model_config: ModelConfig, modality: str, kwargs: Mapping[str, Any]) -> int:
-        """Rows that the encoder makes of an item, given what the mapper made of it. Called in the front process."""
+        """The number of encoder rows of an item, given the mapper's output for it. Called in the front process."""
         ...
 
 
 @runtime_checkable
 class SupportsTranscription(Protocol):
-    """A model that is asked in its own words to transcribe, or that hears only sounds of a certain length whole.
+    """A model with its own prompt for transcription, or with a longest sound.
 
-    Models without it are asked in the default words. A model of speech, which is told by tokens what to write down, has
-    two methods more: `get_speech_tokens(model_config)` returns a `sensorium.inputs.speech.SpeechTokens`, and
-    `get_spectrogram(model_config, samples, rate)` the spectrogram `(mel bins, frames)` of a sound of any length, of
-    which its mapper takes pieces in the place of sounds.
+    Other models get the default prompt. A speech model, whose task is set by special tokens, has two more methods:
+    `get_speech_tokens(model_config)` returns a `sensorium.inputs.speech.SpeechTokens`, and
+    `get_spectrogram(model_config, samples, rate)` the spectrogram `(mel bins, frames)` of a sound of any length. Its
+    mapper takes pieces of a spectrogram as well as sounds.
     """
 
     @classmethod
     def get_transcription_style(cls, model_config: ModelConfig) -> TranscriptionStyle:
-        """How it is asked and how it answers. Called once, in the front process."""
+        """The prompt, and the format of the answer. Called once, in the front process."""
         ...
 
 
@@ -191,21 +193,21 @@ class SupportsTranscription(Protocol):
 class SupportsTwoWaySpans(Protocol):
     """A model in which some positions of a prompt see later ones too: those of a picture, or the whole prompt.
 
-    No chunk ends inside such a span, and attention gets them as `AttentionMetadata.row_spans`; what a layer makes of
-    them says its `Attention(..., spans=...)`.
+    No chunk ends inside such a span. Attention gets them as `AttentionMetadata.row_spans`, and a layer's
+    `Attention(..., spans=...)` says how it treats them.
     """
 
     @classmethod
     def get_two_way_spans(cls, model_config: ModelConfig) -> Collection[str]:
-        """Modalities whose rows see one another both ways, run by run of rows that follow each other; or
-        `sensorium.spans.WHOLE_PROMPT`. Called once, at load."""
+        """The modalities of which each run of consecutive rows is a two-way span, or `sensorium.spans.WHOLE_PROMPT`.
+        Called once, at load."""
         ...
 
 
 def two_way_spans_of(model: object, model_config: ModelConfig) -> frozenset[str]:
-    """What a model, or its class, says as `SupportsTwoWaySpans`; nothing if it doesn't.
+    """The two-way spans of a model or its class, by `SupportsTwoWaySpans`; empty without it.
 
-    Raises `ModelError` (a `TypeError`) if it says something else.
+    Raises `ModelError` (a `TypeError`) for a wrong answer.
     """
     model_class = model if isinstance(model, type) else type(model)
     if (style := style_of(model_class)) is not None:
@@ -262,7 +264,7 @@ def supports_cross_encoding(model: object) -> bool:
 
 
 def overrides(model_class: type, name: str) -> bool:
-    """Whether a class has a method of its own, or of a base, that is more than a protocol's stub.
+    """Whether a class defines or inherits a method that isn't a protocol's stub.
 
     Pass `type(model)`: a class's `__new__` may return an instance of another class.
     """
@@ -273,12 +275,12 @@ def overrides(model_class: type, name: str) -> bool:
 
 
 def find_override(model_class: type, names: Sequence[str]) -> str | None:
-    """The first of several names under which a class has a method of its own; None if there is none."""
+    """The first of several names for which `overrides` holds; None if there is none."""
     return next((name for name in names if overrides(model_class, name)), None)
 
 
 def check_supports_multimodal(model_class: type) -> None:
-    """Refuse a class that registered something for media, but doesn't say that it takes media.
+    """Refuse a class that is registered for media, but doesn't declare that it takes media.
 
     Raises `ModelError` (a `TypeError`) that says what to change.
     """

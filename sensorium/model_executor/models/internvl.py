@@ -1,9 +1,10 @@
-"""InternVL: tiles of a grid of a picture's shape, beside the whole, squares of patches joined, and any decoder.
+"""InternVL: a tower over a picture's tiles and the whole picture, a projector that joins squares of patches, and any
+decoder.
 
 Paper: Zhu et al. 2025, "InternVL3", section 2.1; Chen et al. 2024, "How Far Are We to GPT-4V?", section 3.3. Reference:
-`transformers` `InternVLForConditionalGeneration`.
-Placeholders: `<IMG_CONTEXT>` becomes as many as all tiles have rows, between `<img>` and `</img>`; `<video>` becomes
-that for each frame, behind its number, and all of it stands for rows of pictures.
+`transformers` `InternVLForConditionalGeneration`. Placeholders: `<IMG_CONTEXT>` becomes as many as all tiles have rows,
+between `<img>` and `</img>`. `<video>` becomes, for each frame, its number and such a sequence for one tile, with
+pictures' placeholder token.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from sensorium.multimodal.byte_pictures import pictures_of
 from sensorium.multimodal.inputs import each_item
 
 MAX_TILES = 256
-"""What a request may ask for: grids are found by trying all of them."""
+"""The most tiles that a request may ask for: the search for a grid tries all of them."""
 
 
 def rows_per_tile(hf_config: Any) -> int:
@@ -45,12 +46,12 @@ def rows_per_tile(hf_config: Any) -> int:
 
 
 def merge_size(hf_config: Any) -> int:
-    """Patches on a side of the square that becomes a row."""
+    """Patches on a side of a square that becomes one row."""
     return int(1 / hf_config.downsample_ratio)
 
 
 class _Tiles(MediaInputs):
-    """What pictures and frames have in common."""
+    """Shared by pictures and frames."""
 
     def tiles(self, num_tiles: int) -> Pieces:
         """The tokens of some tiles."""
@@ -70,12 +71,12 @@ class _Tiles(MediaInputs):
 
 
 class InternVLPictures(_Tiles, PictureInputs):
-    """Pictures as tiles, and the whole behind them if there are several."""
+    """Pictures as tiles, followed by the whole picture if there are several."""
 
     settings = ("crop_to_patches", "min_patches", "max_patches")
 
     def processor_settings(self) -> dict[str, Any]:
-        """Pictures are cut unless a request says otherwise."""
+        """Pictures are split into tiles unless a request sets it otherwise."""
         most = self.given.get("max_patches", 1)
         if not isinstance(most, int) or most > MAX_TILES:
             raise InvalidRequestError(
@@ -85,7 +86,7 @@ class InternVLPictures(_Tiles, PictureInputs):
         return {"crop_to_patches": True, **self.given}
 
     def num_tiles(self, size: Size) -> int:
-        """Tiles of a picture, the whole among them."""
+        """The number of a picture's tiles, the whole picture included."""
         num_tiles: int = self.processor.get_number_of_image_patches(size[0], size[1], {})
         return num_tiles
 
@@ -102,14 +103,14 @@ class InternVLPictures(_Tiles, PictureInputs):
         return int(self.num_tiles(size) * math.prod(self.config.vision_config.image_size))
 
     def sizes(self) -> Iterable[Size]:
-        """See `MediaInputs`: those that fill a grid."""
+        """See `MediaInputs`: sizes that fill a grid of tiles."""
         height, width = self.config.vision_config.image_size
         most = max(self.processor.max_patches, 1)
         return [(down * height, across * width) for down in range(1, most + 1) for across in range(1, most // down + 1)]
 
 
 class InternVLClips(_Tiles, ClipInputs):
-    """Frames as tiles, each behind its number."""
+    """Frames as tiles, each after its number."""
 
     placeholder = "<video>"
 
@@ -133,11 +134,11 @@ class InternVLClips(_Tiles, ClipInputs):
         return (*self.tiles(1), *others)
 
     def prompt(self, token_ids: Sequence[int], _num_items: int) -> Sequence[int]:
-        """See `MediaInputs`: with the number of each clip's first frame."""
+        """See `MediaInputs`: adds the number of each clip's first frame."""
         return with_text_in_front(token_ids, self.prompt_id, "Frame1: ", self.tokenizer)
 
     def pieces_of_rows(self, num_rows: int) -> Pieces:
-        """See `MediaInputs`; a frame has so many rows."""
+        """See `MediaInputs`: the number of frames follows from the rows of each."""
         num_frames, rest = divmod(num_rows, rows_per_tile(self.config))
         if rest:
             raise InvalidRequestError(
@@ -148,7 +149,7 @@ class InternVLClips(_Tiles, ClipInputs):
 
 
 class InternVLProjector(EncoderMLP):
-    """Norm and two linear layers, over the joined patches of a square."""
+    """A norm and two linear layers over the joined patches of a square."""
 
     def __init__(self, hf_config: Any, prefix: str = "") -> None:
         width = hf_config.vision_config.hidden_size * merge_size(hf_config) ** 2
@@ -178,10 +179,10 @@ class InternVLForConditionalGeneration(LlavaForConditionalGeneration):
     def encode_media(
         self, *, pixel_values_videos: Any = None, video_embeds: Any = None, **kwargs: Any
     ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; clips as frames `(frames, channels, height, width)`, or given rows.
+        """See `MediaLanguageModel`; clips as frames `(frames, channels, height, width)`, or embeddings.
 
-        Pictures and clips have one placeholder token, so that those of a prompt are merged in their order only if they
-        are encoded one modality at a time, as the engine does.
+        Pictures and clips share a placeholder token. With both in a prompt, rows go to the right places only if each
+        modality is encoded and merged by itself, as the engine does.
         """
         rows = [row for items in super().encode_media(**kwargs).values() for row in items]
         if video_embeds is not None:

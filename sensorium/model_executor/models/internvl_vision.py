@@ -1,4 +1,4 @@
-"""The vision tower of InternVL: pictures of one size to a row per patch, and one for the class token before them.
+"""The vision tower of InternVL: from pictures of one size to a row for the class token, followed by one per patch.
 
 Paper: Chen et al. 2023, "InternVL", section 3.1. Reference: `transformers` `InternVLVisionModel`.
 """
@@ -33,7 +33,7 @@ NORMS = {"layer_norm": nn.LayerNorm, "rms_norm": RMSNorm}
 
 
 class InternVLVisionEmbeddings(nn.Module):
-    """The class token and the patches, each plus the embedding of its place where the config has such."""
+    """The class token and the patches, each with its position embedding added if the config has some."""
 
     def __init__(self, config: InternVLVisionConfig, prefix: str = "") -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class InternVLVisionEmbeddings(nn.Module):
 
 
 def internvl_layer(config: Any, quant_config: QuantizationConfig | None, prefix: str) -> EncoderLayer:
-    """A layer of the tower: what attention and MLP return is scaled channel by channel."""
+    """A layer of the tower: the outputs of attention and MLP are scaled channel by channel."""
     width, norm = config.hidden_size, NORMS[config.norm_type]
     return EncoderLayer(
         EncoderAttention(
@@ -77,7 +77,8 @@ def internvl_layer(config: Any, quant_config: QuantizationConfig | None, prefix:
 
 
 class InternVLVisionModel(nn.Module):
-    """The tower, up to the last layer whose output is asked for; the last one's comes behind the final norm, if any.
+    """The tower, up to the last layer whose output is used. The output of the tower's last layer goes through the final
+    norm, if there is one.
 
     Args:
         config: An InternVL vision config.

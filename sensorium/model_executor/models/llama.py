@@ -1,4 +1,4 @@
-"""Llama, and the models that are Llama with other weights (Mistral among them).
+"""Llama, and models with Llama's architecture, such as Mistral.
 
 Paper: Touvron et al. 2023. Reference: `transformers` `LlamaForCausalLM`. Text only.
 """
@@ -37,7 +37,7 @@ class LlamaForCausalLM(nn.Module):
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """Where the decoder differs from Llama's; here, which projections have biases."""
+        """The decoder's differences from Llama's; here, which projections have biases."""
         attention_bias = bool(getattr(text_config, "attention_bias", False))
         return DecoderOptions(
             qkv_bias=attention_bias,
@@ -70,5 +70,5 @@ class LlamaForCausalLM(nn.Module):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill the parameters. Of a head that is tied to the embeddings, a checkpoint may have either or both."""
+        """Fill the parameters. If the head is tied to the embeddings, a checkpoint may have either or both."""
         return AutoWeightsLoader(self).load_weights(weights)

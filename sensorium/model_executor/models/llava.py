@@ -1,8 +1,8 @@
 """LLaVA-1.5: a CLIP, SigLIP or Pixtral tower, two linear layers, and any registered decoder.
 
 Paper: Liu et al. 2023, "Improved Baselines with Visual Instruction Tuning". Reference: `transformers`
-`LlavaForConditionalGeneration`.
-Placeholders: each `<image>` token becomes as many as the tower has patches; with a Pixtral tower see there.
+`LlavaForConditionalGeneration`. Placeholders: each `<image>` token becomes as many as the tower has patches; with a
+Pixtral tower, as in `pixtral.py`.
 """
 
 from __future__ import annotations
@@ -50,12 +50,12 @@ def tower_of(hf_config: Any) -> type[Tower]:
 
 
 def drops_first_row(hf_config: Any) -> int:
-    """1 if the tower's first row, CLIP's class token, is left out, and 0 otherwise."""
+    """1 if the tower's first row, CLIP's class token, is dropped, else 0."""
     return int(hf_config.vision_feature_select_strategy == "default")
 
 
 def feature_layers_of(hf_config: Any) -> list[int]:
-    """Whose outputs the projector gets."""
+    """The layers whose outputs the projector gets."""
     layers = hf_config.vision_feature_layer
     return [layers] if isinstance(layers, int) else list(layers)
 
@@ -67,10 +67,10 @@ def patches_per_side(hf_config: Any) -> int:
 
 
 class PicturesOfOneSize(PictureInputs):
-    """Pictures of whatever size become as large as the tower's, and so have the same number of rows."""
+    """Pictures are resized to the tower's size, so all have the same number of rows."""
 
     def pieces_of_rows(self, num_rows: int) -> Pieces:
-        """See `MediaInputs`; the numbers must agree."""
+        """See `MediaInputs`; the number must be that of any picture."""
         pieces = self.pieces_of_size(())
         if self.num_rows(pieces) != num_rows:
             raise InvalidRequestError(
@@ -108,7 +108,7 @@ class LlavaPictures(PicturesOfOneSize):
         return ((self.row_id, num_rows - drops_first_row(self.config)),)
 
     def size_of(self, item: Any) -> Size:
-        """See `MediaInputs`; the mapper looks at what it is."""
+        """See `MediaInputs`; the mapper checks the item."""
         return ()
 
 
@@ -128,7 +128,8 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
 
     @classmethod
     def unsuited_to(cls, hf_config: Any) -> str | None:
-        """Why a checkpoint is for transformers: its decoder, or its tower where that may be any, has no class here."""
+        """Why transformers must run a checkpoint: there is no class for its decoder, or for its tower if that may be of
+        any kind."""
         kind = hf_config.vision_config.model_type
         if cls.make_tower is LlavaForConditionalGeneration.make_tower and kind not in TOWERS:
             return f"its vision tower {kind} has no class here"
@@ -154,7 +155,7 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
         )
 
     def make_projector(self, prefix: str) -> nn.Module:
-        """What makes the decoder's rows of the tower's."""
+        """The projector from the tower's rows to the decoder's."""
         width = self.config.get_text_config().hidden_size
         return EncoderMLP(
             self.config.vision_config.hidden_size * len(feature_layers_of(self.config)),
@@ -179,7 +180,7 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
         image_embeds: Any = None,
         **kwargs: Any,
     ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or given rows."""
+        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or embeddings."""
         if image_embeds is not None:
             return {self.config.image_token_id: each_item(image_embeds, 2)}
         if pixel_values is None and pixel_bytes is None:
@@ -192,7 +193,7 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
 
         Args:
             pictures: `(tiles, channels, height, width)` each.
-            image_sizes: Height and width of each picture in pixels, where the processor tells them.
+            image_sizes: Height and width of each picture in pixels, if the processor returns them.
         """
         if isinstance(self.vision_tower, PixtralVisionModel):
             features, grids = self.vision_tower.encode(pictures, image_sizes)

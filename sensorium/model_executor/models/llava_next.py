@@ -1,9 +1,8 @@
-"""LLaVA-NeXT: LLaVA with pictures as tiles of the tower's size, and a row at the end of each line of them.
+"""LLaVA-NeXT: LLaVA with pictures as tiles of the tower's size, and a learned row at the end of each line of rows.
 
 Paper: Liu et al. 2024, "LLaVA-NeXT: Improved reasoning, OCR, and world knowledge". Reference: `transformers`
-`LlavaNextForConditionalGeneration`.
-Placeholders: `<image>` becomes the rows of the whole picture at the tower's size, then those of the tiles without bars,
-line by line with one more behind each line.
+`LlavaNextForConditionalGeneration`. Placeholders: `<image>` becomes the rows of the whole picture at the tower's size,
+then those of the tiles without padding bars, line by line, with one more after each line.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ def tile_grid(hf_config: Any, size: Pair) -> Pair:
 
 
 class LlavaNextPictures(PictureInputs):
-    """Pictures as tiles beside the whole."""
+    """Pictures as tiles, after the whole picture."""
 
     def pieces_of_size(self, size: Size) -> Pieces:
         """See `MediaInputs`."""
@@ -49,7 +48,7 @@ class LlavaNextPictures(PictureInputs):
         return ((self.row_id, num_rows),)
 
     def lines(self, size: Pair) -> Pair:
-        """Rows and columns of the tiles without bars."""
+        """Rows and columns of all tiles together, without padding bars."""
         side, (down, across) = patches_per_side(self.config), tile_grid(self.config, size)
         return unpadded(size, (down * side, across * side))
 
@@ -59,16 +58,16 @@ class LlavaNextPictures(PictureInputs):
         return int((down * across + 1) * self.config.vision_config.image_size**2)
 
     def sizes(self) -> Iterable[Size]:
-        """See `MediaInputs`: those that fill their tiles."""
+        """See `MediaInputs`: sizes that fill their tiles."""
         return [(height, width) for height, width in self.config.image_grid_pinpoints]
 
 
 @takes_media(LlavaNextPictures)
 class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
-    """Tower, projector, the row behind each line, and decoder.
+    """Tower, projector, the row at the end of each line, and decoder.
 
     Raises:
-        ModelError: What is kept of a tile is no square of rows.
+        ModelError: The tower's selected rows of a tile aren't a square.
     """
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
@@ -88,7 +87,7 @@ class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
         return [self.in_lines(tiles, (height, width)) for tiles, (height, width) in zip(rows, sizes, strict=True)]
 
     def in_lines(self, tiles: torch.Tensor, size: Pair) -> torch.Tensor:
-        """The rows `(tiles, side^2, width)` of a picture as they stand in the prompt."""
+        """A picture's rows in the order of the prompt, given `(tiles, side^2, width)`."""
         whole, parts = tiles[0], tiles[1:]
         if not len(parts):
             return torch.cat((whole, self.image_newline[None]))
@@ -97,5 +96,5 @@ class LlavaNextForConditionalGeneration(LlavaForConditionalGeneration):
         return torch.cat((whole, torch.cat((grid, ends), dim=1).flatten(0, 1)))
 
     def shrunk(self, grid: torch.Tensor) -> torch.Tensor:
-        """The lines `(rows, columns, width)` of a picture, fewer where a model bounds them."""
+        """The lines `(rows, columns, width)` of a picture, shrunk if the model bounds them."""
         return grid

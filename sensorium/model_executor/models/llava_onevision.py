@@ -1,9 +1,9 @@
 """LLaVA-OneVision: LLaVA-NeXT with many resolutions and a bound on rows, several pictures in a prompt, and clips.
 
 Paper: Li et al. 2024, "LLaVA-OneVision: Easy Visual Task Transfer", section 3.1. Reference: `transformers`
-`LlavaOnevisionForConditionalGeneration`.
-Placeholders: `<image>` as in LLaVA-NeXT, with lines shrunk to the bound; of several pictures in a prompt, each is one
-square tile and a row behind it. `<video>` becomes a quarter of the rows of each frame, and a row behind the last.
+`LlavaOnevisionForConditionalGeneration`. Placeholders: `<image>` as in LLaVA-NeXT, with lines shrunk to the bound. If a
+prompt has several pictures, each is one square tile and a row after it. `<video>` becomes a quarter of the rows of each
+frame, and a row after the last.
 """
 
 from __future__ import annotations
@@ -24,29 +24,29 @@ from sensorium.multimodal.byte_pictures import pictures_of
 from sensorium.multimodal.inputs import each_item
 
 SHRINKS_ABOVE = 1.1
-"""How much longer than the bound lines may be, as a ratio of sides."""
+"""The ratio of sides from which on lines are shrunk to the bound."""
 
 
 def most_places(hf_config: Any) -> int:
-    """Rows times columns of lines that aren't shrunk."""
+    """The bound on rows times columns of lines."""
     return int(hf_config.vision_aspect_ratio.removeprefix("anyres_max_")) * patches_per_side(hf_config) ** 2
 
 
 def within_bound(grid: Pair, most: int) -> Pair:
-    """Rows and columns to which the lines of a picture are shrunk."""
+    """Rows and columns of a picture's lines, shrunk to the bound."""
     ratio = math.sqrt(grid[0] * grid[1] / most)
     return (int(grid[0] // ratio), int(grid[1] // ratio)) if ratio > SHRINKS_ABOVE else grid
 
 
 class LlavaOnevisionPictures(LlavaNextPictures):
-    """A picture alone is cut into tiles, several in a prompt aren't."""
+    """A single picture in a prompt is split into tiles; several are not."""
 
     settings = ("one_tile",)
-    """Whether pictures are squares of one tile each; by default, if a prompt has several."""
+    """`one_tile`: whether pictures are squares of one tile each; by default, if a prompt has several."""
 
     @property
     def has_one_tile(self) -> bool:
-        """Whether pictures aren't cut."""
+        """Whether pictures aren't split into tiles."""
         return bool(self.given.get("one_tile"))
 
     def prepare(self, num_items: int) -> Mapping[str, Any]:
@@ -55,7 +55,7 @@ class LlavaOnevisionPictures(LlavaNextPictures):
         return {"one_tile": self.has_one_tile}
 
     def processor_settings(self) -> dict[str, Any]:
-        """No other tiles where only the whole picture is wanted."""
+        """Without splitting, only the whole picture."""
         side = self.config.vision_config.image_size
         return {"image_grid_pinpoints": [[side, side]]} if self.has_one_tile else {}
 
@@ -64,16 +64,17 @@ class LlavaOnevisionPictures(LlavaNextPictures):
         return (1, 0) if self.has_one_tile else within_bound(super().lines(size), most_places(self.config))
 
     def largest(self, max_tokens: int) -> Size:
-        """See `MediaInputs`: pictures that don't fill their tiles may have more rows, as the bound is on shrinking."""
+        """See `MediaInputs`: pictures that don't fill their tiles may have more rows, since lines slightly above the
+        bound aren't shrunk."""
         sizes = sorted(self._filled_tiles(), reverse=True)
         fitting = [(count, size) for count, size in sizes if count <= max_tokens]
         for count, size in fitting:
-            if length_of(self.pieces_of_size(size)) == count:  # it is cut into these tiles, and no others
+            if length_of(self.pieces_of_size(size)) == count:  # it is split into just these tiles
                 return size
         return sizes[-1][1]
 
     def _filled_tiles(self) -> Iterator[tuple[int, Size]]:
-        """Pictures that fill the tiles of each resolution in one direction at least, with the tokens they'd have."""
+        """Numbers of tokens and sizes of pictures that fill the tiles of a resolution in one direction at least."""
         side, most, tile = patches_per_side(self.config), most_places(self.config), self.config.vision_config.image_size
         for height, width in super().sizes():
             down, across = height // tile * side, width // tile * side
@@ -85,7 +86,7 @@ class LlavaOnevisionPictures(LlavaNextPictures):
                         yield side**2 + rows * (columns + 1), size
 
     def map(self, items: Sequence[Any]) -> Mapping[str, Any]:
-        """See `PictureInputs`; with `batch_num_images`, by which Hugging Face knows whether pictures are cut."""
+        """See `PictureInputs`; with `batch_num_images`, which tells Hugging Face's model whether pictures are split."""
         pictures = [self.one_tile(each) for each in items] if self.has_one_tile else items
         mapped = dict(super().map(pictures))
         if self.has_one_tile:
@@ -96,7 +97,7 @@ class LlavaOnevisionPictures(LlavaNextPictures):
         return mapped | {"batch_num_images": torch.full((len(items),), 2 if self.has_one_tile else 1)}
 
     def one_tile(self, picture: Image.Image) -> Image.Image:
-        """A picture in the middle of a square of the processor's mean colour."""
+        """A picture centered in a square of the processor's mean colour."""
         self.size_of(picture)
         height, width = picture.height, picture.width
         if height == width:
@@ -109,7 +110,7 @@ class LlavaOnevisionPictures(LlavaNextPictures):
 
 
 def _first_tiles(pixels: Any) -> Any:
-    """The whole pictures `(1, 1, channels, height, width)` of tiles."""
+    """The first tile, which is the whole picture, `(1, 1, channels, height, width)`."""
     return [each[:, :1] for each in pixels] if isinstance(pixels, list) else pixels[:, :1]
 
 
@@ -136,7 +137,7 @@ class LlavaOnevisionForConditionalGeneration(LlavaNextForConditionalGeneration):
     def encode_media(
         self, *, pixel_values_videos: Any = None, video_embeds: Any = None, **kwargs: Any
     ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; clips as frames `(frames, channels, image_size, image_size)`, or given rows."""
+        """See `MediaLanguageModel`; clips as frames `(frames, channels, image_size, image_size)`, or embeddings."""
         encoded = super().encode_media(**kwargs)
         if video_embeds is not None:
             encoded[self.config.video_token_id] = each_item(video_embeds, 2)

@@ -1,4 +1,4 @@
-"""What the multimodal model files share: placeholders in token space, given embeddings, sub-configurations."""
+"""Shared by multimodal model files: placeholders among token ids, embeddings from requests, sub-configurations."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     import torch
 
 Pieces: TypeAlias = tuple[tuple[int, int], ...]
-"""What stands for an item in an expanded prompt: token ids, each with how often it stands there in a row."""
+"""An item's tokens in an expanded prompt, run-length encoded: token ids, each with its number of repetitions."""
 
 
 def language_config(config: EngineConfig) -> EngineConfig:
-    """The configuration of a multimodal model's decoder. That its head is tied may stand in the whole's config."""
+    """The configuration of a multimodal model's decoder. `tie_word_embeddings` may be in the outer config only."""
     whole = config.model_config.hf_config
     text = copy.copy(whole.get_text_config())
     text.tie_word_embeddings = any(getattr(each, "tie_word_embeddings", False) for each in (whole, text))
@@ -52,16 +52,16 @@ def expand_items(
     names: Mapping[int, str],
     max_model_len: int,
 ) -> tuple[list[int], dict[int, list[PlaceholderRange]]]:
-    """Replace the k-th occurrence of each placeholder token by what stands for its item.
+    """Replace the k-th occurrence of each placeholder token by its item's tokens.
 
-    A prompt that comes expanded already (with as many placeholder tokens as all its items have) is left as it is. For
+    A prompt that is expanded already (with as many placeholder tokens as all its items have) is returned unchanged. For
     example, with `{9: [((9, 2), (7, 1))]}`, `[1, 9, 5]` becomes `[1, 9, 9, 7, 5]` with the range (1, 3).
 
     Args:
         token_ids: The prompt.
-        expansions: Placeholder token id to the tokens of each item.
-        names: Placeholder token id to the modality's name, for error messages.
-        max_model_len: Nothing is expanded beyond this, however much is asked for.
+        expansions: For each placeholder token id, the tokens of each item.
+        names: For each placeholder token id, the modality's name, for error messages.
+        max_model_len: The longest expansion that is made, whatever a request asks for.
 
     Raises:
         InvalidRequestError: The number of placeholders fits neither the items nor their expansions, or the prompt would
@@ -99,12 +99,12 @@ def length_of(pieces: Pieces) -> int:
 
 
 def num_tokens_of(pieces: Pieces, token_id: int) -> int:
-    """How many of an item's tokens are of this id."""
+    """How many of an item's tokens have this id."""
     return sum(count for piece, count in pieces if piece == token_id)
 
 
 class _Waiting:
-    """The items of a modality that a prompt hasn't come to yet."""
+    """The items of a modality that are not yet found in the prompt."""
 
     def __init__(self, token_ids: Sequence[int], token_id: int, items: Sequence[Pieces], name: str) -> None:
         self._prompt = token_ids
@@ -114,7 +114,7 @@ class _Waiting:
         found = sum(1 for each in token_ids if each == token_id)
         num_expanded = sum(num_tokens_of(pieces, token_id) for pieces in items)
         self.is_there = found != len(items)
-        """Whether the prompt holds what its items expand to, rather than a placeholder for each."""
+        """Whether the prompt is expanded already, rather than having a placeholder for each item."""
         if found not in (len(items), num_expanded):
             raise InvalidRequestError(
                 f"{name} placeholders in the prompt: got {found}, expected {len(items)}, one for each item (or "
@@ -123,11 +123,11 @@ class _Waiting:
 
     @property
     def begins_with(self) -> int:
-        """The token that shows that an item may begin here."""
+        """The token at which an item may begin."""
         return self._items[-1][0][0] if self.is_there and self._items else self._token_id
 
     def take(self, position: int) -> tuple[list[int], int] | None:
-        """The tokens of the next item, and how many of the prompt's they replace; None: no item begins here."""
+        """The tokens of the next item, and how many of the prompt's they replace; None if no item begins here."""
         if not self._items:
             return None
         item = [token_id for token_id, count in self._items[-1] for _ in range(count)]
@@ -139,7 +139,7 @@ class _Waiting:
         return item, len(item) if self.is_there else 1
 
     def check_empty(self) -> None:
-        """Raise `InvalidRequestError` (a `ValueError`) if there are items whose tokens the prompt doesn't have."""
+        """Raise `InvalidRequestError` (a `ValueError`) if the prompt lacks tokens of items."""
         if self._items:
             raise InvalidRequestError(
                 f"{self._name} placeholders in the prompt: got a run shorter than {length_of(self._items[-1])} tokens, "
@@ -149,13 +149,13 @@ class _Waiting:
 
 
 def check_embeddings(embeddings: Any, num_rows: int | None, hidden_size: int, name: str) -> torch.Tensor:
-    """Rows `(num_rows, hidden_size)` that a request brings in the place of media.
+    """Check a request's embeddings, and return them as `(num_rows, hidden_size)`.
 
     Args:
-        embeddings: `(rows, hidden_size)`, or the same with leading axes.
-        num_rows: How many rows there must be; any number above 0 if `None`.
+        embeddings: `(num_rows, hidden_size)`, possibly with more leading axes.
+        num_rows: The number of rows that there must be; any above 0 if `None`.
         hidden_size: The decoder's width.
-        name: What they are called in `multi_modal_data`, for error messages.
+        name: Their name in `multi_modal_data`, for error messages.
 
     Raises:
         InvalidTypeError: Not a dense floating-point tensor.
@@ -188,10 +188,10 @@ def check_embeddings(embeddings: Any, num_rows: int | None, hidden_size: int, na
 
 
 def stacked(value: Any, item_dims: int) -> torch.Tensor:
-    """Tensors of `item_dims` axes out of a batch, `(items, ...)`: undoes stacking and nesting, in order.
+    """One tensor `(items, ...)` of tensors with `item_dims` axes from a batch, which may be stacked or nested; keeps
+    their order.
 
-    For example, images in a tensor `(B, N, 3, H, W)`, or in a list of `(N, 3, H, W)`, have 3 axes; rows have
-    1.
+    For example, images in a tensor `(B, N, 3, H, W)`, or in a list of `(N, 3, H, W)`, have 3 axes; single rows have 1.
     """
     import torch
 

@@ -1,8 +1,8 @@
-"""What most multimodal model files share on the host: from items to tokens and tensors, and the largest of them.
+"""The host's part of most multimodal model files: from items to tokens and tensors, and the largest items.
 
-A file describes each modality by a subclass of `MediaInputs`: which tokens stand for an item of a size, how it is
-mapped, how large it can be. `takes_media` makes of that the input processor, mappers, maximum numbers of rows, dummy
-data and placeholders that the registries ask for.
+A model file describes each modality by a subclass of `MediaInputs`: the tokens of an item of some size, how it is
+mapped, how large it can be. From that, `takes_media` makes the input processor, mappers, maximum numbers of rows, dummy
+data and placeholders, and registers them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ from sensorium.sequence import SequenceData
 
 C = TypeVar("C", bound=type)
 Size: TypeAlias = tuple[int, ...]
-"""Of a picture (height, width), of a clip (frames, height, width), in pixels."""
+"""A picture's (height, width) or a clip's (frames, height, width), in pixels."""
 SIDES = (448, 448)
 """Height and width of blank frames, which processors resize to the tower's size."""
 
@@ -51,16 +51,16 @@ class MediaInputs:
 
     Args:
         ctx: The model's context.
-        settings: The processor's settings that a request or the engine gives; those that are None are not given.
+        settings: The processor's settings from a request or the engine; None stands for one that isn't set.
     """
 
     modality: ClassVar[str]
     placeholder: ClassVar[str | None] = None
-    """What stands for an item in a chat prompt; None: the token that the config names."""
+    """An item's placeholder in a chat prompt; None: the token that the config names."""
     settings: ClassVar[tuple[str, ...]] = ()
     """Names of `mm_processor_kwargs` that change tokens or tensors."""
     maps_by_default: ClassVar[bool] = False
-    """Whether the modality's own default mapper is right, which takes all settings of the processor."""
+    """Whether the modality's default mapper is used, which takes all settings of the processor."""
 
     def __init__(self, ctx: InputContext, **settings: Any) -> None:
         self.ctx = ctx
@@ -70,20 +70,20 @@ class MediaInputs:
 
     @classmethod
     def of_model(cls, ctx: InputContext, **settings: Any) -> MediaInputs:
-        """The modality as the model at hand has it."""
+        """The inputs for this model; a subclass may choose another class by its config."""
         return cls(ctx, **settings)
 
-    # What a family says
+    # For subclasses
 
     @property
     def row_id(self) -> int:
-        """The token at whose positions rows stand."""
+        """The token of rows in an expanded prompt."""
         token_id: int = self.config.image_token_id
         return token_id
 
     @property
     def prompt_id(self) -> int:
-        """The token that stands for an item in a prompt before its expansion."""
+        """The placeholder token of an item in a prompt before its expansion."""
         return self.row_id
 
     def pieces_of_size(self, size: Size) -> Pieces:
@@ -91,14 +91,14 @@ class MediaInputs:
         raise NotImplementedError
 
     def pieces_of_rows(self, num_rows: int) -> Pieces:
-        """The tokens of an item of which only the number of rows is known."""
+        """The tokens of an item of which only the number of rows is known: embeddings."""
         raise InvalidTypeError(
             f"{self.modality} embeddings: got a tensor, expected a dict with {self._embeds} and {self._sizes} "
             "(items, 2), from which follows what stands between the rows. Pass both."
         )
 
     def sizes(self) -> Iterable[Size]:
-        """Sizes among which is that of the item with the most tokens, for any number of tokens that there may be."""
+        """Sizes that contain, for any bound on tokens, that of the largest item within the bound."""
         raise NotImplementedError
 
     def size_of(self, item: Any) -> Size:
@@ -106,22 +106,22 @@ class MediaInputs:
         raise NotImplementedError
 
     def blank(self, size: Size) -> Any:
-        """An item of a size."""
+        """A blank item of a size."""
         raise NotImplementedError
 
     def map(self, items: Sequence[Any]) -> Mapping[str, Any]:
-        """Keyword arguments of the model for items that aren't given as rows."""
+        """The model's keyword arguments for items that aren't embeddings."""
         raise NotImplementedError
 
     def prompt(self, token_ids: Sequence[int], num_items: int) -> Sequence[int]:
-        """The prompt as items are to be put into it, where a model has more around them than pieces can say."""
+        """The prompt before items are expanded: a hook for tokens around items that depend on their neighbours."""
         return token_ids
 
     def prepare(self, num_items: int) -> Mapping[str, Any]:
-        """Settle what depends on the number of items in a prompt; returns settings for the mapper."""
+        """A hook for what depends on the number of items in a prompt; returns settings for the mapper."""
         return {}
 
-    # What follows
+    # For the registries
 
     @property
     def _embeds(self) -> str:
@@ -133,7 +133,7 @@ class MediaInputs:
 
     @property
     def max_tokens(self) -> int:
-        """Most tokens of an item in any prompt: one of the model's length is for the output."""
+        """The most tokens of an item in any prompt; one of the model's length is for the output."""
         return self.ctx.model_config.max_model_len - 1
 
     @cached_property
@@ -154,9 +154,9 @@ class MediaInputs:
         return self._separators[text]
 
     def pieces(self, item: Any) -> list[Pieces]:
-        """The tokens of each picture or clip that an item holds: one, or several where they are given as rows.
+        """The tokens of each picture or clip of an item: of one, or of several that are given as embeddings.
 
-        Raises `InvalidTypeError` (a `TypeError`) or `InvalidRequestError` (a `ValueError`) for what can't be taken.
+        Raises `InvalidTypeError` (a `TypeError`) or `InvalidRequestError` (a `ValueError`) for an invalid item.
         """
         if isinstance(item, Mapping):
             return self._pieces_of_dict(item)
@@ -187,13 +187,13 @@ class MediaInputs:
         return num_tokens_of(pieces, self.row_id)
 
     def largest(self, max_tokens: int) -> Size:
-        """The size with the most tokens, of which there are at most so many if the smallest item allows it."""
+        """The size with the most tokens, at most `max_tokens` unless even the smallest item has more."""
         lengths = {size: length_of(self.pieces_of_size(size)) for size in self.sizes()}
         fitting = [size for size, length in lengths.items() if length <= max_tokens]
         return max(fitting, key=lengths.__getitem__) if fitting else min(lengths, key=lengths.__getitem__)
 
     def map_items(self, data: Any) -> MultiModalKwargs:
-        """Keyword arguments of the model, or `image_embeds` (`video_embeds`) that a request brings."""
+        """The model's keyword arguments, or the `image_embeds` (`video_embeds`) of a request."""
         items = as_items(data)
         rows = [each.get(self._embeds) if isinstance(each, Mapping) else each for each in items]
         given = [each for each in rows if isinstance(each, torch.Tensor)]
@@ -207,7 +207,7 @@ class MediaInputs:
 
 
 class PictureInputs(MediaInputs):
-    """Pictures that the checkpoint's image processor makes tensors of. A family says which tokens stand for them."""
+    """Pictures that the checkpoint's image processor maps. A subclass defines their tokens."""
 
     modality = "image"
 
@@ -222,11 +222,12 @@ class PictureInputs(MediaInputs):
         return dict(self.given)
 
     def pixels_of_size(self, size: Size) -> int:
-        """Pixels behind the processor of a picture of this size."""
+        """Pixels after the processor of a picture of this size."""
         raise NotImplementedError
 
     def size_of(self, item: Any) -> Size:
-        """See `MediaInputs`. Raises `InvalidRequestError` (a `ValueError`) for one that would become too large."""
+        """See `MediaInputs`. Raises `InvalidRequestError` (a `ValueError`) for a picture that would become too
+        large."""
         if not isinstance(item, Image.Image):
             raise InvalidTypeError(
                 f"Invalid image type: got {type_name(item)}, expected a PIL image or a list of them, or a tensor of "
@@ -249,7 +250,7 @@ class PictureInputs(MediaInputs):
 
 
 class ClipInputs(MediaInputs):
-    """Clips whose frames are pictures of one size. A family says how many tokens a clip of some frames takes."""
+    """Clips whose frames are resized to one size. A subclass defines the tokens of a clip."""
 
     modality = "video"
 
@@ -276,7 +277,7 @@ class ClipInputs(MediaInputs):
         return num_frames, height, width
 
     def largest(self, max_tokens: int) -> Size:
-        """See `MediaInputs`: frames of one size, and as many as tokens allow."""
+        """See `MediaInputs`: as many frames as the tokens allow."""
         one, two = (length_of(self.pieces_of_size((frames, *SIDES))) for frames in (1, 2))
         frames = max(max_tokens // (two - one), 1)
         while frames > 1 and length_of(self.pieces_of_size((frames, *SIDES))) > max_tokens:
@@ -294,7 +295,8 @@ class ClipInputs(MediaInputs):
 
 
 def takes_media(*kinds: type[MediaInputs]) -> Callable[[C], C]:
-    """Class decorator: the model takes these modalities. Registers all that the two registries ask for."""
+    """Class decorator: the model takes these modalities. Registers everything that the input registry and the
+    multimodal registry need."""
     names = tuple(dict.fromkeys(name for kind in kinds for name in kind.settings))
 
     def process(ctx: InputContext, inputs: TokenInputs, **settings: Any) -> TokenInputs:
@@ -318,7 +320,7 @@ def takes_media(*kinds: type[MediaInputs]) -> Callable[[C], C]:
 
 
 def _register(model_class: type, kind: type[MediaInputs], names: Sequence[str]) -> None:
-    """Register what belongs to one modality."""
+    """Register one modality."""
 
     def map_items(ctx: InputContext, data: Any, **settings: Any) -> MultiModalKwargs:
         return kind.of_model(ctx, **settings).map_items(data)
@@ -342,7 +344,7 @@ def _register(model_class: type, kind: type[MediaInputs], names: Sequence[str]) 
 
 
 def _named(function: Callable[..., Any], label: str, names: Sequence[str]) -> Callable[..., Any]:
-    """A callable that says in its signature which settings it takes, and in its name whose it is."""
+    """A function whose signature names the settings that it takes, and whose name has the model's and modality's."""
 
     def call(*args: Any, **settings: Any) -> Any:
         return function(*args, **settings)
@@ -355,7 +357,7 @@ def _named(function: Callable[..., Any], label: str, names: Sequence[str]) -> Ca
 
 
 def _expanded(inputs: TokenInputs, data: Mapping[str, Any], kinds: Sequence[MediaInputs]) -> TokenInputs:
-    """Put each item's tokens into the prompt."""
+    """Expand the items' placeholders in the prompt."""
     settings = dict(inputs.get("mm_processor_kwargs") or {})
     pieces: dict[int, list[list[Pieces]]] = {}
     for kind in kinds:
@@ -370,7 +372,7 @@ def _expanded(inputs: TokenInputs, data: Mapping[str, Any], kinds: Sequence[Medi
         kinds[0].ctx.model_config.max_model_len,
     )
     inputs["prompt_token_ids"] = token_ids
-    # An item that holds several pictures has several ranges, which are found by their tokens.
+    # An item of several pictures has several ranges, which are found by their tokens.
     inputs["multi_modal_placeholders"] = {
         kind.modality: ranges[kind.prompt_id]
         for kind in kinds
@@ -382,9 +384,9 @@ def _expanded(inputs: TokenInputs, data: Mapping[str, Any], kinds: Sequence[Medi
 
 
 def with_text_in_front(token_ids: Sequence[int], before: int, text: str, tokenizer: Any) -> list[int]:
-    """Put text in front of each token of an id, encoded together with the text that stands there.
+    """Insert text before each token of an id, tokenized together with the text before it.
 
-    As where text is put into a prompt before that is encoded: "see <video>" with "Frame" becomes "see Frame<video>",
+    The result is that of inserting the text before tokenization: "see <video>" with "Frame" becomes "see Frame<video>",
     of which " Frame" may be one token. Added tokens are never joined with text.
     """
     fixed = set(tokenizer.added_tokens_decoder)

@@ -1,4 +1,4 @@
-"""The frame of a model that puts media rows in front of a decoder, which most multimodal models are."""
+"""The base class of models whose decoder takes media rows among its inputs, as most multimodal models do."""
 
 from __future__ import annotations
 
@@ -18,25 +18,24 @@ from sensorium.model_executor.models.utils import (
 
 
 class MediaLanguageModel(nn.Module, SupportsMultiModal):
-    """A decoder `language_model`, and towers beside it.
+    """A decoder `language_model`, and towers for media.
 
-    A model file gives `names`, makes the parts in its constructor, and implements `encode_media`.
+    A model file sets `names`, makes the parts in its constructor, and implements `encode_media`.
     """
 
     names: ClassVar[WeightsMapper]
-    """From the checkpoint's names, in every layout that is in use, to the module's."""
+    """Maps checkpoints' names, in every layout that is in use, to the module's."""
     language_model: Any
     """Embeds ids, runs the layers, and computes logits, as `LlamaForCausalLM` does."""
     mm_row_width: int | None = None
-    """Channels of media rows, where these are more than the decoder's."""
+    """Channels of media rows, if more than the decoder's."""
     mm_host_kwargs: ClassVar[Sequence[str]] = ()
     """Arguments of `encode_media` that Python code reads, and which therefore stay on the host."""
 
     def encode_media(self, **kwargs: Any) -> Mapping[int, Sequence[torch.Tensor]]:
-        """Rows `(num_rows, hidden_size)` of each item, by the id of the placeholder token that they stand
-        for.
+        """Rows `(num_rows, hidden_size)` of each item, by their placeholder token's id.
 
-        `kwargs` are those of the mappers, batched over items; none, or None, where a modality is absent.
+        `kwargs` are those of the mappers, batched over items; missing or None for an absent modality.
         """
         raise NotImplementedError
 
@@ -45,7 +44,7 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
         return [rows for items in self.encode_media(**kwargs).values() for rows in items]
 
     def get_input_embeddings(self, input_ids: torch.Tensor, multimodal_embeddings: Any = None) -> torch.Tensor:
-        """Token embeddings `(num_tokens, hidden_size)`; media rows, in the prompt's order, at the placeholders."""
+        """Token embeddings `(num_tokens, hidden_size)`, with media rows, in the prompt's order, at the placeholders."""
         embeddings = self.embed_text(input_ids)
         if multimodal_embeddings is None or not len(multimodal_embeddings):
             return embeddings
@@ -57,7 +56,7 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
         return embeddings
 
     def placeholder_token_ids(self) -> list[int]:
-        """Ids of the tokens at whose positions media rows stand."""
+        """The ids of placeholder tokens, which media rows replace."""
         raise NotImplementedError
 
     def forward(
@@ -72,8 +71,8 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
     ) -> torch.Tensor:
         """Hidden states `(num_tokens, hidden_size)`.
 
-        The engine encodes media beforehand and passes `inputs_embeds`; with the mappers' arguments in
-        `kwargs` they are encoded here.
+        The engine encodes media before and passes `inputs_embeds`; media in `kwargs`, as the mappers return them, are
+        encoded here.
         """
         if inputs_embeds is None and kwargs:
             assert input_ids is not None, "media need the ids that say where they stand"
@@ -91,5 +90,5 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill all parts, each by its own method where it has one."""
+        """Fill all parts, each by its own `load_weights` if it has one."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.names)

@@ -1,4 +1,4 @@
-"""Mixtral: Mistral with a mixture of experts in the place of the MLP.
+"""Mixtral: Mistral with a mixture of experts instead of the MLP.
 
 Paper: Jiang et al. 2024, "Mixtral of Experts", section 2. Reference: `transformers` `MixtralForCausalLM`. Text only.
 """
@@ -44,7 +44,7 @@ class MixtralForCausalLM(LlamaForCausalLM):
             ".w3.": ".up_proj.",
         }
     )
-    """Of the model hub's checkpoints; `transformers` saves other names."""
+    """The names of the model hub's checkpoints; `transformers` saves other names."""
 
     @staticmethod
     def decoder_options(_text_config: PretrainedConfig) -> DecoderOptions:

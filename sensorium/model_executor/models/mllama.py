@@ -1,11 +1,11 @@
-"""Llama 3.2 Vision: Llama with layers in between that attend to a picture's tiles by cross-attention.
+"""Llama 3.2 Vision: Llama with additional layers that attend to a picture's tiles by cross-attention.
 
 Paper: Grattafiori et al. 2024, "The Llama 3 Herd of Models", section 7. Reference: `transformers`
-`MllamaForConditionalGeneration`. `<|image|>` stands where a picture comes in, one in a prompt.
+`MllamaForConditionalGeneration`. `<|image|>` marks the picture's place; a prompt has one picture at most.
 
-As in the reference, tokens before the picture see all its rows, those of tiles that are not there included, and bring
-nothing through the MLPs of these layers; from the picture on, rows of its own tiles are seen. Without a picture these
-layers do nothing.
+As in the reference, tokens before the picture attend to all its rows, even those of missing tiles, and skip the MLPs of
+these layers; tokens from the picture on attend to the rows of existing tiles. Without a picture these layers do
+nothing.
 """
 
 from __future__ import annotations
@@ -43,19 +43,19 @@ from sensorium.multimodal.hf_processors import cached_get_image_processor, proce
 from sensorium.sequence import SequenceData
 
 NUM_EXTRA_TOKENS = 8
-"""Of the embeddings, behind the vocabulary: that of the picture is the first."""
+"""Rows of the embedding table after the vocabulary; the first is that of `<|image|>`."""
 
 # Input processor and mapper
 
 
 def rows_of_tile(hf_config: Any) -> int:
-    """Patches, and one row for the tile."""
+    """The rows of a tile: its patches, and one for the tile itself."""
     vision = hf_config.vision_config
     return int((vision.image_size // vision.patch_size) ** 2 + 1)
 
 
 def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
-    """Say which tokens see the picture in which way: those up to its own, and the others.
+    """Check the prompt, and return the range of tokens up to the picture's, as the item's placeholder.
 
     Raises:
         InvalidRequestError: There is not one `<|image|>` for the picture.
@@ -75,7 +75,7 @@ def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
 
 
 def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) -> DummyData:
-    """A picture of as many tiles as there may be."""
+    """A picture with the most tiles."""
     from PIL import Image
 
     vision = ctx.get_hf_config().vision_config
@@ -88,8 +88,8 @@ def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) ->
 
 
 def map_pictures(ctx: InputContext, data: Any) -> MultiModalKwargs:
-    """`pixel_values` `(pictures, tiles, 3, height, width)`, filled up with empty tiles, the id of how they are arranged
-    `(pictures, 1)`, and which are there `(pictures, tiles)`."""
+    """`pixel_values` `(pictures, tiles, 3, height, width)`, padded with empty tiles, the id of the tiles' arrangement
+    `(pictures, 1)`, and which tiles exist `(pictures, tiles)`."""
     config = ctx.model_config
     processor = cached_get_image_processor(config.model, **processor_options(config))
     processed = processor([[picture] for picture in as_items(data)], return_tensors="pt")
@@ -112,7 +112,7 @@ def max_image_tokens(ctx: InputContext) -> int:
 
 
 class MllamaVisionAttention(EncoderAttention):
-    """Attention of all rows to all, but for rows that are padding, which don't see one another."""
+    """Attention of all rows to all, except that padding rows don't see one another."""
 
     def attend(self, hidden_states: torch.Tensor, is_real: torch.Tensor) -> torch.Tensor:
         """`(num_rows, hidden_size)` to the same."""
@@ -129,7 +129,7 @@ class MllamaVisionAttention(EncoderAttention):
 
 
 class MllamaVisionLayer(nn.Module):
-    """Attention and MLP, each behind a norm, and in the global layers behind a gate."""
+    """Attention and MLP, each after a norm, and in the global layers with a gate on its output."""
 
     def __init__(
         self, config: Any, quant_config: QuantizationConfig | None, prefix: str, *, is_gated: bool = False
@@ -156,7 +156,7 @@ class MllamaVisionLayer(nn.Module):
 
 
 class MllamaVisionLayers(nn.Module):
-    """Layers one behind the other."""
+    """A stack of layers."""
 
     def __init__(
         self, config: Any, count: int, quant_config: QuantizationConfig | None, prefix: str, *, is_gated: bool
@@ -166,7 +166,7 @@ class MllamaVisionLayers(nn.Module):
         self.layers = nn.ModuleList(MllamaVisionLayer(config, quant_config, name, is_gated=is_gated) for name in names)
 
     def forward(self, hidden_states: torch.Tensor, is_real: torch.Tensor) -> list[torch.Tensor]:
-        """What comes behind each layer, `(num_rows, hidden_size)` each."""
+        """The output of each layer, `(num_rows, hidden_size)`."""
         outputs = []
         for layer in self.layers:
             hidden_states = layer(hidden_states, is_real)
@@ -175,7 +175,7 @@ class MllamaVisionLayers(nn.Module):
 
 
 class GatedTileEmbedding(nn.Module):
-    """What is added to all patches of a tile, by the tile's place in the picture."""
+    """Adds an embedding of the tile's place in the picture to all its patches."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class GatedTileEmbedding(nn.Module):
 
 
 class GatedPositionEmbedding(nn.Module):
-    """Positions of patches in their tile and, behind a gate, in the picture."""
+    """Adds embeddings of patches' positions in their tile and, with a gate, in the picture."""
 
     def __init__(self, config: Any) -> None:
         super().__init__()
@@ -206,7 +206,7 @@ class GatedPositionEmbedding(nn.Module):
 
 
 class MllamaVisionModel(nn.Module):
-    """Patches of all tiles of a picture through local and global layers."""
+    """The tower: local and global layers over the patches of all tiles of a picture."""
 
     renames = WeightsMapper(orig_to_new_substr={".self_attn.o_proj.": ".attn.out_proj.", ".self_attn.": ".attn."})
 
@@ -232,7 +232,7 @@ class MllamaVisionModel(nn.Module):
 
     def forward(self, pixel_values: torch.Tensor, ratio_id: torch.Tensor, num_tiles: int) -> torch.Tensor:
         """Rows `(tiles * rows of a tile, vision_output_dim)` of a picture `(tiles, 3, height, width)`, of which the
-        first `num_tiles` are there."""
+        first `num_tiles` tiles exist."""
         patches, _ = self.patch_embedding(image_patches(pixel_values, self.config.patch_size))
         hidden_states = self.pre_tile_positional_embedding(patches, ratio_id)
         first = self.class_embedding.expand(len(hidden_states), 1, -1)
@@ -295,7 +295,8 @@ class MllamaCrossAttention(nn.Module):
         kv_cache: torch.Tensor,
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """`(num_tokens, hidden_size)` to the same; `encoder_outputs` `(num_rows, hidden_size)` are those to be kept."""
+        """`(num_tokens, hidden_size)` to the same; `encoder_outputs` `(num_rows, hidden_size)` are new rows, whose keys
+        and values are cached."""
         key = value = None
         if encoder_outputs is not None:
             rows = self.kv_proj(encoder_outputs)[0].view(len(encoder_outputs), -1, self.head_size)
@@ -308,7 +309,7 @@ class MllamaCrossAttention(nn.Module):
 
 
 class MllamaCrossLayer(nn.Module):
-    """Cross-attention and MLP, each behind a norm and a gate. Tokens that see no rows pass unchanged."""
+    """Cross-attention and MLP, each with a norm before and a gate after it. Tokens that see no rows pass unchanged."""
 
     def __init__(self, config: EngineConfig, prefix: str) -> None:
         super().__init__()
@@ -343,7 +344,7 @@ class MllamaCrossLayer(nn.Module):
 
 
 class MllamaDecoder(nn.Module):
-    """Layers of Llama, with layers of cross-attention in between."""
+    """Llama's layers, with layers of cross-attention between them."""
 
     renames = WeightsMapper(
         orig_to_new_substr={".cross_attn.k_proj.": ".cross_attn.key.", ".cross_attn.v_proj.": ".cross_attn.value."}
@@ -427,13 +428,13 @@ class MllamaForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsCros
 
     @classmethod
     def get_num_encoder_rows(cls, model_config: ModelConfig, modality: str, kwargs: Mapping[str, Any]) -> int:
-        """See `SupportsCrossAttention`: with the tiles that are not there."""
+        """See `SupportsCrossAttention`: missing tiles included."""
         del modality, kwargs
         return rows_of_tile(model_config.hf_config) * int(model_config.hf_config.vision_config.max_num_tiles)
 
     @classmethod
     def get_num_seen_rows(cls, model_config: ModelConfig, modality: str, kwargs: Mapping[str, Any]) -> int:
-        """See `SupportsCrossAttention`: of the tiles that are there."""
+        """See `SupportsCrossAttention`: those of existing tiles."""
         del modality
         return rows_of_tile(model_config.hf_config) * int(kwargs["aspect_ratio_mask"].sum())
 

@@ -24,20 +24,20 @@ def maybe_prefix(prefix: str, name: str) -> str:
 
 
 class PPMissingLayer(nn.Identity):
-    """Stands for a layer that another pipeline stage has; returns its first argument."""
+    """Replaces a layer that is on another pipeline stage; returns its first argument."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__()
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """The first argument, by whichever way it came."""
+        """The first argument, positional or keyword."""
         return args[0] if args else next(iter(kwargs.values()))
 
 
 def make_layers(
     num_hidden_layers: int, layer_fn: Callable[..., nn.Module], prefix: str
 ) -> tuple[int, int, nn.ModuleList]:
-    """A stack of layers, each made by `layer_fn(prefix=...)`, and the range of those that this stage has: all."""
+    """A stack of layers, each made by `layer_fn(prefix=...)`, and the range of this stage's layers, which is all."""
     layers = nn.ModuleList(layer_fn(prefix=f"{prefix}.{i}") for i in range(num_hidden_layers))
     return 0, num_hidden_layers, layers
 
@@ -45,7 +45,7 @@ def make_layers(
 def make_empty_intermediate_tensors_factory(
     keys: list[str], hidden_size: int
 ) -> Callable[[int, torch.dtype, torch.device], IntermediateTensors]:
-    """A function that makes zeros `(batch_size, hidden_size)` under each key, as a stage would hand them on."""
+    """A function that makes zeros `(batch_size, hidden_size)` under each key, in the form that stages pass on."""
 
     def make(batch_size: int, dtype: torch.dtype, device: torch.device) -> IntermediateTensors:
         return IntermediateTensors(
@@ -56,7 +56,7 @@ def make_empty_intermediate_tensors_factory(
 
 
 def is_pp_missing_parameter(name: str, model: nn.Module) -> bool:
-    """Whether a parameter belongs to a layer that another pipeline stage has."""
+    """Whether a parameter belongs to a layer that is on another pipeline stage."""
     missing = [f"{name}." for name, module in model.named_modules() if isinstance(module, PPMissingLayer)]
     return any(name.startswith(prefix) for prefix in missing)
 
@@ -69,10 +69,10 @@ def init_registered_model(
     vllm_config: EngineConfig | None = None,
     **kwargs: Any,
 ) -> nn.Module:
-    """Make an inner model, mostly the text model of a multimodal one, with the class that the registry has for it.
+    """Make an inner model, mostly the text model of a multimodal one, with its class from the registry.
 
     `init_registered_model(config, prefix=..., hf_config=..., architectures=...)` is the form to use: `config` is the
-    engine's configuration, `hf_config` the inner model's (without one, the whole's is used). Two older forms work too:
+    engine's configuration, `hf_config` the inner model's (by default the outer model's). Two older forms work too:
     `(hf_config, vllm_config=config, prefix=...)`, and `(hf_config, cache_config, quant_config, ...)`, which takes the
     configuration of the model that is being constructed.
 
@@ -93,7 +93,8 @@ def init_registered_model(
 
 
 def missing_inner_model(hf_config: PretrainedConfig) -> str | None:
-    """Why `init_registered_model` would refuse an inner model: no class is registered for it; None: it makes one."""
+    """Why `init_registered_model` would refuse an inner model, which is that no class is registered for it; None if
+    there is one."""
     architectures = _architectures(hf_config)
     if set(architectures) & set(ModelRegistry.get_supported_archs()):
         return None

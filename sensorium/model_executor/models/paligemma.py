@@ -1,9 +1,10 @@
-"""PaliGemma and PaliGemma 2: a SigLIP tower, a linear layer, and Gemma's decoder, which sees all of a prompt both ways.
+"""PaliGemma and PaliGemma 2: a SigLIP tower, a linear layer, and Gemma's decoder with bidirectional attention over the
+prompt.
 
-Papers: Beyer et al. 2024, "PaliGemma: A versatile 3B VLM for transfer", section 3.1; Steiner et al. 2024,
-"PaliGemma 2". Reference: `transformers` `PaliGemmaForConditionalGeneration`.
-Placeholders: each `<image>` token becomes as many as the tower has patches. A prompt is pictures, the token that begins
-a text, the text, and a line end: it may leave out all but the text.
+Papers: Beyer et al. 2024, "PaliGemma: A versatile 3B VLM for transfer", section 3.1; Steiner et al. 2024, "PaliGemma
+2". Reference: `transformers` `PaliGemmaForConditionalGeneration`. Placeholders: each `<image>` token becomes as many as
+the tower has patches. A prompt is pictures, the token that begins a text, the text, and a line end. Everything but the
+text is added if it is missing.
 """
 
 from __future__ import annotations
@@ -27,12 +28,12 @@ from sensorium.spans import WHOLE_PROMPT
 
 
 class PaliGemmaPictures(PicturesOfOneSize):
-    """Pictures of whatever size take a row for each patch."""
+    """Every picture takes a row for each patch of the tower."""
 
     placeholder = "<image>"
 
     def prompt(self, token_ids: Sequence[int], num_items: int) -> Sequence[int]:
-        """See `MediaInputs`: pictures first unless they have places, and the text between its begin and its end."""
+        """See `MediaInputs`: adds missing placeholders at the start, and the begin and end of the text."""
         begin = [] if self.tokenizer.bos_token_id is None else [self.tokenizer.bos_token_id]
         head, text = self._parts(list(token_ids))
         if head and begin and text[:1] == begin:
@@ -44,12 +45,12 @@ class PaliGemmaPictures(PicturesOfOneSize):
         return [*head, *begin, *self._ended(text)]
 
     def _parts(self, token_ids: list[int]) -> tuple[list[int], list[int]]:
-        """What ends with the last picture's place, and what follows it."""
+        """The tokens up to the last placeholder, and those after it."""
         last = max((at for at, each in enumerate(token_ids) if each == self.row_id), default=-1)
         return token_ids[: last + 1], token_ids[last + 1 :]
 
     def _ended(self, text: list[int]) -> list[int]:
-        """A text with one more line end, tokenized anew with those that it ends with."""
+        """A text with a line end added, which is tokenized together with line ends before it."""
         num_ends = 0
         while text and (count := num_line_ends(self.tokenizer, text[-1])):
             text, num_ends = text[:-1], num_ends + count
@@ -83,7 +84,7 @@ class PaliGemmaForConditionalGeneration(LlavaForConditionalGeneration):
         return [WHOLE_PROMPT]
 
     def decoder_config(self, config: EngineConfig) -> EngineConfig:
-        """See `LlavaForConditionalGeneration`: what the decoder sees both ways, this class says."""
+        """See `LlavaForConditionalGeneration`: this class declares two-way spans, so the decoder's config must not."""
         text = super().decoder_config(config)
         text.model_config.hf_config.use_bidirectional_attention = False
         return text

@@ -1,9 +1,9 @@
-"""The vision tower of Pixtral: pictures of any size, with rotary positions by row and column, and what stands for them.
+"""The vision tower of Pixtral, for pictures of any size, with rotary positions by row and column; and pictures' tokens.
 
 Paper: Agrawal et al. 2024, "Pixtral 12B", section 2. Reference: `transformers` `PixtralVisionModel`,
-`PixtralProcessor`. Used by LLaVA (as Pixtral 12B is one) and Mistral 3.
-Placeholders: `[IMG]` becomes a row of as many as the picture has columns, and `[IMG_BREAK]`, for each of its rows;
-the last break is `[IMG_END]`.
+`PixtralProcessor`. Used by LLaVA (the architecture of Pixtral 12B) and Mistral 3. Placeholders: `[IMG]` becomes, for
+each row of the picture, as many `[IMG]` as there are columns, and an `[IMG_BREAK]`; the last one is `[IMG_END]`
+instead.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class PixtralPictures(PictureInputs):
 
     @property
     def square_size(self) -> int:
-        """Side in pixels of what becomes a row."""
+        """Side in pixels of the square that becomes one row."""
         size: int = self.config.vision_config.patch_size * getattr(self.config, "spatial_merge_size", 1)
         return size
 
@@ -55,15 +55,15 @@ class PixtralPictures(PictureInputs):
 
     @property
     def most(self) -> tuple[int, int]:
-        """Height and width that the processor shrinks larger pictures to."""
+        """The largest height and width, to which the processor shrinks larger pictures."""
         edges = dict(self.processor.size)
         longest = edges.get("longest_edge")
         return (longest, longest) if longest else (edges["height"], edges["width"])
 
     def resized(self, size: Size) -> Size:
-        """Height and width behind the processor.
+        """Height and width after the processor.
 
-        Raises `InvalidRequestError` (a `ValueError`) for a picture so thin that nothing is left of it.
+        Raises `InvalidRequestError` (a `ValueError`) for a picture so thin that a side would be shrunk to 0.
         """
         height, width = size
         ratio = max(height / self.most[0], width / self.most[1])
@@ -92,14 +92,14 @@ class PixtralPictures(PictureInputs):
         return (*(row * (height // self.square_size))[:-1], (self._separator("end"), 1))
 
     def _separator(self, kind: str) -> int:
-        """The token behind a row, or behind the last one."""
+        """The token after a row, or after the last one."""
         names = read_config_file(self.ctx.model_config.model, "processor_config.json", self.ctx.model_config.revision)
         token = names.get(f"image_{kind}_token", f"[IMG_{kind.upper()}]")
         token_id: int = self.tokenizer.convert_tokens_to_ids(token)
         return token_id
 
     def sizes(self) -> Iterable[Size]:
-        """See `MediaInputs`: for each number of rows, as many columns as tokens and processor allow."""
+        """See `MediaInputs`: for each number of rows, the most columns that tokens and processor allow."""
         square = self.square_size
         tall, wide = self._whole_squares(*self.most)
         for rows in range(1, tall // square + 1):
@@ -121,14 +121,14 @@ def pixtral_layer(config: Any, quant_config: QuantizationConfig | None, prefix: 
 
 
 class PixtralVisionModel(RecordableTower):
-    """The tower, up to the last layer whose output is asked for; it returns a row for each patch.
+    """The tower, up to the last layer whose output is used; it returns a row for each patch.
 
     Args:
         config: A Pixtral vision config.
         feature_layers: See `FeatureEncoder`.
         quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
-        square: Patches of each square of so many on a side stand together, for a model that merges them.
+        square: For a model that merges squares of patches: the square's side, whose patches are adjacent rows.
     """
 
     num_class_tokens = 0
@@ -173,7 +173,8 @@ class PixtralVisionModel(RecordableTower):
         return TowerPlan(len(positions), {"positions": positions}, starts={"pictures": frame_starts(grids)})
 
     def compute(self, pixel_values: torch.Tensor, tensors: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """See `RecordableTower`; `(patches, hidden_size * feature layers)`. Every other frequency turns by column."""
+        """See `RecordableTower`; `(patches, hidden_size * feature layers)`. Rotary frequencies follow row and column
+        alternately."""
         hidden_states = self.ln_pre(self.patch_conv(pixel_values)[0])
         angles = (tensors["positions"][:, :, None] * self.inv_freq).flatten(1)
         features: torch.Tensor = self.encoder(hidden_states, (angles.cos(), angles.sin()), tensors["pictures"])
@@ -206,9 +207,9 @@ class PixtralVisionModel(RecordableTower):
 
 
 class PatchMerger(nn.Module):
-    """Joins each square of patches into one, by a matrix. Source: `transformers` `Mistral3PatchMerger`.
+    """Merges each square of patches into one row by a linear layer. Source: `transformers` `Mistral3PatchMerger`.
 
-    Its weight's input channels are a patch's channel by channel, and within each those of the square's patches.
+    The weight's input channels are ordered by channel first, then by patch of the square.
     """
 
     def __init__(self, hidden_size: int, square: int, prefix: str = "") -> None:

@@ -1,7 +1,7 @@
 """A decoder without its output head, for embeddings: Qwen3-Embedding, e5-mistral and others.
 
-Such checkpoints name a class that generates (`Qwen3ForCausalLM`) or its inner model (`MistralModel`), and their weights
-have the names of either. Reference: `transformers` `AutoModel`. Text only.
+Such checkpoints name a generating class (`Qwen3ForCausalLM`) or its inner model (`MistralModel`), and have weights
+named after either. Reference: `transformers` `AutoModel`. Text only.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from sensorium.model_executor.models.utils import maybe_prefix
 
 
 class DecoderForPooling(nn.Module):
-    """Hidden states behind the final norm. How they are pooled is the worker's business."""
+    """Computes hidden states after the final norm. The worker pools them."""
 
     ignored_weights = ("lm_head.*", "score.*", "*.lm_head.*")
 

@@ -19,5 +19,5 @@ class Qwen2ForCausalLM(LlamaForCausalLM):
 
     @staticmethod
     def decoder_options(_text_config: PretrainedConfig) -> DecoderOptions:
-        """Biases where Qwen2 has them."""
+        """Biases on queries, keys and values."""
         return DecoderOptions(qkv_bias=True)

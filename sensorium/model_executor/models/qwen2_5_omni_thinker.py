@@ -1,8 +1,8 @@
-"""The thinker of Qwen2.5-Omni: images, videos and sounds in front of Qwen2 with M-RoPE.
+"""The thinker of Qwen2.5-Omni: Qwen2 with M-RoPE, and towers for images, videos and sounds.
 
 Paper: Xu et al. 2025, "Qwen2.5-Omni Technical Report". Reference: `transformers`
 `Qwen2_5OmniThinkerForConditionalGeneration`. Placeholders: `<|IMAGE|>` and `<|VIDEO|>` as in Qwen2-VL, each `<|AUDIO|>`
-becomes as many as the sound has rows, one per 40 ms. Video with its sound track interleaved is not offered.
+becomes as many as the sound has rows, one per 40 ms. Videos with an interleaved sound track are not supported.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ if TYPE_CHECKING:
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 DEFAULT_FPS = 2.0
-"""Frames per second of every clip, whatever its file says, unless `fps` is given: as the reference's processor."""
+"""Frames per second of every clip, whatever its file says, unless `fps` is set, as in the reference's processor."""
 
 
 # Input processor and mappers
@@ -104,7 +104,7 @@ def dummy_data(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> DummyData:
-    """Sounds of full length, then pictures and clips that share what is left of `seq_len` tokens, then zeros."""
+    """Sounds of full length, then pictures and clips that share the rest of `seq_len` tokens, then zeros."""
     config = ctx.get_hf_config()
     data: dict[str, list[Any]] = {}
     pieces: list[tuple[int, int]] = []
@@ -134,10 +134,12 @@ def dummy_data(
 def thinker_positions(
     token_ids: Sequence[int], hf_config: PretrainedConfig, mm_kwargs: Mapping[str, Any]
 ) -> tuple[IntArray, int]:
-    """M-RoPE positions `(3, num_tokens)` of an expanded prompt, and what to add to the index of later tokens.
+    """M-RoPE positions `(3, num_tokens)` of an expanded prompt, and the offset from indices to positions of later
+    tokens.
 
-    Unlike in Qwen2-VL, what follows an item starts one past the item's largest position on any axis, time among them.
-    For example, with 2 positions per second, a clip of 3 steps of a second, 1 x 2 rows each, behind one text token:
+    Unlike in Qwen2-VL, positions after an item start one past the item's largest position on any axis, time included.
+    For example, with 2 positions per second, one text token, a clip of 3 steps of a second with 1 x 2 rows each, and
+    one more token:
 
         time    0 1 1 3 3 5 5 6
         height  0 1 1 1 1 1 1 6
@@ -172,7 +174,8 @@ def _clip_seconds(mm_kwargs: Mapping[str, Any]) -> list[float]:
 def _boxes(
     hf_config: PretrainedConfig, grids: Sequence[tuple[int, int, int]], seconds: Sequence[float] | None
 ) -> list[IntArray]:
-    """Positions of each item's rows relative to its first, `(3, num_rows)`; times in single precision, cut off."""
+    """Positions of each item's rows relative to its first, `(3, num_rows)`; times are computed in float32, and
+    truncated."""
     merge = hf_config.vision_config.spatial_merge_size
     per_second = np.float32(hf_config.position_id_per_seconds)
     boxes = []
@@ -186,7 +189,7 @@ def _boxes(
 
 
 def _items_of(ids: IntArray, token_id: int, boxes: Sequence[IntArray]) -> list[tuple[int, IntArray]]:
-    """Each item's first token with its box: the placeholders are cut by the boxes' sizes."""
+    """Each item's first token with its box: the boxes' sizes divide the placeholders."""
     places = np.flatnonzero(ids == token_id)
     ends = np.cumsum([0, *(box.shape[1] for box in boxes)])
     if ends[-1] != len(places):
@@ -201,7 +204,7 @@ def _items_of(ids: IntArray, token_id: int, boxes: Sequence[IntArray]) -> list[t
 
 
 class ThinkerVisionTransformer(Qwen2_5_VisionTransformer):
-    """Qwen2.5-VL's tower, in whose checkpoint queries, keys and values are apart."""
+    """Qwen2.5-VL's tower, with separate queries, keys and values in the checkpoint."""
 
     renames = WeightsMapper(
         orig_to_new_substr={
@@ -214,9 +217,9 @@ class ThinkerVisionTransformer(Qwen2_5_VisionTransformer):
 
 
 class ThinkerAudioEncoder(WhisperEncoder):
-    """Whisper's tower on chunks of `2 * n_window` frames that don't see each other; two rows become one.
+    """Whisper's tower over chunks of `2 * n_window` frames that don't see each other; pairs of rows are averaged.
 
-    Positions are sines and cosines, which start again in each chunk.
+    Positions are sinusoidal, and start anew in each chunk.
     """
 
     renames = WeightsMapper(
@@ -236,11 +239,11 @@ class ThinkerAudioEncoder(WhisperEncoder):
         self.register_buffer("positions", table, persistent=False)
 
     def forward(self, features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
-        """Rows of the sounds, one sound behind the other, `(sum of num_rows_of(n), output_dim)`.
+        """The rows of the sounds, concatenated, `(sum of num_rows_of(n), output_dim)`.
 
         Args:
             features: `(sounds, num_mel_bins, frames)`, padded as the feature extractor pads.
-            num_frames: How many frames of each sound are its own.
+            num_frames: The number of each sound's frames without padding.
         """
         lengths = [min(self.chunk, n - start) for n in num_frames for start in range(0, n, self.chunk)]
         hidden_states = self._embed(self._chunks(features, num_frames), lengths)
@@ -249,13 +252,13 @@ class ThinkerAudioEncoder(WhisperEncoder):
         for layer in self.layers:
             hidden_states = layer(hidden_states, cu_seqlens=starts)
         sounds = torch.split(hidden_states, [rows_of_frames(n) for n in num_frames])
-        even = torch.cat([sound[: len(sound) // 2 * 2] for sound in sounds])  # a last row alone is left out
+        even = torch.cat([sound[: len(sound) // 2 * 2] for sound in sounds])  # a last row without a partner is dropped
         pooled = even.view(-1, 2, even.shape[-1]).mean(dim=1)
         output: torch.Tensor = self.proj(self.layer_norm(pooled))[0]
         return output
 
     def _chunks(self, features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
-        """All chunks, the last of each sound filled with zeros: `(chunks, num_mel_bins, chunk)`."""
+        """All chunks, the last of each sound padded with zeros: `(chunks, num_mel_bins, chunk)`."""
         chunks = []
         for sound, n in zip(features, num_frames, strict=True):
             own = F.pad(sound[:, :n], (0, -n % self.chunk))
@@ -263,7 +266,8 @@ class ThinkerAudioEncoder(WhisperEncoder):
         return torch.cat(chunks).to(self.conv1.weight.dtype)
 
     def _embed(self, chunks: torch.Tensor, lengths: Sequence[int]) -> torch.Tensor:
-        """Rows of all chunks one behind the other. Between the convolutions, frames past an end are zero again."""
+        """The rows of all chunks, concatenated. Between the convolutions, frames after a sound's end are set to zero
+        again."""
         ends = torch.tensor(lengths, device=chunks.device)[:, None, None]
         is_own = torch.arange(self.chunk, device=chunks.device) < ends
         embedded = F.gelu(self.conv2(F.gelu(self.conv1(chunks)) * is_own)).transpose(1, 2)
@@ -304,7 +308,7 @@ class Qwen2_5OmniThinkerForConditionalGeneration(Qwen2_5_VLForConditionalGenerat
     tower_class = ThinkerVisionTransformer
     mm_host_kwargs = (*Qwen2_5_VLForConditionalGeneration.mm_host_kwargs, "feature_attention_mask")
     config_part = "thinker_config"
-    """Where a whole Qwen2.5-Omni checkpoint describes its thinker."""
+    """The part of a whole Qwen2.5-Omni config that describes the thinker."""
 
     def __init__(self, *, config: EngineConfig, prefix: str = "") -> None:
         super().__init__(config=config, prefix=prefix)

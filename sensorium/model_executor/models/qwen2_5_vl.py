@@ -31,15 +31,14 @@ if TYPE_CHECKING:
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 DEFAULT_FPS = 24.0
-"""Frames per second of a clip that doesn't say; the default of `transformers` `VideoMetadata`."""
+"""Frames per second of a clip of unknown rate; the default of `transformers` `VideoMetadata`."""
 
 
 class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
-    """The tower. In most layers a patch attends within its window of `window_size` pixels, in some within its
-    frame.
+    """The tower. In most layers a patch attends within its window of `window_size` pixels, in others within its frame.
 
-    Patches are put in the order of their windows in front of the first layer, square by square, so that a
-    window is a run of rows; the rows are put back in order behind the merger.
+    Before the first layer, squares of patches are sorted by window, so that a window is a contiguous run of rows. The
+    merger's rows are sorted back.
     """
 
     @staticmethod
@@ -86,16 +85,15 @@ class Qwen2_5_VisionTransformer(Qwen2VisionTransformer):  # noqa: N801
 
 
 def reorder(rows: torch.Tensor, order: torch.Tensor, group: int) -> torch.Tensor:
-    """Rows in groups of `group` in another order of the groups."""
+    """Permute groups of `group` rows."""
     return rows.view(-1, group, rows.shape[-1])[order].view(rows.shape)
 
 
 def windows_of(grids: Sequence[Grid], merge_size: int, window: int) -> tuple[IntArray, IntArray]:
-    """The order that puts squares window by window, and the number of squares in each window.
+    """The permutation that sorts squares by window, and the number of squares in each window.
 
-    Windows don't reach over frames; those at the right and lower edges may be smaller. For example, a frame
-    of 2 x 3 squares, numbered 0 1 2 / 3 4 5, with windows of 2 x 2 has the order 0 1 3 4 2 5 and the lengths
-    4, 2.
+    Windows don't extend over frames; those at the right and lower edges may be smaller. For example, a frame of 2 x 3
+    squares, numbered 0 1 2 / 3 4 5, with windows of 2 x 2 has the order 0 1 3 4 2 5 and the lengths 4, 2.
     """
     orders, lengths, first = [], [], 0
     for t, h, w in grids:
@@ -125,7 +123,7 @@ def map_timed_videos(
 
 
 def seconds_per_step(clip: Item, frames_per_step: int) -> torch.Tensor:
-    """Seconds that a step of the grid takes, `(1,)`, or `(clips,)` for a dict of given rows, which may say them."""
+    """Seconds per step of the grid, `(1,)`, or `(clips,)` for a dict of embeddings, which may contain them."""
     if isinstance(clip, Mapping):
         given = clip.get("second_per_grid_ts", torch.ones(len(grids_of(clip["video_grid_thw"]))))
         return torch.as_tensor(given, dtype=torch.float32).reshape(-1)
@@ -138,6 +136,6 @@ def seconds_per_step(clip: Item, frames_per_step: int) -> torch.Tensor:
 
 @MULTIMODAL_REGISTRY.register_input_mapper("video", map_timed_videos)
 class Qwen2_5_VLForConditionalGeneration(Qwen2VLForConditionalGeneration):  # noqa: N801
-    """Tower and decoder; all else is inherited from Qwen2-VL."""
+    """Tower and decoder; the rest is inherited from Qwen2-VL."""
 
     tower_class = Qwen2_5_VisionTransformer

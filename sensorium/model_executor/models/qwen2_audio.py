@@ -1,4 +1,4 @@
-"""Qwen2-Audio: Whisper's tower, pooled to a row per 40 ms, in front of Qwen2.
+"""Qwen2-Audio: Whisper's tower, pooled to a row per 40 ms, and Qwen2.
 
 Paper: Chu et al. 2024, "Qwen2-Audio Technical Report". Reference: `transformers` `Qwen2AudioForConditionalGeneration`.
 Placeholders: each `<|AUDIO|>` token becomes as many as the sound has rows, at most 750 for 30 s; what is longer is cut
@@ -52,7 +52,7 @@ def num_rows_of_sound(sound: Sound, ctx: InputContext) -> int:
     """Decoder rows of a sound.
 
     Raises:
-        InvalidRequestError: It is too short to give any.
+        InvalidRequestError: It is too short to have any.
     """
     if isinstance(sound, torch.Tensor):
         return len(check_embeddings(sound, None, ctx.get_hf_config().get_text_config().hidden_size, "audio_embeds"))
@@ -121,13 +121,13 @@ def max_audio_tokens(ctx: InputContext) -> int:
 
 
 class Qwen2AudioEncoder(WhisperEncoder):
-    """Whisper's tower, with each two rows averaged before the last norm."""
+    """Whisper's tower; pairs of rows are averaged before the last norm."""
 
     def forward(self, features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
-        """Rows of the sounds, one sound behind the other, `(sum of num_rows_of(n), d_model)`."""
+        """The rows of the sounds, concatenated, `(sum of num_rows_of(n), d_model)`."""
         hidden_states = super().forward(features, num_frames)
         parts = torch.split(hidden_states, [rows_of_frames(each) for each in num_frames])
-        even = [part[: len(part) // 2 * 2] for part in parts]  # a last row alone is left out
+        even = [part[: len(part) // 2 * 2] for part in parts]  # a last row without a partner is dropped
         pooled = torch.cat(even).view(-1, 2, hidden_states.shape[-1]).mean(dim=1)
         rows: torch.Tensor = self.layer_norm(pooled)
         return rows
@@ -191,7 +191,7 @@ class Qwen2AudioForConditionalGeneration(MediaLanguageModel):
 
 
 def given_rows(embeds: Any) -> list[torch.Tensor]:
-    """Rows of each sound, out of a batch in which their numbers may differ."""
+    """The rows of each sound from a batch, in which their numbers may differ."""
     if isinstance(embeds, torch.Tensor):
         return list(stacked(embeds, 2))
     return [rows for each in embeds for rows in given_rows(each)]

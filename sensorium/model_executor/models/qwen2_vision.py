@@ -41,7 +41,7 @@ ROTARY_BASE = 10000.0
 class PatchMerger(nn.Module):
     """Joins each square of `merge_size^2` patches into one row of the decoder's width.
 
-    `norm`: of each patch, or, with `norms_merged`, of a square's patches together.
+    `norm` is applied to each patch or, with `norms_merged`, to a square's patches together.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class Qwen2VisionTransformer(RecordableTower):
             for name in (f"{prefix}.blocks.{index}" for index in range(config.depth))
         )
         self.merger = PatchMerger(self.hidden_size, output_size, self.merge_size, self.make_norm(), f"{prefix}.merger")
-        half = self.hidden_size // config.num_heads // 2  # of a head's channels, for each of row and column
+        half = self.hidden_size // config.num_heads // 2  # a head's channels for the row, and for the column
         exponents = torch.arange(0, half, 2, dtype=torch.float32) / half
         self.register_buffer("inv_freq", 1.0 / ROTARY_BASE**exponents, persistent=False)
 

@@ -1,4 +1,4 @@
-"""Qwen2-VL: images and videos of any size in front of Qwen2 with M-RoPE.
+"""Qwen2-VL: a tower for images and videos of any size, and Qwen2 with M-RoPE.
 
 Paper: Wang et al. 2024, "Qwen2-VL: Enhancing Vision-Language Model's Perception of the World at Any
 Resolution". Reference: `transformers` `Qwen2VLForConditionalGeneration`.
@@ -72,10 +72,10 @@ def map_images(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> MultiModalKwargs:
-    """What the tower needs of pictures, with `image_grid_thw` `(images, 3)`.
+    """The tower's arguments for pictures, with `image_grid_thw` `(images, 3)`.
 
-    `pixel_bytes` and `pixel_table` (see `byte_patches`), `pixel_values` `(patches, channels * patch volume)` of a
-    processor that does more than that, or `image_embeds`.
+    They are `pixel_bytes` and `pixel_table` (see `byte_patches`), or `pixel_values`
+    `(patches, channels * patch volume)` for a processor that `byte_patches` doesn't support, or `image_embeds`.
     """
     kind = VisionInputs(ctx, "image", min_pixels=min_pixels, max_pixels=max_pixels)
     table = pixel_table(kind.processor)
@@ -128,7 +128,7 @@ def dummy_data(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> DummyData:
-    """Items as large as `seq_len` tokens allow when they are shared evenly, then zeros."""
+    """Items that share `seq_len` tokens evenly, each as large as possible, then zeros."""
     config = ctx.get_hf_config()
     data: dict[str, list[Item]] = {}
     pieces: list[tuple[int, int]] = []
@@ -179,14 +179,15 @@ class Qwen2VLForConditionalGeneration(MediaLanguageModel):
         self.language_model = self.make_language_model(config, maybe_prefix(prefix, "language_model"))
 
     def make_language_model(self, config: EngineConfig, prefix: str) -> nn.Module:
-        """The decoder, given the configuration of the whole."""
+        """The decoder, given the whole model's configuration."""
         return Qwen2ForCausalLM(config=language_config(config), prefix=prefix)
 
     @classmethod
     def get_mrope_input_positions(
         cls, input_tokens: Sequence[int], hf_config: Any, mm_kwargs: Mapping[str, Any]
     ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], int]:
-        """M-RoPE positions `(3, num_tokens)` of an expanded prompt, and what to add to the index of later tokens."""
+        """M-RoPE positions `(3, num_tokens)` of an expanded prompt, and the offset from indices to positions of later
+        tokens."""
         return positions_from_kwargs(input_tokens, hf_config, mm_kwargs)
 
     def placeholder_token_ids(self) -> list[int]:
@@ -205,7 +206,7 @@ class Qwen2VLForConditionalGeneration(MediaLanguageModel):
         pixel_table: Any = None,
         **kwargs: Any,
     ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; each modality comes as patches or as given rows, with the items' grids."""
+        """See `MediaLanguageModel`; each modality as patches or embeddings, with the items' grids."""
         if pixel_bytes is not None:
             sizes = [t * h * w for t, h, w in grids_of(image_grid_thw)]
             num_frames = self.config.vision_config.temporal_patch_size

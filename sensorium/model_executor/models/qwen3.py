@@ -19,6 +19,6 @@ class Qwen3ForCausalLM(LlamaForCausalLM):
 
     @staticmethod
     def decoder_options(text_config: PretrainedConfig) -> DecoderOptions:
-        """Normed queries and keys; biases where the config has them."""
+        """Normed queries and keys; biases if the config has them."""
         bias = bool(text_config.attention_bias)
         return DecoderOptions(qkv_bias=bias, output_bias=bias, qk_norm=True)

@@ -1,8 +1,8 @@
-"""Qwen3.5: three layers of four mix tokens by a gated delta rule with a state of fixed size, the fourth by attention.
+"""Qwen3.5: of four layers, three have a gated delta rule with a state of fixed size, and the fourth has attention.
 
 Reference: `transformers` `Qwen3_5ForCausalLM`. Text only. Its attention differs from Llama's: queries and keys are
-normed per head, a quarter of their channels is rotated, and a gate that is projected beside each query head scales what
-the head brings. Norms have weights around zero.
+normed per head, a quarter of their channels is rotated, and a gate that is projected with each query head scales the
+head's output. Norms have zero-centered weights.
 """
 
 from __future__ import annotations
@@ -39,5 +39,5 @@ class Qwen3_5ForCausalLM(LlamaForCausalLM):  # noqa: N801 -- the architecture's 
         )
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill the parameters. Of a head that is tied to the embeddings, a checkpoint may have either or both."""
+        """Fill the parameters. If the head is tied to the embeddings, a checkpoint may have either or both."""
         return AutoWeightsLoader(self, skip_prefixes=("mtp.",)).load_weights(weights)

@@ -1,4 +1,4 @@
-"""Qwen3-MoE: Qwen3 with a mixture of experts in the place of the MLP, in most layers or all.
+"""Qwen3-MoE: Qwen3 with a mixture of experts instead of the MLP, in most layers or all.
 
 Paper: Qwen team 2025, "Qwen3 Technical Report", section 2. Reference: `transformers` `Qwen3MoeForCausalLM`. Text only.
 """
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 def make_mlp(config: EngineConfig, layer: int, prefix: str) -> nn.Module:
-    """The experts of a layer; an MLP in those layers that the config lists, or between those of a step."""
+    """A layer's experts; an MLP in layers that `mlp_only_layers` lists, or that `decoder_sparse_step` skips."""
     text = config.model_config.hf_text_config
     if layer in text.mlp_only_layers or not text.num_experts or (layer + 1) % text.decoder_sparse_step:
         return mlp_of(config, prefix)
@@ -30,7 +30,7 @@ def make_mlp(config: EngineConfig, layer: int, prefix: str) -> nn.Module:
         quant_config=config.quant_config,
         prefix=f"{prefix}.experts",
     )
-    # Qwen3-VL-MoE has no such setting: its weights always are.
+    # Qwen3-VL-MoE has no such setting: its weights are always normalized.
     routing = Routing(text.num_experts_per_tok, is_normalized=bool(getattr(text, "norm_topk_prob", True)))
     return MixtureOfExperts(experts, routing, text.hidden_size, prefix=prefix)
 

@@ -1,7 +1,8 @@
-"""The vision tower of Qwen3-VL: Qwen2-VL's with learned positions beside the rotary ones, and more outputs than one.
+"""The vision tower of Qwen3-VL: Qwen2-VL's with learned positions in addition to rotary ones, and outputs of several
+layers.
 
-Reference: `transformers` `Qwen3VLVisionModel`. What some of its layers see is merged, too, and added to the outputs of
-the decoder's first layers (DeepStack, Meng et al. 2024): such rows stand side by side behind those that enter it.
+Reference: `transformers` `Qwen3VLVisionModel`. The outputs of some inner layers are merged, too, and added to the
+outputs of the decoder's first layers (DeepStack, Meng et al. 2024). A row is the decoder's input row followed by these.
 """
 
 from __future__ import annotations
@@ -89,7 +90,7 @@ class Qwen3VisionTransformer(Qwen2VisionTransformer):
         hidden_states = self.patch_embed["proj"](pixel_values)[0]
         hidden_states = hidden_states + self.learned_positions(tensors["positions"], tensors["extents"])
         cos_sin = self.cos_sin(tensors["positions"])
-        stacked = []  # by layer, whatever the order of mergers
+        stacked = []  # in the order of layers, whatever that of mergers
         for index, block in enumerate(self.blocks):
             hidden_states = block(hidden_states, cos_sin, tensors["frames"])
             if index in self.levels:
@@ -97,9 +98,10 @@ class Qwen3VisionTransformer(Qwen2VisionTransformer):
         return torch.cat([self.merger(hidden_states), *stacked], -1)
 
     def learned_positions(self, positions: torch.Tensor, extents: torch.Tensor) -> torch.Tensor:
-        """The table of positions, stretched over each frame so that corners meet: `(patches, hidden_size)`.
+        """The position embeddings `(patches, hidden_size)`: the table is resized to each frame, with its corners
+        aligned.
 
-        Bilinear between the four entries around each patch, in float32.
+        Interpolated bilinearly between the four entries around each patch, in float32.
         """
         places = positions.float() * (self.side - 1) / (extents - 1).clamp(min=1)
         first = places.floor()

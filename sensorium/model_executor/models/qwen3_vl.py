@@ -1,9 +1,9 @@
-"""Qwen3-VL and its mixture of experts: images and videos of any size, several of whose features enter the decoder.
+"""Qwen3-VL and Qwen3-VL-MoE: images and videos of any size, with features of several tower layers in the decoder.
 
 Reference: `transformers` `Qwen3VLForConditionalGeneration`, `Qwen3VLMoeForConditionalGeneration`. Placeholders: an
 image's as in Qwen2-VL. A video's `<|video_pad|>` becomes, for each step of its grid in time, the time in seconds as
 text, and the step's rows between `<|vision_start|>` and `<|vision_end|>`. The times are tokenized apart from the text
-around them. Positions are those of single pictures: time is told by the text.
+around them. Each step has a single picture's positions, since the text tells the time.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ def input_processor(
     min_pixels: int | None = None,
     max_pixels: int | None = None,
 ) -> TokenInputs:
-    """Expand each item's placeholder to what its size, and a clip's times, say."""
+    """Expand each item's placeholder by the item's size and a clip's times."""
     data = inputs.get("multi_modal_data") or {}
     expansions: dict[int, list[Pieces]] = {}
     names = {}
@@ -55,7 +55,7 @@ def input_processor(
 
 
 def _pieces(ctx: InputContext, kind: VisionInputs, item: Item) -> Pieces:
-    """What stands for an item. Raises `InvalidRequestError` (a `ValueError`) for rows in the place of media."""
+    """An item's tokens. Raises `InvalidRequestError` (a `ValueError`) for embeddings."""
     if isinstance(item, Mapping):
         raise InvalidRequestError(
             f"{kind.modality} data: got rows ({', '.join(sorted(item))}), expected a picture or a clip. This model "
@@ -90,10 +90,10 @@ def step_times_s(clip: Any, num_steps: int, depth: int) -> list[float]:
 
 
 def interleaved_config(config: EngineConfig) -> EngineConfig:
-    """The configuration of the decoder, in which the rotary frequencies of the three axes take turns.
+    """The decoder's configuration, with rotary frequencies that alternate between the three axes.
 
     Raises:
-        ModelError: It doesn't say how many frequencies each axis has.
+        ModelError: It lacks the number of frequencies of each axis.
     """
     decoder = language_config(config)
     text = decoder.model_config.hf_config  # a copy
@@ -108,9 +108,9 @@ def interleaved_config(config: EngineConfig) -> EngineConfig:
 
 @INPUT_REGISTRY.register_input_processor(input_processor)
 class Qwen3VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
-    """Tower and decoder; what isn't here is Qwen2-VL's.
+    """Tower and decoder; the rest is inherited from Qwen2-VL.
 
-    Rows of media, and so of text, are several times as wide as the decoder: see `Decoder.forward`.
+    Rows of media and text are several times as wide as the decoder: see `Decoder.forward`.
     """
 
     tower_class = Qwen3VisionTransformer
@@ -129,18 +129,18 @@ class Qwen3VLForConditionalGeneration(Qwen2VLForConditionalGeneration):
     def get_mrope_input_positions(
         cls, input_tokens: Sequence[int], hf_config: Any, mm_kwargs: Mapping[str, Any]
     ) -> tuple[np.ndarray[Any, np.dtype[np.int64]], int]:
-        """See `Qwen2VLForConditionalGeneration`. Each step of a clip is as a picture."""
+        """See `Qwen2VLForConditionalGeneration`. Each step of a clip has a picture's positions."""
         steps = [(1, h, w) for t, h, w in grids_of(mm_kwargs.get("video_grid_thw")) for _ in range(t)]
         grids = {**mm_kwargs, "video_grid_thw": torch.tensor(steps, dtype=torch.int64).reshape(-1, 3)}
         return positions_from_kwargs(input_tokens, hf_config, grids)
 
     def embed_text(self, input_ids: torch.Tensor) -> torch.Tensor:
-        """`(num_tokens, (1 + levels) * hidden_size)`: embeddings, and nothing to be added to outputs of layers."""
+        """`(num_tokens, (1 + levels) * hidden_size)`: embeddings, and zeros to be added to the outputs of layers."""
         embeddings = super().embed_text(input_ids)
         return F.pad(embeddings, (0, self.visual.row_width - embeddings.shape[-1]))
 
 
 class Qwen3VLMoeForConditionalGeneration(Qwen3VLForConditionalGeneration):
-    """The same in front of a mixture of experts."""
+    """Qwen3-VL with a mixture of experts."""
 
     text_class = Qwen3MoeForCausalLM

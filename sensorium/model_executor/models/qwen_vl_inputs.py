@@ -1,4 +1,4 @@
-"""How many rows an image or video takes in Qwen2-VL and its kin, and how large it can be.
+"""The number of rows of an image or video in Qwen2-VL and related models, and the largest size.
 
 Source: Wang et al. 2024, "Qwen2-VL", section 2.1 (naive dynamic resolution); `transformers`
 `Qwen2VLProcessor`.
@@ -28,13 +28,12 @@ Item: TypeAlias = Any
 
 
 class VisionInputs:
-    """Sizes of items: how many rows each takes, how large it can be.
+    """The sizes of one modality's items, in rows and pixels.
 
     Args:
         ctx: The model's context.
         modality: "image" or "video".
-        settings: The processor's settings that a request or the engine gives; those that are None are not
-            given.
+        settings: The processor's settings from a request or the engine; None stands for one that isn't set.
     """
 
     def __init__(self, ctx: InputContext, modality: str, **settings: Any) -> None:
@@ -50,15 +49,16 @@ class VisionInputs:
             revision=ctx.model_config.revision,
             **{name: value for name, value in settings.items() if value is not None},
         )
-        # Most rows of any prompt: one token of the model's length is for the output.
+        # The most rows of any prompt; one token of the model's length is for the output.
         self.max_rows = ctx.model_config.max_model_len - 1
 
     def grids(self, item: Item) -> list[Grid]:
-        """An item's grid of patches; of a dict of given rows, which may hold several pictures or clips, all of them.
+        """The grid of patches of an item. A dict of embeddings may have several pictures or clips, and so several
+        grids.
 
         Raises:
-            InvalidTypeError: It is nothing that a grid follows from.
-            InvalidRequestError: Given rows don't fit their grids.
+            InvalidTypeError: It isn't an item.
+            InvalidRequestError: Embeddings don't fit their grids.
         """
         if isinstance(item, Mapping):
             return self._given_grids(item)
@@ -98,7 +98,7 @@ class VisionInputs:
         """Decoder rows of an item.
 
         Raises:
-            InvalidRequestError: A given grid can't be.
+            InvalidRequestError: A grid from a request is invalid.
         """
         t, h, w = grid
         if min(grid) < 1 or h % self.merge_size or w % self.merge_size:
@@ -119,11 +119,11 @@ class VisionInputs:
     def largest_size(self, max_rows: int) -> tuple[int, int, int]:
         """Frames (1 for a picture), height and width in pixels of the item with the most rows.
 
-        These are at most `max_rows` if the smallest legal item allows it.
+        It has at most `max_rows`, unless even the smallest legal item has more.
         """
         factor = self.processor.patch_size * self.processor.merge_size
         if self.modality == "video" and self.processor.counts_whole_clip:
-            # A frame has a row at least, so that long clips go beyond the bound on all their pixels.
+            # A frame has at least one row, so that long clips may exceed the bound on a clip's pixels.
             return max(max_rows, 1) * self.processor.temporal_patch_size, factor, factor
         fewest = math.ceil(self.processor.size["shortest_edge"] / factor**2)
         most = max(self.processor.size["longest_edge"] // factor**2, 1)
@@ -135,16 +135,16 @@ class VisionInputs:
         return num_steps * depth, height * factor, width * factor
 
     def _largest_frame(self, max_rows: int, most: int) -> tuple[int, int]:
-        """Height and width, in merged squares, of a frame that is resized to as many squares as can be."""
+        """Height and width, in merged squares, of the frame with the most squares after resizing."""
         factor = self.processor.patch_size * self.processor.merge_size
-        # A strip keeps the height of a square when it is shrunk, and so may exceed `most`, where that is small.
+        # Shrinking keeps the height of a strip at one square at least, so a strip may exceed a small `most`.
         shapes = [squares_of(min(max_rows, most)), *((1, width) for width in range(most + 1, MAX_ASPECT_RATIO + 1))]
         rows = {shape: self.num_rows(self.grid_of_size(1, shape[0] * factor, shape[1] * factor)) for shape in shapes}
         return max((shape for shape in shapes if rows[shape] <= max_rows), key=rows.__getitem__, default=shapes[0])
 
 
 def squares_of(num_squares: int) -> tuple[int, int]:
-    """Height and width of the largest legal rectangle of at most `num_squares`, as near to a square as can be."""
+    """Height and width of the largest legal rectangle of at most `num_squares`, as close to a square as possible."""
     for area in range(num_squares, 0, -1):
         for height in range(math.isqrt(area), 0, -1):
             if area % height == 0 and area // height <= MAX_ASPECT_RATIO * height:

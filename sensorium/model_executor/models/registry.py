@@ -1,8 +1,8 @@
 """`ModelRegistry`: which class serves which architecture.
 
 An architecture is the name that a checkpoint's config lists under `architectures`. Classes are named by a string
-`"module:Class"` and imported when they are asked for, so that knowing many models costs nothing, and no device is
-touched before a worker process has started.
+`"module:Class"` and imported when they are needed, so that many models cost nothing, and no device is initialized
+before a worker process has started.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ IN_TREE: dict[str, str] = {
         f"{_MODELS}.qwen2_5_omni_thinker:Qwen2_5OmniThinkerForConditionalGeneration",
     ),
 }
-"""Architectures with a model file here."""
+"""Architectures with a model file in this package."""
 
 DECODER = f"{_MODELS}.pooling_decoder:DecoderForPooling"
 POOLING: dict[str, str] = {
@@ -78,11 +78,11 @@ POOLING: dict[str, str] = {
     "CLIPModel": f"{_MODELS}.transformers.dual_encoder:DualEncoder",
     "SiglipModel": f"{_MODELS}.transformers.dual_encoder:PaddedDualEncoder",
 }
-"""What serves architectures for pooling, where that is a class here."""
+"""Classes that serve architectures for pooling, other than transformers' modules."""
 
 
 def generating_name(architecture: str) -> str:
-    """The architecture with an output head that an inner model belongs to: `MistralForCausalLM` of `MistralModel`."""
+    """The generating architecture of an inner model: `MistralForCausalLM` of `MistralModel`."""
     return architecture if architecture.endswith("ForCausalLM") else f"{architecture.removesuffix('Model')}ForCausalLM"
 
 
@@ -94,7 +94,7 @@ def in_tree_class(architecture: str) -> type | None:
 
 
 MAX_NAMED_ARCHS = 16
-"""How many architectures an error message names."""
+"""The most architectures that an error message names."""
 
 
 class _ModelRegistry:
@@ -104,7 +104,7 @@ class _ModelRegistry:
         self._models = models
 
     def get_supported_archs(self) -> list[str]:
-        """Names of all architectures, sorted."""
+        """The names of all architectures, sorted."""
         return sorted(self._models)
 
     def architectures_of(self, model_class: type) -> list[str]:
@@ -115,9 +115,9 @@ class _ModelRegistry:
     def register_model(self, model_arch: str, model_cls: type[nn.Module] | str) -> None:
         """Serve an architecture with a class, or with one named `"module:Class"` that is imported when needed.
 
-        A class that is given as an object must be importable in every process of the engine; the string always is. A
-        second registration wins, with a warning. Raises `ConfigError` (a `ValueError`) for another string, and
-        `ModelError` (a `TypeError`) for another type.
+        A class that is passed as an object must be importable in every process of the engine. A second registration
+        replaces the first, with a warning. Raises `ConfigError` (a `ValueError`) for another string, and `ModelError`
+        (a `TypeError`) for another type.
         """
         if isinstance(model_cls, str):
             module, separator, name = model_cls.partition(":")
@@ -153,9 +153,9 @@ class _ModelRegistry:
             architectures: Names, the preferred one first.
             model_impl: "native" for registered classes, "transformers" for modules of transformers, "auto" for the
                 former where there is one.
-            is_remote: The modules come with the checkpoint, so that transformers runs them by any name.
-            hf_config: Of the checkpoint. A registered class may say that it doesn't suit (`unsuited_to`), and leave it
-                to transformers.
+            is_remote: The code comes with the checkpoint, so that transformers runs it under any name.
+            hf_config: The checkpoint's config. A registered class may refuse it (`unsuited_to`), and leave it to
+                transformers.
 
         Raises `ConfigError` (a `ValueError`) if there is none, `ModelError` (a `TypeError`) if the class can't be
         imported.
@@ -174,7 +174,7 @@ class _ModelRegistry:
         raise self._unknown(names, model_impl, has_generic=bool(generic))
 
     def generating(self, architectures: Sequence[str], *, is_remote: bool = False) -> list[str]:
-        """Those of several architectures that are served to generate; all of a checkpoint that brings its modules."""
+        """Which of several architectures can be served for generation; all if the checkpoint brings its code."""
         known = text_architectures() | media_architectures()
         return [name for name in architectures if is_remote or name in self._models or name in known]
 
@@ -189,7 +189,7 @@ class _ModelRegistry:
     ) -> tuple[type[nn.Module], str]:
         """The class that serves a checkpoint for pooling, and its architecture's name.
 
-        A class that generates is taken as it is where its own rows or logits are wanted. Raises as `resolve`.
+        A generating class is used unchanged if its own rows or logits are pooled. Raises as `resolve`.
         """
         name = architectures[0]
         own = POOLING.get(name) if self._models.get(name) == IN_TREE.get(name) else None
@@ -225,7 +225,7 @@ class _ModelRegistry:
         )
 
     def _some_archs(self) -> str:
-        """The supported architectures for an error message, which stays readable however many there are."""
+        """The supported architectures for an error message, the first ones if there are many."""
         known = self.get_supported_archs()
         others = len(known) - MAX_NAMED_ARCHS
         return f"{known[:MAX_NAMED_ARCHS]}" if others <= 0 else f"{known[:MAX_NAMED_ARCHS]} and {others} more"
@@ -249,7 +249,7 @@ class _ModelRegistry:
 
 
 def _is_unsuited(model_class: type, hf_config: Any) -> bool:
-    """Whether a class says that it can't serve a checkpoint; tells why."""
+    """Whether a class refuses a checkpoint; logs why."""
     reason = (
         model_class.unsuited_to(hf_config) if hf_config is not None and hasattr(model_class, "unsuited_to") else None
     )

@@ -1,4 +1,4 @@
-"""The vision tower of SigLIP: images of one size to a row per patch.
+"""The vision tower of SigLIP: from images of one size to a row per patch.
 
 Paper: Zhai et al. 2023. Reference: `transformers` `SiglipVisionModel`. Used by LLaVA and others.
 """
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 
 class SiglipVisionEmbeddings(nn.Module):
-    """The patches, each plus the embedding of its place."""
+    """The patches, each with its position embedding added."""
 
     def __init__(self, config: SiglipVisionConfig, prefix: str = "") -> None:
         super().__init__()
@@ -39,16 +39,16 @@ class SiglipVisionEmbeddings(nn.Module):
         return patches + self.positions(rows, columns)
 
     def positions(self, rows: int, columns: int) -> torch.Tensor:
-        """Embeddings of the places of a grid of patches, `(rows * columns, hidden_size)`."""
+        """Position embeddings of a grid of patches, `(rows * columns, hidden_size)`."""
         return self.position_embedding.weight
 
 
 class SiglipVisionModel(nn.Module):
-    """The tower, up to the last layer whose output is asked for.
+    """The tower, up to the last layer whose output is used.
 
     Args:
         config: The vision part of a SigLIP config.
-        feature_layers: See `CLIPVisionModel`; `None` for the last layer's output behind the final norm.
+        feature_layers: See `CLIPVisionModel`; `None` for the last layer's output after the final norm.
         quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
     """

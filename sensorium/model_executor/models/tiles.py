@@ -1,8 +1,7 @@
-"""Pictures as tiles of the tower's size: which grid of them suits a picture, and what of it is the picture.
+"""Pictures as tiles of the tower's size: the best grid for a picture, and the part of the grid that the picture fills.
 
-A picture is resized into the best of the resolutions that a checkpoint lists, with bars at two edges, and cut. Rows of
-the tower that lie in the bars are left out. Source: Liu et al. 2024, "LLaVA-NeXT"; `transformers`
-`LlavaNextModel`.
+A picture is resized to fit the best of the checkpoint's resolutions, padded with bars at two edges, and split into
+tiles. The tower's rows in the bars are dropped. Source: Liu et al. 2024, "LLaVA-NeXT"; `transformers` `LlavaNextModel`.
 """
 
 from __future__ import annotations
@@ -18,7 +17,8 @@ Pair: TypeAlias = tuple[int, int]
 
 @lru_cache(maxsize=4096)
 def best_resolution(size: Pair, resolutions: tuple[Pair, ...]) -> Pair:
-    """The resolution `(height, width)` that keeps most of a picture, and of several the one that wastes least."""
+    """The resolution `(height, width)` that keeps most of a picture's pixels, and of several the one with the least
+    padding."""
 
     def quality(resolution: Pair) -> Pair:
         scale = min(resolution[1] / size[1], resolution[0] / size[0])
@@ -29,9 +29,9 @@ def best_resolution(size: Pair, resolutions: tuple[Pair, ...]) -> Pair:
 
 
 def bars(size: Pair, grid: Pair) -> Pair:
-    """Rows at the top and the bottom each, and columns at the left and the right each, of a grid that hold no picture.
+    """The bars of a grid: rows at the top (and as many at the bottom), and columns at the left (and at the right).
 
-    For example, a picture twice as wide as high in a grid of 10 x 10 leaves (2, 0).
+    For example, a picture twice as wide as high in a grid of 10 x 10 has the bars (2, 0).
     """
     (height, width), (rows, columns) = size, grid
     if width / height > columns / rows:
@@ -40,7 +40,7 @@ def bars(size: Pair, grid: Pair) -> Pair:
 
 
 def unpadded(size: Pair, grid: Pair) -> Pair:
-    """Rows and columns that are left of a grid without the bars."""
+    """Rows and columns of a grid without the bars."""
     above, beside = bars(size, grid)
     return grid[0] - 2 * above, grid[1] - 2 * beside
 

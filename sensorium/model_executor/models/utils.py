@@ -1,6 +1,6 @@
-"""What model files share: weights by name, media rows into text rows, layers, sub-models.
+"""Shared by model files: weights by name, merging of media rows, stacks of layers, sub-models.
 
-Names, signatures and semantics are those that model authors know; each docstring says what holds here.
+Names, signatures and semantics are those of vLLM; each docstring says what holds here.
 """
 
 from __future__ import annotations

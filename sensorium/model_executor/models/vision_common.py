@@ -1,4 +1,4 @@
-"""What vision towers and the models around them share."""
+"""Shared by vision towers and their models."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from sensorium.model_executor.model_loader.weight_utils import FUSED_WEIGHTS, lo
 from sensorium.model_executor.weight_tracking import ignore_weight
 
 MakeLayer: TypeAlias = Callable[[Any, "QuantizationConfig | None", str], EncoderLayer]
-"""A layer of a tower, by the tower's config, how weights are held, and the layer's name."""
+"""Makes a tower's layer, given the tower's config, the quantization, and the layer's name."""
 
 _RENAMES = {"self_attn": "attn", "layer_norm1": "norm1", "layer_norm2": "norm2"}
 _LAYER_INDEX = re.compile(r"^encoder\.layers\.(\d+)\.")
 
 
 class FeatureEncoder(nn.Module):
-    """The layers of a tower, as many as the wanted features need.
+    """The layers of a tower, up to the last one whose output is used.
 
     Args:
         config: The tower's config.
-        feature_layers: Whose outputs are wanted: 0 is the input of the first layer, `i` the output of the
-            i-th, negative numbers count from the end. Several are put side by side.
+        feature_layers: The layers whose outputs are used: 0 is the input of the first layer, `i` the output of the
+            i-th, negative numbers count from the end. Several outputs are concatenated along the channels.
         quant_config: How linear layers hold their weights.
         prefix: The module's name in the model.
-        make_layer: Makes a layer, given the config, `quant_config` and its name; that of CLIP and SigLIP if not given.
+        make_layer: Makes a layer; by default that of CLIP and SigLIP.
     """
 
     def __init__(
@@ -87,7 +87,7 @@ def clip_layer(config: Any, quant_config: QuantizationConfig | None, prefix: str
 
 
 def merged_squares(rows: torch.Tensor, columns: int, size: int) -> torch.Tensor:
-    """Join each square of `size * size` rows side by side: `(B, R, d)` to `(B, R / size^2, size^2 * d)`.
+    """Concatenate the rows of each square of `size * size`: `(B, R, d)` to `(B, R / size^2, size^2 * d)`.
 
     The rows are a grid of `columns` columns, row by row. For example, those of a 2 x 4 grid, 0 1 2 3 / 4 5 6 7, become
     (0 1 4 5) and (2 3 6 7). Source: the "pixel shuffle" of `transformers` `Idefics3Connector` and `InternVLModel`.
@@ -98,10 +98,10 @@ def merged_squares(rows: torch.Tensor, columns: int, size: int) -> torch.Tensor:
 
 
 def load_encoder_weights(tower: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], num_layers: int) -> set[str]:
-    """Fill a tower of an `encoder` from a checkpoint's names, with or without the level `vision_model`.
+    """Fill a tower with an `encoder` from a checkpoint's names, with or without the prefix `vision_model`.
 
-    What stands behind the last wanted feature is ignored: later layers, the final norm (unless the tower has
-    it), the pooling head.
+    Weights after the last used layer are ignored: later layers, the final norm (unless the tower has it), the pooling
+    head.
     """
     with_final_norm = getattr(tower, "post_layernorm", None) is not None
 

@@ -21,8 +21,8 @@ Weights: TypeAlias = Iterable[tuple[str, torch.Tensor]]
 def default_weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor) -> None:
     """Copy a tensor into a parameter of the same size; a scalar fills a parameter of one element.
 
-    Raises `WeightShapeError` (an `AssertionError`) for another size, and `WeightsError` for quantized values where
-    floats belong, or the other way.
+    Raises `WeightShapeError` (an `AssertionError`) for another size, and `WeightsError` for quantized values in a float
+    parameter, or floats in a quantized one.
     """
     refuse_other_kind(param, loaded_weight, current_key() or "a weight")
     if param.numel() == 1 and loaded_weight.numel() == 1:
@@ -37,7 +37,7 @@ def default_weight_loader(param: torch.Tensor, loaded_weight: torch.Tensor) -> N
 
 @dataclass
 class WeightsMapper:
-    """Renames checkpoint names by table: first parts anywhere in them, then prefixes, then suffixes.
+    """Renames checkpoint names by tables: first substrings anywhere in them, then prefixes, then suffixes.
 
     A new name of None drops the weight.
     """
@@ -76,12 +76,12 @@ class WeightsMapper:
 
 
 class AutoWeightsLoader:
-    """Loads a model by walking down its modules along the names of the weights.
+    """Loads a model by descending through its modules along the names of the weights.
 
-    A child module with a `load_weights` method of its own gets its weights, under the names that remain, and
-    loads them itself; it may be called more than once where a checkpoint scatters them. All others go to
-    their parameter's `weight_loader`, or to `default_weight_loader`. Buffers that a state dict contains are
-    loaded likewise; a value for one that it doesn't contain is passed over, since the module computes it.
+    A child module with its own `load_weights` method loads its weights itself, given their names relative to it; it is
+    called more than once if they aren't adjacent in the checkpoint. All others go to their parameter's `weight_loader`,
+    or to `default_weight_loader`. Buffers that a state dict contains are loaded likewise; a value for any other buffer
+    is skipped, since the module computes it.
 
     `skip_prefixes`: names that are not loaded. `ignore_unexpected_prefixes`: names that may be missing in the
     module.
@@ -154,7 +154,7 @@ class AutoWeightsLoader:
             yield name
 
     def _refuse(self, name: str, weights: Weights, module: nn.Module) -> None:
-        """Raise for weights that nothing takes, unless they are to be ignored in full."""
+        """Raise for weights that the module doesn't have, unless all of them are to be ignored."""
         for rest, tensor in weights:
             full = _join(name, rest)
             if self._is_skipped(full) or self._is_ignored(full):

@@ -1,9 +1,9 @@
-"""Whisper: a tower that hears 30 seconds, and a decoder that attends to its rows by cross-attention.
+"""Whisper: a tower for windows of 30 seconds, and a decoder that attends to its rows by cross-attention.
 
 Paper: Radford et al. 2022, "Robust Speech Recognition via Large-Scale Weak Supervision". Reference: `transformers`
-`WhisperForConditionalGeneration`. A prompt holds what the decoder begins with, such as
-`<|startoftranscript|><|en|><|transcribe|><|notimestamps|>`, behind text that came before if there is any. It goes with
-one sound, of which every token sees all rows, and no token stands for them.
+`WhisperForConditionalGeneration`. A prompt is the decoder's start, such as
+`<|startoftranscript|><|en|><|transcribe|><|notimestamps|>`, after preceding text if there is any. It has one sound and
+no placeholder: every token sees all rows of the sound.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ from sensorium.sequence import SequenceData
 
 
 def input_processor(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
-    """Let the prompt hold what the decoder begins with, and its first token see the sound.
+    """Check the prompt, and let its first token see the sound.
 
     Raises:
-        InvalidRequestError: There is not one sound.
+        InvalidRequestError: There isn't exactly one sound.
     """
     sounds = as_items((inputs.get("multi_modal_data") or {}).get("audio", []))
     if len(sounds) != 1:
@@ -77,12 +77,12 @@ def dummy_data(ctx: InputContext, seq_len: int, mm_counts: Mapping[str, int]) ->
 
 
 def is_spectrogram(sound: Any) -> bool:
-    """Whether a sound comes as a piece of `spectrogram`, `(mel bins, frames)`."""
+    """Whether a sound is a piece of a `spectrogram`, `(mel bins, frames)`."""
     return isinstance(sound, np.ndarray) and sound.ndim == 2
 
 
 def spectrogram(samples: np.ndarray[Any, Any], rate: float, extractor: Any) -> np.ndarray[Any, np.dtype[np.float32]]:
-    """The spectrogram `(mel bins, frames)` of a sound: filled up to a whole window, or of its own length if longer."""
+    """The spectrogram `(mel bins, frames)` of a sound: padded to a window, or of its own length if longer."""
     resampled = resample_audio(samples.astype(np.float32), orig_sr=rate, target_sr=extractor.sampling_rate)
     features = extractor(
         resampled,
@@ -96,7 +96,7 @@ def spectrogram(samples: np.ndarray[Any, Any], rate: float, extractor: Any) -> n
 
 
 def map_sounds(ctx: InputContext, data: Sound | list[Sound]) -> MultiModalKwargs:
-    """`input_features` `(sounds, mel bins, frames)`, of full length.
+    """`input_features` `(sounds, mel bins, frames)`, padded to the window.
 
     Raises:
         InvalidRequestError: A spectrogram of another size.
@@ -119,12 +119,12 @@ def map_sounds(ctx: InputContext, data: Sound | list[Sound]) -> MultiModalKwargs
 
 
 def window_frames(ctx: InputContext) -> int:
-    """Frames of a spectrogram that the tower hears; its second convolution halves them."""
+    """Frames of the tower's window; its second convolution halves them."""
     return 2 * max_audio_tokens(ctx)
 
 
 def max_audio_tokens(ctx: InputContext) -> int:
-    """Rows of any sound."""
+    """The number of rows of any sound."""
     return int(ctx.get_hf_config().max_source_positions)
 
 
@@ -181,7 +181,8 @@ class WhisperCrossAttention(nn.Module):
         kv_cache: torch.Tensor,
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """`(num_tokens, d_model)` to the same; `encoder_outputs` `(num_rows, d_model)` are those to be kept."""
+        """`(num_tokens, d_model)` to the same; `encoder_outputs` `(num_rows, d_model)` are new rows, whose keys and
+        values are cached."""
         key = value = None
         if encoder_outputs is not None:
             key, value = self.kv_proj(encoder_outputs)[0].chunk(2, dim=-1)
@@ -191,7 +192,7 @@ class WhisperCrossAttention(nn.Module):
 
 
 class WhisperDecoderLayer(nn.Module):
-    """Attention to tokens, attention to the sound, and an MLP, each behind a norm and beside a residual."""
+    """Attention to tokens, attention to the sound, and an MLP, each after a norm and with a residual."""
 
     def __init__(self, config: PretrainedConfig, quant_config: QuantizationConfig | None, prefix: str) -> None:
         super().__init__()
@@ -212,7 +213,7 @@ class WhisperDecoderLayer(nn.Module):
         kv_caches: Sequence[torch.Tensor],
         attn_metadata: AttentionMetadata,
     ) -> torch.Tensor:
-        """`(num_tokens, d_model)` to the same. `kv_caches`: of the tokens and of the sound."""
+        """`(num_tokens, d_model)` to the same. `kv_caches`: that of the tokens and that of the sound."""
         own, cross = kv_caches
         hidden_states = hidden_states + self.self_attn(self.self_attn_layer_norm(hidden_states), own, attn_metadata)
         normed = self.encoder_attn_layer_norm(hidden_states)
@@ -291,18 +292,19 @@ class WhisperForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsCro
 
     @classmethod
     def get_num_encoder_rows(cls, model_config: ModelConfig, modality: str, kwargs: Mapping[str, Any]) -> int:
-        """See `SupportsCrossAttention`. A sound is filled up to full length with silence, which the model hears too."""
+        """See `SupportsCrossAttention`. A sound is padded to the window with silence, which the model attends to,
+        too."""
         del modality, kwargs
         return int(model_config.hf_config.max_source_positions)
 
     @classmethod
     def get_transcription_style(cls, model_config: ModelConfig) -> TranscriptionStyle:
-        """See `SupportsTranscription`. How long a sound may be where it isn't cut into windows."""
+        """See `SupportsTranscription`. It bounds sounds that aren't split into windows."""
         return TranscriptionStyle(max_audio_s=max_audio_s(model_config))
 
     @classmethod
     def get_speech_tokens(cls, model_config: ModelConfig) -> SpeechTokens:
-        """See `SupportsTranscription`; most of it stands in `generation_config.json`."""
+        """See `SupportsTranscription`; most of it comes from `generation_config.json`."""
         config, generation = model_config.hf_config, read_json(Path(model_config.model) / "generation_config.json")
         languages = generation.get("lang_to_id") if generation.get("is_multilingual", True) else None
         return SpeechTokens(
@@ -349,5 +351,5 @@ class WhisperForConditionalGeneration(nn.Module, SupportsMultiModal, SupportsCro
         return logits
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill all parts. Of a head that is tied to the embeddings, a checkpoint may have either or both."""
+        """Fill all parts. If the head is tied to the embeddings, a checkpoint may have either or both."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.names)

@@ -1,9 +1,10 @@
-"""The audio tower of Whisper, up to its last layer: a spectrogram to a row per 20 ms.
+"""The audio tower of Whisper, up to its last layer: from a spectrogram to a row per 20 ms.
 
 Paper: Radford et al. 2022, section 2.2. Reference: `transformers` `WhisperEncoder`, `Qwen2AudioEncoder`.
 
-The spectrogram comes padded to the longest clip, and the reference computes all of it. Here only the rows of the sound
-itself pass through the layers, which is the same: attention is masked to them, and a convolution sees one neighbour.
+Spectrograms are padded to the longest sound, and the reference computes the padding, too. Here only the sound's own
+rows go through the layers, with the same result: the reference's attention is masked to them, and convolutions reach
+one neighbour only.
 """
 
 from __future__ import annotations
@@ -75,11 +76,11 @@ class WhisperEncoder(nn.Module):
         self.layer_norm = nn.LayerNorm(size)
 
     def forward(self, features: torch.Tensor, num_frames: Sequence[int]) -> torch.Tensor:
-        """Rows of the sounds, one sound behind the other, `(sum of rows_of_frames(n), d_model)`, without the last norm.
+        """The rows of the sounds, concatenated, `(sum of rows_of_frames(n), d_model)`, without the last norm.
 
         Args:
             features: `(sounds, num_mel_bins, frames)`, padded as the feature extractor pads.
-            num_frames: How many frames of each sound are its own.
+            num_frames: The number of each sound's frames without padding.
         """
         lengths = [rows_of_frames(each) for each in num_frames]
         hidden_states = torch.cat([self._embed_sound(*each) for each in zip(features, lengths, strict=True)])
@@ -89,8 +90,9 @@ class WhisperEncoder(nn.Module):
         return hidden_states
 
     def _embed_sound(self, features: torch.Tensor, length: int) -> torch.Tensor:
-        """The first `length` rows in front of the layers, of one sound: a convolution over several rounds otherwise."""
-        # The last row sees one frame more than its two.
+        """The first `length` input rows of the layers, for one sound alone: a batched convolution would round
+        differently."""
+        # The last row depends on one more frame than its own two.
         used = features[None, :, : 2 * length + 1].to(self.conv1.weight.dtype)
         rows = F.gelu(self.conv2(F.gelu(self.conv1(used))))[0].t()[:length]
         return rows + self.embed_positions.weight[:length]
@@ -101,12 +103,13 @@ class WhisperEncoder(nn.Module):
 
 
 def rows_of_frames(num_frames: int) -> int:
-    """Rows behind the second convolution."""
+    """The number of rows after the second convolution."""
     return (num_frames - 1) // 2 + 1
 
 
 def with_key_biases(weights: Iterable[tuple[str, torch.Tensor]]) -> Iterator[tuple[str, torch.Tensor]]:
-    """The weights, and biases of zero for key projections, which have none: queries, keys and values are one layer."""
+    """The weights, with zero biases for key projections, which have none: the fused layer of queries, keys and values
+    needs them."""
     for name, tensor in weights:
         yield name, tensor
         if name.endswith("k_proj.weight"):
