@@ -197,11 +197,11 @@ def test_every_form_makes_the_inner_model(form: Any) -> None:
 
 
 def test_an_inner_config_without_architectures_gets_the_causal_model_of_its_type() -> None:
-    from sensorium.model_executor.models.modules import _architectures
+    from sensorium.model_executor.models.modules import inner_architectures
 
-    assert _architectures(LlamaConfig()) == ["LlamaForCausalLM"]
+    assert inner_architectures(LlamaConfig()) == ["LlamaForCausalLM"]
     with pytest.raises(TypeError, match=r"Pass architectures=\[...\]"):
-        _architectures(LlavaConfig().vision_config)
+        inner_architectures(LlavaConfig().vision_config)
 
 
 # Weights

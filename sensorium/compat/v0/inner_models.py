@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,6 +13,17 @@ from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.model_executor.layers.decoder import Decoder
 from sensorium.model_executor.layers.sampler import get_sampler
 from sensorium.model_executor.models.modules import make_empty_intermediate_tensors_factory
+from sensorium.model_executor.models.registry import ModelRegistry
+
+MODELS = "sensorium.compat.v0.vllm.model_executor.models"
+ROOM = {
+    "InternLM2ForCausalLM": "internlm2",
+    "MiniCPMForCausalLM": "minicpm",
+    "OPTForCausalLM": "opt",
+    "PersimmonForCausalLM": "persimmon",
+    "Phi3ForCausalLM": "phi3",
+}
+"""Architectures that only this room has a class for, and its module."""
 
 STAGE_TENSORS = ["hidden_states", "residual"]
 """What a stage of V0's decoders handed on."""
@@ -42,6 +54,15 @@ class ScalingDecoder(Decoder):
         assert self.embed_scale is not None
         scaled = inputs_embeds * self.embed_scale
         return super().forward(None, positions, kv_caches, attn_metadata, intermediate_tensors, scaled)
+
+
+def class_of_room(architectures: Sequence[str]) -> type[nn.Module] | None:
+    """The class of this room for an inner model that no class is registered for, if there is one."""
+    name = next((each for each in architectures if each in ROOM), None)
+    if name is None or set(architectures) & set(ModelRegistry.get_supported_archs()):
+        return None
+    found: type[nn.Module] = getattr(importlib.import_module(f"{MODELS}.{ROOM[name]}"), name)
+    return found
 
 
 def with_names_of_v0(model: nn.Module) -> nn.Module:

@@ -74,6 +74,8 @@ class DecoderOptions:
     """The outputs of attention and MLP are normed too, before they are added: four norms a layer (Gemma 2)."""
     embed_scale: float | None = None
     """Factor on token embeddings."""
+    output_scale: float | None = None
+    """Factor on what attention and MLP bring, before it is added (MiniCPM)."""
     rope_by_layer_type: bool = False
     """Each of the config's `layer_types` has its own rotary settings."""
     make_mlp: Callable[[EngineConfig, int, str], nn.Module] | None = None
@@ -241,6 +243,7 @@ class DecoderLayer(nn.Module):
             self.mlp: nn.Module = mlp_of(config, f"{prefix}.mlp", bias=options.mlp_bias)
         else:
             self.mlp = options.make_mlp(config, layer, f"{prefix}.mlp")
+        self.output_scale = options.output_scale
         self.input_layernorm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
         self.post_attention_layernorm = options.norm(text.hidden_size, eps=text.rms_norm_eps)
         self.pre_feedforward_layernorm = self.post_feedforward_layernorm = None
@@ -266,6 +269,9 @@ class DecoderLayer(nn.Module):
             hidden_states = self.self_attn.forward(rotation, hidden_states, kv_cache, attn_metadata)
         else:
             hidden_states = self.get_submodule(self.mixer_name)(hidden_states, kv_cache, attn_metadata)
+        if self.output_scale is not None:
+            hidden_states, residual = self.post_attention_layernorm.forward(hidden_states * self.output_scale, residual)
+            return self.mlp.forward(hidden_states) * self.output_scale, residual
         if self.pre_feedforward_layernorm is None or self.post_feedforward_layernorm is None:
             hidden_states, residual = self.post_attention_layernorm.forward(hidden_states, residual)
             return self.mlp.forward(hidden_states), residual

@@ -88,14 +88,14 @@ def init_registered_model(
         hf_config = kwargs.get("config")
     config = config or current_engine_config()
     hf_config = hf_config or config.model_config.hf_config
-    model_class, architecture = ModelRegistry.resolve(architectures or _architectures(hf_config), "native")
+    model_class, architecture = ModelRegistry.resolve(architectures or inner_architectures(hf_config), "native")
     return construct_model(model_class, config.with_hf_config(hf_config, [architecture]), prefix)
 
 
 def missing_inner_model(hf_config: PretrainedConfig) -> str | None:
     """Why `init_registered_model` would refuse an inner model, which is that no class is registered for it; None if
     there is one."""
-    architectures = _architectures(hf_config)
+    architectures = inner_architectures(hf_config)
     if set(architectures) & set(ModelRegistry.get_supported_archs()):
         return None
     return f"its inner model {architectures[0]} has no class here"
@@ -105,8 +105,11 @@ init_vllm_registered_model = init_registered_model
 """`init_registered_model` under the name that classes written for vLLM import."""
 
 
-def _architectures(hf_config: PretrainedConfig) -> list[str]:
-    """Architectures of a config; an inner one that names none gets the causal model of its type."""
+def inner_architectures(hf_config: PretrainedConfig) -> list[str]:
+    """Architectures of a config; an inner one that names none gets the causal model of its type.
+
+    Raises `ModelError` (a `TypeError`) if transformers has no causal model of its type.
+    """
     named = getattr(hf_config, "architectures", None)
     if named:
         return list(named)

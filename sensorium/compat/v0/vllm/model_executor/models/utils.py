@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from sensorium.compat.v0.inner_models import with_names_of_v0
+from sensorium.compat.v0.inner_models import class_of_room, with_names_of_v0
 from sensorium.compat.v0.vllm.attention.selector import _Backend
-from sensorium.model_executor.models.modules import PPMissingLayer, init_registered_model
+from sensorium.model_executor.adapter import construct_model, current_engine_config
+from sensorium.model_executor.models.modules import PPMissingLayer, init_registered_model, inner_architectures
 
 __all__ = [
     "LLMWrapper",
@@ -21,8 +22,18 @@ __all__ = [
 
 
 def init_vllm_registered_model(*args: Any, **kwargs: Any) -> nn.Module:
-    """`sensorium.model_executor.models.modules.init_registered_model`, of a model that outer classes of V0 can use."""
-    return with_names_of_v0(init_registered_model(*args, **kwargs))
+    """`sensorium.model_executor.models.modules.init_registered_model`, of a model that outer classes of V0 can use.
+
+    Of architectures without a registered class, this room may have one.
+    """
+    hf_config = kwargs.get("hf_config") or next((each for each in args if hasattr(each, "get_text_config")), None)
+    model_class = None
+    if hf_config is not None:
+        model_class = class_of_room(kwargs.get("architectures") or inner_architectures(hf_config))
+    if model_class is None:
+        return with_names_of_v0(init_registered_model(*args, **kwargs))
+    config = kwargs.get("vllm_config") or current_engine_config()
+    return construct_model(model_class, config.with_hf_config(hf_config), kwargs.get("prefix", ""))
 
 
 class LLMWrapper(nn.Module):
