@@ -1,17 +1,16 @@
-/* Attention over keys and values that lie in the blocks of a paged cache, or in the rows of a flat batch.
+/* Attention over keys and values in the blocks of a paged cache, or in the rows of a flat batch.
  *
  * One task is one tile of query positions of one sequence, for one key/value head and all the query heads that share
- * it, so that keys and values are read once for the whole group; a tile of few positions takes several heads, whose
- * keys lie side by side. A task walks over the keys in tiles of KEY_TILE positions counted from the sequence's start,
+ * it, so that keys and values are read once for the whole group; a tile of few positions takes several key/value heads,
+ * whose keys are adjacent. A task walks over the keys in tiles of KEY_TILE positions counted from the sequence's start,
  * widens each tile to float32 (keys transposed), and keeps the running maximum, normaliser and weighted sum of the
  * online softmax (Milakov and Gimelshein 2018, algorithm 3; Dao et al. 2022, algorithm 1).
  *
- * Each row sees a range of keys without gaps, whatever the rules are: see `range_of`. Keys outside of the ranges of all
+ * Each row sees a contiguous range of keys, whatever the rules are: see `range_of`. Keys outside of the ranges of all
  * rows of a task are never read, nor are their entries of the block table.
  *
- * A row's result is the same bit for bit whatever else is in the batch and however a prompt is cut into chunks: the
- * key tiles begin at fixed positions, each sum runs in a fixed order, and a key that a row must not see adds an
- * exact zero.
+ * A row's result depends neither on the batch nor on how a prompt is divided into chunks, bit for bit: key tiles begin
+ * at fixed positions, each sum has a fixed order, and a key that a row must not see adds an exact zero.
  */
 #include <stdlib.h>
 
@@ -74,7 +73,7 @@ static long carve_up(float *memory, long rows, const attention_args *args, works
 
 /* ---- loading ------------------------------------------------------------------------------------------------ */
 
-/* Where the keys and values of one tile lie, from the task's first key/value head on: those of columns from `first` to
+/* The addresses of the keys and values of one tile, from the task's first key/value head on, for columns `first` to
  * `count`. */
 typedef struct {
     const char *keys[KEY_TILE], *values[KEY_TILE];
@@ -90,8 +89,7 @@ typedef struct {
     long offset, keys, first_key, last_key;
 } sight;
 
-/* Find the keys of a tile that begins at position `begin`, of those that are seen: run by run of slots that follow one
- * another. */
+/* Find the visible keys of a tile that begins at position `begin`, one run of consecutive slots at a time. */
 INLINE void find_rows(const int dtype, const attention_args *args, query_tile tile, sight seen, long begin,
                       tile_rows *rows) {
     const long key_head = tile.first_head * args->key_head_stride * size_of(dtype);
@@ -113,8 +111,8 @@ INLINE void find_rows(const int dtype, const attention_args *args, query_tile ti
     }
 }
 
-/* Ask for one of `parts` parts of the rows of `heads` heads, in the order in which they lie: blocks lie anywhere, so
- * the hardware can't foresee them, but it helps on within each. */
+/* Prefetch one of `parts` parts of the rows of `heads` heads, in the order of their addresses: the hardware can't
+ * predict where blocks are, but prefetches within each. */
 INLINE void prefetch_rows(const int dtype, const attention_args *args, const tile_rows *rows, long heads, long part,
                           long parts) {
     const long present = rows->count - rows->first;
@@ -131,13 +129,10 @@ INLINE vf vload_head(const int dtype, const void *p, long i, long head_size) {
     return i + VL <= head_size ? vload(dtype, p, i) : vload_part(dtype, p, i, head_size - i);
 }
 
-/* Widen one head of the keys, `offset` bytes into each row, and transpose them; columns up to the next whole vector
- * are filled with zeros. */
-INLINE void load_keys(const int dtype, long head_size, const tile_rows *rows, long offset, float *to) {
-    for (long j = 0; j < rows->count; j += VL) {
-        vf square[VL];
-        long i = 0;
-        if (dtype == BF16) /* as pairs of channels, which are told apart after the transposition */
+/* Widen one head of the keys, `offset` bytes into each row, and transpose them; columns up to the next whole vector are
+ * filled with zeros. */ INLINE void load_keys(const int dtype, long head_size, const tile_rows *rows, long offset,
+ * float *to) { for (long j = 0; j < rows->count; j += VL) { vf square[VL]; long i = 0; if (dtype == BF16) /* as pairs
+ * of channels, which are split after the transposition */
             for (; i + 2 * VL <= head_size; i += 2 * VL) {
                 UNROLL for (int r = 0; r < VL; r++)
                     square[r] = is_present(rows, j + r) ? vload(F32, rows->keys[j + r] + offset, i / 2) : (vf){0};
@@ -227,7 +222,7 @@ INLINE workspace from_row(const attention_args *args, workspace w, long row) {
     return w;
 }
 
-/* Nothing is summed up yet but the sinks, whose values are 0. */
+/* Start with empty sums, except for the sinks, whose values are 0. */
 INLINE void clear_rows(const attention_args *args, query_tile tile, long rows, workspace w) {
     const long heads = tile.last_head - tile.first_head, group = args->heads / args->kv_heads;
     memset(w.sums, 0, (size_t)(heads * rows * round_up(args->value_size, VL)) * sizeof(float));
@@ -255,7 +250,7 @@ typedef struct {
     long low, high;
 } key_range;
 
-/* The keys that query i of a sequence sees, of the `keys` that there are. */
+/* The range of keys that query i of a sequence with `keys` keys sees. */
 INLINE key_range range_of(const attention_args *args, long sequence, long i, long offset, long keys) {
     const long position = offset + i;
     long low = 0, high = args->causal ? position + 1 : keys;
@@ -335,8 +330,8 @@ INLINE void attend(const int dtype, const attention_args *args, workspace w, que
 
 /* ---- driver ------------------------------------------------------------------------------------------------- */
 
-/* Cut the work into tasks of at most `most_rows` rows (or one position of one head), and into several for each thread
- * where it is enough. Fill `tiles`, or only count them when it is null. */
+/* Divide the work into tasks of at most `most_rows` rows (or one position of one head), and into several for each
+ * thread if there is enough. Fill `tiles`, or only count them if it is null. */
 static long list_tiles(const attention_args *args, long most_rows, query_tile *tiles) {
     const long group = args->heads / args->kv_heads, most_positions = MAX(1, most_rows / group);
     const long fair_heads = MAX(1, args->sequences * args->kv_heads / (4 * args->threads));
@@ -366,7 +361,7 @@ static void attention_task(const void *context, long first, long last, long thre
     const attention_job *job = context;
     workspace w;
     carve_up(job->memory + thread * job->floats, job->rows, job->args, &w);
-    /* From the last tile on: in causal attention it is the longest. */
+    /* Start with the last tile, which is the longest in causal attention. */
     for (long task = first; task < last; task++) {
         const query_tile tile = job->tiles[job->num_tiles - 1 - task];
 #if TILES
@@ -384,7 +379,7 @@ ARGS_BYTES(sensorium_attention, attention_args);
 EXPORT int sensorium_attention(const attention_args *args) {
     const long num_tiles = list_tiles(args, ROW_TILE, NULL);
     if (num_tiles == 0) return 0;
-    /* Twice as many as a task has, since each head may fill a tile up. */
+    /* Twice a task's rows, since each head may pad a tile. */
     const long rows = MAX(2 * ROW_TILE, round_up(args->heads / args->kv_heads, 16));
     const int threads = (int)MIN(args->threads, num_tiles);
     workspace unused;

@@ -4,8 +4,8 @@
  * so are the terms of their normaliser, so that they still add up to one; the weighted sum is kept in float32.
  *
  * The working memory holds tiles: queries and weights as row tiles, keys (channels by positions) and values (positions
- * by channels) as column tiles. Row tiles have as many rows as the task, at most 16. What a tile holds beyond the
- * head's channels and the tile's positions is zero.
+ * by channels) as column tiles. Row tiles have as many rows as the task, at most 16. Tiles are padded with zeros beyond
+ * the head's channels and the positions.
  */
 #ifndef SENSORIUM_ATTENTION_TILES_H
 #define SENSORIUM_ATTENTION_TILES_H
@@ -14,7 +14,7 @@
 
 INLINE long row_tile_bytes(long rows) { return MIN(rows, TILE_ROWS) * 64; }
 
-/* Rows of a key/value head with those that fill its last tile up. */
+/* Rows of a key/value head, padded to whole tiles. */
 INLINE long tiled_rows(long rows) { return rows <= TILE_ROWS ? rows : round_up(rows, TILE_ROWS); }
 
 /* ---- loading ------------------------------------------------------------------------------------------------ */
@@ -161,8 +161,8 @@ INLINE void update_tiled_row(workspace w, long row, const vf s[KEY_VECTORS], lon
     w.normalisers[row] += vsum(total);
 }
 
-/* Attend to one tile of `count` keys from position `begin` on, which the workspace holds. All rows go through one step
- * before the next, since a tile must not be loaded right after it was written. */
+/* Attend to one tile of `count` keys from position `begin` on, which the workspace holds. Each stage runs for all rows
+ * before the next one, since loading a tile right after writing it would be slow. */
 static void attend_to_key_tiles(const attention_args *args, query_tile tile, sight seen, long begin, long count,
                                 workspace w) {
     const long width = round_up(args->value_size, VL), group = args->heads / args->kv_heads;

@@ -1,13 +1,13 @@
-/* Normalisation, activations, rotary embedding and cache writes, which stand between a layer's matrix products, and the
- * greedy choice of a token.
+/* The operations between a layer's matrix products (normalisation, activations, rotary embedding, cache writes), and
+ * greedy sampling.
  *
- * Every function works row by row and shares the rows among threads where there is enough to do. Rows of inputs may
- * lie any distance apart (`*_stride`, in elements); outputs are contiguous. The rest of a row that doesn't fill a
- * vector goes through the same vector code, so an element's result doesn't depend on where it stands.
+ * Every function works row by row, and divides the rows over threads if there is enough work. Rows of inputs may have
+ * any stride (`*_stride`, in elements); outputs are contiguous. The rest of a row that doesn't fill a vector goes
+ * through the same vector code, so an element's result doesn't depend on its place.
  */
 #include "pool.h"
 
-/* Do `function` on rows of n elements each. Waking a thread costs as much as some ten thousand elements. */
+/* Run `function` on rows of n elements each. Waking a thread costs as much as about ten thousand elements. */
 static void share_rows(long rows, long n, int threads, task_function *function, const void *args) {
     threads = threads_worth(rows * n, 32768, threads);
     sensorium_parallel_for(threads, rows, fair_amount(rows, threads), function, args);
@@ -79,7 +79,7 @@ static void norm_task(const void *context, long first, long last, long thread) {
 }
 
 /* With a residual: sum = x + residual, rounded to the storage type, and its norm; without: the norm of x. A weight of
- * the storage type meets the rounded norm; a float32 weight beside narrower rows meets the norm in float32. */
+ * the storage type is multiplied with the rounded norm; a float32 weight of narrower rows, with the norm in float32. */
 ARGS_BYTES(sensorium_rms_norm, norm_args);
 EXPORT int sensorium_rms_norm(const norm_args *args) {
     share_rows(args->rows, args->n, args->threads, norm_task, args);
@@ -90,7 +90,7 @@ EXPORT int sensorium_rms_norm(const norm_args *args) {
 
 enum activation { SILU = 0, GELU = 1, GELU_TANH = 2, QUICK_GELU = 3 }; /* activation.py knows these codes */
 
-/* As vsigmoid, to some units in the last place, which rounding to a narrow type hides: without a division. */
+/* As vsigmoid without a division, exact to a few units in the last place, which rounding to a narrow type hides. */
 INLINE vf sigmoid_for(const int dtype, vf x) {
 #if defined(USE_AVX512)
     if (dtype != F32) {
@@ -275,8 +275,8 @@ INLINE int any_lane(vi mask) {
     return 0;
 }
 
-/* First where the values are NaN, if any is; else first where they equal the largest. Two passes: the second one
- * reads from the cache, and most of it only compares. */
+/* The first NaN, if there is one; else the first of the largest values. The second of two passes reads from the cache,
+ * and mostly only compares. */
 INLINE long argmax_row(const int dtype, const void *x, long n) {
     vf largest[4] = {splat(-INFINITY), splat(-INFINITY), splat(-INFINITY), splat(-INFINITY)};
     vi nan = {0};

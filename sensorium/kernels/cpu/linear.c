@@ -1,12 +1,12 @@
-/* x @ weight.T + bias with a packed weight, by vectors; with tiles, bfloat16 goes another way (linear_tiles.c).
+/* x @ weight.T + bias with a packed weight, by vectors; linear_tiles.c is for bfloat16 by tiles.
  *
  * Order of summation. For every output: k runs in order within blocks of KC, the blocks' sums are added in order, and
- * the bias comes last. It depends on K alone. So a row's result is the same bit for bit whatever rows stand beside
- * it, however many threads there are, and wherever the batch is cut.
+ * the bias comes last. The order depends on K alone. So a row's result doesn't depend on the other rows, on the number
+ * of threads, or on how the batch is divided, bit for bit.
  *
- * Loops. A chunk of rows is copied into float32 (or bfloat16 pairs), interleaved in blocks of at most MR rows;
- * threads share out the panels; a micro kernel multiplies one block of rows by one panel (by several for very few
- * rows, where the weight stream is all that matters).
+ * Loops. A chunk of rows is copied into float32 (or bfloat16 pairs), interleaved in blocks of at most MR rows; threads
+ * divide the panels; a micro kernel multiplies one block of rows by one panel (by several for very few rows, when
+ * reading weights takes nearly all the time).
  */
 #include <stdlib.h>
 
@@ -19,7 +19,7 @@
 #define MR 6
 #endif
 #define MAX_PANELS 4      /* that one call of a micro kernel takes */
-#define CHUNK_ROWS 192    /* rows whose copy should stay in the L2 and L3 caches */
+#define CHUNK_ROWS 192    /* rows of a chunk, whose copy should stay in the L2 and L3 caches */
 
 /* ---- packing ------------------------------------------------------------------------------------------------ */
 
@@ -38,7 +38,7 @@ INLINE float weight_at(const int dtype, const panel_rows *rows, long column, lon
     return load1(dtype, rows->first + column * rows->row_bytes, k);
 }
 
-/* Where weight (column, k) stands in its panel, counted in elements. */
+/* The place of weight (column, k) in its panel, in elements. */
 INLINE long packed_index(const int dtype, long column, long k) {
     if (dtype == BF16 && BF16_PAIRS) return k / 2 * (2 * NR) + column * 2 + k % 2;
     if (dtype == BF16) return k * NR + column % VL * 2 + column / VL;
@@ -180,8 +180,8 @@ INLINE void micro_for_rows(const int dtype, long rows, long panels, const float 
 
 /* ---- driver ------------------------------------------------------------------------------------------------- */
 
-/* How `rows` rows fall into blocks of at most MR, as evenly as possible: the first `larger` blocks have one row
- * more than `base`. */
+/* `rows` rows divided as evenly as possible into blocks of at most MR: the first `larger` blocks have one row more than
+ * `base`. */
 typedef struct {
     long count, base, larger;
 } row_blocks;
@@ -210,8 +210,8 @@ INLINE void interleave_rows(const int dtype, const linear_args *args, long row, 
     const long steps = steps_of(dtype, args->k), whole = args->k / k_per_step(dtype);
     for (long r = 0; r < rows; r++) x[r] = args->x + (row + r) * args->x_row_bytes;
     long s = 0;
-    /* Squares are written step by step, each over the unused lanes of the one before; the last must not spill over
-     * the end of the block. */
+    /* Squares are written one step after the other, each over the unused lanes of the one before; the last must not
+     * exceed the block. */
     for (; s + VL <= whole && (s + VL - 1) * rows + VL <= steps * rows; s += VL) {
         vf square[VL];
         if (rows == 1) {
@@ -244,7 +244,7 @@ INLINE void multiply_tile(const int dtype, const linear_args *args, const float 
                MIN(width, args->n - panel * NR));
 }
 
-/* The work on one chunk of rows, which is done in two goes: first copy the rows, then multiply. */
+/* The work on one chunk of rows, in two stages: copy the rows, then multiply. */
 typedef struct {
     const linear_args *args;
     float *a;          /* the copy, [block][step][rows of the block] */
@@ -287,7 +287,7 @@ static void multiply_chunk(const linear_args *args, float *a, long first_row, lo
     const row_blocks blocks = split_rows(rows);
     const long panels = (args->n + NR - 1) / NR, panels_per_task = panels_for(blocks.base + (blocks.larger > 0));
     const long columns = (panels + panels_per_task - 1) / panels_per_task;
-    /* Cut the rows too where there are few panels for many threads. */
+    /* Divide the rows, too, if there are few panels for many threads. */
     const long bands = MIN(blocks.count, MAX(1, 4 * threads / columns)), tasks = columns * bands;
     const linear_chunk chunk = {args, a, first_row, blocks, panels, panels_per_task, bands};
     sensorium_parallel_for(threads_worth(rows * args->k, 32768, threads), blocks.count, 1, copy_task, &chunk);

@@ -1,8 +1,8 @@
-/* The linear layer: how its packed weight is laid out, and what its two ways of multiplying share.
+/* The linear layer: the layout of its packed weight, and the code that both implementations share.
  *
- * Layout. The weight's N rows (output features) are cut into panels of NR = 2 * VL, the last one filled up with
- * zeros. A panel holds, for each input feature k in turn, the NR weights that meet x[k], so that one pass over a
- * panel is one contiguous stream:
+ * Layout. The weight's N rows (output features) are divided into panels of NR = 2 * VL, the last one padded with zeros.
+ * A panel holds, for each input feature k in turn, the NR weights that are multiplied with x[k], so that one pass over
+ * a panel reads contiguous memory:
  *
  *   float32, float16   [N / NR][K][NR]
  *   bfloat16           [N / NR][K][VL][2]       lane i of a load holds columns i (low half) and i + VL (high half): a
@@ -18,7 +18,7 @@
 
 #define NR (2 * VL)
 
-/* Whether bfloat16 weights are packed in pairs for the dot-product instruction; may be set from outside, to try out
+/* Whether bfloat16 weights are packed in pairs for the dot-product instruction; may be set by a compiler flag, to test
  * that layout without the instruction. */
 #if !defined(BF16_PAIRS)
 #if TILES || (defined(USE_AVX512) && defined(__AVX512BF16__))
@@ -44,7 +44,7 @@ typedef struct {
 /* How many k make one step of a panel. */
 INLINE long k_per_step(int dtype) { return BF16_PAIRS && dtype == BF16 ? 2 : 1; }
 
-/* Steps that hold weights, and steps that a panel has. */
+/* The number of steps with weights, and of all steps of a panel, padding included. */
 INLINE long steps_of(int dtype, long k) { return (k + k_per_step(dtype) - 1) / k_per_step(dtype); }
 
 INLINE long panel_steps(int dtype, long k) {
@@ -53,7 +53,7 @@ INLINE long panel_steps(int dtype, long k) {
 
 INLINE long step_bytes(int dtype) { return NR * size_of(dtype) * k_per_step(dtype); }
 
-/* Add the bias to a block of sums, `width` floats apart, round it and store it. */
+/* Add the bias to a block of sums, whose rows are `width` floats apart, round and store them. */
 INLINE void store_block(const int dtype, const linear_args *args, const float *sums, long width, long row, long rows,
                         long column, long columns) {
     for (long r = 0; r < rows; r++) {

@@ -1,12 +1,13 @@
 /* x @ weight.T + bias for bfloat16, by tiles.
  *
  * Order of summation. For every output: the tiles' products (see tiles.h) are added in the order of k, and the bias
- * comes last. It depends on K alone, so rows, threads and cuts change nothing, bit for bit.
+ * comes last. The order depends on K alone, so the other rows, the threads and the division of the batch change
+ * nothing, bit for bit.
  *
- * Loops. A chunk of rows is copied into row tiles, filled up with zeros; threads share out the panels of the weight,
- * and where those are few, bands of the rows. A task walks over K in blocks that leave room in the L1 cache, and within
- * a block over its panels and over pairs of row tiles, for which 2 x 2 sums stay in tiles. Meanwhile it asks for the
- * block of weights that comes next. For few rows the weight stream is all that matters, and there is one block.
+ * Loops. A chunk of rows is copied into row tiles, padded with zeros; threads divide the panels of the weight, and if
+ * those are few, bands of the rows. A task iterates over K in blocks that leave room in the L1 cache, and within a
+ * block over its panels and over pairs of row tiles, for which 2 x 2 sums stay in tiles. Meanwhile it prefetches the
+ * next block of weights. For few rows, when reading weights takes nearly all the time, there is one block.
  */
 #include "linear.h"
 #include "tile_products.h"
@@ -16,7 +17,7 @@
 #define CHUNK_ROWS 512   /* rows whose copy should stay in the L2 cache, block by block */
 #define BLOCK_DEPTH 8    /* tiles of k in a block of weights: 16 KiB */
 #define MAX_PANELS 4     /* of a task */
-#define STREAM_AHEAD 8192 /* bytes to ask for weights in advance */
+#define STREAM_AHEAD 8192 /* how many bytes ahead weights are prefetched */
 
 typedef struct {
     const linear_args *args;
@@ -115,7 +116,7 @@ static void multiply_task(const void *context, long first, long last, long threa
 
 /* ---- driver ------------------------------------------------------------------------------------------------- */
 
-/* Cut a chunk into tasks: several panels at a time, if there are many for each thread; the rows too, if few. */
+/* Divide a chunk into tasks: of several panels if there are many for each thread; of bands of rows if there are few. */
 static tiled_chunk plan_chunk(const linear_args *args, long first_row, long num_rows, int threads) {
     const long panels = tiles_in(args->n, NR), row_tiles = tiles_in(num_rows, TILE_ROWS);
     return (tiled_chunk){

@@ -56,7 +56,7 @@ static void do_tasks(long thread) {
         pool.function(pool.context, first, MIN(first + pool.amount, pool.tasks), thread);
 }
 
-/* Wait until there is a job of another number than `last`, and return it. */
+/* Wait for a job with another number than `last`, and return the number. */
 static unsigned await_job(unsigned last) {
     unsigned number;
     for (const int64_t deadline = now_ns() + SPIN_NS; now_ns() < deadline;)
@@ -76,8 +76,8 @@ static void *worker(void *thread) {
     for (unsigned number = atomic_load(&pool.job_number);;) {
         number = await_job(number);
         if (atomic_load(&pool.inside) & CLOSED) continue; /* too late */
-        /* Having joined, this worker can count on the job: the caller waits for it to leave. The job may be a later
-         * one than was awaited, and it may have been closed since the last line. */
+        /* From here on the job stays: the caller waits for workers that have joined. It may be a later job than the one
+         * waited for, and may have been closed since the last line. */
         const int joined = !(atomic_fetch_add(&pool.inside, 1) & CLOSED);
         if (joined && (intptr_t)thread < pool.threads) do_tasks((intptr_t)thread);
         atomic_fetch_sub(&pool.inside, 1);
@@ -99,38 +99,16 @@ static void forget_workers(void) {
 
 static void register_fork_handler(void) { pthread_atfork(NULL, NULL, forget_workers); }
 
-/* Start workers until there are `wanted`, as far as the system allows. */
-static void start_workers(int wanted) {
-    static pthread_once_t once = PTHREAD_ONCE_INIT;
-    pthread_once(&once, register_fork_handler);
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before); /* workers receive no signals */
-    while (pool.workers < MIN(wanted, MAX_WORKERS)) {
-        pthread_t started;
-        if (pthread_create(&started, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) break;
-        pthread_detach(started);
-        pool.workers++;
-    }
-    pthread_sigmask(SIG_SETMASK, &before, NULL);
-}
-
-static void open_job(void) {
-    atomic_store(&pool.next_task, 0);
-    atomic_fetch_and(&pool.inside, ~CLOSED);
-    atomic_fetch_add(&pool.job_number, 1);
-    if (atomic_load(&pool.sleepers) > 0) {
-        pthread_mutex_lock(&pool.sleep_lock);
-        pthread_cond_broadcast(&pool.wake);
-        pthread_mutex_unlock(&pool.sleep_lock);
-    }
-}
-
-static void close_job(void) {
-    atomic_fetch_or(&pool.inside, CLOSED);
-    for (int turns = 0; atomic_load(&pool.inside) != CLOSED; turns++) {
-        relax();
-        if (turns > 1000) sched_yield(); /* a worker may be waiting for this very core */
+/* Start workers until there are `wanted`, as far as the system allows. */ static void start_workers(int wanted) {
+ * static pthread_once_t once = PTHREAD_ONCE_INIT; pthread_once(&once, register_fork_handler); sigset_t all, before;
+ * sigfillset(&all); pthread_sigmask(SIG_SETMASK, &all, &before); /* block signals in workers */ while (pool.workers <
+ * MIN(wanted, MAX_WORKERS)) { pthread_t started; if (pthread_create(&started, NULL, worker, (void
+ * *)(intptr_t)(pool.workers + 1))) break; pthread_detach(started); pool.workers++; } pthread_sigmask(SIG_SETMASK,
+ * &before, NULL); }  static void open_job(void) { atomic_store(&pool.next_task, 0); atomic_fetch_and(&pool.inside,
+ * ~CLOSED); atomic_fetch_add(&pool.job_number, 1); if (atomic_load(&pool.sleepers) > 0) {
+ * pthread_mutex_lock(&pool.sleep_lock); pthread_cond_broadcast(&pool.wake); pthread_mutex_unlock(&pool.sleep_lock); } }
+ * static void close_job(void) { atomic_fetch_or(&pool.inside, CLOSED); for (int turns = 0; atomic_load(&pool.inside) !=
+ * CLOSED; turns++) { relax(); if (turns > 1000) sched_yield(); /* a worker may be waiting for this core */
     }
 }
 

@@ -1,16 +1,16 @@
-/* Linear layers in int8: how rows become integers, and how a quantized weight is laid out.
+/* Linear layers in int8: how rows are quantized, and the layout of a quantized weight.
  *
  * A row (an output channel of the weight, a token of the input) is stored as round(x / scale), scale = largest
  * magnitude / 127: integers from -127 to 127. An infinity or NaN in a row makes its scale NaN, and so all its results.
  *
- * Layout. As bfloat16 in pairs (linear.h), with fours in place of pairs: the weight's N rows are cut into panels of NR,
- * the last one filled up with zeros, and K is filled up to whole tiles of 64:
+ * Layout. As bfloat16 in pairs (linear.h), with fours instead of pairs: the weight's N rows are divided into panels of
+ * NR, the last one padded with zeros, and K is padded to whole tiles of 64:
  *
  *   [N / NR][K / 4][NR][4] int8, then [N] float32 scales and [N] int32 starts, N filled up to whole panels
  *
- * A start is what a sum begins with. The dot-product instruction takes unsigned values on one side, so there 128 is
- * added to every value of a row, and the start takes 128 times the column's sum off again. int32 sums that overflow on
- * the way come back: they are computed modulo 2^32, and the end of every sum is below 2^31, see MAX_INPUTS.
+ * A start is a sum's initial value. The dot-product instruction takes unsigned values on one side, so 128 is added to
+ * every value of a row, and the start subtracts 128 times the column's sum. Sums may overflow on the way: they are
+ * computed modulo 2^32, and every final sum is below 2^31, see MAX_INPUTS.
  */
 #ifndef SENSORIUM_QUANTIZED_H
 #define SENSORIUM_QUANTIZED_H
@@ -20,7 +20,7 @@
 #define DEPTH 64                            /* values of a row in one tile of k */
 #define STEPS (DEPTH / 4)                   /* of a tile of k */
 #define PANEL_TILE_BYTES (STEPS * NR * 4)
-#define SMALLEST_MAGNITUDE 0x1p-100f        /* that is told from 0 */
+#define SMALLEST_MAGNITUDE 0x1p-100f        /* the smallest magnitude that isn't rounded to 0 */
 
 /* How a machine multiplies fours of int8. */
 #if (defined(USE_AVX512) && defined(__AVX512VNNI__)) || (defined(USE_AVX2) && defined(__AVXVNNI__))

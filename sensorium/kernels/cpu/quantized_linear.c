@@ -1,12 +1,12 @@
-/* x @ weight.T + bias in int8: rows of x become integers, sums are int32, the result is scaled in float32.
+/* x @ weight.T + bias in int8: rows of x are quantized, sums are int32, results are scaled in float32.
  *
  * out = float(sum) * (scale of the row * scale of the column) + bias, each operation rounded on its own, then rounded
- * to the storage type. Integer sums are exact in any order, so a row's result is the same bit for bit by every
- * instruction set, by vectors and by tiles, and whatever rows stand beside it.
+ * to the storage type. Integer sums are exact in any order, so a row's result has the same bits with every instruction
+ * set, by vectors and by tiles, and whatever the other rows are.
  *
- * Loops. A chunk of rows is quantized into row tiles [tile of k][row][64]; threads share out the panels of the weight,
- * and where those are few, bands of the row tiles. Within a task K is walked in blocks that leave the weights in the L1
- * cache; for few rows, where the weight stream is all that matters, there is one block.
+ * Loops. A chunk of rows is quantized into row tiles [tile of k][row][64]; threads divide the panels of the weight, and
+ * if those are few, bands of the row tiles. A task iterates over K in blocks whose weights stay in the L1 cache; for
+ * few rows, when reading weights takes nearly all the time, there is one block.
  */
 #include "quantized.h"
 #include "tile_products.h"
@@ -15,8 +15,8 @@
 #define CHUNK_ROWS 512
 #define BLOCK_DEPTH (16384 / PANEL_TILE_BYTES) /* tiles of k in a block of weights */
 #define MAX_PANELS 4                           /* of a task */
-#define STREAM_AHEAD 4096                      /* bytes to ask for weights in advance */
-#define MIN_TILE_ROWS 5                        /* fewer rows go by vectors also where there are tiles */
+#define STREAM_AHEAD 4096                      /* how many bytes ahead weights are prefetched */
+#define MIN_TILE_ROWS 5                        /* fewer rows are computed by vectors even if there are tiles */
 #if VL == 16
 #define MR 8 /* rows that a vector kernel takes at once */
 #else
@@ -36,7 +36,7 @@ typedef struct {
     int by_tiles;
 } quantized_chunk;
 
-/* What has been computed so far must not be fused with what comes next, which would round once instead of twice. */
+/* Keeps the compiler from fusing a multiplication with the next addition, which would round once instead of twice. */
 INLINE vf rounded(vf x) {
 #if defined(USE_AVX512)
     __asm__("" : "+v"(x));
@@ -243,7 +243,7 @@ static void multiply_task(const void *context, long first, long last, long threa
     if (chunk->by_tiles) END_TILES();
 }
 
-/* Cut a chunk into tasks: several panels at a time, if there are many for each thread; the rows too, if few. */
+/* Divide a chunk into tasks: of several panels if there are many for each thread; of bands of rows if there are few. */
 static quantized_chunk plan_chunk(const linear_args *args, long first_row, long num_rows, int threads) {
     const long panels = panels_of(args->n), row_tiles = (num_rows + TILE_ROWS - 1) / TILE_ROWS;
     const int by_tiles = INT8_TILES && sensorium_tiles_on && num_rows >= MIN_TILE_ROWS;

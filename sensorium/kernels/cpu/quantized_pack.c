@@ -1,4 +1,4 @@
-/* Quantizing a weight and laying it out; see quantized.h. */
+/* Quantizes and packs a weight; see quantized.h. */
 #include <stdlib.h>
 
 #include "quantized.h"
@@ -17,7 +17,7 @@ typedef struct {
     char *scratch; /* for each thread, a panel's rows one by one */
 } quantize_job;
 
-/* Fours of every column side by side, and the columns' starts. `rows` are NR rows of `bytes` integers. */
+/* Interleave fours of the columns, and compute the columns' starts. `rows` are NR rows of `bytes` integers. */
 static void interleave(const char *rows, long bytes, char *panel, int32_t *starts) {
     for (long s = 0; s < bytes / 4; s++)
         for (long column = 0; column < NR; column++) memcpy(panel + (s * NR + column) * 4, rows + column * bytes + s * 4, 4);

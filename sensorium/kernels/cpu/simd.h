@@ -17,7 +17,7 @@
 #include <immintrin.h>
 #endif
 
-/* Lanes of a vector; may be set from outside, to try out the other length. */
+/* Lanes of a vector; may be set by a compiler flag, to test the other length. */
 #if !defined(VL)
 #if defined(__AVX512F__)
 #define VL 16
@@ -26,7 +26,7 @@
 #endif
 #endif
 
-/* Which intrinsics fit vectors of this length. */
+/* The intrinsics for vectors of this length. */
 #if VL == 16 && defined(__AVX512F__)
 #define USE_AVX512 1
 #elif VL == 8 && defined(__AVX2__) && defined(__F16C__)
@@ -36,7 +36,7 @@
 #define INLINE static inline __attribute__((always_inline))
 #define OUTLINE static __attribute__((noinline, unused))
 #define EXPORT __attribute__((visibility("default")))
-/* The size of a function's struct, which whoever fills it from outside compares with its own. */
+/* Exports the size of a function's struct, which native.py compares with that of its format. */
 #define ARGS_BYTES(function, type) EXPORT const long function##_args_bytes = sizeof(type)
 #define UNROLL _Pragma("GCC unroll 32")
 #define MIN(a, b) ((a) < (b) ? (a) : (b))
@@ -51,7 +51,7 @@ typedef uint16_t vh __attribute__((vector_size(VL * 2), may_alias));
 typedef vf vf_any __attribute__((aligned(4)));
 typedef vh vh_any __attribute__((aligned(2)));
 
-/* Codes of the storage types; library.py knows them too. */
+/* Codes of the storage types, also in native.py. */
 enum dtype { F32 = 0, BF16 = 1, F16 = 2 };
 
 /* Call `function` with the storage type as a constant, so that each type gets its own code. */
@@ -124,7 +124,7 @@ INLINE uint16_t half_of_float(float x) {
 
 INLINE uint16_t bf16_of_float(float x) {
     uint32_t bits = bits_of_float(x);
-    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays one */
+    if ((bits & 0x7fffffff) > 0x7f800000) return (uint16_t)(bits >> 16 | 0x40); /* NaN stays NaN */
     return (uint16_t)((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
 }
 
@@ -250,7 +250,7 @@ OUTLINE void vstore_part(int dtype, void *p, long i, vf x, long n) {
 #define SHUFFLE(a, b, ...) __builtin_shuffle(a, b, (vi){__VA_ARGS__})
 #endif
 
-/* Sum and largest of the lanes: halves against each other, always in the same order. */
+/* Sum and largest of the lanes, by combining halves, always in the same order. */
 #if VL == 8
 #define FOLD(x, OP)                                        \
     x = OP(x, SHUFFLE(x, x, 4, 5, 6, 7, 4, 5, 6, 7));      \
@@ -355,7 +355,7 @@ INLINE vf vexp_nonpositive(vf x) {
     return p * (vf)((n + 127) << 23);
 }
 
-/* tanh: by e^2x, and near 0, where that would cancel, by an odd polynomial fitted to a relative error of 4e-9. */
+/* tanh: by e^2x, and near 0, where that would lose digits, by an odd polynomial with a relative error of 4e-9. */
 INLINE vf vtanh(vf x) {
     vf magnitude = blend(x < 0, -x, x);
     vf large = 1.0f - 2.0f / (vexp(2.0f * magnitude) + 1.0f);

@@ -1,4 +1,4 @@
-/* A product of small matrices that lie in the caches, for attention. */
+/* A product of small matrices in the caches, for attention. */
 #ifndef SENSORIUM_SMALL_GEMM_H
 #define SENSORIUM_SMALL_GEMM_H
 
@@ -19,7 +19,8 @@ INLINE void small_gemm_block(const int rows, const int vectors, const float *a, 
         UNROLL for (int j = 0; j < vectors; j++)
             sum[r][j] = accumulate ? *(const vf *)(c + r * ldc + j * VL) : (vf){0};
     for (long k = 0; k < depth; k++) {
-        /* Few rows share each weight of b from registers; many share two vectors of it, which leaves room for sums. */
+        /* For few rows the vectors of b are kept in registers; for many, only two of them, which leaves registers for
+         * sums. */
         vf columns[GEMM_VECTORS];
         UNROLL for (int j = 0; j < vectors; j++) columns[j] = *(const vf *)(b + k * ldb + j * VL);
         UNROLL for (int r = 0; r < rows; r++) {

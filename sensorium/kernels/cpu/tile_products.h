@@ -28,9 +28,9 @@ INLINE void dot_tiles(const int is_int8, const int row_tiles) {
     }
 }
 
-/* sums (+)= one or two row tiles times a panel over `depth` tiles of k; ask for `lines` lines from `ahead` on at each
- * of them. Row tiles of successive k lie `row_step` bytes apart, the second one `second_row` bytes behind the first;
- * `sums` are float32 or int32, `width` to a row. */
+/* sums (+)= one or two row tiles times a panel over `depth` tiles of k; prefetch `lines` cache lines from `ahead` on at
+ * each of them. Row tiles of successive k lie `row_step` bytes apart, the second one `second_row` bytes behind the
+ * first; `sums` are float32 or int32, `width` to a row. */
 INLINE void multiply_tiles(const int is_int8, const int row_tiles, const char *rows, long row_step, long second_row,
                            const char *weights, long depth, char *sums, long width, int first, const char *ahead,
                            long lines) {

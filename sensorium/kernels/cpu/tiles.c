@@ -8,8 +8,8 @@
 #define REQUEST_STATE_PERMISSION 0x1023 /* ARCH_REQ_XCOMP_PERM */
 #define TILE_DATA 18                    /* XFEATURE_XTILEDATA */
 
-/* The tiles' content is large, so the system saves it only for processes that have asked. One that doesn't know the
- * request, or forbids it, refuses. Threads that exist already are included. */
+/* The tiles' content is large, so the system saves it only for processes that have requested it. A system that doesn't
+ * know the request, or forbids it, returns an error. The permission includes existing threads. */
 static int permitted(void) { return syscall(SYS_arch_prctl, REQUEST_STATE_PERMISSION, TILE_DATA) == 0; }
 #else
 static int permitted(void) { return TILES == EMULATED_TILES; }

@@ -1,13 +1,13 @@
 /* Products of bfloat16 and of int8 matrices by tiles: 16 rows of 64 bytes, multiplied by one instruction (Intel AMX).
  *
- * A row tile holds 16 rows of 32 values, a column tile 16 pairs of rows of 16 columns, each pair of one column side by
- * side; their product is added to a sum tile of 16 x 16 float32. Of int8, rows hold 64 values and columns have fours
+ * A row tile holds 16 rows of 32 values, a column tile 16 pairs of rows of 16 columns, with each column's pairs
+ * adjacent; their product is added to a sum tile of 16 x 16 float32. With int8, rows have 64 values, columns have fours
  * instead of pairs, and the sums are int32, which are exact in any order.
  *
- * Order of summation of bfloat16, for every cell: the products of even and those of odd values are summed apart, in
- * order, each by fused multiply-adds from zero; the two sums are added; that is added to the cell. Numbers too small
- * for a normal float32 count as zero. (Intel's instruction-set reference, TDPBF16PS.) The emulation below does the
- * same, so that machines without tiles can test the code that uses them, and machines with tiles the emulation.
+ * Order of summation of bfloat16, for every cell: the products of even and of odd values are summed separately, in
+ * order, by fused multiply-adds from zero; the two sums are added; the result is added to the cell. Subnormal float32
+ * numbers count as zero. (Intel's instruction-set reference, TDPBF16PS.) The emulation below computes the same, so that
+ * machines without tiles can test the code that uses them, and machines with tiles can test the emulation.
  *
  * A thread brackets its use of tiles with `begin_tiles` and `end_tiles`; sums live in tiles 0 to 3.
  */
@@ -20,7 +20,7 @@
 #define HARDWARE_TILES 1
 #define EMULATED_TILES 2
 
-/* What code is compiled for tiles; may be set from outside, to try out the emulation. */
+/* Which code is compiled for tiles; may be set by a compiler flag, to test the emulation. */
 #if !defined(TILES)
 #if defined(USE_AVX512) && defined(__AVX512BF16__) && defined(__AMX_TILE__) && defined(__AMX_BF16__)
 #define TILES HARDWARE_TILES
@@ -40,7 +40,7 @@
 #define TILE_DEPTH 32   /* values of a row */
 #define TILE_BYTES 1024
 
-/* Whether this process may use tiles: the system must have agreed, and nobody have switched them off. */
+/* Whether this process uses tiles: the system has granted it, and they are not switched off. */
 extern int sensorium_tiles_on;
 
 #if TILES == HARDWARE_TILES
@@ -61,7 +61,7 @@ INLINE void begin_tiles(int rows) {
     __asm__ volatile("ldtilecfg %0" : : "m"(config));
 }
 
-/* Without tiles in use, a change of threads has less to save. */
+/* Releases the tiles, so that a context switch has less to save. */
 INLINE void end_tiles(void) { __asm__ volatile("tilerelease"); }
 
 #define TILE_LOAD(tile, from, stride) \

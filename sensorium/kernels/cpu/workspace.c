@@ -1,5 +1,5 @@
-/* The memory behind workspace.h. One piece is kept, the last that was used; callers at the same time get pieces of
- * their own. There is no lock, which a forked child could find taken for ever. */
+/* The memory behind workspace.h. One allocation is kept, the last one used; concurrent callers get their own. There is
+ * no lock, since a forked child could find it locked forever. */
 #include "workspace.h"
 
 #include <stdatomic.h>
@@ -9,7 +9,7 @@
 #include "simd.h"
 
 #define HUGE_PAGE (1L << 21)
-#define HEADER_BYTES 4096 /* in front of the memory, for its size */
+#define HEADER_BYTES 4096 /* before the memory, for its size */
 
 static _Atomic(char *) spare;
 
@@ -19,7 +19,7 @@ static void release(char *piece) {
     if (piece) munmap(piece, (size_t)size_of_piece(piece));
 }
 
-/* A mapping of its own begins at a page, and may be backed by huge pages, whose addresses cost less to look up. */
+/* A separate mapping begins at a page, and may be backed by huge pages, which need fewer TLB entries. */
 static char *map_piece(long bytes) {
     char *piece = mmap(NULL, (size_t)bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
     if (piece == MAP_FAILED) return NULL;

@@ -2,7 +2,7 @@
 #ifndef SENSORIUM_WORKSPACE_H
 #define SENSORIUM_WORKSPACE_H
 
-/* Take at least so many bytes, of any content, from the start of a page on; null when there are none. */
+/* Take at least so many bytes with any content, beginning at a page; null if there is no memory. */
 char *sensorium_open_workspace(long bytes);
 
 /* Give them back. */
