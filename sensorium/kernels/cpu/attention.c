@@ -129,10 +129,13 @@ INLINE vf vload_head(const int dtype, const void *p, long i, long head_size) {
     return i + VL <= head_size ? vload(dtype, p, i) : vload_part(dtype, p, i, head_size - i);
 }
 
-/* Widen one head of the keys, `offset` bytes into each row, and transpose them; columns up to the next whole vector are
- * filled with zeros. */ INLINE void load_keys(const int dtype, long head_size, const tile_rows *rows, long offset,
- * float *to) { for (long j = 0; j < rows->count; j += VL) { vf square[VL]; long i = 0; if (dtype == BF16) /* as pairs
- * of channels, which are split after the transposition */
+/* Widen one head of the keys, `offset` bytes into each row, and transpose them; columns up to the next whole vector
+ * are filled with zeros. */
+INLINE void load_keys(const int dtype, long head_size, const tile_rows *rows, long offset, float *to) {
+    for (long j = 0; j < rows->count; j += VL) {
+        vf square[VL];
+        long i = 0;
+        if (dtype == BF16) /* as pairs of channels, which are split after the transposition */
             for (; i + 2 * VL <= head_size; i += 2 * VL) {
                 UNROLL for (int r = 0; r < VL; r++)
                     square[r] = is_present(rows, j + r) ? vload(F32, rows->keys[j + r] + offset, i / 2) : (vf){0};

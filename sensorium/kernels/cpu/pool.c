@@ -99,16 +99,38 @@ static void forget_workers(void) {
 
 static void register_fork_handler(void) { pthread_atfork(NULL, NULL, forget_workers); }
 
-/* Start workers until there are `wanted`, as far as the system allows. */ static void start_workers(int wanted) {
- * static pthread_once_t once = PTHREAD_ONCE_INIT; pthread_once(&once, register_fork_handler); sigset_t all, before;
- * sigfillset(&all); pthread_sigmask(SIG_SETMASK, &all, &before); /* block signals in workers */ while (pool.workers <
- * MIN(wanted, MAX_WORKERS)) { pthread_t started; if (pthread_create(&started, NULL, worker, (void
- * *)(intptr_t)(pool.workers + 1))) break; pthread_detach(started); pool.workers++; } pthread_sigmask(SIG_SETMASK,
- * &before, NULL); }  static void open_job(void) { atomic_store(&pool.next_task, 0); atomic_fetch_and(&pool.inside,
- * ~CLOSED); atomic_fetch_add(&pool.job_number, 1); if (atomic_load(&pool.sleepers) > 0) {
- * pthread_mutex_lock(&pool.sleep_lock); pthread_cond_broadcast(&pool.wake); pthread_mutex_unlock(&pool.sleep_lock); } }
- * static void close_job(void) { atomic_fetch_or(&pool.inside, CLOSED); for (int turns = 0; atomic_load(&pool.inside) !=
- * CLOSED; turns++) { relax(); if (turns > 1000) sched_yield(); /* a worker may be waiting for this core */
+/* Start workers until there are `wanted`, as far as the system allows. */
+static void start_workers(int wanted) {
+    static pthread_once_t once = PTHREAD_ONCE_INIT;
+    pthread_once(&once, register_fork_handler);
+    sigset_t all, before;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before); /* block signals in workers */
+    while (pool.workers < MIN(wanted, MAX_WORKERS)) {
+        pthread_t started;
+        if (pthread_create(&started, NULL, worker, (void *)(intptr_t)(pool.workers + 1))) break;
+        pthread_detach(started);
+        pool.workers++;
+    }
+    pthread_sigmask(SIG_SETMASK, &before, NULL);
+}
+
+static void open_job(void) {
+    atomic_store(&pool.next_task, 0);
+    atomic_fetch_and(&pool.inside, ~CLOSED);
+    atomic_fetch_add(&pool.job_number, 1);
+    if (atomic_load(&pool.sleepers) > 0) {
+        pthread_mutex_lock(&pool.sleep_lock);
+        pthread_cond_broadcast(&pool.wake);
+        pthread_mutex_unlock(&pool.sleep_lock);
+    }
+}
+
+static void close_job(void) {
+    atomic_fetch_or(&pool.inside, CLOSED);
+    for (int turns = 0; atomic_load(&pool.inside) != CLOSED; turns++) {
+        relax();
+        if (turns > 1000) sched_yield(); /* a worker may be waiting for this very core */
     }
 }
 
