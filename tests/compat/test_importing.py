@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,13 +11,6 @@ from sensorium.inputs import INPUT_REGISTRY
 from sensorium.model_executor.models.interfaces import SupportsMultiModal
 from sensorium.multimodal import MULTIMODAL_REGISTRY
 from sensorium.plugins import load_plugin
-
-
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plug-ins add their folder to the path, and their modules."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
 
 
 def write(path: Path, text: str) -> str:
@@ -90,7 +82,6 @@ def test_a_package_is_a_plugin_with_all_its_modules(tmp_path: Path, monkeypatch:
     write(package / "parts.py", "from vllm.multimodal import MULTIMODAL_REGISTRY\n")
     write(package / "model.py", "from .parts import MULTIMODAL_REGISTRY\nfrom .interfaces import SupportsMultiModal\n")
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     module = load_plugin("package_for_vllm.model")
     assert module.MULTIMODAL_REGISTRY is MULTIMODAL_REGISTRY
     assert module.SupportsMultiModal is SupportsMultiModal

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from importlib.metadata import EntryPoint
 from pathlib import Path
@@ -48,14 +47,6 @@ class PartOf{name}(nn.Module):
 """
 
 
-@pytest.fixture(autouse=True)
-def as_before(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Plug-ins add their folder to the path, their modules and their models."""
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setattr(sys, "modules", sys.modules.copy())
-    monkeypatch.setattr(ModelRegistry, "_models", dict(ModelRegistry._models))
-
-
 def load(tmp_path: Path, name: str, more: str = "") -> Any:
     file = tmp_path / f"file_of_{name}.py"
     file.write_text(MODEL.format(name=name) + more)
@@ -96,7 +87,6 @@ def test_a_package_is_found_by_the_entry_point_of_vllm(tmp_path: Path, monkeypat
         "    ModelRegistry.register_model('ArchOfEntryPoint', 'package_of_vllm_model:Model')\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
     monkeypatch.setattr(plugins, "_loaded", False)
     points = [
         EntryPoint("theirs", "package_of_vllm:register", plugins.GROUP_OF_VLLM),

@@ -1,0 +1,125 @@
+"""Model files of a release of vLLM 0.6, fetched from the package index, run unchanged with our rooms and towers, and
+give the tokens of Hugging Face: in chunks, in batches, from caches, through the server.
+
+Where the index can't be reached, these tests are skipped and say so.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import transformers
+from PIL import Image
+
+from sensorium import SamplingParams
+from tests.engine.async_helpers import last, running
+from tests.helpers.checkpoints import make_checkpoint, token_ids
+from tests.helpers.hf_reference import hf_greedy
+from tests.helpers.release_of_vllm import (
+    CHAMELEON_IMAGE_ID,
+    NotFetchedError,
+    chameleon_checkpoint,
+    fetch_model_files,
+    paligemma_checkpoint,
+    pixtral_checkpoint,
+)
+from tests.helpers.serving import Planned, differing, make_engine, serve
+
+RELEASE = "0.6.4.post1"
+NUM_TOKENS = 8
+IMAGE_ID = token_ids()["<image>"]
+
+CASES: dict[str, tuple[str, Callable[[Path], Path], list[int]]] = {
+    "llava": ("llava", lambda _: make_checkpoint("llava"), [IMAGE_ID]),
+    "llava_next": ("llava_next", lambda _: make_checkpoint("llava_next"), [IMAGE_ID]),
+    "paligemma": ("paligemma", paligemma_checkpoint, []),
+    "chameleon": ("chameleon", chameleon_checkpoint, [CHAMELEON_IMAGE_ID]),
+    "pixtral": ("llava", pixtral_checkpoint, [token_ids()["[IMG]"]]),
+}
+"""The release's file, a checkpoint, and where a picture goes in a prompt."""
+
+
+@pytest.fixture(scope="module")
+def released(request: pytest.FixtureRequest) -> Path:
+    """The model files of the release."""
+    try:
+        return fetch_model_files(RELEASE, request.config.cache.mkdir("release_of_vllm"))
+    except NotFetchedError as error:
+        pytest.skip(f"the source of vllm {RELEASE} could not be fetched from the package index: {error}")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("checkpoints")
+
+
+def pictures() -> Iterator[Image.Image]:
+    """A noise, and three plain ones with a corner of another colour."""
+    pixels = np.random.default_rng(0).integers(0, 256, (84, 112, 3), dtype=np.uint8)
+    yield Image.fromarray(pixels)
+    for colour in ("red", "blue", "white"):
+        picture = Image.new("RGB", (112, 84), colour)
+        picture.paste("black", (0, 0, 40, 50))
+        yield picture
+
+
+def prompts(place: list[int]) -> list[dict[str, Any]]:
+    return [
+        {"prompt_token_ids": [5, 6, *place, 7, 8, 9], "multi_modal_data": {"image": picture}} for picture in pictures()
+    ]
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_file_of_the_release_gives_the_tokens_of_hugging_face(
+    case: str, released: Path, folder: Path, tmp_path: Path
+) -> None:
+    name, checkpoint, place = CASES[case]
+    file = shutil.copy(released / f"{name}.py", tmp_path / f"{name}_of_{case}.py")  # alone: siblings are ours
+    path = checkpoint(folder)
+    most = 2048 if case == "chameleon" else 512
+    chunk = 2048 if case == "paligemma" else 16  # its prompts see all of themselves
+    settings = {"plugins": (str(file),), "max_num_batched_tokens": chunk, "max_model_len": most, "num_blocks": 400}
+    engine = make_engine(path, **settings)
+    assert engine.config.model_config.model_class.__module__ == f"{name}_of_{case}"
+
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    plan = [Planned(f"request {at}", prompt, params) for at, prompt in enumerate(prompts(place))]
+    served = serve(engine, plan)
+    got = {each.request_id: served.tokens(each.request_id) for each in plan}
+    reference = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
+    for each in plan:
+        request = engine.preprocess(each.request_id, each.prompt, each.params).engine_request
+        expected = hf_greedy(reference, request, NUM_TOKENS)
+        assert got[each.request_id] == expected, differing(got[each.request_id], expected)
+    assert len({tuple(tokens) for tokens in got.values()}) == len(plan), "the answer depends on the picture"
+
+    before = engine.core.stats()
+    assert before.num_encoder_queries - before.num_encoder_hits == len(plan), "one encoder run for each picture"
+    again = serve(engine, plan)
+    assert {each.request_id: again.tokens(each.request_id) for each in plan} == got
+    after = engine.core.stats()
+    assert after.num_encoded_rows == before.num_encoded_rows, "none for a repeat"
+    assert after.num_prefix_hit_tokens > before.num_prefix_hit_tokens
+
+
+def test_a_file_of_the_release_is_served(released: Path, tmp_path: Path) -> None:
+    """By an engine in a process of its own, as the server has it."""
+    file = shutil.copy(released / "llava.py", tmp_path / "llava_that_is_served.py")
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+
+    async def answers() -> list[list[int]]:
+        settings = {"plugins": (str(file),), "max_num_batched_tokens": 16, "max_model_len": 128, "num_blocks": 64}
+        async with running(make_checkpoint("llava"), in_process=False, **settings) as engine:
+            outputs = await asyncio.gather(*(last(engine.generate(each, params)) for each in prompts([IMAGE_ID])))
+            return [list(each.outputs[0].token_ids) for each in outputs]
+
+    own = make_engine(make_checkpoint("llava"), model_impl="native")
+    plan = [Planned(str(at), prompt, params) for at, prompt in enumerate(prompts([IMAGE_ID]))]
+    served = serve(own, plan)
+    assert asyncio.run(answers()) == [served.tokens(str(at)) for at in range(len(plan))]
