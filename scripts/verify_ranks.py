@@ -62,6 +62,8 @@ def cases() -> dict[str, Case]:
     return {
         **{family: Case(family) for family in FAMILIES},
         **{f"{family}, towers divided": Case(family, tensor_parallel) for family in ("qwen2_5_vl", "llava_pixtral")},
+        "qwen3_moe, by expert": Case("qwen3_moe", {"enable_expert_parallel": True}),
+        "gpt_oss, by expert": Case("gpt_oss", {"enable_expert_parallel": True}),
         "llama, adapter": Case("llama", adapter=""),
         "qwen2_vl, adapter": Case("qwen2_vl", adapter="language_model"),
         "qwen2, drafts": Case("qwen2", {"speculative_config": {"prompt_lookup_min": 1}}),

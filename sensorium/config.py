@@ -14,7 +14,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, TypeAlias, get_args
 
-from sensorium.distributed import ONE_RANK, TensorParallel
+from sensorium.distributed import ONE_RANK, Division, TensorParallel
 from sensorium.errors import ConfigError, ModelError
 from sensorium.pooling_params import PoolingTask
 from sensorium.sampling_defaults import SamplingDefaults
@@ -393,6 +393,7 @@ class ParallelConfig:
 
     tensor_parallel_size: NumRanks = 1
     mm_encoder_tp_mode: MMEncoderTPMode = "data"
+    enable_expert_parallel: bool = False
     group: TensorParallel = ONE_RANK
     """The ranks' group as this one sees it. Alone, until the executor has brought them together."""
 
@@ -406,9 +407,9 @@ class ParallelConfig:
             )
 
     @property
-    def divides_towers(self) -> bool:
-        """Whether each rank has a share of the encoders of media, instead of all of them."""
-        return self.mm_encoder_tp_mode == "weights"
+    def division(self) -> Division:
+        """What ranks divide otherwise than by default."""
+        return Division(towers=self.mm_encoder_tp_mode == "weights", experts=self.enable_expert_parallel)
 
 
 @dataclass(frozen=True)

@@ -3,19 +3,23 @@
 from sensorium.distributed.tensor_parallel import (
     ONE_RANK,
     WHOLE,
+    Division,
     Shard,
     TensorParallel,
     constructing_for,
     constructing_tower,
+    current_division,
     current_tensor_parallel,
 )
 
 __all__ = [
     "ONE_RANK",
     "WHOLE",
+    "Division",
     "Shard",
     "TensorParallel",
     "constructing_for",
     "constructing_tower",
+    "current_division",
     "current_tensor_parallel",
 ]

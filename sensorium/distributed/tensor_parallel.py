@@ -100,7 +100,21 @@ class TensorParallel:
 ONE_RANK = TensorParallel()
 
 _current: ContextVar[TensorParallel] = ContextVar("tensor_parallel", default=ONE_RANK)
-_divides_towers: ContextVar[bool] = ContextVar("divides_towers", default=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Division:
+    """What a group divides otherwise than by default."""
+
+    towers: bool = False
+    """Encoders of media by their layers. By default each rank has them whole."""
+    experts: bool = False
+    """Mixtures by experts, of which each rank has some, whole. By default each rank has a share of every expert."""
+
+
+USUAL = Division()
+
+_division: ContextVar[Division] = ContextVar("division", default=USUAL)
 
 
 def current_tensor_parallel() -> TensorParallel:
@@ -109,17 +123,19 @@ def current_tensor_parallel() -> TensorParallel:
 
 
 @contextmanager
-def constructing_for(group: TensorParallel, *, divides_towers: bool = False) -> Iterator[None]:
-    """Within it, new layers belong to `group`. With `ONE_RANK`: each rank has them whole.
-
-    `divides_towers`: see `constructing_tower`.
-    """
-    tokens = _current.set(group), _divides_towers.set(divides_towers)
+def constructing_for(group: TensorParallel, division: Division = USUAL) -> Iterator[None]:
+    """Within it, new layers belong to `group`. With `ONE_RANK`: each rank has them whole."""
+    tokens = _current.set(group), _division.set(division)
     try:
         yield
     finally:
         _current.reset(tokens[0])
-        _divides_towers.reset(tokens[1])
+        _division.reset(tokens[1])
+
+
+def current_division() -> Division:
+    """What the group of a layer that is being constructed divides otherwise than by default."""
+    return _division.get()
 
 
 @contextmanager
@@ -127,6 +143,6 @@ def constructing_tower(*sizes: int) -> Iterator[None]:
     """Within it, new layers are part of an encoder of media. Each rank has them whole, unless towers are to be divided
     and each of `sizes`, such as a number of heads, can be."""
     group = _current.get()
-    is_divided = _divides_towers.get() and all(size % group.size == 0 for size in sizes)
+    is_divided = current_division().towers and all(size % group.size == 0 for size in sizes)
     with constructing_for(group if is_divided else ONE_RANK):
         yield

@@ -108,6 +108,8 @@ class EngineArgs:
     mm_encoder_tp_mode: MMEncoderTPMode = "data"
     """With several ranks: "data" lets each encode some of a step's pictures, clips and sounds, whole; "weights" divides
     the layers of encoders over ranks, which takes less memory and is slower for small ones."""
+    enable_expert_parallel: bool = False
+    """With several ranks: of a mixture of experts, give each rank some experts whole, instead of a share of each."""
 
     block_size: BlockSize | None = None
     """Tokens in a KV block."""

@@ -153,7 +153,11 @@ def _resolve(args: EngineArgs) -> EngineConfig:
 def _parallel_config(args: EngineArgs, device: str) -> ParallelConfig:
     if args.tensor_parallel_size > 1 and device != "cpu":
         _check_gpus(args.tensor_parallel_size, int(device.partition(":")[2] or 0))
-    return ParallelConfig(tensor_parallel_size=args.tensor_parallel_size, mm_encoder_tp_mode=args.mm_encoder_tp_mode)
+    return ParallelConfig(
+        tensor_parallel_size=args.tensor_parallel_size,
+        mm_encoder_tp_mode=args.mm_encoder_tp_mode,
+        enable_expert_parallel=args.enable_expert_parallel,
+    )
 
 
 def _check_gpus(num_ranks: int, first: int) -> None:

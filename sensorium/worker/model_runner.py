@@ -141,7 +141,7 @@ class ModelRunner:
         self._group = config.parallel_config.group
         self.spread: ItemSpread | None = None
         """Spreads media over ranks; None: there is one rank, or each has a share of the encoder."""
-        if self._group.size > 1 and not config.parallel_config.divides_towers:
+        if self._group.size > 1 and not config.parallel_config.division.towers:
             self.spread = ItemSpread(driver, self._group)
         self.encoder = EncoderRunner((self.spread or driver).encode, self._group)
         self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)

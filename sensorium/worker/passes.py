@@ -83,7 +83,7 @@ class PassRunner:
         if capture is not None:
             assert block_tables is not None
             tables, uses_mrope = block_tables.tables, model_config.uses_mrope
-            towers_group = self._group if config.parallel_config.divides_towers else ONE_RANK
+            towers_group = self._group if config.parallel_config.division.towers else ONE_RANK
             self.decodes = DecodeGraphs(
                 capture,
                 driver,

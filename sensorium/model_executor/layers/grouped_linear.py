@@ -30,7 +30,7 @@ class GroupedLinear(WeightedLayer):
     two axes may be transposed, which is recognised by their sizes where these differ.
 
     Args:
-        num_groups: How many there are.
+        num_groups: How many there are, over all ranks.
         input_size: Channels in, over all ranks.
         output_sizes: Channels out, over all ranks, of each part that checkpoints may store separately.
         bias: Whether there is a bias.
@@ -38,6 +38,7 @@ class GroupedLinear(WeightedLayer):
         prefix: The layer's name in the model.
         input_shard: Which input channels are this rank's.
         output_shard: Which output channels of each part are this rank's.
+        group_shard: Which groups are this rank's.
         is_transposed: Stacked float weights are `(num_groups, input_size, output_size)`, whatever the sizes.
         is_interleaved: In stacked tensors the parts' output channels alternate.
     """
@@ -53,10 +54,14 @@ class GroupedLinear(WeightedLayer):
         prefix: str = "",
         input_shard: Shard = WHOLE,
         output_shard: Shard = WHOLE,
+        group_shard: Shard = WHOLE,
         is_transposed: bool = False,
         is_interleaved: bool = False,
     ) -> None:
-        self.num_groups = num_groups
+        self.total_num_groups = num_groups
+        self.num_groups = num_groups = group_shard.of(num_groups, f"experts of {prefix}")
+        """This rank's."""
+        self.first_group = group_shard.index * num_groups
         self.num_parts = len(output_sizes)
         self.is_transposed = is_transposed
         self.is_interleaved = is_interleaved
@@ -81,25 +86,35 @@ class GroupedLinear(WeightedLayer):
         """A shard id is `(group index, part index)`."""
         if isinstance(shard_id, tuple):
             group, part = shard_id
-            if 0 <= group < self.num_groups and 0 <= part < self.num_parts:
-                return group * self.num_parts + part
+            if self._has_group(group) and 0 <= part < self.num_parts:
+                return (group - self.first_group) * self.num_parts + part
         raise WeightsError(
-            f"part of {self._shown('weight')}: got {shard_id!r}, expected the index of one of {self.num_groups} "
+            f"part of {self._shown('weight')}: got {shard_id!r}, expected the index of one of {self.total_num_groups} "
             f"experts and of one of {self.num_parts} parts. Check that config.json belongs to these weights."
         )
+
+    def _has_group(self, group: int) -> bool:
+        """Whether a group is this rank's."""
+        return self.first_group <= group < self.first_group + self.num_groups
 
     def weight_loader(
         self, param: nn.Parameter, loaded_weight: torch.Tensor, loaded_shard_id: ShardId | None = None
     ) -> None:
-        """Fill `param` from the stacked tensor of all groups, or the part that `loaded_shard_id` names."""
+        """Fill `param` from the stacked tensor of all groups, or the part that `loaded_shard_id` names, unless that is
+        another rank's."""
+        if isinstance(loaded_shard_id, tuple):
+            group = loaded_shard_id[0]
+            if 0 <= group < self.total_num_groups and not self._has_group(group):
+                return
         if loaded_shard_id is None:
             loaded_weight = self._unstacked(param.__dict__["param_name"], loaded_weight)
         super().weight_loader(param, loaded_weight, loaded_shard_id)
 
     def _unstacked(self, name: str, loaded: torch.Tensor) -> torch.Tensor:
         """A stacked tensor as this layer holds it: the groups concatenated along the output channels."""
-        if loaded.dim() < 2 or len(loaded) != self.num_groups:
+        if loaded.dim() < 2 or len(loaded) != self.total_num_groups:
             return loaded  # it doesn't fit, and `copy_weight` raises
+        loaded = loaded.narrow(0, self.first_group, self.num_groups)
         inputs = self.input_size * self.input_shard.count
         is_matrix = name == "weight" and loaded.is_floating_point() and loaded.dim() == 3
         if is_matrix and (self.is_transposed or (loaded.shape[2] != inputs and loaded.shape[1] == inputs)):
@@ -160,7 +175,10 @@ class GroupedLinear(WeightedLayer):
     # Running
 
     def forward(self, x: torch.Tensor, groups: RowGroups) -> torch.Tensor:
-        """`(num_rows, input_size)`, sorted by group, to `(num_rows, output_size / num_groups)`."""
+        """`(num_rows, input_size)`, sorted by group, to `(num_rows, output_size / num_groups)`.
+
+        Rows behind those of all groups have no values, or, on a CPU, aren't there.
+        """
         bias = None if self.bias is None else self._stacked(self.bias)
         if not self.layers:
             weight = self._stacked(self.weight) if self.packed is None else self.packed

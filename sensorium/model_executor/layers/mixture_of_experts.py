@@ -4,8 +4,8 @@ A row is repeated for each of its experts, and rows are sorted by expert, so tha
 grouped product. A row's output doesn't depend on the other rows of the batch: neither its products do, nor the order in
 which they are added. Nothing here makes the host wait for the GPU.
 
-Each rank holds a share of each expert's inner channels, and outputs are summed over ranks. Every rank holds the whole
-router.
+Each rank holds a share of each expert's inner channels, or some experts whole (expert parallelism), and outputs are
+summed over ranks. Every rank holds the whole router and has all rows, so nothing else is exchanged.
 
 Source: Shazeer et al. 2017, section 2; `transformers` `integrations/moe.py`.
 """
@@ -17,8 +17,9 @@ from typing import Literal
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
-from sensorium.distributed import current_tensor_parallel
+from sensorium.distributed import WHOLE, current_division, current_tensor_parallel
 from sensorium.errors import ModelError
 from sensorium.kernels import RowGroups
 from sensorium.model_executor.adapter_rows import split_rows
@@ -123,12 +124,16 @@ class Experts(nn.Module):
         super().__init__()
         self.tensor_parallel = current_tensor_parallel()
         self.num_experts = num_experts
+        shard = self.tensor_parallel.shard
+        self.is_divided_by_expert = current_division().experts and shard.count > 1
+        inner_shard, expert_shard = (WHOLE, shard) if self.is_divided_by_expert else (shard, WHOLE)
         self.gate_up_proj = GroupedLinear(
             *(num_experts, hidden_size, [intermediate_size] * 2),
             bias=bias,
             quant_config=quant_config,
             prefix=f"{prefix}.gate_up_proj",
-            output_shard=self.tensor_parallel.shard,
+            output_shard=inner_shard,
+            group_shard=expert_shard,
             is_transposed=is_transposed,
             is_interleaved=is_interleaved,
         )
@@ -137,26 +142,36 @@ class Experts(nn.Module):
             bias=bias,
             quant_config=quant_config,
             prefix=f"{prefix}.down_proj",
-            input_shard=self.tensor_parallel.shard,
+            input_shard=inner_shard,
+            group_shard=expert_shard,
             is_transposed=is_transposed,
         )
         self.act_fn = act_fn
 
     def process_weights_after_loading(self) -> None:
-        """Only the first rank keeps the output bias, so that the sum over ranks has it once."""
-        if self.tensor_parallel.rank > 0 and self.down_proj.bias is not None:
+        """Where ranks share an expert, only the first keeps its output bias, so that the sum has it once."""
+        if self.tensor_parallel.rank > 0 and self.down_proj.bias is not None and not self.is_divided_by_expert:
             self.down_proj.bias.zero_()
 
     def forward(self, hidden_states: torch.Tensor, weights: torch.Tensor, experts: torch.Tensor) -> torch.Tensor:
         """`(num_rows, hidden_size)` to the same, given what `route` returned for the rows."""
         top_k = experts.shape[1]
+        num_own = self.gate_up_proj.num_groups
+        if self.is_divided_by_expert:  # others' go behind the last group
+            experts = experts - self.gate_up_proj.first_group
+            is_foreign = (experts < 0) | (experts >= num_own)
+            experts = experts.masked_fill(is_foreign, num_own)
         chosen = experts.flatten()
         order = chosen.argsort(stable=True)
-        groups = RowGroups.of_sorted(chosen.index_select(0, order), self.num_experts)
+        groups = RowGroups.of_sorted(chosen.index_select(0, order), num_own)
         rows = hidden_states.index_select(0, order // top_k)
         inner = self.act_fn(self.gate_up_proj.forward(rows, groups))
         products = self.down_proj.forward(inner, groups)
+        if len(products) < len(order):
+            products = F.pad(products, (0, 0, 0, len(order) - len(products)))
         by_row = products.index_select(0, order.argsort()).view(-1, top_k, products.shape[1])
+        if self.is_divided_by_expert:
+            by_row = by_row.masked_fill(is_foreign.unsqueeze(-1), 0)
         summed = (by_row.float() * weights.unsqueeze(-1)).sum(1).to(hidden_states.dtype)
         return self.tensor_parallel.all_reduce(summed)
 

@@ -118,7 +118,7 @@ def _constructed(model_class: type, config: EngineConfig, build: Callable[..., n
     """What `build` makes of the class. What its constructor raises is an error of loading that names the class."""
     device, group = torch.device(config.device_config.device), config.parallel_config.group
     try:
-        with constructing_for(group, divides_towers=config.parallel_config.divides_towers):
+        with constructing_for(group, config.parallel_config.division):
             return build(lambda: _construct(model_class, config), dtype=config.model_config.dtype, device=device)
     except (SensoriumError, MemoryError, torch.OutOfMemoryError):
         raise

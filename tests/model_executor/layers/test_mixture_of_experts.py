@@ -10,7 +10,7 @@ import torch
 import transformers
 from torch import nn
 
-from sensorium.distributed import ONE_RANK, TensorParallel
+from sensorium.distributed import ONE_RANK, Division, TensorParallel, constructing_for
 from sensorium.errors import ConfigError, ModelError, WeightsError
 from sensorium.kernels import FP8, native
 from sensorium.kernels.grouped_linear import RowGroups, grouped_linear
@@ -206,12 +206,14 @@ def test_gates_are_cut_off_as_in_hugging_face() -> None:
 
 
 @pytest.mark.parametrize("stored", [dict, apart, exchanged], ids=["stacked", "apart", "exchanged"])
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_ranks_share_the_inner_channels(stored: Callable[[Tensors], Tensors], num_ranks: int) -> None:
+@pytest.mark.parametrize(("num_ranks", "has_whole"), [(2, False), (4, False), (2, True), (3, True), (6, True)])
+def test_ranks_share_the_experts(stored: Callable[[Tensors], Tensors], num_ranks: int, has_whole: bool) -> None:
+    """Some inner channels of each, or some of them whole: with as many ranks as experts, one."""
     x = random_tensor(9, HIDDEN)
 
     def run(group: TensorParallel) -> torch.Tensor:
-        layer = mixture(stored(weights()))
+        with constructing_for(group, Division(experts=has_whole)):
+            layer = mixture(stored(weights()))
         assert layer.experts.gate_up_proj.output_size == NUM_EXPERTS * 2 * INNER // group.size
         output: torch.Tensor = layer(x)
         return output
@@ -222,14 +224,16 @@ def test_ranks_share_the_inner_channels(stored: Callable[[Tensors], Tensors], nu
         torch.testing.assert_close(result, alone, rtol=1e-5, atol=1e-5)
 
 
-def test_biases_are_added_once() -> None:
+@pytest.mark.parametrize(("num_ranks", "has_whole"), [(4, False), (3, True)])
+def test_biases_are_added_once(num_ranks: int, has_whole: bool) -> None:
     x, experts = random_tensor(3, HIDDEN), torch.tensor([[0, 1], [2, 1], [5, 0]])
     tensors = {name.removeprefix("experts."): each for name, each in weights().items() if name != "gate.weight"}
     tensors["gate_up_proj_bias"] = random_tensor(NUM_EXPERTS, 2 * INNER, seed=4)
     tensors["down_proj_bias"] = random_tensor(NUM_EXPERTS, HIDDEN, seed=5)
 
-    def run(_group: TensorParallel) -> torch.Tensor:
-        layer = Experts(NUM_EXPERTS, HIDDEN, INNER, SiluAndMul(), bias=True)
+    def run(group: TensorParallel) -> torch.Tensor:
+        with constructing_for(group, Division(experts=has_whole)):
+            layer = Experts(NUM_EXPERTS, HIDDEN, INNER, SiluAndMul(), bias=True)
         load_fused_weights(layer, tensors.items(), FUSED_WEIGHTS)
         finish_loading(layer)
         output: torch.Tensor = layer(x, torch.ones(3, 2), experts)
@@ -244,13 +248,20 @@ def test_biases_are_added_once() -> None:
             want[row] += tensors["down_proj_bias"][index]
     with torch.inference_mode():
         alone = run(ONE_RANK)
-    for result in [alone, *on_ranks(4, run)]:
+    for result in [alone, *on_ranks(num_ranks, run)]:
         torch.testing.assert_close(result, want, rtol=1e-5, atol=1e-5)
 
 
 def test_what_ranks_can_not_share_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"tensor_parallel_size: got 5 for 24 output channels of x\.gate_up_proj"):
         on_ranks(5, lambda _group: Experts(NUM_EXPERTS, HIDDEN, INNER, SiluAndMul(), prefix="x"))
+
+    def by_expert(group: TensorParallel) -> Experts:
+        with constructing_for(group, Division(experts=True)):
+            return Experts(NUM_EXPERTS, HIDDEN, INNER, SiluAndMul(), prefix="x")
+
+    with pytest.raises(ConfigError, match=r"tensor_parallel_size: got 4 for 6 experts of x\.gate_up_proj"):
+        on_ranks(4, by_expert)
 
 
 # Quantizations

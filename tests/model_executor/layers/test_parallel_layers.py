@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from sensorium.attention import Attention
-from sensorium.distributed import ONE_RANK, TensorParallel, constructing_for
+from sensorium.distributed import ONE_RANK, Division, TensorParallel, constructing_for
 from sensorium.errors import ConfigError, WeightsError
 from sensorium.model_executor.layers.decoder import GatedMLP
 from sensorium.model_executor.layers.encoder import EncoderAttention, EncoderMLP
@@ -192,7 +192,7 @@ def test_towers_are_divided_where_that_is_asked_for(num_ranks: int) -> None:
     x, up, down, *qkv, out = random_weights((5, 12), (16, 12), (12, 16), (12, 12), (12, 12), (12, 12), (12, 12))
 
     def run(group: TensorParallel) -> torch.Tensor:
-        with constructing_for(group, divides_towers=True):
+        with constructing_for(group, Division(towers=True)):
             mlp, attention = EncoderMLP(12, 16, "gelu", bias=False), EncoderAttention(12, 4, bias=False)
             odd = EncoderAttention(12, 3, bias=False)
             normed = EncoderAttention(12, 4, bias=False, make_qk_norm=lambda: nn.LayerNorm(12))
