@@ -9,6 +9,7 @@ that leads nowhere, or a page that no menu has, fails the build.
 
 from __future__ import annotations
 
+import argparse
 import re
 import shutil
 import subprocess
@@ -23,6 +24,7 @@ LINK = re.compile(r"\]\(([^)#\s]*)(?:#([^)\s]*))?\)")
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     shutil.rmtree(PAGES, ignore_errors=True)
     for path in (*pages(), *linked_files()):
         copy = PAGES / path.relative_to(ROOT)

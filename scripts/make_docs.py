@@ -7,6 +7,7 @@ Tests fail while a page and what it is made of differ.
 
 from __future__ import annotations
 
+import argparse
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, Field, fields
@@ -127,6 +128,11 @@ def models_page() -> str:
     return wrap(model_table.markdown(model_table.rows()))
 
 
-if __name__ == "__main__":
+def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     PAGE.write_text(page(), encoding="utf-8")
     MODELS_PAGE.write_text(models_page(), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

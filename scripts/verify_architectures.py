@@ -8,11 +8,11 @@ without.
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import importlib.metadata
 import json
 import logging
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -40,13 +40,15 @@ NEEDS_MORE = {"blt": "two sequence lengths, and minutes to make", "kimi_linear":
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="types or classes; all by default")
+    chosen = set(parser.parse_args().names)
     warnings.simplefilter("ignore")
     logger.configure(logger.LogSettings("ERROR"))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
     known = json.loads(VERIFIED.read_text()) if VERIFIED.exists() else {"architectures": {}}
-    chosen = set(sys.argv[1:])
     if not chosen:
         known["architectures"] = {}
     for model_type, name, takes_media in entries():

@@ -7,11 +7,11 @@ some minutes.
 
 from __future__ import annotations
 
+import argparse
 import datetime as dt
 import importlib.metadata
 import json
 import logging
-import sys
 import tempfile
 import warnings
 from pathlib import Path
@@ -34,12 +34,14 @@ LARGEST_ERROR = 1e-4
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("types", nargs="*", help="types of models; all by default")
+    chosen = parser.parse_args().types
     warnings.simplefilter("ignore")
     logger.configure(logger.LogSettings("ERROR"))
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     logging.disable(logging.WARNING)
-    chosen = sys.argv[1:]
     known = json.loads(VERIFIED_POOLING.read_text())["architectures"] if chosen else {}
     for model_type, architecture in classes():
         if not chosen or model_type in chosen:

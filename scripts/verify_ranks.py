@@ -7,11 +7,11 @@ Writes the table of docs/several_devices.md. Takes some minutes.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import logging
 import random
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -72,13 +72,15 @@ def cases() -> dict[str, Case]:
 
 
 def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("cases", nargs="*", help="names of cases; all by default")
+    chosen = parser.parse_args().cases
     warnings.simplefilter("ignore")
     logger.configure(logger.LogSettings("ERROR"))
     transformers.utils.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    chosen = sys.argv[1:] or list(cases())
-    results = {} if not sys.argv[1:] else read()
-    for name in chosen:
+    results = read() if chosen else {}
+    for name in chosen or list(cases()):
         results[name] = tried(cases()[name])
         print(f"{name}: {results[name]}", flush=True)
         write(results)

@@ -7,8 +7,8 @@ A paragraph or list item without a longer line is left alone. A test fails while
 
 from __future__ import annotations
 
+import argparse
 import re
-import sys
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -75,7 +75,9 @@ def wrap(text: str) -> str:
 
 
 def main() -> None:
-    for page in map(Path, sys.argv[1:]) if len(sys.argv) > 1 else pages():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("pages", nargs="*", type=Path, help="all by default")
+    for page in parser.parse_args().pages or pages():
         page.write_text(wrap(page.read_text(encoding="utf-8")), encoding="utf-8")
 
 

@@ -164,7 +164,6 @@ class Connection(asyncio.Protocol):
         self._sink: Sink | None = None
         self._done: asyncio.Future[None] | None = None
         self.is_usable = False
-        self.num_exchanges = 0
 
     async def exchange(self, request: Sequence[bytes], sink: Sink) -> int:
         """Send a request, hand its answer to `sink`, return the status.
@@ -183,7 +182,6 @@ class Connection(asyncio.Protocol):
             is_complete = True
         finally:
             self._done = self._sink = None
-            self.num_exchanges += 1
             if not (is_complete and self._reader.keep_alive):
                 self.close()
         return self._reader.status
