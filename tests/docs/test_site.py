@@ -71,9 +71,8 @@ def test_the_reference_names_what_there_is() -> None:
 def test_files_that_the_tour_names_exist() -> None:
     """Those of the tour are under `sensorium/`, those of the last table begin at the root or stand beside another."""
     text = (ROOT / "docs" / "architecture.md").read_text()
-    tour, table = (re.split(r"^## ", text, flags=re.MULTILINE)[index] for index in (1, -1))
-    assert tour.startswith("The tour")
-    assert table.startswith("To change something")
+    sections = {each.partition("\n")[0]: each for each in re.split(r"^## ", text, flags=re.MULTILINE)}
+    tour, table = sections["The tour"], sections["To change something"]
     in_tour = re.findall(r"`([\w/]+\.py)`", tour)
     in_table = re.findall(r"`((?:sensorium|tests|benchmarks|scripts)/[\w./]+)`", table)
     assert len(in_tour) > 30
