@@ -31,6 +31,8 @@ if not HAS_GPU:
 DEVICE = "cuda" if HAS_GPU else "cpu"
 # The interpreter cuts bfloat16 off instead of rounding, and multiplies its bits.
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
+FP8 = torch.float8_e4m3fn
+"""Of a cache."""
 
 from sensorium.attention import AttentionMetadata, compute_row_spans  # noqa: E402
 from sensorium.kernels import PackedWeight, activation, argmax, norm, packed_linear, rotary  # noqa: E402
@@ -144,28 +146,36 @@ def activation_cases(dry: bool) -> Iterator[Case]:
 
 
 def rotary_cases(dry: bool) -> Iterator[Case]:
-    heads, kv_heads, head_size = (4, 2, 32) if dry else MODELS["3B"][:3]
     for rows in (5,) if dry else (1, 256, 8192):
-        num_bytes = 2 * rows * (heads + 2 * kv_heads) * head_size * 2 + rows * head_size * 4
-        sets = []
-        for _ in range(copies(num_bytes, dry)):
-            qkv = randn(rows, heads + 2 * kv_heads, head_size).split([heads, kv_heads, kv_heads], dim=1)
-            rotation = rotary.Rotation(*(randn(rows, head_size // 2, dtype=torch.float32) for _ in range(2)))
-            slots = torch.randperm(rows + 16, device=DEVICE)[:rows]
-            cache = torch.zeros(2, rows // 16 + 2, 16, kv_heads, head_size).to(qkv[0])
-            sets.append((*qkv, rotation, *cache, slots))
+        yield rotary_case(rows, dry)
+    if HAS_GPU:  # the interpreter loses carries
+        yield rotary_case(5 if dry else 8192, dry, FP8)
 
-        def check(s: Any = sets[0]) -> float:
-            twin = (*s[:4], torch.zeros_like(s[4]), torch.zeros_like(s[5]), s[6])
-            pairs = (gpu_rotary.rotate_and_write_kv(*s), rotary.rotate_and_write_kv_reference(*twin))
-            return max(error(*pairs), error(s[4:6], twin[4:6]))
 
-        yield Case(
-            f"rotate_and_write_kv {rows} x ({heads} + {kv_heads}) x {head_size}",
-            [lambda s=s: gpu_rotary.rotate_and_write_kv(*s) for s in sets],
-            check,
-            num_bytes,
-        )
+def rotary_case(rows: int, dry: bool, cache_dtype: torch.dtype | None = None) -> Case:
+    heads, kv_heads, head_size = (4, 2, 32) if dry else MODELS["3B"][:3]
+    num_bytes = 2 * rows * (heads + 2 * kv_heads) * head_size * 2 + rows * head_size * 4
+    sets = []
+    for _ in range(copies(num_bytes, dry)):
+        qkv = randn(rows, heads + 2 * kv_heads, head_size).split([heads, kv_heads, kv_heads], dim=1)
+        rotation = rotary.Rotation(*(randn(rows, head_size // 2, dtype=torch.float32) for _ in range(2)))
+        slots = torch.randperm(rows + 16, device=DEVICE)[:rows]
+        cache = torch.zeros(2, rows // 16 + 2, 16, kv_heads, head_size).to(qkv[0])
+        cache = cache if cache_dtype is None else cache.to(cache_dtype)
+        sets.append((*qkv, rotation, *cache, slots))
+
+    def check(s: Any = sets[0]) -> float:
+        twin = (*s[:4], torch.zeros_like(s[4]), torch.zeros_like(s[5]), s[6])
+        pairs = (gpu_rotary.rotate_and_write_kv(*s), rotary.rotate_and_write_kv_reference(*twin))
+        caches = (tuple(part.float() for part in each[4:6]) for each in (s, twin))
+        return max(error(*pairs), error(*caches))
+
+    return Case(
+        f"rotate_and_write_kv {rows} x ({heads} + {kv_heads}) x {head_size}{'' if cache_dtype is None else ', 8 bits'}",
+        [lambda s=s: gpu_rotary.rotate_and_write_kv(*s) for s in sets],
+        check,
+        num_bytes,
+    )
 
 
 def argmax_cases(dry: bool) -> Iterator[Case]:
@@ -258,6 +268,7 @@ def rule_cases(dry: bool) -> Iterator[Case]:
             ("chunk 1024", replace(rules, chunk=16 if dry else 1024), {}, (64, 64)),
             ("spans", rules, {"row_spans": row_spans}, (64, 64)),
             ("values of 128", rules, {}, (192, 128)),
+            ("cache of 8 bits", replace(rules, k_scale=0.5, v_scale=0.25), {"cache_dtype": FP8}, (64, 64)),
         ):
             yield rule_case(f"{kind}, {name}", own, lens, (heads, kv_heads), sizes, **extra)
 
@@ -270,6 +281,7 @@ def rule_case(
     sizes: tuple[int, int],
     sinks: torch.Tensor | None = None,
     row_spans: torch.Tensor | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> Case:
     query_lens, seq_lens = (np.array(x, dtype=np.int32) for x in zip(*lens, strict=True))
     counts = -(-seq_lens // 16)
@@ -282,6 +294,7 @@ def rule_case(
     metadata = replace(metadata, row_spans=row_spans, is_recorded=True)
     shape = (2, int(counts.sum()), 16, heads[1], sizes[0])
     cache = randn(*shape) if sizes[0] == sizes[1] else randn(*shape[1:4], sum(sizes))
+    cache = cache if cache_dtype is None else cache.to(cache_dtype)
     keys, values = attention_twins.split_cache(cache, *sizes)
     call = partial(
         gpu_attention.paged_attention,

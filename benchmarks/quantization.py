@@ -1,11 +1,14 @@
-"""A decoder in bfloat16 beside the same with quantized weights: time of a decoding step, of prefill, and what changes.
+"""A decoder in bfloat16 beside the same with quantized weights or cache: time of a step, of prefill, and what changes.
 
     python benchmarks/quantization.py [CHECKPOINT] [--schemes int8 fp8] [--device cuda] [--shape 7b] [--repeats 3]
 
 Without a checkpoint: random weights in the shape of Qwen2-0.5B, or another, with a vocabulary of 32,000. All engines
 live at once, and their runs alternate, so that all see the machine's same minutes. A step's time is the best of the
 repeats, each of which is what 32 more tokens take. Accuracy is taken over the tokens of random prompts: the error of
-their log probabilities, and how often another token is the likeliest. The last line is one JSON object.
+their log probabilities, how often another token is the likeliest, and how many tokens of greedy answers come before the
+first that differs. The last line is one JSON object.
+
+Schemes kv_fp8_e4m3 and kv_fp8_e5m2 leave the weights and hold the KV cache in 8 bits.
 
 On a CPU, fp8 weights are held in bfloat16: accuracy is that of the rounded weights, speed that of bfloat16. To try the
 script, `--shape tiny --repeats 1`.
@@ -18,6 +21,7 @@ import json
 import random
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +36,8 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 PROMPT, STEPS, PREFILL = 128, 32, (4, 512)
 NUM_PROMPTS = 16
-SCHEMES = {"cpu": ["int8", "fp8"], "cuda": ["fp8"]}
+ANSWER = 64
+SCHEMES = {"cpu": ["int8", "fp8", "kv_fp8_e4m3"], "cuda": ["fp8", "kv_fp8_e4m3"]}
 
 
 def config_of(shape: str) -> dict[str, Any]:
@@ -53,12 +58,14 @@ def config_of(shape: str) -> dict[str, Any]:
     }
 
 
-def make_engine(args: argparse.Namespace, quantization: str | None) -> LLM:
+def make_engine(args: argparse.Namespace, scheme: str) -> LLM:
     """An engine, with random weights if there is no checkpoint."""
+    of_cache = scheme.startswith("kv_")
     settings: dict[str, Any] = {
         "device": args.device,
         "dtype": "bfloat16",
-        "quantization": quantization,
+        "quantization": None if of_cache or scheme == "bfloat16" else scheme,
+        "kv_cache_dtype": scheme.removeprefix("kv_") if of_cache else "auto",
         "num_threads": args.num_threads,
         "kv_cache_bytes": 1 << 30 if args.shape == "7b" else 1 << 28,
         "max_model_len": 2048,
@@ -114,11 +121,26 @@ def accuracy(reference: LLM, llm: LLM, prompts: list[list[int]]) -> dict[str, fl
     """How far an engine is from another one."""
     (want, want_best), (got, got_best) = likelihoods(reference, prompts), likelihoods(llm, prompts)
     changed = [one != other for one, other in zip(want_best, got_best, strict=True)]
+    params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)
+    answers = [
+        [
+            output.outputs[0].token_ids
+            for output in each.generate([{"prompt_token_ids": ids} for ids in prompts], params)
+        ]
+        for each in (reference, llm)
+    ]
+    equal = [equal_start(*pair) for pair in zip(*answers, strict=True)]
     return {
         "error of log probabilities": float(np.sqrt(np.mean((got - want) ** 2))),
         "relative to their spread, %": float(100 * np.sqrt(np.mean((got - want) ** 2)) / want.std()),
         "another token likeliest, %": 100 * sum(changed) / len(changed),
+        f"equal tokens of {ANSWER}": sum(equal) / len(equal),
     }
+
+
+def equal_start(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens come before the first that differs."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=True)) if a != b), len(one))
 
 
 def print_table(figures: dict[str, dict[str, float]], columns: list[str]) -> None:
@@ -140,7 +162,7 @@ def main() -> None:
     args = parser.parse_args()
     random.seed(0)
     schemes = args.schemes or SCHEMES[args.device.partition(":")[0]]
-    engines = {name: make_engine(args, None if name == "bfloat16" else name) for name in ("bfloat16", *schemes)}
+    engines = {name: make_engine(args, name) for name in ("bfloat16", *schemes)}
     best: dict[str, dict[str, float]] = {name: {} for name in engines}
     for llm in engines.values():
         seconds(llm, 1, PROMPT, 4)

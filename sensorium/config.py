@@ -31,6 +31,8 @@ if TYPE_CHECKING:
 
 Dtype: TypeAlias = Literal["float32", "bfloat16", "float16"]
 DTYPES: tuple[str, ...] = get_args(Dtype)
+KVCacheDtype: TypeAlias = Literal["auto", "fp8_e4m3", "fp8_e5m2"]
+"""What cached keys and values are held in; "auto": the model's dtype."""
 AttentionBackendName: TypeAlias = Literal["native_cpu", "triton", "torch_sdpa", "torch_reference"]
 LoadFormat: TypeAlias = Literal["safetensors", "dummy"]
 TokenizerMode: TypeAlias = Literal["auto"]
@@ -254,6 +256,8 @@ class CacheConfig:
     where more would be of no use."""
     kv_cache_bytes: NumBytes | None = None
     """Of all layers, states included."""
+    cache_dtype: KVCacheDtype = "auto"
+    """Of keys and values. States keep their own."""
     memory_fraction: Fraction = 0.9
     """Share of the device's memory that the engine may use in all."""
     enable_prefix_caching: bool = True

@@ -276,6 +276,8 @@ class LoadReport:
     """What is made of prompts where the model doesn't generate."""
     kernels: str = ""
     """What computes, and what follows from it, if that isn't what this kind of device usually has."""
+    rounding: str = ""
+    """What keys and values are cached in, if not in the model's dtype."""
     processors: str = ""
     """What media are preprocessed with, where there is a choice."""
 
@@ -304,6 +306,7 @@ class LoadReport:
             *([f"kernels: {self.kernels}"] if self.kernels else []),
             *([f"sampling defaults of the checkpoint: {self.sampling}"] if self.sampling else []),
             *([f"processors: {self.processors}"] if self.processors else []),
+            *([f"KV cache: {self.rounding}"] if self.rounding else []),
             *(f"KV cache: {group.line()}" for group in self.cache_groups),
             f"memory: {', '.join(mib.values())}",
             f"start-up: {stages}",

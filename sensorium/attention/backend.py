@@ -37,6 +37,9 @@ class AttentionSpec(AttentionRules):
     head_size_v: int | None = None
     """Channels of a head's value and output; `None`: as many as its key has."""
 
+    cache_dtype: torch.dtype | None = None
+    """Of its cache; `None`: that of its rows."""
+
     @property
     def value_size(self) -> int:
         """Channels of a head's value and output."""
@@ -88,11 +91,12 @@ class AttentionBackend:
     varlen: VarlenAttention
 
 
-def _cpu_refusal(_spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
+def _cpu_refusal(spec: AttentionSpec, device_type: str, dtype: torch.dtype) -> str | None:
     if device_type != "cpu":
         return "it needs a CPU"
-    if dtype not in DTYPE_CODES:
-        return f"it has no {str(dtype).removeprefix('torch.')}"
+    for each in (dtype, spec.cache_dtype):
+        if each is not None and each not in DTYPE_CODES:
+            return f"it has no {str(each).removeprefix('torch.')}"
     return native_refusal()
 
 

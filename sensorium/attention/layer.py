@@ -24,7 +24,7 @@ from sensorium.cache_spec import (
 from sensorium.config import AttentionBackendName
 from sensorium.errors import ModelError
 from sensorium.kernels import Rotation, rotary_embedding, rotate_and_write_kv, split_cache, write_kv
-from sensorium.kernels.attention import key_ranges
+from sensorium.kernels.attention import is_fp8, key_ranges
 
 if TYPE_CHECKING:
     from sensorium.model_executor.layers.quantization import QuantizationConfig
@@ -159,12 +159,19 @@ class Attention(_AttentionBase):
         self.prefix = prefix
         self.group_index = 0
         """Its cache group among the model's; set when loading has found all layers."""
-        self._both_ways = replace(self.spec, causal=False)
+        self.k_scale = self.v_scale = 1.0
+        """What cached keys and values of 8 bits are multiplied by. A checkpoint may bring others."""
         self._attn_type = attn_type
         self._cache: torch.Tensor | None = None
         self._parts: tuple[torch.Tensor, torch.Tensor] | None = None
+        self._rules: dict[tuple[bool, bool], AttentionSpec] = {}
         self._shared_layer = kv_sharing_target_layer_name
         self._spans = spans
+
+    def use_cache_of(self, dtype: torch.dtype) -> None:
+        """Let backends that can't read a cache of this type refuse the layer."""
+        self.spec = replace(self.spec, cache_dtype=dtype)
+        self._rules.clear()
 
     def cache_spec(self) -> CacheSpec:
         """What this layer keeps of a sequence."""
@@ -226,16 +233,18 @@ class Attention(_AttentionBase):
                 f"sinks of {self._name()}: got a tensor of shape {tuple(sinks.shape)}, expected ({self.num_heads},). "
                 "Give one score for each of the layer's query heads."
             )
-        rules = self.spec if attn_type == AttentionType.DECODER else self._both_ways
+        rules = self._rules_of(attn_type == AttentionType.DECODER, kv_cache)
         if paged and kv_cache is not None and kv_cache.numel() > 0:
             batch = attn_metadata.of_group(self.group_index)
             keys, values = self._split(kv_cache)
             if key is None or value is None or self._shared_layer is not None:
                 query = query if rotation is None else rotary_embedding(query, query[:, :1], *rotation)[0]
             elif rotation is None:
-                write_kv(key, value, keys, values, batch.slot_mapping)
+                write_kv(key, value, keys, values, batch.slot_mapping, rules.k_scale, rules.v_scale)
             else:
-                query = rotate_and_write_kv(query, key, value, rotation, keys, values, batch.slot_mapping)
+                query = rotate_and_write_kv(
+                    query, key, value, rotation, keys, values, batch.slot_mapping, rules.k_scale, rules.v_scale
+                )
             # Flat or not: with a cache at hand, backends know the head size.
             out = backend.paged(query, keys, values, batch, rules, sinks)
         elif key is None or value is None:
@@ -256,6 +265,16 @@ class Attention(_AttentionBase):
                 spans = self._spans_of(attn_metadata) if rules.causal else None
                 out = backend.varlen(q, k, v, starts, rules, sinks=sinks, row_spans=spans)
         return out if out.dim() == 2 else out.flatten(1)
+
+    def _rules_of(self, is_causal: bool, kv_cache: torch.Tensor | None) -> AttentionSpec:
+        """The layer's rules in a pass with such a cache: scales apply to 8 bits only."""
+        is_scaled = kv_cache is not None and is_fp8(kv_cache)
+        rules = self._rules.get((is_causal, is_scaled))
+        if rules is None:
+            scales = (self.k_scale, self.v_scale) if is_scaled else (1.0, 1.0)
+            rules = replace(self.spec, causal=is_causal, k_scale=scales[0], v_scale=scales[1])
+            self._rules[is_causal, is_scaled] = rules
+        return rules
 
     def _spans_of(self, metadata: AttentionMetadata) -> torch.Tensor | None:
         """The spans of a batch without a cache, by the layer's rule. Where there is a cache, the worker has applied the
@@ -389,7 +408,11 @@ def _int32_tensor(values: torch.Tensor | Sequence[int], device: torch.device) ->
 
 
 def choose_backends(
-    model: nn.Module, device_type: str, dtype: torch.dtype, forced: AttentionBackendName | None = None
+    model: nn.Module,
+    device_type: str,
+    dtype: torch.dtype,
+    forced: AttentionBackendName | None = None,
+    cache_dtype: torch.dtype | None = None,
 ) -> None:
     """Let all attention layers of a model choose their backend now.
 
@@ -398,10 +421,13 @@ def choose_backends(
         device_type: Where they will run, as in `torch.device.type`.
         dtype: Of their rows.
         forced: The name of the backend that all have to take; `None`: each the fastest.
+        cache_dtype: Of layers' caches; `None`: that of their rows.
 
     Raises:
         ConfigError: A layer can't run by the forced backend.
     """
     for module in model.modules():
+        if isinstance(module, Attention):
+            module.use_cache_of(dtype if cache_dtype is None else cache_dtype)
         if isinstance(module, _AttentionBase):
             module.choose_backend(device_type, dtype, forced)

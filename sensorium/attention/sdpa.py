@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 
-from sensorium.kernels.attention import AttentionRules, PagedBatch, key_ranges
+from sensorium.kernels.attention import AttentionRules, PagedBatch, cached_rows, key_ranges
 
 
 class _Sight(NamedTuple):
@@ -53,7 +53,7 @@ def paged_attention(
         if sight.first < sight.last:
             positions = torch.arange(sight.first, sight.last, device=query.device)
             places = batch.block_table[i, positions // block_size].long(), positions % block_size
-            q, k, v = heads[begin:end], keys[places], values[places]
+            q, (k, v) = heads[begin:end], (cached_rows(part, places).to(query.dtype) for part in (keys, values))
             out[begin:end] = _sdpa(q[None], k[None], v[None], rules, sight, sinks)[0]
     return out if query.dim() == 3 else out.flatten(1)
 
@@ -106,7 +106,10 @@ def _attend_decodes(
     every = torch.arange(num_blocks * keys.shape[1], device=query.device)
     seen = (every >= low[:, None]) & (every < high[:, None])
     # Padding shows other sequences' blocks: a NaN there times a weight of zero would still be a NaN here.
-    key, value = (part[blocks].flatten(1, 2).masked_fill(~seen[..., None, None], 0) for part in (keys, values))
+    key, value = (
+        cached_rows(part, blocks).to(query.dtype).flatten(1, 2).masked_fill(~seen[..., None, None], 0)
+        for part in (keys, values)
+    )
     return _sdpa(query[rows][:, None], key, value, rules, _Sight(0, len(every), seen[:, None], False), sinks)[:, 0]
 
 
@@ -145,8 +148,13 @@ def _sdpa(
         # One more key of zeros, whose scores are the sinks.
         k, v, mask, is_causal = pad(k, (0, 0, 0, 1)), pad(v, (0, 0, 0, 1)), _mask_with(sinks, q, k, sight, mask), False
     out = scaled_dot_product_attention(
-        *(q, k, v), attn_mask=mask, is_causal=is_causal, scale=rules.scale, enable_gqa=q.shape[1] != k.shape[1]
+        *(q, k, v),
+        attn_mask=mask,
+        is_causal=is_causal,
+        scale=rules.scale * rules.k_scale,
+        enable_gqa=q.shape[1] != k.shape[1],
     ).transpose(1, 2)
+    out = out if rules.v_scale == 1.0 else out * rules.v_scale
     return out if seen is None else out.masked_fill(~seen.any(-1)[..., None, None], 0)
 
 

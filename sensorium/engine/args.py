@@ -23,6 +23,7 @@ from sensorium.config import (
     EngineConfig,
     Fraction,
     GenerationConfig,
+    KVCacheDtype,
     Limits,
     LoadCheck,
     LoadFormat,
@@ -118,6 +119,9 @@ class EngineArgs:
     where more would be of no use."""
     kv_cache_bytes: NumBytes | None = None
     """Memory for the KV cache of all layers, states included; decided from what is free by default."""
+    kv_cache_dtype: Literal["fp8", KVCacheDtype] = "auto"
+    """What keys and values are cached in: "fp8_e4m3", for which "fp8" is another word, or "fp8_e5m2", 8 bits each;
+    "auto" for the model's dtype, or for what a quantized checkpoint says."""
     memory_fraction: Fraction = 0.9
     """Share of the device's memory that the engine may use."""
     enable_prefix_caching: bool = True

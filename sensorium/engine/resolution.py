@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sensorium.chat.template import check_template, read_template
 from sensorium.checkpoint import check_tokenizer_names, read_json
@@ -16,6 +16,7 @@ from sensorium.config import (
     CacheConfig,
     DeviceConfig,
     EngineConfig,
+    KVCacheDtype,
     LoadConfig,
     LoRAConfig,
     ModelConfig,
@@ -43,6 +44,9 @@ from sensorium.lora import read_adapter
 from sensorium.plugins import check_plugins, load_general_plugins, load_plugins, style_of
 from sensorium.sampling_defaults import FILE_NAME, read_defaults, read_end_ids
 from sensorium.settings import wrong_setting
+
+if TYPE_CHECKING:
+    from sensorium.model_executor.layers.quantization import QuantizationConfig
 
 logger = get_logger(__name__)
 
@@ -100,10 +104,16 @@ def _resolve(args: EngineArgs) -> EngineConfig:
     load_general_plugins()
     load_plugins(args.plugins)
     device = resolve_device(args.device)
+    device_type = device.partition(":")[0]
+    check_quantization(args.quantization, device_type)
+    path = resolve_model_path(args.model, args.revision)
+    checkpoint = load_hf_config(path, args.trust_remote_code, args.code_revision, args.hf_overrides)
+    quant_config = resolve_quantization(args.quantization, checkpoint.hf_config, device_type)
     cache = CacheConfig(
         block_size=DEFAULT_BLOCK_SIZE if args.block_size is None else args.block_size,
         num_blocks=args.num_blocks,
         kv_cache_bytes=args.kv_cache_bytes,
+        cache_dtype=_cache_dtype(args, quant_config),
         memory_fraction=args.memory_fraction,
         enable_prefix_caching=args.enable_prefix_caching,
         mm_processor_cache_bytes=args.mm_processor_cache_bytes,
@@ -125,11 +135,6 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         max_grammar_compile_s=args.max_grammar_compile_s,
     )
     parallel = _parallel_config(args, device)
-    device_type = device.partition(":")[0]
-    check_quantization(args.quantization, device_type)
-    path = resolve_model_path(args.model, args.revision)
-    checkpoint = load_hf_config(path, args.trust_remote_code, args.code_revision, args.hf_overrides)
-    quant_config = resolve_quantization(args.quantization, checkpoint.hf_config, device_type)
     lora_config = _lora_config(args)
     return EngineConfig(
         model_config=_model_config(args, path, checkpoint),
@@ -148,6 +153,15 @@ def _resolve(args: EngineArgs) -> EngineConfig:
         speculative_config=_speculative_config(args),
         engine_args=args,
     )
+
+
+def _cache_dtype(args: EngineArgs, quant_config: QuantizationConfig | None) -> KVCacheDtype:
+    """What keys and values are held in, by the setting or else by the checkpoint."""
+    if args.kv_cache_dtype == "fp8":
+        return "fp8_e4m3"
+    if args.kv_cache_dtype == "auto" and quant_config is not None:
+        return quant_config.kv_cache_dtype
+    return args.kv_cache_dtype
 
 
 def _parallel_config(args: EngineArgs, device: str) -> ParallelConfig:

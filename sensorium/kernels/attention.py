@@ -40,6 +40,10 @@ class AttentionRules:
     """A position sees only those of its own chunk: positions `i` with the same `i // chunk`. `None`: all."""
     causal: bool = True
     """Whether a position sees only itself and earlier ones, and the queries are a sequence's last positions."""
+    k_scale: float = 1.0
+    """What the numbers of cached keys are multiplied by to be the keys; not 1 only for a cache of 8-bit floats."""
+    v_scale: float = 1.0
+    """The same of cached values."""
 
     @property
     def is_plain(self) -> bool:
@@ -106,17 +110,39 @@ def split_cache(kv_cache: torch.Tensor, head_size: int, value_size: int) -> tupl
 
 
 def write_kv_reference(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """Store `key`, `(T, Hkv, D)` or `(T, Hkv * D)`, and `value` likewise, at `slot_mapping` `(T,)` int64; negative
     slots are skipped.
 
-    Changes its arguments `keys` and `values`, the parts of a cache.
+    Changes its arguments `keys` and `values`, the parts of a cache. A cache of 8-bit floats stores the result of
+    `to_fp8` for the rows and `k_scale` or `v_scale`.
     """
     rows = (slot_mapping >= 0).nonzero().squeeze(1)
     block, offset = slot_mapping[rows] // keys.shape[1], slot_mapping[rows] % keys.shape[1]
-    for cached, source in ((keys, key), (values, value)):
-        cached[block, offset] = source.reshape(-1, *cached.shape[2:])[rows].to(cached.dtype)
+    for cached, source, scale in ((keys, key, k_scale), (values, value, v_scale)):
+        taken = source.reshape(-1, *cached.shape[2:])[rows]
+        if is_fp8(cached):  # as bytes, since not every device has 8-bit floats for operations with indices
+            cached.view(torch.uint8)[block, offset] = to_fp8(taken, cached.dtype, scale).view(torch.uint8)
+        else:
+            cached[block, offset] = taken.to(cached.dtype)
+
+
+def is_fp8(part: torch.Tensor) -> bool:
+    """Whether a part of a cache has 8-bit floats."""
+    return part.dtype in (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def to_fp8(x: torch.Tensor, dtype: torch.dtype, scale: float) -> torch.Tensor:
+    """`x / scale` in 8-bit floats. What is too large becomes the largest number that they have; NaN stays NaN."""
+    largest = torch.finfo(dtype).max
+    return (x.float() * (1.0 / scale)).clamp(-largest, largest).to(dtype)
 
 
 def key_ranges(
@@ -171,14 +197,14 @@ def attend_reference(
     q = query.float().transpose(0, 1)
     k = key.float().repeat_interleave(group, dim=1).transpose(0, 1)
     v = value.float().repeat_interleave(group, dim=1).transpose(0, 1)
-    scores = q @ k.transpose(1, 2) * rules.scale
+    scores = q @ k.transpose(1, 2) * (rules.scale * rules.k_scale)
     if rules.softcap is not None:
         scores = rules.softcap * torch.tanh(scores / rules.softcap)
     scores = scores.masked_fill(hidden, float("-inf"))
     if sinks is not None:
         scores = torch.cat((scores, sinks.float()[:, None, None].expand(-1, len(query), 1)), dim=-1)
     weights = torch.softmax(scores, dim=-1)[..., : len(key)].masked_fill(hidden, 0)
-    return (weights @ v).transpose(0, 1).to(query.dtype)
+    return (weights @ v * rules.v_scale).transpose(0, 1).to(query.dtype)
 
 
 def paged_attention_reference(
@@ -214,7 +240,7 @@ def paged_attention_reference(
             continue
         positions, hidden = sight
         blocks, offsets = batch.block_table[i, positions // block_size].long(), positions % block_size
-        found = keys[blocks, offsets], values[blocks, offsets]
+        found = cached_rows(keys, (blocks, offsets)), cached_rows(values, (blocks, offsets))
         out[rows] = attend_reference(heads[rows], *found, hidden, rules, sinks)
     return out if query.dim() == 3 else out.flatten(1)
 
@@ -276,14 +302,27 @@ def _sight(
     return seen, (seen < low[:, None]) | (seen >= high[:, None])
 
 
+def cached_rows(part: torch.Tensor, places: torch.Tensor | tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+    """What stands at `places`: blocks, or blocks and offsets of one shape."""
+    if is_fp8(part):  # see `write_kv_reference`
+        return part.view(torch.uint8)[places].view(part.dtype)
+    return part[places]
+
+
 def write_kv(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """See `write_kv_reference`."""
     native = native_for(keys)
     if native is None or not key.dtype == value.dtype == keys.dtype:
-        write = _gpu_write_kv if on_gpu(keys) else write_kv_reference
-        write(key, value, keys, values, slot_mapping)
+        write = _gpu_write_kv if on_gpu(key) else write_kv_reference
+        write(key, value, keys, values, slot_mapping, k_scale, v_scale)
         return
     assert slot_mapping.dtype == torch.int64
     assert len(key) == len(value) == len(slot_mapping), "a slot for each key and value"
@@ -303,11 +342,17 @@ def write_kv(
 
 
 def _gpu_write_kv(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: float,
+    v_scale: float,
 ) -> None:
     from sensorium.kernels.gpu.attention import write_kv
 
-    write_kv(key, value, keys, values, slot_mapping)
+    write_kv(key, value, keys, values, slot_mapping, k_scale, v_scale)
 
 
 def cache_strides(part: torch.Tensor) -> tuple[int, int]:

@@ -109,6 +109,8 @@ def rotate_and_write_kv_reference(
     keys: torch.Tensor,
     values: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """Write the rotated key `(T, Hkv, D)` and the value `(T, Hkv, Dv)` to the cache; returns the rotated query
     `(T, H, D)`.
@@ -116,7 +118,7 @@ def rotate_and_write_kv_reference(
     See `rotary_embedding_reference` and `attention.write_kv_reference`.
     """
     query, key = rotary_embedding_reference(query, key, *rotation)
-    write_kv_reference(key, value, keys, values, slot_mapping)
+    write_kv_reference(key, value, keys, values, slot_mapping, k_scale, v_scale)
     return query
 
 
@@ -128,12 +130,14 @@ def rotate_and_write_kv(
     keys: torch.Tensor,
     values: torch.Tensor,
     slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> torch.Tensor:
     """See `rotate_and_write_kv_reference`."""
     if on_gpu(query) and keys.shape == values.shape:
         from sensorium.kernels.gpu import rotary as gpu
 
-        return gpu.rotate_and_write_kv(query, key, value, rotation, keys, values, slot_mapping)
+        return gpu.rotate_and_write_kv(query, key, value, rotation, keys, values, slot_mapping, k_scale, v_scale)
     query, key = rotary_embedding(query, key, *rotation)
-    write_kv(key, value, keys, values, slot_mapping)
+    write_kv(key, value, keys, values, slot_mapping, k_scale, v_scale)
     return query

@@ -33,9 +33,10 @@ class DummySteps:
         self._uses_mrope = config.model_config.uses_mrope
 
     def caches(self, num_tokens: int, num_sequences: int = 1) -> list[LayerCache]:
-        """KV caches that hold so many sequences of so many tokens."""
+        """KV caches that hold so many sequences of so many tokens, unrounded: what is tried out is the model."""
         assert num_sequences <= MAX_SEQUENCES
-        return self._layout.allocate(self._groups(num_sequences * self._blocks_for(num_tokens)), self.device)
+        groups = self._groups(num_sequences * self._blocks_for(num_tokens))
+        return self._layout.allocate(groups, self.device, dtype=self.dtype)
 
     def _groups(self, num_blocks: int) -> tuple[CacheGroup, ...]:
         kinds = self._layout.kinds

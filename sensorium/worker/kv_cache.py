@@ -25,7 +25,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from sensorium.attention import LayerCache
+from sensorium.attention import Attention, LayerCache
 from sensorium.cache_spec import (
     CacheGroup,
     CacheKind,
@@ -42,6 +42,7 @@ from sensorium.model_executor.models.interfaces import supports_cross_attention
 
 DEFAULT_CPU_BYTES = 4 << 30
 """The cache takes at most this on a CPU by default. Pages are touched only as they are used, but in time all are."""
+_CACHE_DTYPES = {"fp8_e4m3": torch.float8_e4m3fn, "fp8_e5m2": torch.float8_e5m2}
 _KINDS = list(CacheKind)
 """In the order in which groups stand."""
 
@@ -66,6 +67,8 @@ class CacheLayout:
     def __init__(self, layers: Sequence[CacheLayer], config: EngineConfig) -> None:
         self.layers = tuple(layers)
         self._dtype = config.model_config.dtype
+        self.cache_dtype = _CACHE_DTYPES.get(config.cache_config.cache_dtype, self._dtype)
+        """Of cached keys and values."""
         self._block_size = config.cache_config.block_size
         rules = {layer.group: _rule(layer.spec) for layer in layers}
         self._rules = [rules[index] for index in sorted(rules)]
@@ -124,6 +127,25 @@ class CacheLayout:
             )
             for index, ((kind, reach, spans), count) in enumerate(zip(self._rules, num_blocks, strict=True))
         )
+
+    def rounding_line(self) -> str:
+        """What keys and values are rounded to, for the load report; empty where they are not.
+
+        Raises:
+            ConfigError: The cache was to have 8 bits, and there is no layer that would round.
+        """
+        if self.cache_dtype == self._dtype:
+            return ""
+        layers = [layer.module for layer in self.layers if isinstance(layer.module, Attention)]
+        name = str(self.cache_dtype).removeprefix("torch.")
+        if not layers:
+            raise ConfigError(
+                f"kv_cache_dtype: got {name} for a model without layers that keep keys and values in blocks, expected "
+                "'auto'. Leave kv_cache_dtype out."
+            )
+        scaled = sum((layer.k_scale, layer.v_scale) != (1.0, 1.0) for layer in layers)
+        scales = f"scales of the checkpoint in {scaled} of {len(layers)} layers" if scaled else "scales of 1"
+        return f"keys and values in {name}, {scales}"
 
     def plan(self, config: EngineConfig, available_bytes: int, max_cross_rows: int = 0) -> tuple[CacheGroup, ...]:
         """The groups with as many blocks as were asked for, or as fit and can be of use.
@@ -194,18 +216,22 @@ class CacheLayout:
         return [layer for layer in self.layers if layer.group == group and layer.owner == layer.name]
 
     def _bytes(self, group: int, count: int) -> int:
-        itemsize = self._dtype.itemsize
+        is_state = self._rules[group][0] is CacheKind.STATE
+        itemsize = self._dtype.itemsize if is_state else self.cache_dtype.itemsize
         block_bytes = sum(layer.spec.block_bytes(self._block_size, itemsize) for layer in self._owners(group))
-        return (count + _NUM_RESERVED_ROWS * (self._rules[group][0] is CacheKind.STATE)) * block_bytes
+        return (count + _NUM_RESERVED_ROWS * is_state) * block_bytes
 
-    def allocate(self, groups: Sequence[CacheGroup], device: torch.device) -> list[LayerCache]:
-        """The entries of `kv_caches`, zeroed.
+    def allocate(
+        self, groups: Sequence[CacheGroup], device: torch.device, dtype: torch.dtype | None = None
+    ) -> list[LayerCache]:
+        """The entries of `kv_caches`, zeroed. `dtype`: of keys and values, if not `cache_dtype`.
 
         Raises `ConfigError` if they don't fit into memory.
         """
+        dtype = self.cache_dtype if dtype is None else dtype
         try:
             own = {
-                layer.name: self._allocate_layer(layer.spec, groups[layer.group].num_blocks, device)
+                layer.name: self._allocate_layer(layer.spec, groups[layer.group].num_blocks, device, dtype)
                 for layer in self.layers
                 if layer.owner == layer.name
             }
@@ -225,7 +251,7 @@ class CacheLayout:
             for layer in self.layers
         ]
 
-    def _allocate_layer(self, spec: OwnCacheSpec, count: int, device: torch.device) -> LayerCache:
+    def _allocate_layer(self, spec: OwnCacheSpec, count: int, device: torch.device, dtype: torch.dtype) -> LayerCache:
         if isinstance(spec, StateSpec):
             return tuple(
                 _zeros(
@@ -237,8 +263,8 @@ class CacheLayout:
             )
         shape = (count, self._block_size, spec.num_kv_heads)
         if spec.key_size == spec.value_size:
-            return _zeros((2, *shape, spec.key_size), self._dtype, device)
-        return _zeros((*shape, spec.key_size + spec.value_size), self._dtype, device)
+            return _zeros((2, *shape, spec.key_size), dtype, device)
+        return _zeros((*shape, spec.key_size + spec.value_size), dtype, device)
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -271,6 +297,15 @@ class _Sizes:
 
 _NUM_RESERVED_ROWS = 2
 """Behind the rows of a state group: one of zeros, and one that nobody reads."""
+
+
+def check_cache_dtype(dtype: torch.dtype, device: torch.device) -> None:
+    """Raise `ConfigError` where a GPU can't turn floats into such a cache's and back."""
+    if dtype == torch.float8_e4m3fn and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        raise ConfigError(
+            f"kv_cache_dtype on {torch.cuda.get_device_name(device)}: got 'fp8_e4m3', expected 'auto' or 'fp8_e5m2', "
+            "since GPUs have e4m3 floats from compute capability 8.9 on. Change kv_cache_dtype."
+        )
 
 
 def max_rows_of_request(config: EngineConfig, features: ModelFeatures) -> int:

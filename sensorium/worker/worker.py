@@ -30,7 +30,7 @@ from sensorium.multimodal.hf_processors import describe_backend
 from sensorium.worker.adapters import lay_adapters, try_adapters
 from sensorium.worker.dummy_steps import DummySteps
 from sensorium.worker.graph_capture import CudaGraphCapture, GraphCapture
-from sensorium.worker.kv_cache import CacheLayout, max_rows_of_request
+from sensorium.worker.kv_cache import CacheLayout, check_cache_dtype, max_rows_of_request
 from sensorium.worker.memory import MemoryPlan, plan_memory, tensor_bytes
 from sensorium.worker.model_runner import ModelRunner, PendingStep, PreparedStep
 from sensorium.worker.pooling_tiers import choose_pooling_tier
@@ -107,7 +107,9 @@ class Worker:
                 "Add it; it returns logits (num_rows, vocab_size)."
             )
         device_type, dtype = self._device.type, config.model_config.dtype
-        choose_backends(self._model, device_type, dtype, config.device_config.attention_backend)
+        cache_dtype = layout.cache_dtype
+        check_cache_dtype(cache_dtype, self._device)
+        choose_backends(self._model, device_type, dtype, config.device_config.attention_backend, cache_dtype)
         if device_type == "cuda":
             torch.cuda.reset_peak_memory_stats(self._device)  # loading may need more than any step
         with self._stage("probe"):
@@ -136,7 +138,7 @@ class Worker:
         if capture is not None:
             with self._stage("record"):
                 self._runner.passes.prepare()
-        return self._report(features, groups, memory, adapters)
+        return self._report(features, groups, memory, adapters, layout.rounding_line())
 
     def _graph_capture(self) -> GraphCapture | None:
         """What records passes on this device; None: every pass runs call by call."""
@@ -147,7 +149,12 @@ class Worker:
         return CudaGraphCapture()
 
     def _report(
-        self, features: ModelFeatures, groups: tuple[CacheGroup, ...], memory: MemoryPlan, adapters: LoadedAdapters
+        self,
+        features: ModelFeatures,
+        groups: tuple[CacheGroup, ...],
+        memory: MemoryPlan,
+        adapters: LoadedAdapters,
+        rounding: str,
     ) -> LoadReport:
         model_config = self._config.model_config
         kv_bytes = sum(group.num_bytes for group in groups)
@@ -171,6 +178,7 @@ class Worker:
             sampling=model_config.sampling_defaults.line(),
             pooling=model_config.pooler.line() if model_config.pools else "",
             kernels=_kernels_line(self._device),
+            rounding=rounding,
         )
 
     def _ranks(self) -> str:

@@ -16,6 +16,7 @@ from sensorium.kernels.gpu import gathered_attention
 from sensorium.kernels.gpu.chaining import await_predecessor, chained
 from sensorium.kernels.gpu.chunk_attention import attend_chunks
 from sensorium.kernels.gpu.decode_attention import attend_decodes
+from sensorium.kernels.gpu.fp8 import largest_fp8, within_fp8
 from sensorium.kernels.native import token_rows
 
 
@@ -29,15 +30,18 @@ def _write_kv(
     key_stride,
     value_stride,
     slot_stride,
+    key_factor,
+    value_factor,
     KEY_CELLS: tl.constexpr,
     VALUE_CELLS: tl.constexpr,
     KEY_SIZE: tl.constexpr,
     VALUE_SIZE: tl.constexpr,
     HEAD_STRIDE: tl.constexpr,
     BLOCK: tl.constexpr,
+    LARGEST: tl.constexpr,
     IS_CHAINED: tl.constexpr,
 ):
-    """One program: one token. `HEAD_STRIDE` 0: a slot's heads are contiguous."""
+    """One program: one token. `HEAD_STRIDE` 0: a slot's heads are contiguous. `LARGEST`: see `within_fp8`."""
     await_predecessor(IS_CHAINED)
     token = tl.program_id(0).to(tl.int64)
     slot = tl.load(slot_mapping + token)
@@ -48,20 +52,20 @@ def _write_kv(
     if HEAD_STRIDE > 0:
         key_places = cells // KEY_SIZE * HEAD_STRIDE + cells % KEY_SIZE
         value_places = cells // VALUE_SIZE * HEAD_STRIDE + cells % VALUE_SIZE
-    tl.store(
-        keys + slot * slot_stride + key_places,
-        tl.load(key + token * key_stride + cells, mask=cells < KEY_CELLS).to(keys.dtype.element_ty),
-        mask=cells < KEY_CELLS,
-    )
-    tl.store(
-        values + slot * slot_stride + value_places,
-        tl.load(value + token * value_stride + cells, mask=cells < VALUE_CELLS).to(values.dtype.element_ty),
-        mask=cells < VALUE_CELLS,
-    )
+    kept = within_fp8(tl.load(key + token * key_stride + cells, mask=cells < KEY_CELLS), key_factor, LARGEST)
+    tl.store(keys + slot * slot_stride + key_places, kept.to(keys.dtype.element_ty), mask=cells < KEY_CELLS)
+    kept = within_fp8(tl.load(value + token * value_stride + cells, mask=cells < VALUE_CELLS), value_factor, LARGEST)
+    tl.store(values + slot * slot_stride + value_places, kept.to(values.dtype.element_ty), mask=cells < VALUE_CELLS)
 
 
 def write_kv(
-    key: torch.Tensor, value: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, slot_mapping: torch.Tensor
+    key: torch.Tensor,
+    value: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    slot_mapping: torch.Tensor,
+    k_scale: float = 1.0,
+    v_scale: float = 1.0,
 ) -> None:
     """See `attention.write_kv_reference`."""
     if not len(key):
@@ -73,13 +77,14 @@ def write_kv(
     key, value = token_rows(key), token_rows(value)
     _write_kv[(len(key),)](
         *(key, value, keys, values, slot_mapping),
-        *(key.stride(0), value.stride(0), slot_stride),
+        *(key.stride(0), value.stride(0), slot_stride, 1.0 / k_scale, 1.0 / v_scale),
         KEY_CELLS=num_kv_heads * key_size,
         VALUE_CELLS=num_kv_heads * value_size,
         KEY_SIZE=key_size,
         VALUE_SIZE=value_size,
         HEAD_STRIDE=0 if head_stride == key_size == value_size else head_stride,
         BLOCK=triton.next_power_of_2(num_kv_heads * max(key_size, value_size)),
+        LARGEST=largest_fp8(keys.dtype),
         **chained(key.device),
     )
 
@@ -107,7 +112,8 @@ def paged_attention(
             *(out, flat, keys, values, batch.block_table, batch.cu_seqlens_q, batch.seq_lens),
             num_tiles=gathered_attention.num_tiles_of(batch.seq_lens_host),
             least_queries=least_queries,
-            scale=rules.scale,
+            scale=rules.scale * rules.k_scale,
+            value_scale=rules.v_scale,
         )
     elif has_chunks or not has_decodes:
         attend_chunks(

@@ -140,11 +140,12 @@ def _attend_blocks(
         value_places = key_places
         if not IS_ONE_STRIDE:
             value_places = places * value_stride
-        k_a = _load_rows(key, key_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A)
+        # The casts are exact: a cache may hold fewer bits.
+        k_a = _load_rows(key, key_places, channels_a, IS_MASKED, is_token, HEAD_SIZE, HEAD_A).to(q_a.dtype)
         scores = tl.dot(q_a, tl.trans(k_a), input_precision="ieee")
         if HEAD_B > 0:
             k_b = _load_rows(key, key_places, channels_b, IS_MASKED, is_token, HEAD_SIZE, HEAD_A + HEAD_B)
-            scores = tl.dot(q_b, tl.trans(k_b), scores, input_precision="ieee")
+            scores = tl.dot(q_b, tl.trans(k_b.to(q_b.dtype)), scores, input_precision="ieee")
         scores = scores * scale
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1), which is exact at both ends.
@@ -170,12 +171,12 @@ def _attend_blocks(
         weights = tl.exp2(scores - anchor[:, None])
         fade = tl.exp2(best - anchor)
         total = total * fade + tl.sum(weights, 1)
-        v_a = _load_rows(value, value_places, parts_a, IS_MASKED, is_token, VALUE_SIZE, VALUE_A)
+        v_a = _load_rows(value, value_places, parts_a, IS_MASKED, is_token, VALUE_SIZE, VALUE_A).to(q_a.dtype)
         narrow = weights.to(v_a.dtype)
         acc_a = tl.dot(narrow, v_a, acc_a * fade[:, None], input_precision="ieee")
         if VALUE_B > 0:
             v_b = _load_rows(value, value_places, parts_b, IS_MASKED, is_token, VALUE_SIZE, VALUE_A + VALUE_B)
-            acc_b = tl.dot(narrow, v_b, acc_b * fade[:, None], input_precision="ieee")
+            acc_b = tl.dot(narrow, v_b.to(q_a.dtype), acc_b * fade[:, None], input_precision="ieee")
         best = new_best
     return best, total, acc_a, acc_b
 
@@ -278,6 +279,7 @@ def _attend(
     window,
     softcap,
     chunk,
+    value_scale,
     out_stride,
     query_stride,
     key_stride,
@@ -385,7 +387,7 @@ def _attend(
         IS_CAUSAL, HAS_WINDOW, HAS_CHUNK, HAS_SPANS, HAS_SOFTCAP,
     )  # fmt: skip
 
-    weight = 1.0 / tl.where(total == 0.0, 1.0, total)
+    weight = value_scale / tl.where(total == 0.0, 1.0, total)
     targets = out + row_index * out_stride + heads * VALUE_SIZE
     _store_rows(targets, is_row, acc_a * weight[:, None], acc_b * weight[:, None], VALUE_SIZE, VALUE_A, VALUE_B)
 
@@ -436,7 +438,7 @@ def attend_chunks(
     _attend[(num_kv_heads, num_rows // block_q + num_seqs)](
         *(out, query, keys, values, cu_seqlens if table is None else table, cu_seqlens),
         *(cu_seqlens if key_lens is None else key_lens, sinks, *spans, num_seqs, least_queries),
-        *(*score_constants(rules), out.stride(0), query.stride(0), key_stride, value_stride),
+        *(*score_constants(rules), rules.v_scale, out.stride(0), query.stride(0), key_stride, value_stride),
         0 if table is None else table.stride(0),
         GROUP=group,
         HEAD_SIZE=head_size,

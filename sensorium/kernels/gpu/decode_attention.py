@@ -117,6 +117,7 @@ def _attend(
     window,
     softcap,
     chunk,
+    value_scale,
     out_stride,
     query_stride,
     slot_stride,
@@ -181,6 +182,7 @@ def _attend(
         blocks = tl.load(table + tokens // BLOCK_SIZE, mask=is_token, other=0)
         places = (blocks.to(tl.int64) * BLOCK_SIZE + tokens % BLOCK_SIZE) * slot_stride
         k = tl.load(key + places[:, None] + key_cells, mask=is_token[:, None] & is_channel[None, :], other=0.0)
+        k = k.to(q.dtype)  # exact: a cache may hold fewer bits
         scores = tl.dot(q, tl.trans(k), input_precision="ieee") * scale
         if HAS_SOFTCAP:
             # tanh(x) = 1 - 2 / (exp(2x) + 1), which is exact at both ends.
@@ -192,10 +194,11 @@ def _attend(
         fade = tl.exp2(best - new_best)
         total = total * fade + tl.sum(weights, 1)
         v = tl.load(value + places[:, None] + value_cells, mask=is_token[:, None] & is_part[None, :], other=0.0)
+        v = v.to(q.dtype)
         acc = acc * fade[:, None] + tl.dot(weights.to(v.dtype), v, input_precision="ieee")
         best = new_best
 
-    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None]
+    acc = acc / tl.where(total == 0.0, 1.0, total)[:, None] * value_scale
     is_result = is_member[:, None] & is_part[None, :]
     if IS_SPLIT:
         num_heads = tl.num_programs(1) * GROUP
@@ -312,7 +315,8 @@ def attend_decodes(
     }
     _attend[(num_splits, num_kv_heads, num_seqs)](
         *(out, partial, partial_log, query, keys, values, table, cu_seqlens, seq_lens, sinks, *spans),
-        *(num_splits, *score_constants(rules), out.stride(0), query.stride(0), slot_stride, table.stride(0)),
+        *(num_splits, *score_constants(rules), rules.v_scale),
+        *(out.stride(0), query.stride(0), slot_stride, table.stride(0)),
         GROUP=group,
         GROUP_PAD=max(triton.next_power_of_2(group), 16),
         HEAD_SIZE=head_size,
@@ -341,6 +345,7 @@ def score_constants(rules: AttentionRules) -> tuple[float, int, float, int]:
     """The kernels' `scale`, `window`, `softcap` and `chunk`. Scores are scaled so that weights are powers of two,
     except the argument of a soft cap."""
     window, chunk = rules.window or 0, rules.chunk or 0
+    scale = rules.scale * rules.k_scale
     if rules.softcap is None:
-        return rules.scale * LOG2_E, window, 1.0, chunk
-    return rules.scale / rules.softcap, window, rules.softcap * LOG2_E, chunk
+        return scale * LOG2_E, window, 1.0, chunk
+    return scale / rules.softcap, window, rules.softcap * LOG2_E, chunk

@@ -1,5 +1,7 @@
-"""Quantizing inputs of 8-bit products, and scaling their sums, in one launch each. The twins are in
-`kernels.fp8_linear`."""
+"""Quantizing inputs of 8-bit products, and scaling their sums, in one launch each; and the bounds of a cache's 8 bits.
+
+The twins are in `kernels.fp8_linear` and `kernels.attention`.
+"""
 
 from __future__ import annotations
 
@@ -14,6 +16,22 @@ _LARGEST = tl.constexpr(448.0)
 _SMALLEST_MAGNITUDE = tl.constexpr(2.0**-100)
 _BLOCK = 4096
 """Columns that are read together."""
+
+
+def largest_fp8(dtype: torch.dtype) -> float:
+    """The largest number that a cache's type of 8 bits has; 0 for types of more bits."""
+    return torch.finfo(dtype).max if dtype.itemsize == 1 else 0.0
+
+
+@triton.jit
+def within_fp8(x, factor, LARGEST: tl.constexpr):
+    """`x * factor`, not larger than `LARGEST`, to be rounded to 8 bits; `x` itself where that is 0."""
+    kept = x
+    if LARGEST > 0:
+        wide = x.to(tl.float32) * factor
+        bounded = tl.minimum(tl.maximum(wide, -LARGEST), LARGEST)
+        kept = tl.where(wide == wide, bounded, wide)  # NaN stays NaN
+    return kept
 
 
 @triton.jit

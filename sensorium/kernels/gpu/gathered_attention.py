@@ -99,8 +99,11 @@ def _gather(
     sources = places[:, None] + channels[None, :]
     rows = tl.cast(tile, tl.int64) * TILE + tl.arange(0, TILE)
     targets = rows[:, None] * slot_stride + channels[None, :]
-    tl.store(keys + targets, tl.load(key + sources, mask=is_token[:, None], other=0.0))
-    tl.store(values + targets, tl.load(value + sources, mask=is_token[:, None], other=0.0))
+    # The casts are exact: a cache may hold fewer bits.
+    kept = tl.load(key + sources, mask=is_token[:, None], other=0.0)
+    tl.store(keys + targets, kept.to(keys.dtype.element_ty))
+    kept = tl.load(value + sources, mask=is_token[:, None], other=0.0)
+    tl.store(values + targets, kept.to(values.dtype.element_ty))
 
 
 @triton.jit
@@ -149,6 +152,7 @@ def _attend(
     num_seqs,
     least_queries,
     scale,
+    value_scale,
     out_stride,
     query_stride,
     GROUP: tl.constexpr,
@@ -199,9 +203,8 @@ def _attend(
         best, total, acc, open_end, end, q, keys, values, first_key, column, positions, scale, BLOCK_N, True
     )
     targets = out + row_index * out_stride + heads * HEAD_SIZE
-    tl.store(
-        targets[:, None] + channels[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=is_row[:, None]
-    )
+    found = acc / total[:, None] * value_scale
+    tl.store(targets[:, None] + channels[None, :], found.to(out.dtype.element_ty), mask=is_row[:, None])
 
 
 def attend_gathered(
@@ -216,17 +219,19 @@ def attend_gathered(
     num_tiles: int,
     least_queries: int,
     scale: float,
+    value_scale: float = 1.0,
 ) -> None:
     """Fill the rows of `out` `(T, H * D)` of the sequences that have at least `least_queries` queries.
 
     Args as for `attention.paged_attention_reference`, with `query` `(T, H * D)`; `num_tiles`: at least the sum of the
-    sequences' keys in tiles of `TILE`, each rounded up.
+    sequences' keys in tiles of `TILE`, each rounded up; `scale` and `value_scale`: on the products of queries with
+    cached numbers, and on sums of cached values.
     """
     _, block_size, num_kv_heads, head_size = keys.shape
     num_seqs, width = len(seq_lens), num_kv_heads * head_size
     group = query.shape[1] // width
     block_q = _BLOCK_M // group
-    gathered = torch.empty(2, num_tiles * TILE, width, dtype=keys.dtype, device=query.device)
+    gathered = torch.empty(2, num_tiles * TILE, width, dtype=query.dtype, device=query.device)
     options = chained(query.device)
     _gather[(num_tiles, num_kv_heads)](
         *(gathered[0], gathered[1], keys, values, block_table, cu_seqlens, seq_lens),
@@ -242,7 +247,7 @@ def attend_gathered(
     described = [TensorDescriptor(part, shape, strides, [_BLOCK_N, head_size]) for part in gathered]
     _attend[(num_kv_heads, len(query) // block_q + num_seqs)](
         *(out, query, *described, cu_seqlens, seq_lens),
-        *(num_seqs, least_queries, scale * LOG2_E, out.stride(0), query.stride(0)),
+        *(num_seqs, least_queries, scale * LOG2_E, value_scale, out.stride(0), query.stride(0)),
         GROUP=group,
         HEAD_SIZE=head_size,
         BLOCK_Q=block_q,

@@ -20,6 +20,7 @@ from sensorium.logger import get_logger
 from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.layers.quantization.layer import WeightedLayer
 from sensorium.model_executor.model_loader.initialize import build_empty, build_on_meta, fill_with_random
+from sensorium.model_executor.model_loader.kv_scales import KVScales
 from sensorium.model_executor.model_loader.output_head import HEAD, ties_head, with_actual_head
 from sensorium.model_executor.model_loader.weight_utils import safetensors_weights
 from sensorium.model_executor.weight_tracking import LoadTracker
@@ -153,7 +154,13 @@ def _fill_from_files(model: nn.Module, config: EngineConfig, files: Sequence[Pat
     if style_of(config.model_config.model_class or type(model)) is not None:
         optional = ("*",)  # V0 asked of no class that it says which keys it leaves out
     try:
-        fill_model(model, _named_weights(config, files), may_be_unused=optional)
+        weights = _named_weights(config, files)
+        if config.quant_config is not None and config.quant_config.reads_checkpoints:
+            scales = KVScales()
+            fill_model(model, scales.taken_from(weights), may_be_unused=optional)
+            scales.give_to(model)
+        else:
+            fill_model(model, weights, may_be_unused=optional)
     except UnfilledError as error:
         raise WeightsError(f"{error} {_way_out(error.names, model, config, files)}") from None
 

@@ -32,7 +32,7 @@ TYPES = {
     **dict.fromkeys(["logits", "cos", "sin", "partial", "partial_log", "values"], "*fp32"),
     **dict.fromkeys(["block_table", "cu_seqlens", "seq_lens", "key_lens"], "*i32"),
     **dict.fromkeys(["slot_mapping", "ids", "params", "findings"], "*i64"),
-    **dict.fromkeys(["eps", "scale", "softcap"], "fp32"),
+    **dict.fromkeys(["eps", "scale", "softcap", "value_scale", "key_factor", "value_factor"], "fp32"),
 }
 """What the kernels' arguments are, by name; all others are i32."""
 
@@ -90,22 +90,33 @@ def main() -> None:
     compiled(fp8._scale_sums, 4, HAS_BIAS=True, BLOCK=2048, types=sums)
     compiled(argmax._find, 8, BLOCK=4096, IS_SPLIT=True)
     rotated = {"HEADS": 16, "HEADS_PAD": 16, "KV_HEADS": 2, "KV_HEADS_PAD": 2, "HEAD_SIZE": 128, "SLOT_PAD": 256}
-    compiled(rotary._rotate, 4, **rotated, HALF=64, HALF_PAD=64, REST_PAD=0, IS_NEOX=True, WRITES=True)
-    compiled(decode_attention._attend, 4, **rules, GROUP_PAD=16, HEAD_PAD=128, VALUE_PAD=128, IS_SPLIT=True)
+    rotated |= {"HALF": 64, "HALF_PAD": 64, "REST_PAD": 0, "IS_NEOX": True, "WRITES": True}
+    decode = {**rules, "GROUP_PAD": 16, "HEAD_PAD": 128, "VALUE_PAD": 128, "IS_SPLIT": True}
+    compiled(rotary._rotate, 4, **rotated, LARGEST=0.0)
+    compiled(decode_attention._attend, 4, **decode)
+    for number_format, largest in (("fp8e4nv", 448.0), ("fp8e5", 57344.0)):
+        small = {"key": f"*{number_format}", "value": f"*{number_format}"}
+        outs = {"key_out": f"*{number_format}", "value_out": f"*{number_format}"}
+        assert "satfinite" in compiled(rotary._rotate, 4, **rotated, LARGEST=largest, types=outs).asm["ptx"]
+        compiled(decode_attention._attend, 4, **decode, types=small)
     compiled(decode_attention._join, 4, **values, VALUE_PAD=128, MAX_SPLITS=128, CHUNK=64)
     tile = {"HEAD_A": 128, "HEAD_B": 0, "BLOCK_Q": 16, "BLOCK_M": 128, "SEARCHED": 128}
     tile |= {"VALUE_A": 128, "VALUE_B": 0, "VALUE_STRIDE": 128}
-    chunk = compiled(
-        *(chunk_attention._attend, *chunk_attention.chunk_config(torch.bfloat16, 128, 8192)[2:]),
-        **rules,
-        **tile,
-        IS_ONE_STRIDE=True,
-        HAS_KEY_LENS=True,
-        IS_CAUSAL=True,
-    )
-    assert "wgmma" in chunk.asm["ptx"], "tiles don't use Hopper's matrix units"
+    for cached in ("*bf16", "*fp8e4nv"):
+        chunk = compiled(
+            *(chunk_attention._attend, *chunk_attention.chunk_config(torch.bfloat16, 128, 8192)[2:]),
+            types={"key": cached, "value": cached},
+            **rules,
+            **tile,
+            IS_ONE_STRIDE=True,
+            HAS_KEY_LENS=True,
+            IS_CAUSAL=True,
+        )
+        assert "wgmma" in chunk.asm["ptx"], "tiles don't use Hopper's matrix units"
     searched = {"HEAD_SIZE": 128, "TILE": 128, "SEARCHED": 128}
-    compiled(gathered_attention._gather, 8, types={"keys": "*bf16", "values": "*bf16"}, **searched, BLOCK_SIZE=16)
+    for cached in ("*bf16", "*fp8e4nv"):
+        types = {"keys": "*bf16", "values": "*bf16", "key": cached, "value": cached}
+        compiled(gathered_attention._gather, 8, types=types, **searched, BLOCK_SIZE=16)
     described = "tensordesc<bf16[64,128]>"
     gathered = compiled(
         *(gathered_attention._attend, 4, 2),

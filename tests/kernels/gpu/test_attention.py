@@ -12,7 +12,9 @@ import torch
 from sensorium.attention.backend import AttentionSpec
 from sensorium.kernels.attention import (
     AttentionRules,
+    paged_attention_reference,
     split_cache,
+    to_fp8,
     varlen_attention_reference,
     write_kv_reference,
 )
@@ -183,6 +185,66 @@ def test_written_slots_of_values_of_another_size() -> None:
     assert torch.equal(*caches)
 
 
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+
+
+def in_fp8(step: PagedStep, dtype: torch.dtype) -> PagedStep:
+    """The step over a cache of 8-bit floats with scales, and what the twin makes of it."""
+    rules = replace(step.rules, k_scale=0.05, v_scale=0.4)
+    sizes = step.keys.shape[3], step.values.shape[3]
+    cache = torch.empty_like(step.cache, dtype=dtype)
+    parts = split_cache(cache, *sizes)
+    for kept, part, scale in zip(parts, (step.keys, step.values), (0.05, 0.4), strict=True):
+        kept.copy_(to_fp8(part, dtype, scale))
+    expected = paged_attention_reference(step.query, *parts, step.metadata, rules, step.sinks)
+    return replace(step, cache=cache, keys=parts[0], values=parts[1], rules=rules, expected=expected)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+@pytest.mark.parametrize("rules", [PLAIN, AttentionRules(0.2, window=20, softcap=5.0)])
+@pytest.mark.parametrize("row_dtype", [torch.float32, torch.float16])
+def test_a_cache_of_8_bits(dtype: torch.dtype, rules: AttentionRules, row_dtype: torch.dtype) -> None:
+    """Chunks and decodes read what the twin reads, which is near the keys and values that were rounded."""
+    plain = paged([(1, 40), (12, 40), (1, 130)], rules, (4, 2, 80), dtype=row_dtype, has_sinks=True)
+    step = in_fp8(plain, dtype)
+    check(step)
+    check(step, has_decodes=False)
+    assert 1e-3 < (step.expected - plain.expected).abs().max() < 0.5
+
+
+def test_gathered_keys_of_8_bits() -> None:
+    step = in_fp8(paged([(20, 20), (30, 70)], heads=(4, 2, 64), dtype=torch.float16), FP8[0])
+    close(gathered(step, 1), step.expected)
+
+
+def near_fp8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Numbers up to two hundredths larger than ones of 8 bits, which they are rounded to."""
+    return x.to(dtype).float() * (1 + torch.rand_like(x) / 50)
+
+
+@pytest.mark.parametrize("dtype", FP8)
+def test_cache_writes_in_8_bits(dtype: torch.dtype) -> None:
+    """Bit for bit the twin's: rounded to nearest, bounded by the largest number, NaN kept; also beside one another.
+
+    The interpreter loses the carry where rounding up reaches the next power of two, and makes a number of NaN, so that
+    only a GPU sees such.
+    """
+    key, value = (near_fp8(torch.randn(6, 3, 20, device=DEVICE) * size, dtype) for size in (300, 2))
+    if DEVICE == "cuda":
+        key, value = torch.randn_like(key) * 300, torch.randn_like(value) * 2
+        key[2, 1, 2] = torch.nan
+    key, value = key * 0.03, value * 0.5
+    key[2, 1, :2] = torch.tensor([1e9, -1e9])
+    slots = torch.tensor([5, -1, 0, 23, 9, 8], device=DEVICE)
+    for value_size, shape in ((20, (2, 6, 4, 3, 20)), (7, (6, 4, 3, 27))):
+        caches = [torch.zeros(shape, device=DEVICE).to(dtype) for _ in range(2)]
+        attention.write_kv(key, value[..., :value_size], *split_cache(caches[0], 20, value_size), slots, 0.03, 0.5)
+        write_kv_reference(key, value[..., :value_size], *split_cache(caches[1], 20, value_size), slots, 0.03, 0.5)
+        assert torch.equal(*(cache.view(torch.uint8) for cache in caches))
+        largest = torch.finfo(dtype).max
+        assert split_cache(caches[0], 20, value_size)[0][0, 0, 1, :2].tolist() == [largest, -largest]
+
+
 def gathered(step: PagedStep, least_queries: int, num_spare_tiles: int = 0) -> torch.Tensor:
     metadata = step.metadata
     out = torch.full_like(step.query, -7.0).flatten(1)
@@ -192,7 +254,8 @@ def gathered(step: PagedStep, least_queries: int, num_spare_tiles: int = 0) -> t
         *(metadata.block_table, metadata.cu_seqlens_q, metadata.seq_lens),
         num_tiles=gathered_attention.num_tiles_of(key_lens) + num_spare_tiles,
         least_queries=least_queries,
-        scale=step.rules.scale,
+        scale=step.rules.scale * step.rules.k_scale,
+        value_scale=step.rules.v_scale,
     )
     return out.view(step.query.shape)
 

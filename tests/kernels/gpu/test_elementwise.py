@@ -98,6 +98,14 @@ def test_rotation(dtype: torch.dtype, neox: bool, heads: int, kv_heads: int, siz
     want_query = rotary.rotate_and_write_kv_reference(query, key, value, rotation, *caches[1], slots)
     close(got, want_query)
     close(*caches)
+    if dtype == torch.float32:
+        small = [torch.zeros(2, 4, 4, kv_heads, size, device=DEVICE).to(torch.float8_e4m3fn) for _ in range(2)]
+        gpu_rotary.rotate_and_write_kv(query, key, value, rotation, *small[0], slots, 0.01, 0.5)
+        rotary.rotate_and_write_kv_reference(query, key, value, rotation, *small[1], slots, 0.01, 0.5)
+        # Sums of products may be rounded once or twice before they are rounded to 8 bits. See also
+        # `test_cache_writes_in_8_bits` for what the interpreter does.
+        assert (small[0].float() != small[1].float()).float().mean() < 0.03
+        assert small[0].float().abs().mean() > 1
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

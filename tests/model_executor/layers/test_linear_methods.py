@@ -493,7 +493,11 @@ def test_compressed_tensors_of_8_bit_floats(settings: dict[str, Any], layout: Sc
         (group({"type": "int", "num_bits": 4, "strategy": "group"}), "type 'int' with 4 bits"),
         (group({"type": "int", "num_bits": 8, "strategy": "channel"}, DYNAMIC), "type 'int' with 8 bits"),
         (group({**FLOAT_8, "strategy": "channel"}, {"type": "int", "num_bits": 8}), "all alike"),
-        (group({**FLOAT_8, "strategy": "channel"}) | {"kv_cache_scheme": FLOAT_8}, "kv_cache_scheme"),
+        (group({**FLOAT_8, "strategy": "channel"}) | {"kv_cache_scheme": {"num_bits": 4}}, "kv_cache_scheme"),
+        (
+            group({**FLOAT_8, "strategy": "channel"}) | {"kv_cache_scheme": FLOAT_8 | {"dynamic": True}},
+            "kv_cache_scheme",
+        ),
         (group({**FLOAT_8, "strategy": "channel"}) | {"sparsity_config": {"format": "sparse-24"}}, "sparse-24"),
     ],
 )

@@ -22,8 +22,6 @@ class CacheConfig(OurCacheConfig):
 
     sliding_window: int | None = None
     """Of the text model, if all its layers have one."""
-    cache_dtype: str = "auto"
-    """That of the model."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ from sensorium.errors import ConfigError, ModelError
 if TYPE_CHECKING:
     import torch
 
+    from sensorium.config import KVCacheDtype
     from sensorium.model_executor.layers.quantization.layer import WeightedLayer
 
 
@@ -76,6 +77,11 @@ class QuantizationConfig(ABC):
     device_types: ClassVar[tuple[str, ...]] = ("cpu", "cuda")
     reads_checkpoints: ClassVar[bool] = False
     """Whether there is a `from_checkpoint`."""
+
+    @property
+    def kv_cache_dtype(self) -> KVCacheDtype:
+        """What the checkpoint says that keys and values are cached in; "auto": nothing, so the model's dtype."""
+        return "auto"
 
     @classmethod
     def at_load(cls) -> Self:

@@ -11,16 +11,24 @@ from sensorium.model_executor.layers.quantization.base_config import LinearMetho
 from sensorium.model_executor.layers.quantization.fp8 import ScaleLayout, StoredFp8Method, block_size
 
 if TYPE_CHECKING:
+    from sensorium.config import KVCacheDtype
     from sensorium.model_executor.layers.quantization.layer import WeightedLayer
 
 
 @dataclass(frozen=True, slots=True)
 class CompressedTensorsConfig(QuantizationConfig):
-    """Weights in 8-bit floats with scales per tensor, channel or block."""
+    """Weights in 8-bit floats with scales per tensor, channel or block, and perhaps a scheme for cached keys and values
+    in such floats."""
 
     name = "compressed-tensors"
     reads_checkpoints = True
     layout: ScaleLayout
+    has_kv_cache_scheme: bool = False
+
+    @property
+    def kv_cache_dtype(self) -> KVCacheDtype:
+        """See `QuantizationConfig`."""
+        return "fp8_e4m3" if self.has_kv_cache_scheme else "auto"
 
     @classmethod
     def from_checkpoint(cls, settings: Mapping[str, Any]) -> Self:
@@ -29,17 +37,30 @@ class CompressedTensorsConfig(QuantizationConfig):
         found = [_layout(group) for group in groups if isinstance(group, Mapping)]
         if not found or len(found) != len(groups) or None in found or len(set(found)) > 1:
             raise _unsupported(settings, _summary(groups), "weights of type 'float' with 8 bits, all alike")
-        if settings.get("kv_cache_scheme") is not None:
-            raise _unsupported(settings, "a kv_cache_scheme", "none, since the KV cache has the model's dtype")
+        scheme = settings.get("kv_cache_scheme")
+        if scheme is not None and not _is_scale_per_layer(scheme):
+            got = f"a kv_cache_scheme of {scheme!r:.200}"
+            raise _unsupported(settings, got, "none, or 8-bit floats with fixed scales per tensor")
         sparsity = (settings.get("sparsity_config") or {}).get("format", "dense")
         if sparsity != "dense":
             raise _unsupported(settings, f"weights of sparsity format {sparsity!r}", "'dense'")
         assert found[0] is not None
-        return cls(found[0])
+        return cls(found[0], has_kv_cache_scheme=scheme is not None)
 
     def method_for(self, prefix: str, layer: WeightedLayer) -> LinearMethod:
         """See `QuantizationConfig`."""
         return StoredFp8Method(self.layout)
+
+
+def _is_scale_per_layer(scheme: Any) -> bool:
+    """Whether cached numbers are 8-bit floats with one scale for a layer's keys, and one for its values."""
+    return (
+        isinstance(scheme, Mapping)
+        and (scheme.get("type"), scheme.get("num_bits")) == ("float", 8)
+        and scheme.get("strategy", "tensor") == "tensor"
+        and scheme.get("symmetric", True) is True
+        and not scheme.get("dynamic", False)
+    )
 
 
 def _layout(group: Mapping[str, Any]) -> ScaleLayout | None:
