@@ -132,13 +132,13 @@ class MediaSettings:
             yield self._registry.get_plugin(modality).get_input_mapper(model_class)
 
     def _default_processors(self, kwargs: Mapping[str, Any]) -> Iterator[Any]:
-        """The checkpoint's processors with these settings, for modalities whose mapper is the registry's own."""
+        """The checkpoint's processors with these settings, for modalities whose mapper hands all on to them."""
         options = {**processor_options(self._model_config)}
         engine = {n: v for n, v in (self._model_config.mm_processor_kwargs or {}).items() if n not in options}
         settings = {**engine, **kwargs, **options}
         for modality, load in (("image", cached_get_image_processor), ("video", cached_get_video_processor)):
             plugin = self._registry.get_plugin(modality) if modality in self._modalities else None
-            if plugin is not None and plugin.uses_default_mapper(self._model_config.model_class):
+            if plugin is not None and plugin.passes_settings_on(self._model_config.model_class):
                 try:
                     yield load(self._model_config.model, **settings)
                 except (UnsupportedFeatureError, ProcessorError):

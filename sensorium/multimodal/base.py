@@ -107,6 +107,11 @@ class MultiModalPlugin(ABC):
         """Whether the class takes this modality with the plugin's own mapper."""
         return self.has_input_mapper(model_class) and self.get_input_mapper(model_class) == self._default_input_mapper
 
+    def passes_settings_on(self, model_class: type | None) -> bool:
+        """Whether the class's mapper gets all `mm_processor_kwargs`, for the checkpoint's own processor: the plugin's
+        does, and those of a class that says so by a flag of this name."""
+        return self.uses_default_mapper(model_class) or getattr(model_class, "passes_settings_on", False) is True
+
     def check_mapper(self, model_config: ModelConfig) -> None:
         """Raise `MissingLibraryError` (a `RuntimeError`) if the class's mapper is known to lack a library."""
         if self.uses_default_mapper(model_config.model_class):
@@ -126,7 +131,7 @@ class MultiModalPlugin(ABC):
             model_config.mm_processor_kwargs,
             mm_processor_kwargs,
             mapper,
-            allow_var_kwargs=self.uses_default_mapper(model_config.model_class),
+            allow_var_kwargs=self.passes_settings_on(model_config.model_class),
         )
         mapped = mapper(InputContext(model_config), data, **kwargs)
         name = getattr(mapper, "__qualname__", type(mapper).__name__)

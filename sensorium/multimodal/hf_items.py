@@ -14,17 +14,25 @@ prompts. Called by the classes that run by modules of transformers; knows no arc
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import cached_property, lru_cache, partial
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import numpy as np
 
 from sensorium.errors import InvalidRequestError, SensoriumError
 from sensorium.logger import get_logger
-from sensorium.multimodal.hf_processors import Backend, cached_get_processor, cause, processor_options
+from sensorium.multimodal.hf_processors import (
+    Backend,
+    FrozenSettings,
+    cached_get_processor,
+    cause,
+    processor_options,
+    processor_settings,
+)
 from sensorium.multimodal.inputs import PlaceholderRange
 from sensorium.multimodal.item_checks import check_heard
 from sensorium.spans import IntArray
@@ -86,10 +94,18 @@ class HFItems:
     Raises `ProcessorError` (a `RuntimeError`), or an error that names a missing package, if there is none.
     """
 
-    def __init__(self, model: str, trust_remote_code: bool, revision: str | None, backend: Backend) -> None:
-        self.processor = cached_get_processor(
-            model, trust_remote_code=trust_remote_code, revision=revision, backend=backend
-        )
+    def __init__(
+        self,
+        model: str,
+        trust_remote_code: bool,
+        revision: str | None,
+        backend: Backend,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:
+        options: dict[str, Any] = {"trust_remote_code": trust_remote_code, "revision": revision, "backend": backend}
+        self._with = partial(cached_get_processor, model, **options)
+        self._settings = processor_settings(settings or {})
+        self.processor = self._with(**self._settings)
         parameters = inspect.signature(self.processor.__call__).parameters
         self._arguments = {
             modality: next((each for each in (name, f"{modality}s", f"{modality}_values") if each in parameters), name)
@@ -97,6 +113,20 @@ class HFItems:
         }
         self.refusals: dict[str, str] = {}
         """Per modality that the processor has a part for, why its items can't be processed all the same."""
+
+    def with_settings(self, settings: Mapping[str, Any]) -> HFItems:
+        """The same with `mm_processor_kwargs` in place of the processor's own settings of these names, beside those
+        that it was made with.
+
+        Raises `InvalidRequestError` (a `ValueError`) for a value that the processor refuses.
+        """
+        merged = {**self._settings, **processor_settings(settings)}
+        if merged == self._settings:
+            return self
+        _ = self.placeholders, self.takes_prompts  # which don't depend on settings; they are found once
+        other = copy.copy(self)
+        other.processor = self._with(**merged)
+        return other
 
     @cached_property
     def placeholders(self) -> Mapping[str, Placeholder]:
@@ -134,6 +164,8 @@ class HFItems:
         }
         if "audio" in data:
             given["sampling_rate"] = self._sampling_rate
+        if "video" in data and getattr(getattr(self.processor, "video_processor", None), "do_sample_frames", False):
+            given["do_sample_frames"] = False  # a clip is the frames that were chosen of it
         output = self.processor(text=[text], return_tensors="pt", add_special_tokens=add_special_tokens, **given)
         ids = np.asarray(output[_IDS], dtype=np.int64).reshape(-1)
         tensors = {name: value for name, value in output.items() if name != _IDS and name not in _NOT_PASSED_ON}
@@ -223,13 +255,16 @@ def _is_passed_on(value: Any) -> bool:
 
 
 def hf_items(model_config: ModelConfig) -> HFItems:
-    """The processor of a model: the same object every time. Raises as `HFItems`."""
-    return _hf_items(model_config.model, **processor_options(model_config))
+    """The processor of a model with the engine's settings: the same object every time. Raises as `HFItems`."""
+    settings = FrozenSettings(model_config.mm_processor_kwargs or {})
+    return _hf_items(model_config.model, settings=settings, **processor_options(model_config))
 
 
 @lru_cache(maxsize=16)
-def _hf_items(model: str, trust_remote_code: bool, revision: str | None, backend: Backend) -> HFItems:
-    return HFItems(model, trust_remote_code, revision, backend)
+def _hf_items(
+    model: str, trust_remote_code: bool, revision: str | None, backend: Backend, settings: FrozenSettings
+) -> HFItems:
+    return HFItems(model, trust_remote_code, revision, backend, settings)
 
 
 def processor_modalities(model: str, trust_remote_code: bool, revision: str | None) -> tuple[str, ...]:

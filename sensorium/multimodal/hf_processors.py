@@ -87,7 +87,7 @@ def cached_get_tokenizer(
     tokenizer_name: str, *args: Any, trust_remote_code: bool = False, revision: str | None = None, **kwargs: Any
 ) -> Any:
     """The tokenizer of a checkpoint: the same object every time."""
-    return _tokenizer(tokenizer_name, args, trust_remote_code, revision, _Frozen(kwargs))
+    return _tokenizer(tokenizer_name, args, trust_remote_code, revision, FrozenSettings(kwargs))
 
 
 def cached_get_processor(
@@ -116,7 +116,7 @@ def with_settings(base: Any, kwargs: Mapping[str, Any]) -> Any:
     `TypeError`) for one that isn't plain.
     """
     settings = {name: value for name, value in kwargs.items() if _is_setting(base, name)}
-    frozen = _Frozen(settings)
+    frozen = FrozenSettings(settings)
     check_values(settings)
     return _with_settings(base, frozen) if settings else base
 
@@ -218,7 +218,7 @@ def _parameters(method: Any) -> Mapping[str, inspect.Parameter]:
     return {} if method is None else inspect.signature(method).parameters
 
 
-class _Frozen(Mapping[str, Any]):
+class FrozenSettings(Mapping[str, Any]):
     """Keyword arguments that can be a cache key: compared and hashed by content."""
 
     def __init__(self, values: Mapping[str, Any]) -> None:
@@ -238,7 +238,7 @@ class _Frozen(Mapping[str, Any]):
         return hash(self._key)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Frozen) and self._key == other._key
+        return isinstance(other, FrozenSettings) and self._key == other._key
 
 
 def _freeze(value: Any) -> Hashable:
@@ -316,7 +316,7 @@ def _feature_extractor(name: str, trust_remote_code: bool, revision: str | None)
 
 
 @lru_cache(maxsize=_CACHED_SETTINGS)
-def _with_settings(base: Any, settings: _Frozen) -> Any:
+def _with_settings(base: Any, settings: FrozenSettings) -> Any:
     try:
         return type(base).from_dict(base.to_dict(), **settings)
     except Exception as exc:
@@ -327,7 +327,9 @@ def _with_settings(base: Any, settings: _Frozen) -> Any:
 
 
 @lru_cache(maxsize=_CACHED_FILES)
-def _tokenizer(name: str, args: tuple[Any, ...], trust_remote_code: bool, revision: str | None, kwargs: _Frozen) -> Any:
+def _tokenizer(
+    name: str, args: tuple[Any, ...], trust_remote_code: bool, revision: str | None, kwargs: FrozenSettings
+) -> Any:
     from transformers import AutoTokenizer
 
     return AutoTokenizer.from_pretrained(name, *args, trust_remote_code=trust_remote_code, revision=revision, **kwargs)

@@ -48,7 +48,7 @@ def choose_pooling_tier(model: TransformersForPooling, config: EngineConfig, dev
             note = f"{model.described}; load_check is off"
             if check is not None:
                 check.look_behind_stack()
-                use_kernels(model, check.run_reference, check.error, dtype)
+                use_kernels(model, check.run_reference, check.error, config)
                 note = f"{model.described}; checked at load: outputs differ from theirs by {error:.0e} of the largest"
             notes = (note, *(f"not {name}: {why}" for name, why in reasons.items() if name != tier.name))
             return ModelFeatures(

@@ -19,6 +19,7 @@ from sensorium.model_executor.failures import told_to_author
 from sensorium.model_executor.models.transformers.by_request import ByRequestWay
 from sensorium.model_executor.models.transformers.media_model import TransformersForConditionalGeneration
 from sensorium.model_executor.models.transformers.model import Tier, TransformersForCausalLM
+from sensorium.model_executor.models.transformers.norms import KernelNorms
 from sensorium.model_executor.models.transformers.packing import SetAside
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.multimodal.hf_items import hf_items
@@ -68,8 +69,12 @@ def choose_tier(
             continue
         if error <= TOLERANCE[config.model_config.dtype]:
             if is_checked:
-                run = partial(model.reference_logits, model.text_token_ids(2))
-                use_kernels(model, run, partial(_error, model, config, device, references), config.model_config.dtype)
+                use_kernels(
+                    model,
+                    partial(_references, model, config),
+                    partial(_error, model, config, device, references),
+                    config,
+                )
             notes = (*_notes(model, error, is_checked), *_not(reasons, tier))
             features = ModelFeatures(tier=tier.name, notes=notes)
             return _driver(model, config, device), _with_media(model, features)
@@ -161,21 +166,30 @@ def request_cache_bytes(model: nn.Module, config: EngineConfig) -> dict[str, int
     return {"caches of requests (at most, unplanned)": each * config.scheduler_config.max_num_seqs}
 
 
-def use_kernels(model: nn.Module, run: Callable[[], object], check: Callable[[], float], dtype: torch.dtype) -> None:
-    """Let linear layers run by this engine's kernels, where the model computes the same without their weights in place.
+def use_kernels(model: nn.Module, run: Callable[[], object], check: Callable[[], float], config: EngineConfig) -> None:
+    """Let norms and linear layers run by this engine's kernels, where the model computes the same without the linear
+    layers' weights in their places. These hold their weights as the configuration says.
 
-    `run`: a pass of the untouched modules. `check`: the error of the model as it runs.
+    `run`: passes of the untouched modules. `check`: the error of the model as it runs. Raises `ModelError` (a
+    `TypeError`) where weights can't be quantized as asked for.
     """
-    weights = SetAside(model, run)
+    norms, weights = KernelNorms(model), SetAside(model, run)
+    reason = "it computes something else without the weights in their places"
     try:
-        is_equal = check() <= TOLERANCE[dtype]
+        is_equal = check() <= TOLERANCE[config.model_config.dtype]
     except Exception as raised:  # noqa: BLE001  whatever modules raise on a weight that isn't there
-        logger.info("Linear layers run by torch: a module reads their weights itself (%s)", told_to_author(raised))
-        is_equal = False
+        reason, is_equal = told_to_author(raised), False
     if is_equal:
-        weights.pack()
-    else:
-        weights.restore()
+        weights.hand_over(config.quant_config)
+        return
+    weights.restore()
+    norms.restore()
+    if config.quant_config is not None:
+        raise ModelError(
+            f"quantization: got {config.quant_config.name!r} for {config.model_config.architecture}, whose modules "
+            f"read weights of linear layers themselves ({reason}), expected None. Leave quantization out."
+        )
+    logger.info("Linear layers run by torch: a module reads their weights itself (%s)", reason)
 
 
 def _notes(model: TransformersForCausalLM, error: float, is_checked: bool) -> tuple[str, ...]:

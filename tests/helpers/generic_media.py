@@ -90,4 +90,11 @@ def _token_types(model: PreTrainedModel, items: HFItems, processed: Processed) -
     return {name: torch.tensor(items.processor.create_mm_token_type_ids([processed.token_ids.tolist()]))}
 
 
-__all__ = ["generated_media_tokens", "hf_items", "media_requests", "model_config_of", "served_media_tokens"]
+__all__ = [
+    "dummy_item",
+    "generated_media_tokens",
+    "hf_items",
+    "media_requests",
+    "model_config_of",
+    "served_media_tokens",
+]

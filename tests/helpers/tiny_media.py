@@ -64,7 +64,10 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
             "projector_output_dim": 64,
         }
     },
-    "gemma3n": {"vision_config": {"hidden_size": 2048}},
+    "gemma3n": {
+        "vision_config": {"hidden_size": 2048, "vocab_offset": 300, "vocab_size": 10},
+        "audio_config": {"vocab_offset": 310, "vocab_size": 10},
+    },
     "step3p7": {"text_config": {"sliding_window": 6}},
     "hyperclovax_vision_v2": {"vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
     "qwen2_5_omni_thinker": {
@@ -146,9 +149,17 @@ def media_config(model_type: str) -> PretrainedConfig:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         default = config_class()
-        values = _merged(shrunk(default.to_dict(), 0, {**SIZES, **_SIZES}), _SETTINGS.get(model_type, {}))
+        values = {**default.to_dict(), **_left_out(default)}
+        values = _merged(shrunk(values, 0, {**SIZES, **_SIZES}), _SETTINGS.get(model_type, {}))
         agree_on_heads(values)
         return config_class(**_with_sections(values))
+
+
+def _left_out(config: PretrainedConfig) -> dict[str, Any]:
+    """Parts that a config has by name, but not by default."""
+    kinds: Mapping[str, Any] = config.sub_configs
+    left_out = {name: kind for name, kind in kinds.items() if getattr(config, name, None) is None}
+    return {name: kind().to_dict() for name, kind in left_out.items() if isinstance(kind, type)}
 
 
 def _with_sections(values: dict[str, Any]) -> dict[str, Any]:

@@ -7,11 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from sensorium import LLM, SamplingParams
-from sensorium.errors import InvalidRequestError, ModelError
+from sensorium import LLM, EngineArgs, SamplingParams
+from sensorium.errors import ConfigError, InvalidRequestError, ModelError
 from sensorium.model_executor.drivers.captured import CapturedDriver
 from sensorium.multimodal.hf_items import Placeholder, Processed, as_kwargs, expand, of_item, segment_of
-from tests.helpers.generic_media import hf_items, media_requests, model_config_of
+from tests.helpers.generic_media import dummy_item, hf_items, media_requests, model_config_of
 from tests.helpers.tiny_media import media_config, save_tiny_media
 
 PLACEHOLDERS = {"image": Placeholder("P", (9,)), "audio": Placeholder("Q R", (7, 8))}
@@ -82,3 +82,37 @@ def test_an_encoder_with_cross_attention_is_refused_by_name(tmp_path: Path) -> N
     config.save_pretrained(tmp_path)
     with pytest.raises(ModelError, match=r"Pix2StructForConditionalGeneration: got an encoder with cross-attention"):
         model_config_of(tmp_path)
+
+
+def test_settings_of_the_processor_are_the_engines_and_the_requests(tmp_path: Path) -> None:
+    """A picture that is processed at a larger size takes more rows; what stands for it stays."""
+    save_tiny_media("qwen2_5_vl", tmp_path)
+    plain = hf_items(model_config_of(tmp_path))
+    larger = {"size": {"shortest_edge": 112 * 112, "longest_edge": 224 * 224}}
+    picture = dummy_item("image", 0)
+    rows = len(plain.process_item("image", picture).token_ids)
+    own = plain.with_settings(larger)
+    assert len(own.process_item("image", picture).token_ids) > rows
+    assert len(plain.process_item("image", picture).token_ids) == rows
+    assert plain.with_settings({}) is plain
+    engine = EngineArgs(model=str(tmp_path), device="cpu", model_impl="transformers", mm_processor_kwargs=larger)
+    of_engine = hf_items(engine.create_engine_config().model_config)
+    assert of_engine is not plain
+    assert len(of_engine.process_item("image", picture).token_ids) == len(own.process_item("image", picture).token_ids)
+
+
+def test_requests_bring_settings_and_unknown_ones_are_refused(tmp_path: Path) -> None:
+    save_tiny_media("qwen2_5_vl", tmp_path)
+    text, data = media_requests(hf_items(model_config_of(tmp_path)), "image")[1]
+    llm = LLM(str(tmp_path), device="cpu", model_impl="transformers", max_model_len=512, num_blocks=64)
+    larger = {"size": {"shortest_edge": 112 * 112, "longest_edge": 224 * 224}}
+    prompts = [{"prompt": text, "multi_modal_data": data, "mm_processor_kwargs": each} for each in ({}, larger)]
+    plain, other = llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+    assert len(other.prompt_token_ids) > len(plain.prompt_token_ids)
+    for unknown in ({"sizes": larger["size"]}, {"images_kwargs": {}}):
+        with pytest.raises(InvalidRequestError, match="which nothing of this model takes"):
+            llm.generate({**prompts[0], "mm_processor_kwargs": unknown}, use_tqdm=False)
+    with pytest.raises(InvalidRequestError, match=r"mm_processor_kwargs\['size'\]"):
+        llm.generate({**prompts[0], "mm_processor_kwargs": {"size": "large"}}, use_tqdm=False)
+    with pytest.raises(ConfigError, match="which nothing of this model takes"):
+        LLM(str(tmp_path), device="cpu", model_impl="transformers", mm_processor_kwargs={"sizes": 3})

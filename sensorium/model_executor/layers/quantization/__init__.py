@@ -9,6 +9,7 @@ of the CPU's kernels int8.py            ...and one file for each quantization
 from sensorium.model_executor.layers.quantization.base_config import LinearMethod, QuantizationConfig
 from sensorium.model_executor.layers.quantization.registry import (
     check_quantization,
+    checkpoint_settings,
     quantization_class,
     quantization_names,
     register_quantization,
@@ -19,6 +20,7 @@ __all__ = [
     "LinearMethod",
     "QuantizationConfig",
     "check_quantization",
+    "checkpoint_settings",
     "quantization_class",
     "quantization_names",
     "register_quantization",

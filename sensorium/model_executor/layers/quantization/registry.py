@@ -70,7 +70,7 @@ def resolve_quantization(name: str | None, hf_config: Any, device_type: str) -> 
         ConfigError: The quantization doesn't suit this checkpoint or device.
         ModelError: No registered class reads the checkpoint's quantization.
     """
-    settings = _checkpoint_settings(hf_config)
+    settings = checkpoint_settings(hf_config)
     if settings is not None:
         config = _of_checkpoint(name, settings)
         config.check_device(device_type)
@@ -98,7 +98,7 @@ def _of_checkpoint(name: str | None, settings: Mapping[str, Any]) -> Quantizatio
     return config_class.from_checkpoint(settings)
 
 
-def _checkpoint_settings(hf_config: Any) -> Mapping[str, Any] | None:
+def checkpoint_settings(hf_config: Any) -> Mapping[str, Any] | None:
     """The checkpoint's quantization settings, from the model's config or its text config."""
     for config in (hf_config, hf_config.get_text_config()):
         for name in ("quantization_config", "compression_config"):

@@ -11,7 +11,7 @@ Nothing here knows an architecture. What a model is like shows when its modules 
 - `discovery`: a few short passes that find the attention calls, and the module that holds them all (the trunk);
 - `trunk`: hidden states without logits, and logits of chosen rows;
 - `flat`, `by_request`: the two ways to run a model;
-- `packing`: its linear layers by the kernels of this engine;
+- `packing`, `norms`: its linear layers and norms by the kernels of this engine;
 - `model`: the class that the engine runs.
 
 Which way is right is decided at load against the untouched model (`sensorium.worker.transformers_tiers`).

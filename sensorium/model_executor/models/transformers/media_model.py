@@ -54,6 +54,8 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     """A model with media of transformers. It runs once a tier was chosen by `use`."""
 
     supports_multimodal: ClassVar[bool] = True
+    passes_settings_on: ClassVar[bool] = True
+    """To the checkpoint's processor: all `mm_processor_kwargs`."""
     modalities: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, *, config: EngineConfig, hf_model: torch.nn.Module) -> None:
@@ -130,13 +132,14 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         found = self._discovery
         if isinstance(found, CannotRunError):
             raise found
+        self._attend_in(found.trunk)
         self._inputs = self._trunk_inputs(found.trunk)
         found = self._with_two_way(found)
         trunk = Trunk(self.hf_model, found.trunk)
         self._attention.restore()
         hidden = trunk.run(self._few_tokens)[0]
         trunk.find_head(hidden.shape[-1], self._device, hidden.dtype)
-        self._attention.set(interface.NAME)
+        self._attend_in(found.trunk)
         return FlatWay(found, trunk, mask_form, token_by_token, self._inputs)
 
     def _by_request(self, pace: Pace) -> ByRequestWay:
@@ -170,8 +173,6 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
 
     def _with_two_way(self, found: Discovery) -> Discovery:
         """The same, with what its calls make of media that see one another both ways."""
-        in_trunk = {id(config) for config in configs_of(found.trunk)}
-        self._attention.set(interface.NAME, in_trunk)
         prompts = [
             SeenPrompt(prompt.modality, mask, self._sights(prompt))
             for prompt, mask in zip(self.media_prompts, self.media_masks, strict=True)
@@ -179,6 +180,10 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         self.two_way, spans = read_two_way(prompts, [call.rule for call in found.calls])
         calls = [replace(call, spans=each) for call, each in zip(found.calls, spans, strict=True)]
         return replace(found, calls=tuple(calls))
+
+    def _attend_in(self, trunk: torch.nn.Module) -> None:
+        """Let attention of the trunk go to the engine, and towers attend as they do by themselves."""
+        self._attention.set(interface.NAME, {id(config) for config in configs_of(trunk)})
 
     def _sights(self, prompt: MediaPrompt) -> tuple[torch.Tensor, ...]:
         """What each attention call sees of a prompt, when the outer model runs on it."""
@@ -324,28 +329,28 @@ def _of_config(module: Any, name: str) -> Any:
 # Registrations
 
 
-def map_images(ctx: InputContext, data: Any) -> MultiModalKwargs:
-    """What the checkpoint's processor makes of a picture."""
-    processor = getattr(hf_items(ctx.model_config).processor, "image_processor", None)
+def map_images(ctx: InputContext, data: Any, **settings: Any) -> MultiModalKwargs:
+    """What the checkpoint's processor makes of a picture, with `settings` in place of its own."""
+    processor = getattr(hf_items(ctx.model_config).with_settings(settings).processor, "image_processor", None)
     for picture in as_items(data):
         if hasattr(picture, "height"):
             check_picture(processor, picture.height, picture.width)
-    return _map("image", ctx, data)
+    return _map("image", ctx, data, settings)
 
 
-def map_videos(ctx: InputContext, data: Any) -> MultiModalKwargs:
-    """What the checkpoint's processor makes of a clip."""
-    return _map("video", ctx, data)
+def map_videos(ctx: InputContext, data: Any, **settings: Any) -> MultiModalKwargs:
+    """What the checkpoint's processor makes of a clip, with `settings` in place of its own."""
+    return _map("video", ctx, data, settings)
 
 
-def map_sounds(ctx: InputContext, data: Any) -> MultiModalKwargs:
-    """What the checkpoint's processor makes of a sound."""
-    return _map("audio", ctx, data)
+def map_sounds(ctx: InputContext, data: Any, **settings: Any) -> MultiModalKwargs:
+    """What the checkpoint's processor makes of a sound, with `settings` in place of its own."""
+    return _map("audio", ctx, data, settings)
 
 
-def _map(modality: str, ctx: InputContext, data: Any) -> MultiModalKwargs:
+def _map(modality: str, ctx: InputContext, data: Any, settings: Mapping[str, Any]) -> MultiModalKwargs:
     (item,) = as_items(data)
-    items = hf_items(ctx.model_config)
+    items = hf_items(ctx.model_config).with_settings(settings)
     processed = items.process_item(modality, item)
     if modality == "audio":
         items.check_heard(item, processed)
@@ -362,7 +367,7 @@ def process_whole(ctx: InputContext, inputs: TokenInputs) -> TokenInputs:
     data: Mapping[str, Any] = inputs.get("multi_modal_data") or {}
     if not data or not hf_items(ctx.model_config).takes_prompts:
         return inputs
-    items = hf_items(ctx.model_config)
+    items = hf_items(ctx.model_config).with_settings(inputs.get("mm_processor_kwargs") or {})
     text = inputs.get("prompt") or items.processor.tokenizer.decode(inputs["prompt_token_ids"])
     processed = items.process(text, {modality: as_items(each) for modality, each in data.items()})
     whole: Any = inputs

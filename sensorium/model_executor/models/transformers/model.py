@@ -17,11 +17,11 @@ from torch import nn
 
 from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.config import EngineConfig
-from sensorium.errors import ConfigError
 from sensorium.model_executor.models.transformers import interface
 from sensorium.model_executor.models.transformers.by_request import ByRequestWay, Pace
 from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover
 from sensorium.model_executor.models.transformers.flat import MASK_FORMS, FlatWay
+from sensorium.model_executor.models.transformers.packing import check_quantization_of
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk, find_trunk
 from sensorium.model_executor.models.transformers.weights import load_hf_model
@@ -58,14 +58,9 @@ class TransformersForCausalLM(nn.Module):
     def load_from_checkpoint(cls, config: EngineConfig) -> TransformersForCausalLM:
         """The model with its checkpoint's weights; see `load_hf_model`.
 
-        Raises `ConfigError` (a `ValueError`) for weights that are to be held in another way.
+        Raises `ConfigError` (a `ValueError`) where its weights can't be held as asked for.
         """
-        if config.quant_config is not None:
-            raise ConfigError(
-                f"quantization: got {config.quant_config.name!r} for {config.model_config.architecture}, which "
-                "runs by the modules of transformers, expected None. Leave quantization (--quantization) out, or use "
-                "a checkpoint with float weights."
-            )
+        check_quantization_of(config)
         with torch.inference_mode():
             return cls(config=config, hf_model=load_hf_model(config))
 

@@ -20,12 +20,12 @@ from torch import nn
 from sensorium.attention import AttentionMetadata, LayerCache, MultiHeadAttention
 from sensorium.cache_spec import CacheSpec, StateSpec, StateTensor
 from sensorium.config import EngineConfig, ModelConfig
-from sensorium.errors import ConfigError
 from sensorium.messages import EngineRequest
 from sensorium.model_executor.models.transformers import interface
 from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, AttentionCall, CallRecorder
 from sensorium.model_executor.models.transformers.flat import MASK_FORMS
 from sensorium.model_executor.models.transformers.model import AttentionSwitch, text_token_ids
+from sensorium.model_executor.models.transformers.packing import check_quantization_of
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk, hidden_states
 from sensorium.model_executor.models.transformers.weights import load_pooling_model
@@ -77,14 +77,9 @@ class TransformersForPooling(nn.Module):
     def load_from_checkpoint(cls, config: EngineConfig) -> TransformersForPooling:
         """The model with its checkpoint's weights; see `load_pooling_model`.
 
-        Raises `ConfigError` (a `ValueError`) if a quantization is set.
+        Raises `ConfigError` (a `ValueError`) where its weights can't be held as asked for.
         """
-        if config.quant_config is not None:
-            raise ConfigError(
-                f"quantization: got {config.quant_config.name!r} for {config.model_config.architecture}, which "
-                "runs by the modules of transformers, expected None. Leave quantization (--quantization) out, or use "
-                "a checkpoint with float weights."
-            )
+        check_quantization_of(config)
         with torch.inference_mode():
             return cls(config=config, hf_model=load_pooling_model(config))
 
