@@ -47,11 +47,26 @@ def tiny(model_type: str) -> Callable[[Path], Path]:
     return save
 
 
+def idefics3_checkpoint(folder: Path) -> Path:
+    """With a processor that says how many rows a tile has, as real ones do."""
+    target = Path(shutil.copytree(make_checkpoint("idefics3"), folder / "idefics3"))
+    (target / "processor_config.json").write_text('{"processor_class": "Idefics3Processor", "image_seq_len": 4}')
+    return target
+
+
+def onevision_checkpoint(folder: Path) -> Path:
+    """With the number of tiles that the file has as a number."""
+    target = Path(shutil.copytree(make_checkpoint("llava_onevision"), folder / "onevision"))
+    written = (target / "config.json").read_text()
+    (target / "config.json").write_text(written.replace("anyres_max_2", "anyres_max_9"))
+    return target
+
+
 CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Path]]] = {
     "blip2": {"BLIP-2": tiny("blip-2")},
     "chameleon": {"Chameleon": chameleon_checkpoint},
     "fuyu": {"Fuyu": tiny("fuyu")},
-    "idefics3": {"Idefics3": family("idefics3")},
+    "idefics3": {"Idefics3": idefics3_checkpoint},
     "llava": {
         "CLIP": family("llava"),
         "SigLIP": family("llava_siglip"),
@@ -59,7 +74,7 @@ CHECKPOINTS: Mapping[str, Mapping[str, Callable[[Path], Path]]] = {
     },
     "llava_next": {"LLaVA-NeXT": family("llava_next")},
     "llava_next_video": {"LLaVA-NeXT-Video": tiny("llava_next_video")},
-    "llava_onevision": {"LLaVA-OneVision": family("llava_onevision")},
+    "llava_onevision": {"LLaVA-OneVision": onevision_checkpoint},
     "mllama": {"Llama 3.2 Vision": family("mllama")},
     "paligemma": {"PaliGemma": paligemma_checkpoint},
     "qwen2_audio": {"Qwen2-Audio": family("qwen2_audio")},

@@ -7,6 +7,7 @@ from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from transformers import LlavaConfig
 
 from sensorium import ModelRegistry, plugins
 from sensorium.compat.v0.hf_configs import as_of_release
+from sensorium.compat.v0.hf_processors import cached_get_image_processor, cached_get_processor
 from sensorium.compat.v0.inner_models import ScalingDecoder
 from sensorium.compat.v0.vllm.config import VllmConfig
 from sensorium.compat.v0.vllm.model_executor.models.utils import LLMWrapper, init_vllm_registered_model
@@ -22,8 +24,9 @@ from sensorium.model_executor.adapter import construct_model
 from sensorium.model_executor.layers.linear import ColumnParallelLinear
 from sensorium.model_executor.models.utils import embed_multimodal
 from sensorium.plugins import load_plugin, style_of
-from tests.helpers.checkpoints import make_checkpoint
+from tests.helpers.checkpoints import MAX_PIXELS, MIN_PIXELS, make_checkpoint
 from tests.helpers.direct import engine_config
+from tests.helpers.processors import make_image
 
 MODEL = """
 from torch import nn
@@ -155,3 +158,19 @@ def test_configs_are_seen_as_they_were() -> None:
     as_of_release(config)
     assert config.text_config.rope_theta == 5e5
     assert config.hidden_size == 96
+
+
+def test_processors_are_seen_as_they_were() -> None:
+    path = str(make_checkpoint("qwen2_vl"))
+    pictures = cached_get_image_processor(path)
+    assert (pictures.min_pixels, pictures.max_pixels) == (MIN_PIXELS, MAX_PIXELS)
+    assert pictures.merge_size == 2
+    image = make_image(seed=1)
+    mapped = pictures.preprocess(images=[image], videos=None, return_tensors="pt")
+    assert set(mapped) == {"pixel_values", "image_grid_thw"}
+    frames = np.zeros((2, 28, 28, 3), np.uint8)
+    clip = pictures.preprocess(images=None, videos=[frames], return_tensors="pt")
+    assert set(clip) == {"pixel_values_videos", "video_grid_thw"}
+    whole = cached_get_processor(path)
+    assert whole.image_processor.min_pixels == MIN_PIXELS
+    assert whole.image_token == whole.image_token.content

@@ -10,11 +10,20 @@ from sensorium.config import rope_parameters
 FLAT = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
 """Values that outer configs repeated from their text config."""
 
+RENAMED = {
+    "in_chans": "in_channels",
+    "image_token_index": "image_token_id",
+    "video_token_index": "video_token_id",
+    "audio_token_index": "audio_token_id",
+}
+"""Names then, and now."""
+
 
 def as_of_release(config: Any) -> None:
     """Add what is missing, in place, to a config and those in it."""
     for each in _parts(config):
         _set_missing(each, _rope_values(each))
+        _set_missing(each, {old: getattr(each, new) for old, new in RENAMED.items() if hasattr(each, new)})
     text = config.get_text_config()
     if text is not config:
         _set_missing(config, {name: getattr(text, name) for name in FLAT if hasattr(text, name)})

@@ -114,12 +114,16 @@ class Reference:
         return inputs
 
     def _as_taken(self, media: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """On the device; clips go by the name of pictures to a class that doesn't tell them apart."""
-        if "pixel_values_videos" not in inspect.signature(self.model.forward).parameters:
+        """On the device, without what a plug-in's mapper makes for its own class alone.
+
+        Clips go by the name of pictures to a class that doesn't tell them apart.
+        """
+        names = inspect.signature(self.model.forward).parameters
+        if "pixel_values_videos" not in names:
             clips = media.pop("pixel_values_videos", None)
             if clips is not None:
                 media["pixel_values"] = clips.flatten(0, -4)
-        return {name: tensor.to(self._device) for name, tensor in media.items()}
+        return {name: tensor.to(self._device) for name, tensor in media.items() if name in names}
 
     def _frames_a_patch(self) -> int:
         vision = getattr(self._config.hf_config, "vision_config", None)

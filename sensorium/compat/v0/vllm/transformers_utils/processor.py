@@ -1,10 +1,7 @@
 """Processors of checkpoints."""
 
-from sensorium.multimodal.hf_processors import (
-    cached_get_image_processor,
-    cached_get_processor,
-    cached_get_tokenizer,
-)
+from sensorium.compat.v0.hf_processors import cached_get_image_processor, cached_get_processor
+from sensorium.multimodal.hf_processors import cached_get_tokenizer
 from sensorium.multimodal.video_processor import cached_get_video_processor
 
 get_processor = cached_get_processor
