@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 
 from sensorium import ModelRegistry
+from tests.helpers.release_of_vllm import NotFetchedError, fetch_model_files
+
+RELEASE = "0.6.4.post1"
 
 
 @pytest.fixture(autouse=True)
@@ -20,3 +23,12 @@ def as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
     for name, module in list(sys.modules.items()):
         if str(getattr(module, "__file__", None)).startswith(str(tmp_path)):
             del sys.modules[name]
+
+
+@pytest.fixture(scope="module")
+def released(request: pytest.FixtureRequest) -> Path:
+    """The model files of the release."""
+    try:
+        return fetch_model_files(RELEASE, request.config.cache.mkdir("release_of_vllm"))
+    except NotFetchedError as error:
+        pytest.skip(f"the source of vllm {RELEASE} could not be fetched from the package index: {error}")

@@ -20,18 +20,16 @@ from PIL import Image
 from sensorium import SamplingParams
 from tests.engine.async_helpers import last, running
 from tests.helpers.checkpoints import make_checkpoint, token_ids
+from tests.helpers.converted_checkpoints import chatglm_checkpoint
 from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.release_of_vllm import (
     CHAMELEON_IMAGE_ID,
-    NotFetchedError,
     chameleon_checkpoint,
-    fetch_model_files,
     paligemma_checkpoint,
     pixtral_checkpoint,
 )
 from tests.helpers.serving import Planned, differing, make_engine, serve
 
-RELEASE = "0.6.4.post1"
 NUM_TOKENS = 8
 IMAGE_ID = token_ids()["<image>"]
 
@@ -43,15 +41,6 @@ CASES: dict[str, tuple[str, Callable[[Path], Path], list[int]]] = {
     "pixtral": ("llava", pixtral_checkpoint, [token_ids()["[IMG]"]]),
 }
 """The release's file, a checkpoint, and where a picture goes in a prompt."""
-
-
-@pytest.fixture(scope="module")
-def released(request: pytest.FixtureRequest) -> Path:
-    """The model files of the release."""
-    try:
-        return fetch_model_files(RELEASE, request.config.cache.mkdir("release_of_vllm"))
-    except NotFetchedError as error:
-        pytest.skip(f"the source of vllm {RELEASE} could not be fetched from the package index: {error}")
 
 
 @pytest.fixture(scope="module")
@@ -123,3 +112,19 @@ def test_a_file_of_the_release_is_served(released: Path, tmp_path: Path) -> None
     plan = [Planned(str(at), prompt, params) for at, prompt in enumerate(prompts([IMAGE_ID]))]
     served = serve(own, plan)
     assert asyncio.run(answers()) == [served.tokens(str(at)) for at in range(len(plan))]
+
+
+def test_a_file_of_the_release_for_a_model_that_got_another_name(released: Path, tmp_path: Path) -> None:
+    """GLM-4 was `ChatGLMModel` before it was a class of transformers, whose weights are those of the reference."""
+    file = shutil.copy(released / "chatglm.py", tmp_path / "chatglm_of_release.py")
+    reference = chatglm_checkpoint(tmp_path / "checkpoint")
+    settings = {"plugins": (str(file),), "max_num_batched_tokens": 16, "max_model_len": 128, "num_blocks": 64}
+    engine = make_engine(tmp_path / "checkpoint", **settings)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    given = [list(range(3, 3 + length)) for length in (5, 30, 40)]
+    plan = [Planned(str(at), {"prompt_token_ids": ids}, params) for at, ids in enumerate(given)]
+    served = serve(engine, plan)
+    for at, ids in enumerate(given):
+        request = engine.preprocess(f"again {at}", {"prompt_token_ids": ids}, params).engine_request
+        expected = hf_greedy(reference, request, NUM_TOKENS)
+        assert served.tokens(str(at)) == expected, differing(served.tokens(str(at)), expected)

@@ -17,12 +17,21 @@ if TYPE_CHECKING:
     from sensorium.config import EngineConfig, ModelConfig
 
 
+ARCHITECTURES = {
+    "ChatGLMForCausalLM": ("ChatGLMModel", "ChatGLMForConditionalGeneration"),
+    "NVLM_D_Model": ("NVLM_D",),
+}
+"""What checkpoints call the architectures of V0's classes, where that isn't the class's name."""
+
+
 def register_classes(module: ModuleType) -> None:
-    """Serve the models of a plug-in that registers none, as files of vllm itself don't, by their names."""
+    """Serve the models of a plug-in that registers none, as files of vllm itself don't, by their names and those
+    that checkpoints have for them."""
     classes = [each for each in vars(module).values() if _is_model(each) and each.__module__ == module.__name__]
     if not any(ModelRegistry.architectures_of(each) for each in classes):
         for model_class in classes:
-            ModelRegistry.register_model(model_class.__name__, model_class)
+            for architecture in (model_class.__name__, *ARCHITECTURES.get(model_class.__name__, ())):
+                ModelRegistry.register_model(architecture, model_class)
 
 
 def _is_model(value: object) -> bool:
