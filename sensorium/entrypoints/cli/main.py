@@ -23,6 +23,7 @@ _COMMANDS = {
     "run-batch": (f"{_HERE}.run_batch", "answer a file of requests in OpenAI's batch format"),
     "models": (f"{_HERE}.models", "list the architectures that run, and how"),
     "verify": (f"{_HERE}.verify", "compare what a model computes here with what Hugging Face computes"),
+    "new-model": (f"{_HERE}.new_model", "write the beginning of a model file and its test, for a Hugging Face config"),
     "bench": (f"{_HERE}.bench", "measure a server, or a model in this process"),
     "env": (f"{_HERE}.env", "print versions and the machine, for reports of errors"),
 }
