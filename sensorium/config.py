@@ -118,6 +118,10 @@ class PoolerConfig:
     token_ids: tuple[int, ...] = ()
     """Ids whose logits behind the prompt are a label's score each, for a model that generates; of two, "no" and "yes",
     the score is that of the second over the first."""
+    prompts: Mapping[str, str] = field(default_factory=dict)
+    """By name, texts to put in front of what is embedded."""
+    default_prompt: str | None = None
+    """The name of the one that is put in front where none is asked for."""
 
     def __post_init__(self) -> None:
         check_settings(self)

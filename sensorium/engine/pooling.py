@@ -2,6 +2,7 @@
 write them.
 
     config.json                      the architecture's head; labels; how a cross-encoder's score is brought to 0 to 1
+    config_sentence_transformers.json    texts to put in front of queries and documents
     modules.json                     the modules behind the model, in order: Pooling, Dense, Normalize
     1_Pooling/config.json            which rows become a vector
     sentence_bert_config.json        how many tokens the model was trained for
@@ -22,7 +23,7 @@ from sensorium.engine.hf_config import CheckpointConfig
 from sensorium.errors import ConfigError, ModelError
 from sensorium.pooling_params import PoolingTask
 
-MODULES = "modules.json"
+MODULES, PROMPTS = "modules.json", "config_sentence_transformers.json"
 _POOLING_MODES: Mapping[str, PoolingType] = {
     "cls": "cls",
     "mean": "mean",
@@ -161,7 +162,10 @@ def _embedder(
     tasks: tuple[PoolingTask, ...] = ("token_embed",) if task == "token_embed" else ("embed", "token_embed")
     sizes = [size for size in (_dense_size(folder) for folder in dense) if size is not None]
     dimensions = _int_tuple(config, "matryoshka_dimensions")
+    prompts, default_prompt = _prompts(path, modules)
     return PoolerConfig(
+        prompts=prompts,
+        default_prompt=default_prompt,
         pooling_type=kind,
         normalize=not modules or task == "token_embed" or any(kind == "Normalize" for kind, _ in modules),
         tasks=tasks,
@@ -230,6 +234,29 @@ def _pooling_type(
             f"{sorted(_POOLING_MODES)}. Correct the file, or set pooling_type (--pooling-type)."
         )
     return found.pop()
+
+
+def _prompts(path: Path, modules: Sequence[tuple[str, str]]) -> tuple[Mapping[str, str], str | None]:
+    """Texts that go in front of what is embedded, and the name of the one that always does.
+
+    Raises `ModelError` for a file that isn't so, and for texts whose rows are left out of the vector.
+    """
+    written = read_json(path / PROMPTS)
+    found, default = written.get("prompts") or {}, written.get("default_prompt_name")
+    is_texts = isinstance(found, Mapping) and all(isinstance(text, str) for text in found.values())
+    if not is_texts or (default is not None and default not in found):
+        raise ModelError(
+            f"prompts in {PROMPTS}: got {found!r:.120} with the default {default!r:.60}, expected texts by name, and "
+            "one of the names or null. Correct the file."
+        )
+    folder = next((folder for kind, folder in modules if kind == "Pooling"), None)
+    pooling = read_json(member(path, folder, MODULES) / "config.json") if folder is not None else {}
+    if pooling.get("include_prompt") is False and any(found.values()):
+        raise ModelError(
+            f"include_prompt in {folder}/config.json: got false, expected true: rows of a text in front can't be left "
+            f"out of the vector. Remove the texts from {PROMPTS} to serve the model without them."
+        )
+    return found, default
 
 
 def _is_decoder(config: CheckpointConfig) -> bool:

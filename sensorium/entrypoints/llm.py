@@ -13,6 +13,7 @@ from sensorium.engine.args import EngineArgs
 from sensorium.engine.llm_engine import LLMEngine
 from sensorium.engine.resolution import num_preprocess_threads
 from sensorium.entrypoints.batch_run import BatchRun, Job, Output
+from sensorium.entrypoints.instructions import instructed
 from sensorium.entrypoints.progress import ProgressBar
 from sensorium.entrypoints.scoring import Scoring
 from sensorium.errors import InvalidRequestError, InvalidTypeError, RequestError
@@ -251,20 +252,39 @@ class LLM:
         return self._pool(each, params, use_tqdm, adapters)
 
     def embed(
-        self, prompts: Any, *, dimensions: int | None = None, use_tqdm: bool | None = None
+        self,
+        prompts: Any,
+        *,
+        dimensions: int | None = None,
+        prompt_name: str | None = None,
+        use_tqdm: bool | None = None,
+        lora_request: LoRAChoice = None,
     ) -> list[PoolingRequestOutput]:
-        """A vector for each prompt, `outputs.embedding` `(size,)`. `dimensions`: see `PoolingParams`.
+        """A vector for each prompt, `outputs.embedding` `(size,)`.
 
-        Raises `RequestError` as `encode`.
+        Args:
+            prompts: As in `generate`.
+            dimensions: See `PoolingParams`.
+            prompt_name: The checkpoint's text to put in front of each, such as "query" (its `prompts`, as
+                sentence-transformers writes them); without one, its default, if it has one.
+            use_tqdm: As in `generate`.
+            lora_request: As in `generate`.
+
+        Raises:
+            RequestError: As in `encode`; or the checkpoint has no text of this name.
         """
-        return self.encode(prompts, PoolingParams("embed", dimensions=dimensions), use_tqdm=use_tqdm)
+        given = instructed(_as_list(prompts), self.engine.config.model_config.pooler, prompt_name)
+        params = PoolingParams("embed", dimensions=dimensions)
+        return self.encode(given, params, use_tqdm=use_tqdm, lora_request=lora_request)
 
-    def classify(self, prompts: Any, *, use_tqdm: bool | None = None) -> list[PoolingRequestOutput]:
+    def classify(
+        self, prompts: Any, *, use_tqdm: bool | None = None, lora_request: LoRAChoice = None
+    ) -> list[PoolingRequestOutput]:
         """Probabilities of the labels of each prompt, `outputs.probs` `(num_labels,)`.
 
         Raises `RequestError` as `encode`.
         """
-        return self.encode(prompts, PoolingParams("classify"), use_tqdm=use_tqdm)
+        return self.encode(prompts, PoolingParams("classify"), use_tqdm=use_tqdm, lora_request=lora_request)
 
     def score(
         self,
@@ -274,6 +294,7 @@ class LLM:
         truncate_prompt_tokens: int | None = None,
         chat_template: str | None = None,
         use_tqdm: bool | None = None,
+        lora_request: str | LoRARequest | None = None,
     ) -> list[ScoringRequestOutput]:
         """How well texts go together: one with each of several, or as many with as many, in pairs.
 
@@ -287,6 +308,7 @@ class LLM:
             truncate_prompt_tokens: See `PoolingParams`.
             chat_template: Of a cross-encoder: makes a prompt of messages of the roles "query" and "document".
             use_tqdm: As in `generate`.
+            lora_request: One adapter, for all pairs.
 
         Raises:
             RequestError: The numbers of texts don't fit, or as `encode`.
@@ -294,7 +316,8 @@ class LLM:
         template = chat_template or self._chat_template
         scoring = Scoring(self.engine.config.model_config, template, self.get_tokenizer())
         plan = scoring.plan(data_1, data_2, truncate_prompt_tokens=truncate_prompt_tokens)
-        outputs = self._pool(plan.prompts, [plan.params] * len(plan.prompts), use_tqdm)
+        num_prompts = len(plan.prompts)
+        outputs = self._pool(plan.prompts, [plan.params] * num_prompts, use_tqdm, [lora_request] * num_prompts)
         ends = [outputs[pair[-1]] for pair in plan.pairs]
         scores = plan.scores([each.outputs for each in outputs])
         return [

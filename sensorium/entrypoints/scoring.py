@@ -1,7 +1,8 @@
 """How well two texts go together, by whatever a model makes of texts. What `LLM.score` and the routes share.
 
     a classification head of one label    both texts in one prompt: the label's score (cross-encoder)
-    a vector for each text                the cosine of the two vectors
+    a vector for each text                the cosine of the two vectors, with the checkpoint's texts for queries and
+                                          documents in front
     a vector for each token               for each token of the first text its best match in the second, summed
                                           (late interaction, "MaxSim")
 
@@ -18,6 +19,7 @@ import numpy as np
 
 from sensorium.chat.template import read_template, render
 from sensorium.config import ModelConfig
+from sensorium.entrypoints.instructions import instructed, of_role
 from sensorium.errors import InvalidRequestError, InvalidTypeError, UnsupportedFeatureError
 from sensorium.outputs import FloatArray, PoolingOutput
 from sensorium.pooling_params import PoolingParams
@@ -96,7 +98,9 @@ class Scoring:
         task, score = ("embed", cosine) if "embed" in self._pooler.tasks else ("token_embed", max_sim)
         params = PoolingParams(task, truncate_prompt_tokens=truncate_prompt_tokens)  # type: ignore[arg-type]
         pairs = [(i, len(queries) + j) for i, j in places]
-        return ScoringPlan([*queries, *documents], params, pairs, score)  # type: ignore[arg-type]
+        asked, read = (of_role(self._pooler, role) for role in _ROLES)
+        prompts = [*instructed(queries, self._pooler, asked), *instructed(documents, self._pooler, read)]
+        return ScoringPlan(prompts, params, pairs, score)  # type: ignore[arg-type]
 
     def check(self) -> None:
         """Raise `UnsupportedFeatureError` unless the model scores."""

@@ -218,6 +218,32 @@ def test_an_adapter_of_the_head_scores_pairs(tmp_path: Path) -> None:
     assert not torch.allclose(*scores)
 
 
+def test_vectors_and_scores_are_an_adapters_where_one_is_asked_for(tmp_path: Path) -> None:
+    adapter = TinyAdapter("qwen3")
+    folder = adapter.save(tmp_path / "one")
+    llm = LLM(
+        str(make_checkpoint("qwen3")),
+        device="cpu",
+        enable_lora=True,
+        lora_modules={"one": folder},
+        num_blocks=64,
+        runner="pooling",
+    )
+    ids = list(range(5, 25))
+    [plain], [asked] = llm.embed([ids]), llm.embed([ids], lora_request="one")
+    for output, model in ((plain, make_hf_model("qwen3")), (asked, adapter.merged())):
+        with torch.inference_mode():
+            states = model.get_decoder()(torch.tensor([ids])).last_hidden_state[0, -1]
+        vector = torch.nn.functional.normalize(states, dim=0)
+        torch.testing.assert_close(torch.as_tensor(output.outputs.embedding), vector, atol=1e-4, rtol=1e-4)
+    texts = ("One text", "another")
+    vectors = [llm.embed(text, lora_request="one")[0].outputs.embedding for text in texts]
+    [scored] = llm.score(*texts, lora_request="one")
+    assert scored.outputs.score == pytest.approx(float(vectors[0] @ vectors[1]), abs=1e-5)
+    assert scored.outputs.score != pytest.approx(llm.score(*texts)[0].outputs.score, abs=1e-4)
+    llm.shutdown()
+
+
 # What isn't served
 
 

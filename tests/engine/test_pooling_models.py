@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch.nn import functional as F
 
 from sensorium import LLM, PoolingParams, SamplingParams
+from sensorium.engine.pooling import PROMPTS
 from sensorium.errors import ConfigError, InvalidRequestError, ModelError, RequestError, UnsupportedFeatureError
 from tests.helpers.pooling_checkpoints import (
     SIZES,
@@ -256,6 +258,49 @@ def test_fewer_dimensions_only_where_the_model_was_trained_for_them() -> None:
     with pytest.raises(InvalidRequestError, match="dimensions: got 0, expected at least 1"):
         llm.embed("hello", dimensions=0)
     llm.shutdown()
+
+
+def test_texts_of_the_checkpoint_stand_in_front_of_queries_and_documents() -> None:
+    """As sentence-transformers puts them: the named one, else the default; for scores those of the two roles."""
+    folder = add_modules(make_pooling_checkpoint("BertModel", bert()))
+    prompts = {"query": "find: ", "document": "", "topic": "about "}
+    (folder / PROMPTS).write_text(json.dumps({"prompts": prompts, "default_prompt_name": "topic"}))
+    llm = load(folder)
+
+    def vector(text: str) -> torch.Tensor:
+        return F.normalize(reference_output(folder, "BertModel", text).mean(0), dim=0)
+
+    for name, text in ((None, "about cats"), ("query", "find: cats"), ("document", "cats")):
+        for prompt in ("cats", {"prompt": "cats"}):
+            assert near(llm.embed(prompt, prompt_name=name)[0].outputs.embedding, vector(text))
+    ids = llm.get_tokenizer()("cats")["input_ids"]
+    assert near(llm.embed({"prompt_token_ids": ids})[0].outputs.embedding, vector("cats"))
+    [score] = llm.score("cats", "dogs")
+    assert score.outputs.score == pytest.approx(float(vector("find: cats") @ vector("dogs")), abs=1e-5)
+    with pytest.raises(InvalidRequestError, match=r"prompt_name: got 'other', expected one of \['document', 'query'"):
+        llm.embed("cats", prompt_name="other")
+    with pytest.raises(InvalidRequestError, match="prompt_name: got a name for a prompt of token ids"):
+        llm.embed({"prompt_token_ids": ids}, prompt_name="query")
+    llm.shutdown()
+
+
+@pytest.mark.parametrize(
+    ("written", "pooling", "problem"),
+    [
+        ({"prompts": {"query": 3}}, {}, "expected texts by name"),
+        ({"prompts": {}, "default_prompt_name": "query"}, {}, "one of the names or null"),
+        ({"prompts": {"query": "find: "}}, {"include_prompt": False}, "include_prompt in 1_Pooling"),
+    ],
+)
+def test_texts_that_cannot_be_put_in_front_are_refused(
+    written: dict[str, Any], pooling: dict[str, Any], problem: str
+) -> None:
+    folder = add_modules(make_pooling_checkpoint("BertModel", bert()))
+    (folder / PROMPTS).write_text(json.dumps(written))
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **pooling}))
+    with pytest.raises(ModelError, match=problem):
+        load(folder)
 
 
 def test_what_a_model_is_not_served_for_is_a_clear_error() -> None:

@@ -88,6 +88,8 @@ class EmbeddingBody(InputsBody):
     encoding_format: str = "float"
     dimensions: int | None = None
     """Keep so many leading numbers, where the model was trained for that."""
+    prompt_name: str | None = None
+    """Put the checkpoint's text of this name in front of each input, such as "query"."""
     normalize: bool = True
     """Bring vectors to length 1, where the checkpoint says so."""
 

@@ -12,6 +12,7 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import Route
 
+from sensorium.entrypoints.instructions import instructed
 from sensorium.entrypoints.openai.context import ServerContext
 from sensorium.entrypoints.openai.http import JsonResponse, read_body, while_connected
 from sensorium.entrypoints.openai.pooling.bodies import (
@@ -57,7 +58,7 @@ class PoolingRoutes:
         """`POST /v1/embeddings`."""
         body = await read_body(request, EmbeddingBody)
         name = self._context.check_model(body.model)
-        outputs = await self._pooled(request, body, body.pooling())
+        outputs = await self._pooled(request, body, body.pooling(), prompt_name=body.prompt_name)
         data = [
             {"object": "embedding", "index": index, "embedding": _numbers(output, body.encoding_format)}
             for index, output in enumerate(outputs)
@@ -139,12 +140,16 @@ class PoolingRoutes:
             "num_classes": len(scores),
         }
 
-    async def _pooled(self, request: Request, body: InputsBody, params: PoolingParams) -> list[PoolingRequestOutput]:
+    async def _pooled(
+        self, request: Request, body: InputsBody, params: PoolingParams, *, prompt_name: str | None = None
+    ) -> list[PoolingRequestOutput]:
         """What is made of each input of a body, in order."""
         check_task(params, self._config)  # before media are fetched
         self._context.check_kwargs(body.mm_processor_kwargs)
         if body.messages is None:
             prompts: list[Any] = list(body.prompts())
+            if params.task == "embed":
+                prompts = instructed(prompts, self._config.pooler, prompt_name)
         else:
             rendered = self._context.render(request, body.messages, **body.render_options())
             prompts = [await while_connected(request, rendered)]
