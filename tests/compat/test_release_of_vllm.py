@@ -14,13 +14,14 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 import transformers
 from PIL import Image
 
 from sensorium import SamplingParams
 from tests.engine.async_helpers import last, running
 from tests.helpers.checkpoints import make_checkpoint, token_ids
-from tests.helpers.converted_checkpoints import chatglm_checkpoint
+from tests.helpers.converted_checkpoints import chatglm_checkpoint, internvl_chat_checkpoint
 from tests.helpers.hf_reference import hf_greedy
 from tests.helpers.release_of_vllm import (
     CHAMELEON_IMAGE_ID,
@@ -128,3 +129,27 @@ def test_a_file_of_the_release_for_a_model_that_got_another_name(released: Path,
         request = engine.preprocess(f"again {at}", {"prompt_token_ids": ids}, params).engine_request
         expected = hf_greedy(reference, request, NUM_TOKENS)
         assert served.tokens(str(at)) == expected, differing(served.tokens(str(at)), expected)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct from a tensor:UserWarning")  # of the file
+def test_a_file_of_the_release_with_checkpoints_of_its_own_kind(released: Path, tmp_path: Path) -> None:
+    """InternVL's had code with them before there was a class of transformers, whose weights are the reference's."""
+    pytest.importorskip("torchvision", reason="the file of InternVL imports torchvision")
+    file = shutil.copy(released / "internvl.py", tmp_path / "internvl_of_release.py")
+    reference = internvl_chat_checkpoint(tmp_path / "checkpoint")
+    settings = {"plugins": (str(file),), "max_num_batched_tokens": 16, "max_model_len": 256, "num_blocks": 128}
+    engine = make_engine(tmp_path / "checkpoint", **settings)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    given = [{"prompt": "see <image> now", "multi_modal_data": {"image": picture}} for picture in pictures()]
+    plan = [Planned(str(at), prompt, params) for at, prompt in enumerate(given)]
+    served = serve(engine, plan)
+    for each in plan:
+        request = engine.preprocess(f"{each.request_id} again", each.prompt, params).engine_request
+        [item] = request.media
+        tiles = torch.as_tensor((item.kwargs or {})["pixel_values"]).flatten(0, 1)
+        ids = torch.tensor([list(request.prompt_token_ids)])
+        output = reference.generate(
+            ids, pixel_values=tiles, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False
+        )
+        assert served.tokens(each.request_id) == output[0, ids.shape[1] :].tolist()
+    assert len({tuple(served.tokens(each.request_id)) for each in plan}) == len(plan)

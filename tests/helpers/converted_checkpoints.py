@@ -79,3 +79,66 @@ def chatglm_checkpoint(folder: Path) -> transformers.PreTrainedModel:
     _save(folder, own, state)
     make_tokenizer().save_pretrained(folder)
     return reference
+
+
+INTERNVL_NAMES = {
+    "model.language_model.": "language_model.model.",
+    "lm_head.": "language_model.lm_head.",
+    "model.vision_tower.": "vision_model.",
+    "model.multi_modal_projector.layer_norm": "mlp1.0",
+    "model.multi_modal_projector.linear_1": "mlp1.1",
+    "model.multi_modal_projector.linear_2": "mlp1.3",
+    "embeddings.cls_token": "embeddings.class_embedding",
+    "embeddings.patch_embeddings.projection": "embeddings.patch_embedding",
+    "embeddings.position_embeddings": "embeddings.position_embedding",
+    "encoder.layer.": "encoder.layers.",
+    "attention.q_proj": "attn.qkv",
+    "attention.projection_layer": "attn.proj",
+    "layernorm_before": "norm1",
+    "layernorm_after": "norm2",
+    "lambda_1": "ls1",
+    "lambda_2": "ls2",
+}
+
+
+def internvl_chat_checkpoint(folder: Path) -> transformers.PreTrainedModel:
+    """InternVL 2 with Qwen2 as `InternVLChatModel`; returns Hugging Face's model of it."""
+    tokenizer = make_tokenizer(["<img>", "</img>", "<IMG_CONTEXT>"])
+    vision = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    text = text_settings(vocab_size=len(tokenizer))
+    config = transformers.InternVLConfig(
+        vision_config={**vision, "image_size": [28, 28], "patch_size": [7, 7], "attention_bias": True},
+        text_config={"model_type": "qwen2", **text},
+        image_token_id=tokenizer.convert_tokens_to_ids("<IMG_CONTEXT>"),
+    )
+    torch.manual_seed(0)
+    reference = transformers.InternVLForConditionalGeneration(config).eval()
+    spread(reference, 0)
+    for name, parameter in reference.named_parameters():
+        if name.endswith(("o_proj.weight", "down_proj.weight")):  # so that the answer depends on what stands before
+            parameter.data.mul_(8)
+    given, state = reference.state_dict(), {}
+    for name in given:
+        in_tower = "vision_tower" in name
+        if in_tower and (".k_proj." in name or ".v_proj." in name):
+            continue
+        parts = [given[name.replace(".q_proj.", f".{part}_proj.")] for part in "qkv"]
+        is_fused = in_tower and ".q_proj." in name
+        state[renamed(name, INTERNVL_NAMES)] = torch.cat(parts) if is_fused else given[name]
+    tower = config.vision_config
+    tower_settings = {"norm_type": tower.norm_type, "layer_norm_eps": tower.layer_norm_eps, "hidden_act": "gelu"}
+    sizes = {"image_size": 28, "patch_size": 7, "qkv_bias": True, "qk_normalization": False}
+    own = {
+        "architectures": ["InternVLChatModel"],
+        "model_type": "internvl_chat",
+        "vision_config": {"model_type": "intern_vit_6b", **vision, **sizes, **tower_settings},
+        "llm_config": {"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"], **text},
+        "dynamic_image_size": True,
+        "use_thumbnail": True,
+        "max_dynamic_patch": 3,
+        "ps_version": "v2",
+        "dtype": "float32",
+    }
+    _save(folder, own, state)
+    tokenizer.save_pretrained(folder)
+    return reference

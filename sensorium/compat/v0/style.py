@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
+import sensorium.compat.v0.vllm.transformers_utils.configs  # noqa: F401  transformers gets to know them
 from sensorium.compat.v0.hf_configs import as_of_release
 from sensorium.compat.v0.vllm.config import VllmConfig, as_v0
 from sensorium.model_executor.models.interfaces import SupportsTwoWaySpans
