@@ -445,6 +445,18 @@ class EngineConfig:
         return 0 if self.speculative_config is None else self.speculative_config.num_speculative_tokens
 
     @property
+    def counts_tokens_on_device(self) -> bool:
+        """Whether penalties go by counts on the device, so that requests with some needn't wait for their tokens.
+
+        Rows behind drafts have histories of their own, which the host makes.
+        """
+        return (
+            self.scheduler_config.max_steps_in_flight > 1
+            and self.speculative_config is None
+            and not self.model_config.pools
+        )
+
+    @property
     def max_sampled_rows(self) -> int:
         """Most rows of a step after which a token is sampled."""
         scheduler = self.scheduler_config

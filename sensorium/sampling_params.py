@@ -156,9 +156,9 @@ class SamplingParams:
 
     @property
     def needs_sampled_tokens(self) -> bool:
-        """Whether the host must have seen every token before the next one can be sampled."""
+        """Whether the host must have seen every token before the next one can be sampled, apart from penalties."""
         follows_tokens = bool(self.bad_words_token_ids) or self.timestamps is not None
-        return self.has_penalties or follows_tokens or self.structured_outputs is not None
+        return follows_tokens or self.structured_outputs is not None
 
     def end_token_ids(self, eos_token_ids: Iterable[int]) -> frozenset[int]:
         """All token ids that end the output of a model with these end-of-sequence ids."""

@@ -56,6 +56,7 @@ class EngineCore:
             max_model_len=self.config.model_config.max_model_len,
             max_loras=None if config.lora_config is None else config.lora_config.max_loras,
             make_drafter=drafters_of(config.speculative_config, config.model_config.vocab_size),
+            counts_tokens=config.counts_tokens_on_device,
         )
         self._max_in_flight = self.config.scheduler_config.max_steps_in_flight
         self._in_flight: deque[tuple[SchedulerOutput, PendingStep]] = deque()

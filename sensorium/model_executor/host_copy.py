@@ -1,10 +1,18 @@
-"""Tensors on their way from the device to the host, so that the host can do other things meanwhile."""
+"""Tensors on their way between the device and the host, so that the host can do other things meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
+import numpy as np
 import torch
+
+
+def to_device(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
+    """An array as a tensor there; on CUDA from pinned memory, so that the host doesn't wait for the copy."""
+    tensor = torch.from_numpy(array)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 def new_event(*, enable_timing: bool = False) -> torch.cuda.Event:

@@ -15,6 +15,8 @@ from typing import Any, TypeAlias
 import numpy as np
 import torch
 
+from sensorium.model_executor.host_copy import to_device
+from sensorium.model_executor.token_counts import Penalties
 from sensorium.sampling_params import SamplingParams
 
 Ids: TypeAlias = "np.ndarray[Any, np.dtype[np.int64]]"
@@ -124,7 +126,10 @@ class LogitEdits:
         output_token_ids: Sequence[int],
         end_token_ids: Iterable[int],
         vocab_size: int,
+        *,
+        counts_tokens: bool = True,
     ) -> None:
+        """`counts_tokens`: whether penalties are applied here, and not by `TokenCounts`."""
         self._num_output = 0
         self._min_tokens = params.min_tokens
         self._end_ids: Ids = np.fromiter((i for i in end_token_ids if 0 <= i < vocab_size), dtype=np.int64)
@@ -137,7 +142,9 @@ class LogitEdits:
         """Tokens so far, where the rules of times look at them."""
         self.bias_ids: Ids = np.fromiter(params.logit_bias, dtype=np.int64)
         self.bias_values: Floats = np.fromiter(params.logit_bias.values(), dtype=np.float32)
-        self.penalised = PenalisedTokens(params, prompt_token_ids, vocab_size) if params.has_penalties else None
+        self.penalised: PenalisedTokens | None = None
+        if params.has_penalties and counts_tokens:
+            self.penalised = PenalisedTokens(params, prompt_token_ids, vocab_size)
         self._bad_words = BadWords(params.bad_words_token_ids) if params.bad_words_token_ids else None
         if self._bad_words is not None:
             longest = max(len(sequence) for sequence in params.bad_words_token_ids)
@@ -233,21 +240,23 @@ class EditBatch:
             ],
         )
 
-    def apply_(self, logits: torch.Tensor) -> None:
-        """Edit `logits` `(num_rows, vocab_size)`, contiguous, in place: biases, penalties, bans, and last the rules of
-        times, which compare what is left."""
+    def apply_(self, logits: torch.Tensor, penalties: Penalties | None = None) -> None:
+        """Edit `logits` `(num_rows, vocab_size)`, contiguous, in place: biases, penalties, those counted on the device
+        included, bans, and last the rules of times, which compare what is left."""
         flat, device = logits.view(-1), logits.device
         if self.bias_index.size:
-            flat.index_add_(0, _to(self.bias_index, device), _to(self.bias, device))
+            flat.index_add_(0, to_device(self.bias_index, device), to_device(self.bias, device))
         if self.penalty_index.size:
-            index = _to(self.penalty_index, device)
-            factor, value = _to(self.repetition_penalty, device), flat.take(index)
+            index = to_device(self.penalty_index, device)
+            factor, value = to_device(self.repetition_penalty, device), flat.take(index)
             value = torch.where(value > 0, value / factor, value * factor)
-            flat.scatter_(0, index, value - _to(self.subtracted, device))
+            flat.scatter_(0, index, value - to_device(self.subtracted, device))
+        if penalties is not None:
+            penalties.apply_(logits)
         if self.forbidden_index.size:
-            flat.index_fill_(0, _to(self.forbidden_index, device), -torch.inf)
+            flat.index_fill_(0, to_device(self.forbidden_index, device), -torch.inf)
         for row, ids in self.allowed:
-            index = _to(ids, device)
+            index = to_device(ids, device)
             kept = logits[row].take(index)
             logits[row].fill_(-torch.inf).scatter_(0, index, kept)
         for row, first_time, ranges in self.times:
@@ -265,7 +274,3 @@ def _hold_to_times(logits: torch.Tensor, first_time: int, ranges: Sequence[tuple
 def _joined(parts: Sequence[tuple[int, Ids]], vocab_size: int) -> Ids:
     """Flat index of `(row, token ids)` parts."""
     return np.concatenate([_NO_IDS, *(ids + row * vocab_size for row, ids in parts)])
-
-
-def _to(array: np.ndarray[Any, Any], device: torch.device) -> torch.Tensor:
-    return torch.from_numpy(array).to(device, non_blocking=True)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 
 from sensorium.model_executor.logit_edits import EditBatch, LogitEdits
+from sensorium.model_executor.token_counts import Penalties, TokenCounts
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
 
@@ -65,18 +66,22 @@ class DraftRows:
 
 
 class SamplingState:
-    """Sampling parameters and token histories by slot. Everything lies on the host.
+    """Sampling parameters and token histories by slot. Everything lies on the host, but for `token_counts`.
 
     A slot that nobody added counts as plain greedy, so that profiling and padding rows need no parameters.
     What a slot samples depends on its own parameters and history alone, never on its number or its
     neighbours.
     """
 
-    def __init__(self, max_num_seqs: int, vocab_size: int, seed: int = 0) -> None:
-        """`seed` starts the generator that gives requests without a seed of their own their randomness."""
+    def __init__(
+        self, max_num_seqs: int, vocab_size: int, seed: int = 0, token_counts: TokenCounts | None = None
+    ) -> None:
+        """`seed` starts the generator that gives requests without a seed of their own their randomness. `token_counts`:
+        where tokens are counted for penalties; None: here, on the host."""
         self.vocab_size = vocab_size
         self._random = random.Random(seed)
         self._edits: dict[int, LogitEdits] = {}
+        self._token_counts = token_counts
         self.is_plain = np.ones(max_num_seqs, dtype=np.bool_)
         """Greedy, no edits, no log probabilities: an argmax is all."""
         self.is_greedy = np.ones(max_num_seqs, dtype=np.bool_)
@@ -111,13 +116,20 @@ class SamplingState:
         self.key[slot] = mix64(seed)
         self.num_output[slot] = len(output_token_ids)
         end_ids = params.end_token_ids(eos_token_ids)
-        edits = LogitEdits(params, prompt_token_ids, output_token_ids, end_ids, self.vocab_size)
+        edits = LogitEdits(
+            *(params, prompt_token_ids, output_token_ids, end_ids, self.vocab_size),
+            counts_tokens=self._token_counts is None,
+        )
+        if self._token_counts is not None:
+            self._token_counts.add(slot, params, prompt_token_ids, output_token_ids)
         self._edits[slot] = edits
         self._drop_finished_edits(slot, edits)
 
     def remove(self, slot: int) -> None:
         """Empty a slot. Emptying an empty one does nothing."""
         self._edits.pop(slot, None)
+        if self._token_counts is not None:
+            self._token_counts.remove(slot)
         self.is_greedy[slot] = True
         self.num_logprobs[slot] = NO_LOGPROBS
         self.is_plain[slot] = True
@@ -156,12 +168,15 @@ class SamplingState:
                     rows[i] = (row, rows[i - 1][1].behind(int(drafts.token_ids[row])))
         return EditBatch.gather(rows, self.vocab_size) if rows else None
 
+    def penalties(self, slots: IntArray) -> Penalties | None:
+        """Penalties of the rows that these slots stand in, from counts on the device; None if there are none."""
+        return None if self._token_counts is None else self._token_counts.penalties(slots)
+
     def _drop_finished_edits(self, slot: int, edits: LogitEdits) -> None:
         if edits.is_over:
             del self._edits[slot]
-        self.is_plain[slot] = (
-            self.is_greedy[slot] and self.num_logprobs[slot] == NO_LOGPROBS and slot not in self._edits
-        )
+        has_edits = slot in self._edits or (self._token_counts is not None and slot in self._token_counts)
+        self.is_plain[slot] = self.is_greedy[slot] and self.num_logprobs[slot] == NO_LOGPROBS and not has_edits
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -71,8 +71,15 @@ class RequestState:
     )
 
     def __init__(
-        self, message: EngineRequest, order: Order, max_model_len: int, guesses: Guesses | None = None
+        self,
+        message: EngineRequest,
+        order: Order,
+        max_model_len: int,
+        guesses: Guesses | None = None,
+        *,
+        counts_tokens: bool = False,
     ) -> None:
+        """`counts_tokens`: the worker counts tokens for penalties by itself."""
         self.message = message
         self.request_id = message.request_id
         self.pooling = message.pooling is not None
@@ -96,7 +103,8 @@ class RequestState:
         did not happen meanwhile."""
         self.guesses = guesses
         """Where its drafts come from, if it gets any."""
-        self.needs_sampled_tokens = message.sampling_params.needs_sampled_tokens
+        params = message.sampling_params
+        self.needs_sampled_tokens = params.needs_sampled_tokens or (params.has_penalties and not counts_tokens)
         """Its next token can be sampled only after the host has seen the last."""
         self.is_caught_up = False
         """A step that samples a token for it was planned since it got its slot: from then on its share of a step is a

@@ -42,6 +42,7 @@ class Scheduler:
         max_loras: Adapters that running requests may have; None: any number.
         make_drafter: Makes what guesses a request's next tokens, or None for a request without guesses. Not asked where
             a layer's cache can't go back.
+        counts_tokens: Whether the worker counts tokens for penalties by itself, and needn't be told.
     """
 
     def __init__(
@@ -55,6 +56,7 @@ class Scheduler:
         pacer: Pacer | None = None,
         max_loras: int | None = None,
         make_drafter: Callable[[EngineRequest], Drafter | None] | None = None,
+        counts_tokens: bool = False,
     ) -> None:
         self._config = scheduler_config
         self._groups = tuple(cache_groups)
@@ -83,6 +85,7 @@ class Scheduler:
             has_cross_rows=self._kv_cache.has_cross_rows,
         )
         self._media_token_ids = frozenset[int]().union(*features.placeholder_token_ids.values())
+        self._counts_tokens = counts_tokens
         self._make_drafter = make_drafter if all(group.can_go_back for group in self._groups) else None
         self._planner = StepPlanner(
             *(scheduler_config, self._table, self._kv_cache, chunks, self._pacer, self._counters),
@@ -118,7 +121,9 @@ class Scheduler:
             )
         drafter = None if self._make_drafter is None or request.pooling else self._make_drafter(request)
         guesses = None if drafter is None else Guesses(drafter, self._media_token_ids)
-        self._table.add(RequestState(request, self._shares.arrive(request), self._max_model_len, guesses))
+        order = self._shares.arrive(request)
+        state = RequestState(request, order, self._max_model_len, guesses, counts_tokens=self._counts_tokens)
+        self._table.add(state)
 
     def abort(self, request_ids: Iterable[str]) -> list[EngineOutput]:
         """End requests, also between `schedule` and `update`; ids that are unknown or finished are ignored."""

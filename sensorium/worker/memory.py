@@ -40,6 +40,8 @@ class MemoryPlan:
     """Most that CUDA graphs hold."""
     encoder_cache: int = 0
     """Most that rows of encoded media take."""
+    token_counts: int = 0
+    """Counts of tokens, for penalties."""
 
     def parts(self) -> dict[str, int]:
         """What the report lists beside the weights and the KV cache; uses of 0 bytes are left out."""
@@ -47,6 +49,7 @@ class MemoryPlan:
             "activations (at most)": self.activations,
             "recorded passes (at most)": self.recorded_passes,
             "encoder cache (at most)": self.encoder_cache,
+            "token counts": self.token_counts,
         }
         return {name: size for name, size in named.items() if size}
 
@@ -72,9 +75,11 @@ def plan_memory(
     holds_rows = model_config.is_multimodal_model and features.splits_media
     cached_rows = (config.cache_config.encoder_cache_rows or 0) if holds_rows else 0
     encoder_cache = cached_rows * (getattr(model, "mm_row_width", None) or hidden_size) * itemsize
+    counts = config.scheduler_config.max_num_seqs * model_config.vocab_size * 4 * config.counts_tokens_on_device
     if device.type == "cpu":
         share = config.cache_config.memory_fraction / config.parallel_config.tensor_parallel_size
-        return MemoryPlan(min(int(free_cpu_bytes() * share) // 2, DEFAULT_CPU_BYTES), encoder_cache=encoder_cache)
+        available = min(int(free_cpu_bytes() * share) // 2, DEFAULT_CPU_BYTES)
+        return MemoryPlan(available, encoder_cache=encoder_cache, token_counts=counts)
     at_rest = torch.cuda.memory_allocated(device)
     _run_full_step(device, config, driver, layout)
     towers = towers_of(model)
@@ -90,8 +95,8 @@ def plan_memory(
     free, total = torch.cuda.mem_get_info(device)
     used_by_others = total - free - torch.cuda.memory_reserved(device)
     budget = int(total * config.cache_config.memory_fraction)
-    taken = at_rest + used_by_others + activations + recorded + encoder_cache
-    return MemoryPlan(max(budget - taken, 0), activations, recorded, encoder_cache)
+    taken = at_rest + used_by_others + activations + recorded + encoder_cache + counts
+    return MemoryPlan(max(budget - taken, 0), activations, recorded, encoder_cache, counts)
 
 
 def _logits_bytes(config: EngineConfig) -> int:

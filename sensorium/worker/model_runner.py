@@ -41,6 +41,7 @@ from sensorium.model_executor.failures import told_to_caller
 from sensorium.model_executor.host_copy import HostCopy
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, SamplingState
 from sensorium.model_executor.sampling_metadata import BoolArray, SamplingMetadata
+from sensorium.model_executor.token_counts import TokenCounts
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.token_masks import StepMasks
 from sensorium.worker.block_tables import DeviceBlockTables
@@ -144,7 +145,10 @@ class ModelRunner:
         if self._group.size > 1 and not config.parallel_config.division.towers:
             self.spread = ItemSpread(driver, self._group)
         self.encoder = EncoderRunner((self.spread or driver).encode, self._group)
-        self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, seed=model_config.seed)
+        counts = None
+        if config.counts_tokens_on_device:
+            counts = TokenCounts(max_num_seqs, model_config.vocab_size, device)
+        self._sampling = SamplingState(max_num_seqs, model_config.vocab_size, model_config.seed, counts)
         self._sampler = Sampler()
         self._masks = MaskReader()
         self._pooler = Pooler(model, model_config, device)

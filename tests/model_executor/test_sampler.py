@@ -29,6 +29,7 @@ from sensorium.model_executor import sampling_ops
 from sensorium.model_executor.layers.sampler import PromptLogprobs, Sampler, SamplerOutput, get_sampler
 from sensorium.model_executor.logit_edits import LogitEdits
 from sensorium.model_executor.sampling_metadata import DraftRows, SamplingMetadata, SamplingState
+from sensorium.model_executor.token_counts import TokenCounts
 from sensorium.model_executor.token_mask import TokenMask
 from sensorium.sampling_params import SamplingParams, mix64
 from sensorium.timestamps import TimestampRules
@@ -690,3 +691,51 @@ def test_no_token_counts_from_a_row_on_that_has_none() -> None:
     assert drafts.accepted(sampled, {1}).tolist() == [True, False, False, True, True]
     assert drafts.accepted(sampled, {0, 3}).tolist() == [True, False, False, True, False]
     assert drafts.accepted(sampled, {2, 4}).tolist() == [True, True, False, True, False]
+
+
+PENALISED = [
+    SamplingParams(temperature=0, repetition_penalty=1.3),
+    SamplingParams(temperature=0, frequency_penalty=0.4, presence_penalty=-0.1),
+    SamplingParams(temperature=0),
+    SamplingParams(temperature=1.5, seed=3, presence_penalty=1.1, logit_bias={4: 2.0}, logprobs=2),
+    SamplingParams(temperature=0.7, seed=4, repetition_penalty=0.8, frequency_penalty=0.3, bad_words_token_ids=((5,),)),
+    SamplingParams(temperature=0, repetition_penalty=2.0, min_tokens=9),
+]
+
+
+def test_penalties_by_counts_on_the_device_are_those_of_the_host() -> None:
+    """Token by token, with rows in any order, a prompt with placeholders outside of the vocabulary, and a request that
+    comes back after it was preempted. The counted ones needn't be told which tokens were sampled."""
+    count = len(PENALISED)
+    on_host = SamplingState(count, VOCAB)
+    counted = SamplingState(count, VOCAB, token_counts=TokenCounts(count, VOCAB, torch.device("cpu")))
+    prompt, outputs = [1, 2, 3, 3, VOCAB + 5], [list[int]() for _ in range(count)]
+    for slot, params in enumerate(PENALISED):
+        for state in (on_host, counted):
+            state.add(slot, params, prompt, eos_token_ids=[EOS])
+    needs_tokens = np.array([params.needs_sampled_tokens for params in PENALISED])
+    order = np.random.default_rng(0)
+    for step in range(40):
+        slots = order.permutation(count)[: count - step % 3]
+        logits = _logits(len(slots), VOCAB, seed=step)
+        results = []
+        for state in (on_host, counted):
+            output = _sample(logits.clone(), state, slots)
+            state.advance(slots)
+            told = np.ones(len(slots), dtype=np.bool_) if state is on_host else needs_tokens[slots]
+            state.append(slots[told], output.token_ids[told])
+            results.append((output.token_ids.tolist(), output.logprobs))
+        assert results[0] == results[1]
+        for slot, token_id in zip(slots, results[0][0], strict=True):
+            outputs[slot].append(token_id)
+        if step == 20:
+            for slot in (1, 5):
+                for state in (on_host, counted):
+                    state.remove(slot)
+                    state.add(slot, PENALISED[slot], prompt, outputs[slot], eos_token_ids=[EOS])
+    assert not counted.is_plain[[0, 1, 3, 4, 5]].any()
+    assert counted.is_plain[2]
+    for slot in range(count):
+        counted.remove(slot)
+    assert counted.is_plain.all()
+    assert counted.penalties(np.arange(count)) is None

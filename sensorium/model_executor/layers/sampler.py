@@ -159,10 +159,13 @@ class Sampler(nn.Module):
         reporting = np.flatnonzero(num_best != NO_LOGPROBS)
         raw = _rows_of(logits, reporting)
         edits = state.edits(slots, drafts)
-        if edits is not None or token_mask is not None:
+        penalties = state.penalties(slots)
+        if edits is not None or token_mask is not None or penalties is not None:
             logits = logits.clone() if raw is logits else logits.contiguous()
         if edits is not None:
-            edits.apply_(logits)
+            edits.apply_(logits, penalties)
+        elif penalties is not None:
+            penalties.apply_(logits)
         if token_mask is not None:
             token_mask.apply_(logits)
         token_ids, best = best_tokens(logits)
@@ -170,6 +173,8 @@ class Sampler(nn.Module):
         if drawing.size:
             rows = torch.from_numpy(drawing).to(logits.device)
             token_ids[rows] = draw_tokens(_rows_of(logits, drawing), _row_params(state, slots, drafts).rows(drawing))
+        if penalties is not None:
+            penalties.count(token_ids)
         return SamplerOutput(token_ids, best, _report(raw, token_ids, reporting, num_best))
 
 

@@ -20,6 +20,7 @@ from sensorium.kernels.gpu import (
     grouped_linear,
     linear,
     norm,
+    penalties,
     rotary,
     sampling,
 )
@@ -131,6 +132,7 @@ def main() -> None:
     assert "cp.async.bulk.tensor" in gathered.asm["ptx"], "gathered keys aren't read by descriptors"
     draw = {"MAX_NARROW_TOP_K": 1024, "NUM_CANDIDATES": 256, "GROUP": 256, "FIRST": 1 << 40}
     compiled(sampling._draw, 16, **draw, BLOCK=4096)
+    compiled(penalties._penalise, 4, BLOCK=2048, types={"counts": "*i32"})
 
 
 if __name__ == "__main__":

@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from sensorium.kernels.gpu import sampling
+from sensorium.kernels.gpu import penalties, sampling
+from sensorium.kernels.penalties import penalise_reference
 from sensorium.model_executor import sampling_ops
 from sensorium.model_executor.sampling_ops import RowParams
 
@@ -87,3 +88,24 @@ def test_tokens_of_one_value_stay_or_go_together() -> None:
     got = drawn(torch.zeros(8, 300), params)
     assert len(set(got.tolist())) > 4
     assert int(got.max()) - int(got.min()) > 100  # a tenth of the tokens would be 30
+
+
+@pytest.mark.parametrize("vocab_size", [7, 2048, 5000])
+def test_penalties_equal_the_twins(vocab_size: int) -> None:
+    """Of rows in any order, of slots in any order; other rows stay as they are, and so do infinities."""
+    torch.manual_seed(vocab_size)
+    logits = torch.randn(5, vocab_size, device=DEVICE) * 4
+    logits[1, :3], logits[4, 1] = -torch.inf, torch.nan
+    counts = torch.randint(0, 9, (8, vocab_size), dtype=torch.int32, device=DEVICE)
+    counts[counts > 5] = 0
+    floats = torch.tensor([1.3, 0.7, 1.0]).view(torch.int32).long()
+    doubles = torch.tensor([[0.1, 0.7], [-0.3, 0.0], [0.0, 2.0]], dtype=torch.float64).view(torch.int64)
+    places = torch.tensor([[4, 2], [1, 7], [0, 0]])
+    params = torch.cat((places, floats[:, None], doubles), dim=1).to(DEVICE)
+    want = logits.clone()
+    penalise_reference(want, counts, params)
+    got = logits.clone()
+    penalties.penalise(got, counts, params)
+    torch.testing.assert_close(got, want, atol=0, rtol=0, equal_nan=True)
+    assert not torch.equal(got[0], logits[0])
+    assert torch.equal(got[2:4], logits[2:4])
