@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from sensorium.errors import ConfigError
 from sensorium.inputs import INPUT_REGISTRY
@@ -101,3 +102,35 @@ def test_a_name_that_is_not_there_says_so(line: str, message: str, tmp_path: Pat
     with pytest.raises(ConfigError, match=message) as caught:
         load_plugin(file)
     assert "beside it and import it with a dot. Correct it" in str(caught.value)
+
+
+def test_a_name_without_a_meaning_says_what_to_use_instead(tmp_path: Path) -> None:
+    file = write(tmp_path / "does_all_at_once.py", "from vllm.multimodal.processing import BaseMultiModalProcessor\n")
+    with pytest.raises(ConfigError, match="register an input processor and an input mapper, as files of"):
+        load_plugin(file)
+
+
+def test_attention_of_other_libraries_is_ours(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "tower_of_v0.py",
+        "from flash_attn import flash_attn_func, flash_attn_varlen_func\n"
+        "from xformers import ops as xops\n"
+        "from xformers.ops.fmha.attn_bias import BlockDiagonalMask\n",
+    )
+    tower = load_plugin(file)
+    torch.manual_seed(0)
+    q, k, v = torch.randn(3, 2, 5, 4, 8)
+    expected = torch.nn.functional.scaled_dot_product_attention(*(each.transpose(1, 2) for each in (q, k, v)))
+    expected = expected.transpose(1, 2)
+    assert torch.allclose(tower.flash_attn_func(q, k, v), expected, atol=1e-6)
+    assert torch.allclose(tower.xops.memory_efficient_attention(q, k, v), expected, atol=1e-6)
+    flat = [each.flatten(0, 1) for each in (q, k, v)]
+    starts = torch.tensor([0, 5, 10], dtype=torch.int32)
+    varlen = tower.flash_attn_varlen_func(*flat, starts, starts, 5, 5)
+    assert torch.allclose(varlen, expected.flatten(0, 1), atol=1e-6)
+    mask = tower.BlockDiagonalMask.from_seqlens([5, 5])
+    masked = tower.xops.memory_efficient_attention_forward(*(each[None] for each in flat), mask, p=0.0)
+    assert torch.allclose(masked[0], expected.flatten(0, 1), atol=1e-6)
+    bias = torch.full((5, 5), -torch.inf).triu(1)
+    causal = tower.flash_attn_func(q, k, v, causal=True)
+    assert torch.allclose(tower.xops.memory_efficient_attention(q, k, v, bias), causal, atol=1e-6)

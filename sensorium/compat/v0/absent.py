@@ -2,7 +2,22 @@
 
 from __future__ import annotations
 
-REASONS: dict[str, str] = {}
+_LAYERS = "Use the layers of vllm.model_executor.layers and vllm.attention, whose kernels are chosen by the device"
+
+REASONS: dict[str, str] = {
+    "vllm.multimodal.processing": (
+        "Processors that do all steps at once, of 0.6.5 and later, are not served: register an input processor and an "
+        "input mapper, as files of 0.6.4 do"
+    ),
+    "vllm.multimodal.profiling": "Register dummy data instead",
+    "vllm._custom_ops": _LAYERS,
+    "vllm.attention.ops": _LAYERS,
+    "vllm.attention.backends": _LAYERS,
+    "vllm.worker": "A model file needs nothing of the engine's workers",
+    "vllm.engine": "Use vllm.LLM, vllm.LLMEngine or vllm.AsyncLLMEngine",
+    "vllm.lora": "Adapters lie over the model by themselves: see the setting enable_lora",
+    "vllm.envs": "There are settings for what can be set, and no environment variables",
+}
 """By full name (`vllm.module.Name`), or by module for all names in it: what the message of the ImportError adds.
 Without the full stop."""
 

@@ -7,7 +7,10 @@ from typing import Any
 
 from sensorium.config import rope_parameters
 
-FLAT = ("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings")
+FLAT = (
+    *("hidden_size", "vocab_size", "num_hidden_layers", "num_attention_heads", "tie_word_embeddings"),
+    *("bos_token_id", "eos_token_id", "pad_token_id"),
+)
 """Values that outer configs repeated from their text config."""
 
 RENAMED = {

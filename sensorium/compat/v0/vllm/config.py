@@ -12,8 +12,9 @@ from typing import Any
 from sensorium.config import CacheConfig as OurCacheConfig
 from sensorium.config import EngineConfig
 from sensorium.config import ParallelConfig as OurParallelConfig
+from sensorium.model_executor.layers.quantization import QuantizationConfig
 
-__all__ = ["CacheConfig", "ParallelConfig", "VllmConfig", "as_v0"]
+__all__ = ["CacheConfig", "ParallelConfig", "QuantizationConfig", "VllmConfig", "as_v0"]
 
 
 @dataclass(frozen=True, slots=True)
