@@ -66,6 +66,10 @@ def cases() -> dict[str, Case]:
         "gpt_oss, by expert": Case("gpt_oss", {"enable_expert_parallel": True}),
         "llama, adapter": Case("llama", adapter=""),
         "qwen2_vl, adapter": Case("qwen2_vl", adapter="language_model"),
+        "llama by transformers": Case("llama", {"model_impl": "transformers"}),
+        "qwen3_moe by transformers": Case("qwen3_moe", {"model_impl": "transformers"}),
+        "llava by transformers": Case("llava", {"model_impl": "transformers"}),
+        "qwen2_vl by transformers": Case("qwen2_vl", {"model_impl": "transformers"}),
         "qwen2, drafts": Case("qwen2", {"speculative_config": {"prompt_lookup_min": 1}}),
         "qwen3, three steps in flight": Case("qwen3", {"max_steps_in_flight": 3}),
     }

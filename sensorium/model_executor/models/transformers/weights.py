@@ -18,6 +18,7 @@ from sensorium.config import EngineConfig, ModelConfig
 from sensorium.errors import ModelError, WeightsError
 from sensorium.logger import get_logger
 from sensorium.model_executor.models.transformers.architectures import text_architectures
+from sensorium.model_executor.models.transformers.division import divide
 
 logger = get_logger(__name__)
 
@@ -82,6 +83,8 @@ def _loaded(config: EngineConfig, hf_class: Any, options: Mapping[str, Any]) -> 
         model = _made(hf_class, hf_config, model_config, options)
     else:
         model = _read(hf_class, hf_config, model_config, options)
+    is_checked = model_config.load_check == "auto"
+    divide(model.eval(), config.parallel_config.group, is_checked=is_checked)
     placed: nn.Module = model.to(torch.device(config.device_config.device))
     return placed.eval().requires_grad_(False)
 
