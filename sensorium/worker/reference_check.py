@@ -26,7 +26,7 @@ TOLERANCE = {torch.float32: 1e-3, torch.bfloat16: 0.1, torch.float16: 0.05}
 """Largest error of a position's logits that counts as equal: root of the mean square, over their standard deviation.
 A wrong mask, position or cache moves them by 0.2 and more."""
 SCHEDULES: tuple[tuple[int, ...], ...] = ((7, 1, 9, 6), (5, 5, 1, 1), (1, 2, 4, 1))
-"""The chunks of each prompt, step by step."""
+"""The chunks of each prompt, step by step. Where an encoder reads the prompt, that is the first chunk."""
 
 
 def largest_error(
@@ -39,8 +39,9 @@ def largest_error(
     prompts = check_prompts(model)
     got: list[list[torch.Tensor]] = [[] for _ in prompts]
     caches = steps.caches(max(map(len, prompts)), num_sequences=len(prompts))
+    two_way = [two_way_spans(model.two_way, (), chunks[0]) if model.reads_source else () for chunks in SCHEDULES]
     for pieces in _steps_of(prompts):
-        hidden = driver.forward(steps.step(pieces, caches))
+        hidden = driver.forward(steps.step(pieces, caches, two_way=two_way))
         logits = model.compute_logits(hidden, SamplingMetadata(len(hidden)))
         for rows, part in zip(got, torch.split(logits, [end - start for _, start, end in pieces]), strict=True):
             rows.append(part)
@@ -60,7 +61,8 @@ def split_prompts(text_token_ids: Callable[[int], list[int]], lengths: Sequence[
 
 def reference_logits(model: TransformersForCausalLM) -> list[torch.Tensor]:
     """Logits of `check_prompts` by the untouched modules, `(num_tokens, vocab_size)` each."""
-    return [model.reference_logits(prompt.tolist()) for prompt in check_prompts(model)]
+    prompts = zip(check_prompts(model), SCHEDULES, strict=True)
+    return [model.reference_logits(prompt.tolist(), chunks[0]) for prompt, chunks in prompts]
 
 
 def largest_media_error(

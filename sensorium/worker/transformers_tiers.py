@@ -127,9 +127,9 @@ def _driver(model: TransformersForCausalLM, config: EngineConfig, device: torch.
 
 
 def _with_media(model: TransformersForCausalLM, features: ModelFeatures) -> ModelFeatures:
-    """What was found out about media beside."""
+    """What was found out about spans and media beside."""
     if not isinstance(model, TransformersForConditionalGeneration):
-        return features
+        return replace(features, two_way=model.two_way)
     refused = hf_items(model.model_config).refusals
     refusals = tuple(f"no {modality} items: {reason}" for modality, reason in refused.items())
     return replace(

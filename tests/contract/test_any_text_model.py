@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tests.helpers.generic import generated_tokens, served_tokens
-from tests.helpers.tiny_architectures import save_tiny
+from tests.helpers.tiny_architectures import save_tiny, seq2seq_types
 
 FLAT = (
     *("afmoe", "apertus", "arcee", "aria_text", "axk1", "beam", "bert", "bert-generation", "biogpt", "bitnet"),
@@ -48,13 +48,13 @@ FLAT = (
 
 BY_SEQUENCE = (
     *("bamba", "falcon_h1", "jamba", "lfm2_moe", "mamba", "mamba2", "qwen3_next", "zaya"),
-    *("bloom", "codegen", "doge", "falcon", "gpt_neo", "gptj", "mpt", "xglm", "bart"),
+    *("bloom", "codegen", "doge", "falcon", "gpt_neo", "gptj", "mpt", "xglm", "bart", "deepseek_v32"),
 )
 """The same, but for layers that see one sequence at a time: those with a state, and attention that models compute by
 themselves. Bart's decoder counts positions by itself."""
 
 
-BY_REQUEST = ("inkling_text", "minimax", "openai-gpt", "recurrent_gemma", "deepseek_v32", "rwkv")
+BY_REQUEST = ("inkling_text", "minimax", "openai-gpt", "recurrent_gemma", "rwkv")
 """Types that only run request by request, with transformers' own cache, or over all of their tokens again."""
 
 
@@ -62,6 +62,17 @@ BY_REQUEST = ("inkling_text", "minimax", "openai-gpt", "recurrent_gemma", "deeps
 def test_tokens_equal_those_of_generate(model_type: str, tmp_path: Path) -> None:
     expected = generated_tokens(save_tiny(model_type, tmp_path))
     assert served_tokens(tmp_path) == expected
+
+
+SEQ2SEQ = ("bart", "t5", "marian", "nllb-moe")
+"""Types whose encoder reads the prompt, and whose decoder writes on."""
+
+
+@pytest.mark.parametrize("model_type", SEQ2SEQ)
+def test_encoders_read_the_prompt_and_decoders_write(model_type: str, tmp_path: Path) -> None:
+    """In the second round prompts are known."""
+    expected = generated_tokens(save_tiny(model_type, tmp_path, class_name=seq2seq_types()[model_type]))
+    assert served_tokens(tmp_path, num_rounds=2, max_num_batched_tokens=48) == expected * 2
 
 
 @pytest.mark.parametrize("model_type", ["gpt_oss", "mamba", "bloom", "minimax"])

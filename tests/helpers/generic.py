@@ -28,9 +28,12 @@ def load_generic(path: Path, **settings: Any) -> tuple[Any, LoadReport]:
 
 
 def served_tokens(path: Path, num_rounds: int = 1, **settings: Any) -> list[list[int]]:
-    """Greedy tokens of `PROMPTS`, in chunks of at most 16, beside each other; again in each round."""
-    settings = {"model_impl": "transformers", "max_model_len": 128, "num_blocks": 64, **settings}
-    llm = LLM(str(path), device="cpu", skip_tokenizer_init=True, max_num_batched_tokens=16, **settings)
+    """Greedy tokens of `PROMPTS`, in chunks of at most 16, beside each other; again in each round.
+
+    Of models whose encoder reads prompts whole, `max_num_batched_tokens` has to be larger.
+    """
+    defaults = {"model_impl": "transformers", "max_model_len": 128, "num_blocks": 64, "max_num_batched_tokens": 16}
+    llm = LLM(str(path), device="cpu", skip_tokenizer_init=True, **{**defaults, **settings})
     params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
     prompts = [{"prompt_token_ids": ids} for ids in PROMPTS]
     rounds = [llm.generate(prompts, params, use_tqdm=False) for _ in range(num_rounds)]
@@ -48,5 +51,6 @@ def generated_tokens(model: PreTrainedModel) -> list[list[int]]:
         output = model.generate(
             given, attention_mask=torch.ones_like(given), max_new_tokens=NUM_TOKENS, do_sample=False
         )
-        found.append(output[0, len(ids) :].tolist())
+        begun = 1 if model.config.is_encoder_decoder else len(ids)  # by the decoder's start token, or the prompt
+        found.append(output[0, begun:].tolist())
     return found

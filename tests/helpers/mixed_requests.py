@@ -143,3 +143,19 @@ def random_plan(
         params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, max_tokens), ignore_eos=True)
         plan.append(Planned(f"{tag}{i}", random_prompt(family, rng), params, arrival, abort, priority=rng.randrange(3)))
     return plan
+
+
+def random_token_plan(
+    num_requests: int, rng: random.Random, *, spread: int, aborts: float, max_tokens: int = 14, longest: int = 48
+) -> list[Planned]:
+    """The same of prompts of token ids, for checkpoints without a tokenizer; half of them begin alike."""
+    common = [rng.randrange(5, 300) for _ in range(20)]
+    plan = []
+    for i in range(num_requests):
+        ids = [rng.randrange(5, 300) for _ in range(rng.randrange(1, longest - len(common)))]
+        arrival = rng.randrange(spread + 1)
+        abort = arrival + rng.randrange(1, 30) if rng.random() < aborts else None
+        params = SamplingParams(temperature=0, max_tokens=rng.randrange(1, max_tokens), ignore_eos=True)
+        prompt = {"prompt_token_ids": common + ids if rng.random() < 0.5 else ids}
+        plan.append(Planned(str(i), prompt, params, arrival, abort, priority=rng.randrange(3)))
+    return plan

@@ -46,6 +46,7 @@ SIZES: Mapping[str, int] = {
     **dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "linear_head_dim"), 16),
     **dict.fromkeys(("linear_num_heads",), 4),
     **dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), NUM_LAYERS),
+    **dict.fromkeys(("num_decoder_layers",), NUM_LAYERS),
     **dict.fromkeys(("encoder_layers",), NUM_LAYERS),
     **dict.fromkeys(("hidden_size_per_layer_input",), 16),
     **dict.fromkeys(("vocab_size", "vocab_size_per_layer_input", "decoder_vocab_size"), VOCAB_SIZE),
@@ -139,16 +140,23 @@ def text_types() -> dict[str, str]:
     return dict(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
-def tiny_config(model_type: str, **settings: Any) -> PretrainedConfig:
+def seq2seq_types() -> dict[str, str]:
+    """Model types with the class whose encoder reads a text and whose decoder writes another."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES
+
+    return dict(MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES)
+
+
+def tiny_config(model_type: str, class_name: str = "", **settings: Any) -> PretrainedConfig:
     """The defaults of a type with sizes of some dozens."""
     # A type may name the config of a whole with media, and a class that takes its part for text.
-    config_class = getattr(transformers, text_types()[model_type]).config_class or CONFIG_MAPPING[model_type]
+    config_class = getattr(getattr(transformers, class_name, None), "config_class", None) or CONFIG_MAPPING[model_type]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         default = config_class()
         values = shrunk(default.to_dict(), _num_layers(default)) | _SETTINGS.get(model_type, {}) | settings
         agree_on_heads(values)
-        if hasattr(default, "is_decoder"):
+        if hasattr(default, "is_decoder") and class_name != seq2seq_types().get(model_type):
             values["is_decoder"] = True
         return config_class(**values)
 
@@ -182,7 +190,7 @@ def shrunk(values: Mapping[str, Any], num_layers: int, sizes: Mapping[str, int] 
             small[name] = min(sizes[name], value)
         elif isinstance(value, list) and num_layers and len(value) == num_layers:
             small[name] = _few(value)
-        elif isinstance(value, dict) and name.endswith("_config"):
+        elif isinstance(value, dict) and (name.endswith("_config") or "model_type" in value):
             small[name] = shrunk(value, int(value.get("num_hidden_layers") or 0), sizes)
             small[name] |= {each: value[each] for each in ("model_type",) if each in value}
         else:
@@ -197,12 +205,15 @@ def _few(per_layer: list[Any]) -> list[Any]:
     return (first * NUM_LAYERS)[:NUM_LAYERS] if len(first) > 1 else per_layer[:NUM_LAYERS]
 
 
-def tiny_model(model_type: str, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def tiny_model(model_type: str, seed: int = 0, class_name: str = "", **settings: Any) -> PreTrainedModel:
     """A model of a type, with weights that make a misplaced tensor or a wrong mask show."""
-    config = tiny_config(model_type, **settings)
-    model = getattr(transformers, text_types()[model_type])
+    class_name = class_name or text_types()[model_type]
+    config = tiny_config(model_type, class_name, **settings)
+    model = getattr(transformers, class_name)
     torch.manual_seed(seed)
     made: PreTrainedModel = model(config).eval()
+    if config.is_encoder_decoder and made.generation_config.decoder_start_token_id is None:
+        made.generation_config.decoder_start_token_id = _SPECIAL_IDS["decoder_start_token_id"]
     spread(made, seed)
     return made
 
@@ -212,14 +223,16 @@ def spread(model: PreTrainedModel, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
+            if not parameter.requires_grad:  # computed, and not always saved
+                continue
             if not parameter.is_floating_point() or parameter.dim() < 2 or "A_log" in name or "conv" in name:
                 continue
             fan_in = parameter.shape[-1] if "embed" not in name else 1
             parameter.normal_(0, 1.2 * fan_in**-0.5, generator=generator)
 
 
-def save_tiny(model_type: str, folder: Path, seed: int = 0, **settings: Any) -> PreTrainedModel:
+def save_tiny(model_type: str, folder: Path, seed: int = 0, class_name: str = "", **settings: Any) -> PreTrainedModel:
     """Write a tiny checkpoint without tokenizer; returns the model."""
-    model = tiny_model(model_type, seed, **settings)
+    model = tiny_model(model_type, seed, class_name, **settings)
     model.save_pretrained(folder)
     return model

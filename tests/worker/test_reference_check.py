@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from sensorium.errors import ConfigError, ModelError, WeightsError
+from sensorium.errors import ModelError, WeightsError
 from sensorium.kernels.native import native_library
 from sensorium.model_executor.models.transformers import by_sequence, mask_rules
 from sensorium.model_executor.models.transformers.flat import FlatWay
@@ -155,12 +155,6 @@ def test_dummy_weights_are_seeded_and_leave_the_generator_alone(tmp_path: Path) 
     tables = [model.hf_model.model.embed_tokens.weight for model in (first, second, other)]
     assert torch.equal(tables[0], tables[1])
     assert not torch.equal(tables[0], tables[2])
-
-
-def test_quantization_at_load_is_refused(tmp_path: Path) -> None:
-    save_tiny("olmo2", tmp_path)
-    with pytest.raises(ConfigError, match="quantization"):
-        load_generic(tmp_path, quantization="int8")
 
 
 def test_the_error_of_a_position_is_in_units_of_its_spread() -> None:

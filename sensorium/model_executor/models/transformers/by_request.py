@@ -82,7 +82,7 @@ class Pace(Enum):
 
 
 @dataclass(frozen=True, slots=True, eq=False)
-class _Chunk:
+class Chunk:
     """Tokens of one request, from its position `start` on."""
 
     start: int
@@ -94,9 +94,9 @@ class _Chunk:
     """`(num_tokens, hidden_size)`, embedded, media in their places; None: the model embeds ids itself."""
     media: MediaRows | None = None
 
-    def part(self, begin: int, end: int) -> _Chunk:
+    def part(self, begin: int, end: int) -> Chunk:
         """Its tokens `[begin, end)`."""
-        return _Chunk(
+        return Chunk(
             self.start + begin,
             self.ids[begin:end],
             self.positions[..., begin:end],
@@ -104,9 +104,9 @@ class _Chunk:
             None if self.media is None else self.media.part(begin, end),
         )
 
-    def behind(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None) -> _Chunk:
+    def behind(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None) -> Chunk:
         """The tokens from the first one on, of which these came before."""
-        return _Chunk(
+        return Chunk(
             0,
             torch.cat((ids, self.ids)),
             torch.cat((positions, self.positions), -1),
@@ -161,7 +161,7 @@ class ByRequestWay(nn.Module):
         rows = [(None, None)] * len(lens) if batch.state_rows is None else batch.state_rows.T.tolist()
         if self._inputs is not None and inputs_embeds is None:
             inputs_embeds = self._inputs.embed(input_ids, media)
-        step = _Chunk(0, input_ids, positions, inputs_embeds, media)
+        step = Chunk(0, input_ids, positions, inputs_embeds, media)
         parts, begin = [], 0
         for (num_tokens, end), (read, write) in zip(lens, rows, strict=True):
             start = end - num_tokens
@@ -173,7 +173,7 @@ class ByRequestWay(nn.Module):
                 self.states.write(write, cache)
         return torch.cat(parts)
 
-    def _run(self, chunk: _Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
+    def _run(self, chunk: Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
         if self._pace is Pace.WHOLE:
             whole = chunk if cache is None else chunk.behind(*cache)
             hidden, _ = self._pass(whole, None)
@@ -186,7 +186,7 @@ class ByRequestWay(nn.Module):
             parts.append(hidden)
         return torch.cat(parts), cache
 
-    def _pass(self, chunk: _Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
+    def _pass(self, chunk: Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
         given = self._arguments(chunk)
         if self._takes_mask and chunk.start == 0:  # later nothing is padding, and mixers misread a longer mask
             given["attention_mask"] = chunk.ids.new_ones(1, len(chunk.ids))
@@ -194,11 +194,11 @@ class ByRequestWay(nn.Module):
             given[self._cache_name] = cache
         if self.trunk is None:
             output = self._model[0](**given)
-            return output.logits[0], _cache_in(output)
+            return output.logits[0], cache_in(output)
         output = self.trunk.run(given) if chunk.rows is None else self.trunk.forward(**given)
-        return hidden_states(output)[0], _cache_in(output)
+        return hidden_states(output)[0], cache_in(output)
 
-    def _arguments(self, chunk: _Chunk) -> dict[str, Any]:
+    def _arguments(self, chunk: Chunk) -> dict[str, Any]:
         """What a pass gets beside mask and cache."""
         num_tokens, uses_cache = len(chunk.ids), self._pace is not Pace.WHOLE
         if self._inputs is None:
@@ -214,7 +214,8 @@ class ByRequestWay(nn.Module):
         return given
 
 
-def _cache_in(output: Mapping[str, Any]) -> Any:
+def cache_in(output: Mapping[str, Any]) -> Any:
+    """The cache among what a model returned; None without one."""
     return next((output[name] for name in _CACHE_NAMES if output.get(name) is not None), None)
 
 

@@ -22,7 +22,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from sensorium.attention import AttentionMetadata, LayerCache
 from sensorium.cache_spec import CacheSpec, FullAttentionSpec, StateSpec, StateTensor
 from sensorium.kernels import split_cache, write_kv
-from sensorium.model_executor.models.transformers.interface import Eager, PassEnded, RuledMask, attending
+from sensorium.model_executor.models.transformers.interface import EAGER, IMPLEMENTATION, PassEnded, RuledMask
 from sensorium.model_executor.models.transformers.mixers import (
     MADE_BY_SEQUENCE,
     FoundMixer,
@@ -194,7 +194,7 @@ class Mixer(nn.Module):
                 own["attention_mask"] = _mask(given["attention_mask"], first, _dtype_of(given), found.mask_values)
             layer = self._paged_layer(batch, first)
             own[found.cache_name] = with_layer(found.empty, found.place, layer)
-            with attending(Eager()):
+            with _eager(found.module):
                 output = self._forward(**own)
         else:
             if "attention_mask" in given:
@@ -299,6 +299,21 @@ class _Blocks:
         write_kv(key.contiguous(), value.contiguous(), self.keys, self.values, self.slots)
         found = [cached[self.blocks].flatten(0, 1)[: self.seq_len].to(key.dtype) for cached in (self.keys, self.values)]
         return found[0], found[1]
+
+
+@contextmanager
+def _eager(module: nn.Module) -> Iterator[None]:
+    """Within it, the module attends in plain torch. Some do more than attend by the function's name."""
+    config: Any = getattr(module, "config", None)
+    name = getattr(config, IMPLEMENTATION, None)
+    if name is None:
+        yield
+        return
+    setattr(config, IMPLEMENTATION, EAGER)
+    try:
+        yield
+    finally:
+        setattr(config, IMPLEMENTATION, name)
 
 
 def bound_to(

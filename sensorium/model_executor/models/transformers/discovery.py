@@ -75,20 +75,20 @@ def discover(
     token_ids: Sequence[int],
     max_position: int,
     device: torch.device,
-    own_attention: Callable[[], AbstractContextManager[None]],
+    eager_attention: Callable[[], AbstractContextManager[None]],
     *,
     takes_rows: bool = False,
 ) -> Discovery:
     """Run a Hugging Face model on a few tokens of text, and look on.
 
-    `own_attention`: within it, attention is as the model has it.
+    `eager_attention`: within it, attention is transformers' plain one.
     `takes_rows`: the trunk wanted is the innermost module that gets embedded rows, in front of which media are merged;
     otherwise the outermost within the model that takes token ids.
 
     Raises:
         CannotRunError: It does something that a flat batch over a paged cache has no counterpart for.
     """
-    look = partial(_discover, model, token_ids, max_position, device, own_attention, takes_rows)
+    look = partial(_discover, model, token_ids, max_position, device, eager_attention, takes_rows)
     try:
         return look(every_attention=False)
     except CannotRunError as reason:
@@ -103,7 +103,7 @@ def _discover(
     token_ids: Sequence[int],
     max_position: int,
     device: torch.device,
-    own_attention: Callable[[], AbstractContextManager[None]],
+    eager_attention: Callable[[], AbstractContextManager[None]],
     takes_rows: bool,
     *,
     every_attention: bool,
@@ -113,7 +113,7 @@ def _discover(
     found: Discovery | None = None
     try:
         mixers = tuple(
-            map(Mixer, find_mixers(model, token_ids, device, own_attention, every_attention=every_attention))
+            map(Mixer, find_mixers(model, token_ids, device, eager_attention, every_attention=every_attention))
         )
         if any(mixer.takes_keys_only for mixer in mixers):
             given = _given_of_keys(model, token_ids, max_position + 1, device)

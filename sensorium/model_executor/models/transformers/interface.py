@@ -8,7 +8,6 @@ Source: `transformers` `AttentionInterface` and `AttentionMaskInterface`.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -18,6 +17,10 @@ import torch
 from torch import nn
 
 NAME = "sensorium_paged"
+EAGER = "eager"
+"""Transformers' plain one."""
+IMPLEMENTATION = "_attn_implementation_internal"
+"""Where a config keeps the name of the attention function. The setter would write to the configs of other parts too."""
 
 MaskFunction = Callable[..., torch.Tensor]
 """`(batch, head, query, key)` indices to whether the query sees the key, broadcast."""
@@ -56,26 +59,6 @@ class AttentionStep(Protocol):
         options: Mapping[str, Any],
     ) -> torch.Tensor:
         """`(1, heads, num_tokens, size)` each; returns `(1, num_tokens, heads, value size)`."""
-
-
-class Eager:
-    """The `AttentionStep` that computes it as the modeling file does in plain torch."""
-
-    def attend(
-        self,
-        module: nn.Module,
-        query: torch.Tensor,
-        key: torch.Tensor,
-        value: torch.Tensor,
-        mask: torch.Tensor | None,
-        options: Mapping[str, Any],
-    ) -> torch.Tensor:
-        """See `AttentionStep.attend`."""
-        from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-        own = getattr(sys.modules[type(module).__module__], "eager_attention_forward", sdpa_attention_forward)
-        output: torch.Tensor = own(module, query, key, value, mask, **options)[0]
-        return output
 
 
 _step: ContextVar[AttentionStep | None] = ContextVar("transformers_attention_step", default=None)

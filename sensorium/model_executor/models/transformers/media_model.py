@@ -25,6 +25,7 @@ from sensorium.model_executor.models.media_common import as_items
 from sensorium.model_executor.models.transformers import interface
 from sensorium.model_executor.models.transformers.by_request import ByRequestWay, Pace
 from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover, find_rows_trunk
+from sensorium.model_executor.models.transformers.encoder_decoder import TransformersForSeq2SeqLM
 from sensorium.model_executor.models.transformers.flat import FlatWay
 from sensorium.model_executor.models.transformers.media_prompts import ItemPart, MediaPrompt, make_media_prompts
 from sensorium.model_executor.models.transformers.media_rows import TrunkInputs, on_device
@@ -48,6 +49,8 @@ from sensorium.multimodal.resize_limits import check_picture
 from sensorium.spans import IntArray
 
 _TOKEN_TYPES = "mm_token_type_ids"
+MEDIA_ARGUMENTS = frozenset(("pixel_values", "input_features", "input_values", "flattened_patches", "image"))
+"""What encoders of media take."""
 
 
 class TransformersForConditionalGeneration(TransformersForCausalLM):
@@ -62,8 +65,6 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         super().__init__(config=config, hf_model=hf_model)
         self._inputs: TrunkInputs | None = None
         self._takes_token_types = _TOKEN_TYPES in inspect.signature(hf_model.forward).parameters
-        self.two_way: frozenset[str] = frozenset()
-        """Modalities whose rows see one another both ways, or `WHOLE_PROMPT`."""
 
     @classmethod
     def for_checkpoint(cls, model: str, hf_config: Any, *, trust_remote_code: bool, revision: str | None) -> type:
@@ -72,9 +73,12 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         Raises `ModelError` (a `TypeError`) for an architecture of another kind.
         """
         if getattr(hf_config, "is_encoder_decoder", False):
+            if reads_text_alone((hf_config.architectures or [""])[0]):
+                return TransformersForSeq2SeqLM
             raise ModelError(
                 f"{(hf_config.architectures or ['the model'])[0]}: got an encoder with cross-attention, expected a "
-                "decoder alone. Models of transformers with an encoder sequence of their own are not served yet."
+                "decoder alone, or an encoder of text. Models of transformers whose encoder reads media are not served "
+                "yet."
             )
         modalities = processor_modalities(model, trust_remote_code, revision)
         return CLASSES.get(frozenset(modalities), TransformersForCausalLM)
@@ -202,7 +206,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def _discovery(self) -> Discovery | CannotRunError:
         ids, last = self.text_token_ids(NUM_TOKENS), self.model_config.max_model_len - 1
         try:
-            return discover(self.hf_model, ids, last, self._device, self._attention.own, takes_rows=True)
+            return discover(self.hf_model, ids, last, self._device, self._attention.eager, takes_rows=True)
         except CannotRunError as reason:
             return reason
 
@@ -291,6 +295,15 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
             )
         logits: torch.Tensor = output.logits[0]
         return logits
+
+
+def reads_text_alone(architecture: str) -> bool:
+    """Whether a class with an encoder gives that token ids, and takes no media."""
+    import transformers
+
+    hf_class = getattr(transformers, architecture, None)
+    names = set(inspect.signature(hf_class.forward).parameters) if hf_class is not None else set()
+    return {"input_ids", "decoder_input_ids"} <= names and names.isdisjoint(MEDIA_ARGUMENTS)
 
 
 def token_types(model_config: ModelConfig, token_ids: Sequence[int] | IntArray) -> dict[str, torch.Tensor]:

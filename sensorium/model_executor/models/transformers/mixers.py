@@ -62,13 +62,13 @@ def find_mixers(
     model: nn.Module,
     token_ids: Sequence[int],
     device: torch.device,
-    own_attention: Callable[[], AbstractContextManager[None]],
+    eager_attention: Callable[[], AbstractContextManager[None]],
     *,
     every_attention: bool,
 ) -> list[FoundMixer]:
     """Run a model on a few tokens, and on one less, and look which modules change its cache.
 
-    Attention must be set to call `interface.NAME`. Within `own_attention()` it is as the model has it;
+    Attention must be set to call `interface.NAME`. Within `eager_attention()` it is transformers' plain one;
     `every_attention`: that which goes through the interface counts too.
 
     Raises:
@@ -85,7 +85,7 @@ def find_mixers(
     reached = {id(each.module) for each in longer if each.is_reached}
     if not any(each.is_attention and id(each.module) not in reached for each in found):
         return found
-    with own_attention():
+    with eager_attention():
         masks = {id(each.module): each.mask for each in _watched(model, token_ids, device, True, attends=False)}
     return [
         each if id(each.module) in reached else replace(each, mask_values=_mask_values(masks.get(id(each.module))))

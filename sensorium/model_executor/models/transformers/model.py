@@ -10,7 +10,7 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -21,14 +21,12 @@ from sensorium.model_executor.models.transformers import interface
 from sensorium.model_executor.models.transformers.by_request import ByRequestWay, Pace
 from sensorium.model_executor.models.transformers.discovery import NUM_TOKENS, Discovery, discover
 from sensorium.model_executor.models.transformers.flat import MASK_FORMS, FlatWay
+from sensorium.model_executor.models.transformers.interface import EAGER, IMPLEMENTATION
 from sensorium.model_executor.models.transformers.packing import check_quantization_of
 from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk, find_trunk
 from sensorium.model_executor.models.transformers.weights import load_hf_model
 
-_EAGER = "eager"
-_IMPLEMENTATION = "_attn_implementation_internal"
-"""Where a config keeps the name of the attention function. The setter would write to the configs of other parts too."""
 FLAT, BY_REQUEST = "transformers flat", "transformers by request"
 
 
@@ -44,6 +42,11 @@ class Tier:
 
 class TransformersForCausalLM(nn.Module):
     """A model of text of transformers. It runs once a tier was chosen by `use`."""
+
+    reads_source: ClassVar[bool] = False
+    """Whether the prompt is read by an encoder."""
+    two_way: frozenset[str] = frozenset()
+    """Modalities whose rows see one another both ways, or `WHOLE_PROMPT`."""
 
     def __init__(self, *, config: EngineConfig, hf_model: nn.Module) -> None:
         super().__init__()
@@ -117,7 +120,7 @@ class TransformersForCausalLM(nn.Module):
         ids = self.text_token_ids(NUM_TOKENS)
         try:
             last = self.model_config.max_model_len - 1
-            return discover(self.hf_model, ids, last, self._device, self._attention.own)
+            return discover(self.hf_model, ids, last, self._device, self._attention.eager)
         except CannotRunError as reason:
             return reason
 
@@ -152,8 +155,11 @@ class TransformersForCausalLM(nn.Module):
     # The untouched model
 
     @torch.inference_mode()
-    def reference_logits(self, token_ids: Sequence[int]) -> torch.Tensor:
-        """Logits `(num_tokens, vocab_size)` of a whole prompt by transformers alone, with its eager attention."""
+    def reference_logits(self, token_ids: Sequence[int], num_prompt_tokens: int | None = None) -> torch.Tensor:
+        """Logits `(num_tokens, vocab_size)` of a whole sequence by transformers alone, with its eager attention.
+
+        `num_prompt_tokens`: so many are the prompt, which matters where an encoder reads it; None: all.
+        """
         ids = torch.tensor([list(token_ids)], device=self._device)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         parameters = inspect.signature(self.hf_model.forward).parameters
@@ -170,7 +176,7 @@ class AttentionSwitch:
 
     def __init__(self, model: nn.Module) -> None:
         self._configs = configs_of(model)
-        self._own = [getattr(each, _IMPLEMENTATION) for each in self._configs]
+        self._own = [getattr(each, IMPLEMENTATION) for each in self._configs]
 
     def set(self, name: str, of: Collection[int] | None = None) -> None:
         """Let all call the function of this name, or those whose config's `id` is in `of`, and the others their own."""
@@ -183,15 +189,11 @@ class AttentionSwitch:
 
     def eager(self) -> AbstractContextManager[None]:
         """Within it, all call transformers' plain one."""
-        return self._with([_EAGER] * len(self._configs))
-
-    def own(self) -> AbstractContextManager[None]:
-        """Within it, all call the functions that they called at first."""
-        return self._with(self._own)
+        return self._with([EAGER] * len(self._configs))
 
     @contextmanager
     def _with(self, names: Sequence[str]) -> Iterator[None]:
-        before = [getattr(each, _IMPLEMENTATION) for each in self._configs]
+        before = [getattr(each, IMPLEMENTATION) for each in self._configs]
         self._write(names)
         try:
             yield
@@ -200,13 +202,13 @@ class AttentionSwitch:
 
     def _write(self, names: Sequence[str]) -> None:
         for each, name in zip(self._configs, names, strict=True):
-            setattr(each, _IMPLEMENTATION, name)
+            setattr(each, IMPLEMENTATION, name)
 
 
 def configs_of(model: nn.Module) -> list[Any]:
     """The configs that a model's modules ask for the attention function, each once."""
     configs = {id(each): each for module in model.modules() if (each := getattr(module, "config", None)) is not None}
-    return [each for each in configs.values() if hasattr(each, _IMPLEMENTATION)]
+    return [each for each in configs.values() if hasattr(each, IMPLEMENTATION)]
 
 
 def text_token_ids(model_config: Any, count: int) -> list[int]:

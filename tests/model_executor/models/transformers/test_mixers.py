@@ -36,7 +36,7 @@ def reached(model: Any) -> Iterator[AttentionSwitch]:
 def mixers_of(model_type: str, *, every_attention: bool = False) -> list[FoundMixer]:
     model = tiny_model(model_type)
     with reached(model) as switch:
-        return find_mixers(model, IDS, CPU, switch.own, every_attention=every_attention)
+        return find_mixers(model, IDS, CPU, switch.eager, every_attention=every_attention)
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_a_model_is_left_as_it_was() -> None:
     with reached(model) as switch:
         expected = model(input_ids=ids, use_cache=False).logits
         before = [module.forward for module in model.modules()]
-        found = discover(model, IDS, 99, CPU, switch.own)
+        found = discover(model, IDS, 99, CPU, switch.eager)
         assert torch.equal(model(input_ids=ids, use_cache=False).logits, expected)
         found.remove()
         assert [module.forward for module in model.modules()] == before
