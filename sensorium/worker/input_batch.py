@@ -279,7 +279,8 @@ class InputBatch:
         """`(num_tables, num_tokens)`"""
         tables = self._block_tables
         if len(tables) == 1:  # a plain index costs less
-            return (tables[0][row_slots, block_index] * np.int64(self.block_size) + block_offset)[np.newaxis]
+            blocks: Int64Array = tables[0][row_slots, block_index]
+            return (blocks * np.int64(self.block_size) + block_offset)[np.newaxis]
         return tables[:, row_slots, block_index] * np.int64(self.block_size) + block_offset
 
     def _cross_rows(

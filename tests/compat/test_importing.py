@@ -134,3 +134,24 @@ def test_attention_of_other_libraries_is_ours(tmp_path: Path) -> None:
     bias = torch.full((5, 5), -torch.inf).triu(1)
     causal = tower.flash_attn_func(q, k, v, causal=True)
     assert torch.allclose(tower.xops.memory_efficient_attention(q, k, v, bias), causal, atol=1e-6)
+
+
+def test_placeholders_are_unpacked_as_in_each_release(tmp_path: Path) -> None:
+    file = write(
+        tmp_path / "expands_placeholders.py",
+        "from vllm.multimodal.utils import repeat_and_pad_placeholder_tokens\n"
+        "def of_the_third():\n"
+        "    prompt, ids = repeat_and_pad_placeholder_tokens(\n"
+        "        None, None, [1, 7], placeholder_token_id=7, repeat_count=2)\n"
+        "    return prompt, ids\n"
+        "def of_the_fourth():\n"
+        "    prompt, ids, ranges = repeat_and_pad_placeholder_tokens(\n"
+        "        None, None, [1, 7], placeholder_token_id=7, repeat_count=2)\n"
+        "    return prompt, ids, ranges\n"
+        "def whole():\n"
+        "    return repeat_and_pad_placeholder_tokens(None, None, [7], placeholder_token_id=7, repeat_count=2)\n",
+    )
+    module = load_plugin(file)
+    assert module.of_the_third() == (None, [1, 7, 7])
+    assert module.of_the_fourth() == (None, [1, 7, 7], [{"offset": 1, "length": 2}])
+    assert len(module.whole()) == 3

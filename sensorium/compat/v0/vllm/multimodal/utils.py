@@ -1,12 +1,32 @@
-"""What towers of 0.6.5 and later return."""
+"""What towers of 0.6.5 and later return; placeholders as files of 0.6.3 take them."""
 
 from __future__ import annotations
 
+import dis
+import sys
 from collections.abc import Callable, Sequence
+from types import FrameType
+from typing import Any
 
 import torch
 
-__all__ = ["resolve_visual_encoder_outputs"]
+from sensorium.multimodal import utils
+
+__all__ = ["repeat_and_pad_placeholder_tokens", "resolve_visual_encoder_outputs"]
+
+
+def repeat_and_pad_placeholder_tokens(*args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """See `sensorium.multimodal.utils`. Files of 0.6.3 unpack two results, without the ranges; they get two."""
+    results = utils.repeat_and_pad_placeholder_tokens(*args, **kwargs)
+    return results[:2] if _num_unpacked(sys._getframe(1)) == 2 else results  # noqa: SLF001
+
+
+def _num_unpacked(caller: FrameType) -> int | None:
+    """Into how many names a caller unpacks what it is about to get; None if it does something else with it."""
+    for instruction in dis.get_instructions(caller.f_code):
+        if instruction.offset > caller.f_lasti:
+            return instruction.arg if instruction.opname == "UNPACK_SEQUENCE" else None
+    return None
 
 
 def resolve_visual_encoder_outputs(
