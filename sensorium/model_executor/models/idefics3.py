@@ -21,7 +21,7 @@ from sensorium.distributed import ONE_RANK, constructing_for
 from sensorium.model_executor.layers.linear import ReplicatedLinear
 from sensorium.model_executor.models.media_common import Pieces, language_config
 from sensorium.model_executor.models.media_inputs import PictureInputs, Size, takes_media
-from sensorium.model_executor.models.media_language_model import MediaLanguageModel
+from sensorium.model_executor.models.media_language_model import PictureLanguageModel
 from sensorium.model_executor.models.siglip import SiglipVisionEmbeddings, SiglipVisionModel
 from sensorium.model_executor.models.tiles import Pair
 from sensorium.model_executor.models.utils import (
@@ -31,8 +31,6 @@ from sensorium.model_executor.models.utils import (
     missing_inner_model,
 )
 from sensorium.model_executor.models.vision_common import merged_squares
-from sensorium.multimodal.byte_pictures import pictures_of
-from sensorium.multimodal.inputs import each_item
 
 MAX_SIDE = 4096
 """The longest side in pixels after the processor's first resizing."""
@@ -176,7 +174,7 @@ class Idefics3Connector(nn.Module):
 
 
 @takes_media(Idefics3Pictures)
-class Idefics3ForConditionalGeneration(MediaLanguageModel):
+class Idefics3ForConditionalGeneration(PictureLanguageModel):
     """Tower, connector and decoder."""
 
     names = WeightsMapper(
@@ -204,24 +202,7 @@ class Idefics3ForConditionalGeneration(MediaLanguageModel):
             language_config(config), prefix=maybe_prefix(prefix, "language_model")
         )
 
-    def placeholder_token_ids(self) -> list[int]:
-        """See `MediaLanguageModel`."""
-        return [self.config.image_token_id]
-
-    def encode_media(
-        self,
-        pixel_values: Any = None,
-        pixel_bytes: Any = None,
-        pixel_table: Any = None,
-        image_embeds: Any = None,
-        **kwargs: Any,
-    ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or embeddings."""
-        if image_embeds is not None:
-            return {self.config.image_token_id: each_item(image_embeds, 2)}
-        if pixel_values is None and pixel_bytes is None:
-            return {}
-        pictures = pictures_of(pixel_values, pixel_bytes, pixel_table)
-        rows = self.connector(self.vision_model(torch.cat(pictures)))
-        items = torch.split(rows, [len(each) for each in pictures])
-        return {self.config.image_token_id: [each.flatten(0, 1) for each in items]}
+    def encode_pictures(self, pictures: Sequence[torch.Tensor], image_sizes: Any) -> Sequence[torch.Tensor]:
+        """See `PictureLanguageModel`."""
+        rows = self.connector(self.vision_model(torch.cat(list(pictures))))
+        return [each.flatten(0, 1) for each in torch.split(rows, [len(each) for each in pictures])]

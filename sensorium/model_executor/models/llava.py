@@ -21,7 +21,7 @@ from sensorium.model_executor.layers.quantization import QuantizationConfig
 from sensorium.model_executor.models.clip import CLIPVisionModel
 from sensorium.model_executor.models.media_common import Pieces, language_config
 from sensorium.model_executor.models.media_inputs import MediaInputs, PictureInputs, Size, takes_media
-from sensorium.model_executor.models.media_language_model import MediaLanguageModel
+from sensorium.model_executor.models.media_language_model import PictureLanguageModel
 from sensorium.model_executor.models.pixtral import PixtralPictures, PixtralVisionModel
 from sensorium.model_executor.models.siglip import SiglipVisionModel
 from sensorium.model_executor.models.utils import (
@@ -30,8 +30,6 @@ from sensorium.model_executor.models.utils import (
     maybe_prefix,
     missing_inner_model,
 )
-from sensorium.multimodal.byte_pictures import pictures_of
-from sensorium.multimodal.inputs import each_item
 
 Tower: TypeAlias = CLIPVisionModel | SiglipVisionModel | PixtralVisionModel
 TOWERS: dict[str, type[Tower]] = {
@@ -113,7 +111,7 @@ class LlavaPictures(PicturesOfOneSize):
 
 
 @takes_media(LlavaPictures)
-class LlavaForConditionalGeneration(MediaLanguageModel):
+class LlavaForConditionalGeneration(PictureLanguageModel):
     """Tower, projector and decoder."""
 
     names = WeightsMapper(
@@ -166,35 +164,8 @@ class LlavaForConditionalGeneration(MediaLanguageModel):
             prefix=prefix,
         )
 
-    def placeholder_token_ids(self) -> list[int]:
-        """See `MediaLanguageModel`."""
-        return [self.config.image_token_id]
-
-    def encode_media(
-        self,
-        *,
-        pixel_values: Any = None,
-        pixel_bytes: Any = None,
-        pixel_table: Any = None,
-        image_sizes: Any = None,
-        image_embeds: Any = None,
-        **kwargs: Any,
-    ) -> dict[int, Sequence[torch.Tensor]]:
-        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or embeddings."""
-        if image_embeds is not None:
-            return {self.config.image_token_id: each_item(image_embeds, 2)}
-        if pixel_values is None and pixel_bytes is None:
-            return {}
-        pixels = (pixel_values, pixel_bytes, pixel_table)
-        return {self.config.image_token_id: self.encode_pictures(pictures_of(*pixels), image_sizes)}
-
     def encode_pictures(self, pictures: Sequence[torch.Tensor], image_sizes: Any) -> Sequence[torch.Tensor]:
-        """Rows of each picture.
-
-        Args:
-            pictures: `(tiles, channels, height, width)` each.
-            image_sizes: Height and width of each picture in pixels, if the processor returns them.
-        """
+        """See `PictureLanguageModel`."""
         if isinstance(self.vision_tower, PixtralVisionModel):
             features, grids = self.vision_tower.encode(pictures, image_sizes)
             rows = self.multi_modal_projector(features)

@@ -15,6 +15,8 @@ from sensorium.model_executor.models.utils import (
     WeightsMapper,
     merge_multimodal_embeddings,
 )
+from sensorium.multimodal.byte_pictures import pictures_of
+from sensorium.multimodal.inputs import each_item
 
 
 class MediaLanguageModel(nn.Module, SupportsMultiModal):
@@ -92,3 +94,44 @@ class MediaLanguageModel(nn.Module, SupportsMultiModal):
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
         """Fill all parts, each by its own `load_weights` if it has one."""
         return AutoWeightsLoader(self).load_weights(weights, mapper=self.names)
+
+
+class PictureLanguageModel(MediaLanguageModel):
+    """A decoder and a tower for pictures, all of one placeholder token, `image_token_id` of the config.
+
+    A model file implements `encode_pictures` instead of `encode_media`.
+    """
+
+    config: Any
+    """Hugging Face's config."""
+
+    def placeholder_token_ids(self) -> list[int]:
+        """See `MediaLanguageModel`."""
+        return [self.config.image_token_id]
+
+    def encode_media(
+        self,
+        *,
+        pixel_values: Any = None,
+        pixel_bytes: Any = None,
+        pixel_table: Any = None,
+        image_sizes: Any = None,
+        image_embeds: Any = None,
+        **kwargs: Any,
+    ) -> dict[int, Sequence[torch.Tensor]]:
+        """See `MediaLanguageModel`; pictures in either form of `byte_pictures`, or embeddings."""
+        if image_embeds is not None:
+            return {self.config.image_token_id: each_item(image_embeds, 2)}
+        if pixel_values is None and pixel_bytes is None:
+            return {}
+        pixels = (pixel_values, pixel_bytes, pixel_table)
+        return {self.config.image_token_id: self.encode_pictures(pictures_of(*pixels), image_sizes)}
+
+    def encode_pictures(self, pictures: Sequence[torch.Tensor], image_sizes: Any) -> Sequence[torch.Tensor]:
+        """Rows `(num_rows, hidden_size)` of each picture.
+
+        Args:
+            pictures: `(tiles, channels, height, width)` each.
+            image_sizes: Height and width of each picture in pixels, if the processor returns them.
+        """
+        raise NotImplementedError

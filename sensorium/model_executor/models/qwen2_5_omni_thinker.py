@@ -35,7 +35,7 @@ from sensorium.model_executor.models.qwen2_audio import (
     num_rows_of,
     num_rows_of_sound,
 )
-from sensorium.model_executor.models.qwen2_vl import map_videos
+from sensorium.model_executor.models.qwen2_vl import largest_items, map_videos
 from sensorium.model_executor.models.qwen_vl_inputs import Item, VisionInputs, grids_of
 from sensorium.model_executor.models.utils import WeightsMapper, maybe_prefix
 from sensorium.model_executor.models.whisper_encoder import WhisperEncoder, rows_of_frames
@@ -115,17 +115,10 @@ def dummy_data(
         pieces += [marks[0], (config.audio_token_id, max_audio_tokens(ctx)), marks[1]] * num_sounds
         data["audio"] = [sound] * num_sounds
     left = max(seq_len - sum(count for _, count in pieces), 0)
-    share = left // max(mm_counts["image"] + mm_counts["video"], 1) - 2
-    for modality in ("image", "video"):
-        if not mm_counts[modality]:
-            continue
-        kind = VisionInputs(ctx, modality, min_pixels=min_pixels, max_pixels=max_pixels)
-        item = kind.largest(min(share, kind.max_rows))
-        marks = (config.vision_start_token_id, 1), (config.vision_end_token_id, 1)
-        pieces += [marks[0], (kind.token_id, kind.num_rows(*kind.grids(item))), marks[1]] * mm_counts[modality]
-        data[modality] = [item] * mm_counts[modality]
+    of_vision, vision = largest_items(ctx, left, mm_counts, min_pixels=min_pixels, max_pixels=max_pixels)
+    pieces += of_vision
     pieces.append((0, max(seq_len - sum(count for _, count in pieces), 0)))
-    return DummyData(SequenceData.from_prompt_token_counts(*pieces), data or None)
+    return DummyData(SequenceData.from_prompt_token_counts(*pieces), data | vision or None)
 
 
 # Positions

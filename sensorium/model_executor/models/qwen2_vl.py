@@ -129,21 +129,30 @@ def dummy_data(
     max_pixels: int | None = None,
 ) -> DummyData:
     """Items that share `seq_len` tokens evenly, each as large as possible, then zeros."""
+    pieces, data = largest_items(ctx, seq_len, mm_counts, min_pixels=min_pixels, max_pixels=max_pixels)
+    pieces.append((0, max(seq_len - sum(count for _, count in pieces), 0)))
+    return DummyData(SequenceData.from_prompt_token_counts(*pieces), data or None)
+
+
+def largest_items(
+    ctx: InputContext, num_tokens: int, mm_counts: Mapping[str, int], **settings: int | None
+) -> tuple[list[tuple[int, int]], dict[str, list[Item]]]:
+    """Pictures and clips that share so many tokens evenly, each as large as possible: their tokens, run-length encoded
+    with the marks around them, and the items by modality."""
     config = ctx.get_hf_config()
     data: dict[str, list[Item]] = {}
     pieces: list[tuple[int, int]] = []
-    share = seq_len // max(mm_counts["image"] + mm_counts["video"], 1) - 2
+    share = num_tokens // max(mm_counts["image"] + mm_counts["video"], 1) - 2
     for modality in ("image", "video"):
         if not mm_counts[modality]:
             continue
-        kind = VisionInputs(ctx, modality, min_pixels=min_pixels, max_pixels=max_pixels)
+        kind = VisionInputs(ctx, modality, **settings)
         item = kind.largest(min(share, kind.max_rows))
         num_rows = kind.num_rows(*kind.grids(item))
         start, end = (config.vision_start_token_id, 1), (config.vision_end_token_id, 1)
         pieces += [start, (kind.token_id, num_rows), end] * mm_counts[modality]
         data[modality] = [item] * mm_counts[modality]
-    pieces.append((0, max(seq_len - sum(count for _, count in pieces), 0)))
-    return DummyData(SequenceData.from_prompt_token_counts(*pieces), data or None)
+    return pieces, data
 
 
 @MULTIMODAL_REGISTRY.register_image_input_mapper(map_images)
