@@ -18,6 +18,7 @@ from sensorium.config import EngineConfig, ModelFeatures
 from sensorium.errors import ModelError
 from sensorium.logger import get_logger
 from sensorium.model_executor.drivers import MediaEncoder, ModelDriver, StepInputs
+from sensorium.model_executor.layers.sampler import LOGIT_SCRATCH_BYTES, PROMPT_ROWS_AT_ONCE
 from sensorium.model_executor.layers.tower import RecordableTower, towers_of
 from sensorium.worker.decode_graphs import graph_sizes
 from sensorium.worker.dummy_media import NoDummyMediaError, make_dummy_media
@@ -100,9 +101,10 @@ def plan_memory(
 
 
 def _logits_bytes(config: EngineConfig) -> int:
-    """Logits of all requests as the head gives them, and as float32 to be sampled from."""
-    num_rows = config.max_sampled_rows
-    return num_rows * config.model_config.vocab_size * (config.model_config.dtype.itemsize + 4)
+    """Logits of all requests, or of the rows of a prompt that are taken together: as the head gives them, and what
+    sampling and log probabilities make of them."""
+    num_rows = max(config.max_sampled_rows, PROMPT_ROWS_AT_ONCE)
+    return num_rows * config.model_config.vocab_size * (config.model_config.dtype.itemsize + LOGIT_SCRATCH_BYTES)
 
 
 def _recorded_bytes(config: EngineConfig, model: nn.Module, hidden_size: int, itemsize: int) -> int:

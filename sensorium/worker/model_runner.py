@@ -16,6 +16,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -471,9 +472,14 @@ class ModelRunner:
                 continue
             targets = list(request.prompt_token_ids[start + 1 : start + 1 + chunk.num_scheduled_tokens])
             followed = hidden[rows][: len(targets)]
-            with adapter_of_all(request.adapter_id, followed):
-                logits = self._model.compute_logits(followed, SamplingMetadata(len(targets)))
-            pending.prompt_logprobs[chunk.request_id] = PromptLogprobs(logits, targets, top)
+            logits_of = partial(self._logits_of, request.adapter_id)
+            pending.prompt_logprobs[chunk.request_id] = PromptLogprobs(logits_of, followed, targets, top)
+
+    def _logits_of(self, adapter_id: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Logits of rows of one request."""
+        with adapter_of_all(adapter_id, hidden):
+            logits: torch.Tensor = self._model.compute_logits(hidden, SamplingMetadata(len(hidden)))
+        return logits
 
 
 def _finite(pending: PendingStep) -> dict[str, npt.NDArray[np.float32]]:

@@ -588,7 +588,14 @@ def test_prompt_logprobs() -> None:
     token_ids = [*range(70), -3, VOCAB]
     token_ids[61:70] = [5] * 9
     logits = _logits(len(token_ids), VOCAB)
-    reports = PromptLogprobs(logits, token_ids, 2).messages()
+    sizes = list[int]()
+
+    def few_rows(rows: torch.Tensor) -> torch.Tensor:
+        sizes.append(len(rows))
+        return rows
+
+    reports = PromptLogprobs(few_rows, logits, token_ids, 2).messages()
+    assert sizes == [64, len(token_ids) - 64], "logits of a whole chunk were made at once"
     assert [report.token_id for report in reports] == token_ids
     expected = logits.log_softmax(-1)
     for i in range(70):

@@ -7,7 +7,7 @@ draw. A greedy row takes the best token after the mask.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,7 @@ from torch import nn
 
 from sensorium.errors import ModelError
 from sensorium.messages import TokenLogprobs
-from sensorium.model_executor.host_copy import HostCopy
+from sensorium.model_executor.host_copy import HostCopy, to_device
 from sensorium.model_executor.sampling_metadata import (
     NO_LOGPROBS,
     DraftRows,
@@ -31,8 +31,10 @@ from sensorium.model_executor.token_mask import TokenMask
 
 __all__ = ["PromptLogprobs", "Sampler", "SamplerOutput", "SamplingState", "get_sampler"]
 
-_PROMPT_ROWS_AT_ONCE = 64
-"""Bounds the scratch memory of prompt log probabilities."""
+PROMPT_ROWS_AT_ONCE = 64
+"""Bounds the memory of prompt log probabilities: a whole chunk's logits may be more than all else that a step needs."""
+LOGIT_SCRATCH_BYTES = 12
+"""Most bytes of each logit beside the model's own: float32, edited float32, and a term of a sum of exponentials."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -186,27 +188,39 @@ def get_sampler() -> Sampler:
 class PromptLogprobs:
     """Log probabilities of prompt tokens, computed and being copied to the host.
 
-    `logits` `(num_rows, vocab_size)`: row `i` predicts `token_ids[i]`. An id outside the vocabulary, as media
-    placeholders have, gets rank 0 and a log probability of minus infinity.
+    An id outside the vocabulary, as media placeholders have, gets rank 0 and a log probability of minus infinity.
+
+    Args:
+        compute_logits: Makes `(num_rows, vocab_size)` logits of hidden states; called for a part of the rows at a time.
+        hidden: `(num_rows, hidden_size)`: row `i` predicts `token_ids[i]`.
+        token_ids: What follows each row.
+        num_best: How many of the best tokens are reported.
     """
 
     @torch.inference_mode()
-    def __init__(self, logits: torch.Tensor, token_ids: Sequence[int], num_best: int) -> None:
+    def __init__(
+        self,
+        compute_logits: Callable[[torch.Tensor], torch.Tensor],
+        hidden: torch.Tensor,
+        token_ids: Sequence[int],
+        num_best: int,
+    ) -> None:
         self._token_ids = list(token_ids)
         self._num_best = num_best
-        self._vocab_size = vocab_size = logits.shape[1]
+        self._vocab_size = 0
         self._parts: list[HostCopy] = []
-        for start in range(0, len(token_ids), _PROMPT_ROWS_AT_ONCE):
-            part = self._token_ids[start : start + _PROMPT_ROWS_AT_ONCE]
-            known = torch.tensor([i if 0 <= i < vocab_size else 0 for i in part], device=logits.device)
-            rows = logits[start : start + len(part)].detach().float()
-            self._parts.append(HostCopy(token_logprobs(rows, known, min(num_best, vocab_size))))
+        for start in range(0, len(token_ids), PROMPT_ROWS_AT_ONCE):
+            part = self._token_ids[start : start + PROMPT_ROWS_AT_ONCE]
+            logits = compute_logits(hidden[start : start + len(part)]).detach().float()
+            self._vocab_size = vocab_size = logits.shape[1]
+            known = to_device(np.array([i if 0 <= i < vocab_size else 0 for i in part]), logits.device)
+            self._parts.append(HostCopy(token_logprobs(logits, known, min(num_best, vocab_size))))
 
     def messages(self) -> list[TokenLogprobs]:
         """One entry for each token; waits for the device."""
         entries: list[TokenLogprobs] = []
         for part in self._parts:
-            token_ids = self._token_ids[len(entries) : len(entries) + _PROMPT_ROWS_AT_ONCE]
+            token_ids = self._token_ids[len(entries) : len(entries) + PROMPT_ROWS_AT_ONCE]
             entries += _messages(token_ids, np.full(len(token_ids), self._num_best), part.wait())
         is_known = range(self._vocab_size)
         return [entry if entry.token_id in is_known else TokenLogprobs(entry.token_id, -np.inf, 0) for entry in entries]
