@@ -229,7 +229,9 @@ class HFItems:
         named = [getattr(holder, name, None) for holder in (self.processor, tokenizer) for name in _NAMES[modality]]
         added = sorted(getattr(tokenizer, "added_tokens_encoder", {}))
         marked = [text for text in added if any(mark in text.lower() for mark in _MARKS[modality])]
-        yield from dict.fromkeys(str(each) for each in [*named, *marked] if each)
+        start, end = (getattr(self.processor, f"{modality}_{side}_token", None) for side in ("start", "end"))
+        wrapped = [f"{start}{text}{end}" for text in named if text] if start and end else []  # as HunYuanVL wants it
+        yield from dict.fromkeys(str(each) for each in [*named, *wrapped, *marked] if each)
 
     def _is_additive(self, modality: str) -> bool:
         """Whether a prompt with two items of different size is expanded by what each of them becomes alone."""

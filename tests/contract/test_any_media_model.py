@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from sensorium.model_executor.models.transformers import interface
+from tests.helpers.generic import load_generic
 from tests.helpers.generic_media import (
     generated_media_tokens,
     hf_items,
@@ -32,3 +34,13 @@ def test_tokens_equal_those_of_generate(model_type: str, tmp_path: Path) -> None
         requests = media_requests(items, modality)
         expected = generated_media_tokens(model, items, requests)
         assert served_media_tokens(tmp_path, requests, num_rounds=2) == expected * 2
+
+
+def test_towers_attend_as_they_do_untouched(tmp_path: Path) -> None:
+    """Some take no masks but those that they are made with: Gemma 4's for sounds has no other attention than eager."""
+    save_tiny_media("llava_next", tmp_path)
+    model, report = load_generic(tmp_path, max_model_len=2048, num_blocks=400)
+    config = model.hf_model.config
+    assert report.features.tier == "transformers flat"
+    assert config.text_config._attn_implementation == interface.NAME
+    assert config.vision_config._attn_implementation == "sdpa"

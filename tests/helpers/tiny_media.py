@@ -44,7 +44,7 @@ _PARTIAL_MROPE = {"rope_parameters": {**_MROPE["rope_parameters"], "partial_rota
 _LAYERS = {at: {"head_dim": 32} for at in ("01", "03")}
 _WITH_MROPE = (
     *("qwen2_vl", "paddleocr_vl", "glm4v", "glm46v", "glm_ocr", "glmga", "qwen2_5_omni_thinker", "cosmos3_omni"),
-    *("cosmos3_edge", "hunyuan_vl"),
+    "cosmos3_edge",
 )
 _GRIDS = [[28, 28], [28, 56], [56, 28]]
 _SETTINGS: Mapping[str, Mapping[str, Any]] = {
@@ -68,6 +68,7 @@ _SETTINGS: Mapping[str, Mapping[str, Any]] = {
         "vision_config": {"hidden_size": 2048, "vocab_offset": 300, "vocab_size": 10},
         "audio_config": {"vocab_offset": 310, "vocab_size": 10},
     },
+    "hunyuan_vl": {"text_config": {**_MROPE, "head_dim": 16}},
     "step3p7": {"text_config": {"sliding_window": 6}},
     "hyperclovax_vision_v2": {"vision_config": {"window_size": 56, "fullatt_block_indexes": [1]}},
     "qwen2_5_omni_thinker": {
@@ -104,6 +105,7 @@ _LIKE: Mapping[str, str] = {
     "glm_ocr": "glm46v",
     "glmga": "glm4v",
     "fast_vlm": "llava",
+    "musicflamingo": "audioflamingo3",
     "mistral4": "mistral3",
     "kosmos-2": "clip",
     "kosmos-2.5": "kosmos-2.5",
@@ -159,7 +161,7 @@ def _left_out(config: PretrainedConfig) -> dict[str, Any]:
     """Parts that a config has by name, but not by default."""
     kinds: Mapping[str, Any] = config.sub_configs
     left_out = {name: kind for name, kind in kinds.items() if getattr(config, name, None) is None}
-    return {name: kind().to_dict() for name, kind in left_out.items() if isinstance(kind, type)}
+    return {name: kind().to_dict() for name, kind in left_out.items() if issubclass(kind, PretrainedConfig)}
 
 
 def _with_sections(values: dict[str, Any]) -> dict[str, Any]:

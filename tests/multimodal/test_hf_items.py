@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,7 +12,7 @@ import pytest
 from sensorium import LLM, EngineArgs, SamplingParams
 from sensorium.errors import ConfigError, InvalidRequestError, ModelError
 from sensorium.model_executor.drivers.captured import CapturedDriver
-from sensorium.multimodal.hf_items import Placeholder, Processed, as_kwargs, expand, of_item, segment_of
+from sensorium.multimodal.hf_items import HFItems, Placeholder, Processed, as_kwargs, expand, of_item, segment_of
 from tests.helpers.generic_media import dummy_item, hf_items, media_requests, model_config_of
 from tests.helpers.tiny_media import media_config, save_tiny_media
 
@@ -116,3 +118,24 @@ def test_requests_bring_settings_and_unknown_ones_are_refused(tmp_path: Path) ->
         llm.generate({**prompts[0], "mm_processor_kwargs": {"size": "large"}}, use_tqdm=False)
     with pytest.raises(ConfigError, match="which nothing of this model takes"):
         LLM(str(tmp_path), device="cpu", model_impl="transformers", mm_processor_kwargs={"sizes": 3})
+
+
+def test_the_frames_of_a_clip_are_not_chosen_again() -> None:
+    """They were when it was decoded; a processor that samples refuses clips of fewer frames than it wants."""
+
+    class Sampling:
+        video_processor = SimpleNamespace(do_sample_frames=True)
+
+        def __call__(self, *, videos: Any, do_sample_frames: bool = True, **_: Any) -> dict[str, Any]:
+            assert not do_sample_frames
+            return {"input_ids": [[1] * len(videos[0])]}
+
+    items = object.__new__(HFItems)
+    items.processor, items._arguments = Sampling(), {"video": "videos"}
+    assert len(items.process("v", {"video": [dummy_item("video", 0)]}).token_ids) == 4
+
+
+def test_placeholders_may_want_what_opens_and_closes_them(tmp_path: Path) -> None:
+    save_tiny_media("hunyuan_vl", tmp_path)
+    items = hf_items(model_config_of(tmp_path))
+    assert items.placeholders["image"].text == "<image_start_token><image><image_end_token>"
