@@ -76,7 +76,7 @@ def test_the_check_can_be_skipped(tmp_path: Path) -> None:
     [
         ("openai-gpt", {}, "can't be reached"),
         ("minimax", {}, "keeps a state elsewhere"),
-        ("recurrent_gemma", {}, "rows meet outside of attention"),
+        ("recurrent_gemma", {}, "rows depend on other rows outside of attention"),
         ("deepseek_v4", {}, "grows with each token"),
         ("inkling_text", {}, "bias"),
     ],

@@ -1,10 +1,11 @@
-"""The slow way, for any model that `generate` can run: a pass of its own for each request, with Hugging Face's cache.
+"""The slow way, for any model that `generate` can run: a separate pass for each request, with Hugging Face's cache.
 
-To the engine such a cache is a state of fixed size: a chunk reads the one in a row and writes its own into another. So
-requests are scheduled, preempted and repeated like all others, and prefixes are found again where a state was kept.
+The engine treats such a cache as a state of fixed size: a chunk reads it from one row and writes the new one into
+another. So requests are scheduled, preempted and repeated like all others, and a prefix is a hit where a state was
+kept.
 
-Where a model has no cache, or one that is not right when a prompt is cut, what is kept are the tokens themselves, and
-every pass runs all of them.
+For a model without a cache, or with one that is wrong if a prompt is divided into chunks, the tokens themselves are
+kept, and every pass runs all of them.
 """
 
 from __future__ import annotations
@@ -26,23 +27,23 @@ from sensorium.model_executor.models.transformers.media_rows import TrunkInputs
 from sensorium.model_executor.models.transformers.trunk import Trunk, hidden_states
 
 _CACHE_NAMES = ("past_key_values", "cache_params", "state")
-"""What models call their cache, as an argument and in what they return."""
+"""Models' names of their cache, as an argument and in their output."""
 _REPLACED = ("keys", "values")
 """Tensors of a cache's layer that are replaced when they grow, never written."""
 
 
 class RequestStates(nn.Module):
-    """What is kept of each request, by the row of the state group. To the worker it is a layer with a state."""
+    """Each request's cache, by the row of the state group. The worker treats this module as a layer with a state."""
 
     def __init__(self) -> None:
         super().__init__()
         self.group_index = 0
         self._caches: dict[int, Any] = {}
         self._base = self._slope = 0.0
-        """Bytes of a cache: a constant, and so many more with each token."""
+        """A cache's size in bytes: a constant, and an increase per token."""
 
     def cache_spec(self) -> CacheSpec:
-        """A state of a few bytes; what rows stand for lies here."""
+        """A state of a few bytes; the caches that rows stand for are in this module."""
         return StateSpec((StateTensor((1,), "float32"),))
 
     def read(self, row: int) -> Any:
@@ -58,7 +59,7 @@ class RequestStates(nn.Module):
         self._caches.clear()
 
     def measure(self, lengths: Sequence[int]) -> None:
-        """Take the caches of sequences of these lengths, by row, for examples of what a cache takes."""
+        """Estimate the memory of caches from those of sequences of these lengths, by row."""
         sizes = {length: _num_bytes(self._caches[row]) for row, length in enumerate(lengths) if row in self._caches}
         if len(sizes) > 1:
             (short, least), (long, most) = min(sizes.items()), max(sizes.items())
@@ -66,7 +67,7 @@ class RequestStates(nn.Module):
             self._base = max(least - self._slope * short, 0.0)
 
     def bytes_of(self, num_tokens: int) -> int:
-        """Memory that the cache of a sequence takes, as measured; 0 if that wasn't."""
+        """Memory of the cache of a sequence, by `measure`; 0 without it."""
         return int(self._base + self._slope * num_tokens)
 
 
@@ -76,9 +77,9 @@ class Pace(Enum):
     CHUNKS = "chunks"
     """With any number of tokens, from its cache."""
     TOKENS = "tokens"
-    """One token at a time: some mixers can't go on with more."""
+    """By one token at a time: some mixers can't continue with more."""
     WHOLE = "whole"
-    """From its first token again."""
+    """Recomputed from its first token."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -105,7 +106,7 @@ class Chunk:
         )
 
     def behind(self, ids: torch.Tensor, positions: torch.Tensor, rows: torch.Tensor | None) -> Chunk:
-        """The tokens from the first one on, of which these came before."""
+        """This chunk with all earlier tokens, which are given, before it."""
         return Chunk(
             0,
             torch.cat((ids, self.ids)),
@@ -119,15 +120,15 @@ class ByRequestWay(nn.Module):
 
     Args:
         model: Of transformers, untouched.
-        trunk: Of the same model; None where it has none, so that what stands for hidden states are logits.
+        trunk: Of the same model; None if it has none: then logits take the place of hidden states.
         pace: How a sequence goes on.
-        inputs: Makes what the trunk gets, where that is embedded rows; None: the outer model runs on token ids.
+        inputs: Makes the trunk's arguments if it takes embedded rows; None: the outer model runs on token ids.
     """
 
     def __init__(self, model: nn.Module, trunk: Trunk | None, *, pace: Pace, inputs: TrunkInputs | None = None) -> None:
         super().__init__()
         self._inputs = inputs
-        self._model = (model,)  # no submodule: its parameters are the whole's
+        self._model = (model,)  # in a tuple, so that it is no submodule: its parameters belong to the whole model
         self.trunk = trunk
         self._pace = pace
         names = inspect.signature(model.forward if inputs is None or trunk is None else trunk.forward).parameters
@@ -188,7 +189,7 @@ class ByRequestWay(nn.Module):
 
     def _pass(self, chunk: Chunk, cache: Any) -> tuple[torch.Tensor, Any]:
         given = self._arguments(chunk)
-        if self._takes_mask and chunk.start == 0:  # later nothing is padding, and mixers misread a longer mask
+        if self._takes_mask and chunk.start == 0:  # later chunks have no padding, and mixers misread a longer mask
             given["attention_mask"] = chunk.ids.new_ones(1, len(chunk.ids))
         if self._cache_name is not None and cache is not None:
             given[self._cache_name] = cache
@@ -199,7 +200,7 @@ class ByRequestWay(nn.Module):
         return hidden_states(output)[0], cache_in(output)
 
     def _arguments(self, chunk: Chunk) -> dict[str, Any]:
-        """What a pass gets beside mask and cache."""
+        """A pass's arguments other than mask and cache."""
         num_tokens, uses_cache = len(chunk.ids), self._pace is not Pace.WHOLE
         if self._inputs is None:
             given: dict[str, Any] = {"input_ids": chunk.ids[None], "use_cache": uses_cache}
@@ -220,7 +221,7 @@ def cache_in(output: Mapping[str, Any]) -> Any:
 
 
 def _num_bytes(cache: Any) -> int:
-    """Memory behind the tensors of a cache; what they share counts once."""
+    """Memory of a cache's tensors; shared memory counts once."""
     storages: dict[int, int] = {}
     _collect_storages(cache, storages)
     return sum(storages.values())
@@ -241,7 +242,7 @@ def _collect_storages(value: Any, storages: dict[int, int]) -> None:
 
 
 def fork(cache: Any) -> Any:
-    """A cache that can be written into while the first stays as it is. What is only ever replaced is shared."""
+    """A copy of a cache that can be written into. It shares tensors that are only ever replaced."""
     from transformers.cache_utils import Cache, CacheLayerMixin, LinearAttentionCacheLayerMixin
 
     if isinstance(cache, torch.Tensor):

@@ -1,7 +1,7 @@
-"""One short pass of a model's own `forward` that shows how it would be run: its attention calls, and its trunk.
+"""Short passes of a model's own `forward`, which show how it can be run: its attention calls, and its trunk.
 
-Attention is left out of it: what the calls are given is noted, and they return zeros. A call is known by its number in
-a pass, not by its module, since some models run a layer several times (Zamba2).
+Attention isn't computed in these passes: calls record their arguments and return zeros. A call is identified by its
+number in a pass, not by its module, since some models run a layer several times (Zamba2).
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import hidden_states
 
 NUM_TOKENS = 6
-"""Of the pass."""
+"""The number of tokens of a pass."""
 _TOKEN_ARGUMENTS = frozenset(("input_ids", "attention_mask", "position_ids", "cache_position", "inputs_embeds"))
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionCall:
-    """One call of the attention function in a pass: whose it is, its sizes, and what a position sees there."""
+    """One call of the attention function in a pass: its module, its sizes, and what a position sees."""
 
     module: nn.Module
     num_heads: int
@@ -44,24 +44,24 @@ class AttentionCall:
     softcap: float | None = None
     sinks: torch.Tensor | None = None
     spans: SpanRule = SpanRule.SEEN
-    """What it makes of spans whose positions see one another both ways."""
+    """How it treats two-way spans."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Discovery:
-    """What the pass has shown."""
+    """The result of the passes."""
 
     calls: tuple[AttentionCall, ...]
     trunk: nn.Module
     """Holds all attention calls and mixers, and takes token ids."""
     settings: Mapping[str, Any]
-    """What the outer model gives to its trunk beside tensors of the tokens."""
+    """The trunk's arguments other than tensors of the tokens."""
     takes_rows: bool = False
     """The trunk gets embedded rows from the outer model instead of token ids."""
     mixers: tuple[Mixer, ...] = ()
-    """Modules that see one sequence at a time."""
+    """Modules that run one sequence at a time."""
     tables: PositionTables = field(default_factory=PositionTables)
-    """Of a trunk that takes no positions."""
+    """The position tables of a trunk that takes no positions."""
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -79,14 +79,14 @@ def discover(
     *,
     takes_rows: bool = False,
 ) -> Discovery:
-    """Run a Hugging Face model on a few tokens of text, and look on.
+    """Run a Hugging Face model on a few tokens of text, and record how it runs.
 
-    `eager_attention`: within it, attention is transformers' plain one.
-    `takes_rows`: the trunk wanted is the innermost module that gets embedded rows, in front of which media are merged;
-    otherwise the outermost within the model that takes token ids.
+    `eager_attention`: within it, attention is transformers' plain one. `takes_rows`: find as the trunk the innermost
+    module that takes embedded rows, since media are merged before it; otherwise the outermost module within the model
+    that takes token ids.
 
     Raises:
-        CannotRunError: It does something that a flat batch over a paged cache has no counterpart for.
+        CannotRunError: It does something that a flat batch over a paged cache doesn't support.
     """
     look = partial(_discover, model, token_ids, max_position, device, eager_attention, takes_rows)
     try:
@@ -128,7 +128,7 @@ def _discover(
 
 
 def _given_of_keys(model: nn.Module, token_ids: Sequence[int], num_tokens: int, device: torch.device) -> dict[str, Any]:
-    """What the first mixer is given with so many tokens."""
+    """The arguments of the first mixer in a pass of so many tokens."""
     ids = torch.tensor([(list(token_ids) * (num_tokens // len(token_ids) + 1))[:num_tokens]], device=device)
     batch = MixedBatch(())
     with suppress(PassEnded), mixing(batch):
@@ -144,7 +144,7 @@ def _with_mixers(
     takes_rows: bool,
     mixers: tuple[Mixer, ...],
 ) -> Discovery:
-    """What a pass shows, with mixers and positions of a trunk that takes none."""
+    """The result of a pass with mixers, and with position tables for a trunk that takes no positions."""
     looking = _Looking(model, max_position, takes_rows, mixers, device)
     found, _ = looking.at(token_ids, range(len(token_ids)))
     if takes_rows or "position_ids" in _parameter_names(found.trunk):
@@ -155,8 +155,8 @@ def _with_mixers(
 def _check_apart(
     model: nn.Module, token_ids: Sequence[int], max_position: int, device: torch.device, found: Discovery
 ) -> None:
-    """Whether rows of two sequences stay apart: other tokens in the first half of the rows, as far from the others as
-    those of another request may be, change nothing of the second. Raises `CannotRunError` if they do."""
+    """Check that sequences in a batch are independent: other tokens in the first half of the rows, at positions as
+    distant as another request's may be, must change nothing in the second half. Raises `CannotRunError` otherwise."""
     half = len(token_ids) // 2
     looking = _Looking(model, max_position, found.takes_rows, found.mixers, device)
     _, alone = looking.at(token_ids, range(len(token_ids)))
@@ -168,14 +168,14 @@ def _check_apart(
         _, same = looking.at(others, positions)
     if not all(map(_are_equal, alone, rows)) or not all(map(_are_equal, rows, same)):
         raise CannotRunError(
-            "its rows meet outside of attention, as in layers that keep a state of what came before, or where the "
-            "longest sequence of a batch changes how all are rotated"
+            "its rows depend on other rows outside of attention, such as by a layer's state, or by the longest "
+            "sequence of a batch that sets the rotation of all"
         )
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Looking:
-    """Looks at passes of a model."""
+    """Runs passes of a model and records them."""
 
     model: nn.Module
     max_position: int
@@ -184,8 +184,8 @@ class _Looking:
     device: torch.device
 
     def at(self, token_ids: Sequence[int], positions: Sequence[int]) -> tuple[Discovery, list[torch.Tensor]]:
-        """What a pass shows, and all that it computes of the second half of the rows, which are another sequence to
-        mixers."""
+        """The result of a pass, and everything that it computes for the second half of the rows, which mixers treat as
+        another sequence."""
         ids, half = torch.tensor([list(token_ids)], device=self.device), len(token_ids) // 2
         halves = MixedBatch((SequenceRows(0, 0, half, 0), SequenceRows(1, half, len(token_ids), 0)))
         with mixing(halves):
@@ -203,7 +203,7 @@ class _Looking:
         takes_positions = "position_ids" in inspect.signature(self.model.forward).parameters
         try:
             with attending(recorder):
-                # Without a mask of ones, models read jumps of positions as the borders of packed sequences.
+                # Without a mask of ones, models take jumps of positions for the borders of packed sequences.
                 self.model(
                     input_ids=ids,
                     attention_mask=torch.ones_like(ids),
@@ -224,7 +224,7 @@ class _Looking:
 
 
 def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
-    """Whether the same rows were computed, up to how kernels round."""
+    """Whether the same rows were computed, up to rounding."""
     if one.shape != other.shape:
         return False
     difference = (one.float() - other.float()).abs().max()
@@ -232,10 +232,10 @@ def _are_equal(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 class CallRecorder:
-    """The `AttentionStep` that notes its calls."""
+    """An `AttentionStep` that records its calls."""
 
     def __init__(self, max_position: int, half: int, *, both_ways: bool = False) -> None:
-        """`both_ways`: positions may see those behind them."""
+        """`both_ways`: positions may see later ones."""
         self._both_ways = both_ways
         self.calls: list[AttentionCall] = []
         self.rows: list[torch.Tensor] = []
@@ -262,7 +262,7 @@ class CallRecorder:
             is_causal = options.get("is_causal")
             return MaskRule(causal=bool(getattr(module, "is_causal", True) if is_causal is None else is_causal))
         if not isinstance(mask, RuledMask):
-            # Of a few tokens it may hide nothing, and of many all but some that the layer chooses.
+            # With few tokens such a mask may hide nothing, and with many all but those that the layer chooses.
             raise CannotRunError("its layers make masks of their own, which may depend on what was said")
         try:
             return read_rule(mask.rule, self._max_position, mask.device)
@@ -332,7 +332,7 @@ class _TrunkWatch:
             handle.remove()
 
     def found(self) -> tuple[nn.Module, dict[str, Any], Any]:
-        """The trunk, what it was given beside tensors of tokens, and what it returned."""
+        """The trunk, its arguments other than tensors of tokens, and its output."""
         total = self._count()
         whole = [each for each in self._candidates if each[1] == 0 and each[2] == total]
         if self._takes_rows:
@@ -342,7 +342,7 @@ class _TrunkWatch:
             raise CannotRunError(f"no module of it takes {what} and holds all attention")
         if not self._takes_rows:  # rather one that takes positions too
             whole = [each for each in whole if "position_ids" in _parameter_names(each[0])] or whole
-        module, _, _, given, output = whole[0 if self._takes_rows else -1]  # modules are left from the inside out
+        module, _, _, given, output = whole[0 if self._takes_rows else -1]  # inner modules end first
         return module, _plain_settings(given) if self._takes_rows else _settings(given), output
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -356,7 +356,7 @@ class _TrunkWatch:
 
 
 def _plain_settings(given: Mapping[str, Any]) -> dict[str, Any]:
-    """What a trunk that gets rows is given beside tensors, which are made in every pass."""
+    """The arguments of a trunk for embedded rows, without tensors, which every pass makes anew."""
     kept = {name: value for name, value in given.items() if name not in _TOKEN_ARGUMENTS and value is not None}
     return {name: value for name, value in kept.items() if not isinstance(value, torch.Tensor)} | {"use_cache": False}
 
@@ -370,7 +370,7 @@ def _settings(given: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_rows_trunk(model: nn.Module, arguments: Mapping[str, Any]) -> nn.Module:
-    """The innermost module with layers that gets embedded rows in a pass with these arguments.
+    """The innermost module with layers that takes embedded rows in a pass with these arguments.
 
     Raises:
         CannotRunError: There is none.

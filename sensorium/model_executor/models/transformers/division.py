@@ -40,7 +40,7 @@ class SummedLinear(nn.Module):
         self._group = group
 
     @property
-    def weight(self) -> nn.Parameter:
+    def weight(self) -> torch.Tensor:
         """That of the share, for modules that ask for its dtype."""
         return self.share.weight
 

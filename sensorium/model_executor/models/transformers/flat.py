@@ -1,6 +1,6 @@
-"""The fast way: a step's flat batch is one sequence to the modules, `(1, num_tokens)` with its positions.
+"""The fast way: the modules run a step's flat batch as one sequence, `(1, num_tokens)` with its positions.
 
-Rows of different requests meet in attention only, where each call has a paged cache.
+Only attention looks at more than one row, and each of its calls has a paged cache that keeps requests apart.
 """
 
 from __future__ import annotations
@@ -23,19 +23,19 @@ from sensorium.model_executor.models.transformers.refusal import CannotRunError
 from sensorium.model_executor.models.transformers.trunk import Trunk, hidden_states
 
 MASK_FORMS = ("given", "ones")
-"""How a trunk is told that nothing is padding: by a mask that it takes as it is, which spares it making its own, or by
-one of ones. Which of them is right is seen at load."""
+"""How a trunk is told that nothing is padding: by a finished mask that it uses unchanged, which is faster, or by a mask
+of ones. Loading tries which one is right."""
 
 
 class FlatWay(nn.Module):
     """Runs a trunk over flat batches.
 
     Args:
-        found: What a pass has shown.
+        found: The result of passes at load.
         trunk: Of the same model.
         mask_form: One of `MASK_FORMS`.
-        token_by_token: Whether mixers go on with one token of a sequence at a time.
-        inputs: Makes what the trunk gets, where that is embedded rows; None: it gets token ids.
+        token_by_token: Whether mixers continue a sequence by one token at a time.
+        inputs: Makes the trunk's arguments if it takes embedded rows; None if it takes token ids.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class FlatWay(nn.Module):
         self.trunk = trunk
         self._mask_form = mask_form
         self.attention_calls = nn.ModuleList(_attention_for(call, i) for i, call in enumerate(found.calls))
-        """One for each call in a pass, in their order."""
+        """One layer for each call in a pass, in order."""
         self.mixers = nn.ModuleList(found.mixers)
         for i, layer in enumerate(each for each in self.mixers.modules() if isinstance(each, Mixer | KeptBeside)):
             layer.cache_index = i
@@ -78,7 +78,7 @@ class FlatWay(nn.Module):
         media: MediaRows | None = None,
         inputs_embeds: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """Hidden states `(num_tokens, hidden_size)` as they leave the trunk.
+        """The trunk's hidden states `(num_tokens, hidden_size)`.
 
         `inputs_embeds`: the rows of these tokens, media in their places, if they were made before.
         """
@@ -118,7 +118,7 @@ class FlatWay(nn.Module):
 
 
 class _PagedStep:
-    """The `AttentionStep` of a pass: call by call over the paged caches."""
+    """The `AttentionStep` of a pass over the paged caches."""
 
     __slots__ = ("_caches", "_calls", "_layers", "_metadata", "_next")
 

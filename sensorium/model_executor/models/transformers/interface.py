@@ -1,7 +1,7 @@
-"""The functions that transformers calls for attention and for masks, where a config names `NAME`.
+"""The functions that transformers calls for attention and masks if a config names `NAME`.
 
-They find the step that they belong to through a context variable, since many models don't hand keywords on. Outside of
-a step they do what transformers' SDPA does, so that a tower that shares its decoder's config stays right.
+They find their step through a context variable, since many models don't pass keywords on. Outside of a step they do
+what transformers' SDPA does, so that a tower that shares its decoder's config works as before.
 
 Source: `transformers` `AttentionInterface` and `AttentionMaskInterface`.
 """
@@ -18,19 +18,19 @@ from torch import nn
 
 NAME = "sensorium_paged"
 EAGER = "eager"
-"""Transformers' plain one."""
+"""The name of transformers' plain attention."""
 IMPLEMENTATION = "_attn_implementation_internal"
 """Where a config keeps the name of the attention function. The setter would write to the configs of other parts too."""
 
 MaskFunction = Callable[..., torch.Tensor]
-"""`(batch, head, query, key)` indices to whether the query sees the key, broadcast."""
+"""From indices `(batch, head, query, key)` to whether the query sees the key; broadcasts."""
 
 
 class RuledMask(torch.Tensor):
-    """A mask as a function of indices. To models it is a 4-D tensor, which they hand to their layers unchanged."""
+    """A mask as a function of indices. Models treat it as a 4-D tensor, which they pass to their layers unchanged."""
 
     rule: MaskFunction
-    # What operations on it return is no `RuledMask`.
+    # Operations on it return plain tensors.
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # noqa: SLF001  as torch's docs have it
 
     @staticmethod
@@ -47,7 +47,7 @@ class PassEnded(BaseException):
 
 
 class AttentionStep(Protocol):
-    """What attention calls of a pass are about."""
+    """Handles the attention calls of a pass."""
 
     def attend(
         self,

@@ -1,6 +1,6 @@
 """The class that serves architectures which have no file of their own here: transformers' modules over our caches.
 
-It can run in several ways, of which the first that computes what the untouched modules compute is taken at load.
+It can run in several ways; loading takes the first one whose results equal those of the untouched modules.
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ class Tier:
     name: str
     """For the load report."""
     make: Callable[[], FlatWay | ByRequestWay]
-    """Raises `CannotRunError` where the model can't run like this."""
+    """Raises `CannotRunError` if the model can't run in this way."""
 
 
 class TransformersForCausalLM(nn.Module):
-    """A model of text of transformers. It runs once a tier was chosen by `use`."""
+    """A model of text of transformers. `use` must choose a tier before it runs."""
 
     reads_source: ClassVar[bool] = False
-    """Whether the prompt is read by an encoder."""
+    """Whether an encoder reads the prompt."""
     two_way: frozenset[str] = frozenset()
     """Modalities whose rows see one another both ways, or `WHOLE_PROMPT`."""
 
@@ -76,7 +76,7 @@ class TransformersForCausalLM(nn.Module):
             yield Tier(BY_REQUEST, partial(self._by_request, pace))
 
     def _flat_tiers(self) -> Iterator[Tier]:
-        """Mixers that go on with one token at a time are tried only where there are some."""
+        """Mixers are tried token by token only if the model has some."""
         for token_by_token in (False, True):
             for form in MASK_FORMS:
                 yield Tier(FLAT, partial(self._flat, form, token_by_token))
@@ -84,7 +84,7 @@ class TransformersForCausalLM(nn.Module):
                 return
 
     def use(self, tier: Tier) -> None:
-        """Run by a tier from now on. Raises `CannotRunError` where that can't be."""
+        """Run by a tier from now on. Raises `CannotRunError` if the model can't."""
         if self.way is not None and self.way.trunk is not None:
             self.way.trunk.remove()
         self.way = None
@@ -149,7 +149,7 @@ class TransformersForCausalLM(nn.Module):
         return hidden_states if self.way.trunk is None else self.way.trunk.logits(hidden_states)
 
     def text_token_ids(self, count: int) -> list[int]:
-        """Token ids of a text that means nothing; see `text_token_ids`."""
+        """Token ids of a meaningless text; see `text_token_ids`."""
         return text_token_ids(self.model_config, count)
 
     # The untouched model
@@ -158,12 +158,12 @@ class TransformersForCausalLM(nn.Module):
     def reference_logits(self, token_ids: Sequence[int], num_prompt_tokens: int | None = None) -> torch.Tensor:
         """Logits `(num_tokens, vocab_size)` of a whole sequence by transformers alone, with its eager attention.
 
-        `num_prompt_tokens`: so many are the prompt, which matters where an encoder reads it; None: all.
+        `num_prompt_tokens`: how many of them are the prompt, which matters if an encoder reads it; None: all.
         """
         ids = torch.tensor([list(token_ids)], device=self._device)
         given = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
         parameters = inspect.signature(self.hf_model.forward).parameters
-        if "position_ids" in parameters:  # as `generate` gives them; by themselves some models count otherwise
+        if "position_ids" in parameters:  # as `generate` passes them; without them some models count differently
             given["position_ids"] = torch.arange(len(token_ids), device=self._device)[None]
         given = {name: value for name, value in given.items() if name in parameters}
         with self._attention.eager():
@@ -172,23 +172,24 @@ class TransformersForCausalLM(nn.Module):
 
 
 class AttentionSwitch:
-    """Says which attention function the modules of a model call."""
+    """Sets which attention function the modules of a model call."""
 
     def __init__(self, model: nn.Module) -> None:
         self._configs = configs_of(model)
         self._own = [getattr(each, IMPLEMENTATION) for each in self._configs]
 
     def set(self, name: str, of: Collection[int] | None = None) -> None:
-        """Let all call the function of this name, or those whose config's `id` is in `of`, and the others their own."""
+        """Let all modules call the function of this name; with `of`, only those whose config's `id` is in it, and the
+        others their own."""
         pairs = zip(self._configs, self._own, strict=True)
         self._write([name if of is None or id(config) in of else own for config, own in pairs])
 
     def restore(self) -> None:
-        """Let all call the functions that they called at first."""
+        """Let all call their original functions."""
         self._write(self._own)
 
     def eager(self) -> AbstractContextManager[None]:
-        """Within it, all call transformers' plain one."""
+        """Within this context, all call transformers' plain attention."""
         return self._with([EAGER] * len(self._configs))
 
     @contextmanager
@@ -212,7 +213,7 @@ def configs_of(model: nn.Module) -> list[Any]:
 
 
 def text_token_ids(model_config: Any, count: int) -> list[int]:
-    """Different token ids without special meaning, as far as the config names those, from all over the vocabulary."""
+    """Different token ids from all over the vocabulary, without the special ones that the config names."""
     special = {0, *_special_ids(model_config.hf_config), *_special_ids(model_config.hf_text_config)}
     vocab_size = model_config.vocab_size
     stride = max(vocab_size // (count + 1), 1)
