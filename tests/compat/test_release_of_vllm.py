@@ -30,6 +30,7 @@ from tests.helpers.release_of_vllm import (
     pixtral_checkpoint,
 )
 from tests.helpers.serving import Planned, differing, make_engine, serve
+from tests.helpers.tiny_media import save_tiny_media
 
 NUM_TOKENS = 8
 IMAGE_ID = token_ids()["<image>"]
@@ -152,4 +153,29 @@ def test_a_file_of_the_release_with_checkpoints_of_its_own_kind(released: Path, 
             ids, pixel_values=tiles, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS, do_sample=False
         )
         assert served.tokens(each.request_id) == output[0, ids.shape[1] :].tolist()
+    assert len({tuple(served.tokens(each.request_id)) for each in plan}) == len(plan)
+
+
+def test_a_file_of_the_release_around_a_decoder_of_the_room(released: Path, tmp_path: Path) -> None:
+    """BLIP-2's tower and OPT are in the room of V0 alone. The file has the id of placeholders as a number."""
+    file = shutil.copy(released / "blip2.py", tmp_path / "blip2_of_release.py")
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    reference: Any = save_tiny_media("blip-2", folder)
+    settings = {"plugins": (str(file),), "max_num_batched_tokens": 16, "max_model_len": 256, "num_blocks": 128}
+    engine = make_engine(folder, **settings)
+    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    given = [{"prompt_token_ids": [5, 6, 7, 8], "multi_modal_data": {"image": picture}} for picture in pictures()]
+    plan = [Planned(str(at), prompt, params) for at, prompt in enumerate(given)]
+    served = serve(engine, plan)
+    for each in plan:
+        request = engine.preprocess(f"{each.request_id} again", each.prompt, params).engine_request
+        [item] = request.media
+        pixels = torch.as_tensor((item.kwargs or {})["pixel_values"]).flatten(0, -4)
+        ids = torch.tensor([list(request.prompt_token_ids)])
+        ids[ids >= reference.config.text_config.vocab_size] = reference.config.image_token_index
+        output = reference.generate(
+            input_ids=ids, pixel_values=pixels, attention_mask=torch.ones_like(ids), max_new_tokens=NUM_TOKENS
+        )
+        assert served.tokens(each.request_id) == output[0, -NUM_TOKENS:].tolist()
     assert len({tuple(served.tokens(each.request_id)) for each in plan}) == len(plan)
