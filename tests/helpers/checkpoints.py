@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import atexit
 import functools
+import inspect
 import json
 import math
 import shutil
@@ -190,6 +191,13 @@ def gemma3_vision_config() -> transformers.PretrainedConfig:
     )
 
 
+def paligemma_caps_logits() -> bool:
+    """Whether the installed transformers caps PaliGemma 2's logits, as its decoder's config says; older ones don't."""
+    from transformers.models.paligemma.modeling_paligemma import PaliGemmaForConditionalGeneration
+
+    return "final_logit_softcapping" in inspect.getsource(PaliGemmaForConditionalGeneration.forward)
+
+
 def paligemma2_config() -> transformers.PretrainedConfig:
     """Windows that are shorter than most prompts, all of which is seen through them."""
     vision = {
@@ -200,8 +208,11 @@ def paligemma2_config() -> transformers.PretrainedConfig:
         "image_size": IMAGE_SIZE,
         "patch_size": PATCH_SIZE,
     }
+    text = gemma2_config()
+    if not paligemma_caps_logits():
+        text.final_logit_softcapping = None
     return transformers.PaliGemmaConfig(
-        text_config=gemma2_config(),
+        text_config=text,
         vision_config=transformers.SiglipVisionConfig(**vision),
         projection_dim=HIDDEN_SIZE,
         hidden_size=HIDDEN_SIZE,

@@ -145,6 +145,7 @@ class Qwen2AudioForConditionalGeneration(MediaLanguageModel):
     names = WeightsMapper(
         orig_to_new_substr={"multi_modal_projector.linear.": "multi_modal_projector."},
         orig_to_new_prefix={
+            "language_model.model.model.": "language_model.model.",  # as transformers 5.17 saves it
             "model.language_model.": "language_model.model.",
             "model.": "",
             "lm_head.": "language_model.lm_head.",
