@@ -1,9 +1,9 @@
-"""Runs mixers of a flat batch, modules that keep something of a sequence by themselves, one sequence at a time.
+"""Runs the mixers of a flat batch, which are modules with their own cache of a sequence, one sequence at a time.
 
-All else of the trunk runs over all rows at once. What a mixer keeps lies in the engine's own caches:
+The rest of the trunk runs over all rows at once. What a mixer keeps is in the engine's caches:
 
-- a state of fixed size, in the rows of the state group, and all sequences that go on by one token run together;
-- keys and values of attention that a model computes by itself, in blocks. It is handed those of its sequence so far.
+- a state of fixed size, in the rows of the state group; all sequences that continue by one token run together; - keys
+and values of attention that a model computes itself, in blocks. It gets those of its sequence so far.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ _DTYPES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: 
 
 @dataclass(frozen=True, slots=True)
 class SequenceRows:
-    """The rows `[begin, end)` of a flat batch that are a sequence's, from its position `start` on."""
+    """A sequence's rows `[begin, end)` in a flat batch, from its position `start` on."""
 
     index: int
     begin: int
@@ -47,19 +47,20 @@ class SequenceRows:
 
     @property
     def seq_len(self) -> int:
-        """Of the sequence, these rows included."""
+        """The sequence's length, these rows included."""
         return self.start + self.end - self.begin
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class MixedBatch:
-    """A pass, as mixers see it.
+    """What mixers need to know of a pass.
 
     Args:
-        sequences: In the order of their rows, which are all rows of the pass; of none, the pass ends at a mixer.
-        token_by_token: Whether a sequence goes on with one token at a time. Some mixers can't go on with more.
-        caches: Of each mixer; empty in a pass that keeps nothing.
-        metadata: Of the step.
+        sequences: The sequences in the order of their rows, which are all rows of the pass. If empty, the pass ends at
+            the first mixer.
+        token_by_token: Whether sequences continue by one token at a time. Some mixers can't continue with more.
+        caches: Each mixer's cache; empty in a pass that keeps nothing.
+        metadata: The step's attention metadata.
     """
 
     sequences: tuple[SequenceRows, ...]
@@ -67,7 +68,7 @@ class MixedBatch:
     caches: tuple[LayerCache, ...] = ()
     metadata: AttentionMetadata | None = None
     ended_with: dict[str, Any] = field(default_factory=dict)
-    """Of a pass that ended at a mixer: what that was given."""
+    """The arguments of the mixer at which the pass ended."""
 
     @classmethod
     def of_step(cls, metadata: AttentionMetadata, caches: Sequence[LayerCache], token_by_token: bool) -> MixedBatch:
@@ -94,8 +95,8 @@ def mixing(batch: MixedBatch) -> Iterator[None]:
 
 
 class Mixer(nn.Module):
-    """Stands in for a module's `forward`; without a batch to mix, it does what that does. To the worker it is a layer
-    with a cache.
+    """Replaces a module's `forward`; without a `MixedBatch` it calls the original. The worker treats it as a layer with
+    a cache.
 
     Args:
         found: The module.
@@ -128,7 +129,7 @@ class Mixer(nn.Module):
 
     @property
     def takes_keys_only(self) -> bool:
-        """Whether it is given something of keys alone, which must be as long as a sequence, not as the batch."""
+        """Whether it takes arguments of keys alone, whose length is the sequence's, not the batch's."""
         return bool(self._found[0].keys_only)
 
     def take_of_keys(self, given: Mapping[str, Any]) -> None:
@@ -163,7 +164,7 @@ class Mixer(nn.Module):
         return tree_unflatten(_joined(done, self._found[0].output_axes, num_rows), tree)
 
     def _together(self, batch: MixedBatch) -> Iterator[list[SequenceRows]]:
-        """Which sequences run at once: those that go on by one token, where that can be."""
+        """Groups of sequences that run at once: those that continue by one token, if possible."""
         single = [each for each in batch.sequences if each.start > 0 and each.end - each.begin == 1]
         if self._goes_together and len(single) > 1:
             yield single
@@ -179,7 +180,7 @@ class Mixer(nn.Module):
                 yield [each]
 
     def _run(self, batch: MixedBatch, sequences: list[SequenceRows], given: Mapping[str, Any]) -> Any:
-        """Call the module for these sequences; its output has one row of each, or the rows of the only one."""
+        """Call the module for these sequences; its output has one row for each, or all rows of a single one."""
         found, first = self._found[0], sequences[0]
         own: dict[str, Any] = {}
         for name, value in given.items():
@@ -214,7 +215,7 @@ class Mixer(nn.Module):
     # A state
 
     def _state_layer(self, batch: MixedBatch, sequences: Sequence[SequenceRows]) -> Any:
-        """What the layer keeps, with the states of these sequences, `(num_sequences, ...)`."""
+        """The layer's cache with the states of these sequences, `(num_sequences, ...)`."""
         found = self._found[0]
         if sequences[0].start == 0:
             return with_tensors(at(found.empty, found.place), {})
@@ -230,7 +231,7 @@ class Mixer(nn.Module):
             cached[rows] = at(layer, path).to(cached.dtype)
 
     def _is_first(self, batch: MixedBatch, rows: SequenceRows) -> bool:
-        """Whether these are a sequence's first rows in the step, not those behind a token that ran by itself."""
+        """Whether these are a sequence's first rows in the step, rather than those after a token that ran alone."""
         return rows.begin == next(each.begin for each in batch.sequences if each.index == rows.index)
 
     def _rows(self, batch: MixedBatch, sequences: Sequence[SequenceRows], which: int) -> torch.Tensor:
@@ -258,7 +259,7 @@ class Mixer(nn.Module):
 
 
 class KeptBeside(nn.Module):
-    """A vector that attention keeps of each token beside keys and values, as the index of sparse attention does."""
+    """A vector that attention keeps of each token besides keys and values, such as the index of sparse attention."""
 
     def __init__(self, size: int) -> None:
         super().__init__()
@@ -278,14 +279,14 @@ class _Blocks:
     keys: torch.Tensor
     values: torch.Tensor
     blocks: torch.Tensor
-    """Those that hold the sequence."""
+    """The blocks of the sequence."""
     slots: torch.Tensor
-    """Of the rows that are to be written."""
+    """The slots of the rows to be written."""
     seq_len: int
 
     @classmethod
     def of(cls, batch: MixedBatch, rows: SequenceRows, layer: Mixer | KeptBeside, sizes: tuple[int, int]) -> _Blocks:
-        """Of a layer whose keys and values have these sizes."""
+        """The sequence's blocks in a layer with keys and values of these sizes."""
         assert batch.metadata is not None
         kept = batch.caches[layer.cache_index]
         assert isinstance(kept, torch.Tensor)
@@ -303,7 +304,8 @@ class _Blocks:
 
 @contextmanager
 def _eager(module: nn.Module) -> Iterator[None]:
-    """Within it, the module attends in plain torch. Some do more than attend by the function's name."""
+    """Within this context, the module attends in plain torch. Some modules do more than select attention by the
+    function's name."""
     config: Any = getattr(module, "config", None)
     name = getattr(config, IMPLEMENTATION, None)
     if name is None:
@@ -319,7 +321,7 @@ def _eager(module: nn.Module) -> Iterator[None]:
 def bound_to(
     forward: Callable[..., Any], module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> dict[str, Any]:
-    """A call's arguments by the names of the module's own `forward`."""
+    """A call's arguments by the parameter names of the module's own `forward`."""
     stand_in, module.forward = module.forward, forward
     try:
         return bound(module, args, kwargs)
@@ -328,7 +330,7 @@ def bound_to(
 
 
 def _cut(value: Any, axes: Sequence[int | None] | None, sequences: Sequence[SequenceRows]) -> Any:
-    """The part of an argument that belongs to the only sequence, or `(num_sequences, 1, ...)` of several."""
+    """The part of an argument of a single sequence, or `(num_sequences, 1, ...)` for several."""
     leaves, tree = tree_flatten(value)
     if axes is None or len(axes) != len(leaves):
         if any(isinstance(leaf, torch.Tensor) for leaf in leaves):
@@ -346,7 +348,7 @@ def _cut(value: Any, axes: Sequence[int | None] | None, sequences: Sequence[Sequ
 
 
 def _joined(done: Sequence[tuple[list[int], list[Any]]], axes: Sequence[int | None], num_rows: int) -> list[Any]:
-    """Outputs of all sequences, rows in the order of the batch."""
+    """The outputs of all sequences, with rows in the order of the batch."""
     if len(done) == 1:
         return done[0][1]
     order = torch.tensor([row for rows, _ in done for row in rows]).argsort()
@@ -390,7 +392,7 @@ def _paged_layer_class() -> type:
     from transformers.cache_utils import CacheLayerMixin
 
     class PagedLayer(CacheLayerMixin):  # type: ignore[misc]
-        """A layer's cache whose keys and values lie in blocks; None: they are only those that come."""
+        """A layer's cache with keys and values in blocks; with None it has only the new ones."""
 
         def __init__(self, rows: SequenceRows, blocks: _Blocks | None, beside: _Blocks | None) -> None:
             super().__init__()
@@ -400,7 +402,7 @@ def _paged_layer_class() -> type:
             self._length = rows.start
 
         def lazy_initialization(self, *_: object) -> None:
-            """There is nothing to make."""
+            """Nothing needs initialization."""
 
         def update(
             self, key_states: torch.Tensor, value_states: torch.Tensor, *_: object, **__: object

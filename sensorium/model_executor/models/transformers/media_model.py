@@ -1,7 +1,8 @@
-"""The classes that serve architectures with media which have no file of their own here.
+"""The classes that serve architectures with media that have no model file.
 
-The checkpoint's processor says what stands for an item in a prompt and makes its tensors, one item at a time
-(`sensorium.multimodal.hf_items`). There is one class for each set of modalities, since registrations belong to classes.
+The checkpoint's processor defines an item's tokens and makes its tensors, one item at a time
+(`sensorium.multimodal.hf_items`). There is a class for each set of modalities, since modalities are registered by
+class.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ MEDIA_ARGUMENTS = frozenset(("pixel_values", "input_features", "input_values", "
 
 
 class TransformersForConditionalGeneration(TransformersForCausalLM):
-    """A model with media of transformers. It runs once a tier was chosen by `use`."""
+    """A model with media of transformers. `use` must choose a tier before it runs."""
 
     supports_multimodal: ClassVar[bool] = True
     passes_settings_on: ClassVar[bool] = True
@@ -87,7 +88,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
 
     @classmethod
     def placeholder_text(cls, model_config: ModelConfig, modality: str) -> str | None:
-        """What stands for an item in a text, as the checkpoint's processor says; None where it takes no such items."""
+        """An item's placeholder text, by the checkpoint's processor; None if it takes no such items."""
         found = hf_items(model_config).placeholders.get(modality)
         return None if found is None else found.text
 
@@ -95,7 +96,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
     def expand_by_items(
         cls, model_config: ModelConfig, token_ids: Sequence[int], mapped: Mapping[str, Sequence[Mapping[str, Any]]]
     ) -> tuple[list[int], dict[str, list[PlaceholderRange]]]:
-        """The prompt with each placeholder expanded as its item wants it, and where items stand in it.
+        """The prompt with each placeholder expanded to its item's tokens, and the items' ranges in it.
 
         Raises `InvalidRequestError` (a `ValueError`) if there are more or fewer placeholders than items.
         """
@@ -176,7 +177,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         return inputs
 
     def _with_two_way(self, found: Discovery) -> Discovery:
-        """The same, with what its calls make of media that see one another both ways."""
+        """`found`, with how its calls treat two-way spans of media."""
         prompts = [
             SeenPrompt(prompt.modality, mask, self._sights(prompt))
             for prompt, mask in zip(self.media_prompts, self.media_masks, strict=True)
@@ -190,7 +191,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         self._attention.set(interface.NAME, {id(config) for config in configs_of(trunk)})
 
     def _sights(self, prompt: MediaPrompt) -> tuple[torch.Tensor, ...]:
-        """What each attention call sees of a prompt, when the outer model runs on it."""
+        """What positions see in each attention call when the outer model runs on a prompt."""
         recorder = MaskRecorder()
         ids = self._on_device(prompt.token_ids)[None]
         with interface.attending(recorder):
@@ -212,7 +213,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
 
     @cached_property
     def media_prompts(self) -> list[MediaPrompt]:
-        """Prompts with media, to find out how the model takes them."""
+        """Prompts with media, which show how the model takes them."""
         return make_media_prompts(self.model_config, self.modalities)
 
     @property
@@ -221,7 +222,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         return hf_items(self.model_config).takes_prompts
 
     def placeholder_token_ids(self) -> dict[str, frozenset[int]]:
-        """Per modality, the ids that stand where rows of media go, and nowhere else."""
+        """For each modality, the ids that only placeholders of its rows have."""
         found = {}
         for prompt, mask in zip(self.media_prompts, self.media_masks, strict=True):
             ids = frozenset(prompt.token_ids[mask].tolist())
@@ -244,7 +245,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
         return torch.from_numpy(np.ascontiguousarray(token_ids)).to(self._device)
 
     def _tensors(self, tensors: Mapping[str, Any], token_ids: IntArray) -> dict[str, Any]:
-        """A processor's tensors for some token ids as `forward` takes them."""
+        """A processor's tensors for some token ids, in the form that `forward` takes."""
         if self._takes_token_types and _TOKEN_TYPES not in tensors:
             tensors = {**tensors, **token_types(self.model_config, token_ids)}
         return on_device(tensors, self._device, self.model_config.dtype)
@@ -253,7 +254,7 @@ class TransformersForConditionalGeneration(TransformersForCausalLM):
 
     @property
     def brings_rows_only(self) -> bool:
-        """Whether media bring nothing but rows to the decoder."""
+        """Whether the decoder gets only rows from media, without further tensors."""
         return self._inputs is not None and not self._inputs.extras
 
     def capture(self, token_ids: torch.Tensor, tensors: Mapping[str, Any], media: torch.Tensor) -> ItemRows:
@@ -307,7 +308,7 @@ def reads_text_alone(architecture: str) -> bool:
 
 
 def token_types(model_config: ModelConfig, token_ids: Sequence[int] | IntArray) -> dict[str, torch.Tensor]:
-    """Of which modality each token is, as the processor counts them; empty where it doesn't."""
+    """Each token's modality by the processor's numbers; empty if it has none."""
     create = getattr(hf_items(model_config).processor, f"create_{_TOKEN_TYPES}", None)
     return {} if create is None else {_TOKEN_TYPES: torch.tensor(create([list(map(int, token_ids))]))}
 
@@ -318,7 +319,7 @@ def _rope_indexer(model_config: ModelConfig) -> Any:
     having = [
         each for each in (hf_class, *vars(inspect.getmodule(hf_class)).values()) if hasattr(each, "get_rope_index")
     ]
-    # A module may have several, such as for what hears and for what speaks.
+    # A module may have several such classes, for example for listening and for speaking.
     config_class = type(model_config.hf_config)
     having.sort(key=lambda each: getattr(each, "config_class", None) is not config_class)
     if not having:
@@ -371,7 +372,7 @@ def _map(modality: str, ctx: InputContext, data: Any, settings: Mapping[str, Any
 
 
 def max_rows(ctx: InputContext) -> int:
-    """Rows of an item at most: what follows from its size is known to the processor only."""
+    """The most rows of an item: a fixed bound, since only the processor knows the number for a size."""
     return max(ctx.model_config.max_model_len - 1, 1)
 
 
@@ -409,4 +410,4 @@ CLASSES: Mapping[frozenset[str], type[TransformersForConditionalGeneration]] = {
     for size in range(1, len(ARGUMENTS) + 1)
     for chosen in combinations(ARGUMENTS, size)
 }
-"""By the modalities that they take."""
+"""The classes by the modalities that they take."""

@@ -1,9 +1,9 @@
-"""Finds the modules of a model that keep something of a sequence by themselves, in the cache that they are given.
+"""Finds the modules of a model that keep data of a sequence themselves, in the cache that they get.
 
 Two passes with Hugging Face's cache show which modules change it: those whose attention goes through transformers'
 interface, which have paged caches, and others, here called mixers: layers with a recurrence or a convolution, and
-attention that a model computes by itself. A flat batch can run these one sequence at a time (`by_sequence`). So can it
-run attention that goes through the interface with more than there is a counterpart for, such as masks of its own.
+attention that a model computes by itself. A flat batch can run these one sequence at a time (`by_sequence`). It can do
+the same for attention through the interface that has features without a counterpart, such as its own masks.
 """
 
 from __future__ import annotations
