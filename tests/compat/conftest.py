@@ -26,9 +26,11 @@ def as_before(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]
 
 
 @pytest.fixture(scope="module")
-def released(request: pytest.FixtureRequest) -> Path:
-    """The model files of the release."""
+def released(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model files of the release, kept from run to run where pytest keeps something."""
+    cache = getattr(request.config, "cache", None)
+    kept = tmp_path_factory.mktemp("release") if cache is None else cache.mkdir("release_of_vllm")
     try:
-        return fetch_model_files(RELEASE, request.config.cache.mkdir("release_of_vllm"))
+        return fetch_model_files(RELEASE, kept)
     except NotFetchedError as error:
         pytest.skip(f"the source of vllm {RELEASE} could not be fetched from the package index: {error}")

@@ -10,9 +10,11 @@ import hashlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tarfile
+import tempfile
 from pathlib import Path
 
 import httpx
@@ -71,8 +73,8 @@ def fetch_model_files(release: str, folder: Path) -> Path:
         raise NotFetchedError(f"{type(error).__name__}: {error}") from error
     if hashlib.sha256(archive).hexdigest() != ARCHIVES[release]:
         raise NotFetchedError("the archive is another than the one that was published")
-    unfinished = folder / f"{release}.part"
-    unfinished.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    unfinished = Path(tempfile.mkdtemp(dir=folder))
     prefix = f"vllm-{release}/{MODELS}"
     with tarfile.open(fileobj=io.BytesIO(archive)) as opened:
         for member in opened:
@@ -80,7 +82,11 @@ def fetch_model_files(release: str, folder: Path) -> Path:
                 content = opened.extractfile(member)
                 assert content is not None
                 (unfinished / Path(member.name).name).write_bytes(content.read())
-    return unfinished.rename(target)
+    try:
+        return unfinished.rename(target)
+    except OSError:  # another process was faster
+        shutil.rmtree(unfinished)
+        return target
 
 
 def _fetch(filename: str) -> bytes:
