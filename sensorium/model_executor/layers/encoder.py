@@ -21,6 +21,7 @@ from sensorium.attention import MultiHeadAttention
 from sensorium.distributed import ONE_RANK, constructing_for, constructing_tower
 from sensorium.kernels import rotary_embedding
 from sensorium.model_executor.layers.activation import get_act_fn
+from sensorium.model_executor.layers.layernorm import RMSNorm
 from sensorium.model_executor.layers.linear import (
     ColumnParallelLinear,
     LinearOutput,
@@ -199,6 +200,11 @@ class EncoderLayer(nn.Module):
     ) -> torch.Tensor:
         """See `EncoderAttention.forward`."""
         attended = self.attn(self.norm1(hidden_states), cos_sin, cu_seqlens, key_lens)
-        hidden_states = hidden_states + (attended if self.scale1 is None else attended * self.scale1)
-        output: torch.Tensor = self.mlp(self.norm2(hidden_states))
+        attended = attended if self.scale1 is None else attended * self.scale1
+        if isinstance(self.norm2, RMSNorm):  # which adds in its own launch
+            normed, hidden_states = self.norm2(attended, hidden_states)
+        else:
+            hidden_states = hidden_states + attended
+            normed = self.norm2(hidden_states)
+        output: torch.Tensor = self.mlp(normed)
         return hidden_states + (output if self.scale2 is None else output * self.scale2)
