@@ -151,7 +151,7 @@ def test_placeholders_and_encoder_rows_agree(family: str) -> None:
         for each in random_plan(family, 8, random.Random(1), spread=0, aborts=0):
             request = engine.preprocess("r", each.prompt, each.params).engine_request
             jobs = [EncodeJob(request, item) for item in request.media]
-            for job, rows in zip(jobs, worker.runner.encoder._driver.encode(jobs), strict=True):
+            for job, rows in zip(jobs, worker._driver.encode(jobs), strict=True):
                 assert isinstance(rows, torch.Tensor), rows
                 assert len(rows) == job.item.num_rows
                 assert job.item.num_rows <= engine.core.features.max_item_rows[job.item.modality]
@@ -162,7 +162,7 @@ def test_placeholders_and_encoder_rows_agree(family: str) -> None:
 def test_encoders_read_nothing_off_the_device(family: str) -> None:
     """Reading a picture's size off a GPU waits for all steps in flight: `mm_host_kwargs` says what stays."""
     engine = engine_for(family)
-    driver = engine.core.executor.worker.runner.encoder._driver  # type: ignore[attr-defined]
+    driver = engine.core.executor.worker._driver  # type: ignore[attr-defined]
     for each in random_plan(family, 4, random.Random(1), spread=0, aborts=0):
         request = engine.preprocess("r", each.prompt, each.params).engine_request
         for item in request.media:
