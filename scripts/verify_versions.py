@@ -50,7 +50,8 @@ def environment(folder: Path, python: str, end: str) -> str:
     others = [each for each in constraints if re.split("[=<>]", each)[0] not in (*PACKAGES, *NOT_NEEDED)]
     subprocess.run([python, "-m", "venv", str(folder)], check=True)
     install = [inside, "-m", "pip", "install", "--quiet"]
-    subprocess.run([*install, *wanted], check=True)
+    # Processors of pictures of old versions want torchvision.
+    subprocess.run([*install, *wanted, *(["torchvision"] if end == "oldest" else [])], check=True)
     subprocess.run([*install, *wanted, *(each for each in others if not each.startswith("#"))], check=True)
     return inside
 
