@@ -36,7 +36,7 @@ from tests.helpers.tiny_media import media_types, save_tiny_media
 
 LONGEST_REASON = 240
 NO_DECODER = "an encoder of media with cross-attention"
-NEEDS_MORE = {"blt": "two sequence lengths, and minutes to make", "kimi_linear": "minutes without its kernels"}
+NEEDS_MORE = {"blt": "two sequence lengths, and minutes to make"}
 """Types that aren't tried."""
 
 
