@@ -76,4 +76,9 @@ def on_ranks(size: int, call: Callable[[TensorParallel], T]) -> list[T]:
             raise
 
     with ThreadPoolExecutor(size) as pool:
-        return list(pool.map(run, range(size)))
+        futures = [pool.submit(run, rank) for rank in range(size)]
+    errors = [error for future in futures if (error := future.exception()) is not None]
+    # A rank that waits for one which failed has a broken barrier; the cause is the other's.
+    for error in sorted(errors, key=lambda each: isinstance(each, threading.BrokenBarrierError)):
+        raise error
+    return [future.result() for future in futures]
