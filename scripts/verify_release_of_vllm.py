@@ -131,7 +131,7 @@ def tried(files: Path, file: Path, what: str | None) -> str:
         except Exception as error:  # noqa: BLE001
             return f"imported | {type(error).__name__}: {' '.join(str(error).split())}"
         asked = sorted({result.case.split()[0] for result in report.results})
-        words = "equal" if report.is_equal else f"NOT EQUAL: {report.parting}"
+        words = " ".join((report.lines()[-1], report.parting)).strip()
         return f"imported | {words} ({', '.join(asked)}; tier {report.tier})"
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,29 @@ def test_what_could_not_be_asked_is_told() -> None:
     assert first.startswith("picture of 92 x 64: the prompt is too long")
     assert f"not asked: {first}" in report.lines()
     assert not any("clip" in each or "sound" in each for each in report.left_out)
+    assert all(result.is_equal for result in report.results)
+    assert not report.is_equal, "nothing is known about its media"
+    assert report.lines()[-1].startswith("NOT COMPARED WITH MEDIA")
+
+
+def test_a_model_with_media_and_no_tokenizer_is_not_called_equal(tmp_path: Path) -> None:
+    """Its pictures were left out without even a reason."""
+    path = shutil.copytree(make_checkpoint("llava"), tmp_path / "llava")
+    for file in path.glob("tokenizer*"):
+        file.unlink()
+    report = sensorium.verify(str(path), num_new_tokens=1)
+    assert all(result.is_equal for result in report.results)
+    assert report.lacks_media
+    assert not report.is_equal
+    assert any("no tokenizer" in each for each in report.left_out)
+
+
+def test_text_alone_may_be_asked_for(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["verify", str(make_checkpoint("llava_next")), "--max-model-len", "40", "--num-new-tokens", "1"]
+    assert main(arguments) == 1
+    assert "NOT COMPARED WITH MEDIA" in capsys.readouterr().out
+    assert main([*arguments, "--text-only"]) == 0
+    assert capsys.readouterr().out.endswith("equal\n")
 
 
 def test_a_model_that_needs_a_sound_is_asked_with_one() -> None:

@@ -27,6 +27,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
         help="compare the modules of transformers with the class of this engine, or the other way round",
     )
     parser.add_argument("--dtypes", nargs="+", choices=["float32", "bfloat16", "float16"], help="[float32 and its own]")
+    parser.add_argument("--text-only", action="store_true", help="don't ask about media")
     parser.add_argument("--num-new-tokens", type=int, default=8, help="greedy tokens behind each prompt [8]")
     add_config(parser)
     add_flags(parser, EngineArgs, leave_out=["model", *OWN])
@@ -34,7 +35,7 @@ def fill(parser: argparse.ArgumentParser) -> None:
 
 
 def run(parsed: argparse.Namespace) -> int:
-    """Print the report. Status 1 if something differs."""
+    """Print the report. Status 1 if something differs, or media that a model takes weren't compared."""
     package_logger.configure(package_logger.LogSettings("ERROR"))
     from sensorium.entrypoints.verification.run import verify  # loads torch
 
@@ -48,6 +49,7 @@ def run(parsed: argparse.Namespace) -> int:
         random_weights=parsed.random_weights,
         dtypes=tuple(parsed.dtypes or ()),
         num_new_tokens=parsed.num_new_tokens,
+        text_only=parsed.text_only,
         **settings,
     )
     print(json.dumps(report.as_dict()) if parsed.json else "\n".join(report.lines()))

@@ -37,10 +37,13 @@ class Case:
     """The prompt as an engine admits it, anew for each run."""
 
 
-def cases(llm: LLM, num_new_tokens: int, left_out: list[str] | None = None) -> Iterator[Case]:
+def cases(
+    llm: LLM, num_new_tokens: int, left_out: list[str] | None = None, *, text_only: bool = False
+) -> Iterator[Case]:
     """Cases that a model can be asked, with room for so many tokens behind them.
 
-    `left_out` gets those about media that the model takes, but can't be asked about, with the reason.
+    `left_out` gets those about media that the model takes, but can't be asked about, with the reason. `text_only`
+    leaves out media, except those without which a model can't be asked anything.
     """
     model_config = llm.engine.config.model_config
     most = model_config.max_model_len - num_new_tokens
@@ -53,7 +56,11 @@ def cases(llm: LLM, num_new_tokens: int, left_out: list[str] | None = None) -> I
         begin += length
     if tokens is not None:
         return  # of no use without a sound, and asked nothing in words
-    if not model_config.is_multimodal_model or llm.get_tokenizer() is None:
+    if not model_config.is_multimodal_model or text_only:
+        return
+    if llm.get_tokenizer() is None:
+        if left_out is not None:
+            left_out.append("media: the checkpoint has no tokenizer, which writes the prompts about them")
         return
     for case in _media_cases():
         reason = _refusal(case, llm)

@@ -42,6 +42,7 @@ class _Job:
     settings: Mapping[str, Any]
     baseline: Baseline
     num_new_tokens: int
+    text_only: bool
 
 
 def verify(
@@ -51,6 +52,7 @@ def verify(
     random_weights: bool = False,
     dtypes: Sequence[str] = (),
     num_new_tokens: int = 8,
+    text_only: bool = False,
     **engine_args: Any,
 ) -> Report:
     """Compare a checkpoint here with the same checkpoint by Hugging Face, on prompts that are made for it.
@@ -67,6 +69,8 @@ def verify(
         random_weights: Make seeded weights for a folder that has only a config, and perhaps a processor.
         dtypes: Instead of float32 and the checkpoint's.
         num_new_tokens: Greedy tokens behind each prompt.
+        text_only: Don't ask about media. Without it, a model that takes media and could be asked about none is not
+            called equal.
         engine_args: Settings of the engine (`EngineArgs`), such as `plugins` or `model_impl`.
 
     Raises:
@@ -75,7 +79,7 @@ def verify(
     _check_settings(engine_args, baseline, num_new_tokens)
     settings = {"model": model, "device": "cpu", "limit_mm_per_prompt": {}, **engine_args}
     with _checkpoint(settings, random_weights) as folder:
-        job = _Job({**settings, "model": folder, **_implementation(baseline)}, baseline, num_new_tokens)
+        job = _Job({**settings, "model": folder, **_implementation(baseline)}, baseline, num_new_tokens, text_only)
         config = EngineArgs(**job.settings).create_engine_config()
         if config.model_config.pools:
             raise ConfigError(
@@ -85,13 +89,14 @@ def verify(
         chosen = dtypes or list(dict.fromkeys(["float32", config.model_config.dtype_name]))
         results: list[Result] = []
         left_out: list[str] = []
-        tier, parting = "", ""
+        tier, parting, lacks_media = "", "", False
         for dtype in chosen:
-            tier, found = _verify_dtype(job, dtype, left_out)
+            tier, found, lacks_media = _verify_dtype(job, dtype, left_out)
             results += found
             if not parting and dtype == "float32" and not all(each.is_equal for each in found):
                 parting = _parting(job, found)
-    return Report(model, tier, baseline, tuple(results), parting, _versions(), tuple(dict.fromkeys(left_out)))
+    reasons = tuple(dict.fromkeys(left_out))
+    return Report(model, tier, baseline, tuple(results), parting, _versions(), reasons, lacks_media)
 
 
 def _check_settings(engine_args: Mapping[str, Any], baseline: str, num_new_tokens: int) -> None:
@@ -127,15 +132,17 @@ def _checkpoint(settings: Mapping[str, Any], random_weights: bool) -> Iterator[s
         yield str(folder)
 
 
-def _verify_dtype(job: _Job, dtype: str, left_out: list[str]) -> tuple[str, list[Result]]:
-    """The model's tier, and all results in one dtype; `left_out` gets what couldn't be asked."""
+def _verify_dtype(job: _Job, dtype: str, left_out: list[str]) -> tuple[str, list[Result], bool]:
+    """The model's tier, all results in one dtype, and whether media lack; `left_out` gets what couldn't be asked."""
     settings = {**job.settings, "dtype": dtype, "skip_tokenizer_init": not _has_tokenizer(job)}
     params = SamplingParams(max_tokens=1)
     with running({**settings, "num_blocks": _PREPARING_BLOCKS}) as llm:
         tier = llm.report.features.tier
-        asked = list(cases(llm, job.num_new_tokens, left_out))
+        asked = list(cases(llm, job.num_new_tokens, left_out, text_only=job.text_only))
         requests = [case.prepare(llm, params).engine_request for case in asked]
         config, pieces = llm.engine.config, [_largest_piece(request, llm.report.features) for request in requests]
+    takes_media = config.model_config.is_multimodal_model and not job.text_only
+    lacks_media = takes_media and not any(request.media for request in requests)
     truths = _truths(job, config, settings, asked, requests)
     longest = max(len(request.prompt_token_ids) for request in requests)
     rows = max((item.num_rows for request in requests for item in request.media), default=1)
@@ -146,7 +153,7 @@ def _verify_dtype(job: _Job, dtype: str, left_out: list[str]) -> tuple[str, list
                 outputs = run_round(llm, asked, this, job.num_new_tokens)
                 for case, output, truth in zip(asked, outputs, truths, strict=True):
                     results.append(compare(case.name, this.name, dtype, output, truth))
-    return tier, results
+    return tier, results, lacks_media
 
 
 def _largest_piece(request: EngineRequest, features: ModelFeatures) -> int:

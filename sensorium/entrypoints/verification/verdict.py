@@ -48,10 +48,15 @@ class Report:
     versions: dict[str, str] = field(default_factory=dict)
     left_out: tuple[str, ...] = ()
     """Prompts about media that the model takes, but couldn't be asked about, with the reasons."""
+    lacks_media: bool = False
+    """Whether the model takes media, none of which it could be asked about, though text alone was not asked for."""
 
     @property
     def is_equal(self) -> bool:
-        """Whether everything is equal. False if nothing was compared."""
+        """Whether everything is equal. False if nothing was compared, or of a model's media nothing was."""
+        return self._compared_is_equal() and not self.lacks_media
+
+    def _compared_is_equal(self) -> bool:
         return bool(self.results) and all(result.is_equal for result in self.results)
 
     def as_dict(self) -> dict[str, Any]:
@@ -71,7 +76,14 @@ class Report:
             lines += ["", self.parting]
         if self.left_out:
             lines += ["", *(f"not asked: {each}" for each in self.left_out)]
-        return [*lines, "", "equal" if self.is_equal else "NOT EQUAL"]
+        return [*lines, "", self._verdict()]
+
+    def _verdict(self) -> str:
+        if not self._compared_is_equal():
+            return "NOT EQUAL"
+        if self.lacks_media:
+            return "NOT COMPARED WITH MEDIA: equal for text, and it could be asked about none"
+        return "equal"
 
 
 def compare(case: str, way: str, dtype: str, output: RequestOutput, truth: Truth) -> Result:
