@@ -1,4 +1,4 @@
-"""Devices that share one model: the group that they form, and what layers ask of it. Loads no torch by itself."""
+"""Tensor parallelism: the group of ranks that share one model, and what layers ask of it. Doesn't import torch."""
 
 from sensorium.distributed.tensor_parallel import (
     ONE_RANK,

@@ -1,4 +1,4 @@
-"""A group of processes on one host, by gloo over its loopback device: for CPUs."""
+"""A group of processes on one host that compute on CPUs and communicate through gloo over the loopback device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which group ranks form, by where they compute."""
+"""Chooses the process group for a device: gloo for CPUs, NCCL for GPUs."""
 
 from __future__ import annotations
 
@@ -10,8 +10,7 @@ from sensorium.distributed.process_group import ProcessGroup
 
 
 def join(device: torch.device, meeting_fd: int, rank: int, size: int) -> ProcessGroup:
-    """The group of ranks of which this one computes on `device`. See `ProcessGroup` for the others, and what it
-    raises."""
+    """Join the group of ranks, with this rank on `device`. See `ProcessGroup` for the other arguments and errors."""
     if device.type == "cpu":
         return GlooGroup(meeting_fd, rank, size, device)
     torch.cuda.set_device(device)

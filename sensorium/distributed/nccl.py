@@ -1,11 +1,10 @@
-"""A group of processes on one host, each with a GPU of its own, by NCCL.
+"""A group of processes on one host, each with its own GPU, that communicate through NCCL.
 
-Collectives run on the stream of the step, behind what was given to it and in front of what comes, and the host doesn't
-wait for them; a CUDA graph records them as it records kernels. A rank that ends leaves the others' devices waiting, so
-whoever sees it end calls `lose`.
+Collectives run in order on the stream of the step, and the host doesn't wait for them; a CUDA graph records them as it
+records kernels. If a rank ends, the other ranks' GPUs go on waiting for it, so whoever notices must call `lose`.
 
-Multicast over NVLink (NVLS) is off unless the environment asks for it: a program that is killed while it uses it can
-leave the host's GPUs unusable for others.
+Multicast over NVLink (NVLS) is off unless the environment enables it: if a program is killed while it uses NVLS, the
+host's GPUs can become unusable for others.
 """
 
 from __future__ import annotations
@@ -26,10 +25,10 @@ ENVIRONMENT = {
     "NCCL_NVLS_ENABLE": "0",
     "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1",
     "NVSHMEM_DISABLE_NVLS": "1",
-    # A rank that was lost is an error of this engine, and not the end of the process that it runs in.
+    # A lost rank must raise an error in this engine; by default NCCL would end the whole process.
     "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
 }
-"""What is set before the first group is made, where the user has set nothing."""
+"""Variables that are set before the first group is made, unless the user has set them."""
 
 
 class NcclGroup(ProcessGroup):
@@ -50,7 +49,7 @@ class NcclGroup(ProcessGroup):
         return group._allgather_base(gathered, tensor, now(_collectives.AllgatherOptions()))  # noqa: SLF001
 
     def lose(self) -> None:
-        """See `ProcessGroup.lose`. What devices wait for, ends."""
+        """See `ProcessGroup.lose`. Aborts the collectives that the device waits for."""
         super().lose()
         if self._group is not None:
             self._group.abort()
@@ -58,5 +57,5 @@ class NcclGroup(ProcessGroup):
     def close(self) -> None:
         """See `TensorParallel.close`."""
         if self._group is not None and not self.is_lost:
-            self._group.abort()  # nothing is under way, and nobody is waited for
+            self._group.abort()  # no collective is in flight, and this doesn't wait for the other ranks
         super().close()

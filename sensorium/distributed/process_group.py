@@ -1,4 +1,4 @@
-"""A group of processes on one host: what is the same whatever carries their collectives."""
+"""A group of processes on one host: the code that gloo and NCCL share."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from sensorium.distributed.tensor_parallel import TensorParallel
 from sensorium.errors import LostRankError
 
 _c10d: Any = distributed
-"""Torch's stubs lack much of what it exports there."""
+"""As `Any`, because torch's stubs lack many of its names."""
 MAX_WAIT_S = 600.0
-"""A rank that lets the others wait longer than this is taken for lost. One that has ended is noticed at once."""
+"""If a rank lets the others wait longer than this, they treat it as lost. If it has ended, they notice at once."""
 _FAILURE_WAIT_S = 30.0
-"""How long ranks wait for the others to fail as they did."""
+"""How long a rank that failed waits for the others to report the same failure."""
 _POLL_S = 0.005
 
 
 def now(options: Any) -> Any:
-    """On a GPU: on the stream that the step runs on, so that nothing has to wait for another, and graphs record it."""
+    """Options with which a GPU's collective runs on the step's own stream, without waits between streams, so that
+    CUDA graphs record it."""
     options.asyncOp = False
     return options
 
 
 def finish(work: Any) -> None:
-    """On a CPU, wait."""
+    """Wait for a collective on CPUs. On GPUs there is no work object, and the stream keeps the order."""
     if work is not None:
         work.wait()
 
@@ -40,10 +41,11 @@ class ProcessGroup(TensorParallel):
     """Not thread-safe: collectives belong to the thread that runs passes.
 
     Args:
-        meeting_fd: An open file without a name that all ranks have, empty at first. The caller closes it.
-        rank: This process, from 0.
-        size: All of them. The constructor waits for them.
-        device: Where tensors are.
+        meeting_fd: An open file without a name that all ranks share, through which they meet; empty at first. The
+            caller closes it.
+        rank: This process's index, from 0.
+        size: The number of ranks. The constructor waits for all of them.
+        device: The device of this rank's tensors.
 
     Raises:
         LostRankError: Another rank did not come, or has ended.
@@ -55,22 +57,22 @@ class ProcessGroup(TensorParallel):
         self.size = size
         self.num_collectives = 0
         self.is_lost = False
-        """A rank is gone: nothing that waits for it will come."""
+        """Another rank is lost, so collectives can't complete."""
         self._num_failures = 0
         self._is_apart = False
         self._meeting_fd = os.dup(meeting_fd)
-        # No default group: several engines may live in one process.
+        # Not torch's default group, since one process may have several engines.
         with self.noticing_losses():
             self._store: Any = _c10d.FileStore(f"/dev/fd/{self._meeting_fd}", size)
             self._group: Any = self._made(self._store)
 
     @abstractmethod
     def _made(self, store: Any) -> Any:
-        """Torch's group of the ranks that meet in a store."""
+        """Make torch's group of the ranks that meet in `store`."""
 
     @abstractmethod
     def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
-        """Begin to fill `gathered`, `(size, ...)`, with the ranks' tensors."""
+        """Start to gather the ranks' tensors into `gathered`, `(size, ...)`; returns torch's work object."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `TensorParallel.all_reduce`."""
@@ -131,7 +133,7 @@ class ProcessGroup(TensorParallel):
             self._is_apart = False
 
     def lose(self) -> None:
-        """A rank was seen to end: let nobody wait for it. Called in any thread."""
+        """Mark the group as lost because a rank has ended, so that nothing waits for it. Any thread may call it."""
         self.is_lost = True
 
     @contextmanager
@@ -148,7 +150,7 @@ class ProcessGroup(TensorParallel):
 
     @contextmanager
     def noticing_losses(self) -> Iterator[None]:
-        """What is raised within means that another rank is gone, or doesn't answer."""
+        """Within this context, a `RuntimeError` means that another rank has ended or doesn't answer."""
         try:
             yield
         except RuntimeError as error:

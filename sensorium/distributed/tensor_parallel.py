@@ -1,11 +1,11 @@
-"""The ranks that share one model layer by layer, and how a layer that is being constructed learns of them.
+"""The ranks that share one model layer by layer, and how a layer finds its group when it is constructed.
 
 A rank is a process with a device. Each has a share of every parallel layer: some of its output channels, or some of its
-input channels. Where shares must come together, all ranks call the same collective, in the same order; so they run the
-same passes over the same batches, and only sampling is the first rank's alone.
+input channels. To combine shares, all ranks must call the same collectives in the same order. They therefore run the
+same passes over the same batches; only sampling is done by the first rank alone.
 
-Layers take the group when they are constructed (`current_tensor_parallel`), from the configuration of the engine that
-they are constructed for, and keep it. Outside of an engine there is one rank, and collectives do nothing.
+A layer gets its group when it is constructed (`current_tensor_parallel`), from the configuration of its engine, and
+keeps it. Outside of an engine there is one rank, and collectives do nothing.
 """
 
 from __future__ import annotations
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Shard:
-    """One of `count` equal shares. `WHOLE` is everything.
+    """One of `count` equal shares; `WHOLE` is the only one of 1.
 
-    Several ranks may have the same share, such as that of a key/value head which they all read.
+    Several ranks may have the same share, for example a key/value head that all of them use.
     """
 
     index: int = 0
     count: int = 1
 
     def of(self, size: int, what: str) -> int:
-        """How much of `size` a share is.
+        """The size of a share of `size`.
 
         Raises:
-            ConfigError: It can't be shared evenly; `what` says what it is.
+            ConfigError: `size` can't be divided evenly. The message names it as `what`.
         """
         if size % self.count:
             raise ConfigError(
@@ -50,19 +50,20 @@ WHOLE = Shard()
 
 
 class TensorParallel:
-    """The group as one of its ranks sees it. This one is alone; see `gloo.py` for several.
+    """The group as one of its ranks sees it. This class is a group of one rank; see `process_group.py` for several.
 
-    Collectives return their result, and may overwrite their input. All ranks get the same values, to the last bit.
+    Collectives return their result, and may overwrite their input. All ranks get bitwise equal values.
     """
 
     rank: int = 0
     size: int = 1
     num_collectives: int = 0
-    """How many there have been, so that one can find out whether some code needs all ranks."""
+    """How many collectives have run. A caller can compare it before and after some code, to see if it needs all ranks.
+    """
 
     @property
     def shard(self) -> Shard:
-        """This rank's share of what is divided over all ranks."""
+        """This rank's share of a size that is divided over all ranks."""
         return Shard(self.rank, self.size)
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -70,31 +71,31 @@ class TensorParallel:
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
-        """The ranks' tensors `(..., n)`, which are of one shape, side by side: `(..., size * n)`."""
+        """The ranks' tensors `(..., n)`, which have the same shape, concatenated: `(..., size * n)`."""
         return tensor
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
-        """The values of rank `source`; the others' tensors say the shape and are filled."""
+        """The values of rank `source`. The other ranks pass tensors of the same shape, which are overwritten."""
         return tensor
 
     def least(self, value: int) -> int:
-        """The least of the ranks' values."""
+        """The smallest of the ranks' values."""
         return value
 
     @contextmanager
     def apart(self) -> Iterator[None]:
-        """Within it, each rank does something else, so that a collective is an error: a `RuntimeError`."""
+        """Within this context, ranks do different work, so a collective raises `RuntimeError`."""
         yield
 
     def have_all_failed(self) -> bool:
-        """After an exception: whether every rank met one at the same place, so that all may go on together.
+        """After an exception: whether every rank had one at the same place, so that all of them can continue.
 
-        Otherwise one is gone, or some wait in a collective for this one, and there is no going on.
+        Otherwise a rank has ended, or some ranks wait for this one in a collective, and none can continue.
         """
         return True
 
     def close(self) -> None:
-        """Leave the group. Who waits for this rank, then or later, gets a `LostRankError`."""
+        """Leave the group. Ranks that wait for this one, now or later, get a `LostRankError`."""
 
 
 ONE_RANK = TensorParallel()
@@ -104,12 +105,12 @@ _current: ContextVar[TensorParallel] = ContextVar("tensor_parallel", default=ONE
 
 @dataclass(frozen=True, slots=True)
 class Division:
-    """What a group divides otherwise than by default."""
+    """What a group divides differently from the default."""
 
     towers: bool = False
-    """Encoders of media by their layers. By default each rank has them whole."""
+    """Divide the layers of media encoders. By default each rank has them whole."""
     experts: bool = False
-    """Mixtures by experts, of which each rank has some, whole. By default each rank has a share of every expert."""
+    """Give each rank some whole experts of a mixture. By default each rank has a share of every expert."""
 
 
 USUAL = Division()
@@ -118,13 +119,13 @@ _division: ContextVar[Division] = ContextVar("division", default=USUAL)
 
 
 def current_tensor_parallel() -> TensorParallel:
-    """The group that a layer which is being constructed belongs to."""
+    """The group of the layers that are being constructed."""
     return _current.get()
 
 
 @contextmanager
 def constructing_for(group: TensorParallel, division: Division = USUAL) -> Iterator[None]:
-    """Within it, new layers belong to `group`. With `ONE_RANK`: each rank has them whole."""
+    """Within this context, new layers belong to `group`. With `ONE_RANK`, each rank has them whole."""
     tokens = _current.set(group), _division.set(division)
     try:
         yield
@@ -134,14 +135,14 @@ def constructing_for(group: TensorParallel, division: Division = USUAL) -> Itera
 
 
 def current_division() -> Division:
-    """What the group of a layer that is being constructed divides otherwise than by default."""
+    """The division that applies to the layers that are being constructed."""
     return _division.get()
 
 
 @contextmanager
 def constructing_tower(*sizes: int) -> Iterator[None]:
-    """Within it, new layers are part of an encoder of media. Each rank has them whole, unless towers are to be divided
-    and each of `sizes`, such as a number of heads, can be."""
+    """Within this context, new layers are part of a media encoder. Each rank has them whole, unless towers are to be
+    divided and the number of ranks divides each of `sizes`, such as a number of heads."""
     group = _current.get()
     is_divided = current_division().towers and all(size % group.size == 0 for size in sizes)
     with constructing_for(group if is_divided else ONE_RANK):

@@ -1,4 +1,4 @@
-"""Where workers run, and how the engine core reaches them: in its process, or in several that share a model."""
+"""Where workers run, and how the engine core calls them: in its own process, or in several ranks that share a model."""
 
 from sensorium.executor.base import Executor, PendingStep
 from sensorium.executor.multi import MultiProcessExecutor

@@ -1,4 +1,4 @@
-"""What the engine core asks of its workers."""
+"""The interface between the engine core and its workers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ class PendingStep(Protocol):
     """A step that was submitted."""
 
     def result(self) -> ModelRunnerOutput:
-        """What the step brought; waits for it. An exception means that the worker can't go on."""
+        """Wait for the step, and return its result. After an exception the worker can't continue."""
 
 
 class Executor(Protocol):
     """Loads the model and runs steps, in the order in which they are submitted."""
 
     def load(self) -> LoadReport:
-        """Load the model, find out its features, allocate its caches."""
+        """Load the model, determine its features, and allocate its caches."""
 
     def submit(self, step: SchedulerOutput) -> PendingStep:
-        """Begin a step. Results are asked for in the same order. An exception means that the worker can't go on."""
+        """Start a step. Results must be taken in the order of submission. An exception means that the worker can't
+        continue."""
 
     def shutdown(self) -> None:
         """Free everything."""

@@ -1,4 +1,4 @@
-"""Several workers that share one model: the first in this process, the others each in one of their own."""
+"""Several workers that share one model: the first in this process, and each of the others in its own."""
 
 from __future__ import annotations
 
@@ -47,14 +47,14 @@ _LAST_WORD_S = 5.0
 
 
 class MultiProcessExecutor:
-    """Sends each step to all ranks, as a message without pickle, and runs it on the first, whose results count.
+    """Sends each step to the other ranks as a message without pickle, and runs it on the first, whose results count.
 
-    A rank that ends takes the others with it: whatever waits for it raises `LostRankError`.
+    If a rank ends, all ranks end: whatever waits for it raises `LostRankError`.
 
     Args:
-        config: The engine's. `tensor_parallel_size` is the number of ranks.
-        module: The module that is a rank's process, run with the number of its socket's file.
-        settings: Encoded, what that module makes the same configuration of.
+        config: The engine's configuration. `tensor_parallel_size` is the number of ranks.
+        module: The module that runs as a rank's process. Its argument is the file descriptor of its socket.
+        settings: Encoded settings, from which that module makes the same configuration.
     """
 
     def __init__(self, config: EngineConfig, module: str, settings: bytes) -> None:
@@ -88,7 +88,7 @@ class MultiProcessExecutor:
         with self._ended_together():
             self._group = self._met()
             if any(rank.has_ended for rank in self._ranks):
-                self._on_end()  # it was before there was a group to lose it
+                self._on_end()  # again, because it may have ended before the group existed
             self._worker = Worker(self._config.as_rank_of(self._group))
             report = self._worker.load()
             for each in self._ranks:
@@ -123,7 +123,7 @@ class MultiProcessExecutor:
         self._ranks = []
 
     def _met(self) -> ProcessGroup:
-        """Start the other ranks, and meet them."""
+        """Start the other ranks, and form a group with them."""
         meeting_fd = anonymous_file()
         try:
             for rank in range(1, self._size):
@@ -137,13 +137,13 @@ class MultiProcessExecutor:
             os.close(meeting_fd)
 
     def _on_end(self) -> None:
-        """A rank has ended. Called in any thread: this one may be waiting for that rank."""
+        """Called when a rank has ended, in another thread, since this one may be waiting for that rank."""
         if self._group is not None and not self._is_stopping:
             self._group.lose()
 
     @contextmanager
     def _ended_together(self) -> Iterator[None]:
-        """What goes wrong while loading ends all ranks. The cause may be another rank's, and is told if it can be."""
+        """An error within this context ends all ranks. If another rank caused it and has said why, that is raised."""
         try:
             yield
         except BaseException as error:
@@ -157,7 +157,7 @@ class MultiProcessExecutor:
 
 @dataclass(frozen=True, slots=True)
 class _SharedStep:
-    """A step on the first rank. Its result is worth nothing if another rank ended meanwhile."""
+    """A step on the first rank. Its result is invalid if another rank ended meanwhile."""
 
     pending: PendingStep
     group: ProcessGroup
@@ -171,9 +171,9 @@ class _SharedStep:
 
 
 class _Rank:
-    """A rank's process, with nothing inherited but its socket. It ends when that closes, however it does.
+    """A rank's process. It inherits only its socket, and ends when that closes for any reason.
 
-    `on_end` is called, in another thread, when it has ended.
+    When it has ended, `on_end` is called in another thread.
     """
 
     def __init__(self, module: str, start: StartRank, meeting_fd: int, on_end: Callable[[], None]) -> None:
@@ -183,7 +183,7 @@ class _Rank:
         self._on_end = on_end
         self.has_ended = False
         self._messages: SimpleQueue[FromRank | None] = SimpleQueue()
-        """None: there are no more."""
+        """None marks the end."""
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
         with other:
             self._process = subprocess.Popen(
@@ -200,19 +200,19 @@ class _Rank:
         return self._process.pid
 
     def expect(self, kind: type[T]) -> T:
-        """The rank's next message. Raises what it says that it failed with, and `LostRankError` if it has ended."""
+        """The rank's next message. Raises the error that the rank reports, and `LostRankError` if it has ended."""
         message = self._messages.get()
         if isinstance(message, kind):
             return message
         raise self._lost() if message is None else _error_of(message)
 
     def run(self, step: EncodedMessage) -> None:
-        """Have it run an encoded step, which is the caller's still. Raises `LostRankError` if it has ended."""
+        """Send it an encoded step; the caller still has to close it. Raises `LostRankError` if the rank has ended."""
         payload = msgspec.msgpack.encode(RunStep(msgspec.Raw(step.payload)))
         self._send(EncodedMessage(payload, None if step.fd is None else os.dup(step.fd)))
 
     def last_word(self) -> SensoriumError | None:
-        """What it says that it failed with, if it says so soon."""
+        """The error that it reports within `_LAST_WORD_S`, or None."""
         try:
             while (message := self._messages.get(timeout=_LAST_WORD_S)) is not None:
                 if isinstance(message, RankFailed):
@@ -222,7 +222,7 @@ class _Rank:
         return None
 
     def stop(self) -> None:
-        """Tell it to end."""
+        """Tell the rank to end."""
         try:
             self._send(encode(StopRank()))
         except LostRankError:
@@ -230,7 +230,7 @@ class _Rank:
         self._channel.close()
 
     def wait(self) -> None:
-        """Return when it has ended; end it if it takes long."""
+        """Wait until the process has ended; kill it after `_EXIT_GRACE_S`."""
         try:
             self._process.wait(_EXIT_GRACE_S)
         except subprocess.TimeoutExpired:

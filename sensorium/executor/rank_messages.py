@@ -1,9 +1,9 @@
-"""What the executor and the ranks beside the first say to each other.
+"""Messages between the executor and the ranks other than the first.
 
     executor  --StartRank, RunStep, StopRank-->  rank
     executor  <--Joining, RankReady, RankFailed--  rank
 
-A step's results come from the first rank, which is in the executor's own process; the others have nothing to say of it.
+A step's results come from the first rank, which is in the executor's own process, so the others send none.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from sensorium.config import ModelFeatures
 
 
 class StartRank(msgspec.Struct, frozen=True, tag=True):
-    """Load a share of the model. The first message, and sent once; with it comes the file of `ProcessGroup`."""
+    """Load a share of the model. Sent once, as the first message, together with the `meeting_fd` of `ProcessGroup`."""
 
     settings: msgspec.Raw
-    """The engine's settings, as its own room reads them."""
+    """The engine's encoded settings. Only the engine's package decodes them."""
     rank: int
     size: int
 
 
 class RunStep(msgspec.Struct, frozen=True, tag=True):
-    """Run a step with the others. Its bulk is in the segment that travels with the message."""
+    """Run a step together with the other ranks. Its large data are in the shared memory that comes with the message."""
 
     step: msgspec.Raw
     """An encoded `SchedulerOutput`."""
@@ -36,21 +36,21 @@ class StopRank(msgspec.Struct, frozen=True, tag=True):
 
 
 class Joining(msgspec.Struct, frozen=True, tag=True):
-    """The settings are resolved; the rank goes to the meeting place."""
+    """The settings are resolved, and the rank is about to join the group."""
 
 
 class RankReady(msgspec.Struct, frozen=True, tag=True):
-    """The share is loaded."""
+    """The rank's share is loaded."""
 
     features: ModelFeatures
     num_blocks: int
 
 
 class RankFailed(msgspec.Struct, frozen=True, tag=True):
-    """The rank has ended."""
+    """The rank has failed and ends."""
 
     error: str
-    """Name of a class of `sensorium.errors`."""
+    """The name of a class in `sensorium.errors`."""
     message: str
 
 

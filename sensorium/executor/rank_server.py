@@ -1,4 +1,4 @@
-"""One rank beside the first: loads its share of the model, and runs the steps that the executor sends to all."""
+"""A rank other than the first: loads its share of the model, and runs the steps that the executor sends."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ logger = get_logger(__name__)
 
 
 class RankServer:
-    """`serve` is the whole life of a rank.
+    """Runs a rank, from its first message to its end, in `serve`.
 
     Args:
-        sock: This end of the pair.
-        resolve: From the settings in `StartRank` to a configuration, the same that the first rank has.
-        on_orphaned: Called, in another thread, as soon as the executor is gone.
+        sock: The rank's end of the pair of sockets.
+        resolve: Makes the configuration that the first rank has from the settings in `StartRank`.
+        on_orphaned: Called in another thread as soon as the executor has ended.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class RankServer:
         self._on_orphaned = on_orphaned
         self._meeting_fd = -1
         self._orders: SimpleQueue[StartRank | SchedulerOutput | None] = SimpleQueue()
-        """None: stop."""
+        """None means stop."""
 
     def serve(self) -> bool:
-        """Load, run steps until told to stop, free everything. Returns whether all went well."""
+        """Load, run steps until told to stop, and free everything. Returns whether there was no error."""
         threading.Thread(target=self._receive, name="sensorium-rank-receiver", daemon=True).start()
         start = self._orders.get()
         if start is None:
@@ -82,7 +82,7 @@ class RankServer:
             group.close()
 
     def _run_steps(self, worker: Worker, max_in_flight: int) -> None:
-        """As many steps are in flight as the first rank has."""
+        """Run steps, with as many in flight as the first rank has."""
         in_flight: deque[PendingStep] = deque()
         while (step := self._orders.get()) is not None:
             assert isinstance(step, SchedulerOutput)
@@ -91,7 +91,7 @@ class RankServer:
                 in_flight.popleft().result()
 
     def _receive(self) -> None:
-        """The receiving thread: decodes, so that the main thread only computes."""
+        """Run the receiving thread, which decodes messages so that the main thread only computes."""
         try:
             for frame in self._channel.receive():
                 order = self._order_of(frame)

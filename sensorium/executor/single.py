@@ -9,7 +9,7 @@ from sensorium.worker.worker import Worker
 
 
 class SingleProcessExecutor:
-    """Calls the worker directly."""
+    """Calls its worker directly."""
 
     def __init__(self, config: EngineConfig) -> None:
         self._worker = Worker(config)

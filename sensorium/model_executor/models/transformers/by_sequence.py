@@ -1,9 +1,9 @@
-"""Runs the mixers of a flat batch, which are modules with their own cache of a sequence, one sequence at a time.
+"""Runs the mixers of a flat batch one sequence at a time. Mixers are modules that keep data of a sequence themselves.
 
-The rest of the trunk runs over all rows at once. What a mixer keeps is in the engine's caches:
+The rest of the trunk runs over all rows at once. The engine's caches have the data that a mixer keeps:
 
-- a state of fixed size, in the rows of the state group; all sequences that continue by one token run together; - keys
-and values of attention that a model computes itself, in blocks. It gets those of its sequence so far.
+- a state of fixed size, in the rows of the state group. All sequences that continue by one token run together.
+- keys and values of attention that a model computes itself, in blocks. The module gets all of its sequence so far.
 """
 
 from __future__ import annotations
@@ -106,7 +106,7 @@ class Mixer(nn.Module):
         super().__init__()
         self.group_index = 0
         self.num_calls = 0
-        """That it was called, to be counted together with calls of attention."""
+        """How often it was called; this is added to the number of attention calls."""
         self._found = (found,)  # no submodule: its parameters are the model's
         self.cache_index = 0
         """Its place in `MixedBatch.caches`."""
@@ -133,11 +133,11 @@ class Mixer(nn.Module):
         return bool(self._found[0].keys_only)
 
     def take_of_keys(self, given: Mapping[str, Any]) -> None:
-        """Keep what it is given of keys alone, for as many as there may be."""
+        """Store the arguments of keys alone, as given for the largest number of keys."""
         self._of_keys = {name: given[name] for name in self._found[0].keys_only}
 
     def cache_spec(self) -> CacheSpec:
-        """What it keeps of a sequence. Raises `CannotRunError` for a type of numbers that states don't have."""
+        """The spec of what it keeps of a sequence. Raises `CannotRunError` for a dtype that states don't support."""
         tensors = [tensor for _, tensor in self._found[0].tensors]
         if self._found[0].is_attention:
             keys, values = (each for each in tensors if each.dim() == 4)
@@ -164,7 +164,8 @@ class Mixer(nn.Module):
         return tree_unflatten(_joined(done, self._found[0].output_axes, num_rows), tree)
 
     def _together(self, batch: MixedBatch) -> Iterator[list[SequenceRows]]:
-        """Groups of sequences that run at once: those that continue by one token, if possible."""
+        """Groups of sequences that run in one call: those that continue by one token if the module allows it, and every
+        other one alone."""
         single = [each for each in batch.sequences if each.start > 0 and each.end - each.begin == 1]
         if self._goes_together and len(single) > 1:
             yield single
@@ -212,7 +213,7 @@ class Mixer(nn.Module):
             [leaf if axis is None else leaf.transpose(0, 1) for leaf, axis in zip(leaves, axes, strict=True)], tree
         )
 
-    # A state
+    # States
 
     def _state_layer(self, batch: MixedBatch, sequences: Sequence[SequenceRows]) -> Any:
         """The layer's cache with the states of these sequences, `(num_sequences, ...)`."""

@@ -1,10 +1,10 @@
-"""Modules of transformers divided over ranks, by the plans that its configs have for that (`base_model_tp_plan`).
+"""Divides modules of transformers over ranks, by the plans in transformers' configs (`base_model_tp_plan`).
 
-A plan names linear layers: those whose output channels are divided, and those whose input channels are, behind which
-ranks sum. Attention in between sees fewer heads, and shapes itself by what it gets. What a plan leaves out, and what it
-would put together again at once, each rank has whole; so are embeddings, heads and encoders of media.
+A plan names linear layers whose output channels are divided, and others whose input channels are divided, after which
+ranks sum. Attention between them gets fewer heads, and takes their number from its input. Each rank has whole: layers
+that a plan doesn't name, layers whose outputs it would gather at once, embeddings, heads and media encoders.
 
-Source: `transformers` `distributed/tensor_parallel.py`, whose names of styles these are.
+Source: `transformers` `distributed/tensor_parallel.py`, which defines the names of the styles.
 """
 
 from __future__ import annotations
@@ -23,16 +23,18 @@ from sensorium.model_executor.layers.linear import shard_of_kv_heads
 WHOLE_STYLES = frozenset(
     {"replicated_with_grad_allreduce", "colwise_gather_output", "rowwise_split_input", "colwise_rep", "rowwise_rep"}
 )
-"""What comes whole and leaves whole: not worth dividing."""
+"""Styles of layers whose input and output are whole, so that dividing them gains nothing."""
 EXPERTS = "moe_tp_experts"
 NUM_TOKENS = 4
 MOST_ERROR = {torch.float32: 1e-3}
-"""Between logits before and after, relative to the largest; of other dtypes `MOST_ROUNDED`."""
+"""The largest difference allowed between logits before and after, relative to the largest logit; other dtypes have
+`MOST_ROUNDED`."""
 MOST_ROUNDED = 0.05
 
 
 class SummedLinear(nn.Module):
-    """A layer whose input channels are divided, and the sum over ranks. What takes the layer's place is summed, too."""
+    """A layer whose input channels are divided, followed by the sum over ranks. A layer that later replaces `share` is
+    summed in the same way."""
 
     def __init__(self, share: nn.Linear, group: TensorParallel) -> None:
         super().__init__()
@@ -41,23 +43,23 @@ class SummedLinear(nn.Module):
 
     @property
     def weight(self) -> torch.Tensor:
-        """That of the share, for modules that ask for its dtype."""
+        """The weight of the share, for modules that ask for its dtype."""
         return self.share.weight
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """`(..., in_features)` of this rank to `(..., out_features)` of all."""
+        """This rank's `(..., in_features)` to the sum over ranks, `(..., out_features)`."""
         return self._group.all_reduce(self.share(input))
 
 
 @torch.no_grad()
 def divide(model: nn.Module, group: TensorParallel, *, is_checked: bool) -> None:
-    """Leave of a model what is this rank's. Every rank calls it on the same model.
+    """Reduce a model to this rank's share. Every rank calls it on the same model.
 
     `is_checked`: compare the logits of a few tokens before and after.
 
     Raises:
-        ConfigError: There is no plan, or one that can't be followed here.
-        ModelError: The divided model computes something else.
+        ConfigError: There is no plan, or one that isn't supported.
+        ModelError: The divided model computes other logits.
     """
     if group.size == 1:
         return
@@ -76,7 +78,7 @@ def divide(model: nn.Module, group: TensorParallel, *, is_checked: bool) -> None
 
 
 def _plans(model: Any) -> Iterator[tuple[Any, dict[str, str]]]:
-    """The model's decoder without a head, with its plan."""
+    """The model's decoders without heads, each with its plan."""
     text = model.config.get_text_config()
     for module in model.modules():
         config = getattr(module, "config", None)
@@ -86,7 +88,7 @@ def _plans(model: Any) -> Iterator[tuple[Any, dict[str, str]]]:
 
 
 def _divided(base: Any, plan: dict[str, str], group: TensorParallel) -> int:
-    """How many parts of a model were divided."""
+    """Divide a decoder by its plan; returns how many of its layers and parameters were divided."""
     heads, kv_heads = base.config.num_attention_heads, getattr(base.config, "num_key_value_heads", None)
     group.shard.of(heads, "attention heads")
     if kv_heads is not None and shard_of_kv_heads(group.shard, kv_heads).count != group.size:
@@ -104,7 +106,7 @@ def _divided(base: Any, plan: dict[str, str], group: TensorParallel) -> int:
 
 
 def _names(base: nn.Module) -> list[str]:
-    """Of modules, and of the parameters that experts are."""
+    """Names of modules, and of parameters, since experts can be parameters."""
     return [name for name, _ in base.named_modules()] + [name for name, _ in base.named_parameters()]
 
 
@@ -122,7 +124,7 @@ def _divide_one(base: nn.Module, name: str, style: str, group: TensorParallel) -
     elif isinstance(part, nn.Linear) and style == "rowwise":
         part.weight = _share(part.weight, 1, group.shard, name)
         part.in_features = part.weight.shape[1]
-        if part.bias is not None and group.rank > 0:  # it is in the sum once
+        if part.bias is not None and group.rank > 0:  # the sum over ranks must have the bias once
             part.bias = nn.Parameter(torch.zeros_like(part.bias), requires_grad=False)
         setattr(holder, last, SummedLinear(part, group))
     elif isinstance(part, nn.Parameter) and part.dim() == 3 and style == "packed_colwise":
@@ -135,13 +137,13 @@ def _divide_one(base: nn.Module, name: str, style: str, group: TensorParallel) -
 
 
 def _share(whole: torch.Tensor, axis: int, shard: Shard, name: str) -> nn.Parameter:
-    """A rank's share, copied, so that the whole is freed."""
+    """A copy of a rank's share, so that the whole tensor can be freed."""
     size = shard.of(whole.shape[axis], f"channels of {name}")
     return nn.Parameter(whole.detach().narrow(axis, shard.index * size, size).clone(), requires_grad=False)
 
 
 def _logits(model: Any) -> torch.Tensor:
-    """Of a text of a few tokens, in float32."""
+    """The logits of a few tokens, in float32."""
     ids = torch.arange(1, 1 + NUM_TOKENS, device=next(model.parameters()).device)[None]
     output = model(input_ids=ids, use_cache=False)
     logits: torch.Tensor = output.logits if getattr(output, "logits", None) is not None else output[0]

@@ -25,11 +25,11 @@ from sensorium.model_executor.models.transformers.refusal import CannotRunError
 CACHE_NAMES = ("past_key_values", "past_key_value", "layer_past", "cache_params", "state")
 """What modules call the cache, as an argument."""
 MADE_BY_SEQUENCE = frozenset((*CACHE_NAMES, "attention_mask", "use_cache"))
-"""Arguments that a mixer is given anew for each sequence."""
+"""Arguments that are made separately for each sequence."""
 _KEYS_VALUES = frozenset(("keys", "values"))
 
 Path = tuple[str | int, ...]
-"""Where something stands in a cache: attributes, and places in lists and dictionaries."""
+"""Where a value is in a cache: names of attributes, list indices and dictionary keys."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -46,16 +46,16 @@ class FoundMixer:
     kept: Any
     """The layer's cache after some tokens."""
     tensors: tuple[tuple[Path, torch.Tensor], ...]
-    """What it has written there, `(1, ...)` each."""
+    """The tensors that it has written there, `(1, ...)` each, with their paths."""
     is_attention: bool
-    """It has written keys and values, `(1, num_kv_heads, num_tokens, size)`, and perhaps others of each token."""
+    """It has written keys and values, `(1, num_kv_heads, num_tokens, size)`, and perhaps another tensor per token."""
     axes: Mapping[str, tuple[int | None, ...]]
-    """Of each argument's tensors, the axis of tokens."""
+    """For each argument, the axis of tokens in each of its tensors."""
     output_axes: tuple[int | None, ...]
     keys_only: frozenset[str] = frozenset()
     """Arguments with a tensor of keys alone, `(..., 1, num_keys)`, such as the bias of ALiBi."""
     mask_values: tuple[torch.Tensor, torch.Tensor] | None = None
-    """What its mask has where a key is seen, and where it is hidden; None: zeros and the least number."""
+    """The values of its mask for visible and for hidden keys; None: zero and the dtype's smallest number."""
 
 
 def find_mixers(
@@ -66,13 +66,13 @@ def find_mixers(
     *,
     every_attention: bool,
 ) -> list[FoundMixer]:
-    """Run a model on a few tokens, and on one less, and look which modules change its cache.
+    """Run a model on a few tokens, and again on one less, to find the modules that change its cache.
 
-    Attention must be set to call `interface.NAME`. Within `eager_attention()` it is transformers' plain one;
-    `every_attention`: that which goes through the interface counts too.
+    Attention must be set to call `interface.NAME`. Within `eager_attention()`, transformers' eager attention runs
+    instead. With `every_attention`, attention through the interface counts as a mixer too.
 
     Raises:
-        CannotRunError: One of them does something that can't be done one sequence at a time.
+        CannotRunError: A module does something that can't be done one sequence at a time.
     """
     longer, shorter = (
         _watched(model, token_ids[:count], device, every_attention) for count in (len(token_ids), len(token_ids) - 1)
@@ -94,7 +94,7 @@ def find_mixers(
 
 
 def _mask_values(mask: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor] | None:
-    """What a causal mask has at what the first token sees, itself, and at what it doesn't, the last token."""
+    """A causal mask's values for a visible and for a hidden key, as the first row has for the first and last token."""
     if not isinstance(mask, torch.Tensor) or mask.dim() != 4 or mask.shape[-2] < 2:
         return None
     return mask[0, 0, 0, 0], mask[0, 0, 0, -1]
@@ -156,8 +156,8 @@ def _watched(
 
 
 class _CacheWatch:
-    """Notes the innermost modules that change the cache. `every_attention`: attention of the interface too, and that
-    which keeps more than keys and values as a whole."""
+    """Records the innermost modules that change the cache. With `every_attention`, these include attention through the
+    interface; attention that keeps more than keys and values is then recorded as one module."""
 
     def __init__(self, model: nn.Module, step: _Zeros, every_attention: bool) -> None:
         self._every_attention = every_attention
@@ -174,7 +174,7 @@ class _CacheWatch:
                 self._handles.append(module.register_forward_hook(self._leave, with_kwargs=True))
 
     def remove(self) -> None:
-        """Take the hooks off."""
+        """Remove the hooks."""
         for handle in self._handles:
             handle.remove()
 
@@ -191,7 +191,7 @@ class _CacheWatch:
         cache = given.get(name)
         changed = tuple(path for path, each in _ids_in(cache).items() if before.get(path) != each)
         if not changed or (self._num_found > num_found and not self._is_more(changed, num_found)):
-            return  # nothing, or by a module within
+            return  # nothing changed, or a module within has changed it
         is_reached = self._step.num_calls > num_calls
         if is_reached and not self._every_attention:
             self._num_found += 1
@@ -226,7 +226,7 @@ class _CacheWatch:
 
 
 def _found(one: _Change, other: _Change) -> FoundMixer:
-    """What two passes with different numbers of tokens have shown of a module."""
+    """The description of a module, from two passes with different numbers of tokens."""
     if one.place != other.place or one.paths != other.paths or one.shapes.keys() != other.shapes.keys():
         raise CannotRunError("a layer of it keeps other things with other numbers of tokens")
     tensors = tuple((path, at(one.kept, path)) for path in one.paths)
@@ -254,7 +254,8 @@ def _is_of_keys(shapes: Sequence[tuple[int, ...] | None], axes: Sequence[int | N
 def _axes(
     shapes: Sequence[tuple[int, ...] | None], others: Sequence[tuple[int, ...] | None], *, is_output: bool = False
 ) -> tuple[int | None, ...]:
-    """Where shapes differ, which is the axis of tokens. Outputs with several are weights of attention, for show."""
+    """For each tensor, the axis in which shapes differ, which is that of tokens. An output with several such axes is
+    attention weights, which are only for inspection."""
     found: list[int | None] = []
     for shape, other in zip(shapes, others, strict=True):
         if shape is None or other is None or len(shape) != len(other):
@@ -268,7 +269,7 @@ def _axes(
 
 
 def _shapes(value: Any) -> tuple[tuple[int, ...] | None, ...]:
-    """Of each leaf; None for one that is no tensor."""
+    """The shape of each leaf; None for leaves that aren't tensors."""
     return tuple(tuple(leaf.shape) if isinstance(leaf, torch.Tensor) else None for leaf in tree_flatten(value)[0])
 
 
@@ -293,7 +294,7 @@ def _cache_name(module: nn.Module) -> str | None:
 
 
 def at(cache: Any, path: Path) -> Any:
-    """What stands there."""
+    """The value at a path in a cache."""
     found: Any = cache
     for key in path:
         parts = dict(_parts_of(found))
@@ -302,7 +303,7 @@ def at(cache: Any, path: Path) -> Any:
 
 
 def _place(paths: Sequence[Path]) -> Path:
-    """The one layer's cache that all of these stand in."""
+    """The path of the one layer's cache that all of these paths are in."""
     places = {path[: path.index("layers") + 2] for path in paths if "layers" in path}
     if len(places) != 1 or not all("layers" in path for path in paths):
         raise CannotRunError("a layer of it keeps a state elsewhere than in its part of the cache")

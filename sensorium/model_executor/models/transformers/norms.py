@@ -1,8 +1,8 @@
-"""Norms of transformers' modules by this engine's kernel, where a module computes just what the kernel does.
+"""Runs norms of transformers' modules by this engine's kernel, where a module computes exactly what the kernel does.
 
-Classes of norms have many names and few formulas. Each module shows its own on a few rows: `rms_norm` with the weight
-as it is, with the weight applied in float32, or with one that is stored less 1 (Gemma). What is equal to none of them
-up to the order of sums stays as it is.
+Classes of norms have many names but few formulas, so each module is tried on a few rows. Its output is compared with
+three formulas: `rms_norm` with the weight as it is, with the weight in float32, or with the weight plus 1 (Gemma). A
+module that equals none of them up to the order of sums is left as it is.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from torch import nn
 from sensorium.kernels import rms_norm
 
 _EPS_NAMES = ("variance_epsilon", "eps", "epsilon", "norm_eps")
-"""Attributes under which norms keep what they add to the mean square."""
+"""Names of the attribute with the epsilon that a norm adds to the mean square."""
 _SCALES = (1e-3, 1.0, 30.0)
-"""Of the rows that a norm is tried on. Of the smallest, the mean square is about as large as what is added."""
+"""Scales of the rows that a norm is tried on. With the smallest, the mean square is about as large as the epsilon."""
 _MOST_ROUNDED_OTHERWISE = 0.01
-"""Share of a narrow dtype's values that may be the neighbour of the kernel's, as sums are ordered otherwise."""
+"""The share of a narrow dtype's values that may be rounded differently, because sums have another order."""
 _NARROW_ULPS, _WIDE_ULPS = 2, 16
 
 
 class KernelNorms:
-    """The norms of a model that run by the kernel from now on."""
+    """Replaces the `forward` of those norms in a model that the kernel can compute."""
 
     def __init__(self, model: nn.Module) -> None:
         self._norms: list[nn.Module] = []
@@ -38,14 +38,14 @@ class KernelNorms:
         return len(self._norms)
 
     def restore(self) -> None:
-        """Leave the norms as they were."""
+        """Restore the norms' own `forward`."""
         for module in self._norms:
             del module.forward
         self._norms = []
 
 
 def _by_kernel(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | None:
-    """What computes a module's output by the kernel; None where that isn't the kernel's formula."""
+    """A `forward` for a module that calls the kernel; None if the module isn't a norm with one of the formulas."""
     parameters = dict(module.named_parameters())
     weight = parameters.get("weight")
     eps = next((each for name in _EPS_NAMES if isinstance(each := getattr(module, name, None), float)), None)
@@ -56,7 +56,7 @@ def _by_kernel(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | No
     rows = _rows(weight)
     try:
         expected = module(rows)
-    except Exception:  # noqa: BLE001  whatever a module raises that is no norm
+    except Exception:  # noqa: BLE001  a module that isn't a norm may raise anything
         return None
     for each in _weights(weight):
         if _is_equal(rms_norm(rows, each, eps), expected):
@@ -65,7 +65,7 @@ def _by_kernel(module: nn.Module) -> Callable[[torch.Tensor], torch.Tensor] | No
 
 
 class _Norm:
-    """A norm's `forward`."""
+    """The `forward` of a norm that the kernel computes."""
 
     __slots__ = ("_eps", "_weight")
 
@@ -78,13 +78,13 @@ class _Norm:
 
 
 def _rows(weight: torch.Tensor) -> torch.Tensor:
-    """`(len(_SCALES), hidden_size)` of noise, the same every time."""
+    """Rows `(len(_SCALES), hidden_size)` of noise with a fixed seed."""
     noise = torch.randn(len(_SCALES), len(weight), generator=torch.Generator().manual_seed(0))
     return (noise * torch.tensor(_SCALES)[:, None]).to(weight.device, weight.dtype)
 
 
 def _weights(weight: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The weights with which the kernel may compute the same."""
+    """The weights of the three formulas, for the kernel."""
     own = weight.detach()
     yield own
     yield own.float()
@@ -92,7 +92,7 @@ def _weights(weight: torch.Tensor) -> Iterator[torch.Tensor]:
 
 
 def _is_equal(got: torch.Tensor, expected: object) -> bool:
-    """Whether the same was computed, up to the order of sums."""
+    """Whether two outputs are equal up to the order of sums."""
     if not isinstance(expected, torch.Tensor) or (got.shape, got.dtype) != (expected.shape, expected.dtype):
         return False
     is_narrow = got.dtype.itemsize < torch.float32.itemsize

@@ -1,8 +1,8 @@
-"""Modules that make something of a row's place in the batch alone, where a trunk doesn't take positions.
+"""Tables of position embeddings, for trunks that don't take positions as an argument.
 
-Such a trunk counts rows from the cache's length on, which is right for one sequence only. What it counts for goes
-through a module, mostly an embedding of positions. What that makes of every position is kept in a table at load, and
-stands in for it in flat batches.
+Such a trunk counts rows from the cache's length on, which is right for a single sequence but not for a flat batch. The
+count goes into a module, usually an embedding of positions. At load, the module's output for every position is stored
+in a table, and in flat batches the table replaces the module.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from sensorium.model_executor.models.transformers.refusal import CannotRunError
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Table:
-    """What a module returns for every position."""
+    """A module's output for every position."""
 
     module: nn.Module
     forward: Any
-    """The module's own."""
+    """The module's own `forward`."""
     leaves: tuple[torch.Tensor, ...]
     axes: tuple[int, ...]
     tree: TreeSpec
 
     def at(self, positions: torch.Tensor) -> Any:
-        """What it returns for these positions `(num_tokens,)`."""
+        """The output for these positions `(num_tokens,)`."""
         rows = [leaf.index_select(axis, positions) for leaf, axis in zip(self.leaves, self.axes, strict=True)]
         return tree_unflatten(rows, self.tree)
 
 
 class PositionTables:
-    """Stand-ins for modules; without positions given they do what those do."""
+    """Replaces the `forward` of modules; outside of `at` they call the original."""
 
     def __init__(self, tables: Sequence[_Table] = ()) -> None:
         self._tables = tuple(tables)
@@ -52,7 +52,7 @@ class PositionTables:
 
     @contextmanager
     def at(self, positions: torch.Tensor) -> Iterator[None]:
-        """Within it, modules return what they make of these positions `(num_tokens,)`."""
+        """Within this context, modules return their outputs for these positions `(num_tokens,)`."""
         self._positions = positions
         try:
             yield
@@ -60,7 +60,7 @@ class PositionTables:
             self._positions = None
 
     def remove(self) -> None:
-        """Leave the modules as they were."""
+        """Restore the modules' own `forward`."""
         for table in self._tables:
             table.module.forward = table.forward
 
@@ -73,7 +73,7 @@ class PositionTables:
 
 @dataclass(slots=True, eq=False)
 class _Seen:
-    """What modules in front of all attention have returned in a pass."""
+    """Outputs of the modules that ran before the first attention call of a pass."""
 
     outputs: dict[nn.Module, Any] = field(default_factory=dict)
     twice: set[nn.Module] = field(default_factory=set)
@@ -98,9 +98,9 @@ class _Ends:
 def find_tables(
     model: nn.Module, trunk: nn.Module, token_ids: Sequence[int], num_positions: int, device: torch.device
 ) -> PositionTables:
-    """Tables of the modules within a trunk that return the same for any tokens, row by row.
+    """Tables of the modules within a trunk whose output, row by row, doesn't depend on the tokens.
 
-    Raises `CannotRunError` where they can't be asked about so many positions.
+    Raises `CannotRunError` if such a module can't be run on `num_positions` positions.
     """
     ids = list(token_ids)
     one, other, shorter = (_run(model, trunk, each, device) for each in (ids, [*ids[1:], ids[0]], ids[:-1]))
@@ -124,7 +124,7 @@ def find_tables(
 
 
 def _run(model: nn.Module, trunk: nn.Module, token_ids: Sequence[int], device: torch.device) -> _Seen:
-    """Up to the first attention call."""
+    """Run the model up to its first attention call, and record the modules' outputs."""
     seen = _Seen()
 
     def note(module: nn.Module, _args: Any, output: Any) -> None:
@@ -150,7 +150,7 @@ def _run(model: nn.Module, trunk: nn.Module, token_ids: Sequence[int], device: t
 
 
 def _axes(output: Any, other: Any, shorter: Any) -> tuple[int, ...] | None:
-    """The axis of rows of each tensor that a module returned, if that doesn't depend on tokens."""
+    """The axis of rows in each tensor of a module's output; None if the output depends on the tokens."""
     leaves, others, less = (tree_flatten(each)[0] for each in (output, other, shorter))
     if not leaves or not len(leaves) == len(others) == len(less):
         return None
