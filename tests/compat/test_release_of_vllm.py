@@ -6,20 +6,21 @@ Where the index can't be reached, these tests are skipped and say so.
 
 from __future__ import annotations
 
-import asyncio
 import shutil
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import openai
 import pytest
 import torch
 import transformers
 from PIL import Image
 
 from sensorium import SamplingParams
-from tests.engine.async_helpers import last, running
+from tests.entrypoints.served import data_url, start_command
 from tests.helpers.checkpoints import make_checkpoint, token_ids
 from tests.helpers.converted_checkpoints import chatglm_checkpoint, internvl_chat_checkpoint
 from tests.helpers.hf_reference import hf_greedy
@@ -31,8 +32,10 @@ from tests.helpers.release_of_vllm import (
 )
 from tests.helpers.serving import Planned, differing, make_engine, serve
 from tests.helpers.tiny_media import save_tiny_media
+from tests.helpers.waiting import HANG_S
 
 NUM_TOKENS = 8
+QUESTION = "What is it?"
 IMAGE_ID = token_ids()["<image>"]
 
 CASES: dict[str, tuple[str, Callable[[Path], Path], list[int]]] = {
@@ -100,20 +103,54 @@ def test_a_file_of_the_release_gives_the_tokens_of_hugging_face(
 
 
 def test_a_file_of_the_release_is_served(released: Path, tmp_path: Path) -> None:
-    """By an engine in a process of its own, as the server has it."""
+    """By the command, and asked about pictures by the official client; every process of the server loads the file."""
     file = shutil.copy(released / "llava.py", tmp_path / "llava_that_is_served.py")
-    params = SamplingParams(temperature=0, max_tokens=NUM_TOKENS, ignore_eos=True)
+    path = make_checkpoint("llava")
+    flags = ("--plugin", str(file), "--max-num-batched-tokens", "16", "--dtype", "float32")
+    process, url, log = start_command(path, *flags)
+    with process:
+        try:
+            assert log.count("will be overwritten by the new model class") == 2, "by the front and by the core"
+            with openai.OpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0, timeout=HANG_S) as client:
+                [model] = client.models.list()
+                answers = [answer_over_http(client, model.id, picture) for picture in pictures()]
+            process.send_signal(signal.SIGTERM)
+            assert process.wait(HANG_S) == 0
+        finally:
+            process.kill()
+    expected = list(answers_of_hugging_face(path))
+    assert [text for text, _ in answers] == [text for text, _ in expected]
+    for (_, got), (_, wanted) in zip(answers, expected, strict=True):
+        assert got == pytest.approx(wanted, abs=1e-3), "log probabilities, for bytes that are no text by themselves"
+    assert len({text for text, _ in answers}) == len(answers)
 
-    async def answers() -> list[list[int]]:
-        settings = {"plugins": (str(file),), "max_num_batched_tokens": 16, "max_model_len": 128, "num_blocks": 64}
-        async with running(make_checkpoint("llava"), in_process=False, **settings) as engine:
-            outputs = await asyncio.gather(*(last(engine.generate(each, params)) for each in prompts([IMAGE_ID])))
-            return [list(each.outputs[0].token_ids) for each in outputs]
 
-    own = make_engine(make_checkpoint("llava"), model_impl="native")
-    plan = [Planned(str(at), prompt, params) for at, prompt in enumerate(prompts([IMAGE_ID]))]
-    served = serve(own, plan)
-    assert asyncio.run(answers()) == [served.tokens(str(at)) for at in range(len(plan))]
+def answer_over_http(client: openai.OpenAI, model: str, picture: Image.Image) -> tuple[str, list[float]]:
+    image = {"type": "image_url", "image_url": {"url": data_url(picture)}}
+    messages: list[Any] = [{"role": "user", "content": [image, {"type": "text", "text": QUESTION}]}]
+    greedy: dict[str, Any] = {"temperature": 0.0, "max_tokens": NUM_TOKENS, "extra_body": {"ignore_eos": True}}
+    answer = client.chat.completions.create(model=model, messages=messages, logprobs=True, **greedy)
+    [choice] = answer.choices
+    assert choice.message.content
+    assert choice.logprobs
+    assert choice.logprobs.content
+    return choice.message.content, [each.logprob for each in choice.logprobs.content]
+
+
+def answers_of_hugging_face(path: Path) -> Iterator[tuple[str, list[float]]]:
+    """Of prompts by its template and its processor."""
+    processor: Any = transformers.AutoProcessor.from_pretrained(path)
+    reference: Any = transformers.AutoModelForImageTextToText.from_pretrained(path).eval()
+    reference.generation_config.eos_token_id = None
+    messages = [{"role": "user", "content": [{"type": "image_url"}, {"type": "text", "text": QUESTION}]}]
+    text = processor.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    wanted = {"max_new_tokens": NUM_TOKENS, "do_sample": False, "output_scores": True, "return_dict_in_generate": True}
+    for picture in pictures():
+        inputs = processor(images=picture, text=text, return_tensors="pt", add_special_tokens=False)
+        output = reference.generate(**inputs, **wanted)
+        scores = reference.compute_transition_scores(output.sequences, output.scores, normalize_logits=True)
+        ids = output.sequences[0, inputs["input_ids"].shape[1] :]
+        yield processor.tokenizer.decode(ids, skip_special_tokens=True), scores[0].tolist()
 
 
 def test_a_file_of_the_release_for_a_model_that_got_another_name(released: Path, tmp_path: Path) -> None:

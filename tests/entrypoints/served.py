@@ -5,6 +5,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import io
+import os
+import re
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -95,6 +99,21 @@ def _run(engine_args: EngineArgs, args: ServerArgs, limits: MediaLimits | None, 
         start.error = error
     finally:
         start.ready.set()
+
+
+def start_command(path: Path, *more_flags: str) -> tuple[subprocess.Popen[str], str, str]:
+    """`sensorium serve` in a process of its own, which is ready, its address, and its log until then."""
+    command = [sys.executable, "-m", "sensorium.entrypoints.cli.main", "serve", str(path), "--port", "0"]
+    flags = ["--num-blocks", "128", "--max-model-len", "1024", "--drain-s", "5"]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    process = subprocess.Popen([*command, *flags, *more_flags], stderr=subprocess.PIPE, text=True, env=environment)
+    assert process.stderr is not None
+    lines = []
+    for line in process.stderr:
+        lines.append(line)
+        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
+            return process, found[0], "".join(lines)
+    raise AssertionError("".join(lines))
 
 
 def data_url(picture: Image.Image) -> str:

@@ -24,6 +24,7 @@ from sensorium.entrypoints.openai.server_args import ServerArgs
 from sensorium.errors import ConfigError
 from sensorium.media.limits import MediaLimits
 from sensorium.sampling_params import SamplingParams
+from tests.entrypoints.served import start_command
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.waiting import HANG_S, until
 
@@ -130,24 +131,9 @@ def test_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err == "sensorium: port: got 99999, expected 0 to 65535. Set port (--port).\n"
 
 
-def start(path: Path, *more_flags: str) -> tuple[subprocess.Popen[str], str]:
-    """A server process that is ready, and its address."""
-    command = [sys.executable, "-m", "sensorium.entrypoints.cli.main", "serve", str(path), "--port", "0"]
-    flags = ["--num-blocks", "128", "--max-model-len", "1024", "--drain-s", "5"]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    process = subprocess.Popen([*command, *flags, *more_flags], stderr=subprocess.PIPE, text=True, env=environment)
-    assert process.stderr is not None
-    lines = []
-    for line in process.stderr:
-        lines.append(line)
-        if found := re.search(r"http://127\.0\.0\.1:\d+", line):
-            return process, found[0]
-    raise AssertionError("".join(lines))
-
-
 @pytest.mark.parametrize("how", ["stop", "core dies", "core dies twice"])
 def test_the_process_serves_and_ends_with_the_right_status(how: str) -> None:
-    process, url = start(make_checkpoint("qwen2_vl"), *(["--restart-core", "1"] if "twice" in how else []))
+    process, url, _ = start_command(make_checkpoint("qwen2_vl"), *(["--restart-core", "1"] if "twice" in how else []))
     with process:
         try:
             assert httpx.get(f"{url}/health?generate=1", trust_env=False, timeout=HANG_S).is_success
