@@ -1,13 +1,13 @@
-"""What a server holds after thousands of requests: given up, hostile, or with pictures.
+"""Endurance: checks that a server frees everything after thousands of requests: aborted, hostile, or with pictures.
 
     python -m benchmarks.endurance aborts --requests 8000
     python -m benchmarks.endurance mixed --requests 2000
     python -m benchmarks.endurance images --requests 10000
 
 Each starts `sensorium serve`, sends requests over HTTP, compares good answers with those of a quiet run, and checks
-that requests, KV blocks, tasks, open files and threads are back at what they were. Memory is compared with that after
-the first hundred requests, and with that at half time. Prints figures, and one JSON line; exits with status 1 if
-anything is not as it should be.
+that the numbers of requests, KV blocks, tasks, open files and threads are the same as before. Memory is compared with
+that after the first hundred requests, and with that after half of all. Prints figures, and one JSON line; exits with
+status 1 if a check fails.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from benchmarks.http_server import ServerProcess, serving
 CHAT = "/v1/chat/completions"
 NUM_WARM = 100
 MAX_GROWTH_MIB = 64.0
-"""Beyond the hundredth request: allocators keep what the largest batch took."""
+"""After the hundredth request: allocators keep what the largest batch took."""
 MAX_LATE_GROWTH_MIB = 16.0
 """In the second half."""
 MAX_NEW_THREADS = 10
-"""Pools make their threads when they first need them: two for media, eight for what waits."""
+"""Pools start their threads when they first need them: two for media, eight for blocking calls."""
 MAX_NEW_FILES = 1
 """The channel to the process for items that are slow to decode, which starts when there is one."""
 SERVER_FLAGS = (
@@ -41,23 +41,23 @@ SERVER_FLAGS = (
     *("--mm-processor-cache-bytes", str(8 << 20), "--encoder-cache-rows", "4096", "--log-level", "WARNING"),
     *("--max-decoded-cache-bytes", str(2 << 20), "--limit-mm-per-prompt", '{"image": 2}'),
 )
-"""Caches small enough to be full, and turning over, after a hundred requests."""
+"""Caches so small that they are full, and evict, after a hundred requests."""
 GAUGES = ("open_requests", "unstarted_requests", "running_requests", "waiting_requests", "kv_cache_usage_ratio")
 
 
 @dataclass
 class Run:
-    """One run against one server, and what it has seen."""
+    """One run against one server, and its results."""
 
     server: ServerProcess
     num_requests: int
     width: int
     expected: dict[int, bytes] = field(default_factory=dict)
-    """Answers of a quiet run by request."""
+    """By request, the answer of a quiet run."""
     counts: dict[str, int] = field(default_factory=dict)
 
     def count(self, what: str) -> None:
-        """Note that something happened."""
+        """Count an event."""
         self.counts[what] = self.counts.get(what, 0) + 1
 
 
@@ -73,7 +73,7 @@ async def ask(connection: Connection, body: bytes) -> bytes:
 
 
 async def ask_half_closed(connection: Connection, body: bytes) -> bytes:
-    """The same, of a client that closes its sending side behind the request."""
+    """The same, for a client that closes its sending side after the request."""
     head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}"
     answer = await connection.raw(head.encode() + b"\r\n\r\n" + body, closes=True)
     while answer.startswith(b"HTTP/1.1 100 "):
@@ -84,7 +84,7 @@ async def ask_half_closed(connection: Connection, body: bytes) -> bytes:
 
 
 async def check_good(run: Run, connection: Connection, name: int, body: bytes, *, half_closes: bool = False) -> None:
-    """Ask, and compare with the quiet run's answer, or be that run."""
+    """Send the request, and compare the answer with that of the quiet run, or record it if this is the quiet run."""
     text = await (ask_half_closed if half_closes else ask)(connection, body)
     if run.expected.setdefault(name, text) == text:
         run.count("good_equal")
@@ -107,7 +107,7 @@ async def in_turn(run: Run, indices: Iterable[int], work: Worker) -> None:
 
 
 async def abort_one(run: Run, connection: Connection, index: int) -> None:
-    """Start a stream and hang up at some moment of its life; every twentieth is patient."""
+    """Start a stream and close the connection at a random moment; every twentieth is read to its end."""
     rng = random.Random(index)
     good = good_requests()
     name = index % len(good)
@@ -127,7 +127,7 @@ async def abort_one(run: Run, connection: Connection, index: int) -> None:
 
 
 async def mix_one(run: Run, connection: Connection, index: int) -> None:
-    """A good request, or for two of three a hostile one."""
+    """Send a good request for one of three, and a hostile one for the others."""
     good = good_requests()
     if index % 3 == 0:
         name = index // 3 % len(good)
@@ -139,7 +139,7 @@ async def mix_one(run: Run, connection: Connection, index: int) -> None:
 
 
 async def show_one(run: Run, connection: Connection, index: int) -> None:
-    """A picture that nobody has sent before, or every fifth time one of fifty that come again and again."""
+    """Send a new picture, or every fifth time one of fifty that are repeated."""
     name = index % 50 if index % 5 == 0 else 1000 + index
     text = await ask(connection, image_request(name))
     if name < 50:
@@ -152,14 +152,14 @@ WORKERS: dict[str, Worker] = {"aborts": abort_one, "mixed": mix_one, "images": s
 
 
 async def quiet_run(run: Run) -> None:
-    """Every good request alone, for its answer."""
+    """Send every good request alone, and record its answer."""
     async with Connection(run.server.url) as connection:
         for name, body in enumerate(good_requests()):
             await check_good(run, connection, name, body)
 
 
 async def settle(run: Run) -> float:
-    """Seconds until nothing of any request was left."""
+    """Wait until the server has no open requests; returns the seconds."""
     start_s = time.monotonic()
     while any(run.server.metrics().get(name) for name in GAUGES):
         if time.monotonic() - start_s > 30:
@@ -171,14 +171,14 @@ async def settle(run: Run) -> float:
 
 
 def held(run: Run) -> dict[str, float]:
-    """What the server holds at this moment."""
+    """The server's current counts and memory."""
     metrics = run.server.metrics()
     names = (*GAUGES, "event_loop_tasks", "waiting_media_bytes")
     return {**run.server.footprint(), **{name: metrics[name] for name in names if name in metrics}}
 
 
 async def watch(run: Run, start_s: float) -> None:
-    """A line now and then, so that slowness can be told from a hang."""
+    """Print a line from time to time, so that a slow run can be told from a hang."""
     while True:
         await asyncio.sleep(10)
         footprint = run.server.footprint()
@@ -188,7 +188,7 @@ async def watch(run: Run, start_s: float) -> None:
 
 
 async def measure(run: Run, work: Worker) -> dict[str, object]:
-    """The whole run: quiet, warm, long; with what was held before and after."""
+    """The quiet run, the warm-up and the long run; returns counts and memory before and after."""
     if work is not show_one:
         await quiet_run(run)
     await in_turn(run, range(NUM_WARM), work)
@@ -218,7 +218,7 @@ async def measure(run: Run, work: Worker) -> dict[str, object]:
 
 
 def checks(run: Run, before: dict[str, float], half: dict[str, float], after: dict[str, float]) -> dict[str, bool]:
-    """Everything that has to hold."""
+    """All checks."""
     same = [name for name in before if name.endswith(("_tasks", "_bytes"))]
     files = [after[name] - before[name] for name in before if name.endswith("_files")]
     threads = [after[name] - before[name] for name in before if name.endswith("_threads")]

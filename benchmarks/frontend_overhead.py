@@ -1,10 +1,10 @@
-"""What a server costs around the model: requests per second and added latency, with a model that costs next to nothing.
+"""The server's own overhead: requests per second and added latency, with a model that takes almost no time.
 
     python -m benchmarks.frontend_overhead [--streams 1 16 64 256] [--vllm PYTHON]
 
 Makes a checkpoint of one layer of 64 channels, serves it, and loads it with `sensorium bench serve` at each number of
 streams. With `--vllm PYTHON`, the interpreter of an environment that has vLLM, its own server gets the same checkpoint
-and the same load in the same run; without, the output says so. Prints a table, and one JSON line.
+and the same load in the same run; without it, the output says so. Prints a table, and one JSON line.
 """
 
 from __future__ import annotations

@@ -1,15 +1,16 @@
-"""Hugging Face's modules in this engine beside a class of its own, and beside Hugging Face's `generate`.
+"""Hugging Face's modules in this engine, compared with the native class and with Hugging Face's `generate`.
 
     PYTHONPATH=. python benchmarks/generic.py [--hidden-size 2048] [--layers 4] [--dtype float32 bfloat16]
 
 A Qwen2.5-VL of real widths, few layers and random weights is loaded three times: by the native class, by the modules of
-transformers (`model_impl="transformers"`), and by transformers alone. Printed are, each as a ratio:
+transformers (`model_impl="transformers"`), and by transformers alone. It prints as ratios:
 
-- steps, generic / native: decoding 1 and 16 requests, and a prefill, both engines by turns, step by step;
+- steps, generic / native: decoding 1 and 16 requests, and a prefill; the two engines alternate step by step;
 - 32 requests with a picture each, and answers of several lengths: both engines, and `generate` in static batches of 16,
-  padded on the left, each until its longest answer ends, as it must.
+  padded on the left, each of which runs until its longest answer ends.
 
-On one thread times are the process's own, which a busy machine hardly changes. The last line is one JSON object.
+With one thread, times are the process's own CPU time, which a busy machine hardly changes. The last line is one JSON
+object.
 """
 
 from __future__ import annotations
@@ -98,7 +99,7 @@ def prompts(seed: int, count: int, num_tokens: int) -> list[list[int]]:
 
 
 def decode_ratio(engines: Sequence[LLMEngine], batch: int, steps: int, clock: Callable[[], float]) -> list[float]:
-    """Median seconds of a step of each engine, by turns."""
+    """Median seconds of a step of each engine; the engines alternate."""
     for engine in engines:
         for i, ids in enumerate(prompts(batch, batch, CACHED)):
             add(engine, f"d{batch}-{i}", ids, steps + WARM_UP + 4)
@@ -112,14 +113,14 @@ def decode_ratio(engines: Sequence[LLMEngine], batch: int, steps: int, clock: Ca
 
 
 def serve(engine: LLMEngine, name: str, ids: Sequence[int]) -> None:
-    """A prompt, and one token more."""
+    """Run a prompt, and generate one token."""
     add(engine, name, ids, 1)
     while engine.has_unfinished_requests():
         engine.step()
 
 
 def prefill_ratio(engines: Sequence[LLMEngine], repeats: int, clock: Callable[[], float]) -> list[float]:
-    """Median seconds of a prompt of 128 tokens with one token more, of each engine, by turns."""
+    """Median seconds of a prompt of 128 tokens and one generated token, for each engine; the engines alternate."""
     rows = []
     for i, ids in enumerate(prompts(1000, repeats + 1, 128)):
         rows.append([timed(partial(serve, engine, f"p{i}", ids), clock) for engine in engines])
@@ -130,7 +131,7 @@ def prefill_ratio(engines: Sequence[LLMEngine], repeats: int, clock: Callable[[]
 
 
 def answer_lengths(rng: np.random.Generator, kind: str, count: int, longest: int) -> list[int]:
-    """Numbers of tokens: all as long, evenly spread, or as of chats, where few are long (log-normal)."""
+    """Numbers of tokens: all the same, uniformly distributed, or log-normal as in chats, where few answers are long."""
     if kind == "equal":
         return [longest] * count
     if kind == "even":
@@ -179,7 +180,7 @@ def by_generate(model: Any, processor: Any, work: Sequence[Job]) -> list[list[in
 def throughput(llms: dict[str, LLM], path: Path, dtype: str, args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """Tokens per second of each way, repetition by repetition on new pictures."""
     model = transformers.Qwen2_5_VLForConditionalGeneration.from_pretrained(path, dtype=getattr(torch, dtype)).eval()
-    # All tokens of an answer are asked for, the one that ends it included.
+    # Every answer gets all its tokens: an end token doesn't stop it.
     model.generation_config.eos_token_id = None
     model.generation_config.pad_token_id = token_ids()["<|endoftext|>"]
     processor = cached_get_processor(str(path))

@@ -1,4 +1,4 @@
-"""Requests whose answers are known beforehand: text, pictures, clips and sounds, greedy."""
+"""Greedy requests with text, pictures, clips and sounds, whose answers can be compared between runs."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def text(content: str) -> dict[str, Any]:
 
 
 def picture(seed: int) -> Image.Image:
-    """A small picture that no other seed gives."""
+    """A small picture, a different one for each seed."""
     rng = np.random.default_rng(seed)
     tiles = rng.integers(0, 256, (6, 8, 3), dtype=np.uint8)
     return Image.fromarray(tiles.repeat(12, axis=0).repeat(12, axis=1))

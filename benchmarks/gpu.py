@@ -1,4 +1,4 @@
-"""The engine on one GPU: right first, then how fast, beside what the machine could do.
+"""The engine on one GPU: checks its results first, then measures its speed against the machine's limits.
 
     python benchmarks/gpu.py [--shapes qwen3b,qwen7b,llama8b] [--cases correct,storm,decode,...] [--batches 1,64,256]
 
@@ -8,7 +8,7 @@ probabilities beside those of Hugging Face's own attention implementations), `st
 their steps are in flight), `start`, `first_token`, `decode`, `prefill`, `text`, `images`, `tower`,
 and `steps` (where a step's time goes). Prints a line for each figure, with the share of the limit where bytes or
 operations set one, and ends with one line of JSON. `--dry` runs everything on a CPU at tiny sizes. `--ranks 2` runs the
-cases of `gpu_ranks.py` instead, on several GPUs: checks first, and then what they give over one.
+cases of `gpu_ranks.py` instead, on several GPUs: checks first, and then the gain over one GPU.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def token_ids(count: int, seed: int) -> list[int]:
 
 
 def picture(width: int, height: int, seed: int) -> Image.Image:
-    """Smooth patches of colour with noise on them, as photographs have."""
+    """A picture with smooth patches of colour and noise, similar to a photograph."""
     rng = np.random.default_rng(seed)
     coarse = Image.fromarray(rng.integers(0, 256, (max(height // 32, 2), max(width // 32, 2), 3), dtype=np.uint8))
     pixels = np.asarray(coarse.resize((width, height), Image.Resampling.BICUBIC), dtype=np.int16)
@@ -74,7 +74,7 @@ def greedy(num_tokens: int) -> SamplingParams:
 
 
 class Bench:
-    """What the cases share: settings, checkpoints, figures."""
+    """The state that the cases share: settings, checkpoints, figures."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -145,11 +145,11 @@ def generate(llm: LLM, prompts: list[dict[str, Any]], num_tokens: int) -> tuple[
     return [list(output.outputs[0].token_ids) for output in outputs], time.perf_counter() - begin
 
 
-# --- Right first ---
+# --- Checks ---
 
 
 def correct(bench: Bench) -> bool:
-    """Greedy tokens in float32 equal Hugging Face's, however they are batched, cut and cached."""
+    """Check that greedy tokens in float32 equal Hugging Face's, in any batch, in chunks, and with caches."""
     import transformers
 
     from sensorium.multimodal.byte_patches import as_processed
@@ -202,7 +202,7 @@ def correct(bench: Bench) -> bool:
 
 
 def bfloat16(bench: Bench) -> bool:
-    """In bfloat16, log probabilities are as near to float32's as those of Hugging Face's attention implementations."""
+    """Check that bfloat16 log probabilities are as close to float32's as those of Hugging Face's attentions."""
     import transformers
 
     from sensorium.multimodal.byte_patches import as_processed
@@ -248,7 +248,7 @@ def bfloat16(bench: Bench) -> bool:
 
 
 def storm(bench: Bench) -> bool:
-    """Requests are aborted while their steps are in flight: the others' tokens are those of a quiet run."""
+    """Abort requests while their steps are in flight, and check that the others' tokens equal those of a quiet run."""
     count = 40 if bench.is_dry else 2000
     rng = random.Random(3)
     llm = bench.load("small", max_model_len=2048, max_num_seqs=64)
@@ -291,7 +291,7 @@ def storm(bench: Bench) -> bool:
 CHECKS = {"correct": correct, "bfloat16": bfloat16, "storm": storm}
 
 
-# --- Then fast ---
+# --- Speed ---
 
 
 def first_token(bench: Bench, shape: str, llm: LLM) -> None:
@@ -307,7 +307,7 @@ def first_token(bench: Bench, shape: str, llm: LLM) -> None:
 
 
 def decode(bench: Bench, shape: str, llm: LLM, batch: int) -> None:
-    """Milliseconds of a step as a slope: the same cached prompts for 1 token and for many."""
+    """Milliseconds of a step, from the difference between runs of the same cached prompts for 1 token and for many."""
     context, steps = (48, 6) if bench.is_dry else (1024, 128)
     prompts = [{"prompt_token_ids": token_ids(context, 100_000 + 300 * batch + i)} for i in range(batch)]
     generate(llm, prompts, 1 + steps)

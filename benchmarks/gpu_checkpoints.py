@@ -28,10 +28,10 @@ SHAPES: dict[str, dict[str, Any]] = {
     "qwen3b": {"hidden": 2048, "layers": 36, "heads": 16, "kv_heads": 2, "inner": 11008, "tied": True},
     "qwen7b": {"hidden": 3584, "layers": 28, "heads": 28, "kv_heads": 4, "inner": 18944, "tied": False},
     "llama8b": {"hidden": 4096, "layers": 32, "heads": 32, "kv_heads": 8, "inner": 14336, "tied": False, "text": True},
-    # float32, for tokens that must equal Hugging Face's: real head sizes, and logits far enough apart.
+    # Float32 shapes, for tokens that must equal Hugging Face's: real head sizes, and logits that differ enough.
     "small": {"hidden": 512, "layers": 2, "heads": 4, "kv_heads": 2, "inner": 1024, "tied": False, "float32": True},
 }
-"""By the names of the models that have them: Qwen2.5-VL-3B and -7B, Llama-3.1-8B."""
+"""Shapes by the names of their models: Qwen2.5-VL-3B and -7B, Llama-3.1-8B."""
 VOCAB = 151_936
 CHAT_TEMPLATE = """{% for message in messages %}<|im_start|>{{ message.role }}
 {% if message.content is string %}{{ message.content }}{% else %}{% for part in message.content %}\
@@ -47,7 +47,7 @@ def takes_pictures(shape: str) -> bool:
 
 
 def make_checkpoint(shape: str, folder: Path, device: str) -> Path:
-    """The checkpoint's folder, made if it isn't there."""
+    """The checkpoint's folder; the checkpoint is made if it doesn't exist."""
     path = folder / shape
     if (path / "config.json").exists():
         return path
@@ -149,7 +149,7 @@ def _values(
     if "embed_tokens" in name:
         deviation = 0.03 if sizes["tied"] else 1.0
     elif "lm_head" in name and sizes.get("float32"):
-        deviation *= 3  # logits that no rounding brings out of order
+        deviation *= 3  # logits so far apart that rounding can't change their order
     return values.normal_(0, deviation, generator=generator).cpu()
 
 

@@ -1,4 +1,4 @@
-"""The GPU kernels of `sensorium.kernels` against their twins, and against what the machine could do.
+"""The GPU kernels of `sensorium.kernels`, compared with their twins and with the machine's limits.
 
     python benchmarks/gpu_kernels.py [--cases norm,decode,...] [--dry]
 
@@ -29,7 +29,7 @@ HAS_GPU = torch.cuda.is_available()
 if not HAS_GPU:
     os.environ["TRITON_INTERPRET"] = "1"
 DEVICE = "cuda" if HAS_GPU else "cpu"
-# The interpreter cuts bfloat16 off instead of rounding, and multiplies its bits.
+# The interpreter truncates to bfloat16 instead of rounding, and multiplies its bit patterns.
 DTYPE = torch.bfloat16 if HAS_GPU else torch.float16
 FP8 = torch.float8_e4m3fn
 """Of a cache."""
@@ -61,7 +61,7 @@ class Case:
     calls: list[Callable[[], Any]]
     """The same call over different buffers."""
     check: Callable[[], float] | None
-    """The error against the twin, relative to the norm of what the twin gives."""
+    """The error, relative to the norm of the twin's output."""
     num_bytes: float
     num_operations: float = 0.0
     tolerance: float = 5e-3
@@ -104,7 +104,7 @@ def randn(*shape: int, dtype: torch.dtype = DTYPE) -> torch.Tensor:
 
 
 def copies(num_bytes: float, dry: bool) -> int:
-    """How many sets of buffers of so many bytes are more than the cache holds."""
+    """How many sets of buffers of this many bytes exceed the cache."""
     return 1 if dry else max(2, min(64, int(3 * L2_BYTES / num_bytes) + 1))
 
 
@@ -254,7 +254,7 @@ def prefill_cases(dry: bool) -> Iterator[Case]:
 
 
 def rule_cases(dry: bool) -> Iterator[Case]:
-    """Attention of GPT-OSS's shape by one rule or another, and multi-head latent attention; all by the same kernels."""
+    """Attention of GPT-OSS's shape with each of the rules, and multi-head latent attention, with the same kernels."""
     rules = attention_twins.AttentionRules(0.125)
     heads, kv_heads, count, length = (4, 2, 3, 40) if dry else (64, 8, 64, 4096)
     sinks, window = randn(heads, dtype=torch.float32), 12 if dry else 128
@@ -290,7 +290,7 @@ def rule_case(
         row[: len(blocks)] = blocks
     slots = np.zeros(0, dtype=np.int64)
     metadata = AttentionMetadata.from_numpy(query_lens, seq_lens, table, slots, device=DEVICE)
-    # Recorded: the kernel that has all rules, also where there are none.
+    # As in recorded passes: the kernel with all rules, even where none applies.
     metadata = replace(metadata, row_spans=row_spans, is_recorded=True)
     shape = (2, int(counts.sum()), 16, heads[1], sizes[0])
     cache = randn(*shape) if sizes[0] == sizes[1] else randn(*shape[1:4], sum(sizes))
@@ -352,7 +352,7 @@ def linear_cases(dry: bool) -> Iterator[Case]:
 
 
 def linear_case(name: str, rows: int, num_outputs: int, size: int, dry: bool) -> Case:
-    """As the engine does it: by the kernel here, or by cuBLAS where that is faster."""
+    """The linear layer as the engine computes it: by this kernel, or by cuBLAS where that is faster."""
     num_bytes = 2 * num_outputs * size
     sets = [
         (randn(rows, size), PackedWeight(num_outputs, size, DTYPE, plain=randn(num_outputs, size)))
@@ -373,7 +373,7 @@ def linear_case(name: str, rows: int, num_outputs: int, size: int, dry: bool) ->
 
 
 def draw_cases(dry: bool) -> Iterator[Case]:
-    """Against the twin on the CPU; the limit is one pass over the logits."""
+    """Sampling, compared with the twin on the CPU; the limit is one pass over the logits."""
     for rows in (3,) if dry else (1, 64, 256):
         for name, top_k, top_p in (("all tokens", 0, 1.0), ("top-k", 50, 1.0), ("top-p", 0, 0.9)):
             size = 1100 if dry else 151936
@@ -398,7 +398,7 @@ def draw_case(name: str, logits: torch.Tensor, params: sampling_ops.RowParams) -
     def check() -> float:
         return float((call().cpu() != sampling_ops.draw_tokens(logits.cpu(), params)).double().mean())
 
-    # Tokens may differ where two come within a rounding error of each other.
+    # Tokens may differ where two logits are within a rounding error of each other.
     return Case(name, [call], check, logits.nbytes, tolerance=0.02)
 
 

@@ -1,4 +1,4 @@
-"""Several GPUs that share one model: right first, then how much faster than one. `python benchmarks/gpu.py --ranks 2`.
+"""Several GPUs that share one model: checks, then the gain over one GPU. `python benchmarks/gpu.py --ranks 2`.
 
 Checks that float32 greedy tokens are those of one rank, with pictures, recorded passes and steps in flight, and that a
 rank which is killed ends open requests with an error and the engine starts anew. Then measures, for each shape, decodes
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
     from benchmarks.gpu import Bench
 
 TARGETS = {"decode_1": 1.6, "text_64": 1.7, "prefill": 1.7, "burst": 1.8}
-"""How much faster two GPUs are to be than one."""
+"""How much faster than one GPU two are expected to be."""
 SMALL = {"max_model_len": 2048, "num_blocks": 1024}
 SUM_KIB = (8, 32, 128, 512, 2048, 8192, 32_768)
 ONE_SHOT_KIB = 1024
-"""Up to so many, sums are also tried in symmetric memory."""
+"""Sums of up to this size are also measured in symmetric memory."""
 SUMS_IN_GRAPH = 20
 
 
@@ -62,11 +62,11 @@ def run(bench: Bench, num_ranks: int) -> bool:
     return True
 
 
-# --- Right first ---
+# --- Checks ---
 
 
 def _are_equal(bench: Bench, num_ranks: int) -> bool:
-    """Whether greedy tokens in float32 are those of one rank, twice: the second time everything is cached."""
+    """Whether greedy float32 tokens equal those of one rank, in two runs; in the second everything is cached."""
     from benchmarks.gpu import generate, picture, picture_prompt, token_ids
 
     count, num_tokens, most = (4, 6, 8) if bench.is_dry else (48, 24, 30)
@@ -88,7 +88,7 @@ def _are_equal(bench: Bench, num_ranks: int) -> bool:
 
 
 async def _ends_and_starts_anew(bench: Bench, num_ranks: int) -> bool:
-    """A rank is killed while requests are open: all end with an error, and the next is answered as before."""
+    """Kill a rank while requests are open: all must end with an error, and the next one must be answered as before."""
     from benchmarks.gpu import DEVICE, token_ids
 
     args = EngineArgs(
@@ -129,11 +129,11 @@ async def _answer(engine: AsyncLLMEngine, ids: list[int], num_tokens: int) -> li
     return tokens
 
 
-# --- Then fast ---
+# --- Speed ---
 
 
 def _measure(bench: Bench, shape: str, num_ranks: int) -> dict[str, float]:
-    """Seconds by what was measured."""
+    """Seconds by measurement."""
     from benchmarks.gpu import decode, generate, picture, picture_prompt, prefill, token_ids
 
     print(f"{shape} on {num_ranks}:", flush=True)
@@ -176,10 +176,10 @@ def _measure(bench: Bench, shape: str, num_ranks: int) -> dict[str, float]:
 
 
 def _report_share(bench: Bench, shape: str, num_ranks: int, sums: dict[int, float], together: dict[str, float]) -> None:
-    """What sums take of a step of one request, and the gain that they leave if all else is divided evenly."""
+    """The time of sums in a step of one request, and the gain that remains if everything else is divided evenly."""
     sizes = checkpoints.SHAPES[shape]
     num_sums = 2 * sizes["layers"] + 1
-    seconds = num_sums * sums[min(sums)]  # a row of any shape is as quick as the smallest
+    seconds = num_sums * sums[min(sums)]  # a row of any shape takes as long as the smallest size
     step = together["decode_1"]
     bench.report(
         f"{shape} sums in a decode of 1",
@@ -191,7 +191,7 @@ def _report_share(bench: Bench, shape: str, num_ranks: int, sums: dict[int, floa
 
 
 def _time_sums(bench: Bench, num_ranks: int) -> dict[int, float]:
-    """Seconds of a sum over ranks by KiB, on processes of their own."""
+    """Seconds of a sum over ranks by size in KiB, measured in separate processes."""
     with tempfile.TemporaryDirectory() as folder:
         store = str(Path(folder) / "store")
         arguments = [sys.executable, __file__]

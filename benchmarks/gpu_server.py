@@ -1,4 +1,4 @@
-"""The server on a GPU beside the same requests in one process: what HTTP, streams and a second process cost.
+"""The server on a GPU, compared with the same requests in one process: the cost of HTTP, streams and a second process.
 
     python benchmarks/gpu_server.py [--shape qwen3b] [--streams 64,256] [--requests 256]
 

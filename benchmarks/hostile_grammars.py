@@ -1,4 +1,4 @@
-"""What hostile grammars do to others: gaps between the tokens of streams, with and without them.
+"""The effect of hostile grammars on other requests: gaps between the tokens of streams, with and without them.
 
     python benchmarks/hostile_grammars.py [--streams 4] [--tokens 400] [--senders 8]
 
@@ -28,7 +28,7 @@ SETTINGS: dict[str, Any] = {"device": "cpu", "num_blocks": 512, "max_num_seqs": 
 
 
 class Client:
-    """Talks to one engine, and keeps the times."""
+    """Sends requests to one engine, and records times."""
 
     def __init__(self, engine: AsyncLLMEngine, num_tokens: int) -> None:
         self._engine = engine
@@ -55,7 +55,7 @@ class Client:
         while True:
             number = next(self._numbers)
             fields = dict(list(HOSTILE.values())[number % len(HOSTILE)])
-            if "json" in fields:  # a new one each time, so that no verdict is known
+            if "json" in fields:  # a new grammar each time, so that no result is cached
                 schema = json.loads(fields["json"]) if isinstance(fields["json"], str) else fields["json"]
                 fields["json"] = {**schema, "title": str(number)}
             begin_s = time.perf_counter()

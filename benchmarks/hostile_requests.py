@@ -1,4 +1,4 @@
-"""Requests that a server must refuse, survive or outlast. Each says what came of it: refused, outlasted, or wrong."""
+"""Requests that a server must refuse, survive or outlast. Each returns the outcome: refused, outlasted, or wrong."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ async def bad_url(connection: Connection, index: int) -> str:
 
 
 async def bad_body(connection: Connection, index: int) -> str:
-    """No JSON, or too deep."""
+    """A body that isn't JSON, or is nested too deeply."""
     bodies = (b"{", b"\xff\xfe", b"[" * 5000, b'{"messages":' + b"[" * 200 + b"]" * 200 + b"}", b"null")
     return await _post(connection, bodies[index % len(bodies)])
 
@@ -144,12 +144,12 @@ _BOMB_URL = "data:image/png;base64," + base64.b64encode(_bomb()).decode()
 
 
 async def bomb(connection: Connection, _index: int) -> str:
-    """A picture that is small only while it is packed."""
+    """A picture that is small only while it is compressed."""
     return await _post(connection, chat({"type": "image_url", "image_url": {"url": _BOMB_URL}}, text("What?")))
 
 
 def _much_work(num_scans: int) -> bytes:
-    """A progressive JPEG whose last scan comes again and again."""
+    """A progressive JPEG whose last scan is repeated many times."""
     data = encode_image(Image.new("L", (4_000, 4_000), 128), "JPEG", progressive=True, quality=5)
     begin, end = data.rfind(b"\xff\xda"), data.rfind(b"\xff\xd9")
     return data[:begin] + data[begin:end] * num_scans + data[end:]
@@ -169,7 +169,7 @@ def _edited(num_edits: int) -> bytes:
 
 
 async def much_work(connection: Connection, index: int) -> str:
-    """A picture of few bytes that takes minutes to decode, whose sender doesn't stay for it."""
+    """A picture of few bytes that takes minutes to decode, and whose sender disconnects."""
     url = "data:image/jpeg;base64," + base64.b64encode(_much_work(2_000 + index)).decode()
     body = chat({"type": "image_url", "image_url": {"url": url}}, text("What?"))
     try:
@@ -201,7 +201,7 @@ async def leaves(connection: Connection, index: int) -> str:
 
 
 async def never_reads(connection: Connection, _index: int) -> str:
-    """Asks for a long answer with everything, and reads nothing for a while."""
+    """Asks for a long answer with all options, and reads nothing for a while."""
     body = json.loads(good_requests()[0])
     body |= {"stream": True, "max_tokens": 400, "logprobs": True, "top_logprobs": 5}
     stream = connection.stream(CHAT, json.dumps(body).encode())
@@ -232,20 +232,20 @@ async def many_mistakes(connection: Connection, index: int) -> str:
 
 
 async def ambiguous(connection: Connection, index: int) -> str:
-    """A request that two readers read in two ways, and another one behind it."""
+    """An ambiguous request, which two parsers would read differently, followed by another request."""
     got = await connection.raw(AMBIGUOUS[index % len(AMBIGUOUS)] + b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n")
     is_refused = got.count(b"HTTP/1.1 ") == 1 and got.startswith((b"HTTP/1.1 400", b"HTTP/1.1 501"))
     return "refused" if is_refused else "wrong"
 
 
 async def forged_line(connection: Connection, index: int) -> str:
-    """A path with a line of a log in it."""
+    """A path that contains a forged line of a log."""
     answer = await connection.request("GET", f"/%0A2026-01-01%2000:00:00,000%20INFO%20forged%1B[2J{index}")
     return "refused" if answer.status == 404 else "wrong"
 
 
 async def half_a_head(connection: Connection, _index: int) -> str:
-    """Connections that say half of what they want, and no more."""
+    """Connections that send half a request, and no more."""
     held = [asyncio.create_task(connection.raw(HEAD + b"X-A: ")) for _ in range(8)]
     await asyncio.sleep(0.2)
     for each in held:

@@ -52,7 +52,7 @@ class Connection:
         self._reader = self._writer = None
 
     async def request(self, method: str, path: str, body: bytes = b"", *headers: str) -> Answer:
-        """One request and its whole answer; the answer of 0 where the server closed instead."""
+        """Send a request and return its whole answer; the status is 0 if the server closed the connection instead."""
         async with asyncio.timeout(self._timeout_s):
             status, fields = await self._ask(method, path, body, headers)
             pieces = [piece async for piece in self._pieces(fields)] if status else []

@@ -1,4 +1,4 @@
-"""A server in a process of its own for benchmarks, and what it holds at a moment."""
+"""A server in its own process for benchmarks, with its current counts and memory."""
 
 from __future__ import annotations
 

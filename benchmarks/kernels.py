@@ -1,4 +1,4 @@
-"""How near the CPU kernels come to what the machine can do, and how they compare with plain torch.
+"""The CPU kernels, compared with the machine's limits and with plain torch.
 
     python benchmarks/kernels.py [--threads N] [--dtype bfloat16 float32] [--seconds 0.3] [--no-torch]
 
@@ -81,7 +81,7 @@ class Limits:
 
 def measure_limits(threads: int, clock: Clock) -> Limits:
     """Compile and run the loops of `limits.c`; without a compiler, use torch's sum and matrix product."""
-    chunks = torch.ones(1 << 26).chunk(16)  # of 16 MiB; together more than any cache
+    chunks = torch.ones(1 << 26).chunk(16)  # of 16 MiB each; together larger than any cache
     num_bytes = sum(chunk.nbytes for chunk in chunks)
     try:
         library = _compile_limits()
@@ -126,7 +126,7 @@ def random_weights(shape: tuple[int, int], count: int, dtype: torch.dtype) -> li
 
 
 class Decoder:
-    """The pieces of one decoder step, with the weights of all layers."""
+    """The parts of one decoder step, with the weights of all layers."""
 
     def __init__(self, dtype: torch.dtype, *, with_torch: bool) -> None:
         self.dtype = dtype
@@ -205,7 +205,7 @@ class PagedStep:
 
 @dataclass
 class Case:
-    """Kernels, what does the same in plain torch, and the work that there is in any case."""
+    """Kernels, the same computation in plain torch, and the least work that both must do."""
 
     name: str
     dtype: torch.dtype
@@ -258,7 +258,7 @@ class Bench:
             flops = 2 * rows * decoder.num_bytes / dtype.itemsize
             self.run(Case("decoder linears", dtype, rows, *calls, decoder.num_bytes, flops))
         for rows in (*BATCHES, 224):
-            # No limit worth stating: the inputs are in the caches.
+            # No limit is given, since the inputs are in the caches.
             calls = decoder.elementwise(rows, native=True), decoder.elementwise(rows, native=False)
             self.run(Case("decoder element-wise", dtype, rows, *calls))
         for rows in BATCHES:

@@ -1,4 +1,4 @@
-"""What `sensorium bench serve` costs itself: the load generator against a server that does nothing but stream.
+"""The load generator's own cost: `sensorium bench serve` against a server that does nothing but stream.
 
     python benchmarks/load_generator.py --streams 64
 

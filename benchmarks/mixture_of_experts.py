@@ -1,4 +1,4 @@
-"""A mixture of experts of Qwen3-30B-A3B's shape on the CPU, beside Hugging Face's module with the same random weights.
+"""A mixture of experts of Qwen3-30B-A3B's shape on the CPU, compared with Hugging Face's module with the same weights.
 
     python benchmarks/mixture_of_experts.py [--dtype bfloat16] [--repeats 3] [--rows 1 8 64 512]
 

@@ -1,4 +1,4 @@
-"""A decoder in bfloat16 beside the same with quantized weights or cache: time of a step, of prefill, and what changes.
+"""A decoder in bfloat16, compared with quantized weights or cache: time of a step and of prefill, and accuracy.
 
     python benchmarks/quantization.py [CHECKPOINT] [--schemes int8 fp8] [--device cuda] [--shape 7b] [--repeats 3]
 
@@ -89,7 +89,7 @@ def seconds(llm: LLM, num_prompts: int, prompt_tokens: int, new_tokens: int) -> 
 
 
 def random_ids(llm: LLM, count: int) -> list[int]:
-    """Token ids, none of the special ones at the ends of most vocabularies."""
+    """Random token ids, without the special ones at the ends of most vocabularies."""
     vocab_size = llm.engine.config.model_config.vocab_size
     return random.choices(range(100, max(min(30000, vocab_size - 300), 101)), k=count)
 
@@ -118,7 +118,7 @@ def likelihoods(llm: LLM, prompts: list[list[int]]) -> tuple[np.ndarray[Any, Any
 
 
 def accuracy(reference: LLM, llm: LLM, prompts: list[list[int]]) -> dict[str, float]:
-    """How far an engine is from another one."""
+    """The differences between two engines' outputs."""
     (want, want_best), (got, got_best) = likelihoods(reference, prompts), likelihoods(llm, prompts)
     changed = [one != other for one, other in zip(want_best, got_best, strict=True)]
     params = SamplingParams(temperature=0, max_tokens=ANSWER, ignore_eos=True)

@@ -1,4 +1,4 @@
-"""Sensorium beside other engines: the same checkpoint, the same requests, repetition by repetition in turn.
+"""Sensorium compared with other engines: the same checkpoint and the same requests; the engines take turns.
 
     PYTHONPATH=. python benchmarks/side_by_side.py CHECKPOINT [--peer vllm=PYTHON] [--peer transformers=PYTHON] ...
 
@@ -132,13 +132,13 @@ class Case:
     measure: Callable[[Engine, int], float]
     """The figure of one repetition, given the engine and a seed."""
     limit: float | None = None
-    """What the machine could reach at best."""
+    """The machine's limits."""
     higher_is_better: bool = True
     figures: dict[str, list[float]] = field(default_factory=dict)
 
 
 def throughput(requests: Callable[[int], list[Request]], num_tokens: int) -> Callable[[Engine, int], float]:
-    """Output tokens per second of a batch that comes at once."""
+    """Output tokens per second of a batch whose requests arrive together."""
 
     def measure(engine: Engine, seed: int) -> float:
         batch = requests(seed)
@@ -148,7 +148,7 @@ def throughput(requests: Callable[[int], list[Request]], num_tokens: int) -> Cal
 
 
 def step_ms(requests: Callable[[int], list[Request]], steps: int) -> Callable[[Engine, int], float]:
-    """Milliseconds of a decoding step, as a slope: what `steps` more tokens take, of other prompts."""
+    """Milliseconds of a decoding step, from the time that `steps` more tokens take, with other prompts."""
 
     def measure(engine: Engine, seed: int) -> float:
         first_s = engine.run(requests(seed), 1)

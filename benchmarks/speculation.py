@@ -1,4 +1,4 @@
-"""What guesses of next tokens bring: seconds and steps of the same outputs without and with `speculative_config`.
+"""The gain of drafts: seconds and steps of the same outputs without and with `speculative_config`.
 
     PYTHONPATH=. python benchmarks/speculation.py [CHECKPOINT] [--requests 1 4] [--tokens 128] [--drafts 4]
 
@@ -48,7 +48,7 @@ def random_checkpoint(folder: Path, layers: int) -> Path:
 
 
 def table(seed: int, num_chars: int) -> str:
-    """Text in which nothing stands twice for long."""
+    """Text without long repetitions."""
     rng = random.Random(seed)
     text = ""
     while len(text) < num_chars:
@@ -85,7 +85,7 @@ def run(llm: LLM, prompts: list[str], params: list[SamplingParams]) -> dict[str,
 
 
 def measure(llms: Sequence[LLM], kind: str, count: int, num_tokens: int, repeats: int) -> list[dict[str, Any]]:
-    """The best of several runs of each engine, by turns, so that what else the machine does hits both."""
+    """The best of several runs of each engine. The engines alternate, so that the machine's other load affects both."""
     prompts, params = jobs(kind, count, num_tokens)
     rounds = [[run(llm, prompts, params) for llm in llms] for _ in range(1 + repeats)]
     # The first round compiles grammars and fills prefix caches.

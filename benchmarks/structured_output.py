@@ -1,4 +1,4 @@
-"""What it costs to hold outputs to a grammar: compiling, masks of a step, laying them over the logits.
+"""The cost of structured outputs: compiling grammars, computing the masks of a step, and applying them to the logits.
 
     python benchmarks/structured_output.py [--rows 16] [--vocab-sizes 32000 151936] [--tokenizer tokenizer.json]
 

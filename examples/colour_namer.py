@@ -1,7 +1,7 @@
 """A model of your own in one file: it names the colour that its pictures have on average. `own_model.py` runs it.
 
-Nothing is trained: a colour's word is a row of three numbers, a picture is one such row, and one layer of attention,
-which weighs all rows alike, mixes what the prompt holds. Every command that loads a model takes such a file:
+Nothing is trained: each colour's word and each picture is a row of three numbers, and one attention layer with equal
+weights computes the mean of the prompt's rows. Every command that loads a model takes such a file:
 `sensorium serve CHECKPOINT --plugin colour_namer.py`. docs/adding_a_multimodal_model.md goes through one step by step.
 """
 

@@ -1,10 +1,10 @@
-"""Builds the documentation as a site, from the pages as they lie in the repository.
+"""Builds the documentation as a site, from the pages of the repository.
 
     scripts/docs        # into build/site
 
-The pages are copied with the files that they link to, and keep their places, so that a link that leads somewhere in the
-repository does so on the site too. The Python reference is made from docstrings, which are read and not run. A link
-that leads nowhere, or a page that no menu has, fails the build.
+The pages are copied together with the files that they link to, and keep their paths, so that a link that works in the
+repository works on the site too. The Python reference is made from docstrings, without importing the code. A broken
+link, or a page that isn't in a menu, fails the build.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def links(page: Path) -> Iterator[tuple[str, str]]:
 
 
 def linked_files() -> list[Path]:
-    """Files that pages show or point to, other than pages."""
+    """Files other than pages that pages show or link to."""
     found = {(page.parent / path).resolve() for page in pages() for path, _ in links(page)}
     return sorted(path for path in found if path.is_file() and path.suffix != ".md")
 

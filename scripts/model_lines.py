@@ -78,7 +78,7 @@ def classes_of_vllm(registry: str) -> dict[str, str]:
 
 
 def lines_of_code(source: str) -> int:
-    """Lines with something else than comments, docstrings and blanks."""
+    """Counts the lines that aren't comments, docstrings or blank."""
     lines: set[int] = set()
     for token in tokenize.generate_tokens(io.StringIO(source).readline):
         if token.type not in _NO_CODE:
@@ -90,7 +90,7 @@ def lines_of_code(source: str) -> int:
 
 
 def with_imports(path: str, files: Mapping[str, str]) -> set[str]:
-    """A file, and those of the folder of models that it imports, and so on."""
+    """A file, and all files in the folder of models that it imports, directly or indirectly."""
     found, waiting = {path}, [path]
     while waiting:
         current = waiting.pop()

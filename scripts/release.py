@@ -52,7 +52,7 @@ ANSWER = "There are a red circle at the top left and a blue square at the bottom
 
 @dataclass(frozen=True, slots=True)
 class Platform:
-    """What a wheel is made for."""
+    """The target of a wheel."""
 
     machine: str
 

@@ -1,7 +1,7 @@
-"""Tries every architecture that the installed transformers has, on a tiny random checkpoint: how it runs, and whether
-its greedy tokens are those of `generate`, of text, and of pictures, clips and sounds where it takes some. Writes what
-`sensorium models` shows. Takes some minutes; some processors want torchvision, timm or num2words, and aren't tried
-without.
+"""Tries every architecture of the installed transformers on a tiny random checkpoint: how it runs, and whether its
+greedy tokens equal those of `generate`, for text, and for pictures, clips and sounds if it takes them. Writes what
+`sensorium models` shows. Takes some minutes; processors that need torchvision, timm or num2words are skipped if these
+aren't installed.
 
     PYTHONPATH=. python scripts/verify_architectures.py [TYPE or CLASS...]
 """
@@ -71,7 +71,7 @@ def entries() -> list[tuple[str, str, bool]]:
 
 
 def write(known: dict[str, Any]) -> None:
-    """After each type, so that a run that is cut off leaves what it found."""
+    """Save after each type, so that an interrupted run keeps its results."""
     known["date"] = dt.datetime.now(tz=dt.UTC).date().isoformat()
     known["versions"] = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
     known["architectures"] = dict(sorted(known["architectures"].items()))
@@ -85,7 +85,7 @@ def is_better(result: dict[str, Any], other: dict[str, Any]) -> bool:
 
 
 def tried(model_type: str, class_name: str = "", **settings: Any) -> dict[str, Any]:
-    """The tier, whether tokens are equal, and what was in the way."""
+    """The tier, whether tokens are equal, and the error if there was one."""
     if model_type in NEEDS_MORE:
         return {"tier": "", "is_equal": False, "note": f"not tried: {NEEDS_MORE[model_type]}"}
     with tempfile.TemporaryDirectory() as name:
@@ -148,7 +148,7 @@ def tried_media(model_type: str) -> dict[str, Any]:
 
 
 def _note(features: Any) -> str:
-    """What there is to say of a tier: why no faster one, or what of it is slower than in others."""
+    """The note about a tier: why no faster tier applies, or which part is slower than in other models."""
     not_taken = next((note for note in features.notes if note.startswith("not ")), "")
     slower = ("one sequence at a time", "over all of its tokens")
     found = next((each for each in slower if any(each in note for note in features.notes)), "")

@@ -60,7 +60,7 @@ def classes() -> list[tuple[str, str]]:
 
 
 def write(known: dict[str, Any]) -> None:
-    """After each class, so that a run that is cut off leaves what it found."""
+    """Save after each class, so that an interrupted run keeps its results."""
     versions = {package: importlib.metadata.version(package) for package in ("torch", "transformers")}
     date = dt.datetime.now(tz=dt.UTC).date().isoformat()
     content = {"date": date, "versions": versions, "architectures": dict(sorted(known.items()))}
@@ -68,7 +68,7 @@ def write(known: dict[str, Any]) -> None:
 
 
 def tried(model_type: str, architecture: str) -> dict[str, Any]:
-    """The tier, whether outputs are equal, and what was in the way."""
+    """The tier, whether outputs are equal, and the error if there was one."""
     with tempfile.TemporaryDirectory() as name:
         try:
             model = made(model_type, architecture, Path(name))

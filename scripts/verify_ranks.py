@@ -91,7 +91,7 @@ def main() -> None:
 
 
 def tried(case: Case) -> list[str]:
-    """For each number of ranks: how many requests had their tokens, or what was in the way."""
+    """For each number of ranks: how many requests had the expected tokens, or the error."""
     plan = requests(case)
     with settings_of(case) as settings:
         expected = tokens_alone(case, plan, settings)

@@ -105,7 +105,7 @@ def is_multimodal(file: Path) -> bool:
 
 
 def in_process(files: Path, file: Path, what: str) -> str:
-    """The result of one, which another can't disturb."""
+    """The result of one file, run in its own process so that others can't affect it."""
     command = [sys.executable, __file__, "--one", str(files), str(file), *([what] if what else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     last = (done.stdout.strip() or done.stderr.strip() or "nothing").splitlines()[-1]

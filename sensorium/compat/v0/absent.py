@@ -1,4 +1,4 @@
-"""Names of V0 that have no honest meaning here, and what to use instead."""
+"""Names of V0 that have no counterpart here, and what to use instead."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ REASONS: dict[str, str] = {
     "vllm.lora": "Adapters lie over the model by themselves: see the setting enable_lora",
     "vllm.envs": "There are settings for what can be set, and no environment variables",
 }
-"""By full name (`vllm.module.Name`), or by module for all names in it: what the message of the ImportError adds.
-Without the full stop."""
+"""By full name (`vllm.module.Name`), or by module for all its names: a sentence for the message of the ImportError,
+without the full stop."""
 
 
 def reason(module: str, name: str = "") -> str:
-    """What to do about a name that isn't there."""
+    """What to use instead of a name that doesn't exist here."""
     parts = [*module.split("."), *([name] if name else [])]
     for count in range(len(parts), 0, -1):
         if found := REASONS.get(".".join(parts[:count])):

@@ -1,4 +1,4 @@
-"""Configs of transformers 5, seen as those of its versions 4.45 to 4.47, for files that were written for them."""
+"""Adds the names of transformers 4.45 to 4.47 to configs of transformers 5, for files that were written for those."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ RENAMED = {
     "video_token_index": "video_token_id",
     "audio_token_index": "audio_token_id",
 }
-"""Names then, and now."""
+"""Old names and their new ones."""
 
 
 def as_of_release(config: Any) -> None:
-    """Add what is missing, in place, to a config and those in it."""
+    """Add the missing names, in place, to a config and its nested configs."""
     for each in _parts(config):
         _set_missing(each, _rope_values(each))
         _set_missing(each, {old: getattr(each, new) for old, new in RENAMED.items() if hasattr(each, new)})
@@ -40,7 +40,7 @@ def _parts(config: Any) -> Iterator[Any]:
 
 
 def _rope_values(config: Any) -> Mapping[str, Any]:
-    """`rope_theta` and its like stood beside each other, not in a mapping of their own."""
+    """`rope_theta` and similar values, which used to be attributes of the config, not items of a mapping."""
     parameters = rope_parameters(config)
     names = ("rope_theta", "partial_rotary_factor")
     return {name: parameters[name] for name in names if name in parameters}

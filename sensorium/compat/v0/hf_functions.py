@@ -1,4 +1,4 @@
-"""Parts of transformers 4.45 to 4.47 that version 5 doesn't have, written anew."""
+"""Parts of transformers 4.45 to 4.47 that version 5 doesn't have, reimplemented."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from torch import nn
 
 
 class PixtralRotaryEmbedding(nn.Module):
-    """Angles of patches by their place in a square grid of the tower's largest side: half of the channels turn with the
-    row, half with the column.
+    """Rotary angles of patches by their position in a square grid of the tower's largest side: the row determines half
+    of the channels, and the column the other half.
 
     Args:
-        config: Of a Pixtral tower.
-        device: Where the angles are kept; by default that of construction.
+        config: The config of a Pixtral tower.
+        device: The device of the angles; by default the current one.
     """
 
     inv_freq: torch.Tensor

@@ -1,5 +1,5 @@
-"""Processors of transformers 5, seen as those of its versions 4.45 to 4.47: whatever is asked of one is asked of the
-processor itself, but for what has another place now."""
+"""Wrappers that give processors of transformers 5 the interface of its versions 4.45 to 4.47. They pass everything
+on to the processor, except what has moved since."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from sensorium.multimodal import hf_processors
 from sensorium.multimodal.video_processor import cached_get_video_processor
 
 _PIXELS = {"min_pixels": "shortest_edge", "max_pixels": "longest_edge"}
-"""Bounds on a picture's pixels that were attributes, and where they are in `size`."""
+"""Bounds on a picture's pixels that used to be attributes, and their keys in `size`."""
 
 
 class _Seen:
-    """Something that has another's attributes."""
+    """A wrapper that passes attributes on to another object."""
 
     def __init__(self, seen: Any, find_videos: Callable[[], Any]) -> None:
         self._seen = seen
@@ -25,7 +25,7 @@ class _Seen:
 
 
 class ImageProcessor(_Seen):
-    """An image processor: one that takes clips too, with the bounds on pixels as attributes."""
+    """An image processor that also takes clips, and has the bounds on pixels as attributes."""
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self.__dict__["_seen"], name, None)
@@ -40,12 +40,12 @@ class ImageProcessor(_Seen):
         return self._seen.preprocess(images, **kwargs)
 
     def __call__(self, images: Any = None, videos: Any = None, **kwargs: Any) -> Any:
-        """The same."""
+        """See `preprocess`."""
         return self.preprocess(images, videos, **kwargs)
 
 
 class Token(str):
-    """A special token, which was an object in some processors and a text in others."""
+    """A special token that can be used as a text and as an object with `content`, as V0's files do."""
 
     __slots__ = ()
 
@@ -56,7 +56,7 @@ class Token(str):
 
 
 class Processor(_Seen):
-    """A whole processor, whose image processor is such a one."""
+    """A whole processor, whose image processor is an `ImageProcessor`."""
 
     def __getattr__(self, name: str) -> Any:
         value = super().__getattr__(name)

@@ -1,8 +1,8 @@
-"""What import statements mean in a plug-in file.
+"""Resolves import statements in a plug-in file.
 
-Import statements of a module ask the `__import__` among its builtins. A plug-in's module gets builtins of its own, so
-that names are found anew there, also in functions that run later, and nowhere else: neither `sys.modules` nor the
-finders of the process know of them. The rules are in the docstring of `sensorium.compat.v0`.
+An import statement calls the `__import__` of its module's builtins. A plug-in's module gets its own builtins, so names
+are resolved differently there, also in functions that run later, and nowhere else: neither `sys.modules` nor the
+process's finders change. The docstring of `sensorium.compat.v0` has the rules.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ PLACES: dict[str, tuple[str, ...]] = {
     "xformers": ("sensorium.compat.v0.xformers",),
     "flash_attn": ("sensorium.compat.v0.flash_attn",),
 }
-"""Where names of a package are looked up, in order."""
+"""For each package, where its names are looked up, in order."""
 
 MODELS = "vllm.model_executor.models"
 SHARED = frozenset(f"{MODELS}.{name}" for name in ("interfaces", "registry", "utils"))
-"""Modules of models that mean the same here. Others of the same name don't: their classes have other constructors."""
+"""Modules in `models` that are the same here. Others of the same name have classes with other constructors."""
 
 
 class PluginLoader(SourceFileLoader):
     """Runs a file as a plug-in."""
 
     def exec_module(self, module: ModuleType) -> None:
-        """Of loaders: run the file in its module."""
+        """Run the file in its module (a method of loaders)."""
         module.__dict__["__builtins__"] = {**vars(builtins), "__import__": _import}
         super().exec_module(module)
 
@@ -51,7 +51,7 @@ class PluginFinder(MetaPathFinder):
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        """Of finders: a module's file, to be run as a plug-in; None for other packages' modules."""
+        """Find a module's file, to run it as a plug-in; None for modules of other packages (a method of finders)."""
         if fullname.partition(".")[0] not in self.packages:
             return None
         spec = PathFinder.find_spec(fullname, path, target)
@@ -64,18 +64,18 @@ _finder = PluginFinder()
 
 
 def add_package(module: str) -> None:
-    """From now on, modules of the package that a module belongs to are imported as plug-ins."""
+    """Import the modules of the package that `module` belongs to as plug-ins from now on."""
     _finder.packages.add(module.partition(".")[0])
     if _finder not in sys.meta_path:
         sys.meta_path.insert(sys.meta_path.index(PathFinder), _finder)
 
 
 class PlacedModule(ModuleType):
-    """A module of which several modules have the names; of two with one name, the first counts."""
+    """A module that combines the names of several modules; if two have the same name, the first one's counts."""
 
     def __init__(self, name: str, modules: Sequence[ModuleType]) -> None:
         super().__init__(name, modules[0].__doc__)
-        self.__path__: list[str] = []  # it may have modules of its own
+        self.__path__: list[str] = []  # it may have submodules
         self._modules = tuple(modules)
 
     def __getattr__(self, name: str) -> Any:
@@ -102,7 +102,7 @@ def _public_names(module: ModuleType) -> Sequence[str]:
 
 
 def _find(name: str) -> PlacedModule | None:
-    """The module of a name, put together from the places of its package; None if it is in none of them."""
+    """The module of this name, combined from the places of its package; None if none of them has it."""
     if name not in _found:
         package, _, rest = name.partition(".")
         modules = [
@@ -152,12 +152,12 @@ def _import(
 
 
 def _of_transformers(name: str, fromlist: Sequence[str]) -> ModuleType:
-    """A module of transformers with the names that it had in the days of V0."""
+    """A module of transformers with the names that it had at the time of V0."""
     failure: ImportError | None = None
     result = ModuleType(name)
     try:
         result = importlib.import_module(name)
-    except ImportError as error:  # it is gone, or needs what isn't installed
+    except ImportError as error:  # it was removed, or needs a package that isn't installed
         failure = error
     gone = [each for each in fromlist if not hasattr(result, each)]
     if not gone:
@@ -175,7 +175,7 @@ def _of_transformers(name: str, fromlist: Sequence[str]) -> ModuleType:
 
 
 def _import_beside(name: str, scope: dict[str, Any]) -> None:
-    """Have a file beside a plug-in that it imports by its plain name run as it runs itself."""
+    """If a plug-in imports a file beside it by its plain name, run that file as a plug-in too."""
     file = Path(scope["__file__"]).with_name(f"{name}.py")
     if name not in sys.modules and not scope.get("__package__") and file.is_file():
         found = PathFinder.find_spec(name)
@@ -184,7 +184,7 @@ def _import_beside(name: str, scope: dict[str, Any]) -> None:
 
 
 def _named(name: str, fromlist: Sequence[str]) -> ModuleType:
-    """The module of a name. Raises ImportError if it isn't there, or hasn't one of the names that are wanted of it."""
+    """The module of a name. Raises ImportError if it doesn't exist, or lacks one of the names in `fromlist`."""
     module = _find(name)
     if module is None:
         raise ModuleNotFoundError(f"No module named {name!r} for plug-ins. {reason(name)}.", name=name)
@@ -201,7 +201,7 @@ def _import_relative(
     fromlist: Sequence[str],
     level: int,
 ) -> Any:
-    """`from .name import ...`: a file beside the plug-in, else V0's module that had this name beside models."""
+    """`from .name import ...`: a file beside the plug-in, else the module of this name among V0's models."""
     if scope.get("__package__"):
         return _import_in_package(name, scope, locals, fromlist, level)
     folder = Path(scope["__file__"]).parents[level - 1]

@@ -1,4 +1,4 @@
-"""Registered text models as the inner models of V0's classes."""
+"""Makes registered text models usable as the inner models of V0's classes."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ ROOM = {
     "PersimmonForCausalLM": "persimmon",
     "Phi3ForCausalLM": "phi3",
 }
-"""Architectures that only this room has a class for, and its module."""
+"""Architectures that only this package has a class for, with its module."""
 
 STAGE_TENSORS = ["hidden_states", "residual"]
-"""What a stage of V0's decoders handed on."""
+"""The tensors that a pipeline stage of V0's decoders passed on."""
 
 
 class ScalingDecoder(Decoder):
-    """A decoder of scaled embeddings that scales whatever it is given, as V0's Gemma did: token embeddings that an
-    outer class asks for, and rows that it puts between them, are without the factor."""
+    """A decoder with scaled embeddings that scales all its input rows, as V0's Gemma did. So it returns embeddings
+    without the factor to an outer class, which may put other unscaled rows between them."""
 
     def get_input_embeddings(self, input_ids: torch.Tensor) -> torch.Tensor:
         """Token embeddings `(num_tokens, hidden_size)` without the factor."""
@@ -57,7 +57,7 @@ class ScalingDecoder(Decoder):
 
 
 def class_of_room(architectures: Sequence[str]) -> type[nn.Module] | None:
-    """The class of this room for an inner model that no class is registered for, if there is one."""
+    """This package's class for an inner model that no class is registered for; None if it has none."""
     name = next((each for each in architectures if each in ROOM), None)
     if name is None or set(architectures) & set(ModelRegistry.get_supported_archs()):
         return None
@@ -66,7 +66,7 @@ def class_of_room(architectures: Sequence[str]) -> type[nn.Module] | None:
 
 
 def with_names_of_v0(model: nn.Module) -> nn.Module:
-    """A text model with what V0's outer classes take from it, on itself and on its decoder."""
+    """Add to a text model and to its decoder the attributes that V0's outer classes use."""
     for module in (model, getattr(model, "model", None)):
         if not isinstance(module, nn.Module):
             continue

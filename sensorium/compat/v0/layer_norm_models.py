@@ -1,4 +1,4 @@
-"""What OPT and Persimmon share: decoders with layer norms and biases, and the head around them."""
+"""The common parts of OPT and Persimmon: decoders with layer norms and biases, and models with such a decoder."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ if TYPE_CHECKING:
 
 
 class EmbeddedDecoder(nn.Module):
-    """What embeds tokens and goes on from their rows, or from others, with the constructor of V0.
+    """A decoder that takes token ids or embedded rows, with the constructor of V0.
 
-    A subclass makes its modules in `build`, has a table `embed_tokens`, and goes on from rows in `decode`.
+    A subclass makes its modules in `build`, among them the table `embed_tokens`, and runs its layers in `decode`.
     """
 
     embed_tokens: VocabParallelEmbedding
@@ -79,7 +79,7 @@ class EmbeddedDecoder(nn.Module):
 
 
 class HeadedModel(EmbeddedDecoder):
-    """A decoder `model`, and its output head, which may be the embeddings."""
+    """A decoder `model` and its output head, which may be tied to the embeddings."""
 
     decoder_class: ClassVar[type[EmbeddedDecoder]]
 

@@ -1,4 +1,4 @@
-"""Where names of transformers 4.45 to 4.47 are in transformers 5."""
+"""Where transformers 5, or this package, has names of transformers 4.45 to 4.47."""
 
 from __future__ import annotations
 

@@ -1,5 +1,5 @@
-"""How classes that were written for vLLM 0.6 want to be treated. Rooms to the right ask for it by name, see
-`sensorium.plugins.style_of`."""
+"""What the engine must do differently for classes that were written for vLLM 0.6. Other packages get this module by
+name, see `sensorium.plugins.style_of`."""
 
 from __future__ import annotations
 
@@ -22,12 +22,12 @@ ARCHITECTURES = {
     "ChatGLMForCausalLM": ("ChatGLMModel", "ChatGLMForConditionalGeneration"),
     "NVLM_D_Model": ("NVLM_D",),
 }
-"""What checkpoints call the architectures of V0's classes, where that isn't the class's name."""
+"""Names of architectures in checkpoints for V0's classes with another name."""
 
 
 def register_classes(module: ModuleType) -> None:
-    """Serve the models of a plug-in that registers none, as files of vllm itself don't, by their names and those
-    that checkpoints have for them."""
+    """If a plug-in registers no models, as vllm's own files do, register its classes by their names and by those in
+    `ARCHITECTURES`."""
     classes = [each for each in vars(module).values() if _is_model(each) and each.__module__ == module.__name__]
     if not any(ModelRegistry.architectures_of(each) for each in classes):
         for model_class in classes:
@@ -41,21 +41,21 @@ def _is_model(value: object) -> bool:
 
 
 def config_for_constructor(config: EngineConfig) -> VllmConfig:
-    """The engine's configuration as constructors of V0 know it."""
+    """The engine's configuration in the form that V0's constructors take."""
     return as_v0(config)
 
 
 def adapt_hf_config(hf_config: Any, model_class: type, architecture: str) -> None:
-    """Add the names to a checkpoint's config, in place, that configs of transformers had in those months."""
+    """Add to a checkpoint's config, in place, the names that configs of transformers had at the time of V0."""
     as_of_release(hf_config)
     if issubclass(_knowing_class(model_class, architecture), SupportsTwoWaySpans):
-        # The engine tells the layers which positions see one another; a decoder by itself would refuse the config.
+        # The engine passes two-way spans to the layers; a decoder alone would refuse a config with this flag.
         hf_config.get_text_config().use_bidirectional_attention = False
 
 
 def class_that_knows_spans(model_class: type, model_config: ModelConfig) -> type:
-    """The class to ask which positions see one another both ways: V0 had no way to say so, but the class that
-    Sensorium itself has for the architecture may know."""
+    """The class that defines two-way spans. V0's API had no such thing, but Sensorium's own class for the architecture
+    may define them."""
     return _knowing_class(model_class, model_config.architecture)
 
 

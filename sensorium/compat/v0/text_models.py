@@ -1,7 +1,7 @@
 """Sensorium's text models with the constructors of V0.
 
-Files of 0.6.4 and later give `vllm_config` and `prefix`; earlier ones the Hugging Face config, and beside it parts of
-the engine's configuration, which here is that of the model in construction.
+Files of 0.6.4 and later pass `vllm_config` and `prefix`. Earlier ones pass the Hugging Face config and parts of the
+engine's configuration; these parts are ignored here, and the configuration of the model in construction is used.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 PACKED = {"qkv_proj": ["q_proj", "k_proj", "v_proj"], "gate_up_proj": ["gate_proj", "up_proj"]}
-"""What stands in the fused layers of most decoders, as `packed_modules_mapping`."""
+"""The `packed_modules_mapping` of most decoders: the parts of each fused layer."""
 
 
 def engine_config_of(config: PretrainedConfig | None, vllm_config: EngineConfig | None) -> EngineConfig:
@@ -33,9 +33,9 @@ def engine_config_of(config: PretrainedConfig | None, vllm_config: EngineConfig 
 
 
 class TextModel:
-    """The constructor of V0, before a model of Sensorium among a class's bases.
+    """A mixin with the constructor of V0; it stands before a model of Sensorium in a class's bases.
 
-    `config` is an attribute, as V0's code reads it.
+    `config` is an attribute, because V0's code reads it.
     """
 
     packed_modules_mapping: ClassVar[dict[str, list[str]]] = PACKED
@@ -57,7 +57,7 @@ class TextModel:
 
 
 class DecoderOfModel(Decoder):
-    """The decoder of a model, by itself, with Sensorium's constructor."""
+    """The decoder of a model alone, with Sensorium's constructor."""
 
     model_class: ClassVar[type[LlamaForCausalLM]]
     """The model whose decoder it is."""

@@ -1,6 +1,6 @@
-"""What V0's modules of towers with pictures of one size had beside the tower: sizes, dummy data, an input processor.
+"""The functions in V0's modules of towers with a fixed picture size: sizes, dummy data, and an input processor.
 
-The modules say under which names, and how many rows a picture has.
+The modules define their names, and how many rows a picture has.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ def num_patches(*, image_size: int, patch_size: int) -> int:
 
 
 class DummySequence(SequenceData):
-    """A prompt of dummy pictures. It may be taken apart into itself and the ranges of the pictures' placeholders, as
-    releases since 0.6.4 do; earlier ones take it as it is."""
+    """A prompt of dummy pictures. Files since 0.6.4 unpack it into the prompt and the ranges of the placeholders;
+    earlier files use it as it is."""
 
     ranges: Mapping[str, Any]
 
@@ -43,7 +43,7 @@ class DummySequence(SequenceData):
 
 
 def dummy_sequence(num_rows: int, seq_len: int, num_images: int, image_token_id: int, mm_key: str) -> DummySequence:
-    """So many pictures of `num_rows` placeholders each, and token 0 behind them."""
+    """A prompt of `num_images` pictures with `num_rows` placeholders each, filled up with token 0."""
     num_media = num_rows * num_images
     sequence = DummySequence.from_prompt_token_counts((image_token_id, num_media), (0, seq_len - num_media))
     assert isinstance(sequence, DummySequence)

@@ -1,6 +1,7 @@
 """Vision towers with the names and constructors of V0, made of Sensorium's parts.
 
-Names of modules are those of checkpoints, where Sensorium's own towers have common ones. Every rank has a tower whole.
+Modules have the names of checkpoints, whereas Sensorium's own towers share one set of names. Every rank has whole
+towers.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ class TowerMLP(EncoderMLP):
 
 
 class FusedAttention(nn.Module):
-    """Bidirectional self-attention whose projections are one layer in checkpoints, too.
+    """Bidirectional self-attention whose projections are also fused in checkpoints.
 
-    Args: as those of `EncoderAttention`.
+    The arguments are those of `EncoderAttention`.
     """
 
     names: ClassVar[tuple[str, str]] = ("qkv", "proj")
-    """Of the fused and of the output projection."""
+    """The names of the fused projection and of the output projection."""
 
     def __init__(
         self,
@@ -102,7 +103,7 @@ class TowerLayer(nn.Module):
 
 
 class TowerEncoder(nn.Module):
-    """The first layers of a tower, all by default. Raises `ModelError` if more are asked for than the config has."""
+    """The first layers of a tower, all by default. Raises `ModelError` for more layers than the config has."""
 
     def __init__(
         self,
@@ -186,7 +187,7 @@ class Tower(nn.Module):
 
 
 class NamedTower(nn.Module):
-    """A tower under the name `vision_model`, as checkpoints have it. Args: as those of `Tower`."""
+    """A tower with the name `vision_model`, as in checkpoints. The arguments are those of `Tower`."""
 
     tower_class: ClassVar[type[Tower]]
     LEVEL: ClassVar[str] = "vision_model."
@@ -213,7 +214,7 @@ class NamedTower(nn.Module):
         return self.vision_model.device
 
     def load_weights(self, weights: Iterable[tuple[str, torch.Tensor]]) -> set[str]:
-        """Fill the tower; names may lack the level."""
+        """Fill the tower; names may lack the prefix `LEVEL`."""
         return load_tower(self, weights, self.LEVEL)
 
 
@@ -229,10 +230,10 @@ def resized_grid(table: torch.Tensor, rows: int, columns: int) -> torch.Tensor:
 
 
 def load_tower(tower: nn.Module, weights: Iterable[tuple[str, torch.Tensor]], level: str = "") -> set[str]:
-    """Fill a tower from a checkpoint's names. What the tower leaves out is passed over: later layers, the final norm, a
-    pooling head, positions that are computed.
+    """Fill a tower from a checkpoint. Weights of parts that the tower leaves out are ignored: later layers, the final
+    norm, a pooling head, and positions that are computed.
 
-    `level`: The name, with its full stop, of a module around everything, which names of a checkpoint may lack.
+    `level`: The prefix of the outermost module, with its dot, which a checkpoint's names may lack.
     """
     parameters = dict(tower.named_parameters())
     parts = {name.split(".")[level.count(".")] for name in parameters}

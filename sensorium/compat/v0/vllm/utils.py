@@ -1,4 +1,4 @@
-"""Helpers that have nothing to do with models."""
+"""General helpers."""
 
 from __future__ import annotations
 

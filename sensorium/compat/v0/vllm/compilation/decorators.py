@@ -1,4 +1,4 @@
-"""Marks of classes that V0 could compile."""
+"""Decorators of classes that V0 could compile."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The ranks that share a model, asked V0's way."""
+"""V0's interface to the ranks that share a model."""
 
 from sensorium.compat.v0.vllm.distributed.communication_op import (
     tensor_model_parallel_all_gather,

@@ -36,7 +36,7 @@ class GroupCoordinator:
 
     @property
     def world_size(self) -> int:
-        """All of them."""
+        """The number of ranks."""
         return self.group.size
 
     @property
@@ -46,7 +46,7 @@ class GroupCoordinator:
 
     @property
     def is_last_rank(self) -> bool:
-        """Whether no rank comes behind this one."""
+        """Whether this is the last rank."""
         return self.group.rank == self.group.size - 1
 
     def all_reduce(self, input_: torch.Tensor) -> torch.Tensor:

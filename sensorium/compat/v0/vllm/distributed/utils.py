@@ -12,7 +12,7 @@ __all__ = ["divide", "ensure_divisibility", "get_pp_indices", "split_tensor_alon
 
 
 def ensure_divisibility(numerator: int, denominator: int) -> None:
-    """Raise `ConfigError` (a `ValueError`) if there would be a rest."""
+    """Raise `ConfigError` (a `ValueError`) if the division leaves a remainder."""
     if numerator % denominator:
         raise ConfigError(
             f"shares of {numerator}: got {denominator}, expected a divisor. Change tensor_parallel_size "
@@ -35,7 +35,7 @@ def split_tensor_along_last_dim(
 
 
 def get_pp_indices(num_hidden_layers: int, pp_rank: int, pp_size: int) -> tuple[int, int]:
-    """The layers of a stage, as first and end; the last ones have one more where there is a rest."""
+    """The layers of a stage, as first and end. If there is a remainder, the last stages have one layer more."""
     least, rest = divmod(num_hidden_layers, pp_size)
     sizes = [least + (stage >= pp_size - rest) for stage in range(pp_size)]
     return sum(sizes[:pp_rank]), sum(sizes[: pp_rank + 1])

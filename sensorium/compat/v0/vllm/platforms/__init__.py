@@ -1,4 +1,4 @@
-"""What the process runs on. A file that asks gets torch's answer."""
+"""The platform of the process, as torch sees it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""V0's own way into the memory of its cache, which has another layout here."""
+"""V0's operations on its cache's memory, which has another layout here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where else weights come from, beside the checkpoint itself."""
+"""Sources of weights in addition to the checkpoint itself."""
 
 from __future__ import annotations
 

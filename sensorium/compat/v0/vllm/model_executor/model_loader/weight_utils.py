@@ -1,4 +1,4 @@
-"""What `load_weights` methods are written with, beside what Sensorium's module of this name has."""
+"""Helpers for `load_weights` methods that Sensorium's module of this name lacks."""
 
 from __future__ import annotations
 

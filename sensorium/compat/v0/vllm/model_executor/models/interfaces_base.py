@@ -1,4 +1,4 @@
-"""What every model is, for annotations."""
+"""Base types of models, for annotations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["VllmModel", "VllmModelForEmbedding", "VllmModelForPooling", "VllmMod
 
 
 class VllmModel(Protocol):
-    """A model that runs."""
+    """Any model."""
 
     def forward(self, input_ids: torch.Tensor, positions: torch.Tensor, kv_caches: Any, attn_metadata: Any) -> Any:
         """Hidden states `(num_tokens, hidden_size)`."""

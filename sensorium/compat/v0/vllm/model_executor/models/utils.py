@@ -1,4 +1,4 @@
-"""Helpers of model files, beside what Sensorium's module of this name has."""
+"""Helpers for model files that Sensorium's module of this name lacks."""
 
 from __future__ import annotations
 
