@@ -325,7 +325,8 @@ def write_kv(
         write(key, value, keys, values, slot_mapping, k_scale, v_scale)
         return
     assert slot_mapping.dtype == torch.int64
-    assert len(key) == len(value) == len(slot_mapping), "a slot for each key and value"
+    num_rows = slot_mapping.shape[0]  # `len` of a tensor is a call in Python
+    assert key.shape[0] == value.shape[0] == num_rows, "a slot for each key and value"
     key, value, slots = token_rows(key), token_rows(value), slot_mapping.contiguous()
     size = keys.element_size()
     (key_slot, key_head), (value_slot, value_head) = cache_strides(keys), cache_strides(values)
@@ -335,7 +336,7 @@ def write_kv(
         key_size, value_size, num_heads = num_heads * key_size, num_heads * value_size, 1
     native.write_kv(
         *(keys.data_ptr(), values.data_ptr(), key.data_ptr(), value.data_ptr(), slots.data_ptr()),
-        *(len(slots), num_heads, key_size * size, value_size * size),
+        *(num_rows, num_heads, key_size * size, value_size * size),
         *(key_slot * size, value_slot * size, key_head * size, value_head * size),
         *(key.stride(0) * size, value.stride(0) * size, torch.get_num_threads()),
     )
@@ -381,10 +382,10 @@ def paged_attention(
     head_size, value_size = keys.shape[3], values.shape[3]
     num_heads = query.shape[1] if query.dim() == 3 else query.shape[1] // head_size
     shape = (num_heads, value_size) if query.dim() == 3 else (num_heads * value_size,)
-    out = query.new_empty(len(query), *shape)
+    out = query.new_empty(query.shape[0], *shape)
     _attend(
         native,
-        *(out, query, keys, values, starts, len(seq_lens), seq_lens, num_heads),
+        *(out, query, keys, values, starts, seq_lens.shape[0], seq_lens, num_heads),
         *(cache_strides(keys), cache_strides(values), (table.data_ptr(), keys.shape[1], table.stride(0))),
         *(rules, sinks, batch.row_spans),
     )

@@ -204,7 +204,7 @@ class PassRunner:
             ),
             media=self._gather_media(pieces) if pieces and self._splits_media else None,
             media_kwargs=kwargs,
-            encoder_outputs=self._encoder_outputs(chunks),
+            encoder_outputs=None if arrays.cross_lens is None else self._encoder_outputs(chunks),
             token_type_ids=self._token_type_ids(chunks),
         )
 
