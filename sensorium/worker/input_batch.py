@@ -128,6 +128,8 @@ class InputBatch:
         self._state_rows = np.zeros((2, max_num_seqs), dtype=np.int64) if states else None
         """Per slot: the rows that the chunk which was taken in last reads its state from and writes it to."""
         self._mrope_delta = np.zeros(max_num_seqs, dtype=np.int64)
+        self._mrope_end = np.zeros(max_num_seqs, dtype=np.int64)
+        """Per slot: first position behind those that the request brings M-RoPE positions for."""
         self._media_end = np.zeros(max_num_seqs, dtype=np.int64)
         """Per slot: first position behind the last media span and the last two-way span."""
         self._adapter_ids = np.zeros(max_num_seqs, dtype=np.int64)
@@ -166,6 +168,7 @@ class InputBatch:
         self._token_ids[slot, :num_prompt] = request.prompt_token_ids
         self._token_ids[slot, num_prompt:num_tokens] = new.output_token_ids
         self._mrope_delta[slot] = request.mrope_delta
+        self._mrope_end[slot] = 0 if request.mrope_positions is None else num_prompt
         self._adapter_ids[slot] = request.adapter_id
         self._num_adapted += request.adapter_id != 0
         self._num_two_way += bool(request.two_way_spans)
@@ -363,10 +366,12 @@ class InputBatch:
     ) -> Int64Array:
         """`(3, num_tokens)`: the request's own positions in the prompt, index plus delta behind it."""
         result = np.tile(positions + self._mrope_delta[row_slots], (3, 1))
+        if not (positions < self._mrope_end[row_slots]).any():  # as in every pass of decodes
+            return result
         for i, chunk in enumerate(chunks):
             request = self._states[chunk.request_id].request
             start = chunk.num_computed_tokens
-            if start >= len(request.prompt_token_ids) or request.mrope_positions is None:
+            if request.mrope_positions is None or start >= len(request.prompt_token_ids):
                 continue
             end = min(start + chunk.num_scheduled_tokens, len(request.prompt_token_ids))
             row = int(cu_seqlens_q[i])

@@ -233,12 +233,14 @@ class ModelRunner:
         A row that failed gets a token here too; its request ends, so nobody reads it.
         """
         slots, positions, token_ids = rows.wanted.slots, rows.wanted.positions, rows.output.token_ids
-        kept = np.array(self._batch.hold(rows.states), dtype=np.bool_)
+        held = self._batch.hold(rows.states)
         drafts = rows.wanted.drafts
         if drafts is not None and accepted is not None:
-            kept = accepted & np.repeat(kept, drafts.num_rows)
+            kept = accepted & np.repeat(np.array(held, dtype=np.bool_), drafts.num_rows)
             self._sampling.advance(slots[kept & (drafts.offsets > 0)])
-        if not kept.all():
+            slots, positions, token_ids = slots[kept], positions[kept], token_ids[kept]
+        elif not all(held):
+            kept = np.array(held, dtype=np.bool_)
             slots, positions, token_ids = slots[kept], positions[kept], token_ids[kept]
         self._batch.append_sampled(slots, positions, token_ids)
         self._sampling.append(slots, token_ids)
@@ -355,7 +357,7 @@ class ModelRunner:
         arrays = self._batch.gather(chunks)
         if self._is_plain_decode(chunks, arrays) and self._decode(chunks, arrays, pending):
             return
-        pools = [self._is_pooling(chunk) for chunk in chunks]
+        pools = [self._is_pooling(chunk) for chunk in chunks] if self._reporting else [False] * len(chunks)
         sampling = [i for i, chunk in enumerate(chunks) if chunk.is_last and not pools[i]]
         wanted = WantedRows.of(chunks, arrays, sampling)
         fields = host_fields(arrays, wanted.rows, wanted.slots)
@@ -380,7 +382,7 @@ class ModelRunner:
         pending.sampled.append(rows)
 
     def _is_pooling(self, chunk: ScheduledChunk) -> bool:
-        return bool(self._reporting) and self._batch[chunk.request_id].request.pooling is not None
+        return self._batch[chunk.request_id].request.pooling is not None
 
     def _finish_pooling(self, chunks: Sequence[ScheduledChunk], pending: PendingStep) -> None:
         """Make the answers of requests that have run to their prompts' ends, and begin to bring them to the host."""
@@ -392,7 +394,7 @@ class ModelRunner:
 
     def _is_plain_decode(self, chunks: Sequence[ScheduledChunk], arrays: StepArrays) -> bool:
         """Whether every chunk is a single row of text that a token is sampled after, and nothing else is wanted."""
-        if self._reporting or not self._batch.is_all_decodes(arrays):
+        if self.passes.decodes is None or self._reporting or not self._batch.is_all_decodes(arrays):
             return False
         return False not in [chunk.is_last for chunk in chunks]
 
