@@ -1,6 +1,7 @@
 """Tries every model file with media of a release of vLLM 0.6, fetched from the package index, each by itself beside our
 rooms: whether it is imported, and, where there is a tiny checkpoint of a Hugging Face class for it, whether greedy
-tokens are that class's in every way of `sensorium verify`. Prints the table of `docs/files_of_vllm.md`.
+tokens are that class's in every way of `sensorium verify`. Prints the table of `docs/files_of_vllm.md`, and writes what
+it found, with the versions that it ran, to `scripts/release_of_vllm.json`.
 
 Takes some minutes. Some files import einops, librosa, mistral_common or torchvision.
 
@@ -9,6 +10,8 @@ Takes some minutes. Some files import einops, librosa, mistral_common or torchvi
 
 from __future__ import annotations
 
+import importlib.metadata
+import json
 import logging
 import shutil
 import subprocess
@@ -24,7 +27,6 @@ import sensorium
 import sensorium.plugins
 from tests.helpers.checkpoints import make_checkpoint
 from tests.helpers.release_of_vllm import (
-    ARCHIVES,
     chameleon_checkpoint,
     fetch_model_files,
     paligemma_checkpoint,
@@ -33,6 +35,8 @@ from tests.helpers.release_of_vllm import (
 from tests.helpers.tiny_media import save_tiny_media
 
 LONGEST_REASON = 300
+RECORD = Path(__file__).with_name("release_of_vllm.json")
+NEWEST = "0.6.4.post1"
 
 
 def family(name: str) -> Callable[[Path], Path]:
@@ -90,13 +94,23 @@ def main() -> None:
     if sys.argv[1:2] == ["--one"]:
         print(tried(*map(Path, sys.argv[2:4]), sys.argv[4] if sys.argv[4:] else None))
         return
-    release, *chosen = sys.argv[1:] or [next(iter(ARCHIVES))]
+    release, *chosen = sys.argv[1:] or [NEWEST]
     cache = Path(tempfile.gettempdir()) / "sensorium_release_of_vllm"
     files = fetch_model_files(release, cache)
     named = chosen or sorted(each.stem for each in files.glob("*.py") if is_multimodal(each))
     for name in named:
         for what in CHECKPOINTS.get(name, {"": None}):
-            print(f"| `{name}.py` | {what} | {in_process(files, files / f'{name}.py', what)} |", flush=True)
+            found = in_process(files, files / f"{name}.py", what)
+            print(f"| `{name}.py` | {what} | {found} |", flush=True)
+            record(release, f"{name}.py {what}".strip(), found)
+
+
+def record(release: str, what: str, found: str) -> None:
+    """Each as soon as it is known, so that a run may be cut off and continued by naming files."""
+    known = json.loads(RECORD.read_text()) if RECORD.exists() else {}
+    versions = {name: importlib.metadata.version(name) for name in ("torch", "transformers")}
+    known.setdefault(release, {})[what] = {"found": found, **versions}
+    RECORD.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n")
 
 
 def is_multimodal(file: Path) -> bool:

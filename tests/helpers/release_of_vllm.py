@@ -35,6 +35,7 @@ from tests.helpers.checkpoints import (
 )
 
 ARCHIVES = {
+    "0.6.3.post1": "0aae6ddd5348f86bf20e4f323c09e77d5ad2638d77f0d69323c5a63a40f8c143",
     "0.6.4.post1": "3cf6fdb46f50fa66cbeec87738e4b91bf2cb086979b4fc74a782cd30f75d1af1",
 }
 """Releases, and the SHA-256 of their archives."""
