@@ -22,5 +22,5 @@ class GlooGroup(ProcessGroup):
         options._devices = [_c10d.ProcessGroupGloo.create_device(hostname="127.0.0.1")]  # noqa: SLF001
         return _c10d.ProcessGroupGloo(store, self.rank, self.size, options)
 
-    def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
-        return group.allgather([list(gathered)], [tensor])
+    def _gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
+        return self._group.allgather([list(gathered)], [tensor])

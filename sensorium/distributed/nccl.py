@@ -45,8 +45,9 @@ class NcclGroup(ProcessGroup):
         options._timeout = timedelta(seconds=MAX_WAIT_S)  # noqa: SLF001 -- torch has no other name for it
         return _c10d.ProcessGroupNCCL(store, self.rank, self.size, options)
 
-    def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
-        return group._allgather_base(gathered, tensor, now(_collectives.AllgatherOptions()))  # noqa: SLF001
+    def _gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
+        options = now(_collectives.AllgatherOptions())
+        return self._group._allgather_base(gathered, tensor, options)  # noqa: SLF001
 
     def lose(self) -> None:
         """See `ProcessGroup.lose`. Aborts the collectives that the device waits for."""

@@ -71,31 +71,31 @@ class ProcessGroup(TensorParallel):
         """Make torch's group of the ranks that meet in `store`."""
 
     @abstractmethod
-    def _gather(self, group: Any, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
+    def _gather(self, gathered: torch.Tensor, tensor: torch.Tensor) -> Any:
         """Start to gather the ranks' tensors into `gathered`, `(size, ...)`; returns torch's work object."""
 
     def all_reduce(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `TensorParallel.all_reduce`."""
         tensor = tensor.contiguous()
-        with self._collective() as group:
-            finish(group.allreduce([tensor], now(_c10d.AllreduceOptions())))
+        with self._collective():
+            finish(self._group.allreduce([tensor], now(_c10d.AllreduceOptions())))
         return tensor
 
     def all_gather(self, tensor: torch.Tensor) -> torch.Tensor:
         """See `TensorParallel.all_gather`."""
         tensor = tensor.contiguous()
         gathered = tensor.new_empty(self.size, *tensor.shape)
-        with self._collective() as group:
-            finish(self._gather(group, gathered, tensor))
+        with self._collective():
+            finish(self._gather(gathered, tensor))
         return gathered.movedim(0, -2).flatten(-2)
 
     def broadcast(self, tensor: torch.Tensor, source: int = 0) -> torch.Tensor:
         """See `TensorParallel.broadcast`."""
         tensor = tensor.contiguous()
-        with self._collective() as group:
+        with self._collective():
             options = now(_c10d.BroadcastOptions())
             options.rootRank = source
-            finish(group.broadcast([tensor], options))
+            finish(self._group.broadcast([tensor], options))
         return tensor
 
     def least(self, value: int) -> int:
@@ -120,6 +120,9 @@ class ProcessGroup(TensorParallel):
     def close(self) -> None:
         """See `TensorParallel.close`."""
         if self._group is not None:
+            # Torch's store opens its file once more when it is deleted, and a failure there ends the process. So the
+            # file stays open until then, and nothing else refers to the group: not a local of a frame either, which
+            # the traceback of an error would keep.
             self._group = self._store = None
             os.close(self._meeting_fd)
 
@@ -137,7 +140,7 @@ class ProcessGroup(TensorParallel):
         self.is_lost = True
 
     @contextmanager
-    def _collective(self) -> Iterator[Any]:
+    def _collective(self) -> Iterator[None]:
         if self._is_apart:
             raise RuntimeError("a layer that ranks share, where each rank does something else")
         if self._group is None:
@@ -146,7 +149,7 @@ class ProcessGroup(TensorParallel):
             raise LostRankError("another rank has ended. Restart the engine.")
         self.num_collectives += 1
         with self.noticing_losses():
-            yield self._group
+            yield
 
     @contextmanager
     def noticing_losses(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import weakref
 from collections.abc import Iterator
 from types import SimpleNamespace
 from typing import Any
@@ -135,3 +136,14 @@ def test_the_device_decides_which_group(meeting_fd: int, monkeypatch: pytest.Mon
     alone.close()
     with pytest.raises(LostRankError, match="left its group"):
         alone.all_reduce(torch.ones(2))
+
+
+def test_an_error_that_is_kept_keeps_no_group(meeting_fd: int) -> None:
+    """It did, by a local in its traceback; deleted after the file was closed, torch's store ended the process."""
+    alone = groups.join(CPU, meeting_fd, 0, 1)
+    made = weakref.ref(alone._group)
+    with pytest.raises(LostRankError) as caught:
+        alone.broadcast(torch.ones(2), source=5)
+    alone.close()
+    assert made() is None
+    assert caught.tb is not None
